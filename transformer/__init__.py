@@ -1,0 +1,1 @@
+"""A small Flax linen transformer library and trainer."""

@@ -1,0 +1,217 @@
+"""A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from transformer.model_config import ModelConfig
+from transformer.validation import require, require_at_least, require_range
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to read, and how it becomes batches."""
+
+    source: tuple[str, ...] = ("python_stdlib",)
+    """Corpora: a TFDS name, a text file, a folder of text files, a .jsonl file, or python_stdlib."""
+    weights: tuple[float, ...] = ()
+    """Share of rows drawn from each source; empty means equal shares."""
+    validation_fraction: float = 0.1
+    """Part of a local source held out for validation (whole files of a folder, else the file's last part)."""
+    test_fraction: float = 0.0
+    """Part of a local source held out for testing, after the validation part."""
+    text_key: str = "text"
+    """Feature that holds the text (TFDS names, .jsonl)."""
+    prompt_key: str = "prompt"
+    """Feature that holds a prompt, read but not learnt (where a record has one)."""
+    tokenizer: Literal["bytes", "characters", "bpe"] = "bytes"
+    """Bytes of UTF-8, the characters of the training split, or byte-pair encoding trained on it."""
+    bpe_vocab_size: int = 4096
+    """Entries of a byte-pair vocabulary."""
+    sequence_length: int = 256
+    """Tokens of a row."""
+    batch_size: int = 16
+    """Rows of one optimizer step, over all devices and micro-batches."""
+    pack: bool = True
+    """Keep documents of a row apart (segment ids); off: contiguous windows that read across documents."""
+    num_streams: int = 0
+    """Virtual streams the corpus is dealt into; 0 means the largest divisor of batch_size up to 64."""
+    shuffle_seed: int = 0
+    """Seed of the order of documents."""
+    record_bytes: int = 16_384
+    """Longer documents of local sources are stored in pieces of about this size."""
+    data_dir: str = ""
+    """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+
+    def __post_init__(self) -> None:
+        require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
+        require(
+            len(self.weights) in (0, len(self.source)),
+            f"DataConfig.weights must be one per source ({len(self.source)}) or none, got {len(self.weights)}.",
+        )
+        require(all(w > 0 for w in self.weights), f"DataConfig.weights must be positive, got {self.weights}.")
+        require_range(self, 0, 1, "validation_fraction", "test_fraction")
+        require(
+            self.validation_fraction + self.test_fraction < 1,
+            "DataConfig.validation_fraction + test_fraction must leave something to train on, "
+            f"got {self.validation_fraction} + {self.test_fraction}.",
+        )
+        require_at_least(self, 1, "batch_size")
+        require_at_least(self, 2, "sequence_length")
+        require_at_least(self, 64, "record_bytes")
+        require_at_least(self, 257, "bpe_vocab_size")
+        require_at_least(self, 0, "num_streams")
+        n, b = self.num_streams, self.batch_size
+        require(
+            n == 0 or n % b == 0 or b % n == 0,
+            f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it, got {n}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    kind: Literal["next_token"] = "next_token"
+    """Cross-entropy of the token that follows."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 0, 1, "label_smoothing")
+        require_at_least(self, 0, "z_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How the parameters move."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """The update rule, from optax."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
+    """After warm-up; wsd (warm-up, stable, decay) falls linearly over the last decay_fraction of the steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a share of the peak (cosine, linear, wsd)."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only (not on norms, biases or embeddings' positions)."""
+    clip_norm: float = 1.0
+    """Scale the gradient down to this global norm; 0 means off."""
+    b1: float = 0.9
+    """Decay of the first moment (Muon: momentum of its matrices is 0.95)."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    accumulate_steps: int = 1
+    """Micro-batches a step's batch is cut into."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the parameters, used for scores and samples; 0 means off."""
+    parameter_groups: tuple[str, ...] = ()
+    """REGEX=SCALE: learning-rate factor of parameters whose path matches, 0 freezes; the first match counts."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"OptimizerConfig.learning_rate must be positive, got {self.learning_rate}.")
+        require_at_least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "eps")
+        require_at_least(self, 1, "accumulate_steps")
+        require_range(self, 0, 1, "b1", "b2", "ema_decay")
+        require_range(self, 0, 1 + 1e-9, "final_fraction", "decay_fraction")
+        self.groups()
+
+    def groups(self) -> tuple[tuple[re.Pattern[str], float], ...]:
+        """The parameter groups as (compiled pattern, learning-rate factor)."""
+        groups = []
+        for text in self.parameter_groups:
+            pattern, _, scale = text.rpartition("=")
+            try:
+                groups.append((re.compile(pattern), float(scale)))
+                valid = pattern != "" and float(scale) >= 0
+            except (re.error, ValueError):
+                valid = False
+            require(
+                valid,
+                f"OptimizerConfig.parameter_groups must be REGEX=SCALE with SCALE >= 0, got {text!r}; "
+                "for example 'token_embedding=0' freezes the embedding.",
+            )
+        return tuple(groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the step is spread over devices."""
+
+    strategy: Literal["mesh", "pmap"] = "mesh"
+    """jit over a mesh (main path), or pmap (data parallel)."""
+    data: int = 0
+    """Devices that share the batch; 0 means all."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The run: how long, how often it reports, and what it keeps."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of initialisation and dropout."""
+    log_every: int = 10
+    """Steps between metric rows."""
+    eval_every: int = 200
+    """Steps between evaluations of the whole validation split; 0 means at the end only."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; 0 means at the end only."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints kept, besides the best one by validation loss."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 means at the end only."""
+    sample_prompt: str = ""
+    """What samples continue; empty means the end-of-text token."""
+    sample_length: int = 200
+    """Tokens of a sample; 0 means no samples."""
+    cpu_kernels: bool = True
+    """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
+        require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run: model, data, objective, optimizer, devices and bookkeeping."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig = TrainingConfig()
+    workdir: str = ""
+    """Directory of the run (may be remote, gs://...); empty means runs/NAME-OF-CONFIG."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.batch_size % self.optimizer.accumulate_steps == 0,
+            f"data.batch_size must be divisible by optimizer.accumulate_steps={self.optimizer.accumulate_steps}, "
+            f"got {self.data.batch_size}.",
+        )
+        require(
+            self.model.max_length == 0 or self.model.max_length >= self.data.sequence_length,
+            f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
+            f"got {self.model.max_length}.",
+        )
+        require(
+            self.optimizer.warmup_steps <= self.training.steps,
+            f"optimizer.warmup_steps must not exceed training.steps={self.training.steps}, "
+            f"got {self.optimizer.warmup_steps}.",
+        )

@@ -1,0 +1,68 @@
+"""Configs as plain dictionaries and back, and what a resumed run may change."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from transformer.validation import require
+
+# What a resumed run may change; everything else would make it another run.
+RESUMABLE = (
+    "workdir",
+    "parallel.",
+    "data.data_dir",
+    "training.steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.sample_every",
+    "training.sample_prompt",
+    "training.sample_length",
+    "training.cpu_kernels",
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dictionaries and lists, ready for JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """The inverse of `to_dict`: a value of type `kind` from nested dictionaries; unknown fields are refused."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(values) - set(hints))
+        require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
+        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    if typing.get_origin(kind) is tuple:
+        return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
+    return float(values) if kind is float else values
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, f"{path}.{name}" if path else name)
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        for index, value in enumerate(values):
+            yield from _leaves(value, f"{path}.{index}")
+    else:
+        yield path, values
+
+
+def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences between two configs (as dictionaries) that a resumed run may not have, one line each."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"
+        for path in sorted(set(before) | set(after))
+        if before.get(path, "absent") != after.get(path, "absent") and not path.startswith(RESUMABLE)
+    ]

@@ -1,0 +1,1 @@
+"""Linen modules: thin holders of parameters over ops."""

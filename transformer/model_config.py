@@ -1,0 +1,187 @@
+"""The choices that make a model: attention, feed-forward, norm, block, positions, model."""
+
+import dataclasses
+from typing import Literal
+
+from transformer.validation import require, require_at_least, require_range
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu_squared"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head attention (Vaswani et al. 2017, section 3.2), with grouped key/value heads (Ainslie et al. 2023)."""
+
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 0
+    """Key/value heads, a divisor of num_heads; 0 means num_heads."""
+    head_dim: int = 0
+    """Width of a head; 0 means embed_dim / num_heads."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head (Henry et al. 2020)."""
+    use_bias: bool = False
+    """Add a bias to the four projections."""
+    window: int = 0
+    """Attend to tokens fewer than this many positions away; 0 means all."""
+    logits_soft_cap: float = 0.0
+    """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
+    dropout: float = 0.0
+    """Probability of dropping an attention weight in training."""
+    implementation: Literal["auto", "xla", "blockwise"] = "auto"
+    """Attention backend: xla is the reference, blockwise needs memory linear in the sequence."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "num_heads")
+        require_at_least(self, 0, "num_kv_heads", "head_dim", "window", "logits_soft_cap")
+        require_range(self, 0, 1, "dropout")
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"AttentionConfig.num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}.",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with 0 resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    def resolved_head_dim(self, embed_dim: int) -> int:
+        """Width of a head, with 0 resolved against `embed_dim`."""
+        require(
+            self.head_dim > 0 or embed_dim % self.num_heads == 0,
+            f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={self.num_heads}; "
+            "change one of them or set head_dim.",
+        )
+        return self.head_dim or embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardConfig:
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3; gated: Shazeer 2020)."""
+
+    hidden_dim: int = 0
+    """Width of the hidden layer; 0 means 4 * embed_dim."""
+    activation: Activation = "gelu"
+    """Nonlinearity; gelu is exact, gelu_tanh its approximation, relu_squared is So et al. 2021."""
+    gated: bool = False
+    """Multiply by a second, linear projection: activation(gate(x)) * up(x)."""
+    use_bias: bool = False
+    """Add a bias to each projection."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "hidden_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Normalisation of a block and where it stands."""
+
+    kind: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Before each sub-layer, after the residual sum, or before and after the sub-layer."""
+    epsilon: float = 1e-5
+    """Added to the variance."""
+    use_bias: bool = False
+    """A learned offset (LayerNorm only)."""
+
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0, f"NormConfig.epsilon must be positive, got {self.epsilon}.")
+        require(
+            not (self.use_bias and self.kind == "rms_norm"),
+            "NormConfig.use_bias=True needs kind='layer_norm'; RMSNorm has no offset.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One transformer block: attention, feed-forward network and norms."""
+
+    attention: AttentionConfig = AttentionConfig()
+    """Self-attention (cross-attention, where a model has it, is configured the same)."""
+    feed_forward: FeedForwardConfig = FeedForwardConfig()
+    """The feed-forward network."""
+    norm: NormConfig = NormConfig()
+    """The normalisation of both sub-layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionConfig:
+    """How a token's place enters the model."""
+
+    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
+    """none; learned or sinusoidal vectors added to embeddings; rotary (Su et al. 2021); alibi (Press et al. 2022)."""
+    theta: float = 10_000.0
+    """Base of the rotary and sinusoidal wavelengths."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """Rotary scaling for longer contexts: linear (Chen et al. 2023) or by wavelength, as Llama 3.1 does."""
+    scaling_factor: float = 1.0
+    """By how much the context is extended."""
+    original_length: int = 8192
+    """llama3 scaling: the context length before the extension."""
+
+    def __post_init__(self) -> None:
+        require(self.theta > 0, f"PositionConfig.theta must be positive, got {self.theta}.")
+        require_at_least(self, 1, "scaling_factor", "original_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A transformer: a pattern of blocks, repeated."""
+
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """Which model to build."""
+    vocab_size: int = 0
+    """Entries of the embedding; 0 means the tokenizer's."""
+    max_length: int = 0
+    """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length."""
+    num_layers: int = 4
+    """Blocks (in each of the two stacks of an encoder-decoder)."""
+    embed_dim: int = 128
+    """Width of the residual stream."""
+    pattern: tuple[BlockConfig, ...] = (BlockConfig(),)
+    """Blocks of one period, repeated num_layers / len(pattern) times."""
+    positions: PositionConfig = PositionConfig()
+    """How a token's place enters the model."""
+    final_norm: bool = True
+    """Normalise after the last block (not for post-norm blocks, which already did)."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as output projection too."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
+    logits_soft_cap: float = 0.0
+    """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the embeddings and of each sub-layer's output in training."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights (residual outputs: / sqrt(2 * num_layers)); 0 means 1 / sqrt(fan_in)."""
+    dtype: Dtype = "float32"
+    """Type of activations and products."""
+    param_dtype: Dtype = "float32"
+    """Type of parameters."""
+    scan_layers: bool = False
+    """Compile one period and scan over it: compile time independent of depth."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """Recompute in the backward pass: nothing, all of each block, or all but its matrix products."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "vocab_size", "max_length", "logits_soft_cap", "init_std")
+        require_at_least(self, 1, "num_layers", "embed_dim")
+        require_range(self, 0, 1, "dropout")
+        require(len(self.pattern) > 0, "ModelConfig.pattern must hold at least one BlockConfig, got none.")
+        require(
+            self.num_layers % len(self.pattern) == 0,
+            f"ModelConfig.num_layers must be a multiple of the pattern's {len(self.pattern)} blocks, "
+            f"got {self.num_layers}.",
+        )
+        require(
+            len({block.norm.placement == "post" for block in self.pattern}) == 1,
+            "ModelConfig.pattern cannot mix post-norm blocks with others: their residual streams differ in scale.",
+        )
+        for block in self.pattern:
+            head_dim = block.attention.resolved_head_dim(self.embed_dim)
+            require(
+                self.positions.kind != "rotary" or head_dim % 2 == 0,
+                f"Rotary positions need an even head_dim, got {head_dim}; change embed_dim, num_heads or head_dim.",
+            )

@@ -1,0 +1,54 @@
+"""Next-token prediction: the cross-entropy of each token given those before it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.config import ObjectiveConfig
+from transformer.ops.losses import cross_entropy
+from transformer.types import Array, Batch, LossOutput, Objective, PyTree
+
+
+def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarray) -> Objective:
+    """The objective of a decoder on a `Batch`.
+
+    Args:
+        model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
+            giving logits [B, T, V].
+        config: label smoothing and z-loss.
+        token_bytes: int [V], UTF-8 bytes each token stands for, for bits per byte.
+
+    Its statistics are sums over valid targets: `loss` (negative log-likelihood, nats), `weight` (targets),
+    `correct` (targets that were the most likely token), `bytes` (of text predicted), and `objective` (what is
+    minimised: the loss with smoothing and z-loss).
+    """
+
+    def weight(batch: Batch) -> Array:
+        return jnp.sum(batch.weights)
+
+    def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
+        logits_BTV = model.apply(
+            {"params": params},
+            batch.inputs,
+            positions_BT=batch.positions,
+            segment_ids_BT=batch.segment_ids,
+            train=train,
+            rngs={"dropout": key} if train else {},
+        )
+        objective_BT, nll_BT = cross_entropy(
+            logits_BTV, batch.targets, label_smoothing=config.label_smoothing, z_loss=config.z_loss
+        )
+        correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
+        bytes_BT = jnp.asarray(token_bytes, jnp.float32)[batch.targets]
+        loss_sum = jnp.sum(objective_BT * batch.weights)
+        statistics = {
+            "loss": jnp.sum(nll_BT * batch.weights),
+            "weight": jnp.sum(batch.weights),
+            "correct": jnp.sum(correct_BT.astype(jnp.float32) * batch.weights),
+            "bytes": jnp.sum(bytes_BT * batch.weights),
+            "objective": loss_sum,
+        }
+        return (loss_sum, statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
+
+    return Objective(weight=weight, loss=loss)

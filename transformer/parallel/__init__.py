@@ -1,0 +1,1 @@
+"""Devices: the mesh, its sharding rules, and pmap."""

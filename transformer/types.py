@@ -1,0 +1,59 @@
+"""The vocabulary shared by every package: the dimension key, the batch, and the error a user sees.
+
+Dimension key, used in signatures and as suffixes of variable names (`query_BTHK`):
+
+    B batch               T query positions      S key positions        D embed_dim
+    H query heads         G key/value heads      K head_dim             F feed-forward hidden
+    V vocabulary          L layers               P cache capacity       N rows, B and T folded
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+Array = Any  # a jax.Array, a tracer or a numpy array; shapes stand in the suffix or in jaxtyping
+PyTree = Any
+Statistics = dict[str, Array]
+"""Additive statistics: scalars that add exactly over micro-batches, devices, hosts and batches."""
+
+
+class UserError(ValueError):
+    """Bad input: the message states the invariant, the value and the remedy; the command line exits with 2."""
+
+
+class Batch(NamedTuple):
+    """A batch of rows for a language model; every field has shape [B, T].
+
+    Padding has `segment_ids == 0` and `weights == 0`. Tokens attend only within their segment.
+    """
+
+    inputs: Array  # int32, the tokens read
+    targets: Array  # int32, the token that follows each input
+    weights: Array  # float32, how much each target counts in the loss
+    segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding
+    positions: Array  # int32, from 0 within each segment
+
+
+LossOutput = tuple[tuple[Array, Array], tuple[PyTree, Statistics]]
+
+
+class Objective(NamedTuple):
+    """What is minimised: `loss(...)` summed over the batch, divided by `weight(batch)`, known before the gradient."""
+
+    weight: Callable[[Any], Array]
+    """`batch -> weight_sum`, a float32 scalar that does not depend on the parameters."""
+    loss: Callable[[PyTree, PyTree, Any, Array, bool], LossOutput]
+    """`(params, carry, batch, key, train) -> (loss_sum, weight_sum), (carry, statistics)`."""
+
+
+class CheckpointableIterator(Protocol):
+    """An iterator over batches whose state can be saved and restored exactly (a Grain iterator is one)."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]:
+        """A JSON-serialisable description of the batches consumed so far."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken: the next batch is the one that followed it."""
+        ...
