@@ -1,0 +1,28 @@
+"""The main job: a byte-level language model of Python's own standard library. Nothing to download.
+
+    python train.py
+
+Hardware: two CPU cores, about six minutes. Expect validation bits per byte below gzip -9's on the same files.
+"""
+
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+
+
+def get_config(variant: str = "") -> Config:
+    steps = {"": 1500, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=4, qk_norm=True),
+        FeedForwardConfig(activation="relu_squared"),
+        NormConfig(kind="rms_norm"),
+    )
+    return Config(
+        model=ModelConfig(num_layers=4, embed_dim=192, pattern=(block,)),
+        data=DataConfig(
+            source=("python_stdlib",), validation_fraction=0.05, sequence_length=256, batch_size=16, record_bytes=8192
+        ),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=0.01, schedule="wsd", decay_fraction=0.4, final_fraction=0.0, warmup_steps=min(50, steps)
+        ),
+        training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=200, sample_prompt="def "),
+    )

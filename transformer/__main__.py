@@ -1,0 +1,5 @@
+"""`python -m transformer COMMAND ...`."""
+
+from transformer.cli.main import main
+
+main()

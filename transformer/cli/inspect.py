@@ -1,0 +1,81 @@
+"""`transformer inspect CONFIG`: decoded batches and the parameter table, without training."""
+
+import jax
+import numpy as np
+import rich
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from transformer import build
+from transformer.cli.arguments import parse_config
+from transformer.data.tokenizers import Tokenizer
+from transformer.ops.masks import AttentionMask
+from transformer.types import Batch
+
+_COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
+_MASK_SIZE = 24
+
+
+def _row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
+    """The text of a row: a colour for each document, dim where the loss does not count, escapes made visible."""
+    parts = []
+    segments, weights = batch.segment_ids[row], batch.weights[row] > 0
+    starts = np.flatnonzero(np.diff(segments, prepend=-1) | np.diff(weights.astype(int), prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):
+        if segments[start] == 0:
+            parts.append(f"[dim]({end - start} tokens of padding)[/dim]")
+            continue
+        text = escape(repr(tokenizer.decode(batch.inputs[row, start:end]))[1:-1])
+        style = _COLOURS[segments[start] % len(_COLOURS)] + ("" if weights[start] else " dim")
+        parts.append(f"[{style}]{text}[/{style}]")
+    return "".join(parts)
+
+
+def _mask_picture(batch: Batch, row: int) -> str:
+    """Who attends to whom (■) where the row's documents meet, or at its start."""
+    segments = batch.segment_ids[row]
+    borders = np.flatnonzero(np.diff(segments))
+    start = int(max(0, min(borders[0] - _MASK_SIZE // 2, len(segments) - _MASK_SIZE))) if len(borders) else 0
+    part = np.asarray(segments[None, start : start + _MASK_SIZE])
+    allowed = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part).to_bool(*part.shape[-1:] * 2)
+    lines = ["".join("■ " if cell else "· " for cell in line) for line in np.asarray(allowed)[0, 0]]
+    return f"attention among tokens {start} to {start + part.shape[1] - 1} of row {row}\n" + "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the first batch and the parameters of a config."""
+    config = parse_config(arguments, command="transformer inspect")
+    console = Console(highlight=False)
+    tokenizer = build.make_tokenizer(config)
+    batch = next(build.make_train_batches(config, tokenizer))
+    console.rule("first batch")
+    for row in range(min(4, len(batch.inputs))):
+        counted = int(np.sum(batch.weights[row] > 0))
+        documents = len(set(batch.segment_ids[row].tolist()) - {0})
+        console.print(f"[bold]row {row}[/bold]: {documents} documents, {counted} of {len(batch.inputs[row])} targets count")
+        console.print(_row(batch, row, tokenizer) + "\n")
+    console.print(_mask_picture(batch, 0) + "\n")
+
+    model_config = build.resolve_model_config(config, tokenizer)
+    shapes, axes = build.parameter_shapes(config, model_config)
+    shardings = build.parameter_shardings(config, axes)
+    table = Table("parameter", "shape", "type", "axes", "sharding", title="parameters", title_justify="left")
+    total = 0
+    rows = zip(
+        jax.tree_util.tree_leaves_with_path(shapes),
+        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree.leaves(shardings),
+        strict=True,
+    )
+    for (path, shape), names, sharding in rows:
+        total += shape.size
+        table.add_row(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            "×".join(map(str, shape.shape)),
+            str(shape.dtype),
+            ", ".join(str(name) for name in names),
+            str(sharding.spec),
+        )
+    console.print(table)
+    rich.print(f"{total:,} parameters, vocabulary {model_config.vocab_size}, {config.data.sequence_length} tokens a row")

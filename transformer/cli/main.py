@@ -1,0 +1,41 @@
+"""The command line: `transformer COMMAND ...`, also `python -m transformer COMMAND ...`."""
+
+import importlib
+import os
+import sys
+
+from transformer.types import UserError
+
+COMMANDS = {
+    "train": "train a model, or go on with an interrupted run",
+    "evaluate": "score a run's model over a whole split",
+    "generate": "continue a prompt with a run's model",
+    "prepare": "turn text into a dataset on disk",
+    "inspect": "show batches and parameters of a config, without training",
+}
+USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; a user's error is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE + "\n`transformer COMMAND --help` tells more.")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    run(name, rest)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Import the command's module (some need a second to load) and call it."""
+    # The C++ side of JAX, TensorStore and ArrayRecord writes notes that are not for users.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    try:
+        importlib.import_module(f"transformer.cli.{name}").main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
