@@ -1,0 +1,142 @@
+"""Attention masks as descriptions: who may attend to whom, without a [T, S] array until a backend wants one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """Which keys a query may attend to; every condition given must hold.
+
+    Rows are queries, columns keys, `1` means attends. With four tokens:
+
+        causal=True        window=2           causal, window=2   segments [1 1 2 0]  key_lengths=[2]
+        1 0 0 0            1 1 0 0            1 0 0 0            1 1 0 0             1 1 0 0
+        1 1 0 0            1 1 1 0            1 1 0 0            1 1 0 0             1 1 0 0
+        1 1 1 0            0 1 1 1            0 1 1 0            0 0 1 0             1 1 0 0
+        1 1 1 1            0 0 1 1            0 0 1 1            0 0 0 0             1 1 0 0
+
+    `causal` and `window` compare positions where they are given, else indices, a query's index being
+    `query_offset + row` (two new tokens behind two cached ones: `causal=True, query_offset=[2]`):
+
+        1 1 1 0
+        1 1 1 1
+
+    Segment 0 is padding: it attends to nothing and nothing attends to it. If only one side's segments are given,
+    only their zeros count. A query that sees no key is legal: its output is zeros.
+
+    Arrays may have a batch dimension of 1, which stands for every row.
+    """
+
+    causal: bool = _static(False)
+    """No key later than the query."""
+    window: int = _static(0)
+    """Keys fewer than this many places away on either side; 0 means any distance."""
+    query_segment_ids: Any = None  # int [B, T]
+    key_segment_ids: Any = None  # int [B, S]
+    query_positions: Any = None  # int [B, T]
+    key_positions: Any = None  # int [B, S]
+    key_lengths: Any = None  # int [B]; keys with an index from here on are invisible
+    query_offset: Any = None  # int [B]; the index of the first query among the keys
+
+    @classmethod
+    def packed(cls, segment_ids: Int[jax.Array, "B T"], *, causal: bool = False, window: int = 0) -> "AttentionMask":
+        """Self-attention within each segment of packed rows.
+
+        Positions are not needed: a segment is contiguous, so that indices differ by as much as positions do, and
+        comparing indices lets a backend skip blocks that no row needs.
+        """
+        return cls(causal=causal, window=window, query_segment_ids=segment_ids, key_segment_ids=segment_ids)
+
+    @property
+    def compares_indices(self) -> bool:
+        """Whether `causal` and `window` are known when tracing: neither positions nor an offset are given."""
+        return self.query_positions is None and self.key_positions is None and self.query_offset is None
+
+    def key_range(self, query_start: int, query_size: int, num_keys: int) -> tuple[int, int]:
+        """The keys `[low, high)` outside which none of the queries sees anything, from what is known when tracing."""
+        low, high = 0, num_keys
+        if self.compares_indices:
+            query_last = query_start + query_size - 1
+            if self.causal:
+                high = min(high, query_last + 1)
+            if self.window > 0:
+                low = max(low, query_start - self.window + 1)
+                high = min(high, query_last + self.window)
+        return low, max(low, high)
+
+    def query_places(self, start: Any, size: int) -> Int[jax.Array, "B t"]:
+        """What `causal`, `window` and biases compare, for queries `start` to `start + size`; B is 1 if rows agree."""
+        if self.query_positions is not None:
+            return _columns(self.query_positions, start, size)
+        indices_T = jnp.arange(size, dtype=jnp.int32)[None] + start
+        return indices_T if self.query_offset is None else indices_T + self.query_offset[:, None]
+
+    def key_places(self, start: Any, size: int) -> Int[jax.Array, "B s"]:
+        """What `causal`, `window` and biases compare, for keys `start` to `start + size`; B is 1 if rows agree."""
+        if self.key_positions is not None:
+            return _columns(self.key_positions, start, size)
+        return jnp.arange(size, dtype=jnp.int32)[None] + start
+
+    def to_bool(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "B 1 T S"]:
+        """The whole mask as booleans; B is 1 if rows agree."""
+        return self.block(0, num_queries, 0, num_keys)
+
+    def block(
+        self, query_start: Any, query_size: int, key_start: Any, key_size: int
+    ) -> Bool[jax.Array, "B 1 query_size key_size"]:
+        """The mask of some queries and some keys; starts may be traced, sizes may not."""
+        visible = jnp.ones((1, query_size, key_size), bool)
+        if self.causal or self.window > 0:
+            queries = self.query_places(query_start, query_size)[:, :, None]
+            keys = self.key_places(key_start, key_size)[:, None, :]
+            if self.causal:
+                visible &= keys <= queries
+            if self.window > 0:
+                visible &= abs(queries - keys) < self.window
+        query_segments = key_segments = None
+        if self.query_segment_ids is not None:
+            query_segments = _columns(self.query_segment_ids, query_start, query_size)[:, :, None]
+            visible &= query_segments != 0
+        if self.key_segment_ids is not None:
+            key_segments = _columns(self.key_segment_ids, key_start, key_size)[:, None, :]
+            visible &= key_segments != 0
+        if query_segments is not None and key_segments is not None:
+            visible &= query_segments == key_segments
+        if self.key_lengths is not None:
+            indices_S = jnp.arange(key_size, dtype=jnp.int32) + key_start
+            visible &= indices_S[None, None, :] < self.key_lengths[:, None, None]
+        return visible[:, None]
+
+    def check(self, batch: int, num_queries: int, num_keys: int) -> None:
+        """Raise ValueError unless every array fits queries of [batch, num_queries] and keys of [batch, num_keys]."""
+        if self.window < 0:
+            raise ValueError(f"AttentionMask.window must be 0 (any distance) or positive, got {self.window}.")
+        sizes = {"query": num_queries, "key": num_keys}
+        for name in ("query_segment_ids", "key_segment_ids", "query_positions", "key_positions"):
+            _check_shape(name, getattr(self, name), (batch, sizes[name.split("_")[0]]))
+        for name in ("key_lengths", "query_offset"):
+            _check_shape(name, getattr(self, name), (batch,))
+
+
+def _check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
+    if array is not None and jnp.shape(array) not in (expected, (1, *expected[1:])):
+        raise ValueError(
+            f"AttentionMask.{name} must have shape {expected} (or a batch of 1) to fit query and key, "
+            f"got {jnp.shape(array)}."
+        )
+
+
+def _columns(array: Any, start: Any, size: int) -> jax.Array:
+    if isinstance(start, int):
+        return jnp.asarray(array[:, start : start + size])
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
