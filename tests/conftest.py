@@ -1,19 +1,26 @@
 """Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors."""
 
 import os
+import sys
+import types
 
 # Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import beartype
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Shapes in signatures are checked at run time; installed before the first import of the package.
-_hook = jaxtyping.install_import_hook("transformer", "beartype.beartype")
+# Shapes in signatures are checked at run time; installed before the first import of the package. The hook wants the
+# checker by name, and ours lets an int stand for a float, as PEP 484 does.
+sys.modules["numeric_tower"] = types.SimpleNamespace(
+    check=beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+)
+_hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
 _hook.__enter__()
 
 

@@ -16,7 +16,8 @@ STAIRS = [
     {"training", "evaluation"},
     {"build"},
     {"planning"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(STAIRS) for package in packages}
 # One import inside a function: the heavy `load` of the top-level package.
@@ -32,7 +33,9 @@ def imports(path):
             for alias in node.names:
                 yield alias.name, id(node) in inner
         elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or ""), id(node) in inner
+            module = "." * node.level + (node.module or "")
+            names = [f"transformer.{alias.name}" for alias in node.names] if module == "transformer" else [module]
+            yield from ((name, id(node) in inner) for name in names)
 
 
 def package(module):

@@ -1,0 +1,103 @@
+"""Configs refuse what cannot work, with the invariant, the value and the remedy, and survive JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config_io import from_dict, resume_conflicts, to_dict
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from transformer.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AttentionConfig(num_heads=0), "num_heads must be at least 1, got 0"),
+        (lambda: AttentionConfig(num_heads=4, num_kv_heads=3), "num_kv_heads must divide num_heads=4, got 3"),
+        (lambda: AttentionConfig(dropout=1.0), "dropout must be at least 0 and below 1, got 1.0"),
+        (lambda: AttentionConfig(window=-1), "window must be at least 0, got -1"),
+        (lambda: FeedForwardConfig(hidden_dim=-1), "hidden_dim must be at least 0, got -1"),
+        (lambda: NormConfig(kind="rms_norm", use_bias=True), "RMSNorm has no offset"),
+        (lambda: NormConfig(epsilon=0), "epsilon must be positive, got 0"),
+        (lambda: PositionConfig(theta=0), "theta must be positive, got 0"),
+        (lambda: ModelConfig(embed_dim=130), "got embed_dim=130 and num_heads=4; change one of them or set head_dim"),
+        (lambda: ModelConfig(embed_dim=12), "Rotary positions need an even head_dim, got 3"),
+        (lambda: ModelConfig(pattern=()), "at least one BlockConfig"),
+        (lambda: ModelConfig(num_layers=3, pattern=(BlockConfig(),) * 2), "multiple of the pattern's 2 blocks, got 3"),
+        (
+            lambda: ModelConfig(pattern=(BlockConfig(), BlockConfig(norm=NormConfig(placement="post")))),
+            "cannot mix post-norm blocks",
+        ),
+        (lambda: DataConfig(source=()), "at least one corpus"),
+        (lambda: DataConfig(source=("a", "b"), weights=(1.0,)), r"one per source \(2\) or none, got 1"),
+        (lambda: DataConfig(weights=(-1.0,)), "weights must be positive"),
+        (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), "leave something to train on"),
+        (lambda: DataConfig(batch_size=12, num_streams=5), "divide batch_size=12 or be a multiple of it, got 5"),
+        (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
+        (lambda: OptimizerConfig(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
+        (lambda: OptimizerConfig(parameter_groups=("(=1",)), "must be REGEX=SCALE"),
+        (lambda: OptimizerConfig(parameter_groups=("a=-1",)), "must be REGEX=SCALE"),
+        (lambda: TrainingConfig(steps=0), "steps must be at least 1, got 0"),
+        (lambda: ParallelConfig(data=-1), "data must be at least 0, got -1"),
+        (
+            lambda: Config(data=DataConfig(batch_size=10), optimizer=OptimizerConfig(accumulate_steps=4)),
+            "divisible by optimizer.accumulate_steps=4, got 10",
+        ),
+        (lambda: Config(model=ModelConfig(max_length=8)), "max_length must be 0 or at least data.sequence_length=256"),
+        (lambda: Config(optimizer=OptimizerConfig(warmup_steps=2000)), "must not exceed training.steps=1000, got 2000"),
+    ],
+)
+def test_bad_values_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+CUSTOM = Config(
+    model=ModelConfig(pattern=(BlockConfig(AttentionConfig(window=8)), BlockConfig())),
+    data=DataConfig(source=("a", "b"), weights=(1.0, 2.0)),
+    optimizer=OptimizerConfig(parameter_groups=("embedding=0",)),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), CUSTOM], ids=["default", "custom"])
+def test_json_round_trip(config):
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_unknown_field_in_json_is_named():
+    values = to_dict(Config())
+    values["model"]["depth"] = 3
+    with pytest.raises(UserError, match="ModelConfig has no field depth; it has architecture"):
+        from_dict(Config, values)
+
+
+def test_configs_are_frozen_and_hashable():
+    assert hash(CUSTOM) != hash(Config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CUSTOM.workdir = "elsewhere"
+
+
+def test_resume_may_change_length_but_not_the_model():
+    old = to_dict(CUSTOM)
+    longer = dataclasses.replace(CUSTOM, workdir="x", training=TrainingConfig(steps=5000, log_every=3))
+    assert resume_conflicts(old, to_dict(longer)) == []
+    block = BlockConfig(AttentionConfig(num_heads=8, window=8))
+    other = dataclasses.replace(CUSTOM, model=dataclasses.replace(CUSTOM.model, pattern=(block, BlockConfig())))
+    assert resume_conflicts(old, to_dict(other)) == ["model.pattern.0.attention.num_heads: 4 -> 8"]
+    fewer = dataclasses.replace(other, model=dataclasses.replace(CUSTOM.model, pattern=(BlockConfig(),)))
+    assert any("model.pattern.1" in line and "absent" in line for line in resume_conflicts(old, to_dict(fewer)))
+
+
+def test_parameter_groups_are_parsed():
+    ((pattern, scale),) = OptimizerConfig(parameter_groups=("layers_[01]/.*=0.5",)).groups()
+    assert pattern.search("layers_1/attention") and scale == 0.5
