@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizers, and the Grain pipeline."""
+"""From text to batches: tokenizers, local and TFDS corpora, and the training and evaluation pipelines."""

@@ -1,0 +1,277 @@
+"""A source named in a config becomes records that are read at random: TFDS datasets, or local text prepared as one."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data.builder import Example, TextRecords
+from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
+from transformer.data.splits import SPLITS, cut, split_documents
+from transformer.types import UserError
+from transformer.validation import require
+
+_FORMAT = 1  # of the prepared records; a change prepares every corpus anew
+_FEW_RECORDS = 64  # a TFDS split with fewer records is cut into pieces, so that there is something to shuffle
+_TFDS_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
+
+
+class Record(NamedTuple):
+    """A document, or a piece of one that is too long; `last` is the piece that ends it."""
+
+    text: str
+    prompt: str
+    continues: bool
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A corpus ready to be read; `records` gives the random-access records of a split, in the order of the text."""
+
+    name: str
+    fingerprint: str
+    split_names: tuple[str, ...]
+    description: str
+    open_split: Callable[[str], Sequence[Record]]
+
+    def records(self, split: str) -> Sequence[Record]:
+        require(
+            split in self.split_names,
+            f"A split must be one of {', '.join(self.split_names) or 'none'} for {self.name}, got {split!r}; "
+            "for local text, data.validation_fraction and data.test_fraction make the other ones.",
+        )
+        return self.open_split(split)
+
+
+def open_sources(config: DataConfig) -> tuple[Source, ...]:
+    """Each of `config.source`, prepared now if it was not before."""
+    return tuple(open_source(source, config) for source in config.source)
+
+
+def open_source(source: str, config: DataConfig) -> Source:
+    """A TFDS name, `python_stdlib`, a text file, a folder of text files or a .jsonl file, ready to be read."""
+    if source == PYTHON_STDLIB or epath.Path(source).expanduser().exists():
+        return _open_local(read_local(source, config), config)
+    require(
+        _TFDS_NAME.fullmatch(source) is not None,
+        f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; there is no file or folder "
+        f"{source!r} (looked in {os.getcwd()}), and a TFDS name is written name, name/config or name:1.0.0.",
+    )
+    return _open_tfds(source, config)
+
+
+def split_text(source: Source, split: str) -> Iterator[str]:
+    """The documents of a split, whole and in order, with their prompts in front."""
+    for prompt, text in whole_documents(source, split):
+        yield prompt + text
+
+
+def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
+    """(prompt, text) of each document of a split, in order, its pieces joined again."""
+    prompt, pieces = "", list[str]()
+    records = source.records(split)
+    for index in range(len(records)):
+        record = records[index]
+        if not record.continues:
+            prompt = record.prompt
+        pieces.append(record.text)
+        if record.last:
+            yield prompt, "".join(pieces)
+            pieces = []
+
+
+# ---- TFDS datasets by name -------------------------------------------------------------------------------------------
+
+
+def _open_tfds(name: str, config: DataConfig) -> Source:
+    data_dir = str(_data_dir(config))
+    prepare = f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_dir}`"
+    try:
+        with _quiet():
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file or "
+            f"folder in {os.getcwd()} nor a dataset TFDS knows or finds in {data_dir}."
+        ) from None
+    except (ValueError, ImportError, AssertionError) as error:
+        raise UserError(f"The TFDS dataset {name!r} cannot be opened in {data_dir}: {error}") from error
+    require(
+        builder.data_path.exists() and len(builder.info.splits) > 0,
+        f"A TFDS dataset must be prepared before training; {name!r} is not in {data_dir}. Prepare it once with {prepare} "
+        "(that command may need `pip install tensorflow`), or point data.data_dir at where it is.",
+    )
+    require(
+        config.text_key in (builder.info.features or {}),
+        f"data.text_key must be a feature of {name!r}, got {config.text_key!r}; it has "
+        f"{', '.join(builder.info.features or {})}.",
+    )
+
+    def open_split(split: str) -> Sequence[Record]:
+        try:
+            with _quiet():
+                data_source = builder.as_data_source(split=split)
+        except NotImplementedError:
+            raise UserError(
+                f"A TFDS dataset must be stored as ArrayRecord; {name!r} in {data_dir} is not. Prepare it with {prepare} "
+                "in another data_dir."
+            ) from None
+        records = _TfdsRecords(data_source, config.text_key, config.prompt_key)
+        if len(records) >= _FEW_RECORDS:
+            return records
+        return [
+            piece
+            for index in range(len(records))
+            for piece in _pieces(records[index].text, records[index].prompt, config.record_bytes)
+        ]
+
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
+    full_name = builder.info.full_name
+    description = f"{full_name}: " + ", ".join(f"{split} {count:,} records" for split, count in sizes.items())
+    return Source(full_name, f"{full_name} {sizes}", tuple(sizes), description, open_split)
+
+
+class _TfdsRecords(Sequence[Record]):
+    """Records of a dataset we did not prepare: each is a whole document."""
+
+    def __init__(self, data_source: Sequence[Example], text_key: str, prompt_key: str) -> None:
+        self._data_source = data_source
+        self._text_key = text_key
+        self._prompt_key = prompt_key
+
+    def __len__(self) -> int:
+        return len(self._data_source)
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._data_source[index]
+        text, prompt = example[self._text_key], example.get(self._prompt_key, b"")
+        require(
+            isinstance(text, bytes) and isinstance(prompt, bytes),
+            f"data.text_key={self._text_key!r} and data.prompt_key={self._prompt_key!r} must name text features, "
+            f"got {type(text).__name__} and {type(prompt).__name__}.",
+        )
+        return Record(text.decode("utf-8", "replace"), prompt.decode("utf-8", "replace"), False, True)
+
+
+# ---- Local text, prepared once ---------------------------------------------------------------------------------------
+
+
+class _PreparedRecords(Sequence[Record]):
+    """Records that `TextRecords` wrote."""
+
+    def __init__(self, data_source: Sequence[Example]) -> None:
+        self._data_source = data_source
+
+    def __len__(self) -> int:
+        return len(self._data_source)
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._data_source[index]
+        return Record(
+            example["text"].decode(), example["prompt"].decode(), bool(example["continues"]), bool(example["last"])
+        )
+
+
+def _open_local(corpus: Corpus, config: DataConfig) -> Source:
+    key = _key(corpus, config)
+    label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower() or "text"
+    root = _data_dir(config) / "text_records" / f"{label}-{corpus.version}-{key[:16]}"
+    # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies in `root`.
+    pointer = root / "prepared.json"
+    if not pointer.exists():
+        _prepare(corpus, label, root, pointer, config)
+    prepared = json.loads(pointer.read_text())
+    with _quiet():
+        builder = tfds.builder_from_directory(root / prepared["directory"])
+
+    def open_split(split: str) -> Sequence[Record]:
+        return _PreparedRecords(builder.as_data_source(split=split))
+
+    name = f"{corpus.name} {corpus.version}" if corpus.name == PYTHON_STDLIB else corpus.name
+    sizes: dict[str, dict[str, int]] = prepared["splits"]
+    description = f"{name}: " + ", ".join(
+        f"{split} {size['documents']:,} documents, {size['bytes']:,} bytes" for split, size in sizes.items()
+    )
+    return Source(name, key, tuple(sizes), description, open_split)
+
+
+def _key(corpus: Corpus, config: DataConfig) -> str:
+    """A hash of all that decides what the records hold: the text, not where it lies."""
+    parts = (_FORMAT, corpus.name, corpus.version, corpus.fingerprint)
+    parts += (config.validation_fraction, config.test_fraction, config.record_bytes)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, config: DataConfig) -> None:
+    splits: dict[str, Callable[[], Iterator[Example]]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        documents = functools.partial(
+            split_documents,
+            corpus,
+            split,
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+        )
+        count, size = 0, 0
+        for document in documents():
+            count, size = count + 1, size + len(document.prompt.encode()) + len(document.text.encode())
+        if count > 0:
+            sizes[split] = {"documents": count, "bytes": size}
+            splits[split] = functools.partial(_examples, documents, config.record_bytes)
+    require(
+        "train" in splits,
+        f"A source must leave text to train on, {corpus.name} has {corpus.count} documents of which none is left after "
+        f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}.",
+    )
+    attempt = root / uuid.uuid4().hex
+    with _quiet():
+        builder = TextRecords(name=label, version=corpus.version, splits=splits, data_dir=os.fspath(attempt))
+        builder.download_and_prepare(download_dir=attempt / "downloads")
+    directory = builder.data_path.relative_to(attempt.parent).as_posix()
+    draft = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps({"directory": directory, "splits": sizes}, indent=2))
+    draft.replace(pointer)
+
+
+def _examples(documents: Callable[[], Iterator], record_bytes: int) -> Iterator[Example]:
+    for document in documents():
+        for piece in _pieces(document.text, document.prompt, record_bytes):
+            yield {**piece._asdict(), "name": document.name}
+
+
+def _pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
+    pieces = list(cut(text, record_bytes))
+    for index, piece in enumerate(pieces):
+        yield Record(piece, prompt if index == 0 else "", index > 0, index == len(pieces) - 1)
+
+
+def _data_dir(config: DataConfig) -> epath.Path:
+    chosen = config.data_dir or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
+    return epath.Path(chosen).expanduser()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars, prints and log lines of TFDS out of the user's terminal."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,174 @@
+"""Text to token ids and back: UTF-8 bytes, the characters of a corpus, or byte-pair encoding trained on it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int
+
+from transformer.config import DataConfig
+from transformer.types import UserError
+
+FILE_NAME = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+
+Ids = Sequence[int] | Int[np.ndarray, " n"] | Any
+
+
+class Tokenizer(Protocol):
+    """What the pipeline, the trainer and generation need to know of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends a document, and that stands before its first token."""
+        ...
+
+    @property
+    def token_bytes(self) -> Int[np.ndarray, " V"]:
+        """UTF-8 bytes each id stands for, 0 for special ids: what bits per byte divides by."""
+        ...
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Ids of `text`, without end-of-text; a lone surrogate, which has no UTF-8 form, becomes `?`."""
+        ...
+
+    def decode(self, ids: Ids) -> str:
+        """Text of any integers: special ids are dropped, as are those outside the vocabulary."""
+        ...
+
+    def save(self, directory: epath.PathLike) -> None: ...
+
+
+def _known(ids: Ids, vocab_size: int) -> np.ndarray:
+    flat = np.asarray(ids, dtype=np.int64).reshape(-1)
+    return flat[(flat >= 0) & (flat < vocab_size)]
+
+
+def _write(directory: epath.PathLike, text: str) -> None:
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILE_NAME).write_text(text)
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, then end-of-text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def __init__(self) -> None:
+        self.token_bytes = np.array([1] * 256 + [0], np.int32)
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        return _known(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, json.dumps({"kind": "bytes"}))
+
+
+class CharacterTokenizer:
+    """End-of-text (0), unknown (1), then the characters of the training split in code point order."""
+
+    end_of_text = 0
+    unknown = 1
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.vocab_size = 2 + len(characters)
+        # Unknown counts 0 bytes: it stands for no particular character, so a score may not claim to have predicted one.
+        self.token_bytes = np.array([0, 0] + [len(c.encode()) for c in characters], np.int32)
+        points = np.array([ord(c) for c in characters], np.int64)
+        self._id_of_point = np.full(points.max(initial=0) + 2, self.unknown, np.int32)
+        self._id_of_point[points] = np.arange(2, self.vocab_size)
+        self._text_of_id = np.array(["", "\N{REPLACEMENT CHARACTER}", *characters], dtype=object)
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> "CharacterTokenizer":
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls("".join(sorted(characters)))
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
+        return self._id_of_point[np.minimum(points, len(self._id_of_point) - 1)]
+
+    def decode(self, ids: Ids) -> str:
+        return "".join(self._text_of_id[_known(ids, self.vocab_size)])
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, json.dumps({"kind": "characters", "characters": self.characters}))
+
+
+class BpeTokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), end-of-text last."""
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        # A document may contain the text "<|endoftext|>": it is then text, not the end.
+        model.encode_special_tokens = True
+        self._model = model
+        self.vocab_size = model.get_vocab_size()
+        self.end_of_text = model.token_to_id(END_OF_TEXT)
+        # In the byte-level alphabet one character of a token stands for one byte.
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+        for token, index in model.get_vocab().items():
+            self.token_bytes[index] = 0 if index == self.end_of_text else len(token)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
+        model.add_special_tokens([END_OF_TEXT])
+        return cls(model)
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        text = text.encode("utf-8", "replace").decode()
+        return np.array(self._model.encode(text).ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        return self._model.decode(_known(ids, self.vocab_size).tolist())
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, self._model.to_str())
+
+
+def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer `config` asks for, trained on `texts`, the documents of the training split."""
+    match config.tokenizer:
+        case "bytes":
+            return ByteTokenizer()
+        case "characters":
+            return CharacterTokenizer.train(texts)
+        case "bpe":
+            return BpeTokenizer.train(texts, config.bpe_vocab_size)
+
+
+def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote to `directory`."""
+    path = epath.Path(directory) / FILE_NAME
+    if not path.exists():
+        raise UserError(f"A run directory must hold {FILE_NAME}, which training writes; {directory} does not.")
+    text = path.read_text()
+    match json.loads(text):
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": "characters", "characters": characters}:
+            return CharacterTokenizer(characters)
+        case {"model": {"type": "BPE"}}:
+            return BpeTokenizer(tokenizers.Tokenizer.from_str(text))
+    raise UserError(f"{path} must describe a bytes, characters or byte-pair tokenizer; it was not written by training.")
