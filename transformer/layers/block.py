@@ -1,0 +1,138 @@
+"""A transformer block: attention and feed-forward sub-layers on a residual stream."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.attention import Attention
+from transformer.layers.cache import KVCache, MemoryCache
+from transformer.layers.feed_forward import FeedForward
+from transformer.layers.linear import DotGeneral
+from transformer.layers.norm import make_norm
+from transformer.model_config import BlockConfig, PositionConfig
+from transformer.ops.masks import AttentionMask
+
+
+class BlockCache(NamedTuple):
+    """What a block remembers between calls; `cross_attention` is () in a block that has none."""
+
+    attention: KVCache
+    cross_attention: MemoryCache | tuple[()] = ()
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, and a feed-forward network.
+
+    Each sub-layer `f` is added to the stream `x`, with `n` its norms and dropout after `f`:
+
+        pre        x + f(n(x))
+        post       n(x + f(x))
+        sandwich   x + n(f(n(x)))
+
+    Attributes:
+        config: attention, feed-forward network and norms.
+        positions: rotary and alibi act in self-attention.
+        cross_attention: whether the block attends to a memory too; without positions and window, otherwise alike.
+        dropout: probability of dropping an element of a sub-layer's output.
+        init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
+        residual_init_scale: multiplies that of the projections back to the stream.
+        dtype: of activations and products.
+        param_dtype: of the parameters.
+        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+
+    Example:
+        >>> x = jnp.ones((1, 3, 8))
+        >>> y, variables = Block(BlockConfig()).init_with_output(jax.random.key(0), x, mask=AttentionMask(causal=True))
+        >>> sorted(variables["params"])
+        ['attention', 'feed_forward', 'pre_attention_norm', 'pre_feed_forward_norm']
+    """
+
+    config: BlockConfig
+    positions: PositionConfig = PositionConfig(kind="none")
+    cross_attention: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.0
+    residual_init_scale: float = 1.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_BTD: Float[Array, "B T D"],
+        *,
+        mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        positions_BT: Int[Array, "#B T"] | None = None,
+        memory_BSD: Float[Array, "B S M"] | None = None,
+        memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        cache: BlockCache | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], BlockCache]:
+        """The stream after this block, and the cache where one was given.
+
+        Args:
+            inputs_BTD: the residual stream.
+            mask: of self-attention.
+            positions_BT: of the tokens, None meaning 0, 1, ... or the cache's next slots.
+            memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
+            memory_mask: of cross-attention.
+            cache: what earlier calls left.
+            train: apply dropout, with the `dropout` key.
+        """
+        shared = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        weights = {
+            **shared,
+            "init_std": self.init_std,
+            "residual_init_scale": self.residual_init_scale,
+            "dot_general": self.dot_general,
+        }
+        placement = self.config.norm.placement
+
+        def norm(name: str, x_BTD: Array) -> Array:
+            return make_norm(self.config.norm, name=name, **shared)(x_BTD)
+
+        def before(role: str, x_BTD: Array) -> Array:
+            return x_BTD if placement == "post" else norm(f"pre_{role}_norm", x_BTD)
+
+        def after(role: str, x_BTD: Array, update_BTD: Array) -> Array:
+            if placement == "sandwich":
+                update_BTD = norm(f"post_{role}_norm", update_BTD)
+            x_BTD = x_BTD + nn.Dropout(self.dropout)(update_BTD, deterministic=not train)
+            return norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD
+
+        x_BTD = inputs_BTD
+        caches: dict[str, Any] = {}
+        attention = Attention(self.config.attention, positions=self.positions, name="attention", **weights)
+        update = attention(
+            before("attention", x_BTD),
+            mask=mask,
+            positions_BT=positions_BT,
+            cache=None if cache is None else cache.attention,
+            train=train,
+        )
+        if cache is not None:
+            update, caches["attention"] = update
+        x_BTD = after("attention", x_BTD, update)
+
+        if self.cross_attention:
+            # A distance to a token of another sequence means nothing: no positions, no window.
+            config = dataclasses.replace(self.config.attention, window=0)
+            update = Attention(config, name="cross_attention", **weights)(
+                before("cross_attention", x_BTD),
+                memory_BSD=memory_BSD,
+                mask=memory_mask,
+                cache=None if cache is None else cache.cross_attention,
+                train=train,
+            )
+            if cache is not None:
+                update, caches["cross_attention"] = update
+            x_BTD = after("cross_attention", x_BTD, update)
+
+        update = FeedForward(self.config.feed_forward, name="feed_forward", **weights)(before("feed_forward", x_BTD))
+        x_BTD = after("feed_forward", x_BTD, update)
+        return x_BTD if cache is None else (x_BTD, BlockCache(**caches))

@@ -1,0 +1,106 @@
+"""Keys and values of the tokens read so far, as an explicit pytree that goes into attention and comes out again."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class KVCache(NamedTuple):
+    """What self-attention remembers of P tokens a row; a slot's index is its token's position.
+
+    A call with T tokens writes token `t` of row `b` to slot `lengths_B[b] + t`, its valid tokens (a prefix: the rest
+    is right padding) only. A query sees the slots up to its own. What does not fit is dropped and sets `overflow`:
+    nothing is ever overwritten.
+    """
+
+    key_BPGK: Float[Array, "B P G K"]
+    value_BPGK: Float[Array, "B P G K"]
+    lengths_B: Int[Array, "B"]
+    overflow: Bool[Array, ""]
+
+
+class MemoryCache(NamedTuple):
+    """What cross-attention remembers: keys and values of the encoder's output, computed once (S is 0 before)."""
+
+    key_BSGK: Float[Array, "B S G K"]
+    value_BSGK: Float[Array, "B S G K"]
+
+
+def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
+    """An empty cache with room for `capacity` tokens a row.
+
+    >>> init_cache(2, 8, num_kv_heads=1, head_dim=4).lengths_B.tolist()
+    [0, 0]
+    """
+    slots = jnp.zeros((batch_size, capacity, num_kv_heads, head_dim), dtype)
+    return KVCache(slots, slots, jnp.zeros((batch_size,), jnp.int32), jnp.zeros((), bool))
+
+
+def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> MemoryCache:
+    """A cache that waits for the encoder's output, which the first call brings."""
+    empty = jnp.zeros((batch_size, 0, num_kv_heads, head_dim), dtype)
+    return MemoryCache(empty, empty)
+
+
+def cache_positions(cache: KVCache, num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+    """Positions of the next `num_tokens` tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
+    slots_BT = cache.lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
+    return slots_BT if valid_BT is None else jnp.where(valid_BT, slots_BT, 0)
+
+
+def write_cache(
+    cache: KVCache,
+    key_BTGK: Float[Array, "B T G K"],
+    value_BTGK: Float[Array, "B T G K"],
+    valid_BT: Bool[Array, "B T"] | None = None,
+) -> KVCache:
+    """The cache with the valid tokens appended to each row, in the cache's dtype.
+
+    Args:
+        cache: what was there.
+        key_BTGK: keys of the new tokens.
+        value_BTGK: their values.
+        valid_BT: which tokens count; those that do not must come last in their row. None means all.
+    """
+    B, T = key_BTGK.shape[:2]
+    capacity = cache.key_BPGK.shape[1]
+    slots_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    added_B = jnp.full((B,), T, jnp.int32)
+    if valid_BT is not None:
+        slots_BT = jnp.where(valid_BT, slots_BT, capacity)
+        added_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    wanted_B = cache.lengths_B + added_B
+    rows_B1 = jnp.arange(B)[:, None]
+    return KVCache(
+        key_BPGK=cache.key_BPGK.at[rows_B1, slots_BT].set(key_BTGK.astype(cache.key_BPGK.dtype), mode="drop"),
+        value_BPGK=cache.value_BPGK.at[rows_B1, slots_BT].set(value_BTGK.astype(cache.value_BPGK.dtype), mode="drop"),
+        lengths_B=jnp.minimum(wanted_B, capacity),
+        overflow=cache.overflow | jnp.any(wanted_B > capacity),
+    )
+
+
+def check_capacity(capacity: int, prompt: int, new: int) -> None:
+    """Raise ValueError unless a cache holds a prompt and the tokens that will follow it; for the host, before a run."""
+    if prompt + new > capacity:
+        raise ValueError(
+            f"The cache must hold prompt and new tokens, {prompt} + {new}, but its capacity is {capacity}; "
+            f"raise the capacity to {prompt + new}, shorten the prompt or ask for fewer tokens."
+        )
+
+
+def overflowed(caches: Any) -> Bool[Array, ""]:
+    """Whether any layer of a model's cache dropped a token."""
+    flags = [c.overflow for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c)]
+    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
+
+
+def lengths(caches: Any) -> Int[Array, "B"]:
+    """Tokens held in each row of a model's cache; every layer holds the same."""
+    cache = next(c for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c))
+    return cache.lengths_B if cache.lengths_B.ndim == 1 else cache.lengths_B[0]
+
+
+def _is_kv_cache(node: Any) -> bool:
+    return isinstance(node, KVCache)

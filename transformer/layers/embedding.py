@@ -1,0 +1,106 @@
+"""Vectors for tokens and for positions, and the token vectors again as output projection."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.linear import DotGeneral, normal_initializer
+from transformer.model_config import PositionConfig
+from transformer.ops.positions import sinusoidal
+
+
+class Embed(nn.Module):
+    """A table of vectors: looked up for tokens, and multiplied with for tied logits (Press and Wolf 2017).
+
+    Attributes:
+        num_embeddings: rows of the table.
+        embed_dim: their width.
+        axis: logical name of the rows.
+        scale: multiply what is looked up by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4).
+        init_std: standard deviation of the initial table; 0 means 1 / sqrt(embed_dim).
+    """
+
+    num_embeddings: int
+    embed_dim: int
+    axis: str = "vocab"
+    scale: bool = False
+    init_std: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    def setup(self) -> None:
+        init = normal_initializer(self.init_std, self.embed_dim)
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(init, (self.axis, "embed")),
+            (self.num_embeddings, self.embed_dim),
+            self.param_dtype,
+        )
+
+    def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """The rows at `indices`; NaN beyond the table, which no loss or sample can hide."""
+        # Rows are cast after the look-up: less to cast, and the gradient adds up in the parameter's dtype.
+        rows = jnp.take(self.embedding, indices, axis=0, mode="fill").astype(self.dtype)
+        return rows * math.sqrt(self.embed_dim) if self.scale else rows
+
+    def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The product of each vector with every row, accumulated and returned in float32."""
+        logits_NV = self.dot_general(
+            hidden.astype(self.dtype).reshape(-1, self.embed_dim),
+            self.embedding.astype(self.dtype).T,
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.dtype(jnp.float32),
+        )
+        return logits_NV.reshape(*hidden.shape[:-1], self.num_embeddings)
+
+
+class PositionEmbedding(nn.Module):
+    """Vectors added to the embeddings: a learned table, sinusoids, or (for kinds that live in attention) nothing.
+
+    Attributes:
+        config: which kind.
+        max_length: rows of a learned table.
+        init_std: standard deviation of a learned table; 0 means 1 / sqrt(embed_dim).
+    """
+
+    config: PositionConfig
+    max_length: int
+    init_std: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
+        """The embeddings with their positions' vectors added; NaN at a position beyond a learned table."""
+        embed_dim = inputs_BTD.shape[-1]
+        if self.config.kind == "learned":
+            check_learned_length(self.max_length, positions_BT.shape[1])
+            table = Embed(
+                num_embeddings=self.max_length,
+                embed_dim=embed_dim,
+                axis="position",
+                init_std=self.init_std,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name="position_embedding",
+            )
+            vectors = table(positions_BT)
+        elif self.config.kind == "sinusoidal":
+            vectors = sinusoidal(positions_BT, embed_dim, theta=self.config.theta).astype(self.dtype)
+        else:
+            return inputs_BTD
+        return inputs_BTD + jnp.broadcast_to(vectors, inputs_BTD.shape)
+
+
+def check_learned_length(max_length: int, length: int) -> None:
+    """Raise ValueError unless learned positions reach `length` tokens."""
+    if length > max_length:
+        raise ValueError(
+            f"Learned positions reach max_length={max_length} tokens, got {length}; raise max_length, shorten the "
+            "sequence, or choose another kind of positions."
+        )

@@ -1,0 +1,222 @@
+"""A stack of blocks on embedded tokens: positions and dropout before it, the final norm after it."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.block import Block, BlockCache
+from transformer.layers.cache import init_cache, init_memory_cache
+from transformer.layers.embedding import PositionEmbedding, check_learned_length
+from transformer.layers.linear import DotGeneral
+from transformer.layers.norm import make_norm
+from transformer.model_config import BlockConfig, ModelConfig
+from transformer.ops.masks import AttentionMask
+
+# What the backward pass finds stored. Attention's own products have batch dimensions and are recomputed: kept, they
+# would need memory quadratic in the sequence.
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+StackCache = tuple[BlockCache, ...]
+"""One entry a block; with `scan_layers` one a block of the pattern, with a leading axis of periods."""
+
+
+class Blocks(nn.Module):
+    """Blocks one after another: the whole depth of a loop, or the one period that a scan repeats."""
+
+    config: ModelConfig
+    blocks: tuple[BlockConfig, ...]
+    cross_attention: bool = False
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], caches: StackCache | None, *, train: bool = False, **context: Any
+    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
+        """The stream after every block, and their caches."""
+        config = self.config
+        updated = []
+        for index, block_config in enumerate(self.blocks):
+            block = Block(
+                block_config,
+                positions=config.positions,
+                cross_attention=self.cross_attention,
+                dropout=config.dropout,
+                init_std=config.init_std,
+                residual_init_scale=1 / math.sqrt(2 * config.num_layers),
+                dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.dtype(config.param_dtype),
+                dot_general=self.dot_general,
+                name=f"block_{index}",
+            )
+
+            def run(block: Block, x_BTD: Array, cache: BlockCache | None) -> Any:
+                return block(x_BTD, cache=cache, train=train, **context)
+
+            if config.remat != "none":
+                # Inside a scan the loop itself keeps XLA from merging the recomputation with the first pass.
+                run = nn.remat(run, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+            if caches is None:
+                x_BTD = run(block, x_BTD, None)
+            else:
+                x_BTD, cache = run(block, x_BTD, caches[index])
+                updated.append(cache)
+        return x_BTD, None if caches is None else tuple(updated)
+
+
+class Stack(nn.Module):
+    """`config.num_layers` blocks, as a loop or as one compiled period scanned over; `config.remat` applies to each.
+
+    Attributes:
+        config: the model.
+        cross_attention: whether blocks attend to a memory too.
+        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+
+    A scanned stack holds the same parameters as a loop under the same names, those of one period, each with a leading
+    axis `layers`; `scan_params` and `loop_params` convert between the two.
+    """
+
+    config: ModelConfig
+    cross_attention: bool = False
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self,
+        embedded_BTD: Float[Array, "B T D"],
+        *,
+        positions_BT: Int[Array, "#B T"],
+        mask: AttentionMask,
+        memory_BSD: Float[Array, "B S M"] | None = None,
+        memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        cache: StackCache | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
+        """The hidden states after the last block (normalised), and the cache, None if none was given.
+
+        Args:
+            embedded_BTD: token vectors.
+            positions_BT: of the tokens.
+            mask: of self-attention.
+            memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
+            memory_mask: of cross-attention.
+            cache: what earlier calls left; `positions_BT` must then be its next slots.
+            train: apply dropout, with the `dropout` key.
+        """
+        config = self.config
+        dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+        add_positions = PositionEmbedding(
+            config.positions, max_length=config.max_length, init_std=config.init_std, name="positions", **dtypes
+        )
+        x_BTD = add_positions(embedded_BTD, positions_BT)
+        x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=not train)
+
+        context = {
+            "mask": mask,
+            "positions_BT": positions_BT if cache is None else None,
+            "memory_BSD": memory_BSD,
+            "memory_mask": memory_mask,
+        }
+        num_periods = config.num_layers // len(config.pattern)
+        repeats = 1 if config.scan_layers else num_periods
+        blocks = Blocks(
+            config,
+            blocks=config.pattern * repeats,
+            cross_attention=self.cross_attention,
+            dot_general=self.dot_general,
+            name="blocks",
+        )
+
+        def run(blocks: Blocks, x_BTD: Array, caches: StackCache | None) -> tuple[Array, StackCache | None]:
+            return blocks(x_BTD, caches, train=train, **context)
+
+        if config.scan_layers:
+            run = nn.scan(
+                run,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=num_periods,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+        x_BTD, cache = run(blocks, x_BTD, cache)
+        if config.final_norm and config.pattern[-1].norm.placement != "post":
+            x_BTD = make_norm(config.pattern[-1].norm, name="final_norm", **dtypes)(x_BTD)
+        return x_BTD, cache
+
+
+def init_stack_cache(
+    config: ModelConfig, batch_size: int, capacity: int, *, dtype: Any = None, cross_attention: bool = False
+) -> StackCache:
+    """An empty cache for a `Stack`, with room for `capacity` tokens a row.
+
+    Args:
+        config: the model.
+        batch_size: rows.
+        capacity: tokens a row, at most max_length where positions are learned.
+        dtype: of keys and values; None means the model's.
+        cross_attention: whether blocks have it.
+    """
+    if config.positions.kind == "learned":
+        check_learned_length(config.max_length, capacity)
+    dtype = jnp.dtype(dtype or config.dtype)
+
+    def block_cache(block: BlockConfig) -> BlockCache:
+        heads, head_dim = block.attention.kv_heads, block.attention.resolved_head_dim(config.embed_dim)
+        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else ()
+        return BlockCache(init_cache(batch_size, capacity, heads, head_dim, dtype), memory)
+
+    num_periods = config.num_layers // len(config.pattern)
+    if not config.scan_layers:
+        return tuple(block_cache(block) for block in config.pattern * num_periods)
+    period = tuple(block_cache(block) for block in config.pattern)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (num_periods, *x.shape)), period)
+
+
+def scan_params(params: Any, pattern_length: int = 1) -> Any:
+    """Parameters (or anything shaped like them) of a looped model as those of a scanned one.
+
+    Args:
+        params: a tree with one or more stacks in it.
+        pattern_length: blocks of the model's pattern.
+    """
+
+    def stacked(blocks: dict[str, Any]) -> dict[str, Any]:
+        return {
+            f"block_{index}": jax.tree.map(
+                lambda *layers: jnp.stack(layers),
+                *(blocks[f"block_{layer}"] for layer in range(index, len(blocks), pattern_length)),
+            )
+            for index in range(pattern_length)
+        }
+
+    return _convert(params, stacked)
+
+
+def loop_params(params: Any) -> Any:
+    """The inverse of `scan_params`: parameters of a scanned model as those of a looped one."""
+
+    def unstacked(blocks: dict[str, Any]) -> dict[str, Any]:
+        num_periods = len(jax.tree.leaves(blocks)[0])
+        return {
+            f"block_{period * len(blocks) + index}": jax.tree.map(lambda x, p=period: x[p], blocks[f"block_{index}"])
+            for period in range(num_periods)
+            for index in range(len(blocks))
+        }
+
+    return _convert(params, unstacked)
+
+
+def _convert(params: Any, convert_blocks: Any) -> Any:
+    """Replace every `blocks` entry in a tree of dictionaries."""
+    if not isinstance(params, dict):
+        return params
+    return {
+        name: convert_blocks(part) if name == "blocks" else _convert(part, convert_blocks)
+        for name, part in params.items()
+    }

@@ -1,0 +1,30 @@
+"""Parameters of a model as plain arrays, and the logical names of their axes as a tree beside them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from transformer.types import PyTree
+
+
+def init_params(model: nn.Module, key: Any, *shapes: tuple[int, ...]) -> tuple[PyTree, PyTree]:
+    """Initialise a model that reads tokens.
+
+    Args:
+        model: a `Decoder`, `Encoder` or `EncoderDecoder`.
+        key: a PRNG key; the same key gives the same parameters, whatever the shapes.
+        *shapes: the shape of each token array that the model reads, (1, 1) if none is given.
+
+    Returns:
+        The parameters, nested dictionaries of arrays, and the same tree with a `PartitionSpec` of logical names
+        (`embed`, `heads`, `vocab`, ...) in the place of each array.
+    """
+
+    def init(key: Any) -> PyTree:
+        tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)]
+        return model.init(key, *tokens)["params"]
+
+    axes = nn.get_partition_spec(jax.eval_shape(init, key))
+    return jax.jit(lambda key: nn.unbox(init(key)))(key), axes
