@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from transformer.ops.bias import BiasDescription
+from transformer.ops.blockwise import blockwise_attention
 from transformer.ops.masks import AttentionMask
 
 Implementation = Literal["auto", "xla", "blockwise"]
@@ -14,6 +15,9 @@ Bias = Float[jax.Array, "#B #H T S"] | BiasDescription
 
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+
+# Queries times keys from which on `auto` avoids [T, S] arrays: that of 1,024 tokens attending to themselves.
+_LONG = 1024
 
 
 def dot_product_attention(
@@ -59,7 +63,16 @@ def dot_product_attention(
     logits_soft_cap = logits_soft_cap or 0.0
     if implementation == "auto":
         implementation = select_implementation(
-            query_BTHK.shape[1], key_BSGK.shape[1], mask=mask, bias=bias, dropout_rate=dropout_rate
+            query_BTHK.shape[1], key_BSGK.shape[1], bias=bias, dropout_rate=dropout_rate
+        )
+    if implementation == "blockwise":
+        if dropout_rate > 0:
+            raise ValueError(
+                f"Attention implementation 'blockwise' cannot drop weights, got dropout_rate={dropout_rate}; "
+                "use 'xla' or 'auto', or dropout 0."
+            )
+        return blockwise_attention(
+            query_BTHK, key_BSGK, value_BSGK, mask=mask, bias=bias, scale=scale, logits_soft_cap=logits_soft_cap
         )
     if implementation != "xla":
         raise ValueError(f"Attention implementation must be auto, xla or blockwise, got {implementation!r}.")
@@ -108,13 +121,18 @@ def select_implementation(
     num_queries: int,
     num_keys: int,
     *,
-    mask: AttentionMask,
     bias: Bias | None,
     dropout_rate: float,
 ) -> Literal["xla", "blockwise"]:
-    """What `auto` runs, from what is known when tracing."""
-    del num_queries, num_keys, mask, bias, dropout_rate
-    return "xla"
+    """What `auto` runs, from what is known when tracing.
+
+    The reference, unless its [T, S] arrays are what costs: a long sequence, of which neither the bias nor dropout
+    needs such an array anyway.
+    """
+    dense_bias = bias is not None and not isinstance(bias, BiasDescription)
+    if dropout_rate > 0 or dense_bias:
+        return "xla"
+    return "blockwise" if num_queries * num_keys >= _LONG * _LONG else "xla"
 
 
 def _check(

@@ -12,10 +12,7 @@ from jaxtyping import Float, Int
 
 @runtime_checkable
 class BiasDescription(Protocol):
-    """What is added to attention logits, as a pytree that backends evaluate block by block.
-
-    Gradients reach the floating-point leaves of the pytree.
-    """
+    """What is added to attention logits, as a pytree of floating-point arrays that backends evaluate block by block."""
 
     def block(self, query_positions: Any, key_positions: Any) -> Any:
         """The float32 bias [B|1, H, t, s] of queries at [B|1, t] and keys at [B|1, s]."""
@@ -61,5 +58,5 @@ class AlibiBias:
         self, query_positions: Int[jax.Array, "#B t"], key_positions: Int[jax.Array, "#B s"]
     ) -> Float[jax.Array, "B H t s"]:
         """The float32 bias [B|1, H, t, s]; B is 1 if both positions have one row."""
-        distance = jnp.abs(query_positions[:, None, :, None] - key_positions[:, None, None, :])
-        return -self.slopes.astype(jnp.float32)[None, :, None, None] * distance.astype(jnp.float32)
+        closeness = -jnp.abs(query_positions[:, None, :, None] - key_positions[:, None, None, :])
+        return self.slopes.astype(jnp.float32)[None, :, None, None] * closeness.astype(jnp.float32)

@@ -1,0 +1,281 @@
+"""Attention a block of queries and keys at a time: memory linear in the sequence, in plain JAX."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from transformer.ops.bias import BiasDescription
+from transformer.ops.masks import AttentionMask
+
+# Below every logit, so that a row that sees no key subtracts something finite from its -inf.
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+# From here on a loop of the compiler, whose program does not grow with the sequence.
+_MAX_UNROLLED = 8
+
+
+class Blocks(NamedTuple):
+    """How the [T, S] square is cut."""
+
+    query_size: int
+    key_size: int
+    unrolled: bool
+    """Each block of queries written out, against all keys it may see at once; else two nested loops."""
+
+
+def choose_blocks(num_queries: int, num_keys: int) -> Blocks:
+    """Blocks for plain XLA: few and wide for short sequences, square for long ones."""
+    query_size = min(256, num_queries)
+    unrolled = num_queries <= _MAX_UNROLLED * query_size
+    return Blocks(query_size, num_keys if unrolled else min(512, num_keys), unrolled)
+
+
+def blockwise_attention(
+    query_BTHK: Float[jax.Array, "B T H K"],
+    key_BSGK: Float[jax.Array, "B S G K"],
+    value_BSGK: Float[jax.Array, "B S G K"],
+    *,
+    mask: AttentionMask,
+    bias: Float[jax.Array, "#B #H T S"] | BiasDescription | None,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    blocks: Blocks | None = None,
+) -> Float[jax.Array, "B T H K"]:
+    """The same as the reference without its [T, S] arrays (Rabe and Staats 2021; Dao et al. 2022, algorithms 1 and 4).
+
+    The forward pass keeps the output and the logarithm of each softmax's denominator; the backward pass recomputes
+    the weights from them, block by block. Blocks that `mask.key_range` excludes are never computed. Gradients are
+    reverse-mode only (`jax.custom_vjp`).
+    """
+    B, T, H, K = query_BTHK.shape
+    _, S, G, _ = key_BSGK.shape
+    blocks = choose_blocks(T, S) if blocks is None else blocks
+    query_BGRTK = query_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    key_BGSK, value_BGSK = key_BSGK.transpose(0, 2, 1, 3), value_BSGK.transpose(0, 2, 1, 3)
+    if not blocks.unrolled:
+        padded_T, padded_S = _round_up(T, blocks.query_size), _round_up(S, blocks.key_size)
+        query_BGRTK = _pad(query_BGRTK, 3, padded_T)
+        key_BGSK, value_BGSK = _pad(key_BGSK, 2, padded_S), _pad(value_BGSK, 2, padded_S)
+        mask = dataclasses.replace(
+            mask,
+            query_segment_ids=_pad(mask.query_segment_ids, 1, padded_T),
+            key_segment_ids=_pad(mask.key_segment_ids, 1, padded_S),
+            query_positions=_pad(mask.query_positions, 1, padded_T),
+            key_positions=_pad(mask.key_positions, 1, padded_S),
+            # Not segments, which only half of the masks have: a length hides the padded keys whatever else there is.
+            key_lengths=jnp.full((1,), S, jnp.int32) if mask.key_lengths is None else jnp.minimum(mask.key_lengths, S),
+        )
+        bias = bias if isinstance(bias, BiasDescription) else _pad(_pad(bias, 2, padded_T), 3, padded_S)
+    settings = _Settings(scale, logits_soft_cap, blocks, S)
+    out_BGRTK = _attend(settings, query_BGRTK, key_BGSK, value_BGSK, bias, mask)[:, :, :, :T]
+    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+class _Settings(NamedTuple):
+    scale: float
+    soft_cap: float
+    blocks: Blocks
+    num_keys: int  # without padding
+
+
+class _Block(NamedTuple):
+    """Where a block lies; the starts may be traced."""
+
+    query_start: Any
+    query_size: int
+    key_start: Any
+    key_size: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
+    return _forward(settings, query, key, value, bias, mask)[0]
+
+
+def _forward(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
+    def attend_keys(carry: Any, block: _Block) -> Any:
+        peak, total, out = carry
+        logits, _ = _logits(settings, block, query, key, bias, mask)
+        new_peak = jnp.maximum(peak, logits.max(axis=-1))
+        weights = jnp.exp(logits - new_peak[..., None])
+        shrink = jnp.exp(peak - new_peak)
+        total = total * shrink + weights.sum(axis=-1)
+        value_block = _slice(value, 2, block.key_start, block.key_size)
+        added = _einsum("BGRTS,BGSK->BGRTK", weights.astype(value.dtype), value_block)
+        return new_peak, total, out * shrink[..., None] + added
+
+    def attend_queries(carry: tuple[()], start: Any, size: int, key_blocks: Any) -> Any:
+        shape = (*query.shape[:3], size)
+        zeros = jnp.zeros(shape, jnp.float32)
+        empty = (zeros + _LOWEST, zeros, jnp.zeros((*shape, query.shape[-1]), jnp.float32))
+        peak, total, out = key_blocks(attend_keys, empty)
+        total = jnp.where(total == 0, 1, total)
+        return carry, ((out / total[..., None]).astype(query.dtype), peak + jnp.log(total))
+
+    _, (out, log_total) = _over_blocks(settings, mask, query.shape[3], attend_queries, ())
+    return out, (query, key, value, bias, mask, out, log_total)
+
+
+def _backward(settings: _Settings, saved: Any, out_gradient: Any) -> Any:
+    query, key, value, bias, mask, out, log_total = saved
+    # The mean of the weights' gradients under the weights themselves (Dao et al. 2022, equation 4).
+    mean = _einsum("BGRTK,BGRTK->BGRT", out_gradient.astype(jnp.float32), out.astype(jnp.float32))
+
+    def attend_keys(carry: Any, block: _Block) -> Any:
+        query_gradient, (key_gradient, value_gradient, bias_gradient) = carry
+        rows = functools.partial(_slice, axis=3, start=block.query_start, size=block.query_size)
+        columns = functools.partial(_slice, axis=2, start=block.key_start, size=block.key_size)
+        logits, cap_slope = _logits(settings, block, query, key, bias, mask)
+        weights = jnp.exp(logits - rows(log_total)[..., None])
+        out_gradient_rows = rows(out_gradient)
+        value_added = _einsum("BGRTS,BGRTK->BGSK", weights.astype(value.dtype), out_gradient_rows)
+        weights_gradient = _einsum("BGRTK,BGSK->BGRTS", out_gradient_rows, columns(value))
+        logits_gradient = weights * (weights_gradient - rows(mean)[..., None])
+        bias_gradient = _add_bias_gradient(bias_gradient, logits_gradient, bias, mask, block)
+        products_gradient = (logits_gradient * cap_slope * settings.scale).astype(query.dtype)
+        query_gradient += _einsum("BGRTS,BGSK->BGRTK", products_gradient, columns(key))
+        key_added = _einsum("BGRTS,BGRTK->BGSK", products_gradient, rows(query))
+        key_gradient = _add_slice(key_gradient, key_added, (0, 0, block.key_start, 0))
+        value_gradient = _add_slice(value_gradient, value_added, (0, 0, block.key_start, 0))
+        return query_gradient, (key_gradient, value_gradient, bias_gradient)
+
+    def attend_queries(carry: Any, start: Any, size: int, key_blocks: Any) -> Any:
+        query_gradient = jnp.zeros((*query.shape[:3], size, query.shape[-1]), jnp.float32)
+        query_gradient, carry = key_blocks(attend_keys, (query_gradient, carry))
+        return carry, (query_gradient.astype(query.dtype),)
+
+    gradients = jax.tree.map(_zeros_float32, (key, value, bias))
+    gradients, (query_gradient,) = _over_blocks(settings, mask, query.shape[3], attend_queries, gradients)
+    key_gradient, value_gradient, bias_gradient = gradients
+    bias_gradient = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), bias_gradient, bias)
+    return query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), bias_gradient, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _logits(
+    settings: _Settings, block: _Block, query: Any, key: Any, bias: Any, mask: AttentionMask
+) -> tuple[jax.Array, Any]:
+    """Masked float32 logits [B, G, R, t, s], and the derivative of the soft cap."""
+    query_rows = _slice(query, 3, block.query_start, block.query_size)
+    key_columns = _slice(key, 2, block.key_start, block.key_size)
+    logits = _einsum("BGRTK,BGSK->BGRTS", query_rows, key_columns) * settings.scale
+    cap_slope = 1.0
+    if settings.soft_cap > 0:
+        bounded = jnp.tanh(logits / settings.soft_cap)
+        logits, cap_slope = settings.soft_cap * bounded, 1 - bounded * bounded
+    if bias is not None:
+        logits += _split_heads(_bias_block(bias, mask, block), query.shape[1])
+    visible = mask.block(*block)
+    return jnp.where(visible[:, :, None], logits, -jnp.inf), cap_slope
+
+
+def _bias_block(bias: Any, mask: AttentionMask, block: _Block) -> jax.Array:
+    if isinstance(bias, BiasDescription):
+        query_places = mask.query_places(block.query_start, block.query_size)
+        return bias.block(query_places, mask.key_places(block.key_start, block.key_size))
+    rows = _slice(bias, 2, block.query_start, block.query_size)
+    return _slice(rows, 3, block.key_start, block.key_size).astype(jnp.float32)
+
+
+def _add_bias_gradient(gradient: Any, logits_gradient: jax.Array, bias: Any, mask: AttentionMask, block: _Block) -> Any:
+    """Add what one block contributes to the gradient of a bias."""
+    if bias is None:
+        return None
+    B, G, R, T, S = logits_gradient.shape
+    logits_gradient = logits_gradient.reshape(B, G * R, T, S)
+    if isinstance(bias, BiasDescription):
+        value, pull_back = jax.vjp(lambda leaves: _bias_block(leaves, mask, block), bias)
+        (added,) = pull_back(_sum_to(logits_gradient, value.shape))
+        return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), gradient, added)
+    added = _sum_to(logits_gradient, (*bias.shape[:2], T, S))
+    return _add_slice(gradient, added, (0, 0, block.query_start, block.key_start))
+
+
+def _over_blocks(settings: _Settings, mask: AttentionMask, num_queries: int, attend_queries: Any, carry: Any) -> Any:
+    """Call `attend_queries(carry, start, size, key_blocks)` for each block of queries; join its outputs on axis 3.
+
+    `key_blocks(step, initial)` folds `step` over the blocks of keys that these queries may see.
+    """
+    query_size, key_size, unrolled = settings.blocks
+    starts = range(0, num_queries, query_size)
+    if unrolled:
+        outputs = []
+        for start in starts:
+            size = min(query_size, num_queries - start)
+            low, high = mask.key_range(start, size, settings.num_keys)
+            key_blocks = functools.partial(_fold_one, _Block(start, size, low, high - low))
+            carry, output = attend_queries(carry, start, size, key_blocks)
+            outputs.append(output)
+        return carry, tuple(jnp.concatenate(pieces, axis=3) for pieces in zip(*outputs, strict=True))
+
+    ranges = np.asarray([mask.key_range(start, query_size, settings.num_keys) for start in starts], np.int32)
+    first, last = ranges[:, 0] // key_size, -(-ranges[:, 1] // key_size)
+
+    def attend_one(carry: Any, block: Any) -> Any:
+        start, first, last = block
+
+        def key_blocks(step: Any, initial: Any) -> Any:
+            def body(index: Any, carry: Any) -> Any:
+                return step(carry, _Block(start, query_size, index * key_size, key_size))
+
+            return jax.lax.fori_loop(first, last, body, initial)
+
+        return attend_queries(carry, start, query_size, key_blocks)
+
+    carry, outputs = jax.lax.scan(attend_one, carry, (np.asarray(starts, np.int32), first, last))
+    return carry, tuple(_join(output) for output in outputs)
+
+
+def _fold_one(block: _Block, step: Any, initial: Any) -> Any:
+    return step(initial, block) if block.key_size > 0 else initial
+
+
+def _join(stacked: jax.Array) -> jax.Array:
+    """[blocks, B, G, R, t, ...] -> [B, G, R, blocks * t, ...]."""
+    blocks, B, G, R, size, *rest = stacked.shape
+    return jnp.moveaxis(stacked, 0, 3).reshape(B, G, R, blocks * size, *rest)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _pad(array: Any, axis: int, length: int) -> Any:
+    if array is None:
+        return None
+    return jnp.pad(array, [(0, length - size if i == axis else 0) for i, size in enumerate(array.shape)])
+
+
+def _slice(array: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _add_slice(total: jax.Array, added: jax.Array, starts: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, starts, added.shape) + added, starts)
+
+
+def _sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undo broadcasting from `shape`."""
+    axes = tuple(axis for axis, size in enumerate(shape) if size != array.shape[axis])
+    return array.sum(axis=axes, keepdims=True)
+
+
+def _split_heads(bias: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[B, H, t, s] -> [B, G, R, t, s], or 1 for both if H is 1."""
+    batch, heads, *rest = bias.shape
+    groups = 1 if heads == 1 else num_kv_heads
+    return bias.reshape(batch, groups, heads // groups, *rest)
+
+
+def _zeros_float32(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros(leaf.shape, jnp.float32)
+
+
+def _einsum(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
