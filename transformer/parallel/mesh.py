@@ -1,0 +1,62 @@
+"""The step over a mesh of devices: jit with shardings, the main path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer.parallel.runner import Runner, choose_devices
+from transformer.types import PyTree, Statistics
+
+DATA_AXIS = "data"
+
+
+def make_mesh(data: int = 0) -> Mesh:
+    """A mesh of one axis, `data`, of the first `data` devices (0: all)."""
+    devices = choose_devices(jax.devices(), data)
+    # Explicit axes, the default, are not understood by linen's logical constraints.
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axis."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_runner(
+    mesh: Mesh,
+    train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+    evaluate_step: Callable[[PyTree, Any], Statistics],
+) -> Runner:
+    """Run the steps with the batch sharded over `mesh` and the state replicated.
+
+    The arithmetic is that of one device: XLA inserts the sums over devices.
+    """
+    rows, whole = batch_sharding(mesh), replicated_sharding(mesh)
+    train = jax.jit(train_step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0)
+    evaluate = jax.jit(evaluate_step, in_shardings=(whole, rows), out_shardings=whole)
+
+    def step(state: Any, batch: Any) -> tuple[Any, Statistics]:
+        # Without the mesh in context, linen's constraints are silently ignored.
+        with jax.set_mesh(mesh):
+            return train(state, batch)
+
+    def run_evaluate_step(params: PyTree, batch: Any) -> Statistics:
+        with jax.set_mesh(mesh):
+            return evaluate(params, batch)
+
+    return Runner(
+        # A copy: the step donates its state, which would take the arrays given here with it.
+        place_state=lambda tree: jax.device_put(tree, whole, may_alias=False),
+        place_batch=lambda tree: jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree),
+        step=step,
+        evaluate_step=run_evaluate_step,
+        fetch_state=lambda tree: tree,
+    )

@@ -1,0 +1,46 @@
+"""What a way of running the step over devices consists of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformer.types import PyTree, Statistics, UserError
+
+
+class Runner(NamedTuple):
+    """A compiled training and evaluation step, and the moves between host and devices that go with them."""
+
+    place_state: Callable[[PyTree], PyTree]
+    """Arrays of one copy (a state, parameters) -> arrays on all devices."""
+    place_batch: Callable[[PyTree], PyTree]
+    """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
+    step: Callable[[Any, Any], tuple[Any, Statistics]]
+    """`(state, batch) -> (state, statistics)` on placed arguments; the given state is donated, so unusable after."""
+    evaluate_step: Callable[[PyTree, Any], Statistics]
+    """`(params, batch) -> statistics` on placed arguments."""
+    fetch_state: Callable[[PyTree], PyTree]
+    """The inverse of `place_state`, without a copy between devices."""
+
+
+def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> None:
+    """Raise UserError unless every device gets as many rows of every micro-batch.
+
+    Args:
+        batch_size: rows of the batch of one optimizer step.
+        devices: how many share it.
+        accumulate_steps: micro-batches it is cut into.
+    """
+    if batch_size % (devices * accumulate_steps) != 0:
+        raise UserError(
+            f"data.batch_size must be divisible by devices x optimizer.accumulate_steps = {devices} x "
+            f"{accumulate_steps}, got {batch_size}; change one of them, or use fewer devices with parallel.data."
+        )
+
+
+def choose_devices(devices: list, count: int) -> list:
+    """The first `count` of `devices`, all for 0; UserError if there are fewer."""
+    if count > len(devices):
+        raise UserError(
+            f"parallel.data must not exceed the {len(devices)} devices there are, got {count}; "
+            "lower it, or set it to 0 to use all."
+        )
+    return devices[: count or len(devices)]

@@ -1,0 +1,232 @@
+"""Checkpoints: written by Orbax in the background, made valid by a manifest, verified before they are believed."""
+
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from transformer.training import manifest
+from transformer.training.state import TrainState
+from transformer.types import PyTree, UserError
+
+_DESCRIPTION = "checkpoint.json"
+_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: TrainState
+    loop: dict[str, Any]
+    """As given to `Checkpointer.save`."""
+
+
+class Checkpointer:
+    """Saves and restores `DIRECTORY/STEP/`, keeping the latest ones and the best one.
+
+    A step's directory is written by Orbax (which makes it appear whole), then gets a description, then its manifest.
+    Without a manifest it does not count, so that a kill at any moment leaves either a whole checkpoint or none.
+
+    Args:
+        directory: where; may be remote.
+        keep: latest checkpoints kept, besides the one with the lowest validation loss.
+        report: takes a sentence for the user about damage found; by default a logged warning.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, *, keep: int = 2, report: Callable[[str], object] = _log.warning
+    ) -> None:
+        self._directory = epath.Path(directory)
+        self._keep = keep
+        self._report = report
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState, loop: dict[str, Any], *, validation_loss: float | None = None) -> None:
+        """Start saving; returns when the state has left the devices, so that it may be donated.
+
+        Args:
+            state: of one copy (`Runner.fetch_state`).
+            loop: JSON-serialisable, what the host must know to go on.
+            validation_loss: at this very step, if it was measured.
+        """
+        self.wait()
+        step = int(state.step)
+        path = self._directory / str(step)
+        _remove(path)  # left by a run that was resumed from an earlier step
+        description = {
+            "step": step,
+            "validation_loss": validation_loss,
+            "arrays": describe(state),
+            "loop": loop,
+        }
+        text = json.dumps(description, indent=1)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        response = ocp.save_checkpointables_async(path, _to_parts(state))
+
+        def commit() -> None:
+            response.result()
+            (path / _DESCRIPTION).write_text(text)
+            manifest.write_manifest(path)
+            self._retire()
+
+        self._pending = self._worker.submit(commit)
+
+    def wait(self) -> None:
+        """Return when the last save is valid; raises what went wrong in the background."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish the last save and stop."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def steps(self) -> list[int]:
+        """Steps of the valid checkpoints, as far as that can be told without reading them; ascending."""
+        return committed_steps(self._directory)
+
+    def restore(self, target: TrainState) -> Restored | None:
+        """The latest checkpoint whose files are all as they were written; None if there are no checkpoints.
+
+        Args:
+            target: a state of the same shapes; arrays are loaded with its shardings.
+
+        Raises:
+            UserError: checkpoints exist but all are damaged, or the latest good one is of another model or optimizer.
+        """
+        path = latest_undamaged(self._directory, self._report)
+        if path is None:
+            return None
+        description = _check_fit(path, describe(target), of="the model and optimizer")
+        parts = ocp.load_checkpointables(path, jax.tree.map(_abstract, _to_parts(target)))
+        return Restored(description["step"], _from_parts(parts, target), description["loop"])
+
+    def clean(self, step: int) -> None:
+        """Remove what a killed run left unfinished, and checkpoints after `step`, where this run starts."""
+        if not self._directory.exists():
+            return
+        for path in list(self._directory.iterdir()):
+            stem = path.name.partition(_ORBAX_TEMPORARY)[0]
+            unfinished = stem.isdigit() and not (path / manifest.NAME).exists()
+            if unfinished or (path.name.isdigit() and int(path.name) > step):
+                _remove(path)
+
+    def _retire(self) -> None:
+        steps = self.steps()
+        losses = {
+            step: json.loads((self._directory / str(step) / _DESCRIPTION).read_text())["validation_loss"]
+            for step in steps
+        }
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        kept = {*steps[-self._keep :], *([min(measured, key=lambda step: (measured[step], step))] if measured else [])}
+        for step in set(steps) - kept:
+            _remove(self._directory / str(step))
+
+
+def committed_steps(directory: epath.PathLike) -> list[int]:
+    """Steps that have a manifest, ascending."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / manifest.NAME).exists())
+
+
+def latest_undamaged(directory: epath.PathLike, report: Callable[[str], object] = _log.warning) -> epath.Path | None:
+    """The latest checkpoint that agrees with its manifest; None if there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    directory = epath.Path(directory)
+    problems = []
+    for step in reversed(committed_steps(directory)):
+        try:
+            manifest.verify_manifest(directory / str(step))
+        except manifest.DamagedError as error:
+            problems.append(f"Checkpoint {directory / str(step)}: {error}.")
+            report(f"{problems[-1]} It is not used.")
+        else:
+            return directory / str(step)
+    if problems:
+        raise UserError(
+            f"At least one checkpoint must be undamaged. {' '.join(problems)} "
+            f"Put back a copy, or remove {directory} to start afresh."
+        )
+    return None
+
+
+def load_params(directory: epath.PathLike, target: PyTree) -> tuple[int, PyTree]:
+    """Step and parameters of the latest undamaged checkpoint: the moving average if it has one.
+
+    Args:
+        directory: of the checkpoints.
+        target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings.
+
+    Raises:
+        UserError: no checkpoint, only damaged ones, or one of another model.
+    """
+    path = latest_undamaged(directory)
+    if path is None:
+        raise UserError(f"A run to load must have a checkpoint, there is none in {directory}; train it first.")
+    arrays = json.loads((path / _DESCRIPTION).read_text())["arrays"]
+    field = "ema_params" if any(name.startswith("ema_params/") for name in arrays) else "params"
+    description = _check_fit(path, describe({field: target}), of="the model", within=f"{field}/")
+    return description["step"], ocp.load_checkpointables(path, {field: jax.tree.map(_abstract, target)})[field]
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Path -> type and shape of every array: `{"params/output/kernel": "float32[16,64]"}`."""
+    tree = tree._asdict() if isinstance(tree, TrainState) else tree
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}".replace(" ", "")
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_fit(path: epath.Path, expected: dict[str, str], *, of: str, within: str = "") -> dict[str, Any]:
+    """The checkpoint's description, if its arrays (those `within` a path) are the expected ones."""
+    description = json.loads((path / _DESCRIPTION).read_text())
+    found = {name: text for name, text in description["arrays"].items() if name.startswith(within)}
+    names = [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]
+    if names:
+        lines = [f"  {name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in names]
+        rest = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise UserError(
+            "\n".join([f"Checkpoint {path} must fit {of}, but differs in", *lines[:10], *rest])
+            + "\nUse the configuration it was trained with, or another directory."
+        )
+    return description
+
+
+def _to_parts(state: TrainState) -> dict[str, PyTree]:
+    """A state as separately loadable parts; empty ones are left out, Orbax refuses them."""
+    parts = {"params": state.params, "ema_params": state.ema_params, "carry": state.carry}
+    parts["rest"] = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+
+
+def _from_parts(parts: dict[str, PyTree], target: TrainState) -> TrainState:
+    rest = parts["rest"]
+    return target._replace(**{name: part for name, part in parts.items() if name != "rest"}, **rest)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+
+def _remove(path: epath.Path) -> None:
+    """Remove a directory, its manifest first: a half-removed checkpoint does not count."""
+    if path.exists():
+        (path / manifest.NAME).unlink(missing_ok=True)
+        path.rmtree()

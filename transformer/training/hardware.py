@@ -1,0 +1,64 @@
+"""How fast the hardware could be: peak of matrix products, and what a model asks for per token."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+PEAK_FLOPS = {
+    # Dense bfloat16, per device as JAX counts them, from the manufacturers' data sheets.
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+}
+
+
+def peak_flops(dtype: str) -> float:
+    """Matrix-product operations a second of all devices of this process's backend; 0 where unknown.
+
+    Args:
+        dtype: of the operands; on a CPU, where it is measured, float32 and bfloat16 differ.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        # Host devices share the processor: their number does not add speed.
+        return measured_peak_flops(dtype) * jax.process_count()
+    matches = [name for name in PEAK_FLOPS if name in device.device_kind]
+    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else 0.0
+
+
+@functools.cache
+def measured_peak_flops(dtype: str) -> float:
+    """The best of a few plain matrix products, about 0.2 seconds in all, remembered for the process."""
+    best = 0.0
+    for rows, inner, columns in ((1024, 1024, 1024), (2048, 512, 2048), (4096, 384, 1536)):
+        left, right = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+        product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32)).lower(left, right).compile()
+        product(left, right).block_until_ready()
+        for _ in range(4):
+            start = time.perf_counter()
+            product(left, right).block_until_ready()
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+def model_flops_per_token(
+    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, sequence_length: int
+) -> float:
+    """Operations of a training step per token: `6 N + 12 L H K T` (Chowdhery et al. 2022, appendix B).
+
+    Two for each multiply-add, three times the forward pass for forward and backward. The attention term counts the
+    whole T x T matrix, causal or not; recomputation (remat) is not counted.
+
+    Args:
+        num_parameters: N, those in matrix products: not position tables, nor an embedding that is only looked up.
+        num_layers: L.
+        num_heads: H.
+        head_dim: K.
+        sequence_length: T.
+    """
+    return 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * sequence_length

@@ -1,0 +1,74 @@
+"""From sums to metrics: per-token loss, bits per byte, accuracy; and the window of steps that a row covers."""
+
+import math
+import time
+from collections.abc import Mapping
+
+from transformer.training.step import PER_STEP
+
+TIMINGS = ("tokens_per_second", "mfu")
+"""Metrics that differ between two runs of the same arithmetic."""
+
+
+def derive(sums: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
+
+    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight.
+    With no weight at all (nothing but padding) there is nothing to report but zeros.
+    """
+    weight = sums["weight"] or 1.0
+    metrics = {"loss": sums["loss"] / weight}
+    if sums.get("bytes", 0.0) > 0:
+        metrics["bits_per_byte"] = sums["loss"] / (math.log(2) * sums["bytes"])
+    if "correct" in sums:
+        metrics["accuracy"] = sums["correct"] / weight
+    if sums.get("objective", sums["loss"]) != sums["loss"]:
+        metrics["objective"] = sums["objective"] / weight
+    return metrics
+
+
+class Window:
+    """Statistics of the steps since the last row, added in float64 in the order of the steps."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self.sums = dict(sums or {})
+        self._per_step: dict[str, float] = {}
+
+    def add(self, statistics: Mapping[str, float]) -> None:
+        """Add one step."""
+        for name, value in statistics.items():
+            if name in PER_STEP:
+                self._per_step[name] = value
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def close(self) -> dict[str, float]:
+        """The metrics of the window, with the last step's own; the next window is empty."""
+        metrics = {**derive(self.sums), **self._per_step}
+        self.sums = {}
+        return metrics
+
+
+class Stopwatch:
+    """Steps a second, pauses (evaluation, checkpoints) left out, and the first step, which compiles, where possible."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._laps: list[float] = []
+        self._compiling = True
+
+    def lap(self) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        self._laps.append(now - self._last)
+        self._last = now
+
+    def skip(self) -> None:
+        """Leave out the time since the last lap."""
+        self._last = time.perf_counter()
+
+    def close(self) -> float:
+        """Steps a second since the last call."""
+        laps = self._laps[1:] if self._compiling and len(self._laps) > 1 else self._laps
+        self._laps, self._compiling = [], False
+        return len(laps) / sum(laps)

@@ -1,0 +1,142 @@
+"""Update rules as one optax chain: clip, precondition, decay, learning rate, groups."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer.config import OptimizerConfig
+from transformer.training.schedules import make_schedule
+from transformer.types import PyTree, UserError
+
+# Where a block keeps its matrices, and their axes from the end: (contracted, produced).
+# Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
+MATRICES = {
+    "query": ((-3,), (-2, -1)),
+    "key": ((-3,), (-2, -1)),
+    "value": ((-3,), (-2, -1)),
+    "out": ((-3, -2), (-1,)),
+    "up": ((-2,), (-1,)),
+    "gate": ((-2,), (-1,)),
+    "down": ((-2,), (-1,)),
+}
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: PyTree
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run and its learning-rate schedule.
+
+    Args:
+        config: which rule and how.
+        steps: length of the run, for the schedule.
+        params: the parameters or their shapes; only paths are read.
+
+    Raises:
+        UserError: a parameter group matches no parameter, or all parameters are frozen.
+    """
+    schedule = make_schedule(config, steps)
+    scales = group_scales(config, params)
+    transforms = [
+        *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []),
+        _precondition(config),
+        *([optax.add_decayed_weights(config.weight_decay, decay_mask)] if config.weight_decay > 0 else []),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if any(scale not in (0.0, 1.0) for scale in jax.tree.leaves(scales)):
+        transforms.append(_scale_groups(scales))
+    optimizer = optax.chain(*transforms)
+    if any(scale == 0.0 for scale in jax.tree.leaves(scales)):
+        labels = jax.tree.map(lambda scale: "frozen" if scale == 0.0 else "trained", scales)
+        optimizer = optax.partition({"trained": optimizer, "frozen": _freeze()}, labels)
+    return optimizer, schedule
+
+
+def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The rule itself: gradient in, direction of ascent out."""
+    if config.name == "adamw":
+        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "lion":
+        return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+    if config.name == "adafactor":
+        # Shazeer and Stern 2018: factored second moments, updates clipped to RMS 1 and relative to the parameter's.
+        return optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        )
+    # consistent_rms=0.2 gives Muon's matrices the update size of AdamW (Liu et al. 2025), so that one learning rate
+    # and one decay serve both. The learning rate of -1 undoes optax's change of sign: ours comes last in the chain.
+    return optax.contrib.muon(
+        learning_rate=-1.0,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+
+
+def parameter_path(path: tuple) -> str:
+    """A leaf's path as users write it: `decoder/blocks/block_0/attention/query/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for matrices: not for norms, biases and learned position tables.
+
+    Decided by name, not by rank: a bias of heads has two axes, and a scanned stack adds one to every parameter.
+    """
+
+    def decays(path: tuple, _: object) -> bool:
+        names = parameter_path(path).split("/")
+        return names[-1] in ("kernel", "embedding") and "position_embedding" not in names
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def muon_dimensions(params: PyTree) -> PyTree:
+    """The axes of each matrix that Muon orthogonalises; None for embeddings, norms, biases and the output layer."""
+
+    def dimensions(path: tuple, _: object) -> optax.contrib.MuonDimensionNumbers | None:
+        names = parameter_path(path).split("/")
+        if names[-1] != "kernel" or len(names) < 2 or names[-2] not in MATRICES:
+            return None
+        return optax.contrib.MuonDimensionNumbers(*MATRICES[names[-2]])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def group_scales(config: OptimizerConfig, params: PyTree) -> PyTree:
+    """The learning-rate factor of every parameter: of the first group whose pattern is found in its path, else 1."""
+    groups = config.groups()
+    paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern, _ in groups:
+        if not any(pattern.search(path) for path in paths):
+            raise UserError(
+                f"optimizer.parameter_groups: {pattern.pattern!r} must match a parameter; the parameters are "
+                f"{', '.join(paths[:4])}, ... (`inspect` lists them all)."
+            )
+
+    def scale(path: tuple, _: object) -> float:
+        text = parameter_path(path)
+        return next((scale for pattern, scale in groups if pattern.search(text)), 1.0)
+
+    scales = jax.tree_util.tree_map_with_path(scale, params)
+    if all(scale == 0.0 for scale in jax.tree.leaves(scales)):
+        raise UserError(
+            f"optimizer.parameter_groups must leave something to train, got {config.parameter_groups}; "
+            "drop the pattern that freezes everything."
+        )
+    return scales
+
+
+def _scale_groups(scales: PyTree) -> optax.GradientTransformation:
+    def update(updates: PyTree, _: PyTree) -> PyTree:
+        # Frozen leaves are masked out of `updates` by then, so walk what is there.
+        by_path = {parameter_path(path): scale for path, scale in jax.tree_util.tree_leaves_with_path(scales)}
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * by_path[parameter_path(path)], updates)
+
+    return optax.stateless(update)
+
+
+def _freeze() -> optax.GradientTransformation:
+    # Minus zero, because x + -0.0 is x for every x, and -0.0 + 0.0 is not.
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))

@@ -1,0 +1,56 @@
+"""The state of a run: all that a step reads and writes, and all that a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer.types import Array, PyTree
+
+
+class TrainState(NamedTuple):
+    """What a training step takes and returns.
+
+    Randomness of step `t` is `fold_in(key, t)`, so that nothing else is needed to go on exactly.
+    """
+
+    step: Any  # int32 scalar, optimizer steps done
+    params: PyTree
+    opt_state: PyTree
+    carry: PyTree  # what flows from step to step besides the parameters; () for most objectives
+    key: Any  # a PRNG key, the same in every step
+    ema_params: PyTree  # moving average of the parameters; () when there is none
+
+
+def create_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    *,
+    carry: PyTree = (),
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: initial parameters, plain arrays.
+        optimizer: as given to `make_train_step`.
+        key: a PRNG key (`jax.random.key(seed)`); dropout derives from it.
+        carry: the objective's initial carry.
+        ema: keep a moving average of the parameters, starting from `params`.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        carry=carry,
+        key=key,
+        # A copy: the step donates its state, and a buffer cannot be donated twice.
+        ema_params=jax.tree.map(jnp.copy, params) if ema else (),
+    )
+
+
+def evaluation_params(state: TrainState) -> PyTree:
+    """The parameters to score and to sample from: the moving average where there is one."""
+    return state.params if isinstance(state.ema_params, tuple) and state.ema_params == () else state.ema_params

@@ -1,0 +1,123 @@
+"""The training and evaluation step as pure functions: keys, micro-batches, gradient, update, moving average."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer.training.state import TrainState
+from transformer.types import Array, Objective, PyTree, Statistics
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
+EvaluateStep = Callable[[PyTree, Any], Statistics]
+
+PER_STEP = ("grad_norm", "learning_rate")
+"""Statistics that do not add: they describe one step."""
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """One optimizer step, `(state, batch) -> (state, statistics)`, to be compiled by a runner of `parallel`.
+
+    The gradient is of `loss_sum / weight`, where the weight is that of the whole batch, over micro-batches and
+    devices, so that a step does not depend on how its rows are dealt out.
+
+    Args:
+        objective: what is minimised.
+        optimizer: turns gradients into updates.
+        schedule: learning rate by step, reported only (the optimizer has its own).
+        accumulate_steps: micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch
+            r % accumulate_steps, which keeps every row on the device that has it.
+        ema_decay: decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off.
+        axis_name: the axis to sum over when each device runs the step on its own rows (`pmap`).
+
+    Returns:
+        The step. Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch,
+        and the norm of the gradient before clipping and the learning rate, which are of this step and do not add.
+    """
+
+    def total(tree: PyTree) -> PyTree:
+        return jax.lax.psum(tree, axis_name) if axis_name else tree
+
+    def gradient(params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+        def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Statistics]]:
+            (loss_sum, weight_sum), (new_carry, statistics) = objective.loss(params, carry, batch, key, True)
+            statistics = {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
+            return loss_sum / weight, (new_carry, statistics)
+
+        grads, (new_carry, statistics) = jax.grad(mean_loss, has_aux=True)(params)
+        return grads, new_carry, statistics
+
+    def accumulated_gradient(params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+        def add_micro_batch(sums: tuple, xs: tuple) -> tuple[tuple, PyTree]:
+            index, micro_carry, micro_batch = xs
+            grads, new_carry, statistics = gradient(
+                params, micro_carry, micro_batch, jax.random.fold_in(key, index), weight
+            )
+            return jax.tree.map(jnp.add, sums, (grads, statistics)), new_carry
+
+        indices = jnp.arange(accumulate_steps)
+        xs = (indices, *_split_rows((carry, batch), accumulate_steps))
+        first = jax.tree.map(lambda x: x[0], xs)
+        shapes = jax.eval_shape(lambda xs: gradient(params, xs[1], xs[2], key, weight), first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
+        (grads, statistics), new_carry = jax.lax.scan(add_micro_batch, zeros, xs)
+        return grads, _merge_rows(new_carry), statistics
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Statistics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        weight = total(objective.weight(batch))
+        # A batch of nothing but padding has gradient 0, not 0 / 0.
+        weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        compute = gradient if accumulate_steps == 1 else accumulated_gradient
+        grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
+        grads, statistics = total((grads, statistics))
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = update_ema(state.ema_params, params, state.step, ema_decay) if ema_decay > 0 else state.ema_params
+        statistics["grad_norm"] = optax.tree.norm(grads)
+        statistics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params), statistics
+
+    return step
+
+
+def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> EvaluateStep:
+    """`(params, batch) -> statistics`: the objective's sums over a batch, without dropout."""
+
+    def step(params: PyTree, batch: Any) -> Statistics:
+        (loss_sum, weight_sum), (_, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
+        statistics = {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
+        return jax.lax.psum(statistics, axis_name) if axis_name else statistics
+
+    return step
+
+
+def update_ema(ema_params: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+    """`decay * average + (1 - decay) * params`, with a decay of at most (1 + step) / (10 + step).
+
+    The bound, usual in image models, lets the average forget the initial parameters within a short run.
+    """
+    count = step.astype(jnp.float32)
+    decay_now = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, p: a + ((1.0 - decay_now) * (p - a)).astype(a.dtype), ema_params, params)
+
+
+def _split_rows(tree: PyTree, parts: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+
+
+def _merge_rows(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

@@ -1,0 +1,171 @@
+"""Where metric rows go: a file of JSON lines, TensorBoard, the terminal."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+Metrics = Mapping[str, float]
+
+
+class Writer(Protocol):
+    """Takes metric rows as they come; a run that resumes first takes back those after the step it resumes from."""
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """One row: what was measured on `split` at `step`."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Forget rows of steps after `step`."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+class JsonlWriter:
+    """One JSON object a line, `{"step": ..., "split": ..., metric: value, ...}`.
+
+    Values are written so that they read back as the same float64.
+    """
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = epath.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """Append a row."""
+        row = json.dumps({"step": step, "split": split, **metrics})
+        with self._path.open("a") as file:
+            file.write(row + "\n")
+
+    def resume(self, step: int) -> None:
+        """Drop rows after `step`, and a last line that a kill left unfinished."""
+        if not self._path.exists():
+            return
+        kept = [row for row in read_jsonl(self._path) if row["step"] <= step]
+        # Written aside and renamed: a kill in here leaves the old file or the new one.
+        aside = self._path.parent / f"{self._path.name}.tmp"
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(self._path)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict]:
+    """The rows of a metrics file; an unfinished last line is left out.
+
+    Raises:
+        ValueError: a line other than the last is not JSON.
+    """
+    lines = epath.Path(path).read_text().split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} must hold one JSON object a line, line {number} is {line[:80]!r}.") from error
+    return rows
+
+
+class TensorBoardWriter:
+    """Scalars named `split/metric`."""
+
+    def __init__(self, directory: epath.PathLike) -> None:
+        self._directory = str(directory)
+        self._writer: SummaryWriter | None = None
+
+    def _open(self, purge_step: int | None) -> SummaryWriter:
+        if self._writer is None:
+            self._writer = SummaryWriter(self._directory, purge_step=purge_step)
+        return self._writer
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """One scalar for each metric."""
+        writer = self._open(None)
+        for name, value in metrics.items():
+            writer.add_scalar(f"{split}/{name}", value, step)
+
+    def resume(self, step: int) -> None:
+        """Have TensorBoard hide what earlier runs wrote after `step`."""
+        self._open(step + 1 if step > 0 else None)
+
+    def close(self) -> None:
+        """Flush."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ConsoleWriter:
+    """A progress line on a terminal (step, loss, bits per byte, tokens/s, MFU, time left); elsewhere a line a row."""
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps)
+        self._first: tuple[int, float] | None = None
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """Show a row: training moves the progress line, other splits get a line that stays."""
+        text = format_metrics(metrics)
+        if self._console.is_terminal and split == "train":
+            self._progress.start()
+            self._progress.update(self._task, completed=step, description=text)
+        else:
+            self._console.print(
+                f"step {step:>{len(str(self._steps))}}/{self._steps}  {split:<10}  {text}{self._left(step)}"
+            )
+
+    def _left(self, step: int) -> str:
+        """Time left, from the time since the first row; the progress line of a terminal has its own."""
+        now = time.monotonic()
+        first_step, first_time = self._first = self._first or (step, now)
+        if self._console.is_terminal or step == first_step or step >= self._steps:
+            return ""
+        return f"  eta {(self._steps - step) * (now - first_time) / (step - first_step):.0f} s"
+
+    def resume(self, step: int) -> None:
+        """Move the progress line to where the run goes on."""
+        self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Leave the last progress line standing."""
+        self._progress.stop()
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """The metrics a person follows, in a fixed order, in a fixed width.
+
+    Example:
+        >>> format_metrics({"loss": 1.25, "mfu": 0.5, "unknown": 3.0})
+        'loss 1.2500  mfu 50.0%'
+    """
+    parts = []
+    for name, label, form in (
+        ("loss", "loss", "{:.4f}"),
+        ("bits_per_byte", "bpb", "{:.4f}"),
+        ("accuracy", "acc", "{:.3f}"),
+        ("tokens_per_second", "tok/s", "{:,.0f}"),
+        ("mfu", "mfu", "{:.1%}"),
+        ("learning_rate", "lr", "{:.2e}"),
+        ("grad_norm", "grad", "{:.2f}"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {form.format(metrics[name])}")
+    return "  ".join(parts)
