@@ -1,0 +1,41 @@
+"""`transformer evaluate DIR`: one JSON object of scores of a run's model over a whole split."""
+
+import dataclasses
+import json
+
+import tyro
+
+from transformer import build
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArguments:
+    """Other data than the run's own."""
+
+    source: tuple[str, ...] = ()
+    """Corpora to score instead of those the run was trained on."""
+    data_dir: str = ""
+    """Where prepared datasets live; empty means where the run's do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """Score a run's model over a whole split, and print one JSON object."""
+
+    workdir: tyro.conf.Positional[str]
+    """Directory of the run."""
+    split: str = "validation"
+    """Which split: train, validation or test."""
+    data: DataArguments = DataArguments()
+
+
+def main(arguments: list[str]) -> None:
+    """Score and print."""
+    options = tyro.cli(EvaluateArguments, prog="transformer evaluate", args=arguments)
+    scores = build.evaluate(
+        options.workdir,
+        split=options.split,
+        source=options.data.source,
+        data_dir=options.data.data_dir,
+    )
+    print(json.dumps(scores))

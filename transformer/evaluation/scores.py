@@ -1,0 +1,32 @@
+"""The sums of an objective's statistics over a whole split."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from transformer.types import PyTree, Statistics
+
+
+def sum_statistics(
+    evaluate_step: Callable[[PyTree, Any], Statistics], params: PyTree, batches: Iterable[Any]
+) -> dict[str, float]:
+    """Add the statistics of every batch in float64, in order.
+
+    Args:
+        evaluate_step: `(params, batch) -> statistics`, compiled.
+        params: as `evaluate_step` takes them.
+        batches: the split, as `evaluate_step` takes them.
+
+    Raises:
+        ValueError: there was no batch.
+    """
+    # All steps are dispatched before the first result is waited for.
+    results = [evaluate_step(params, batch) for batch in batches]
+    if not results:
+        raise ValueError("Scores need at least one batch, got none.")
+    sums: dict[str, float] = {}
+    for statistics in jax.device_get(results):
+        for name, value in statistics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
