@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.cache import KVCache, MemoryCache, cache_positions, write_cache
+from transformer.layers.cache import KVCache, MemoryCache, next_slots, write_cache
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.model_config import AttentionConfig, PositionConfig
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if self.positions.kind == "rotary":
             places_BT = positions_BT
             if isinstance(cache, KVCache):
-                places_BT = cache_positions(cache, num_tokens)
+                places_BT = next_slots(cache.lengths_B, num_tokens)
             elif places_BT is None:
                 places_BT = jnp.arange(num_tokens, dtype=jnp.int32)[None]
             query_BTHK, key_BSGK = self._rotate(query_BTHK, places_BT), self._rotate(key_BSGK, places_BT)

@@ -44,9 +44,11 @@ def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: 
     return MemoryCache(empty, empty)
 
 
-def cache_positions(cache: KVCache, num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None) -> Int[Array, "B T"]:
-    """Positions of the next `num_tokens` tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
-    slots_BT = cache.lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
+def next_slots(
+    lengths_B: Int[Array, "B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
+    slots_BT = lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
     return slots_BT if valid_BT is None else jnp.where(valid_BT, slots_BT, 0)
 
 
@@ -66,7 +68,7 @@ def write_cache(
     """
     B, T = key_BTGK.shape[:2]
     capacity = cache.key_BPGK.shape[1]
-    slots_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    slots_BT = next_slots(cache.lengths_B, T)
     added_B = jnp.full((B,), T, jnp.int32)
     if valid_BT is not None:
         slots_BT = jnp.where(valid_BT, slots_BT, capacity)
@@ -90,13 +92,13 @@ def check_capacity(capacity: int, prompt: int, new: int) -> None:
         )
 
 
-def overflowed(caches: Any) -> Bool[Array, ""]:
+def cache_overflow(caches: Any) -> Bool[Array, ""]:
     """Whether any layer of a model's cache dropped a token."""
     flags = [c.overflow for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c)]
     return jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
 
 
-def lengths(caches: Any) -> Int[Array, "B"]:
+def cache_lengths(caches: Any) -> Int[Array, "B"]:
     """Tokens held in each row of a model's cache; every layer holds the same."""
     cache = next(c for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c))
     return cache.lengths_B if cache.lengths_B.ndim == 1 else cache.lengths_B[0]

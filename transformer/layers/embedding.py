@@ -19,14 +19,12 @@ class Embed(nn.Module):
     Attributes:
         num_embeddings: rows of the table.
         embed_dim: their width.
-        axis: logical name of the rows.
         scale: multiply what is looked up by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4).
         init_std: standard deviation of the initial table; 0 means 1 / sqrt(embed_dim).
     """
 
     num_embeddings: int
     embed_dim: int
-    axis: str = "vocab"
     scale: bool = False
     init_std: float = 0.0
     dtype: Any = jnp.float32
@@ -34,10 +32,11 @@ class Embed(nn.Module):
     dot_general: DotGeneral = jax.lax.dot_general
 
     def setup(self) -> None:
+        """Make the table."""
         init = normal_initializer(self.init_std, self.embed_dim)
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(init, (self.axis, "embed")),
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
             (self.num_embeddings, self.embed_dim),
             self.param_dtype,
         )
@@ -80,16 +79,14 @@ class PositionEmbedding(nn.Module):
         embed_dim = inputs_BTD.shape[-1]
         if self.config.kind == "learned":
             check_learned_length(self.max_length, positions_BT.shape[1])
-            table = Embed(
-                num_embeddings=self.max_length,
-                embed_dim=embed_dim,
-                axis="position",
-                init_std=self.init_std,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name="position_embedding",
+            init = normal_initializer(self.init_std, embed_dim)
+            table = self.param(
+                "embedding",
+                nn.with_logical_partitioning(init, ("position", "embed")),
+                (self.max_length, embed_dim),
+                self.param_dtype,
             )
-            vectors = table(positions_BT)
+            vectors = jnp.take(table, positions_BT, axis=0, mode="fill").astype(self.dtype)
         elif self.config.kind == "sinusoidal":
             vectors = sinusoidal(positions_BT, embed_dim, theta=self.config.theta).astype(self.dtype)
         else:

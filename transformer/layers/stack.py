@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.block import Block, BlockCache
-from transformer.layers.cache import init_cache, init_memory_cache
+from transformer.layers.cache import cache_lengths, init_cache, init_memory_cache, next_slots
 from transformer.layers.embedding import PositionEmbedding, check_learned_length
 from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
@@ -79,7 +79,7 @@ class Stack(nn.Module):
         dot_general: replaces `jax.lax.dot_general` in the linear layers.
 
     A scanned stack holds the same parameters as a loop under the same names, those of one period, each with a leading
-    axis `layers`; `scan_params` and `loop_params` convert between the two.
+    axis `layers`; `layers.scan_params` converts between the two.
     """
 
     config: ModelConfig
@@ -91,8 +91,8 @@ class Stack(nn.Module):
         self,
         embedded_BTD: Float[Array, "B T D"],
         *,
-        positions_BT: Int[Array, "#B T"],
-        mask: AttentionMask,
+        positions_BT: Int[Array, "#B T"] | None = None,
+        mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         memory_BSD: Float[Array, "B S M"] | None = None,
         memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: StackCache | None = None,
@@ -102,24 +102,28 @@ class Stack(nn.Module):
 
         Args:
             embedded_BTD: token vectors.
-            positions_BT: of the tokens.
+            positions_BT: of the tokens; None means 0, 1, ... (with a cache: its next slots, and nothing else).
             mask: of self-attention.
             memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
             memory_mask: of cross-attention.
-            cache: what earlier calls left; `positions_BT` must then be its next slots.
+            cache: what earlier calls left.
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
         dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
         add_positions = PositionEmbedding(
-            config.positions, max_length=config.max_length, init_std=config.init_std, name="positions", **dtypes
+            config.positions,
+            max_length=config.max_length,
+            init_std=config.init_std,
+            name="position_embedding",
+            **dtypes,
         )
-        x_BTD = add_positions(embedded_BTD, positions_BT)
+        x_BTD = add_positions(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache))
         x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=not train)
 
         context = {
             "mask": mask,
-            "positions_BT": positions_BT if cache is None else None,
+            "positions_BT": positions_BT,
             "memory_BSD": memory_BSD,
             "memory_mask": memory_mask,
         }
@@ -150,6 +154,18 @@ class Stack(nn.Module):
         return x_BTD, cache
 
 
+def _resolve_positions(
+    num_tokens: int, positions_BT: Any, mask: AttentionMask, cache: StackCache | None
+) -> Int[Array, "B T"]:
+    """Positions as given; else the cache's next slots, or indices where there is no cache."""
+    if cache is None:
+        return jnp.arange(num_tokens, dtype=jnp.int32)[None] if positions_BT is None else positions_BT
+    if positions_BT is not None:
+        raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
+    valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
+    return next_slots(cache_lengths(cache), num_tokens, valid_BT)
+
+
 def init_stack_cache(
     config: ModelConfig, batch_size: int, capacity: int, *, dtype: Any = None, cross_attention: bool = False
 ) -> StackCache:
@@ -176,47 +192,3 @@ def init_stack_cache(
         return tuple(block_cache(block) for block in config.pattern * num_periods)
     period = tuple(block_cache(block) for block in config.pattern)
     return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (num_periods, *x.shape)), period)
-
-
-def scan_params(params: Any, pattern_length: int = 1) -> Any:
-    """Parameters (or anything shaped like them) of a looped model as those of a scanned one.
-
-    Args:
-        params: a tree with one or more stacks in it.
-        pattern_length: blocks of the model's pattern.
-    """
-
-    def stacked(blocks: dict[str, Any]) -> dict[str, Any]:
-        return {
-            f"block_{index}": jax.tree.map(
-                lambda *layers: jnp.stack(layers),
-                *(blocks[f"block_{layer}"] for layer in range(index, len(blocks), pattern_length)),
-            )
-            for index in range(pattern_length)
-        }
-
-    return _convert(params, stacked)
-
-
-def loop_params(params: Any) -> Any:
-    """The inverse of `scan_params`: parameters of a scanned model as those of a looped one."""
-
-    def unstacked(blocks: dict[str, Any]) -> dict[str, Any]:
-        num_periods = len(jax.tree.leaves(blocks)[0])
-        return {
-            f"block_{period * len(blocks) + index}": jax.tree.map(lambda x, p=period: x[p], blocks[f"block_{index}"])
-            for period in range(num_periods)
-            for index in range(len(blocks))
-        }
-
-    return _convert(params, unstacked)
-
-
-def _convert(params: Any, convert_blocks: Any) -> Any:
-    """Replace every `blocks` entry in a tree of dictionaries."""
-    if not isinstance(params, dict):
-        return params
-    return {
-        name: convert_blocks(part) if name == "blocks" else _convert(part, convert_blocks)
-        for name, part in params.items()
-    }

@@ -4,14 +4,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.cache import cache_positions
 from transformer.layers.linear import DotGeneral
 from transformer.layers.stack import Stack, StackCache, init_stack_cache
 from transformer.model_config import ModelConfig
-from transformer.models.head import TokenLogits, token_embedding
+from transformer.models.head import output_projection, token_embedding, token_logits
 from transformer.ops.masks import AttentionMask
 
 
@@ -28,17 +26,17 @@ class Decoder(nn.Module):
         >>> logits, variables = model.init_with_output(jax.random.key(0), tokens)
         >>> logits.shape
         (1, 3, 11)
-        >>> cache = model.init_cache(batch_size=1, capacity=8)
-        >>> logits, cache = model.apply(variables, tokens, cache=cache)
+        >>> logits, cache = model.apply(variables, tokens, cache=model.init_cache(batch_size=1, capacity=8))
     """
 
     config: ModelConfig
     dot_general: DotGeneral = jax.lax.dot_general
 
     def setup(self) -> None:
+        """Make the parts."""
         self.token_embedding = token_embedding(self.config, self.dot_general)
         self.decoder = Stack(self.config, dot_general=self.dot_general)
-        self.output = TokenLogits(self.config, dot_general=self.dot_general)
+        self.output = output_projection(self.config, self.dot_general)
 
     def __call__(
         self,
@@ -54,19 +52,14 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: the tokens read.
             positions_BT: of each token; None means its index. Give packed rows positions that restart.
-            segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache: 0 marks right padding, other
-                values say nothing more.
+            segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache, 0 marks right padding and
+                other values say nothing more.
             cache: of the tokens before these (`init_cache`); positions follow from it.
             train: apply dropout, with the `dropout` key.
 
         Raises:
             ValueError: if the config leaves something open, or the arguments contradict each other.
         """
-        if cache is None:
-            if positions_BT is None:
-                positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        else:
-            positions_BT = next_positions(cache, tokens_BT, positions_BT, segment_ids_BT)
         hidden_BTD, cache = self.decoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
@@ -76,19 +69,10 @@ class Decoder(nn.Module):
             cache=cache,
             train=train,
         )
-        logits_BTV = self.output(hidden_BTD, self.token_embedding)
+        logits_BTV = token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
         return logits_BTV if cache is None else (logits_BTV, cache)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
-        """An empty cache with room for `capacity` tokens a row; `dtype` None means the model's."""
+        """An empty cache with room for `capacity` tokens a row; a `dtype` of None means the model's."""
         return init_stack_cache(self.config, batch_size, capacity, dtype=dtype)
-
-
-def next_positions(cache: StackCache, tokens_BT: Array, positions_BT: Any, segment_ids_BT: Any) -> Array:
-    """Positions of the tokens that follow a cache."""
-    if positions_BT is not None:
-        raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
-    valid_BT = None if segment_ids_BT is None else segment_ids_BT != 0
-    first = jax.tree.map(lambda x: x[0] if cache[0].attention.lengths_B.ndim == 2 else x, cache[0].attention)
-    return cache_positions(first, tokens_BT.shape[1], valid_BT)

@@ -1,9 +1,6 @@
-"""Logits over the vocabulary from hidden states, with the embedding's own matrix or another."""
-
-from typing import Any
+"""The two ends of a model over a vocabulary: token vectors in, logits out, from one matrix or from two."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,8 +13,7 @@ def token_embedding(config: ModelConfig, dot_general: DotGeneral) -> Embed:
     """The embedding of a model's tokens; refuses a config whose vocabulary is still to be resolved."""
     if config.vocab_size < 1:
         raise ValueError(
-            f"A model needs its vocabulary's size, got vocab_size={config.vocab_size}; "
-            "set it to the tokenizer's (dataclasses.replace)."
+            f"A model needs the size of its vocabulary, got vocab_size={config.vocab_size}; set it to the tokenizer's."
         )
     return Embed(
         num_embeddings=config.vocab_size,
@@ -30,29 +26,26 @@ def token_embedding(config: ModelConfig, dot_general: DotGeneral) -> Embed:
     )
 
 
-class TokenLogits(nn.Module):
-    """Float32 logits: products with the token embedding (`config.tie_embeddings`) or with a kernel of its own."""
+def output_projection(config: ModelConfig, dot_general: DotGeneral) -> Linear | None:
+    """The projection to the vocabulary; None if it is the embedding's own matrix."""
+    if config.tie_embeddings:
+        return None
+    return Linear(
+        features=(config.vocab_size,),
+        axes=("embed", "vocab"),
+        init_std=config.init_std,
+        dtype=jnp.dtype(config.dtype),
+        output_dtype=jnp.dtype(jnp.float32),
+        param_dtype=jnp.dtype(config.param_dtype),
+        dot_general=dot_general,
+    )
 
-    config: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
 
-    @nn.compact
-    def __call__(self, hidden_BTD: Float[Array, "*B D"], embedding: Embed) -> Float[Array, "*B V"]:
-        """Logits of every token at each position, capped where the config says so."""
-        config = self.config
-        if config.tie_embeddings:
-            logits_BTV = embedding.attend(hidden_BTD)
-        else:
-            settings: dict[str, Any] = {"init_std": config.init_std, "dot_general": self.dot_general}
-            logits_BTV = Linear(
-                features=(config.vocab_size,),
-                axes=("embed", "vocab"),
-                dtype=jnp.dtype(config.dtype),
-                output_dtype=jnp.float32,
-                param_dtype=jnp.dtype(config.param_dtype),
-                name="projection",
-                **settings,
-            )(hidden_BTD)
-        if config.logits_soft_cap > 0:
-            logits_BTV = config.logits_soft_cap * jnp.tanh(logits_BTV / config.logits_soft_cap)
-        return logits_BTV
+def token_logits(
+    config: ModelConfig, hidden_BTD: Float[Array, "B T D"], embedding: Embed, output: nn.Module | None
+) -> Float[Array, "B T V"]:
+    """Float32 logits of every token at each position, capped where the config says so."""
+    logits_BTV = embedding.attend(hidden_BTD) if output is None else output(hidden_BTD)
+    if config.logits_soft_cap > 0:
+        logits_BTV = config.logits_soft_cap * jnp.tanh(logits_BTV / config.logits_soft_cap)
+    return logits_BTV

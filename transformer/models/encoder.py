@@ -1,0 +1,72 @@
+"""The encoder: hidden states of tokens that see each other in both directions."""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.linear import DotGeneral
+from transformer.layers.stack import Stack
+from transformer.model_config import ModelConfig
+from transformer.models.head import output_projection, token_embedding, token_logits
+from transformer.ops.masks import AttentionMask
+
+
+class Encoder(nn.Module):
+    """A vector for every token, from both of its sides (Devlin et al. 2019).
+
+    Attributes:
+        config: the model, with vocab_size (and for learned positions max_length) set.
+        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+
+    Example:
+        >>> model = Encoder(ModelConfig(architecture="encoder", vocab_size=11, num_layers=1, embed_dim=8))
+        >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
+        >>> hidden, variables = model.init_with_output(jax.random.key(0), tokens, segment_ids_BT=segment_ids)
+        >>> hidden.shape
+        (1, 4, 8)
+    """
+
+    config: ModelConfig
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    def setup(self) -> None:
+        """Make the parts."""
+        self.token_embedding = token_embedding(self.config, self.dot_general)
+        self.encoder = Stack(self.config, dot_general=self.dot_general)
+        self.output = output_projection(self.config, self.dot_general)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "#B T"] | None = None,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states, in the model's dtype.
+
+        Args:
+            tokens_BT: the tokens read.
+            positions_BT: of each token; None means its index.
+            segment_ids_BT: tokens attend within their segment, 0 is padding.
+            train: apply dropout, with the `dropout` key.
+        """
+        hidden_BTD, _ = self.encoder(
+            self.token_embedding(tokens_BT),
+            positions_BT=positions_BT,
+            mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            train=train,
+        )
+        return hidden_BTD
+
+    def logits(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "#B T"] | None = None,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of the token at each position; initialise with this method if embeddings are not tied."""
+        hidden_BTD = self(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, train=train)
+        return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)

@@ -1,0 +1,135 @@
+"""The encoder-decoder: a language model of targets that also reads a source."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.linear import DotGeneral
+from transformer.layers.stack import Stack, StackCache, init_stack_cache
+from transformer.model_config import ModelConfig
+from transformer.models.head import output_projection, token_embedding, token_logits
+from transformer.ops.masks import AttentionMask
+
+
+class EncoderDecoder(nn.Module):
+    """Logits of the next target token, given a source (Vaswani et al. 2017); both share one token embedding.
+
+    Several pairs may share a row: a target attends to the source with its segment id.
+
+    Attributes:
+        config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
+        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+
+    Example, reading the source once and then the target in pieces:
+        >>> config = ModelConfig(architecture="encoder_decoder", vocab_size=11, num_layers=1, embed_dim=8)
+        >>> model = EncoderDecoder(config)
+        >>> source, target = jnp.array([[1, 2, 3]]), jnp.array([[4, 5]])
+        >>> logits, variables = model.init_with_output(jax.random.key(0), source, target)
+        >>> logits.shape
+        (1, 2, 11)
+        >>> memory = model.apply(variables, source, method="encode")
+        >>> cache = model.init_cache(batch_size=1, capacity=8)
+        >>> first, cache = model.apply(variables, target[:, :1], memory, cache=cache, method="decode")
+        >>> second, cache = model.apply(variables, target[:, 1:], cache=cache, method="decode")
+    """
+
+    config: ModelConfig
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    def setup(self) -> None:
+        """Make the parts."""
+        self.token_embedding = token_embedding(self.config, self.dot_general)
+        self.encoder = Stack(self.config, dot_general=self.dot_general)
+        self.decoder = Stack(self.config, cross_attention=True, dot_general=self.dot_general)
+        self.output = output_projection(self.config, self.dot_general)
+
+    def __call__(
+        self,
+        source_BS: Int[Array, "B S"],
+        target_BT: Int[Array, "B T"],
+        *,
+        source_positions_BS: Int[Array, "#B S"] | None = None,
+        source_segment_ids_BS: Int[Array, "B S"] | None = None,
+        target_positions_BT: Int[Array, "#B T"] | None = None,
+        target_segment_ids_BT: Int[Array, "B T"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits at every target position; see `encode` and `decode` for the arguments."""
+        memory_BSD = self.encode(
+            source_BS, positions_BS=source_positions_BS, segment_ids_BS=source_segment_ids_BS, train=train
+        )
+        return self.decode(
+            target_BT,
+            memory_BSD,
+            source_segment_ids_BS=source_segment_ids_BS,
+            positions_BT=target_positions_BT,
+            segment_ids_BT=target_segment_ids_BT,
+            train=train,
+        )
+
+    def encode(
+        self,
+        source_BS: Int[Array, "B S"],
+        *,
+        positions_BS: Int[Array, "#B S"] | None = None,
+        segment_ids_BS: Int[Array, "B S"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B S D"]:
+        """Hidden states of the source: what `decode` calls memory.
+
+        Args:
+            source_BS: the tokens read.
+            positions_BS: of each token; None means its index.
+            segment_ids_BS: tokens attend within their segment, 0 is padding.
+            train: apply dropout, with the `dropout` key.
+        """
+        memory_BSD, _ = self.encoder(
+            self.token_embedding(source_BS),
+            positions_BT=positions_BS,
+            mask=AttentionMask(query_segment_ids=segment_ids_BS, key_segment_ids=segment_ids_BS),
+            train=train,
+        )
+        return memory_BSD
+
+    def decode(
+        self,
+        target_BT: Int[Array, "B T"],
+        memory_BSD: Float[Array, "B S D"] | None = None,
+        *,
+        source_segment_ids_BS: Int[Array, "B S"] | None = None,
+        positions_BT: Int[Array, "#B T"] | None = None,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        cache: StackCache | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
+        """Float32 logits, and the cache where one was given.
+
+        Args:
+            target_BT: the target tokens read.
+            memory_BSD: what `encode` returned; with a cache, in the first call only (it keeps each layer's keys and
+                values of it).
+            source_segment_ids_BS: as given to `encode`; needed in every call.
+            positions_BT: of each target token; None means its index.
+            segment_ids_BT: targets attend within their segment and to the source of the same one, 0 is padding. With
+                a cache, a row holds one target: 0 marks right padding.
+            cache: of the target tokens before these (`init_cache`); positions follow from it.
+            train: apply dropout, with the `dropout` key.
+        """
+        hidden_BTD, cache = self.decoder(
+            self.token_embedding(target_BT),
+            positions_BT=positions_BT,
+            mask=AttentionMask(causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            memory_BSD=memory_BSD,
+            memory_mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=source_segment_ids_BS),
+            cache=cache,
+            train=train,
+        )
+        logits_BTV = token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
+        return logits_BTV if cache is None else (logits_BTV, cache)
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
+        """An empty cache with room for `capacity` target tokens a row; a `dtype` of None means the model's."""
+        return init_stack_cache(self.config, batch_size, capacity, dtype=dtype, cross_attention=True)
