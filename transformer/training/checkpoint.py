@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from transformer.training import manifest
@@ -60,7 +62,6 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         path = self._directory / str(step)
-        _remove(path)  # left by a run that was resumed from an earlier step
         description = {
             "step": step,
             "validation_loss": validation_loss,
@@ -73,9 +74,10 @@ class Checkpointer:
 
         def commit() -> None:
             response.result()
-            (path / _DESCRIPTION).write_text(text)
-            manifest.write_manifest(path)
-            self._retire()
+            if jax.process_index() == 0:
+                (path / _DESCRIPTION).write_text(text)
+                manifest.write_manifest(path)
+                self._retire()
 
         self._pending = self._worker.submit(commit)
 
@@ -113,25 +115,31 @@ class Checkpointer:
         return Restored(description["step"], _from_parts(parts, target), description["loop"])
 
     def clean(self, step: int) -> None:
-        """Remove what a killed run left unfinished, and checkpoints after `step`, where this run starts."""
-        if not self._directory.exists():
+        """Make room for a run that starts from `step`.
+
+        What a killed run left unfinished is removed. A later checkpoint, damaged or else it would have been restored,
+        is set aside as `STEP.damaged`: the run will come to that step again.
+        """
+        if jax.process_index() != 0 or not self._directory.exists():
             return
         for path in list(self._directory.iterdir()):
-            stem = path.name.partition(_ORBAX_TEMPORARY)[0]
-            unfinished = stem.isdigit() and not (path / manifest.NAME).exists()
-            if unfinished or (path.name.isdigit() and int(path.name) > step):
-                _remove(path)
+            stem = path.name.removesuffix(_ORBAX_TEMPORARY)
+            if stem.isdigit() and not (path / manifest.NAME).exists():
+                path.rmtree()
+            elif stem.isdigit() and int(stem) > step:
+                aside = self._directory / f"{path.name}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                path.rename(aside)
 
     def _retire(self) -> None:
+        """Remove checkpoints that are neither among the latest nor the best."""
         steps = self.steps()
-        losses = {
-            step: json.loads((self._directory / str(step) / _DESCRIPTION).read_text())["validation_loss"]
-            for step in steps
-        }
-        measured = {step: loss for step, loss in losses.items() if loss is not None}
-        kept = {*steps[-self._keep :], *([min(measured, key=lambda step: (measured[step], step))] if measured else [])}
-        for step in set(steps) - kept:
-            _remove(self._directory / str(step))
+        losses = {step: _validation_loss(self._directory / str(step)) for step in steps}
+        best = min(steps, key=lambda step: losses[step])
+        for step in steps[: -self._keep]:
+            if step != best or math.isinf(losses[step]):
+                _remove(self._directory / str(step))
 
 
 def committed_steps(directory: epath.PathLike) -> list[int]:
@@ -171,7 +179,8 @@ def load_params(directory: epath.PathLike, target: PyTree) -> tuple[int, PyTree]
 
     Args:
         directory: of the checkpoints.
-        target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings.
+        target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, to the first
+            device where there are none.
 
     Raises:
         UserError: no checkpoint, only damaged ones, or one of another model.
@@ -209,6 +218,15 @@ def _check_fit(path: epath.Path, expected: dict[str, str], *, of: str, within: s
     return description
 
 
+def _validation_loss(path: epath.Path) -> float:
+    """As saved; infinite where none was measured, or where damage hides it."""
+    try:
+        loss = json.loads((path / _DESCRIPTION).read_text())["validation_loss"]
+        return math.inf if loss is None else float(loss)
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _to_parts(state: TrainState) -> dict[str, PyTree]:
     """A state as separately loadable parts; empty ones are left out, Orbax refuses them."""
     parts = {"params": state.params, "ema_params": state.ema_params, "carry": state.carry}
@@ -222,11 +240,12 @@ def _from_parts(parts: dict[str, PyTree], target: TrainState) -> TrainState:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    # Without a sharding Orbax would want the devices of the run that saved.
+    sharding = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _remove(path: epath.Path) -> None:
-    """Remove a directory, its manifest first: a half-removed checkpoint does not count."""
-    if path.exists():
-        (path / manifest.NAME).unlink(missing_ok=True)
-        path.rmtree()
+    """Remove a checkpoint, its manifest first: a half-removed one does not count."""
+    (path / manifest.NAME).unlink(missing_ok=True)
+    path.rmtree()

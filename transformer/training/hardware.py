@@ -10,10 +10,17 @@ PEAK_FLOPS = {
     # Dense bfloat16, per device as JAX counts them, from the manufacturers' data sheets.
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
+    "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "V100": 125e12,  # float16: it has no bfloat16
     "A100": 312e12,
     "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "B200": 2250e12,
 }
 
 
@@ -25,10 +32,15 @@ def peak_flops(dtype: str) -> float:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        # Host devices share the processor: their number does not add speed.
+        # The devices of a host share its processor: their number does not add speed.
         return measured_peak_flops(dtype) * jax.process_count()
-    matches = [name for name in PEAK_FLOPS if name in device.device_kind]
-    return PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else 0.0
+    return published_peak_flops(device.device_kind) * jax.device_count()
+
+
+def published_peak_flops(device_kind: str) -> float:
+    """Peak of one device from its name as JAX gives it (`NVIDIA H100 80GB HBM3`); 0 if it is not in the table."""
+    matches = [name for name in PEAK_FLOPS if name in device_kind]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else 0.0
 
 
 @functools.cache

@@ -1,26 +1,29 @@
 """The training loop: steps, metric rows, evaluation, samples, checkpoints, and stopping in good order."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from transformer.config import TrainingConfig
 from transformer.parallel.runner import Runner
 from transformer.training.checkpoint import Checkpointer
-from transformer.training.metrics import Stopwatch, Window
+from transformer.training.metrics import Speed, Stopwatch, Window
+from transformer.training.processes import any_process, merged_over_processes
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
 from transformer.training.writers import Writer
-from transformer.types import CheckpointableIterator, PyTree, Statistics, UserError
+from transformer.types import Array, CheckpointableIterator, PyTree, Statistics, UserError
 
 Evaluator = Callable[[PyTree], Mapping[str, float]]
 """Parameters as the runner places them -> metrics of a whole split."""
-Sampler = Callable[[PyTree, int], None]
+Sampler = Callable[[PyTree, int], object]
 """`(params of one copy, step)`: print or write a sample."""
-Hook = Callable[[int, TrainState, Statistics], None]
-"""`(step, state, statistics)` after every step; reading an array waits for the device, the state lives until the next step."""
+Hook = Callable[[int, TrainState, Statistics], object]
+"""`(step, state, statistics)`, after every step. To read an array is to wait for the device, and the next step donates
+the state."""
 
 
 def train(
@@ -40,33 +43,31 @@ def train(
 ) -> TrainState:
     """Train to `config.steps`, from the latest good checkpoint if there is one.
 
-    The device is never waited for in a plain step: statistics are fetched while the next step runs. A resumed run
-    writes the rows an uninterrupted one would have written, to the bit: the sums of a row not yet due are in the
-    checkpoint, and rows after the checkpoint are dropped. SIGTERM and SIGINT finish the step, save and return.
+    A plain step never waits for the device: statistics are fetched while the next step runs. A resumed run writes the
+    rows an uninterrupted one would have written, to the bit: the sums of a row not yet due are in the checkpoint, and
+    rows after the checkpoint are dropped. SIGTERM and SIGINT finish the step, save and return.
 
     Args:
-        state: of one copy, before the first step; shapes and shardings of what is restored.
+        state: of one copy, before the first step; also the shapes and shardings of what is restored.
         config: how long, and how often to report, evaluate, sample and save.
         runner: the compiled steps.
         batches: this process's rows of the training batches, without end.
-        checkpointer: where state, place in the data and open sums are saved.
-        tokens_per_step: positions of a batch (rows x length), for the speed.
-        flops_per_token: of forward and backward, for MFU.
-        peak_flops: of all devices; 0 leaves MFU out.
-        writers: take the metric rows; closed at the end.
+        checkpointer: where the state, the place in the data and open sums are saved.
+        tokens_per_step: positions of a batch (rows x length), padding included.
+        flops_per_token: of forward and backward (`hardware.model_flops_per_token`).
+        peak_flops: of all devices together; 0, unknown, leaves MFU out.
+        writers: take the metric rows, in this process; closed at the end.
         evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best.
-        sampler: called at `sample_every`.
+        sampler: called every `config.sample_every` steps.
         hooks: called after every step.
 
     Returns:
-        The last state, of one copy.
+        The last state, of one copy; its `step` is below `config.steps` if a signal stopped the run.
 
     Raises:
-        UserError: the loss or the gradient is not finite; earlier checkpoints stay.
+        UserError: the loss, the gradient or a parameter is not finite; checkpoints of earlier steps stay.
     """
-    evaluators = evaluators or {}
-
-    # ---- Resume -----------------------------------------------------------------------------------------------------
+    # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
     restored = checkpointer.restore(state)
     start = restored.step if restored else 0
     if restored:
@@ -76,67 +77,67 @@ def train(
     for writer in writers:
         writer.resume(start)
     state = runner.place_state(state)
-    report = _Report(writers, config, Window(restored.loop["window"] if restored else None))
-    report.speed = (tokens_per_step, flops_per_token, peak_flops)
+    window = Window(restored.loop["window"] if restored else {})
+    report = _Report(writers, config, Speed(tokens_per_step, flops_per_token, peak_flops), window, checkpointer)
 
-    # ---- Steps ------------------------------------------------------------------------------------------------------
-    try:
-        with StopRequest() as stop:
-            for step in range(start + 1, config.steps + 1):
-                state, statistics = runner.step(state, runner.place_batch(next(batches)))
-                report.settle()  # the step before, while the device works on this one
-                report.in_flight = (step, statistics)
-                for hook in hooks:
-                    hook(step, state, statistics)
+    with _finishing(checkpointer, writers), StopRequest() as stop:
+        for step in range(start + 1, config.steps + 1):
+            # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
+            state, statistics = runner.step(state, runner.place_batch(next(batches)))
+            report.settle()
+            report.in_flight = (step, statistics)
+            for hook in hooks:
+                hook(step, state, statistics)
 
-                stopping, last = bool(stop), step == config.steps
-                evaluating = bool(evaluators) and (last or _due(step, config.eval_every))
-                sampling = sampler is not None and (last or _due(step, config.sample_every))
-                saving = last or stopping or _due(step, config.checkpoint_every)
-                if not (evaluating or sampling or saving):
-                    continue
+            last = step == config.steps
+            # Processes must save at the same step, and asking them costs a message.
+            stopping = (jax.process_count() == 1 or _due(step, config.log_every)) and any_process(bool(stop))
+            evaluating = bool(evaluators) and (last or _due(step, config.eval_every))
+            sampling = sampler is not None and (last or _due(step, config.sample_every))
+            saving = last or stopping or _due(step, config.checkpoint_every)
+            if not (evaluating or sampling or saving):
+                continue
+            report.settle()  # this step's own row comes before what follows
 
-                # ---- Evaluate: after this step's own row, with the device idle ----------------------------------------
-                report.settle()
-                validation_loss = None
-                if evaluating:
-                    for split, evaluator in evaluators.items():
-                        metrics = evaluator(evaluation_params(state))
-                        report.write(step, split, metrics)
-                        validation_loss = metrics["loss"] if split == "validation" else validation_loss
+            # ---- Evaluate -------------------------------------------------------------------------------------------
+            validation_loss = None
+            for split, evaluate in (evaluators or {}).items() if evaluating else ():
+                metrics = evaluate(evaluation_params(state))
+                report.write(step, split, metrics)
+                validation_loss = metrics["loss"] if split == "validation" else validation_loss
 
-                # ---- Sample -------------------------------------------------------------------------------------------
-                if sampling:
-                    sampler(runner.fetch_state(evaluation_params(state)), step)
+            # ---- Sample ---------------------------------------------------------------------------------------------
+            if sampling and sampler is not None:
+                sampler(runner.fetch_state(evaluation_params(state)), step)
 
-                # ---- Save: this step's loss is known and finite, its rows are written ----------------------------------
-                if saving:
-                    loop = {"batches": batches.get_state(), "window": report.window.sums}
-                    checkpointer.save(runner.fetch_state(state), loop, validation_loss=validation_loss)
-                report.stopwatch.skip()
-                if stopping:
-                    break
-    finally:
-        checkpointer.wait()
-        for writer in writers:
-            writer.close()
+            # ---- Save: the loss of this step is known to be finite, and its rows are written ------------------------
+            if saving:
+                one_copy = runner.fetch_state(state)
+                if not _all_finite(one_copy.params):
+                    raise UserError(_not_finite("parameters", "they are not", step, checkpointer))
+                loop = {"batches": merged_over_processes(batches.get_state()), "window": report.window.sums}
+                checkpointer.save(one_copy, loop, validation_loss=validation_loss)
+            report.stopwatch.skip()
+            if stopping:
+                break
     return runner.fetch_state(state)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 class _Report:
     """Turns the statistics of steps, fetched one step late, into rows."""
 
-    def __init__(self, writers: Sequence[Writer], config: TrainingConfig, window: Window) -> None:
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        config: TrainingConfig,
+        speed: Speed,
+        window: Window,
+        checkpointer: Checkpointer,
+    ) -> None:
         self.window = window
         self.stopwatch = Stopwatch()
         self.in_flight: tuple[int, Statistics] | None = None
-        self.speed: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        self._writers = writers
-        self._config = config
+        self._writers, self._config, self._speed, self._checkpointer = writers, config, speed, checkpointer
 
     def settle(self) -> None:
         """Wait for the step in flight; add its statistics, and write a row where one is due."""
@@ -144,20 +145,51 @@ class _Report:
             return
         (step, statistics), self.in_flight = self.in_flight, None
         values = {name: float(value) for name, value in jax.device_get(statistics).items()}
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "objective", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise UserError(f"The {name} must be finite, got {values[name]} at step {step}.")
+                raise UserError(_not_finite(name, f"got {values[name]}", step, self._checkpointer))
         self.stopwatch.lap()
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:
-            tokens_per_step, flops_per_token, peak_flops = self.speed
-            metrics: dict[str, Any] = self.window.close()
-            metrics["tokens_per_second"] = tokens_per_step * self.stopwatch.close()
-            if peak_flops > 0:
-                metrics["mfu"] = metrics["tokens_per_second"] * flops_per_token / peak_flops
-            self.write(step, "train", metrics)
+            self.write(step, "train", {**self.window.close(), **self._speed.metrics(self.stopwatch.close())})
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """A row to every writer."""
         for writer in self._writers:
             writer.write(step, split, metrics)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) -> str:
+    steps = checkpointer.steps()
+    return (
+        f"The {what} must be finite, {found} at step {step}. Lower optimizer.learning_rate, lengthen "
+        "optimizer.warmup_steps or set optimizer.clip_norm, in a new run. "
+        + (f"The checkpoint of step {steps[-1]} is good." if steps else "No checkpoint was saved before.")
+    )
+
+
+@contextlib.contextmanager
+def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer]) -> Iterator[None]:
+    """Whatever happens inside, let the checkpoint under way become valid, and close the writers."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            checkpointer.wait()
+        except Exception as second:
+            error.add_note(f"The last checkpoint could not be finished either: {second!r}")
+        raise
+    else:
+        checkpointer.wait()
+    finally:
+        for writer in writers:
+            writer.close()

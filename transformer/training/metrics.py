@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from transformer.training.step import PER_STEP
 
@@ -30,8 +31,8 @@ def derive(sums: Mapping[str, float]) -> dict[str, float]:
 class Window:
     """Statistics of the steps since the last row, added in float64 in the order of the steps."""
 
-    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
-        self.sums = dict(sums or {})
+    def __init__(self, sums: Mapping[str, float]) -> None:
+        self.sums = dict(sums)
         self._per_step: dict[str, float] = {}
 
     def add(self, statistics: Mapping[str, float]) -> None:
@@ -47,6 +48,24 @@ class Window:
         metrics = {**derive(self.sums), **self._per_step}
         self.sums = {}
         return metrics
+
+
+class Speed(NamedTuple):
+    """What a step amounts to, in tokens and in operations."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float  # of all devices together; 0 if unknown, and then MFU is left out
+
+    def metrics(self, steps_per_second: float) -> dict[str, float]:
+        """Tokens a second, and MFU: model FLOPs utilisation (Chowdhery et al. 2022, section 4.1)."""
+        tokens_per_second = self.tokens_per_step * steps_per_second
+        if self.peak_flops <= 0:
+            return {"tokens_per_second": tokens_per_second}
+        return {
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
+        }
 
 
 class Stopwatch:

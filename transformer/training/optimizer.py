@@ -1,12 +1,14 @@
 """Update rules as one optax chain: clip, precondition, decay, learning rate, groups."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from transformer.config import OptimizerConfig
 from transformer.training.schedules import make_schedule
-from transformer.types import PyTree, UserError
+from transformer.types import Array, LossOutput, Objective, PyTree, UserError
 
 # Where a block keeps its matrices, and their axes from the end: (contracted, produced).
 # Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
@@ -128,10 +130,24 @@ def group_scales(config: OptimizerConfig, params: PyTree) -> PyTree:
     return scales
 
 
+def freeze_objective(objective: Objective, config: OptimizerConfig, params: PyTree) -> Objective:
+    """The objective with frozen parameters held constant: their gradient is not computed, nor counted in its norm."""
+    scales = group_scales(config, params)
+    if all(scale != 0.0 for scale in jax.tree.leaves(scales)):
+        return objective
+
+    def loss(params: PyTree, carry: PyTree, batch: Any, key: Array, train: bool) -> LossOutput:
+        held = jax.tree.map(lambda p, scale: jax.lax.stop_gradient(p) if scale == 0.0 else p, params, scales)
+        return objective.loss(held, carry, batch, key, train)
+
+    return objective._replace(loss=loss)
+
+
 def _scale_groups(scales: PyTree) -> optax.GradientTransformation:
+    by_path = {parameter_path(path): scale for path, scale in jax.tree_util.tree_leaves_with_path(scales)}
+
     def update(updates: PyTree, _: PyTree) -> PyTree:
-        # Frozen leaves are masked out of `updates` by then, so walk what is there.
-        by_path = {parameter_path(path): scale for path, scale in jax.tree_util.tree_leaves_with_path(scales)}
+        # By path, because frozen parameters are masked out of `updates`.
         return jax.tree_util.tree_map_with_path(lambda path, u: u * by_path[parameter_path(path)], updates)
 
     return optax.stateless(update)

@@ -128,15 +128,15 @@ class ConsoleWriter:
             self._progress.start()
             self._progress.update(self._task, completed=step, description=text)
         else:
-            self._console.print(
-                f"step {step:>{len(str(self._steps))}}/{self._steps}  {split:<10}  {text}{self._left(step)}"
-            )
+            left = self._left(step) if split == "train" else ""
+            line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {split:<10}  {text}{left}"
+            self._console.print(line, soft_wrap=True)
 
     def _left(self, step: int) -> str:
-        """Time left, from the time since the first row; the progress line of a terminal has its own."""
+        """Time left, by the time since the first row (which is late by the compilation)."""
         now = time.monotonic()
         first_step, first_time = self._first = self._first or (step, now)
-        if self._console.is_terminal or step == first_step or step >= self._steps:
+        if step == first_step or step == self._steps:
             return ""
         return f"  eta {(self._steps - step) * (now - first_time) / (step - first_step):.0f} s"
 

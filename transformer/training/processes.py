@@ -1,0 +1,48 @@
+"""What the processes of a run over several hosts must agree on."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def any_process(flag: bool) -> bool:
+    """True in every process if it is in one; all processes must call it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def merged_over_processes(state: dict[str, Any]) -> dict[str, Any]:
+    """The union of the JSON objects of all processes, the same in each; all processes must call it."""
+    if jax.process_count() == 1:
+        return state
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(text.size))))
+    # Blanks after a JSON text do no harm.
+    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
+    merged: dict[str, Any] = {}
+    for row in np.asarray(multihost_utils.process_allgather(padded)):
+        merged = merge(merged, json.loads(row.tobytes()))
+    return merged
+
+
+def merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """The union of two nested dictionaries.
+
+    Raises:
+        ValueError: both hold the same entry with different values.
+
+    Example:
+        >>> merge({"step": 3, "streams": {"0": 5}}, {"step": 3, "streams": {"1": 7}})
+        {'step': 3, 'streams': {'0': 5, '1': 7}}
+    """
+    merged = dict(left)
+    for name, value in right.items():
+        if name in merged and isinstance(merged[name], dict) and isinstance(value, dict):
+            merged[name] = merge(merged[name], value)
+        elif merged.setdefault(name, value) != value:
+            raise ValueError(f"Processes must agree on {name!r}, got {merged[name]!r} and {value!r}.")
+    return merged
