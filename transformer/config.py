@@ -60,7 +60,7 @@ class DataConfig:
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
         require_at_least(self, 257, "bpe_vocab_size")
-        require_at_least(self, 0, "num_streams")
+        require_at_least(self, 0, "num_streams", "shuffle_seed")
         n, b = self.num_streams, self.batch_size
         require(
             n == 0 or n % b == 0 or b % n == 0,

@@ -8,7 +8,7 @@ Dimension key, used in signatures and as suffixes of variable names (`query_BTHK
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Array = Any  # a jax.Array, a tracer or a numpy array; shapes stand in the suffix or in jaxtyping
 PyTree = Any
@@ -45,6 +45,7 @@ class Objective(NamedTuple):
     """`(params, carry, batch, key, train) -> (loss_sum, weight_sum), (carry, statistics)`."""
 
 
+@runtime_checkable
 class CheckpointableIterator(Protocol):
     """An iterator over batches whose state can be saved and restored exactly (a Grain iterator is one)."""
 

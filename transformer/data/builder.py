@@ -11,7 +11,7 @@ Example = dict[str, Any]
 with tfds.core.registered.skip_registration():
 
     class TextRecords(tfds.core.GeneratorBasedBuilder):
-        """Documents in pieces: `continues == 1` goes on where the record before stopped, `last == 1` ends the document."""
+        """Documents in pieces: one that `continues` goes on where the record before it stopped, the `last` ends it."""
 
         url_infos: Mapping[str, Any] = {}  # nothing is downloaded; looking for checksums wants another package
 

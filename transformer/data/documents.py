@@ -16,7 +16,7 @@ from transformer.types import UserError
 from transformer.validation import require
 
 PYTHON_STDLIB = "python_stdlib"
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -43,7 +43,7 @@ def decode_text(data: bytes, name: str) -> str:
     """UTF-8 text of a file; what is not text is refused with its likely reason."""
     for magic, kind in _COMPRESSED.items():
         require(
-            not data.startswith(magic), f"A text source must be plain UTF-8 text, {name} is {kind} data: unpack it."
+            not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
         )
     zero = data.find(b"\0")
     require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
@@ -71,8 +71,8 @@ def read_local(source: str, config: DataConfig) -> Corpus:
 def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
     root = epath.Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for path in _visible_files(root):
-        if path.suffix == ".py" and not _LEFT_OUT.intersection(path.relative_to(root).parts[:-1]):
+    for path in _visible_files(root, _LEFT_OUT):
+        if path.suffix == ".py":
             try:
                 path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:  # a codec's fixture, say
@@ -81,14 +81,15 @@ def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
     return root, files
 
 
-def _visible_files(root: epath.Path) -> list[epath.Path]:
-    """Files under `root`, hidden ones and those in hidden folders left out, sorted by their path within it."""
+def _visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> list[epath.Path]:
+    """Files under `root`, sorted, without hidden ones and without what lies in hidden or `skipped` folders."""
     files = []
     for path in sorted(root.iterdir(), key=lambda path: path.name):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            files.extend(_visible_files(path))
+            if path.name not in skipped:
+                files.extend(_visible_files(path, skipped))
         else:
             files.append(path)
     return files

@@ -48,6 +48,11 @@ class Source:
     open_split: Callable[[str], Sequence[Record]]
 
     def records(self, split: str) -> Sequence[Record]:
+        """The records of a split, in the order of the text, read at random.
+
+        Raises:
+            UserError: there is no such split, or no text in it.
+        """
         require(
             split in self.split_names,
             f"A split must be one of {', '.join(self.split_names) or 'none'} for {self.name}, got {split!r}; "
@@ -98,21 +103,24 @@ def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
 
 def _open_tfds(name: str, config: DataConfig) -> Source:
     data_dir = str(_data_dir(config))
-    prepare = f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_dir}`"
+    prepare = (
+        f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_dir}` (only that command "
+        "needs `pip install tensorflow importlib_resources`, in any environment)"
+    )
     try:
         with _quiet():
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise UserError(
-            f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file or "
-            f"folder in {os.getcwd()} nor a dataset TFDS knows or finds in {data_dir}."
+            f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file "
+            f"or folder in {os.getcwd()} nor a dataset that TFDS knows or finds in {data_dir}."
         ) from None
     except (ValueError, ImportError, AssertionError) as error:
         raise UserError(f"The TFDS dataset {name!r} cannot be opened in {data_dir}: {error}") from error
     require(
         builder.data_path.exists() and len(builder.info.splits) > 0,
-        f"A TFDS dataset must be prepared before training; {name!r} is not in {data_dir}. Prepare it once with {prepare} "
-        "(that command may need `pip install tensorflow`), or point data.data_dir at where it is.",
+        f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
+        f"this name in {os.getcwd()}): prepare it once with {prepare}, or point data.data_dir at where it is.",
     )
     require(
         config.text_key in (builder.info.features or {}),
@@ -126,8 +134,8 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
                 data_source = builder.as_data_source(split=split)
         except NotImplementedError:
             raise UserError(
-                f"A TFDS dataset must be stored as ArrayRecord; {name!r} in {data_dir} is not. Prepare it with {prepare} "
-                "in another data_dir."
+                f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_dir} is not: "
+                f"prepare it in another data_dir with {prepare}."
             ) from None
         records = _TfdsRecords(data_source, config.text_key, config.prompt_key)
         if len(records) >= _FEW_RECORDS:
@@ -238,13 +246,21 @@ def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, 
         f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}.",
     )
     attempt = root / uuid.uuid4().hex
-    with _quiet():
-        builder = TextRecords(name=label, version=corpus.version, splits=splits, data_dir=os.fspath(attempt))
-        builder.download_and_prepare(download_dir=attempt / "downloads")
-    directory = builder.data_path.relative_to(attempt.parent).as_posix()
-    draft = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps({"directory": directory, "splits": sizes}, indent=2))
-    draft.replace(pointer)
+    try:
+        attempt.mkdir(parents=True)
+        with _quiet():
+            builder = TextRecords(name=label, version=corpus.version, splits=splits, data_dir=os.fspath(attempt))
+            builder.download_and_prepare(download_dir=attempt / "downloads")
+        directory = builder.data_path.relative_to(root).as_posix()
+        draft = attempt / pointer.name
+        draft.write_text(json.dumps({"directory": directory, "splits": sizes}, indent=2))
+        draft.replace(pointer)
+    except BaseException as error:
+        if attempt.exists():
+            attempt.rmtree()
+        if isinstance(error, OSError):
+            raise UserError(f"Prepared text must be written below data.data_dir, {root} failed: {error}.") from error
+        raise
 
 
 def _examples(documents: Callable[[], Iterator], record_bytes: int) -> Iterator[Example]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -18,11 +18,15 @@ END_OF_TEXT = "<|endoftext|>"
 Ids = Sequence[int] | Int[np.ndarray, " n"] | Any
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the pipeline, the trainer and generation need to know of a tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        ...
+
     @property
     def end_of_text(self) -> int:
         """The id that ends a document, and that stands before its first token."""
@@ -41,7 +45,9 @@ class Tokenizer(Protocol):
         """Text of any integers: special ids are dropped, as are those outside the vocabulary."""
         ...
 
-    def save(self, directory: epath.PathLike) -> None: ...
+    def save(self, directory: epath.PathLike) -> None:
+        """Write what `load_tokenizer` reads."""
+        ...
 
 
 def _known(ids: Ids, vocab_size: int) -> np.ndarray:
@@ -65,12 +71,15 @@ class ByteTokenizer:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Bytes of `text`."""
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
+        """Text of bytes; what is not UTF-8 becomes U+FFFD."""
         return _known(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def save(self, directory: epath.PathLike) -> None:
+        """Write what `load_tokenizer` reads."""
         _write(directory, json.dumps({"kind": "bytes"}))
 
 
@@ -92,19 +101,23 @@ class CharacterTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharacterTokenizer":
+        """The characters of `texts`."""
         characters: set[str] = set()
         for text in texts:
             characters.update(text)
         return cls("".join(sorted(characters)))
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """One id a character."""
         points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
         return self._id_of_point[np.minimum(points, len(self._id_of_point) - 1)]
 
     def decode(self, ids: Ids) -> str:
+        """Text of characters; the unknown one becomes U+FFFD."""
         return "".join(self._text_of_id[_known(ids, self.vocab_size)])
 
     def save(self, directory: epath.PathLike) -> None:
+        """Write what `load_tokenizer` reads."""
         _write(directory, json.dumps({"kind": "characters", "characters": self.characters}))
 
 
@@ -124,6 +137,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
+        """Merges learnt from `texts`; a small corpus gives fewer than `vocab_size` entries."""
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
         model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = tokenizers.decoders.ByteLevel()
@@ -137,13 +151,16 @@ class BpeTokenizer:
         return cls(model)
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Ids of byte pairs."""
         text = text.encode("utf-8", "replace").decode()
         return np.array(self._model.encode(text).ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
+        """Text of byte pairs; what is not UTF-8 becomes U+FFFD."""
         return self._model.decode(_known(ids, self.vocab_size).tolist())
 
     def save(self, directory: epath.PathLike) -> None:
+        """Write the JSON of the `tokenizers` library."""
         _write(directory, self._model.to_str())
 
 

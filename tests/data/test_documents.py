@@ -1,0 +1,124 @@
+import gzip
+import sys
+import sysconfig
+
+import pytest
+
+from transformer.config import DataConfig
+from transformer.data.documents import read_local
+from transformer.types import UserError
+
+CONFIG = DataConfig()
+
+
+def _texts(source, config=CONFIG):
+    corpus = read_local(str(source), config)
+    documents = list(corpus.documents())
+    assert len(documents) == corpus.count
+    return {document.name: document.text for document in documents}
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/y.txt", "a.txt", ".hidden/x.txt", ".DS_Store", "c/empty.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text of {name}" if "empty" not in name else " \n")
+    assert list(_texts(tmp_path)) == ["a/y.txt", "a/z.md", "a.txt", "b.txt"]
+
+
+def test_line_endings_and_the_byte_order_mark_are_kept(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
+    assert _texts(tmp_path / "a.txt") == {"a.txt": "\ufeffone\r\ntwo\r"}
+
+
+def test_the_fingerprint_follows_names_and_contents_only(tmp_path, write_folder):
+    one, two = write_folder("same"), tmp_path / "elsewhere" / "same"
+    two.parent.mkdir()
+    two.symlink_to(one)
+    before = read_local(str(one), CONFIG).fingerprint
+    assert read_local(str(two), CONFIG).fingerprint == before
+    file = one / "sub0" / "00.txt"
+    file.write_text(file.read_text().replace("0", "1"))  # as long as before
+    changed = read_local(str(one), CONFIG).fingerprint
+    file.rename(file.with_name("0.txt"))
+    assert len({before, changed, read_local(str(one), CONFIG).fingerprint}) == 3
+
+
+def test_the_standard_library_is_read_without_its_tests(tmp_path, monkeypatch):
+    files = {
+        "os.py": b"os",
+        "email/message.py": b"message",
+        "test/test_os.py": b"test",
+        "idlelib/idle_test/test_a.py": b"test",
+        "lib2to3/tests/data/x.py": b"test",
+        "site-packages/numpy/__init__.py": b"installed",
+        "__pycache__/os.py": b"cache",
+        "latin1.py": b"# \xe9",
+        "lib.so": b"\0\0",
+        "empty.py": b"",
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert _texts("python_stdlib") == {"email/message.py": "message", "os.py": "os"}
+    corpus = read_local("python_stdlib", CONFIG)
+    assert (corpus.name, corpus.version) == ("python_stdlib", ".".join(map(str, sys.version_info[:3])))
+
+
+def test_a_jsonl_has_texts_and_prompts_under_the_names_of_the_config(write_jsonl):
+    records = [{"q": "2+2=", "a": "4"}, {"a": "no prompt", "label": 1}, {"a": ""}, {"q": "", "a": "lone \ud800"}]
+    path = write_jsonl(records)
+    corpus = read_local(str(path), DataConfig(text_key="a", prompt_key="q"))
+    assert [(d.prompt, d.text, d.name) for d in corpus.documents()] == [
+        ("2+2=", "4", "records.jsonl:1"),
+        ("", "no prompt", "records.jsonl:2"),
+        ("", "lone ?", "records.jsonl:4"),
+    ]
+    assert corpus.fingerprint == read_local(str(path), DataConfig(text_key="a", prompt_key="q")).fingerprint
+    assert corpus.fingerprint != read_local(str(path), DataConfig(text_key="a")).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold text"),
+        (b" \n\n", "must hold text"),
+        (b"text\0text", "is binary .NUL at byte 4"),
+        (b"caf\xe9 au lait", "must be UTF-8, .*byte 3: 0xe9.*iconv"),
+        (gzip.compress(b"text"), "is gzip data: unpack it first"),
+    ],
+    ids=["empty", "blank", "binary", "latin1", "gzip"],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_is_not_text_is_refused(tmp_path, content, message, in_folder):
+    path = tmp_path / "corpus" / "some.txt"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_local(str(path.parent if in_folder else path), CONFIG)
+    assert str(path if not in_folder or content.strip() else path.parent) in str(error.value)
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    with pytest.raises(UserError, match="must hold text, .* has 0 files"):
+        read_local(str(tmp_path), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "no line with a non-empty 'text'"),
+        ('{"text": "a"}\n{"text": ', "line 2: "),
+        ('["a"]', "line 1 is not"),
+        ('{"txt": "a", "n": 1}', r"data\.text_key='text' must name a string.*line 1 has txt \(str\), n \(int\)"),
+        ('{"text": 3}', r"text \(int\)"),
+        ('{"text": "a", "prompt": null}', r"prompt \(NoneType\)"),
+    ],
+)
+def test_a_malformed_jsonl_is_refused_with_its_line(tmp_path, lines, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        read_local(str(path), CONFIG)

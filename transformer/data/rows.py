@@ -1,0 +1,61 @@
+"""Tokens as aligned pairs, and rows that pairs are written into."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from transformer.data.prepare import Record
+from transformer.data.tokenizers import Tokenizer
+from transformer.types import Batch
+
+
+class Pairs(NamedTuple):
+    """Tokens of a document, or of a piece of one: each with the token before it, and how much it counts."""
+
+    inputs: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+
+
+def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
+    """Pairs of a record; end-of-text stands before a document and after it.
+
+    The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
+    since what precedes it is in another record. A document without text has no pairs.
+    """
+    prompt = tokenizer.encode(record.prompt) if record.prompt else np.empty(0, np.int32)
+    text = tokenizer.encode(record.text)
+    end = np.array([tokenizer.end_of_text], np.int32)
+    if len(text) == 0:
+        return Pairs(text, text, np.empty(0, np.float32))
+    tokens = np.concatenate([end[:0] if record.continues else end, prompt, text, end if record.last else end[:0]])
+    weights = np.ones(len(tokens) - 1, np.float32)
+    weights[: len(prompt)] = 0
+    return Pairs(tokens[:-1], tokens[1:], weights)
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """Padding only."""
+    integers = np.zeros((4, rows, length), np.int32)
+    return Batch(integers[0], integers[1], np.zeros((rows, length), np.float32), integers[2], integers[3])
+
+
+def write_pairs(batch: Batch, row: int, column: int, pairs: Pairs, offset: int, segment: int) -> int:
+    """Write pairs from `offset` on to a row from `column` on, as many as fit; returns how many."""
+    length = batch.inputs.shape[1]
+    count = min(length - column, len(pairs.inputs) - offset)
+    here, there = slice(column, column + count), slice(offset, offset + count)
+    batch.inputs[row, here] = pairs.inputs[there]
+    batch.targets[row, here] = pairs.targets[there]
+    batch.weights[row, here] = pairs.weights[there]
+    batch.segment_ids[row, here] = segment
+    batch.positions[row, here] = arange(length)[:count]
+    return count
+
+
+@functools.cache
+def arange(length: int) -> Int[np.ndarray, " n"]:
+    """0, 1, ..., shared: do not write to it."""
+    return np.arange(length, dtype=np.int32)
