@@ -18,10 +18,10 @@ from transformer.ops.masks import AttentionMask
 
 
 class BlockCache(NamedTuple):
-    """What a block remembers between calls; `cross_attention` is () in a block that has none."""
+    """What a block remembers between calls; `cross_attention` is None in a block that has none."""
 
     attention: KVCache
-    cross_attention: MemoryCache | tuple[()] = ()
+    cross_attention: MemoryCache | None = None
 
 
 class Block(nn.Module):
@@ -84,8 +84,8 @@ class Block(nn.Module):
             cache: what earlier calls left.
             train: apply dropout, with the `dropout` key.
         """
-        shared = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        weights = {
+        shared: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        weights: dict[str, Any] = {
             **shared,
             "init_std": self.init_std,
             "residual_init_scale": self.residual_init_scale,
@@ -106,6 +106,7 @@ class Block(nn.Module):
             return norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD
 
         x_BTD = inputs_BTD
+        update: Any
         caches: dict[str, Any] = {}
         attention = Attention(self.config.attention, positions=self.positions, name="attention", **weights)
         update = attention(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral, normal_initializer
+from transformer.layers.linear import DotGeneral, normal_initializer, with_axes
 from transformer.model_config import PositionConfig
 from transformer.ops.positions import sinusoidal
 
@@ -36,7 +36,7 @@ class Embed(nn.Module):
         init = normal_initializer(self.init_std, self.embed_dim)
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(init, ("vocab", "embed")),
+            with_axes(init, ("vocab", "embed")),
             (self.num_embeddings, self.embed_dim),
             self.param_dtype,
         )
@@ -82,7 +82,7 @@ class PositionEmbedding(nn.Module):
             init = normal_initializer(self.init_std, embed_dim)
             table = self.param(
                 "embedding",
-                nn.with_logical_partitioning(init, ("position", "embed")),
+                with_axes(init, ("position", "embed")),
                 (self.max_length, embed_dim),
                 self.param_dtype,
             )

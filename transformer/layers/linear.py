@@ -18,6 +18,11 @@ def normal_initializer(std: float, fan_in: int, scale: float = 1.0) -> nn.initia
     return nn.initializers.normal(scale * (std or 1.0 / math.sqrt(fan_in)))
 
 
+def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
+    """The initializer of a parameter that carries logical axis names."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
 class Linear(nn.Module):
     """`y = x · kernel (+ bias)`, where the kernel keeps its axes apart: (embed, heads, head_dim) for a query.
 
@@ -63,7 +68,7 @@ class Linear(nn.Module):
         init = normal_initializer(self.init_std, fan_in, self.init_scale)
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(init, self.axes),
+            with_axes(init, self.axes),
             (*contracted, *self.features),
             self.param_dtype,
         )
@@ -77,7 +82,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param(
                 "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[num_inputs:]),
+                with_axes(nn.initializers.zeros, self.axes[num_inputs:]),
                 self.features,
                 self.param_dtype,
             )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.layers.linear import with_axes
 from transformer.model_config import NormConfig
 
 
@@ -51,7 +52,7 @@ class RMSNorm(nn.Module):
 
 def _vector(norm: Any, name: str, init: nn.initializers.Initializer, x: Array) -> Array:
     """A parameter along the last axis of `x`, in float32, ready to multiply it."""
-    vector = norm.param(name, nn.with_logical_partitioning(init, (norm.axis,)), (x.shape[-1],), norm.param_dtype)
+    vector = norm.param(name, with_axes(init, (norm.axis,)), (x.shape[-1],), norm.param_dtype)
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 

@@ -110,7 +110,7 @@ class Stack(nn.Module):
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
-        dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+        dtypes: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
         add_positions = PositionEmbedding(
             config.positions,
             max_length=config.max_length,
@@ -184,7 +184,7 @@ def init_stack_cache(
 
     def block_cache(block: BlockConfig) -> BlockCache:
         heads, head_dim = block.attention.kv_heads, block.attention.resolved_head_dim(config.embed_dim)
-        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else ()
+        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else None
         return BlockCache(init_cache(batch_size, capacity, heads, head_dim, dtype), memory)
 
     num_periods = config.num_layers // len(config.pattern)

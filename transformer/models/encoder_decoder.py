@@ -60,7 +60,7 @@ class EncoderDecoder(nn.Module):
         memory_BSD = self.encode(
             source_BS, positions_BS=source_positions_BS, segment_ids_BS=source_segment_ids_BS, train=train
         )
-        return self.decode(
+        logits_BTV: Any = self.decode(
             target_BT,
             memory_BSD,
             source_segment_ids_BS=source_segment_ids_BS,
@@ -68,6 +68,7 @@ class EncoderDecoder(nn.Module):
             segment_ids_BT=target_segment_ids_BT,
             train=train,
         )
+        return logits_BTV
 
     def encode(
         self,
