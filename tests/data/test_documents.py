@@ -102,7 +102,7 @@ def test_what_is_not_text_is_refused(tmp_path, content, message, in_folder):
 
 
 def test_a_folder_without_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must hold text, .* has 0 files"):
+    with pytest.raises(UserError, match=r"must hold text, .* has 0 files"):
         read_local(str(tmp_path), CONFIG)
 
 

@@ -87,15 +87,29 @@ def split_text(source: Source, split: str) -> Iterator[str]:
 def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
     """(prompt, text) of each document of a split, in order, its pieces joined again."""
     prompt, pieces = "", list[str]()
-    records = source.records(split)
-    for index in range(len(records)):
-        record = records[index]
+    for record in source.records(split):
         if not record.continues:
             prompt = record.prompt
         pieces.append(record.text)
         if record.last:
             yield prompt, "".join(pieces)
             pieces = []
+
+
+class _Records(Sequence[Record]):
+    """A TFDS data source with its examples made records."""
+
+    def __init__(self, data_source: Sequence[Example], to_record: Callable[[Example], Record]) -> None:
+        self._data_source = data_source
+        self._to_record = to_record
+
+    def __len__(self) -> int:
+        return len(self._data_source)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+        return self._to_record(self._data_source[index])
 
 
 # ---- TFDS datasets by name -------------------------------------------------------------------------------------------
@@ -137,14 +151,10 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
                 f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_dir} is not: "
                 f"prepare it in another data_dir with {prepare}."
             ) from None
-        records = _TfdsRecords(data_source, config.text_key, config.prompt_key)
+        records = _Records(data_source, functools.partial(_whole, config))
         if len(records) >= _FEW_RECORDS:
             return records
-        return [
-            piece
-            for index in range(len(records))
-            for piece in _pieces(records[index].text, records[index].prompt, config.record_bytes)
-        ]
+        return [piece for record in records for piece in _pieces(record.text, record.prompt, config.record_bytes)]
 
     sizes = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
     full_name = builder.info.full_name
@@ -152,45 +162,17 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     return Source(full_name, f"{full_name} {sizes}", tuple(sizes), description, open_split)
 
 
-class _TfdsRecords(Sequence[Record]):
-    """Records of a dataset we did not prepare: each is a whole document."""
-
-    def __init__(self, data_source: Sequence[Example], text_key: str, prompt_key: str) -> None:
-        self._data_source = data_source
-        self._text_key = text_key
-        self._prompt_key = prompt_key
-
-    def __len__(self) -> int:
-        return len(self._data_source)
-
-    def __getitem__(self, index: int) -> Record:
-        example = self._data_source[index]
-        text, prompt = example[self._text_key], example.get(self._prompt_key, b"")
-        require(
-            isinstance(text, bytes) and isinstance(prompt, bytes),
-            f"data.text_key={self._text_key!r} and data.prompt_key={self._prompt_key!r} must name text features, "
-            f"got {type(text).__name__} and {type(prompt).__name__}.",
-        )
-        return Record(text.decode("utf-8", "replace"), prompt.decode("utf-8", "replace"), False, True)
+def _whole(config: DataConfig, example: Example) -> Record:
+    text, prompt = example[config.text_key], example.get(config.prompt_key, b"")
+    require(
+        isinstance(text, bytes) and isinstance(prompt, bytes),
+        f"data.text_key={config.text_key!r} and data.prompt_key={config.prompt_key!r} must name text features, "
+        f"got {type(text).__name__} and {type(prompt).__name__}.",
+    )
+    return Record(text.decode("utf-8", "replace"), prompt.decode("utf-8", "replace"), continues=False, last=True)
 
 
 # ---- Local text, prepared once ---------------------------------------------------------------------------------------
-
-
-class _PreparedRecords(Sequence[Record]):
-    """Records that `TextRecords` wrote."""
-
-    def __init__(self, data_source: Sequence[Example]) -> None:
-        self._data_source = data_source
-
-    def __len__(self) -> int:
-        return len(self._data_source)
-
-    def __getitem__(self, index: int) -> Record:
-        example = self._data_source[index]
-        return Record(
-            example["text"].decode(), example["prompt"].decode(), bool(example["continues"]), bool(example["last"])
-        )
 
 
 def _open_local(corpus: Corpus, config: DataConfig) -> Source:
@@ -206,7 +188,7 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
         builder = tfds.builder_from_directory(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
-        return _PreparedRecords(builder.as_data_source(split=split))
+        return _Records(builder.as_data_source(split=split), _piece)
 
     name = f"{corpus.name} {corpus.version}" if corpus.name == PYTHON_STDLIB else corpus.name
     sizes: dict[str, dict[str, int]] = prepared["splits"]
@@ -214,6 +196,11 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
         f"{split} {size['documents']:,} documents, {size['bytes']:,} bytes" for split, size in sizes.items()
     )
     return Source(name, key, tuple(sizes), description, open_split)
+
+
+def _piece(example: Example) -> Record:
+    text, prompt = example["text"].decode(), example["prompt"].decode()
+    return Record(text, prompt, bool(example["continues"]), bool(example["last"]))
 
 
 def _key(corpus: Corpus, config: DataConfig) -> str:
