@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,4 +128,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"kind": "runes"}')
     with pytest.raises(UserError, match="not written by training"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    with pytest.raises(UserError, match=r"must hold '<\|endoftext\|>', this one has 0 others"):
         load_tokenizer(tmp_path)

@@ -10,7 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -123,7 +123,7 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     )
     try:
         with _quiet():
-            builder = tfds.builder(name, data_dir=data_dir)
+            builder: Any = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file "
@@ -136,16 +136,17 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
         f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
         f"this name in {os.getcwd()}): prepare it once with {prepare}, or point data.data_dir at where it is.",
     )
+    features = builder.info.features
+    keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     require(
-        config.text_key in (builder.info.features or {}),
-        f"data.text_key must be a feature of {name!r}, got {config.text_key!r}; it has "
-        f"{', '.join(builder.info.features or {})}.",
+        config.text_key in keys,
+        f"data.text_key must be a feature of {name!r}, got {config.text_key!r}; it has {', '.join(keys)}.",
     )
 
     def open_split(split: str) -> Sequence[Record]:
         try:
             with _quiet():
-                data_source = builder.as_data_source(split=split)
+                data_source = builder.as_data_source(split)
         except NotImplementedError:
             raise UserError(
                 f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_dir} is not: "
@@ -185,10 +186,10 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
         _prepare(corpus, label, root, pointer, config)
     prepared = json.loads(pointer.read_text())
     with _quiet():
-        builder = tfds.builder_from_directory(root / prepared["directory"])
+        builder: Any = tfds.builder_from_directory(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
-        return _Records(builder.as_data_source(split=split), _piece)
+        return _Records(builder.as_data_source(split), _piece)
 
     name = f"{corpus.name} {corpus.version}" if corpus.name == PYTHON_STDLIB else corpus.name
     sizes: dict[str, dict[str, int]] = prepared["splits"]

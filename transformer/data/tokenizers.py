@@ -129,11 +129,14 @@ class BpeTokenizer:
         model.encode_special_tokens = True
         self._model = model
         self.vocab_size = model.get_vocab_size()
-        self.end_of_text = model.token_to_id(END_OF_TEXT)
+        end_of_text = model.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise UserError(f"A byte-pair vocabulary must hold {END_OF_TEXT!r}, this one has {self.vocab_size} others.")
+        self.end_of_text = end_of_text
         # In the byte-level alphabet one character of a token stands for one byte.
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for token, index in model.get_vocab().items():
-            self.token_bytes[index] = 0 if index == self.end_of_text else len(token)
+            self.token_bytes[index] = 0 if index == end_of_text else len(token)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
