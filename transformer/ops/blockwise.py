@@ -14,8 +14,8 @@ from transformer.ops.masks import AttentionMask
 
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
-# From here on a loop of the compiler, whose program does not grow with the sequence.
-_MAX_UNROLLED = 8
+# Up to so many queries the blocks are written out; beyond, the program and its memory would grow with their number.
+_UNROLLED_QUERIES = 512
 
 
 class Blocks(NamedTuple):
@@ -23,15 +23,19 @@ class Blocks(NamedTuple):
 
     query_size: int
     key_size: int
+    """Ignored if unrolled."""
     unrolled: bool
     """Each block of queries written out, against all keys it may see at once; else two nested loops."""
 
 
 def choose_blocks(num_queries: int, num_keys: int) -> Blocks:
-    """Blocks for plain XLA: few and wide for short sequences, square for long ones."""
-    query_size = min(256, num_queries)
-    unrolled = num_queries <= _MAX_UNROLLED * query_size
-    return Blocks(query_size, num_keys if unrolled else min(512, num_keys), unrolled)
+    """Blocks for plain XLA.
+
+    A compiler that orders unrolled blocks freely may keep all of them alive, so they serve short sequences only.
+    """
+    if num_queries <= _UNROLLED_QUERIES:
+        return Blocks(min(128, num_queries), num_keys, unrolled=True)
+    return Blocks(256, min(256, num_keys), unrolled=False)
 
 
 def blockwise_attention(

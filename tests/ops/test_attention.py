@@ -1,0 +1,368 @@
+"""The contract of attention: every backend equals a loop over heads, queries and keys, in values and gradients."""
+
+import dataclasses
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from transformer.ops import blockwise
+from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
+from transformer.ops.bias import AlibiBias
+from transformer.ops.masks import AttentionMask
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+# Block-wise with blocks that do not divide the lengths, so that a short test meets whole, cut and skipped blocks.
+BLOCKS = {
+    "unrolled": blockwise.Blocks(4, 0, unrolled=True),
+    "looped": blockwise.Blocks(4, 5, unrolled=False),
+}
+BACKENDS = ("xla", *BLOCKS)
+
+B, T, S, H, G, K = 2, 11, 13, 4, 2, 8
+
+
+@pytest.fixture(params=BACKENDS)
+def attend(request, monkeypatch):
+    if request.param in BLOCKS:
+        monkeypatch.setattr(blockwise, "choose_blocks", lambda num_queries, num_keys: BLOCKS[request.param])
+    implementation = "blockwise" if request.param in BLOCKS else "xla"
+    return functools.partial(dot_product_attention, implementation=implementation)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    # NumPy's generator: JAX's would be compiled for every shape.
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def qkv(queries=T, keys=S, heads=H, groups=G, dtype=jnp.float32):
+    return (
+        normal(0, B, queries, heads, K, dtype=dtype),
+        normal(1, B, keys, groups, K, dtype=dtype),
+        normal(2, B, keys, groups, K, dtype=dtype),
+    )
+
+
+def integers(rows):
+    return jnp.asarray(rows, jnp.int32)
+
+
+SEGMENTS_T = integers([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [0, 0, 3, 3, 3, 3, 3, 4, 5, 5, 5]])
+SEGMENTS_S = integers([[1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0], [3, 3, 3, 3, 3, 3, 3, 5, 5, 5, 5, 5, 5]])
+POSITIONS_S = integers([np.arange(13)[::-1], np.arange(13) * 2])
+
+CASES = {
+    "everything": {},
+    "causal": {"mask": AttentionMask(causal=True)},
+    "window": {"mask": AttentionMask(window=3)},
+    "causal window": {"mask": AttentionMask(causal=True, window=4)},
+    "segments": {"mask": AttentionMask(query_segment_ids=SEGMENTS_T, key_segment_ids=SEGMENTS_S)},
+    "causal packed": {
+        "mask": AttentionMask(causal=True, window=4, query_segment_ids=SEGMENTS_T, key_segment_ids=SEGMENTS_S),
+        "logits_soft_cap": 2.0,
+    },
+    "key padding": {"mask": AttentionMask(key_segment_ids=SEGMENTS_S), "scale": 0.5},
+    "query padding": {"mask": AttentionMask(query_segment_ids=SEGMENTS_T)},
+    "lengths": {"mask": AttentionMask(key_lengths=integers([0, 7]))},
+    "offset": {"mask": AttentionMask(causal=True, window=6, query_offset=integers([-2, 2]))},
+    "positions": {
+        "mask": AttentionMask(causal=True, query_positions=integers([np.arange(11) * 2]), key_positions=POSITIONS_S),
+    },
+    "soft cap": {"logits_soft_cap": 1.5},
+    "alibi": {"mask": AttentionMask(causal=True), "bias": AlibiBias.for_heads(H)},
+    "alibi at positions": {
+        "mask": AttentionMask(window=7, key_positions=POSITIONS_S, query_offset=integers([1, 2])),
+        "bias": AlibiBias.for_heads(H),
+        "logits_soft_cap": 3.0,
+    },
+    "dense bias": {"bias": normal(3, B, H, T, S)},
+    "broadcast bias": {"mask": AttentionMask(window=5), "bias": normal(3, 1, 1, T, S)},
+}
+
+
+def places(mask, row):
+    """What is compared for each query and each key of a row, as lists of Python integers."""
+    offset = 0 if mask.query_offset is None else mask.query_offset[row]
+    queries, keys = mask.query_positions, mask.key_positions
+    queries = np.arange(T) + offset if queries is None else queries[row % len(queries)]
+    keys = np.arange(S) if keys is None else keys[row % len(keys)]
+    return queries.tolist(), keys.tolist()
+
+
+def sees(mask, row, query, key, distance):
+    """The mask's documentation, one pair at a time; `distance` is how far the query stands behind the key."""
+    query_segment = None if mask.query_segment_ids is None else mask.query_segment_ids[row, query]
+    key_segment = None if mask.key_segment_ids is None else mask.key_segment_ids[row, key]
+    if query_segment == 0 or key_segment == 0:
+        return False
+    if None not in (query_segment, key_segment) and query_segment != key_segment:
+        return False
+    if (mask.causal and distance < 0) or (mask.window and abs(distance) >= mask.window):
+        return False
+    return mask.key_lengths is None or key < mask.key_lengths[row]
+
+
+def bias_at(bias, row, head, query, key, distance):
+    if bias is None:
+        return 0.0
+    if isinstance(bias, AlibiBias):
+        return -bias.slopes[head] * abs(distance)
+    return bias[row % bias.shape[0], head % bias.shape[1], query, key]
+
+
+def one_head_at_a_time(query, key, value, mask=None, bias=None, scale=None, logits_soft_cap=0.0):
+    """Softmax attention in Python floats."""
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    mask, bias = jax.tree.map(np.asarray, (AttentionMask() if mask is None else mask, bias))
+    out = np.zeros(query.shape)
+    heads_per_group = query.shape[2] // key.shape[2]
+    for row in range(query.shape[0]):
+        query_places, key_places = places(mask, row)
+        for head in range(query.shape[2]):
+            group = head // heads_per_group
+            for t in range(query.shape[1]):
+                terms = []
+                for s in range(key.shape[1]):
+                    distance = query_places[t] - key_places[s]
+                    if sees(mask, row, t, s, distance):
+                        logit = query[row, t, head] @ key[row, s, group] * (scale or 1 / math.sqrt(K))
+                        if logits_soft_cap:
+                            logit = logits_soft_cap * math.tanh(logit / logits_soft_cap)
+                        terms.append((math.exp(logit + bias_at(bias, row, head, t, s, distance)), value[row, s, group]))
+                total = sum(weight for weight, _ in terms)
+                for weight, value_row in terms:
+                    out[row, t, head] += weight / total * value_row
+    return out
+
+
+def values_and_gradients(attend, query, key, value, *, bias=None, **settings):
+    out_gradient = normal(9, *query.shape)
+
+    def loss(query, key, value, bias):
+        out = attend(query, key, value, bias=bias, **settings)
+        return jnp.sum(out * out_gradient), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(query, key, value, bias)
+    return out, gradients
+
+
+REFERENCE = functools.partial(dot_product_attention, implementation="xla")
+
+
+@functools.cache
+def reference_gradients(case):
+    return values_and_gradients(REFERENCE, *qkv(), **CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_a_loop_over_heads(case):
+    out, _ = reference_gradients(case)
+    np.testing.assert_allclose(out, one_head_at_a_time(*qkv(), **CASES[case]), atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BLOCKS)
+@pytest.mark.parametrize("case", CASES)
+def test_backends_equal_the_reference_in_values_and_gradients(backend, case, monkeypatch):
+    monkeypatch.setattr(blockwise, "choose_blocks", lambda num_queries, num_keys: BLOCKS[backend])
+    attend = functools.partial(dot_product_attention, implementation="blockwise")
+    out, gradients = values_and_gradients(attend, *qkv(), **CASES[case])
+    expected_out, expected_gradients = reference_gradients(case)
+    np.testing.assert_allclose(out, expected_out, atol=2e-6)
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected_gradients)
+    for gradient, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert gradient.shape == expected.shape
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_gradients_of_the_reference_are_finite_differences():
+    query, key, value = qkv(queries=3, keys=3, heads=2, groups=1)
+    mask = AttentionMask(causal=True, key_lengths=integers([3, 0]))
+
+    def out(query, key, value, slopes):
+        bias = AlibiBias(slopes)
+        return dot_product_attention(query, key, value, mask=mask, bias=bias, logits_soft_cap=2.0, implementation="xla")
+
+    slopes = jnp.asarray([0.5, 0.25])
+    check_grads(jax.jit(out), (query, key, value, slopes), order=1, modes=("rev",), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("bias", [None, "minus infinity"])
+def test_rows_without_keys_are_zeros_with_zero_gradients(attend, bias):
+    query, key, value = qkv(queries=11, keys=11)
+    if bias is None:
+        arguments = {"mask": AttentionMask.packed(SEGMENTS_T, causal=True)}
+        empty = np.asarray(SEGMENTS_T) == 0
+    else:
+        arguments = {"bias": jnp.zeros((1, 1, 11, 11)).at[:, :, 4].set(-jnp.inf)}
+        empty = np.arange(11)[None].repeat(2, axis=0) == 4
+    with jax.debug_nans(True):
+        out, (query_gradient, key_gradient, value_gradient, _) = values_and_gradients(
+            attend, query, key, value, **arguments
+        )
+    assert empty.any()
+    assert (np.asarray(out)[empty] == 0).all()
+    assert (np.asarray(query_gradient)[empty] == 0).all()
+    assert (np.asarray(out)[~empty] != 0).all()
+    if bias is None:
+        assert (np.asarray(key_gradient)[empty] == 0).all()
+        assert (np.asarray(value_gradient)[empty] == 0).all()
+
+
+def test_large_logits_do_not_overflow(attend):
+    query, key, value = qkv()
+    out, gradients = values_and_gradients(attend, query * 1e3, key * 1e3, value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, gradients)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_its_dtype_and_follows_float32(attend, dtype):
+    def in_float32(*arrays, **settings):
+        out = attend(*arrays, **settings)
+        assert out.dtype == dtype
+        return out.astype(jnp.float32)
+
+    out, gradients = values_and_gradients(in_float32, *qkv(dtype=dtype), **CASES["causal packed"])
+    exact = [array.astype(jnp.float32) for array in qkv(dtype=dtype)]
+    expected_out, expected_gradients = values_and_gradients(REFERENCE, *exact, **CASES["causal packed"])
+    np.testing.assert_allclose(out, expected_out, atol=0.05)
+    for gradient, expected in zip(gradients[:3], expected_gradients[:3], strict=True):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, atol=0.1)
+
+
+def test_compiled_mapped_scanned_and_rematerialised_alike(attend):
+    arrays = qkv(queries=S)
+    mask = AttentionMask(causal=True, window=4, key_lengths=integers([9, 13]))
+
+    def loss(arrays, mask):
+        return jnp.sum(attend(*arrays, mask=mask) ** 2)
+
+    def row_gradient(row):
+        gradients = jax.grad(loss)(*jax.tree.map(lambda leaf: leaf[None], row))
+        return jax.tree.map(lambda leaf: leaf[0], gradients)
+
+    @jax.jit
+    def each_way(arrays, mask):
+        return {
+            "compiled": jax.grad(loss)(arrays, mask),
+            "rematerialised": jax.grad(jax.checkpoint(loss))(arrays, mask),
+            "mapped": jax.vmap(row_gradient)((arrays, mask)),
+            "scanned": jax.lax.map(row_gradient, (arrays, mask)),
+        }
+
+    with jax.disable_jit():
+        expected = jax.grad(loss)(arrays, mask)
+    for name, got in each_way(arrays, mask).items():
+        for leaf, expected_leaf in zip(got, expected, strict=True):
+            np.testing.assert_allclose(leaf, expected_leaf, atol=1e-5, err_msg=name)
+
+
+def test_new_masks_of_the_same_structure_do_not_compile_again(attend):
+    compiled = jax.jit(lambda arrays, mask: attend(*arrays, mask=mask))
+    for length in (3, 9):
+        compiled(qkv(), AttentionMask(causal=True, key_lengths=integers([length, 13]), query_offset=integers([0, 1])))
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_chunk_behind_cached_keys_is_those_rows_of_the_whole(attend, chunk):
+    query, key, value = qkv(queries=10, keys=10)
+    mask = AttentionMask(causal=True, window=4)
+    whole = np.asarray(jax.jit(REFERENCE)(query, key, value, mask=mask))
+
+    @jax.jit
+    def rows_from(offset):
+        cached = dataclasses.replace(mask, query_offset=offset)
+        rows = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, chunk))(query, offset)
+        return attend(rows, key, value, mask=cached)
+
+    for offset in ([0, 1], [2, 7], [6, 4]):
+        expected = [row[start : start + chunk] for row, start in zip(whole, offset, strict=True)]
+        np.testing.assert_allclose(rows_from(integers(offset)), expected, atol=2e-6)
+
+
+def test_weights_sum_to_one_or_to_zero():
+    query, key, _ = qkv()
+    mask = AttentionMask(key_lengths=integers([0, 7]))
+    weights = jax.jit(functools.partial(attention_weights, mask=mask, scale=1.0))(query, key)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights.sum(axis=-1)[0], np.zeros((H, T)))
+    np.testing.assert_allclose(weights.sum(axis=-1)[1], np.ones((H, T)), rtol=1e-6)
+    assert (weights[1, :, :, 7:] == 0).all()
+
+
+def test_dropout_drops_weights_at_its_rate_and_keeps_their_mean():
+    query, key = jnp.zeros((1, 64, 8, 1)), jnp.zeros((1, 64, 8, 1))
+    attend = jax.jit(functools.partial(dot_product_attention, dropout_rate=0.25))
+    kept = attend(query, key, jnp.ones_like(key), dropout_key=jax.random.key(0))
+    # With equal weights and values of one, a row is its share of kept weights, divided by 0.75.
+    counts = np.asarray(kept) * 0.75 * 64
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
+    assert abs(counts.mean() / 64 - 0.75) < 0.01
+    assert 2 < counts.std() < 5
+
+
+def test_dropout_follows_its_key():
+    attend = jax.jit(functools.partial(dot_product_attention, dropout_rate=0.5))
+    first, again, other = (np.asarray(attend(*qkv(), dropout_key=jax.random.key(seed))) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_auto_takes_blocks_when_the_square_is_large_and_nothing_needs_it():
+    select = functools.partial(select_implementation, bias=None, dropout_rate=0.0)
+    assert select(4096, 4096) == "blockwise"
+    assert select(64, 64) == "xla"
+    assert select(1, 4096) == "xla"
+    assert select(4096, 4096, bias=AlibiBias.for_heads(2)) == "blockwise"
+    assert select(4096, 4096, dropout_rate=0.1) == "xla"
+    assert select(512, 512, bias=jnp.zeros((1, 1, 512, 512))) == "xla"
+
+
+def test_auto_equals_the_reference_where_it_takes_blocks():
+    query, key, value = normal(0, 1, 700, 1, 4), normal(1, 1, 700, 1, 4), normal(2, 1, 700, 1, 4)
+    mask = AttentionMask(causal=True)
+    auto = functools.partial(dot_product_attention, mask=mask)
+    assert "custom_vjp" in str(jax.make_jaxpr(auto)(query, key, value))
+    expected = jax.jit(functools.partial(REFERENCE, mask=mask))(query, key, value)
+    np.testing.assert_allclose(jax.jit(auto)(query, key, value), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"implementation": "cudnn"}, "must be auto, xla or blockwise, got 'cudnn'"),
+        (
+            {"implementation": "blockwise", "dropout_rate": 0.1, "dropout_key": 0},
+            r"'blockwise' cannot drop weights, got dropout_rate=0\.1; use 'xla'",
+        ),
+        ({"dropout_rate": 0.1}, r"dropout_rate=0\.1 needs a dropout_key"),
+        ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1\.0"),
+        ({"mask": AttentionMask(key_lengths=jnp.ones((3,), int))}, r"key_lengths must have shape \(2,\)"),
+        (
+            {"bias": jnp.ones((1, 3, T, S))},
+            rf"bias must have shape \[2 or 1, 4 or 1, {T}, {S}\], got \(1, 3, {T}, {S}\)",
+        ),
+    ],
+)
+def test_refusals_name_the_value_and_the_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        # Past the annotations, as in a run without the tests' type checks.
+        inspect.unwrap(dot_product_attention)(*qkv(), **arguments)
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="multiple of key/value heads, got 3 and 2"):
+        dot_product_attention(*qkv(heads=3))
+
+
+def test_dtypes_must_agree():
+    query, key, value = qkv()
+    with pytest.raises(ValueError, match="one dtype, got bfloat16, float32 and float32; cast them first"):
+        dot_product_attention(query.astype(jnp.bfloat16), key, value)
