@@ -1,0 +1,83 @@
+"""Every code block of the README and docs/ runs: Python as it stands, commands with tiny sizes."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = shlex.split(
+    "--training.steps 2 --training.log-every 1 --training.sample-length 4 --training.eval-every 0 --optimizer.warmup-steps 0 "
+    "--model.num-layers 1 --model.embed-dim 16 --model.attention.num-heads 2 --data.sequence-length 32 --data.batch-size 8"
+)
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, match in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)):
+            if match[1] == language:
+                yield pytest.param(match[2], id=f"{page.stem}-{number}")
+
+
+def test_every_block_has_a_language_that_is_tested():
+    for page in PAGES:
+        languages = re.findall(r"^```(\w+)\n.*?^```", page.read_text(), re.M | re.S)
+        assert set(languages) <= {"python", "sh", "text"}, f"{page.name} has {set(languages)}"
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block(code):
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A directory that looks like a clone, with a user's text in it."""
+    directory = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "configs", "benchmarks", "Makefile", "pyproject.toml", "constraints.txt"):
+        (directory / name).symlink_to(ROOT / name)
+    (directory / "my_text.txt").write_text("A line of a user's own text, again and again.\n" * 400)
+    return directory
+
+
+@pytest.mark.parametrize("code", blocks("sh"))
+def test_shell_block(code, clone):
+    for line in code.splitlines():
+        command = line.split("#")[0].strip()
+        if command:
+            check(shlex.split(command), clone)
+
+
+def check(words, clone):
+    """Run a line: training at tiny size, make as a dry run, installation by checking the extra's name."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "TFDS_DATA_DIR": str(clone / "prepared")}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    if words[0] == "git" or words[0] == "cd":
+        return
+    if "pip" in words:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        (extra,) = re.findall(r"\[(\w+)\]", words[-1]) or ["dev"]
+        assert extra in extras
+        return
+    if words[0] == "make":
+        subprocess.run([words[0], "--dry-run", *words[1:]], cwd=clone, check=True, stdout=subprocess.DEVNULL)
+        return
+    if words[0] == "transformer":
+        words = ["python", "-m", *words]
+    assert words[0] == "python", f"cannot check {words}"
+    training = "train.py" in words or "train" in words
+    if training:
+        # The default job reads a whole standard library; the user's text stands in for it.
+        words += TINY if "--data.source" in words else [*TINY, "--data.source", "my_text.txt"]
+    result = subprocess.run(
+        [sys.executable, *words[1:]], cwd=clone, env=environment, text=True, capture_output=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
