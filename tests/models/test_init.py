@@ -1,0 +1,128 @@
+"""The parameter tree: names, shapes, types and logical axes as golden files, and its initial values."""
+
+import dataclasses
+import math
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from transformer.models.decoder import Decoder
+from transformer.models.encoder import Encoder
+from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.models.init import init_params
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SIZES = {"vocab_size": 11, "max_length": 6, "num_layers": 2, "embed_dim": 8}
+GPT = BlockConfig(
+    attention=AttentionConfig(use_bias=True),
+    feed_forward=FeedForwardConfig(use_bias=True),
+    norm=NormConfig(use_bias=True),
+)
+LLAMA = BlockConfig(
+    attention=AttentionConfig(num_kv_heads=2, qk_norm=True),
+    feed_forward=FeedForwardConfig(hidden_dim=12, activation="silu", gated=True),
+    norm=NormConfig(kind="rms_norm", placement="sandwich"),
+)
+LOCAL = dataclasses.replace(LLAMA, attention=AttentionConfig(num_heads=2, head_dim=6, window=3))
+POST = BlockConfig(norm=NormConfig(placement="post"))
+MODELS = {
+    "decoder": Decoder(ModelConfig(**SIZES, pattern=(GPT,), positions=PositionConfig(kind="learned"))),
+    "decoder_untied_pattern": Decoder(
+        ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), tie_embeddings=False)
+    ),
+    "decoder_scanned": Decoder(ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), scan_layers=True)),
+    "encoder": Encoder(ModelConfig(**SIZES, architecture="encoder", pattern=(POST,))),
+    "encoder_decoder": EncoderDecoder(ModelConfig(**SIZES, architecture="encoder_decoder", param_dtype="bfloat16")),
+}
+
+
+def abstract(model):
+    """Shapes of the parameters, and their axes, without computing any."""
+    shapes = [(1, 2)] * (2 if isinstance(model, EncoderDecoder) else 1)
+    axes = {}
+
+    def params(key):
+        values, axes["tree"] = init_params(model, key, *shapes)
+        return values
+
+    return jax.eval_shape(params, jax.random.key(0)), axes["tree"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tree_is_golden(name):
+    """After a deliberate change: UPDATE_GOLDEN=1 pytest tests/models/test_init.py, and read the difference."""
+    params, axes = abstract(MODELS[name])
+    lines = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype} {leaf.shape} {tuple(spec)}\n"
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(axes), strict=True
+        )
+    ]
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text("".join(lines))
+    assert "".join(lines) == path.read_text()
+
+
+def test_params_are_plain_arrays_and_axes_fit_them():
+    params, axes = abstract(MODELS["decoder_scanned"])
+    assert jax.tree.structure(params) == jax.tree.structure(axes)
+    jax.tree.map(lambda leaf, spec: (leaf.ndim == len(spec)) or pytest.fail(str(spec)), params, axes)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    """Parameters of a model wide enough for statistics, and of others made from the same key."""
+    config = ModelConfig(vocab_size=64, num_layers=8, embed_dim=64, scan_layers=True, tie_embeddings=False)
+    return config, init_params(Decoder(config), jax.random.key(0))[0]
+
+
+def test_initial_scales(initial):
+    config, params = initial
+    blocks = params["decoder"]["blocks"]["block_0"]
+    residual = 0.02 / math.sqrt(2 * config.num_layers)
+    for kernel, std in [
+        (blocks["attention"]["query"]["kernel"], 0.02),
+        (blocks["attention"]["value"]["kernel"], 0.02),
+        (blocks["attention"]["out"]["kernel"], residual),
+        (blocks["feed_forward"]["up"]["kernel"], 0.02),
+        (blocks["feed_forward"]["down"]["kernel"], residual),
+        (params["token_embedding"]["embedding"], 0.02),
+        (params["output"]["kernel"], 0.02),
+    ]:
+        np.testing.assert_allclose(np.std(kernel), std, rtol=0.05)
+    # Layers of a scan differ.
+    assert len(np.unique(np.asarray(blocks["attention"]["query"]["kernel"])[:, 0, 0, 0])) == config.num_layers
+    np.testing.assert_array_equal(blocks["pre_attention_norm"]["scale"], 1)
+
+
+def test_initial_scales_by_fan_in(initial):
+    config = dataclasses.replace(initial[0], init_std=0.0)
+    params, _ = init_params(Decoder(config), jax.random.key(0))
+    blocks = params["decoder"]["blocks"]["block_0"]
+    for kernel, fan_in in [
+        (blocks["attention"]["query"]["kernel"], 64),
+        (blocks["attention"]["out"]["kernel"], 64 * 16),
+        (blocks["feed_forward"]["down"]["kernel"], 256 * 16),
+        (params["token_embedding"]["embedding"], 64),
+    ]:
+        np.testing.assert_allclose(np.std(kernel), fan_in**-0.5, rtol=0.05)
+
+
+def test_key_decides_and_shapes_do_not(initial):
+    config, params = initial
+    again, _ = init_params(Decoder(config), jax.random.key(0), (2, 5))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    other, _ = init_params(Decoder(config), jax.random.key(1))
+    assert not np.array_equal(other["token_embedding"]["embedding"], params["token_embedding"]["embedding"])
