@@ -64,6 +64,7 @@ def test_packed_documents_are_segments_that_count_from_zero(make_config, write_f
     starts = 0
     for batch in batches:
         assert batch.segment_ids.min() == 1  # training rows are full
+        assert np.all(batch.segment_ids[:, 0] == 1)
         assert np.all(np.diff(batch.segment_ids, axis=1) >= 0)
         for inputs, targets, weights, positions in _segments(batch):
             assert positions.tolist() == list(range(len(inputs)))
@@ -296,6 +297,7 @@ def test_evaluation_has_every_target_once_and_in_order(make_config, write_folder
     assert _documents(everything.targets[valid]) == documents
     assert everything.weights.sum() == sum(len(text.encode()) + 1 for text in documents)
     assert {batch.inputs.shape for batch in batches} == {(4, 16)}
+    np.testing.assert_array_equal(everything.segment_ids[:, 0], valid[:, 0])
     assert len(batches) == -(-int(everything.weights.sum()) // 64)
     for inputs, targets, _, positions in _segments(everything):
         np.testing.assert_array_equal(inputs[1:], targets[:-1])
@@ -381,3 +383,12 @@ def test_streams_are_as_many_as_divide_the_batch_up_to_64_and_the_records(record
     config = DataConfig(sequence_length=8, batch_size=batch_size)
     state = train_batches(config, BYTES, sources=[source]).get_state()
     assert state["num_streams"] == len(state["streams"]) == streams
+
+
+def test_the_order_of_data_is_frozen():
+    """A resumed run must find the data it left, whatever versions of NumPy and Grain it is resumed with."""
+    records = [Record(chr(97 + i) * (i % 5 + 1), "", False, True) for i in range(26)]
+    source = Source("records", "", ("train",), "", lambda split: records)
+    config = DataConfig(sequence_length=12, batch_size=4, num_streams=2, shuffle_seed=1)
+    batch = next(train_batches(config, BYTES, sources=[source]))
+    assert [BYTES.decode(row) for row in batch.targets] == ["zjjjjjfxx",...", "icccqqul"]

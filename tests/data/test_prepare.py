@@ -160,6 +160,13 @@ def test_a_new_process_needs_no_tensorflow_makes_no_noise_and_ends_quietly(tmp_p
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_source_that_cannot_be_read_is_refused(make_config, write_folder):
+    folder = write_folder()
+    (folder / "dangling.txt").symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match=r"A source must be readable, .*folder is not: .*dangling\.txt"):
+        open_source(str(folder), make_config(folder))
+
+
 def test_the_data_directory_falls_back_to_that_of_tfds(tmp_path, make_config, write_folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "from_environment"))
     folder = write_folder()

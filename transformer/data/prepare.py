@@ -69,7 +69,11 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
 def open_source(source: str, config: DataConfig) -> Source:
     """A TFDS name, `python_stdlib`, a text file, a folder of text files or a .jsonl file, ready to be read."""
     if source == PYTHON_STDLIB or epath.Path(source).expanduser().exists():
-        return _open_local(read_local(source, config), config)
+        try:
+            corpus = read_local(source, config)
+        except OSError as error:
+            raise UserError(f"A source must be readable, {source} is not: {error}.") from error
+        return _open_local(corpus, config)
     require(
         _TFDS_NAME.fullmatch(source) is not None,
         f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; there is no file or folder "

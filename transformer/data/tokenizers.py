@@ -156,7 +156,8 @@ class BpeTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
         """Ids of byte pairs."""
         text = text.encode("utf-8", "replace").decode()
-        return np.array(self._model.encode(text).ids, np.int32)
+        # Unlike `encode`, this lets other threads run meanwhile: the one that feeds the device must not wait.
+        return np.array(self._model.encode_batch_fast([text])[0].ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
         """Text of byte pairs; what is not UTF-8 becomes U+FFFD."""
