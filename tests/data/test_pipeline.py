@@ -391,4 +391,4 @@ def test_the_order_of_data_is_frozen():
     source = Source("records", "", ("train",), "", lambda split: records)
     config = DataConfig(sequence_length=12, batch_size=4, num_streams=2, shuffle_seed=1)
     batch = next(train_batches(config, BYTES, sources=[source]))
-    assert [BYTES.decode(row) for row in batch.targets] == ["zjjjjjfxx",...", "icccqqul"]
+    assert [BYTES.decode(row) for row in batch.targets] == ["zjjjjjfxx", "xxyyyyybb", "nnnnpkiii", "icccqqul"]
