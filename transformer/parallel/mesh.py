@@ -52,9 +52,17 @@ def mesh_runner(
         with jax.set_mesh(mesh):
             return evaluate(params, batch)
 
+    def place_state(tree: PyTree) -> PyTree:
+        def copy(x: Any) -> jax.Array:
+            # Device by device: `device_put` to them all would reuse the buffer it is given as one of the copies, and
+            # the step, which donates its state, would take it from the caller.
+            copies = [jax.device_put(x, device, may_alias=False) for device in mesh.local_devices]
+            return jax.make_array_from_single_device_arrays(x.shape, whole, copies)
+
+        return jax.tree.map(copy, tree)
+
     return Runner(
-        # A copy: the step donates its state, which would take the arrays given here with it.
-        place_state=lambda tree: jax.device_put(tree, whole, may_alias=False),
+        place_state=place_state,
         place_batch=lambda tree: jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree),
         step=step,
         evaluate_step=run_evaluate_step,

@@ -10,7 +10,7 @@ class Runner(NamedTuple):
     """A compiled training and evaluation step, and the moves between host and devices that go with them."""
 
     place_state: Callable[[PyTree], PyTree]
-    """Arrays of one copy (a state, parameters) -> arrays on all devices."""
+    """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's."""
     place_batch: Callable[[PyTree], PyTree]
     """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
     step: Callable[[Any, Any], tuple[Any, Statistics]]

@@ -43,7 +43,7 @@ def create_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # one compilation, not one per shape of array
         carry=carry,
         key=key,
         # A copy: the step donates its state, and a buffer cannot be donated twice.

@@ -1,0 +1,37 @@
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig, PositionConfig
+from transformer.models.decoder import Decoder
+from transformer.models.init import init_params
+from transformer.parallel.mesh import make_mesh
+from transformer.parallel.rules import mesh_axes, parameter_shardings
+
+
+def test_every_name_of_a_model_has_a_rule():
+    block = BlockConfig(AttentionConfig(num_heads=2, use_bias=True, qk_norm=True), norm=NormConfig(use_bias=True))
+    config = ModelConfig(
+        vocab_size=5,
+        max_length=4,
+        num_layers=2,
+        embed_dim=8,
+        pattern=(block,),
+        positions=PositionConfig(kind="learned"),
+        scan_layers=True,
+        tie_embeddings=False,
+    )
+    model = Decoder(config)
+    params, axes = init_params(model, jax.random.key(0))
+    shardings = parameter_shardings(make_mesh(), axes)
+    assert jax.tree.structure(shardings) == jax.tree.structure(params)
+    assert all(isinstance(s, NamedSharding) and s.is_fully_replicated for s in jax.tree.leaves(shardings))
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"must have a rule in parallel/rules.py, got \['headz'\]"):
+        mesh_axes(PartitionSpec("embed", "headz"))
+
+
+def test_axes_without_a_name_are_kept():
+    assert mesh_axes(PartitionSpec("embed", None)) == PartitionSpec(None, None)
