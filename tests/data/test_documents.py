@@ -78,6 +78,8 @@ def test_a_jsonl_has_texts_and_prompts_under_the_names_of_the_config(write_jsonl
     ]
     assert corpus.fingerprint == read_local(str(path), DataConfig(text_key="a", prompt_key="q")).fingerprint
     assert corpus.fingerprint != read_local(str(path), DataConfig(text_key="a")).fingerprint
+    write_jsonl([records[0], {"a": "no PROMPT", "label": 1}, *records[2:]])
+    assert corpus.fingerprint != read_local(str(path), DataConfig(text_key="a", prompt_key="q")).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -118,20 +118,23 @@ def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -
 
 
 def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
-    digest = hashlib.sha256(f"{config.text_key}\0{config.prompt_key}\0".encode())
+    digest = hashlib.sha256()
+    with path.open("rb") as lines:
+        for line in lines:
+            digest.update(line)
 
     def documents() -> Iterator[Document]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                digest.update(line)
                 document = _json_document(line, f"{path}, line {number}", config) if line.strip() else None
                 if document is not None and document.text.strip():
                     yield document._replace(name=f"{path.name}:{number}")
 
     count = sum(1 for _ in documents())
-    fingerprint = digest.hexdigest()
     require(count > 0, f"A source must hold text, {path} has no line with a non-empty {config.text_key!r}.")
-    return Corpus(path.name, "1.0.0", fingerprint, count, documents)
+    return Corpus(
+        path.name, "1.0.0", "\0".join((digest.hexdigest(), config.text_key, config.prompt_key)), count, documents
+    )
 
 
 def _json_document(line: bytes, place: str, config: DataConfig) -> Document:
