@@ -112,6 +112,7 @@ def test_characters_are_sorted_after_the_special_ones():
 def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_asked_for():
     tokenizer = TOKENIZERS["bpe"]
     assert 257 < tokenizer.vocab_size <= 300
+    assert make_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=262), CORPUS).vocab_size == 262
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0]) / 2
     assert make_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=4096), ["ab"]).vocab_size == 258
 
