@@ -111,7 +111,7 @@ def make_runner(devices=1, steps=30, dropout=0.25, **optimizer):
     return runner, lambda: create_state(make_params(), transform, jax.random.key(7), ema=config.ema_decay > 0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy():
     return types.SimpleNamespace(
         params=make_params, objective=make_objective, batch=make_batch, Batches=Batches, runner=make_runner, rows=8, T=T

@@ -64,7 +64,7 @@ class Checkpointer:
         path = self._directory / str(step)
         description = {
             "step": step,
-            "validation_loss": validation_loss,
+            "validation_loss": None if validation_loss is None or math.isnan(validation_loss) else validation_loss,
             "arrays": describe(state),
             "loop": loop,
         }

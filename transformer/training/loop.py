@@ -169,6 +169,7 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) -> str:
+    checkpointer.wait()  # so that the one under way is among them
     steps = checkpointer.steps()
     return (
         f"The {what} must be finite, {found} at step {step}. Lower optimizer.learning_rate, lengthen "

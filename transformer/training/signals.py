@@ -3,7 +3,6 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,7 +23,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name != ""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only, and lets no other set a handler.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}

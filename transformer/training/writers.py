@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 from rich.console import Console
@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 Metrics = Mapping[str, float]
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes metric rows as they come; a run that resumes first takes back those after the step it resumes from."""
 

@@ -1,0 +1,76 @@
+import pathlib
+import subprocess
+
+import pytest
+from etils import epath
+
+from transformer.training.manifest import NAME, DamagedError, verify_manifest, write_manifest
+
+FILES = {"a": b"first", "empty": b"", "deep/er/b c": bytes(range(256)) * 40}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write_manifest(epath.Path(tmp_path))
+    return tmp_path
+
+
+def verify(directory):
+    verify_manifest(epath.Path(directory))
+
+
+def test_intact_is_accepted(directory):
+    verify(directory)
+    verify(directory)
+
+
+def test_every_bit_of_the_manifest_counts(directory):
+    """Whichever is flipped, the manifest is named and not an innocent file."""
+    path = directory / NAME
+    good = path.read_bytes()
+    for position in range(0, len(good) * 8, 7):
+        bad = bytearray(good)
+        bad[position // 8] ^= 1 << position % 8
+        path.write_bytes(bytes(bad))
+        with pytest.raises(DamagedError, match=rf"^{NAME} is damaged$"):
+            verify(directory)
+
+
+@pytest.mark.parametrize("name", [NAME, *FILES])
+def test_truncated_file_is_named(directory, name):
+    content = (directory / name).read_bytes()
+    for size in {0, len(content) // 2, max(len(content) - 1, 0)} - {len(content)}:
+        (directory / name).write_bytes(content[:size])
+        with pytest.raises(DamagedError, match=rf"^{name} is damaged$"):
+            verify(directory)
+
+
+@pytest.mark.parametrize("name", ["a", "deep/er/b c"])
+def test_flipped_bit_is_named(directory, name):
+    content = bytearray((directory / name).read_bytes())
+    content[-1] ^= 16
+    (directory / name).write_bytes(bytes(content))
+    with pytest.raises(DamagedError, match=rf"^{name} is damaged$"):
+        verify(directory)
+
+
+def test_all_problems_are_named(directory):
+    (directory / "a").unlink()
+    (directory / "empty").write_bytes(b"x")
+    (directory / "deep" / "new").write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"^a is missing, deep/new was added, empty is damaged$"):
+        verify(directory)
+
+
+def test_is_in_the_format_of_sha256sum(directory):
+    """After its first line, so that anyone can check a checkpoint without us."""
+    text = (directory / NAME).read_text().split("\n", 1)[1]
+    done = subprocess.run(["sha256sum", "-c"], input=text.encode(), cwd=directory, capture_output=True, check=False)
+    assert done.returncode == 0, done
+
+
+def test_nothing_is_left_aside(directory):
+    assert sorted(p.name for p in pathlib.Path(directory).iterdir()) == sorted([NAME, "a", "deep", "empty"])
