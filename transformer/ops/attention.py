@@ -1,5 +1,6 @@
 """Scaled dot-product attention: one function over all backends, and the reference among them."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -59,7 +60,7 @@ def dot_product_attention(
     (1, 3, 2, 4)
     """
     _check(query_BTHK, key_BSGK, value_BSGK, mask, bias, dropout_rate, dropout_key)
-    scale = query_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(query_BTHK.shape[-1]) if scale is None else scale
     logits_soft_cap = logits_soft_cap or 0.0
     if implementation == "auto":
         implementation = select_implementation(
@@ -85,7 +86,9 @@ def dot_product_attention(
     B, H, T, S = weights_BHTS.shape
     G = value_BSGK.shape[2]
     weights_BGRTS = weights_BHTS.astype(value_BSGK.dtype).reshape(B, G, H // G, T, S)
-    out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weights_BGRTS, value_BSGK, preferred_element_type=jnp.float32)
+    # In this order einsum emits weights @ values; the other way round it is values^T @ weights^T, for which XLA's CPU
+    # backend transposes the values: the whole cache, in every step of decoding.
+    out_BTGRK = jnp.einsum("BSGK,BGRTS->BTGRK", value_BSGK, weights_BGRTS, preferred_element_type=jnp.float32)
     return out_BTGRK.reshape(query_BTHK.shape).astype(query_BTHK.dtype)
 
 

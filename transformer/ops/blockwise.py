@@ -75,8 +75,8 @@ def blockwise_attention(
         )
         bias = bias if isinstance(bias, BiasDescription) else _pad(_pad(bias, 2, padded_T), 3, padded_S)
     settings = _Settings(scale, logits_soft_cap, blocks, S)
-    out_BGRTK = _attend(settings, query_BGRTK, key_BGSK, value_BGSK, bias, mask)[:, :, :, :T]
-    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    out_BGRTK: Any = _attend(settings, query_BGRTK, key_BGSK, value_BGSK, bias, mask)
+    return out_BGRTK[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
 class _Settings(NamedTuple):
