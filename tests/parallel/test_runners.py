@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,5 +213,19 @@ def test_batch_divisible_is_accepted():
 def test_more_devices_than_there_are_is_refused():
     with pytest.raises(UserError, match=r"must not exceed the 8 devices there are, got 9; lower it"):
         make_mesh(9)
-    assert choose_devices(jax.devices(), 0) == jax.devices()
-    assert choose_devices(jax.devices(), 3) == jax.devices()[:3]
+    assert choose_devices(0) == jax.devices()
+    assert choose_devices(3) == jax.devices()[:3]
+
+
+def test_processes_have_as_many_devices_each(monkeypatch):
+    class Device(NamedTuple):
+        process_index: int
+        number: int
+
+    devices = [Device(process, number) for process in (0, 1) for number in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert choose_devices(0) == devices
+    assert choose_devices(4) == [Device(0, 0), Device(0, 1), Device(1, 0), Device(1, 1)]
+    with pytest.raises(UserError, match=r"must be a multiple of the 2 processes, got 3; change it"):
+        choose_devices(3)

@@ -14,10 +14,9 @@ DATA_AXIS = "data"
 
 
 def make_mesh(data: int = 0) -> Mesh:
-    """A mesh of one axis, `data`, of the first `data` devices (0: all)."""
-    devices = choose_devices(jax.devices(), data)
+    """A mesh of one axis, `data`, of `data` devices (0: all)."""
     # Explicit axes, the default, are not understood by linen's logical constraints.
-    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(choose_devices(data)), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

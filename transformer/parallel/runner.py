@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from transformer.types import PyTree, Statistics, UserError
 
 
@@ -36,11 +38,23 @@ def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> Non
         )
 
 
-def choose_devices(devices: list, count: int) -> list:
-    """The first `count` of `devices`, all for 0; UserError if there are fewer."""
+def choose_devices(count: int) -> list:
+    """`count` of all devices (0: all), as many from each process, in JAX's order.
+
+    Raises:
+        UserError: there are fewer, or processes cannot have as many each.
+    """
+    devices = jax.devices()
     if count > len(devices):
         raise UserError(
             f"parallel.data must not exceed the {len(devices)} devices there are, got {count}; "
             "lower it, or set it to 0 to use all."
         )
-    return devices[: count or len(devices)]
+    if count % jax.process_count() != 0:
+        raise UserError(
+            f"parallel.data must be a multiple of the {jax.process_count()} processes, got {count}; "
+            "change it, or set it to 0 to use all devices."
+        )
+    share = (count or len(devices)) // jax.process_count()
+    by_process = [[d for d in devices if d.process_index == process] for process in range(jax.process_count())]
+    return [device for own in by_process for device in own[:share]]
