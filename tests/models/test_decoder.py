@@ -162,8 +162,8 @@ def test_overflow_drops_and_flags(tiny):
     _, over = read_in_chunks(tiny, config, tiny.params(config), tokens, (5, 1, 1, 1), capacity=7)
     assert cache_overflow(over)
     for before, after in zip(full, over, strict=True):
-        np.testing.assert_array_equal(before.attention.key_BPGK, after.attention.key_BPGK)
-        np.testing.assert_array_equal(before.attention.value_BPGK, after.attention.value_BPGK)
+        np.testing.assert_array_equal(before.attention.key_BGPK, after.attention.key_BPGK)
+        np.testing.assert_array_equal(before.attention.value_BGPK, after.attention.value_BPGK)
     assert cache_lengths(over).tolist() == [7, 7]
 
 
@@ -194,7 +194,7 @@ def test_cache_dtype(tiny):
     cache = tiny.build(config).init_cache(2, 8, jnp.bfloat16)
     tokens = tiny.tokens((2, 5))
     logits, cache = tiny.forward(config)(tiny.params(config), tokens, cache=cache)
-    assert cache[0].attention.key_BPGK.dtype == jnp.bfloat16
+    assert cache[0].attention.key_BGPK.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, tiny.forward(config)(tiny.params(config), tokens), atol=0.1)
 

@@ -113,7 +113,7 @@ class Attention(nn.Module):
             valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
             offset_B = cache.lengths_B
             cache = write_cache(cache, key_BSGK, value_BSGK, valid_BT)
-            key_BSGK, value_BSGK = cache.key_BPGK.astype(self.dtype), cache.value_BPGK.astype(self.dtype)
+            key_BSGK, value_BSGK = jnp.swapaxes(cache.key_BGPK, 1, 2), jnp.swapaxes(cache.value_BGPK, 1, 2)
             mask = AttentionMask(causal=True, window=mask.window, query_offset=offset_B, key_lengths=cache.lengths_B)
 
         dropout_rate = config.dropout if train else 0.0

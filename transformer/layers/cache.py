@@ -12,11 +12,12 @@ class KVCache(NamedTuple):
 
     A call with T tokens writes token `t` of row `b` to slot `lengths_B[b] + t`, its valid tokens (a prefix: the rest
     is right padding) only. A query sees the slots up to its own. What does not fit is dropped and sets `overflow`:
-    nothing is ever overwritten.
+    nothing is ever overwritten. Heads come before slots, which is how attention reads them: the other way round, XLA's
+    CPU backend copies the whole cache in every step of decoding.
     """
 
-    key_BPGK: Float[Array, "B P G K"]
-    value_BPGK: Float[Array, "B P G K"]
+    key_BGPK: Float[Array, "B G P K"]
+    value_BGPK: Float[Array, "B G P K"]
     lengths_B: Int[Array, "B"]
     overflow: Bool[Array, ""]
 
@@ -34,7 +35,7 @@ def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int,
     >>> init_cache(2, 8, num_kv_heads=1, head_dim=4).lengths_B.tolist()
     [0, 0]
     """
-    slots = jnp.zeros((batch_size, capacity, num_kv_heads, head_dim), dtype)
+    slots = jnp.zeros((batch_size, num_kv_heads, capacity, head_dim), dtype)
     return KVCache(slots, slots, jnp.zeros((batch_size,), jnp.int32), jnp.zeros((), bool))
 
 
@@ -67,7 +68,7 @@ def write_cache(
         valid_BT: which tokens count; those that do not must come last in their row. None means all.
     """
     B, T = key_BTGK.shape[:2]
-    capacity = cache.key_BPGK.shape[1]
+    capacity = cache.key_BGPK.shape[2]
     slots_BT = next_slots(cache.lengths_B, T)
     added_B = jnp.full((B,), T, jnp.int32)
     if valid_BT is not None:
@@ -76,8 +77,8 @@ def write_cache(
     wanted_B = cache.lengths_B + added_B
     rows_B1 = jnp.arange(B)[:, None]
     return KVCache(
-        key_BPGK=cache.key_BPGK.at[rows_B1, slots_BT].set(key_BTGK.astype(cache.key_BPGK.dtype), mode="drop"),
-        value_BPGK=cache.value_BPGK.at[rows_B1, slots_BT].set(value_BTGK.astype(cache.value_BPGK.dtype), mode="drop"),
+        key_BGPK=cache.key_BGPK.at[rows_B1, :, slots_BT].set(key_BTGK.astype(cache.key_BGPK.dtype), mode="drop"),
+        value_BGPK=cache.value_BGPK.at[rows_B1, :, slots_BT].set(value_BTGK.astype(cache.value_BGPK.dtype), mode="drop"),
         lengths_B=jnp.minimum(wanted_B, capacity),
         overflow=cache.overflow | jnp.any(wanted_B > capacity),
     )
