@@ -242,7 +242,12 @@ def test_clean_removes_what_a_kill_left(directory):
     (directory / "20" / manifest.NAME).rename(directory / "20" / f"{manifest.NAME}.tmp")
     (directory / "30.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
     (directory / "notes.txt").write_text("a user's own file")
-    Checkpointer(directory).clean(10)
+    messages = []
+    Checkpointer(directory, report=messages.append).clean(10)
+    assert sorted(messages) == [
+        f"Checkpoint {directory}/{name} was never finished (it has no {manifest.NAME}). It is removed."
+        for name in ("20", "30.orbax-checkpoint-tmp")
+    ]
     assert sorted(p.name for p in directory.iterdir()) == ["10", "notes.txt"]
 
 
@@ -292,7 +297,7 @@ def test_death_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, momen
             checkpointer.save(make_state(20), LOOP)
             with pytest.raises((Death, FileNotFoundError)):
                 checkpointer.wait()
-    again = Checkpointer(tmp_path)
+    again = Checkpointer(tmp_path, report=lambda _: None)
     assert again.steps() == [10]
     assert again.restore(make_state()).step == 10
     again.clean(10)

@@ -25,8 +25,8 @@ def mesh_axes(names: PartitionSpec) -> PartitionSpec:
         ValueError: a name without a rule.
 
     Example:
-        >>> mesh_axes(PartitionSpec("embed", None))
-        PartitionSpec(None, None)
+        >>> mesh_axes(PartitionSpec("embed", None)) == PartitionSpec(None, None)
+        True
     """
     unknown = [name for name in names if name is not None and name not in RULES]
     if unknown:

@@ -125,6 +125,7 @@ class Checkpointer:
         for path in list(self._directory.iterdir()):
             stem = path.name.removesuffix(_ORBAX_TEMPORARY)
             if stem.isdigit() and not (path / manifest.NAME).exists():
+                self._report(f"Checkpoint {path} was never finished (it has no {manifest.NAME}). It is removed.")
                 path.rmtree()
             elif stem.isdigit() and int(stem) > step:
                 aside = self._directory / f"{path.name}.damaged"

@@ -57,7 +57,8 @@ def train(
         flops_per_token: of forward and backward (`hardware.model_flops_per_token`).
         peak_flops: of all devices together; 0, unknown, leaves MFU out.
         writers: take the metric rows, in this process; closed at the end.
-        evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best.
+        evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best, among those
+            saved at a step that was evaluated.
         sampler: called every `config.sample_every` steps.
         hooks: called after every step.
 
