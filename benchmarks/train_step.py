@@ -7,6 +7,7 @@ Times are minima; compare two programs only within one run on one machine.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import time
@@ -42,12 +43,12 @@ def make_config(dtype: str, cpu_kernels: bool) -> Config:
         optimizer=OptimizerConfig(b2=0.99),
         parallel=ParallelConfig(data=1),
     )
-    return build.with_cpu_kernels(config, cpu_kernels)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=cpu_kernels))
 
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Step time and what follows from it."""
-    model = build.make_model(config)
+    model = build.make_model(config.model, cpu_kernels=config.training.cpu_kernels)
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     runner = build.make_runner(

@@ -21,7 +21,6 @@ def get_config(variant: str = "") -> Config:
             sequence_length=64,
             batch_size=12,
             pack=False,
-            num_streams=1,
             record_bytes=2048,
         ),
         optimizer=OptimizerConfig(

@@ -19,12 +19,11 @@ from transformer.data.prepare import Source, open_sources, split_text
 from transformer.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.scores import sum_statistics
-from transformer.generation.generate import generate
-from transformer.generation.sampling import SamplingConfig
 from transformer.model_config import ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import next_token
+from transformer.ops import dense_cpu
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible
@@ -54,7 +53,6 @@ class Run(NamedTuple):
     runner: Runner
     state: TrainState
     """Before the first step."""
-    num_parameters: int
     flops_per_token: float
 
 
@@ -78,9 +76,9 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def make_model(config: ModelConfig) -> nn.Module:
-    """The linen module of a resolved model config."""
-    return Decoder(config)
+def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> nn.Module:
+    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`."""
+    return Decoder(config, dot_general=dense_cpu.dot_general if cpu_kernels else jax.lax.dot_general)
 
 
 def make_run(config: Config, *, sources: Sequence[Source] = (), tokenizer: Tokenizer | None = None) -> Run:
@@ -97,7 +95,7 @@ def make_run(config: Config, *, sources: Sequence[Source] = (), tokenizer: Token
     if tokenizer is None:
         tokenizer = make_tokenizer(config.data, _texts(sources, "train"))
     config = resolve(config, tokenizer)
-    model = make_model(config.model)
+    model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
     params, _ = init_params(model, jax.random.key(config.training.seed))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = next_token(model, config.objective, tokenizer.token_bytes)
@@ -105,10 +103,7 @@ def make_run(config: Config, *, sources: Sequence[Source] = (), tokenizer: Token
         params, optimizer, jax.random.key(config.training.seed + 1), ema=config.optimizer.ema_decay > 0
     )
     runner = make_runner(config, objective, optimizer, schedule)
-    num_parameters = sum(x.size for x in jax.tree.leaves(params))
-    return Run(
-        config, sources, tokenizer, model, runner, state, num_parameters, _flops_per_token(config, params, num_parameters)
-    )
+    return Run(config, sources, tokenizer, model, runner, state, flops_per_token(config, params))
 
 
 def make_runner(config: Config, objective: Objective, optimizer: Any, schedule: Any) -> Runner:
@@ -133,12 +128,21 @@ def _texts(sources: Sequence[Source], split: str) -> Iterator[str]:
         yield from split_text(source, split)
 
 
-def _flops_per_token(config: Config, params: PyTree, num_parameters: int) -> float:
-    """Position tables, and an embedding that is only looked up, take part in no matrix product."""
-    looked_up = params.get("positions", {}) if config.model.tie_embeddings else (params["token_embedding"],)
+def count_parameters(params: PyTree) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def flops_per_token(config: Config, params: PyTree) -> float:
+    """Operations of a training step per token.
+
+    Position tables, and an embedding that is only looked up, take part in no matrix product.
+    """
+    looked_up = [params["decoder"].get("positions", {})]
+    looked_up += [] if config.model.tie_embeddings else [params["token_embedding"]]
     attention = config.model.pattern[0].attention
     return model_flops_per_token(
-        num_parameters - sum(x.size for x in jax.tree.leaves(looked_up)),
+        count_parameters(params) - count_parameters(looked_up),
         num_layers=config.model.num_layers,
         num_heads=attention.num_heads,
         head_dim=attention.resolved_head_dim(config.model.embed_dim),
@@ -213,7 +217,7 @@ def train(
     peak = peak_flops(config.model.dtype)
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}"
     console.print(
-        f"{run.num_parameters:,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
+        f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
         f"peak {peak / 1e12:.2f} TFLOP/s" + (f"; going on from step {done}" if done else "")
     )
 

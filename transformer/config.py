@@ -33,7 +33,7 @@ class DataConfig:
     batch_size: int = 16
     """Rows of one optimizer step, over all devices and micro-batches."""
     pack: bool = True
-    """Keep documents of a row apart (segment ids); off: contiguous windows that read across documents."""
+    """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
     num_streams: int = 0
     """Virtual streams the corpus is dealt into; 0 means the largest divisor of batch_size up to 64."""
     shuffle_seed: int = 0

@@ -89,7 +89,10 @@ class _BatchIterator(grain.DatasetIterator):
         batch = empty_batch(len(self._rows), batches.config.sequence_length)
         for index, row in enumerate(self._rows):
             stream, row_of_stream = batches.place(row, self._step)
-            self._cursors[stream][batches.source(stream, row_of_stream)].fill(batch, index)
+            cursor = self._cursors[stream][batches.source(stream, row_of_stream)]
+            if not batches.config.pack:
+                cursor.skip_to_window(batches.config.sequence_length)
+            cursor.fill(batch, index)
         self._step += 1
         if not batches.config.pack:
             batch.segment_ids[:] = 1
@@ -148,11 +151,25 @@ class _Cursor:
         """The next pair is number `offset` of record number `record`, counted over all epochs."""
         self.record, self.offset, self._pairs = record, offset, None
 
+    def skip_to_window(self, length: int) -> None:
+        """Go to a window of the next record, at another place each time the record is read.
+
+        Windows that follow each other in a text would make a batch, or the steps of a stream, too much alike.
+        """
+        if self.offset > 0:
+            self.move(self.record + 1, 0)
+        record = self._read_record()
+        self._pairs = make_pairs(self._tokenizer, record)
+        size = len(self._pairs.inputs)
+        # Only behind the end of a document may a window go on with another text.
+        room = size if record.last else max(1, size - length + 1)
+        self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
+
     def fill(self, batch: Batch, row: int) -> None:
         """Write the next row."""
         column, segment, last_used = 0, 0, self.record
         while column < batch.inputs.shape[1]:
-            pairs = self._pairs = self._read() if self._pairs is None else self._pairs
+            pairs = self._pairs = self._pairs or make_pairs(self._tokenizer, self._read_record())
             if len(pairs.inputs) > 0:
                 segment, last_used = segment + 1, self.record
                 count = write_pairs(batch, row, column, pairs, self.offset, segment)
@@ -165,11 +182,11 @@ class _Cursor:
                     "set a smaller data.num_streams.",
                 )
 
-    def _read(self) -> Pairs:
+    def _read_record(self) -> Record:
         epoch, index = divmod(self.record, len(self._share))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._share[_permutation(len(self._share), *self._seed, epoch)]
-        return make_pairs(self._tokenizer, self._records[int(self._order[index])])
+        return self._records[int(self._order[index])]
 
 
 def _permutation(length: int, seed: int, *place: int) -> Int[np.ndarray, " n"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral, normal_initializer, with_axes
+from transformer.layers.linear import DotGeneral, kernel_product, normal_initializer, with_axes
 from transformer.model_config import PositionConfig
 from transformer.ops.positions import sinusoidal
 
@@ -49,13 +49,7 @@ class Embed(nn.Module):
 
     def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product of each vector with every row, accumulated and returned in float32."""
-        logits_NV = self.dot_general(
-            hidden.astype(self.dtype).reshape(-1, self.embed_dim),
-            self.embedding.astype(self.dtype).T,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.dtype(jnp.float32),
-        )
-        return logits_NV.reshape(*hidden.shape[:-1], self.num_embeddings)
+        return kernel_product(self, hidden.astype(self.dtype), self.embedding.astype(self.dtype).T, 1, jnp.float32)
 
 
 class PositionEmbedding(nn.Module):

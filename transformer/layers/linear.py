@@ -1,4 +1,4 @@
-"""A linear map between named axes, computed as one two-dimensional matrix product."""
+"""A linear map between named axes."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from transformer.ops.panels import cut_panels, panel_product, panel_width
 
 DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
@@ -23,12 +25,33 @@ def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, 
     return nn.with_logical_partitioning(initializer, axes)
 
 
+def kernel_product(
+    module: Any, inputs: Float[Array, "..."], kernel: Float[Array, "..."], num_contracted: int, dtype: Any
+) -> Float[Array, "..."]:
+    """Contract the last axes of the inputs with the first of the kernel, by `module.dot_general` or with panels.
+
+    Panels (`ops.panels`) are for decoding on CPU: an `apply` with `mutable=["panels"]` cuts them from the kernels, and an
+    `apply` that is given this collection multiplies with them.
+    """
+    first = inputs.ndim - num_contracted
+    fan_in, num_rows = math.prod(inputs.shape[first:]), math.prod(inputs.shape[:first])
+    features = kernel.shape[num_contracted:]
+    if module.is_mutable_collection("panels") and not module.is_initializing():
+        matrix_DF = kernel.reshape(fan_in, math.prod(features))
+        module.put_variable("panels", "kernel", cut_panels(matrix_DF, panel_width(num_rows)))
+    if module.has_variable("panels", "kernel"):
+        panels = module.get_variable("panels", "kernel")
+        out_NF = panel_product(inputs.reshape(num_rows, fan_in), panels, math.prod(features), dtype)
+        return out_NF.reshape(*inputs.shape[:first], *features)
+    dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
+    return module.dot_general(inputs, kernel, dimensions, preferred_element_type=jnp.dtype(dtype))
+
+
 class Linear(nn.Module):
     """`y = x · kernel (+ bias)`, where the kernel keeps its axes apart: (embed, heads, head_dim) for a query.
 
-    The leading axes of the input and the two sides of the kernel are folded, so that forward and backward are plain
-    matrix products: XLA's CPU backend is half as fast on a product with two batch dimensions, other platforms compile
-    the same program either way.
+    Leading axes are not folded here: folding a batch and a sequence that are sharded over different mesh axes would gather
+    both. `ops.dense_cpu`, given as `dot_general`, folds them where it pays.
 
     Attributes:
         features: sizes of the output axes.
@@ -63,28 +86,13 @@ class Linear(nn.Module):
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last axes of `inputs` with the first of the kernel."""
         num_inputs = len(self.axes) - len(self.features)
-        leading, contracted = inputs.shape[:-num_inputs], inputs.shape[-num_inputs:]
-        fan_in, fan_out = math.prod(contracted), math.prod(self.features)
-        init = normal_initializer(self.init_std, fan_in, self.init_scale)
-        kernel = self.param(
-            "kernel",
-            with_axes(init, self.axes),
-            (*contracted, *self.features),
-            self.param_dtype,
-        )
-        dtype = self.output_dtype or self.dtype
-        out = self.dot_general(
-            inputs.astype(self.dtype).reshape(-1, fan_in),
-            kernel.astype(self.dtype).reshape(fan_in, fan_out),
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.dtype(dtype),
-        )
+        contracted = inputs.shape[-num_inputs:]
+        init = normal_initializer(self.init_std, math.prod(contracted), self.init_scale)
+        kernel = self.param("kernel", with_axes(init, self.axes), (*contracted, *self.features), self.param_dtype)
+        dtype = jnp.dtype(self.output_dtype or self.dtype)
+        out = kernel_product(self, inputs.astype(self.dtype), kernel.astype(self.dtype), num_inputs, dtype)
         if self.use_bias:
-            bias = self.param(
-                "bias",
-                with_axes(nn.initializers.zeros, self.axes[num_inputs:]),
-                self.features,
-                self.param_dtype,
-            )
-            out = out + bias.astype(dtype).reshape(1, fan_out)
-        return out.reshape(*leading, *self.features)
+            init = with_axes(nn.initializers.zeros, self.axes[num_inputs:])
+            bias = self.param("bias", init, self.features, self.param_dtype).astype(dtype)
+            out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+        return out
