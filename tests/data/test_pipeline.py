@@ -101,7 +101,7 @@ def test_windows_of_a_long_text_are_scattered_over_it(make_config, tmp_path):
     first = places[:, 1]
     assert np.mean(np.abs(np.diff(first)) < 16) < 0.1, "rows follow each other in the text"
     assert len(set(first.tolist())) > 150, "epochs repeat the same windows"
-    assert len(np.unique(places)) > 0.95 * 0.9 * len(text), "parts of the text are never read"
+    assert len(np.unique(places)) > 0.85 * 0.9 * len(text), "parts of the text are never read"
 
 
 def test_each_epoch_has_every_document_once_in_another_order(make_config, write_folder):
