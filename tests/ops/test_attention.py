@@ -297,6 +297,14 @@ def test_weights_sum_to_one_or_to_zero():
     assert (weights[1, :, :, 7:] == 0).all()
 
 
+def test_weights_of_half_precision_inputs_are_computed_in_float32():
+    query, key, _ = qkv(dtype=jnp.bfloat16)
+    weigh = jax.jit(functools.partial(attention_weights, scale=1.0))
+    weights = weigh(query, key)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights, weigh(query.astype(jnp.float32), key.astype(jnp.float32)), atol=1e-5)
+
+
 def test_dropout_drops_weights_at_its_rate_and_keeps_their_mean():
     query, key = jnp.zeros((1, 64, 8, 1)), jnp.zeros((1, 64, 8, 1))
     attend = jax.jit(functools.partial(dot_product_attention, dropout_rate=0.25))
