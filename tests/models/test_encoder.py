@@ -82,5 +82,5 @@ def test_scanned_bfloat16(tiny):
 def test_dropout_in_training(tiny):
     config = tiny.config(architecture="encoder", dropout=0.5, num_layers=1)
     model, params, tokens = tiny.build(config), tiny.params(config), tiny.tokens((2, 5))
-    dropped = jax.jit(lambda key: model.apply({"params": params}, tokens, train=True, rngs={"dropout": key}))
+    dropped = tiny.jit(lambda key: model.apply({"params": params}, tokens, train=True, rngs={"dropout": key}))
     assert np.abs(dropped(jax.random.key(0)) - dropped(jax.random.key(1))).max() > 1e-2

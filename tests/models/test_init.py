@@ -47,6 +47,11 @@ MODELS = {
 }
 
 
+def key(seed):
+    """A key whose random bits compile fast."""
+    return jax.random.key(seed, impl="unsafe_rbg")
+
+
 def abstract(model):
     """Shapes of the parameters, and their axes, without computing any."""
     shapes = [(1, 2)] * (2 if isinstance(model, EncoderDecoder) else 1)
@@ -56,7 +61,7 @@ def abstract(model):
         values, axes["tree"] = init_params(model, key, *shapes)
         return values
 
-    return jax.eval_shape(params, jax.random.key(0)), axes["tree"]
+    return jax.eval_shape(params, key(0)), axes["tree"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,7 +90,7 @@ def test_params_are_plain_arrays_and_axes_fit_them():
 def initial():
     """Parameters of a model wide enough for statistics, and of others made from the same key."""
     config = ModelConfig(vocab_size=64, num_layers=8, embed_dim=64, scan_layers=True, tie_embeddings=False)
-    return config, init_params(Decoder(config), jax.random.key(0))[0]
+    return config, init_params(Decoder(config), key(0))[0]
 
 
 def test_initial_scales(initial):
@@ -109,7 +114,7 @@ def test_initial_scales(initial):
 
 def test_initial_scales_by_fan_in(initial):
     config = dataclasses.replace(initial[0], init_std=0.0)
-    params, _ = init_params(Decoder(config), jax.random.key(0))
+    params, _ = init_params(Decoder(config), key(0))
     blocks = params["decoder"]["blocks"]["block_0"]
     for kernel, fan_in in [
         (blocks["attention"]["query"]["kernel"], 64),
@@ -122,7 +127,7 @@ def test_initial_scales_by_fan_in(initial):
 
 def test_key_decides_and_shapes_do_not(initial):
     config, params = initial
-    again, _ = init_params(Decoder(config), jax.random.key(0), (2, 5))
+    again, _ = init_params(Decoder(config), key(0), (2, 5))
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    other, _ = init_params(Decoder(config), jax.random.key(1))
+    other, _ = init_params(Decoder(config), key(1))
     assert not np.array_equal(other["token_embedding"]["embedding"], params["token_embedding"]["embedding"])
