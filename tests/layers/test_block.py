@@ -1,0 +1,70 @@
+"""Blocks: where norms stand, which sub-layers there are, and what dropout touches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.layers.attention import Attention
+from transformer.layers.block import Block
+from transformer.layers.feed_forward import FeedForward
+from transformer.layers.norm import make_norm
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, NormConfig, PositionConfig
+from transformer.ops.masks import AttentionMask
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+CAUSAL = AttentionMask(causal=True)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_block_is_its_formula(small, kind, placement, cross):
+    config = BlockConfig(attention=AttentionConfig(num_heads=2, window=3), norm=NormConfig(kind, placement))
+    positions = PositionConfig(kind="rotary")
+    block = Block(config, positions=positions, cross_attention=cross)
+    inputs, memory = small.normal(2, 5, 8), small.normal(2, 6, 8, seed=1) if cross else None
+    arguments = {"mask": CAUSAL, "memory_BSD": memory}
+    params = small.random_params(block, inputs, **arguments)
+
+    def f(role, x):
+        if role == "attention":
+            layer = Attention(config.attention, positions=positions)
+            return layer.apply({"params": params[role]}, x, mask=CAUSAL)
+        if role == "cross_attention":  # without positions and window
+            return Attention(AttentionConfig(num_heads=2)).apply({"params": params[role]}, x, memory_BSD=memory)
+        return FeedForward(config.feed_forward).apply({"params": params[role]}, x)
+
+    def n(name, x):
+        return make_norm(config.norm).apply({"params": params[name]}, x)
+
+    @small.jit
+    def formula(x):
+        for role in ["attention", *["cross_attention"] * cross, "feed_forward"]:
+            if placement == "pre":
+                x = x + f(role, n(f"pre_{role}_norm", x))
+            elif placement == "post":
+                x = n(f"post_{role}_norm", x + f(role, x))
+            else:
+                x = x + n(f"post_{role}_norm", f(role, n(f"pre_{role}_norm", x)))
+        return x
+
+    np.testing.assert_allclose(small.apply(block, params, inputs, **arguments), formula(inputs), atol=2e-5)
+    roles = ["attention", "feed_forward"] + ["cross_attention"] * cross
+    sides = {"pre": ["pre"], "post": ["post"], "sandwich": ["pre", "post"]}[placement]
+    assert sorted(params) == sorted(roles + [f"{side}_{role}_norm" for side in sides for role in roles])
+
+
+def test_dropout_is_on_what_sub_layers_add(small):
+    block, inputs = Block(BlockConfig(), dropout=0.5), small.normal(2, 5, 8)
+    params = jax.tree.map(jnp.zeros_like, small.random_params(block, inputs))
+    # Sub-layers that add nothing: the stream itself passes untouched.
+    out = small.apply(block, params, inputs, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(out, inputs)
+    # A feed-forward network that adds ones: half of them arrive, doubled.
+    block = Block(BlockConfig(feed_forward=FeedForwardConfig(use_bias=True)), dropout=0.5)
+    params = jax.tree.map(jnp.zeros_like, small.random_params(block, inputs))
+    params["feed_forward"]["down"]["bias"] += 1.0
+    added = small.apply(block, params, inputs, train=True, rngs={"dropout": jax.random.key(0)}) - inputs
+    np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2])
+    np.testing.assert_allclose(small.apply(block, params, inputs) - inputs, 1, atol=1e-5)
