@@ -29,7 +29,7 @@ PATTERNS = {1: (GLOBAL,), 2: (LOCAL, GLOBAL)}
 
 
 def config(pattern=1, **changes):
-    return ModelConfig(**{"num_layers": 4, "embed_dim": 8, "pattern": PATTERNS[pattern], **changes})
+    return ModelConfig(**{"num_layers": 4, "embed_dim": 8, "pattern": PATTERNS[pattern]} | changes)
 
 
 @functools.cache
@@ -131,7 +131,8 @@ def test_remat_survives_compilation(small):
 @pytest.mark.parametrize("scan", [False, True])
 def test_layers_drop_differently(small, scan):
     adds_one = dataclasses.replace(GLOBAL, feed_forward=FeedForwardConfig(use_bias=True))
-    base = config(num_layers=2, pattern=(adds_one,), dropout=0.5, scan_layers=scan, final_norm=False)
+    base = config(num_layers=2, dropout=0.5, scan_layers=scan, final_norm=False)
+    base = dataclasses.replace(base, pattern=(adds_one,))
     inputs = jnp.zeros((1, 32, 8))
     params = jax.tree.map(jnp.zeros_like, small.random_params(Stack(base), inputs))
     for block in params["blocks"].values():
