@@ -76,9 +76,13 @@ def write_cache(
         added_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
     wanted_B = cache.lengths_B + added_B
     rows_B1 = jnp.arange(B)[:, None]
+
+    def write(slots_BGPK: Array, new_BTGK: Array) -> Array:
+        return slots_BGPK.at[rows_B1, :, slots_BT].set(new_BTGK.astype(slots_BGPK.dtype), mode="drop")
+
     return KVCache(
-        key_BGPK=cache.key_BGPK.at[rows_B1, :, slots_BT].set(key_BTGK.astype(cache.key_BGPK.dtype), mode="drop"),
-        value_BGPK=cache.value_BGPK.at[rows_B1, :, slots_BT].set(value_BTGK.astype(cache.value_BGPK.dtype), mode="drop"),
+        key_BGPK=write(cache.key_BGPK, key_BTGK),
+        value_BGPK=write(cache.value_BGPK, value_BTGK),
         lengths_B=jnp.minimum(wanted_B, capacity),
         overflow=cache.overflow | jnp.any(wanted_B > capacity),
     )

@@ -30,8 +30,8 @@ def kernel_product(
 ) -> Float[Array, "..."]:
     """Contract the last axes of the inputs with the first of the kernel, by `module.dot_general` or with panels.
 
-    Panels (`ops.panels`) are for decoding on CPU: an `apply` with `mutable=["panels"]` cuts them from the kernels, and an
-    `apply` that is given this collection multiplies with them.
+    Panels (`ops.panels`) are for decoding on CPU: an `apply` with `mutable=["panels"]` cuts them from the kernels, one
+    that is given this collection multiplies with them.
     """
     first = inputs.ndim - num_contracted
     fan_in, num_rows = math.prod(inputs.shape[first:]), math.prod(inputs.shape[:first])

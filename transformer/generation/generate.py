@@ -1,0 +1,272 @@
+"""Continue prompts: read them into a KV cache, then one compiled loop, a token of every row at a time."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.generation.prepare import loop_model, panels_for
+from transformer.generation.sampling import SamplingConfig, sample_tokens
+from transformer.layers.cache import cache_overflow, check_capacity
+from transformer.layers.stack import StackCache
+from transformer.models.decoder import Decoder
+from transformer.types import PyTree
+
+# Prompts are padded to a power of two and the cache to a multiple, so that few programs are compiled.
+_SHORTEST_PROMPT, _CAPACITY_UNIT = 16, 32
+
+# Tokens that `stream` computes before it hands them over; a call costs about as much as a tenth of a token.
+_CHUNK = 8
+
+
+class Generated(NamedTuple):
+    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and end-of-text from there on."""
+
+    tokens: np.ndarray  # int32 [B, max_new_tokens]
+    lengths: np.ndarray  # int32 [B], end-of-text not counted
+
+
+class _State(NamedTuple):
+    """Rows as they grow: prompt, new tokens, then zeros."""
+
+    tokens_BP: Int[Array, "B P"]
+    lengths_B: Int[Array, "B"]
+    num_new: Int[Array, ""]
+    ended_B: Bool[Array, "B"]
+    cache: StackCache
+
+
+class _Draw(NamedTuple):
+    """What decides the next token, besides the logits."""
+
+    key: Any
+    end_of_text: Int[Array, ""]
+
+
+class Generator:
+    """A model and its parameters, made ready for decoding; for many calls, where `generate` would do so in each.
+
+    Example:
+        >>> from transformer.model_config import ModelConfig
+        >>> from transformer.models.init import init_params
+        >>> model = Decoder(ModelConfig(vocab_size=11, max_length=16, num_layers=1, embed_dim=8))
+        >>> params, _ = init_params(model, jax.random.key(0))
+        >>> generator = Generator(model, params)
+        >>> generator.generate([[1, 2, 3], [4]], max_new_tokens=5).tokens.shape
+        (2, 5)
+        >>> len(list(generator.stream([1, 2, 3], max_new_tokens=5)))
+        5
+    """
+
+    def __init__(self, model: Decoder, params: PyTree) -> None:
+        self._model, params = loop_model(model, params)
+        self._params = jax.tree.map(jnp.asarray, params)
+        self._panels: dict[int, dict[str, Any]] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        end_of_text: int = -1,
+    ) -> Generated:
+        """Continue each prompt; see the function `generate`."""
+        state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text)
+        starts = np.array(state.lengths_B) - 1
+        state = self._extend(state, max_new_tokens, sampling, draw)
+        places = starts[:, None] + np.arange(max_new_tokens)
+        computed = np.arange(max_new_tokens) < int(state.num_new)
+        tokens = np.where(computed, np.take_along_axis(np.array(state.tokens_BP), places, axis=1), end_of_text)
+        ended = tokens == end_of_text
+        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), max_new_tokens)
+        beyond = np.arange(max_new_tokens) >= lengths[:, None]
+        return Generated(np.where(beyond, end_of_text, tokens).astype(np.int32), lengths.astype(np.int32))
+
+    def stream(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        end_of_text: int = -1,
+    ) -> Iterator[int]:
+        """The tokens of `generate([prompt])`, as they come; end-of-text is not among them."""
+        state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text)
+        start = int(state.lengths_B[0]) - 1
+        given = 0
+        while True:
+            available = int(state.num_new)
+            for token in np.array(state.tokens_BP)[0, start + given : start + available].tolist():
+                if token == end_of_text:
+                    return
+                yield token
+            given = available
+            if given == max_new_tokens:
+                return
+            state = self._extend(state, min(given + _CHUNK, max_new_tokens), sampling, draw)
+
+    def _start(
+        self, prompts: Any, max_new_tokens: int, sampling: SamplingConfig, seed: int, end_of_text: int
+    ) -> tuple[_State, _Draw]:
+        """Read the prompts and draw the first token of each row."""
+        rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+        self._check(rows, max_new_tokens)
+        longest = max(len(row) for row in rows)
+        limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
+        check_capacity(limit, longest, max_new_tokens)
+        capacity = min(-(-(longest + max_new_tokens) // _CAPACITY_UNIT) * _CAPACITY_UNIT, limit)
+        num_padded = min(max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length()), capacity)
+        tokens_BT = np.zeros((len(rows), num_padded), np.int32)
+        for index, row in enumerate(rows):
+            tokens_BT[index, : len(row)] = row
+        lengths_B = np.array([len(row) for row in rows], np.int32)
+        draw = _Draw(jax.random.key(seed), jnp.int32(end_of_text))
+        state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
+        return state, draw
+
+    def _extend(self, state: _State, num_new: int, sampling: SamplingConfig, draw: _Draw) -> _State:
+        """Rows with `num_new` new tokens, fewer if all have ended."""
+        batch_size = len(state.tokens_BP)
+        if batch_size not in self._panels:
+            self._panels = {batch_size: panels_for(self._model, self._params, batch_size)}
+        variables = {"params": self._params, **self._panels[batch_size]}
+        state = _decode(self._model, variables, state, jnp.int32(num_new), draw, sampling=sampling)
+        if bool(cache_overflow(state.cache)):
+            raise RuntimeError("The cache must hold every token, but some were dropped; what was generated is wrong.")
+        return state
+
+    def _check(self, rows: list[np.ndarray], max_new_tokens: int) -> None:
+        vocab_size = self._model.config.vocab_size
+        if not rows:
+            raise ValueError("There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        for index, row in enumerate(rows):
+            if row.ndim != 1 or len(row) == 0:
+                raise ValueError(
+                    f"Every prompt must be a sequence of one token or more, prompt {index} has shape {row.shape}; "
+                    "start it with the end-of-text token."
+                )
+            if row.min() < 0 or row.max() >= vocab_size:
+                raise ValueError(
+                    f"Tokens must be at least 0 and below vocab_size={vocab_size}, prompt {index} holds {row.min()} to "
+                    f"{row.max()}; encode it with the model's own tokenizer."
+                )
+
+
+def generate(
+    model: Decoder,
+    params: PyTree,
+    prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    end_of_text: int = -1,
+) -> Generated:
+    """Continue each prompt.
+
+    Args:
+        model: a decoder.
+        params: its parameters.
+        prompts: tokens of each row, which may differ in number; at least one a row.
+        max_new_tokens: how many to add; with the longest prompt at most the model's max_length, if it has one.
+        sampling: how tokens are drawn.
+        seed: a row's draws depend on it, on the row's place among the prompts and on the token's position, on nothing
+            else: not on the other rows, and not on how many tokens were asked for.
+        end_of_text: the token at which a row ends; -1 if none does.
+
+    Raises:
+        ValueError: if a prompt is empty, holds a token beyond the vocabulary, or is too long.
+    """
+    return Generator(model, params).generate(
+        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
+    )
+
+
+def stream(
+    model: Decoder,
+    params: PyTree,
+    prompt: Sequence[int] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    end_of_text: int = -1,
+) -> Iterator[int]:
+    """The tokens of `generate(model, params, [prompt], ...)`, as they come; end-of-text is not among them."""
+    return Generator(model, params).stream(
+        prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "sampling"))
+def _prefill(
+    model: Decoder,
+    params: PyTree,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    draw: _Draw,
+    *,
+    capacity: int,
+    sampling: SamplingConfig,
+) -> _State:
+    """Read right-padded prompts, and draw the first token of each row."""
+    B, T = tokens_BT.shape
+    valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
+    logits_BTV, cache = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT=valid_BT.astype(jnp.int32),
+        cache=model.init_cache(B, capacity),
+    )
+    logits_BV = jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+    tokens_BP = jnp.pad(tokens_BT, ((0, 0), (0, capacity - T)))
+    state = _State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((B,), bool), cache)
+    return _append(state, logits_BV, draw, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def _decode(
+    model: Decoder,
+    variables: PyTree,
+    state: _State,
+    num_new: Int[Array, ""],
+    draw: _Draw,
+    *,
+    sampling: SamplingConfig,
+) -> _State:
+    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended."""
+
+    def goes_on(state: _State) -> Bool[Array, ""]:
+        return (state.num_new < num_new) & ~jnp.all(state.ended_B)
+
+    def step(state: _State) -> _State:
+        last_B1 = jnp.take_along_axis(state.tokens_BP, state.lengths_B[:, None] - 1, axis=1)
+        logits_B1V, cache = model.apply(variables, last_B1, cache=state.cache)
+        return _append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
+
+    return jax.lax.while_loop(goes_on, step, state)
+
+
+def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling: SamplingConfig) -> _State:
+    """Draw the next token of each row; a row that has ended repeats end-of-text."""
+    rows_B = jnp.arange(len(logits_BV))
+    keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
+        rows_B, state.lengths_B
+    )
+    tokens_B = jnp.where(state.ended_B, draw.end_of_text, sample_tokens(logits_BV, keys_B, sampling))
+    return _State(
+        tokens_BP=state.tokens_BP.at[rows_B, state.lengths_B].set(tokens_B),
+        lengths_B=state.lengths_B + 1,
+        num_new=state.num_new + 1,
+        ended_B=state.ended_B | (tokens_B == draw.end_of_text),
+        cache=state.cache,
+    )

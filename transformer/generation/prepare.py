@@ -1,0 +1,42 @@
+"""A model and its parameters in the form that decodes fastest on the platform they are on."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer.layers.scan_params import loop_params
+from transformer.models.decoder import Decoder
+from transformer.ops.panels import panel_width
+from transformer.types import PyTree
+
+
+def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
+    """On CPU a scanned model as a loop: a scan copies a layer's parameters and cache in every step."""
+    if not (model.config.scan_layers and _on_cpu(params)):
+        return model, params
+    config = dataclasses.replace(model.config, scan_layers=False)
+    return model.clone(config=config), jax.jit(loop_params)(params)
+
+
+def panels_for(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any]:
+    """Variables beside the parameters with which `model.apply` decodes `batch_size` rows faster; none but on CPU."""
+    if not (_on_cpu(params) and panel_width(batch_size) > 0):
+        return {}
+    return _cut(model, params, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"))
+def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any]:
+    """Each linear layer cuts its own kernel; what else the model computes is not used and so not compiled."""
+    tokens_B1 = jnp.zeros((batch_size, 1), jnp.int32)
+    _, variables = model.apply({"params": params}, tokens_B1, mutable=["panels"])
+    return dict(variables)
+
+
+def _on_cpu(params: PyTree) -> bool:
+    leaf = jax.tree.leaves(params)[0]
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+    return all(device.platform == "cpu" for device in devices)

@@ -1,0 +1,73 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.validation import require, require_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn: divide by the temperature, keep the top k, keep the top p, draw.
+
+    >>> greedy, creative = SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=40, top_p=0.95)
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token each time (of equals, the one with the lowest number)."""
+    top_k: int = 0
+    """Draw among this many most likely tokens (of equals, those with the lowest numbers); 0 means all."""
+    top_p: float = 1.0
+    """Draw among the fewest most likely tokens that together reach this probability (equals as for top_k)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "temperature", "top_k")
+        require(0 < self.top_p <= 1, f"SamplingConfig.top_p must be above 0 and at most 1, got {self.top_p}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, "B"]:
+    """One token for each row.
+
+    Args:
+        logits_BV: float32.
+        keys_B: a PRNG key for each row, so that a row's draw does not depend on the others; unused if greedy.
+        config: how to draw.
+    """
+    if config.greedy:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = filter_logits(logits_BV, config)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def filter_logits(logits_BV: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
+    """Logits of the distribution that is drawn from, -inf for what cannot be drawn (temperature above 0).
+
+    Top-k after Fan et al. 2018 (section 5.4), top-p after Holtzman et al. 2020 (section 3.1), among what top-k kept.
+
+    >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
+    >>> jnp.isfinite(filter_logits(logits, SamplingConfig(top_p=0.6)))[0].tolist()
+    [False, False, True, True]
+    """
+    logits_BV = logits_BV / config.temperature
+    B, V = logits_BV.shape
+    num_kept = min(config.top_k or V, V)
+    if num_kept == V and config.top_p == 1:
+        return logits_BV
+    # From the most to the least likely, equals in the order of their numbers.
+    sorted_BK, order_BK = jax.lax.top_k(logits_BV, num_kept)
+    kept_BK = jnp.ones((B, num_kept), bool)
+    if config.top_p < 1:
+        # A token stays if those before it do not yet reach top_p: the first always does.
+        reached_BK = jnp.cumsum(jax.nn.softmax(sorted_BK, axis=-1), axis=-1)
+        kept_BK = jnp.pad(reached_BK[:, :-1], ((0, 0), (1, 0))) < config.top_p
+    kept_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], order_BK].set(kept_BK)
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)
