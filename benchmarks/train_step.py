@@ -20,15 +20,15 @@ from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConf
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
 from transformer.objectives.next_token import next_token
-from transformer.training.hardware import measured_peak_flops
+from transformer.training.hardware import keep_freed_memory, measured_peak_flops
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
 from transformer.types import Batch
 
 
-def make_config(dtype: str, cpu_kernels: bool) -> Config:
+def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
     """The benchmark's run."""
-    block = BlockConfig(AttentionConfig(num_heads=6), FeedForwardConfig(activation="gelu"))
+    block = BlockConfig(AttentionConfig(num_heads=6, implementation=attention), FeedForwardConfig(activation="gelu"))
     config = Config(
         model=ModelConfig(
             vocab_size=65,
@@ -88,11 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="compute types")
+    parser.add_argument("--attention", default="auto", help="attention implementation")
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    if options.cpu_kernels:
+        keep_freed_memory()
     result: dict = {"benchmark": "train_step", "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     for dtype in options.dtypes:
-        result[dtype] = measure(make_config(dtype, options.cpu_kernels), options.steps)
+        result[dtype] = measure(make_config(dtype, options.cpu_kernels, options.attention), options.steps)
         result[dtype]["peak_gflops"] = round(measured_peak_flops(dtype) / 1e9)
         # The process's high-water mark: with several dtypes, of the largest so far.
         result[dtype]["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

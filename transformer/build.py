@@ -19,6 +19,8 @@ from transformer.data.prepare import Source, open_sources, split_text
 from transformer.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.scores import sum_statistics
+from transformer.generation.generate import generate
+from transformer.generation.sampling import SamplingConfig
 from transformer.model_config import ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
@@ -29,7 +31,7 @@ from transformer.parallel.pmap import AXIS_NAME, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
-from transformer.training.hardware import model_flops_per_token, peak_flops
+from transformer.training.hardware import keep_freed_memory, model_flops_per_token, peak_flops
 from transformer.training.metrics import derive
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import TrainState, create_state
@@ -194,6 +196,7 @@ def train(
         console.print(f"{workdir} is finished: step {done} of {config.training.steps}. More --training.steps goes on.")
         return
     use_compilation_cache()
+    keep_freed_memory()
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     sources = open_sources(config.data)

@@ -17,8 +17,8 @@ Bias = Float[jax.Array, "#B #H T S"] | BiasDescription
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
-# Queries times keys from which on `auto` avoids [T, S] arrays: those of 512 tokens attending to themselves.
-_LONG = 512
+# Queries times keys from which on `auto` avoids [T, S] arrays: those of 256 tokens attending to themselves.
+_LONG = 256
 
 
 def dot_product_attention(

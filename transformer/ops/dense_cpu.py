@@ -1,8 +1,8 @@
-"""A `dot_general` for dense layers whose forward and backward pass are fast on XLA:CPU, and unchanged elsewhere."""
+"""A `dot_general` for dense layers whose gradient is fast on XLA:CPU, and unchanged elsewhere."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
-
-Product = Callable[[Any, Any], Any]
 
 
 def dot_general(
@@ -21,16 +19,19 @@ def dot_general(
 
     For activations `(..., K)` times weights `(K, ...)`, contracting the last axes of `lhs` with the first of `rhs`:
 
-    * the leading axes are folded into one in both passes: a weight gradient that contracts two axes (batch and time)
-      is compiled with materialised transposes, at about half the speed;
-    * 16-bit operands are multiplied into float32: the fast bfloat16 kernel has a float32 result only (for a bfloat16
-      one, both operands are converted to float32 first);
-    * the 16-bit weight gradient `lhs.T @ grad` gets a `lhs.T` that exists in memory: the fast kernel reads a
-      transposed left operand at half speed, and XLA folds a plain transposition back into the product.
+    * the weight gradient folds the leading axes into one: a product that contracts two axes (batch and time) is
+      compiled with materialised transposes, at about half the speed;
+    * 16-bit operands are multiplied into float32 and then rounded: the fast bfloat16 kernel has a float32 result only
+      (otherwise both operands are converted to float32 first);
+    * the 16-bit weight gradient `lhs.T @ grad` gets a `lhs.T` that exists in memory: the fast kernel reads a transposed
+      left operand at half speed, and XLA folds a plain transposition back into the product.
 
-    All of it stands behind `lax.platform_dependent`: on TPU and GPU the compiled program is that of `lax.dot_general` and
-    its gradient, so that nothing is folded across sharded axes. Other products go to `lax.dot_general` as they are.
-    Forward-mode derivatives (`jax.jvp`) are not available, so a trainer injects it and no layer has it by default.
+    What is special to the CPU stands behind `lax.platform_dependent`: elsewhere nothing is folded, so that axes sharded apart
+    stay apart. The guard is that narrow on purpose: XLA inlines it late, and activations that pass through it are
+    rounded to 16 bits in memory instead of inside a fusion (measured: a step takes 1.2 times as long).
+
+    Other products go to `lax.dot_general` as they are. Forward-mode derivatives (`jax.jvp`) are not available, and
+    `jax.shard_map` needs `check_vma=False`; so a trainer injects it, and no layer has it by default.
 
     Args and result are those of `lax.dot_general`.
 
@@ -48,65 +49,56 @@ def dot_general(
         and tuple(rhs_contract) == tuple(range(contracted))
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.bfloat16)
-        and lhs.size * rhs.size > 0
     )
-    plain = functools.partial(
-        lax.dot_general,
-        dimension_numbers=dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    return _dense(plain, contracted, lhs, rhs) if is_dense else plain(lhs, rhs)
+    if not is_dense:
+        return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
+    return _dense(contracted, precision, jnp.dtype(preferred_element_type or lhs.dtype), lhs, rhs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense(plain: Product, contracted: int, lhs: Array, rhs: Array) -> Array:
-    """`plain(lhs, rhs)`, where `contracted` axes are summed over."""
-
-    def cpu(lhs: Array, rhs: Array) -> Array:
-        out = jax.eval_shape(plain, lhs, rhs)
-        product = _matmul(_fold_last(lhs, contracted), _fold_first(rhs, contracted))
-        return product.astype(out.dtype).reshape(out.shape)
-
-    return lax.platform_dependent(lhs, rhs, cpu=cpu, default=plain)
-
-
-def _dense_forward(plain: Product, contracted: int, lhs: Array, rhs: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _dense(plain, contracted, lhs, rhs), (lhs, rhs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dense(contracted: int, precision: Any, dtype: Any, lhs: Array, rhs: Array) -> Array:
+    """The product over the last `contracted` axes of `lhs`, rounded to `dtype`."""
+    product = _product(lhs, rhs, range(lhs.ndim - contracted, lhs.ndim), range(contracted), precision)
+    if lhs.dtype != jnp.float32 and dtype == jnp.float32:
+        # Not rounded, a result that XLA lays out column by column, because a transposition follows, has no CPU kernel in
+        # jaxlib 0.10.2 and fails at run time ("Unsupported element type for DotThunk::Execute").
+        product = lax.platform_dependent(product, cpu=_in_memory, default=lambda x: x)
+    return product.astype(dtype)
 
 
-def _dense_backward(plain: Product, contracted: int, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    def cpu(lhs: Array, rhs: Array, grad: Array) -> tuple[Array, Array]:
-        x, w = _fold_last(lhs, contracted), _fold_first(rhs, contracted)
-        g = grad.reshape(x.shape[0], w.shape[1]).astype(lhs.dtype)
-        x_gradient = _matmul(g, w.T)
-        w_gradient = _matmul(x.T if x.dtype == jnp.float32 else _in_memory(x.T), g)
-        return x_gradient.astype(lhs.dtype).reshape(lhs.shape), w_gradient.astype(rhs.dtype).reshape(rhs.shape)
+def _dense_forward(contracted: int, precision: Any, dtype: Any, lhs: Array, rhs: Array) -> tuple[Array, Any]:
+    return _dense(contracted, precision, dtype, lhs, rhs), (lhs, rhs)
 
-    def default(lhs: Array, rhs: Array, grad: Array) -> tuple[Array, Array]:
-        return jax.vjp(plain, lhs, rhs)[1](grad)
 
-    return lax.platform_dependent(*saved, grad, cpu=cpu, default=default)
+def _dense_backward(contracted: int, precision: Any, dtype: Any, saved: Any, grad: Array) -> tuple[Array, Array]:
+    del dtype
+    lhs, rhs = saved
+    grad, leading = grad.astype(lhs.dtype), lhs.ndim - contracted
+
+    def on_cpu(lhs: Array, grad: Array) -> Array:
+        lhs = lhs.reshape(math.prod(lhs.shape[:leading]), math.prod(lhs.shape[leading:]))
+        grad = grad.reshape(lhs.shape[0], math.prod(grad.shape[leading:]))
+        transposed = lhs.T if lhs.dtype == jnp.float32 else _in_memory(lhs.T)
+        return _product(transposed, grad, (1,), (0,), precision).reshape(rhs.shape)
+
+    def elsewhere(lhs: Array, grad: Array) -> Array:
+        return _product(lhs, grad, range(leading), range(leading), precision)
+
+    lhs_gradient = _product(grad, rhs, range(leading, grad.ndim), range(contracted, rhs.ndim), precision)
+    rhs_gradient = lax.platform_dependent(lhs, grad, cpu=on_cpu, default=elsewhere)
+    return lhs_gradient.astype(lhs.dtype), rhs_gradient.astype(rhs.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _matmul(left: Array, right: Array) -> Array:
-    product = jnp.dot(left, right, preferred_element_type=jnp.float32)
-    # A 16-bit product whose result XLA lays out column by column, because a transposition follows, has no CPU kernel in
-    # jaxlib 0.10.2 and fails at run time.
-    return product if left.dtype == jnp.float32 else _in_memory(product)
+def _product(
+    left: Array, right: Array, left_contract: Sequence[int], right_contract: Sequence[int], precision: Any
+) -> Array:
+    dimension_numbers = ((tuple(left_contract), tuple(right_contract)), ((), ()))
+    return lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type=jnp.float32)
 
 
-def _in_memory(matrix: Array) -> Array:
+def _in_memory(x: Array) -> Array:
     """Row-major order, so that a transposition is carried out and not folded away."""
-    return with_layout_constraint(matrix, Layout((0, 1)))
-
-
-def _fold_last(x: Array, count: int) -> Array:
-    return x.reshape(math.prod(x.shape[: x.ndim - count]), math.prod(x.shape[x.ndim - count :]))
-
-
-def _fold_first(x: Array, count: int) -> Array:
-    return x.reshape(math.prod(x.shape[:count]), math.prod(x.shape[count:]))
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -1,6 +1,8 @@
 """How fast the hardware could be: peak of matrix products, and what a model asks for per token."""
 
+import ctypes
 import functools
+import sys
 import time
 
 import jax
@@ -74,3 +76,17 @@ def model_flops_per_token(
         sequence_length: T.
     """
     return 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * sequence_length
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what XLA frees on a CPU: each step allocates its temporaries anew, and fresh pages are faults.
+
+    In a step of 10M parameters, 300,000 page faults took a tenth of the time. Elsewhere than on Linux this does nothing.
+    """
+    if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # From malloc.h: no mmap for large blocks, never trim, one arena.
+        for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):
+            mallopt(parameter, value)
