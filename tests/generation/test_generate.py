@@ -1,0 +1,237 @@
+"""Cached, batched and streamed decoding against the plain definition: the model on whole rows."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.generation import generate as module
+from transformer.generation.generate import Generator, generate, stream
+from transformer.generation.prepare import panels_for
+from transformer.generation.sampling import SamplingConfig
+from transformer.layers.scan_params import scan_params
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.models.decoder import Decoder
+
+GREEDY = SamplingConfig(temperature=0)
+DRAWN = SamplingConfig(temperature=0.9, top_k=9, top_p=0.9)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+
+
+def make_config(kind="learned", window=0, **changes):
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, use_bias=True, window=window)
+    block = BlockConfig(attention=attention, feed_forward=FeedForwardConfig(hidden_dim=24))
+    defaults = {
+        "vocab_size": 13,
+        "max_length": 32,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "pattern": (block,),
+        "tie_embeddings": False,
+    }
+    return ModelConfig(**{**defaults, "positions": PositionConfig(kind=kind), **changes})
+
+
+@functools.cache
+def make(config):
+    """A model with random parameters, large enough for clear choices."""
+    model = Decoder(dataclasses.replace(config, scan_layers=False))
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    generator = np.random.default_rng(2)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.8 * generator.standard_normal(leaf.shape), leaf.dtype), shapes)
+    return Decoder(config), scan_params(params) if config.scan_layers else params
+
+
+@functools.cache
+def generator_of(config):
+    return Generator(*make(config))
+
+
+@functools.cache
+def forward(config):
+    model, _ = make(config)
+    return jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+
+
+def assert_greedy(config, prompt, tokens):
+    """Each token is the most likely one after all that stand before it, by the model without a cache."""
+    _, params = make(config)
+    row = np.concatenate([prompt, tokens])
+    # Right padding changes nothing for a causal model, and keeps to one compilation.
+    logits = np.asarray(forward(config)(params, jnp.asarray(np.pad(row, (0, 32 - len(row)))[None])))[0]
+    for place in range(len(prompt), len(row)):
+        best = logits[place - 1].max()
+        assert logits[place - 1, row[place]] >= best - (0.1 if config.dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        pytest.param(make_config(), 1, id="learned"),
+        pytest.param(make_config(), 3, id="learned-ragged"),
+        pytest.param(make_config("rotary", window=4, tie_embeddings=True), 3, id="rotary-window-tied"),
+        pytest.param(make_config("alibi", scan_layers=True), 3, id="alibi-scanned"),
+        pytest.param(make_config(dtype="bfloat16", num_layers=1), 1, id="bfloat16"),
+    ],
+)
+def test_greedy_is_the_most_likely_token_after_the_whole_row(config, rows):
+    output = generator_of(config).generate(PROMPTS[:rows], max_new_tokens=20, sampling=GREEDY)
+    assert output.tokens.shape == (rows, 20)
+    assert output.lengths.tolist() == [20] * rows
+    for prompt, tokens in zip(PROMPTS, output.tokens, strict=False):
+        assert_greedy(config, prompt, tokens)
+    assert len(set(output.tokens.ravel().tolist())) > 2
+
+
+def test_many_rows_are_read_with_whole_kernels():
+    output = generator_of(make_config()).generate(PROMPTS * 3, max_new_tokens=20, sampling=GREEDY)
+    for prompt, tokens in zip(PROMPTS * 3, output.tokens, strict=True):
+        assert_greedy(make_config(), prompt, tokens)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    generator = generator_of(make_config())
+    together = generator.generate(PROMPTS, max_new_tokens=20, sampling=DRAWN, seed=5)
+    others = generator.generate([PROMPTS[0], [1], [12] * 9], max_new_tokens=20, sampling=DRAWN, seed=5)
+    np.testing.assert_array_equal(together.tokens[0], others.tokens[0])
+    alone = generator.generate(PROMPTS[:1], max_new_tokens=20, sampling=DRAWN, seed=5)
+    np.testing.assert_array_equal(together.tokens[0], alone.tokens[0])
+
+
+def test_draws_depend_on_seed_row_and_position():
+    generator = generator_of(make_config())
+    run = functools.partial(generator.generate, max_new_tokens=20, sampling=DRAWN)
+    same = run([PROMPTS[0]] * 3, seed=5).tokens
+    np.testing.assert_array_equal(same, run([PROMPTS[0]] * 3, seed=5).tokens)
+    assert same[0].tolist() != same[1].tolist()
+    assert same.tolist() != run([PROMPTS[0]] * 3, seed=6).tokens.tolist()
+    # Neither how many are asked for nor where the prompt ends matters: what follows a token follows it again.
+    np.testing.assert_array_equal(same[:1, :8], run(PROMPTS[:1], seed=5, max_new_tokens=8).tokens)
+    longer = [*PROMPTS[0], *same[0, :8].tolist()]
+    np.testing.assert_array_equal(same[:1, 8:], run([longer], seed=5, max_new_tokens=12).tokens)
+
+
+def test_end_of_text_ends_a_row():
+    generator = generator_of(make_config())
+    free = generator.generate(PROMPTS, max_new_tokens=20, sampling=DRAWN, seed=1).tokens
+    end = int(free[0, 6])
+    first = [row.tolist().index(end) if end in row else 20 for row in free]
+    assert first[0] <= 6
+    assert max(first) > min(first)
+    output = generator.generate(PROMPTS, max_new_tokens=20, sampling=DRAWN, seed=1, end_of_text=end)
+    assert output.lengths.tolist() == first
+    for row, expected, length in zip(output.tokens, free, first, strict=True):
+        np.testing.assert_array_equal(row[:length], expected[:length])
+        assert set(row[length:].tolist()) <= {end}
+
+
+def test_a_prompt_may_hold_end_of_text():
+    config = make_config()
+    output = generator_of(config).generate([[0, 3, 1], [4, 0]], max_new_tokens=1, sampling=GREEDY, end_of_text=0)
+    for tokens, prompt in zip(output.tokens, ([0, 3, 1], [4, 0]), strict=True):
+        assert_greedy(config, prompt, tokens)
+
+
+def test_stops_when_every_row_has_ended(monkeypatch):
+    steps = []
+    decode = module._decode
+
+    def recording(*args, **kwargs):
+        state = decode(*args, **kwargs)
+        steps.append(int(state.num_new))
+        return state
+
+    monkeypatch.setattr(module, "_decode", recording)
+    generator = generator_of(make_config())
+    tokens = generator.generate(PROMPTS[:1], max_new_tokens=20, sampling=GREEDY).tokens[0].tolist()
+    end = max(tokens, key=tokens.index)  # the one that comes last
+    assert tokens.index(end) > 1
+    output = generator.generate(PROMPTS[:1], max_new_tokens=20, sampling=GREEDY, end_of_text=end)
+    assert output.lengths.tolist() == [tokens.index(end)]
+    assert steps == [20, tokens.index(end) + 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 20])
+def test_stream_is_generate(count):
+    generator = generator_of(make_config())
+    expected = generator.generate(PROMPTS[:1], max_new_tokens=count, sampling=DRAWN, seed=7)
+    streamed = list(generator.stream(PROMPTS[0], max_new_tokens=count, sampling=DRAWN, seed=7))
+    assert streamed == expected.tokens[0].tolist()
+
+
+def test_stream_comes_in_pieces_and_ends_at_end_of_text():
+    config = make_config()
+    tokens = list(stream(*make(config), PROMPTS[0], max_new_tokens=20, sampling=DRAWN, seed=7))
+    end = max(tokens, key=tokens.index)  # the one that comes last
+    assert tokens.index(end) > module._CHUNK
+    until_end = stream(*make(config), PROMPTS[0], max_new_tokens=20, sampling=DRAWN, seed=7, end_of_text=end)
+    assert next(until_end) == tokens[0]
+    assert [tokens[0], *until_end] == tokens[: tokens.index(end)]
+
+
+def test_compiles_once():
+    generator = generator_of(make_config())
+    run = functools.partial(generator.generate, max_new_tokens=20, sampling=DRAWN)
+    run(PROMPTS)
+    programs = module._prefill._cache_size(), module._decode._cache_size()
+    run([[1], [2, 3], [4] * 12], seed=3)
+    run(PROMPTS, end_of_text=0)
+    run(PROMPTS, max_new_tokens=17)
+    generate(*make(make_config()), PROMPTS, max_new_tokens=20, sampling=DRAWN)
+    assert (module._prefill._cache_size(), module._decode._cache_size()) == programs
+
+
+def test_without_max_length_there_is_always_room():
+    unlimited = make_config("rotary", max_length=0)
+    prompt = list(range(1, 12)) * 2
+    output = generator_of(unlimited).generate([prompt], max_new_tokens=10, sampling=GREEDY)
+    assert output.lengths.tolist() == [10]
+    assert_greedy(unlimited, prompt, output.tokens[0])
+
+
+def test_fills_the_model_to_its_last_position():
+    config = make_config()
+    output = generator_of(config).generate([[7] * 12], max_new_tokens=20, sampling=GREEDY)
+    assert_greedy(config, [7] * 12, output.tokens[0])
+
+
+def test_panels_are_cut_for_every_kernel_and_used():
+    model, params = make(make_config(tie_embeddings=True))
+    panels = panels_for(model, params, 1)
+    kernels = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0] if path[-1].key == "kernel"]
+    assert len(jax.tree.leaves(panels)) == len(kernels) + 1  # and the embedding, as output projection
+    apply = jax.jit(lambda variables: model.apply(variables, jnp.array([[4, 7]])))
+    expected = apply({"params": params})
+    np.testing.assert_allclose(apply({"params": params, **panels}), expected, atol=1e-4)
+    for index in range(len(jax.tree.leaves(panels))):
+        leaves, tree = jax.tree.flatten(panels)
+        leaves[index] = jnp.zeros_like(leaves[index])
+        other = apply({"params": params, **jax.tree.unflatten(tree, leaves)})
+        assert np.abs(other - expected).max() > 1e-3
+    assert panels_for(model, params, 64) == {}
+
+
+def test_overflow_is_noticed(monkeypatch):
+    monkeypatch.setattr(module, "cache_overflow", lambda cache: True)
+    with pytest.raises(RuntimeError, match="cache must hold every token, but some were dropped"):
+        generator_of(make_config()).generate(PROMPTS[:1], max_new_tokens=20, sampling=GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [
+        ([], 4, r"at least one prompt, got none"),
+        ([[1], []], 4, r"one token or more, prompt 1 has shape \(0,\); start it with the end-of-text token"),
+        ([[1, 2], [3, 13]], 4, r"below vocab_size=13, prompt 1 holds 3 to 13; encode it with the model's own"),
+        ([[-1]], 4, r"Tokens must be at least 0 and below vocab_size=13, prompt 0 holds -1 to -1"),
+        ([[1]], 0, r"max_new_tokens must be at least 1, got 0"),
+        ([[1] * 30, [2]], 3, r"prompt and new tokens, 30 \+ 3, but its capacity is 32"),
+    ],
+)
+def test_refuses(prompts, count, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*make(make_config()), prompts, max_new_tokens=count)
