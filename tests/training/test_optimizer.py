@@ -120,6 +120,14 @@ def test_frozen_group_keeps_every_bit_and_has_no_state(name):
     assert (11, 8) not in {x.shape for x in jax.tree.leaves(opt_state)}, "moments kept for a frozen embedding"
 
 
+def test_frozen_negative_zero_survives_an_update_that_is_not_compiled():
+    """XLA drops an addition of zero; without it -0.0 + 0.0 is 0.0."""
+    optimizer, _ = make_optimizer(config("adamw", parameter_groups=("unused=0",)), 10, small_params())
+    updates, _ = optimizer.update(small_params(), optimizer.init(small_params()), small_params())
+    after = optax.apply_updates(small_params(), updates)
+    assert after["unused"]["kernel"].tobytes() == small_params()["unused"]["kernel"].tobytes()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_group_scales_its_learning_rate(name):
     def moved(groups):
