@@ -7,8 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The versions in constraints.txt are those of the oldest supported Python; a newer one takes the newest that fit pyproject.toml.
-CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
 
 .PHONY: train test check bench clean
@@ -22,7 +21,7 @@ test: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py

@@ -78,6 +78,12 @@ def check(words, clone):
         # The default job reads a whole standard library; the user's text stands in for it.
         words += TINY if "--data.source" in words else [*TINY, "--data.source", "my_text.txt"]
     result = subprocess.run(
-        [sys.executable, *words[1:]], cwd=clone, env=environment, text=True, capture_output=True, timeout=300, check=False
+        [sys.executable, *words[1:]],
+        cwd=clone,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -18,7 +18,7 @@ from transformer.training.metrics import TIMINGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 120
-CONFIG = """
+CONFIG = f"""
 import dataclasses
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -31,10 +31,10 @@ def get_config():
         data=DataConfig(sequence_length=32, batch_size=8, record_bytes=512),
         optimizer=OptimizerConfig(accumulate_steps=2, warmup_steps=5, ema_decay=0.9),
         training=TrainingConfig(
-            steps=%d, log_every=7, eval_every=50, checkpoint_every=9, keep_checkpoints=3, sample_length=0
+            steps={STEPS}, log_every=7, eval_every=50, checkpoint_every=9, keep_checkpoints=3, sample_length=0
         ),
     )
-""" % STEPS
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def command(tmp_path_factory):
     words = random.Random(0)
     (directory / "text").mkdir()
     for index in range(60):
-        text = " ".join(words.choice(("to", "be", "or", "not", "that", "question")) for _ in range(words.randint(5, 90)))
+        text = " ".join(
+            words.choice(("to", "be", "or", "not", "that", "question")) for _ in range(words.randint(5, 90))
+        )
         (directory / "text" / f"{index}.txt").write_text(text)
     (directory / "config.py").write_text(CONFIG)
     environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled")}
@@ -142,7 +144,7 @@ def test_terminated_run_saves_and_goes_on(command, undisturbed):
 
 
 def test_other_config_is_refused_without_a_traceback(command, undisturbed):
-    workdir, options = command("undisturbed")
+    _, options = command("undisturbed")
     options["args"] += ["--model.attention.num-heads", "4"]
     result = subprocess.run(**options, timeout=300, check=False)
     assert result.returncode == 2

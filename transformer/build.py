@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from etils import epath
 from rich.console import Console
@@ -36,7 +35,7 @@ from transformer.training.metrics import derive
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
-from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
 from transformer.types import Objective, PyTree, UserError
 from transformer.validation import require
 
@@ -51,7 +50,7 @@ class Run(NamedTuple):
     """With vocab_size and max_length resolved."""
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
-    model: nn.Module
+    model: Decoder
     runner: Runner
     state: TrainState
     """Before the first step."""
@@ -78,7 +77,7 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> nn.Module:
+def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> Decoder:
     """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`."""
     return Decoder(config, dot_general=dense_cpu.dot_general if cpu_kernels else jax.lax.dot_general)
 
@@ -249,6 +248,13 @@ def train(
     )
     if int(state.step) < config.training.steps:
         console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
+    elif evaluators and jax.process_index() == 0:
+        (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
+        others = compressed_bits_per_byte(_texts(sources, "validation"))
+        console.print(
+            f"validation bits per byte {last['bits_per_byte']:.3f}; "
+            f"on the same bytes gzip -9 {others['gzip']:.3f}, xz {others['xz']:.3f}"
+        )
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
@@ -303,7 +309,7 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
 class Loaded(NamedTuple):
     """A trained model, as a run's directory holds it."""
 
-    model: nn.Module
+    model: Decoder
     params: PyTree
     tokenizer: Tokenizer
     config: Config
@@ -366,7 +372,7 @@ def evaluate(
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless JAX was told where (or not to) already."""
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "transformer" / "compiled"))
 

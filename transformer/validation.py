@@ -6,6 +6,7 @@ from transformer.types import UserError
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -21,6 +22,7 @@ def require_range(config: Any, low: float, high: float, *names: str) -> None:
 
 
 def require_at_least(config: Any, low: float, *names: str) -> None:
+    """`low <= value` for each field of `config`."""
     for name in names:
         value = getattr(config, name)
         require(value >= low, f"{type(config).__name__}.{name} must be at least {low:g}, got {value}.")

@@ -55,6 +55,7 @@ def test_multi_head_is_a_loop_over_heads(small, config, cross):
     layer, inputs = Attention(config), small.normal(2, 5, 8)
     memory = small.normal(2, 7, 6, seed=1) if cross else None
     params = small.random_params(layer, inputs, memory_BSD=memory)
+    assert all(("bias" in params[role]) == config.use_bias for role in ("query", "key", "value", "out"))
     mask = AttentionMask() if cross else CAUSAL
     visible = np.ones((5, 7), bool) if cross else np.tri(5, dtype=bool)
     out = small.apply(layer, params, inputs, memory_BSD=memory, mask=mask)

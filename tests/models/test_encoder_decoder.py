@@ -28,6 +28,9 @@ def test_targets_are_causal_and_sources_seen_whole(tiny, kind):
         effect = np.abs(changed - logits)[0].max(axis=-1)
         assert (effect[:place] == 0).all()
         assert (effect[place:] > 1e-4).all()
+    memory = tiny.forward(config, "encode")(tiny.params(config), source)
+    later = tiny.forward(config, "encode")(tiny.params(config), source.at[0, 3].add(-1))
+    assert (np.abs(later - memory)[0].max(axis=-1) > 1e-4).all()
     for place in range(4):
         changed = tiny.forward(config)(tiny.params(config), source.at[0, place].add(-1), target)
         assert (np.abs(changed - logits)[0].max(axis=-1) > 1e-4).all()

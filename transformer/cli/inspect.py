@@ -2,15 +2,20 @@
 
 import jax
 import numpy as np
-import rich
+from jax.sharding import PartitionSpec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from transformer import build
 from transformer.cli.arguments import parse_config
+from transformer.data.pipeline import train_batches
+from transformer.data.prepare import open_sources
 from transformer.data.tokenizers import Tokenizer
+from transformer.models.init import init_params
 from transformer.ops.masks import AttentionMask
+from transformer.parallel.mesh import make_mesh
+from transformer.parallel.rules import parameter_shardings
 from transformer.types import Batch
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
@@ -47,35 +52,38 @@ def main(arguments: list[str]) -> None:
     """Print the first batch and the parameters of a config."""
     config = parse_config(arguments, command="transformer inspect")
     console = Console(highlight=False)
-    tokenizer = build.make_tokenizer(config)
-    batch = next(build.make_train_batches(config, tokenizer))
+    sources = open_sources(config.data)
+    run = build.make_run(config, sources=sources)
+    tokenizer = run.tokenizer
+    batch = next(train_batches(config.data, tokenizer, sources=sources))
     console.rule("first batch")
     for row in range(min(4, len(batch.inputs))):
         counted = int(np.sum(batch.weights[row] > 0))
         documents = len(set(batch.segment_ids[row].tolist()) - {0})
-        console.print(f"[bold]row {row}[/bold]: {documents} documents, {counted} of {len(batch.inputs[row])} targets count")
+        console.print(
+            f"[bold]row {row}[/bold]: {documents} documents, {counted} of {len(batch.inputs[row])} targets count"
+        )
         console.print(_row(batch, row, tokenizer) + "\n")
     console.print(_mask_picture(batch, 0) + "\n")
 
-    model_config = build.resolve_model_config(config, tokenizer)
-    shapes, axes = build.parameter_shapes(config, model_config)
-    shardings = build.parameter_shardings(config, axes)
+    params, axes = init_params(run.model, jax.random.key(config.training.seed))
+    shardings = parameter_shardings(make_mesh(config.parallel.data), axes)
     table = Table("parameter", "shape", "type", "axes", "sharding", title="parameters", title_justify="left")
-    total = 0
     rows = zip(
-        jax.tree_util.tree_leaves_with_path(shapes),
-        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree_util.tree_leaves_with_path(params),
+        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec)),
         jax.tree.leaves(shardings),
         strict=True,
     )
-    for (path, shape), names, sharding in rows:
-        total += shape.size
+    for (path, value), names, sharding in rows:
         table.add_row(
             jax.tree_util.keystr(path, simple=True, separator="/"),
-            "×".join(map(str, shape.shape)),
-            str(shape.dtype),
+            "×".join(map(str, value.shape)),
+            str(value.dtype),
             ", ".join(str(name) for name in names),
             str(sharding.spec),
         )
     console.print(table)
-    rich.print(f"{total:,} parameters, vocabulary {model_config.vocab_size}, {config.data.sequence_length} tokens a row")
+    rich.print(
+        f"{total:,} parameters, vocabulary {model_config.vocab_size}, {config.data.sequence_length} tokens a row"
+    )

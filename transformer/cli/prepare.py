@@ -1,10 +1,12 @@
 """`transformer prepare SOURCE`: turn text into a TFDS dataset on disk, as training would do at its start."""
 
 import dataclasses
+from typing import Any
 
 import tyro
 
 from transformer.config import DataConfig
+from transformer.data.prepare import open_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,3 +27,11 @@ class PrepareArguments:
     """Field of a .jsonl record that holds a prompt."""
     data_dir: str = DataConfig.data_dir
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare the dataset and say what it holds."""
+    options = tyro.cli(PrepareArguments, prog="transformer prepare", args=arguments)
+    values: dict[str, Any] = dataclasses.asdict(options) | {"source": (options.source,)}
+    for source in open_sources(DataConfig(**values)):
+        print(source.description)

@@ -221,12 +221,13 @@ def _prefill(
     """Read right-padded prompts, and draw the first token of each row."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
-    logits_BTV, cache = model.apply(
+    outputs: Any = model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
         cache=model.init_cache(B, capacity),
     )
+    logits_BTV, cache = outputs
     logits_BV = jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BP = jnp.pad(tokens_BT, ((0, 0), (0, capacity - T)))
     state = _State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((B,), bool), cache)

@@ -50,6 +50,7 @@ class FeedForward(nn.Module):
         """Map every position on its own."""
         embed_dim = inputs_BTD.shape[-1]
         hidden_dim = self.config.hidden_dim or 4 * embed_dim
+
         def activation(x_BTF: Array) -> Array:
             # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
             return ACTIVATIONS[self.config.activation](x_BTF.astype(jnp.float32)).astype(self.dtype)

@@ -1,5 +1,7 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
         return jnp.sum(batch.weights)
 
     def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
-        logits_BTV = model.apply(
+        logits_BTV: Any = model.apply(
             {"params": params},
             batch.inputs,
             positions_BT=batch.positions,

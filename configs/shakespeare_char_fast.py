@@ -1,0 +1,41 @@
+"""A faster recipe than nanoGPT's for the same size of model: 0.8M parameters, a fifth of the tokens.
+
+    python train.py configs/shakespeare_char_fast.py --data.source tinyshakespeare.txt
+
+Hardware: two CPU cores, under a minute, process start and compilation included. Expect a validation loss below 1.88 nats
+per character on the whole last tenth of the text. docs/shakespeare.md says what each ingredient buys.
+"""
+
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+
+
+def get_config(variant: str = "") -> Config:
+    steps = {"": 400, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=4, qk_norm=True),
+        FeedForwardConfig(activation="relu_squared"),
+        NormConfig(kind="rms_norm"),
+    )
+    return Config(
+        model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,)),
+        data=DataConfig(
+            source=("tiny_shakespeare",),
+            tokenizer="characters",
+            sequence_length=64,
+            batch_size=12,
+            pack=False,
+            record_bytes=2048,
+        ),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.02,
+            schedule="linear",
+            warmup_steps=min(50, steps),
+            final_fraction=0.0,
+            weight_decay=0.0,
+            b2=0.99,
+            parameter_groups=("embedding=0.5", "norm=0.5"),
+        ),
+        training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=0, log_every=50),
+    )
