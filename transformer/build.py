@@ -32,7 +32,7 @@ from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
 from transformer.training.hardware import keep_freed_memory, model_flops_per_token, peak_flops
 from transformer.training.metrics import derive
-from transformer.training.optimizer import make_optimizer
+from transformer.training.optimizer import freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
@@ -100,6 +100,7 @@ def make_run(config: Config, *, sources: Sequence[Source] = (), tokenizer: Token
     params, _ = init_params(model, jax.random.key(config.training.seed))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = next_token(model, config.objective, tokenizer.token_bytes)
+    objective = freeze_objective(objective, config.optimizer, params)
     state = create_state(
         params, optimizer, jax.random.key(config.training.seed + 1), ema=config.optimizer.ema_decay > 0
     )

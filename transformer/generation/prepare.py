@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
@@ -25,7 +26,7 @@ def panels_for(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any
     """Variables beside the parameters with which `model.apply` decodes `batch_size` rows faster; none but on CPU."""
     if not (_on_cpu(params) and panel_width(batch_size) > 0):
         return {}
-    return _cut(model, params, batch_size)
+    return _in_large_pages(_cut(model, params, batch_size))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
@@ -34,6 +35,25 @@ def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any]:
     tokens_B1 = jnp.zeros((batch_size, 1), jnp.int32)
     _, variables = model.apply({"params": params}, tokens_B1, mutable=["panels"])
     return dict(variables)
+
+
+def _in_large_pages(tree: PyTree) -> PyTree:
+    """The same arrays in one piece of memory, for which NumPy asks Linux for pages of 2 MB.
+
+    XLA asks for none: reading 42 MB of panels from its pages of 4 KB takes 1.3 times as long.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    alignment = 64  # of what XLA takes over without copying it
+    ends = np.cumsum([-(-leaf.nbytes // alignment) * alignment for leaf in leaves])
+    memory = np.empty(int(ends[-1]) + alignment, np.uint8)
+    memory = memory[-memory.ctypes.data % alignment :]
+    placed = []
+    for leaf, end in zip(leaves, ends, strict=True):
+        start = end - -(-leaf.nbytes // alignment) * alignment
+        array = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
+        array[...] = leaf
+        placed.append(jax.device_put(array, leaf.sharding, may_alias=True))
+    return jax.tree.unflatten(structure, placed)
 
 
 def _on_cpu(params: PyTree) -> bool:

@@ -45,7 +45,7 @@ class Checkpointer:
     def __init__(
         self, directory: epath.PathLike, *, keep: int = 2, report: Callable[[str], object] = _log.warning
     ) -> None:
-        self._directory = epath.Path(directory)
+        self._directory = _absolute(directory)
         self._keep = keep
         self._report = report
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -157,7 +157,7 @@ def latest_undamaged(directory: epath.PathLike, report: Callable[[str], object] 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     problems = []
     for step in reversed(committed_steps(directory)):
         try:
@@ -244,6 +244,11 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     # Without a sharding Orbax would want the devices of the run that saved.
     sharding = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    return epath.Path(directory).expanduser().resolve()
 
 
 def _remove(path: epath.Path) -> None:
