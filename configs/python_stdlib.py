@@ -23,7 +23,6 @@ def get_config(variant: str = "") -> Config:
             validation_fraction=0.05,
             sequence_length=256,
             batch_size=8,
-            num_streams=64,
             record_bytes=8192,
         ),
         optimizer=OptimizerConfig(

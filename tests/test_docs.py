@@ -31,7 +31,7 @@ def test_every_block_has_a_language_that_is_tested():
         assert set(languages) <= {"python", "sh", "text"}, f"{page.name} has {set(languages)}"
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks("python")])
 def test_python_block(code):
     exec(compile(code, "block", "exec"), {"__name__": "block"})
 
@@ -46,7 +46,7 @@ def clone(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("code", blocks("sh"))
+@pytest.mark.parametrize("code", [*blocks("sh")])
 def test_shell_block(code, clone):
     for line in code.splitlines():
         command = line.split("#")[0].strip()

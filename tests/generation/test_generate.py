@@ -141,9 +141,9 @@ def test_stops_when_every_row_has_ended(monkeypatch):
     decode = module._decode
 
     def recording(*args, **kwargs):
-        state = decode(*args, **kwargs)
+        state, overflow = decode(*args, **kwargs)
         steps.append(int(state.num_new))
-        return state
+        return state, overflow
 
     monkeypatch.setattr(module, "_decode", recording)
     generator = generator_of(make_config())
@@ -216,7 +216,8 @@ def test_panels_are_cut_for_every_kernel_and_used():
 
 
 def test_overflow_is_noticed(monkeypatch):
-    monkeypatch.setattr(module, "cache_overflow", lambda cache: True)
+    decode = module._decode
+    monkeypatch.setattr(module, "_decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0], True))
     with pytest.raises(RuntimeError, match="cache must hold every token, but some were dropped"):
         generator_of(make_config()).generate(PROMPTS[:1], max_new_tokens=20, sampling=GREEDY)
 

@@ -56,6 +56,13 @@ def directory(two_checkpoints, tmp_path):
 # ---- Save and restore ------------------------------------------------------------------------------------------------
 
 
+def test_relative_directories_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/new", 3)
+    assert committed_steps("runs/new") == [3]
+    assert load_params("runs/new", make_state().ema_params)[0] == 3
+
+
 @pytest.mark.parametrize("options", [{}, {"ema": False}, {"carry": {"memory": jnp.arange(4.0)}}], ids=str)
 def test_everything_comes_back_to_the_bit(tmp_path, options):
     state = make_state(3, **options)

@@ -44,7 +44,7 @@ class _Draw(NamedTuple):
     """What decides the next token, besides the logits."""
 
     key: Any
-    end_of_text: Int[Array, ""]
+    end_of_text: Any  # int32
 
 
 class Generator:
@@ -78,15 +78,14 @@ class Generator:
     ) -> Generated:
         """Continue each prompt; see the function `generate`."""
         state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text)
-        starts = np.array(state.lengths_B) - 1
         state = self._extend(state, max_new_tokens, sampling, draw)
-        places = starts[:, None] + np.arange(max_new_tokens)
-        computed = np.arange(max_new_tokens) < int(state.num_new)
-        tokens = np.where(computed, np.take_along_axis(np.array(state.tokens_BP), places, axis=1), end_of_text)
-        ended = tokens == end_of_text
-        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), max_new_tokens)
-        beyond = np.arange(max_new_tokens) >= lengths[:, None]
-        return Generated(np.where(beyond, end_of_text, tokens).astype(np.int32), lengths.astype(np.int32))
+        steps_N = np.arange(max_new_tokens)
+        places_BN = np.array([len(prompt) for prompt in prompts])[:, None] + steps_N
+        tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), places_BN, axis=1)
+        tokens_BN = np.where(steps_N < int(state.num_new), tokens_BN, end_of_text)
+        ended_BN = tokens_BN == end_of_text
+        lengths_B = np.where(ended_BN.any(axis=1), ended_BN.argmax(axis=1), max_new_tokens)
+        return Generated(tokens_BN.astype(np.int32), lengths_B.astype(np.int32))
 
     def stream(
         self,
@@ -99,11 +98,10 @@ class Generator:
     ) -> Iterator[int]:
         """The tokens of `generate([prompt])`, as they come; end-of-text is not among them."""
         state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text)
-        start = int(state.lengths_B[0]) - 1
         given = 0
         while True:
             available = int(state.num_new)
-            for token in np.array(state.tokens_BP)[0, start + given : start + available].tolist():
+            for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available].tolist():
                 if token == end_of_text:
                     return
                 yield token
@@ -127,7 +125,7 @@ class Generator:
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
-        draw = _Draw(jax.random.key(seed), jnp.int32(end_of_text))
+        draw = _Draw(jax.random.key(seed), np.int32(end_of_text))
         state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
         return state, draw
 
@@ -137,8 +135,8 @@ class Generator:
         if batch_size not in self._panels:
             self._panels = {batch_size: panels_for(self._model, self._params, batch_size)}
         variables = {"params": self._params, **self._panels[batch_size]}
-        state = _decode(self._model, variables, state, jnp.int32(num_new), draw, sampling=sampling)
-        if bool(cache_overflow(state.cache)):
+        state, overflow = _decode(self._model, variables, state, np.int32(num_new), draw, sampling=sampling)
+        if overflow:
             raise RuntimeError("The cache must hold every token, but some were dropped; what was generated is wrong.")
         return state
 
@@ -239,12 +237,12 @@ def _decode(
     model: Decoder,
     variables: PyTree,
     state: _State,
-    num_new: Int[Array, ""],
+    num_new: Any,
     draw: _Draw,
     *,
     sampling: SamplingConfig,
-) -> _State:
-    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended."""
+) -> tuple[_State, Bool[Array, ""]]:
+    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended; and whether any was lost."""
 
     def goes_on(state: _State) -> Bool[Array, ""]:
         return (state.num_new < num_new) & ~jnp.all(state.ended_B)
@@ -254,7 +252,8 @@ def _decode(
         logits_B1V, cache = model.apply(variables, last_B1, cache=state.cache)
         return _append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
 
-    return jax.lax.while_loop(goes_on, step, state)
+    state = jax.lax.while_loop(goes_on, step, state)
+    return state, cache_overflow(state.cache)
 
 
 def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling: SamplingConfig) -> _State:

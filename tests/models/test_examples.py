@@ -1,0 +1,18 @@
+"""The examples in the docstrings of layers and models run and print what they say."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = {
+    "layers": ["attention", "block", "cache", "feed_forward", "linear"],
+    "models": ["decoder", "encoder", "encoder_decoder"],
+}
+
+
+@pytest.mark.parametrize("name", [f"transformer.{package}.{name}" for package in MODULES for name in MODULES[package]])
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
