@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from transformer import build
 from transformer.cli.arguments import parse_config
@@ -68,7 +68,15 @@ def main(arguments: list[str]) -> None:
 
     params, axes = init_params(run.model, jax.random.key(config.training.seed))
     shardings = parameter_shardings(make_mesh(config.parallel.data), axes)
-    table = Table("parameter", "shape", "type", "axes", "sharding", title="parameters", title_justify="left")
+    table = Table(
+        Column("parameter", overflow="fold"),
+        "shape",
+        "type",
+        "axes",
+        "sharding",
+        title="parameters",
+        title_justify="left",
+    )
     rows = zip(
         jax.tree_util.tree_leaves_with_path(params),
         jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, PartitionSpec)),
@@ -84,6 +92,7 @@ def main(arguments: list[str]) -> None:
             str(sharding.spec),
         )
     console.print(table)
-    rich.print(
-        f"{total:,} parameters, vocabulary {model_config.vocab_size}, {config.data.sequence_length} tokens a row"
+    console.print(
+        f"{build.count_parameters(params):,} parameters, vocabulary {run.config.model.vocab_size}, "
+        f"{config.data.sequence_length} tokens a row"
     )
