@@ -34,9 +34,9 @@ class _State(NamedTuple):
     """Rows as they grow: prompt, new tokens, then zeros."""
 
     tokens_BP: Int[Array, "B P"]
-    lengths_B: Int[Array, "B"]
+    lengths_B: Int[Array, " B"]
     num_new: Int[Array, ""]
-    ended_B: Bool[Array, "B"]
+    ended_B: Bool[Array, " B"]
     cache: StackCache
 
 
@@ -210,7 +210,7 @@ def _prefill(
     model: Decoder,
     params: PyTree,
     tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
+    lengths_B: Int[Array, " B"],
     draw: _Draw,
     *,
     capacity: int,

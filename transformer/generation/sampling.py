@@ -34,7 +34,7 @@ class SamplingConfig:
         return self.temperature == 0 or self.top_k == 1
 
 
-def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, "B"]:
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, " B"]:
     """One token for each row.
 
     Args:

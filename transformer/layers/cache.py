@@ -18,7 +18,7 @@ class KVCache(NamedTuple):
 
     key_BGPK: Float[Array, "B G P K"]
     value_BGPK: Float[Array, "B G P K"]
-    lengths_B: Int[Array, "B"]
+    lengths_B: Int[Array, " B"]
     overflow: Bool[Array, ""]
 
 
@@ -46,7 +46,7 @@ def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: 
 
 
 def next_slots(
-    lengths_B: Int[Array, "B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
+    lengths_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
 ) -> Int[Array, "B T"]:
     """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
     slots_BT = lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
@@ -103,7 +103,7 @@ def cache_overflow(caches: Any) -> Bool[Array, ""]:
     return jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
 
 
-def cache_lengths(caches: Any) -> Int[Array, "B"]:
+def cache_lengths(caches: Any) -> Int[Array, " B"]:
     """Tokens held in each row of a model's cache; every layer holds the same."""
     cache = next(c for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c))
     return cache.lengths_B if cache.lengths_B.ndim == 1 else cache.lengths_B[0]

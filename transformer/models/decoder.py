@@ -21,6 +21,7 @@ class Decoder(nn.Module):
         dot_general: replaces `jax.lax.dot_general` in the linear layers.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> model = Decoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
         >>> tokens = jnp.array([[1, 2, 3]])
         >>> logits, variables = model.init_with_output(jax.random.key(0), tokens)

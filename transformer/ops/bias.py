@@ -19,7 +19,7 @@ class BiasDescription(Protocol):
         ...
 
 
-def alibi_slopes(num_heads: int) -> Float[np.ndarray, "H"]:
+def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
     """The slopes of ALiBi: a geometric sequence, the first 2^(-8/H) (Press et al. 2022, section 3).
 
     If H is no power of two, the sequence of the power of two below it, then every second slope of the one above, as

@@ -21,7 +21,7 @@ def rotary_frequencies(
     scaling: Literal["none", "linear", "llama3"] = "none",
     scaling_factor: float = 1.0,
     original_length: int = 8192,
-) -> Float[np.ndarray, "half"]:
+) -> Float[np.ndarray, " half"]:
     """Radians per position of each of the head_dim / 2 rotated planes, fastest first.
 
     Args:
