@@ -1,6 +1,7 @@
 """A model small enough to compile in no time, with parameters named as in the real ones."""
 
 import functools
+import signal
 import types
 
 import jax
@@ -16,6 +17,14 @@ from transformer.training.step import make_eval_step, make_train_step
 from transformer.types import Batch, Objective
 
 V, D, H, K, F, T = 11, 8, 2, 4, 16, 6
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the suite runs in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def make_params(seed=0):

@@ -243,6 +243,7 @@ def test_a_signal_finishes_the_step_saves_and_returns(toy, uninterrupted, tmp_pa
     assert untimed(run.rows) == untimed(rows)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once(toy, tmp_path):
     def twice():
         for _ in range(2):

@@ -18,6 +18,7 @@ def test_first_signal_is_remembered(number):
     assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_second_signal_acts_as_outside():
     with StopRequest():
         os.kill(os.getpid(), signal.SIGTERM)

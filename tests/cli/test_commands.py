@@ -1,0 +1,218 @@
+"""Every command, end to end on eight devices: train, go on, evaluate, generate, inspect, prepare."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from transformer import build
+from transformer.cli.main import main
+from transformer.config import ParallelConfig
+
+CONFIG = """
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+
+def get_config():
+    return Config(
+        model=ModelConfig(num_layers=1, embed_dim=16, pattern=(BlockConfig(AttentionConfig(num_heads=2)),)),
+        data=DataConfig(sequence_length=32, batch_size=8, record_bytes=512, validation_fraction=0.2, test_fraction=0.2),
+        optimizer=OptimizerConfig(ema_decay=0.5),
+        training=TrainingConfig(steps=6, log_every=2, eval_every=3, checkpoint_every=3, sample_length=8),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a config file and a folder of text."""
+    directory = tmp_path_factory.mktemp("commands")
+    words = random.Random(0)
+    (directory / "text").mkdir()
+    for index in range(40):
+        text = " ".join(words.choice(("to", "be", "or", "not", "question")) for _ in range(words.randint(20, 90)))
+        (directory / "text" / f"{index}.txt").write_text(f"file {index}: {text}")
+    (directory / "config.py").write_text(CONFIG)
+    return directory
+
+
+@pytest.fixture
+def arguments(place):
+    """The config's arguments for `train` and `inspect`."""
+    return [
+        str(place / "config.py"),
+        *("--data.source", str(place / "text"), "--data.data-dir", str(place / "prepared")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def workdir(place):
+    """A finished run."""
+    data = ("--data.source", str(place / "text"), "--data.data-dir", str(place / "prepared"))
+    main(["train", str(place / "config.py"), *data, "--workdir", str(place / "run")])
+    return place / "run"
+
+
+def refused(arguments, capsys):
+    """The message of a command that exits with 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(argument) for argument in arguments])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_readme_names(workdir):
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tokenizer.json", "samples.txt", "tensorboard", "checkpoints"}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (2, "train"),
+        (3, "validation"),
+        (4, "train"),
+        (6, "train"),
+        (6, "validation"),
+    ]
+    assert {"loss", "bits_per_byte", "accuracy", "tokens_per_second", "learning_rate", "grad_norm"} <= set(rows[0])
+    assert all(row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2), rel=0.2) for row in rows)
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(workdir, arguments, capsys, tmp_path):
+    command = ["train", *arguments, "--workdir", str(workdir)]
+    main(command)
+    assert "is finished: step 6 of 6" in capsys.readouterr().out.replace("\n", "")
+    before = (workdir / "metrics.jsonl").read_text()
+    main([*command, "--training.steps", "6"])
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
+    """Three steps over a mesh and three under pmap come as close to six over a mesh as rounding lets Adam."""
+    sgd_like = ["--optimizer.eps", "1e-3", "--training.sample-length", "0"]
+    command = ["train", *arguments, *sgd_like, "--optimizer.schedule", "constant"]
+    main([*command, "--workdir", str(tmp_path / "mesh")])
+    main([*command, "--workdir", str(tmp_path / "both"), "--training.steps", "3"])
+    main([*command, "--workdir", str(tmp_path / "both"), "--parallel.strategy", "pmap"])
+    mesh, both = build.load(tmp_path / "mesh"), build.load(tmp_path / "both")
+    assert mesh.step == both.step == 6
+    for a, b in zip(jax.tree.leaves(mesh.params), jax.tree.leaves(both.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data.batch-size", "12", "--training.steps", "7"], "12"),
+        (["--parallel.data", "9"], "9"),
+        (["--model.vocab-size", "100"], "at least the tokenizer's 257, got 100"),
+        (["--model.architecture", "encoder"], "architecture=decoder"),
+        (["--data.source", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(arguments, change, message, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    assert message in refused(["train", *arguments, *change, "--workdir", workdir], capsys)
+    assert not workdir.exists()
+
+
+def test_another_runs_directory_is_refused(workdir, arguments, capsys, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    message = refused(["train", *arguments, "--optimizer.learning-rate", "0.5", "--workdir", workdir], capsys)
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in message
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "holds other files" in refused(["train", *arguments, "--workdir", tmp_path], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# ---- load, evaluate, generate ----------------------------------------------------------------------------------------
+
+
+def test_load_gives_the_average_where_there_is_one(workdir):
+    loaded = build.load(workdir)
+    config = dataclasses.replace(loaded.config, parallel=ParallelConfig(data=1))
+    target = build.make_run(config, tokenizer=loaded.tokenizer).state
+    state = build.Checkpointer(workdir / "checkpoints").restore(target).state
+    average, last = jax.tree.leaves(state.ema_params), jax.tree.leaves(state.params)
+    for got, average_leaf in zip(jax.tree.leaves(loaded.params), average, strict=True):
+        np.testing.assert_array_equal(got, average_leaf)
+    assert any(not np.array_equal(a, b) for a, b in zip(average, last, strict=True))
+
+
+def test_evaluate_repeats_the_last_score_and_scores_other_text(workdir, place, capsys):
+    main(["evaluate", str(workdir)])
+    scores = json.loads(capsys.readouterr().out)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert scores["split"] == last["split"] == "validation"
+    assert scores["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-5)
+    assert 0 < scores["xz_bits_per_byte"] < 8
+
+    # A document's bytes and its end are the tokens of the split.
+    (place / "other.txt").write_text("to be or not to be " * 100)
+    main(["evaluate", str(workdir), "--split", "train", "--data.source", str(place / "other.txt")])
+    other = json.loads(capsys.readouterr().out)
+    assert other["source"] == [str(place / "other.txt")]
+    assert 0 < other["bytes"] < 1900
+    assert other["loss"] != scores["loss"]
+
+
+def test_generate_repeats_by_seed(workdir, capsys):
+    def generate(*options):
+        main(["generate", str(workdir), "--prompt", "to be", "--max-new-tokens", "20", *options])
+        return capsys.readouterr().out
+
+    assert generate().startswith("to be")
+    assert generate("--seed", "1") == generate("--seed", "1") != generate("--seed", "2")
+    assert generate("--temperature", "0") == generate("--temperature", "0", "--seed", "5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{run}", "--prompt", "x" * 40], "leaves room for 0"),
+        (["generate", "{run}", "--max-new-tokens", "32"], "leaves room for 31"),
+        (["generate", "{run}", "--top-p", "2"], "top_p"),
+        (["generate", "{place}"], "must hold config.json"),
+        (["evaluate", "{place}/nowhere"], "must hold config.json"),
+        (["evaluate", "{run}", "--split", "validaton"], "validaton"),
+        (["prepare", "{place}/nowhere"], "nowhere"),
+    ],
+)
+def test_bad_requests_are_named(workdir, place, arguments, message, capsys):
+    arguments = [argument.format(run=workdir, place=place) for argument in arguments]
+    assert message in refused(arguments, capsys)
+
+
+# ---- inspect, prepare ------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_rows_masks_and_parameters(workdir, arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["inspect", *arguments])
+    text = capsys.readouterr().out
+    assert "file " in text  # decoded documents
+    assert "■ ■ ·" in text
+    assert "token_embedding/embedding" in text
+    assert "257×16" in text
+    params = build.load(workdir).params
+    assert f"{build.count_parameters(params):,} parameters, vocabulary 257" in text
+    assert all(name in text for name in ("query/kernel", "pre_attention_norm/scale", "down/kernel"))
+
+
+def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):
+    command = ["prepare", str(place / "text"), "--data-dir", str(tmp_path)]
+    main(command)
+    first = capsys.readouterr().out
+    assert first.startswith("text: train 36 documents, ")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
+    assert files
+    main(command)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")} == files
