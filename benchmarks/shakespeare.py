@@ -17,20 +17,19 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAST, CPU = "shakespeare_char_fast", "shakespeare_char_cpu"
-ADAMW = ["--optimizer.name", "adamw", "--optimizer.parameter-groups", "--optimizer.learning-rate"]
+ADAMW = ["--optimizer.name", "adamw", "--optimizer.learning-rate"]
 RUNS = {
     "nanogpt_recipe": [CPU],
-    "nanogpt_recipe_400_steps": [CPU, "--training.steps", "400"],
+    "nanogpt_recipe_320_steps": [CPU, "--training.steps", "320"],
     "fast": [FAST],
     "adamw_1e-3": [FAST, *ADAMW, "1e-3"],
     "adamw_3e-3": [FAST, *ADAMW, "3e-3"],
     "adamw_6e-3": [FAST, *ADAMW, "6e-3"],
     "no_qk_norm": [FAST, "--model.attention.no-qk-norm"],
-    "gelu": [FAST, "--model.feed-forward.activation", "gelu"],
+    "relu_squared": [FAST, "--model.feed-forward.activation", "relu_squared"],
     "layer_norm": [FAST, "--model.norm.kind", "layer_norm"],
     "learned_positions": [FAST, "--model.positions.kind", "learned"],
     "cosine_to_a_tenth": [FAST, "--optimizer.schedule", "cosine", "--optimizer.final-fraction", "0.1"],
-    "one_rate_for_all": [FAST, "--optimizer.parameter-groups"],
 }
 
 

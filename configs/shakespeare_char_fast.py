@@ -2,7 +2,7 @@
 
     python train.py configs/shakespeare_char_fast.py --data.source tinyshakespeare.txt
 
-Hardware: two CPU cores, under a minute, process start and compilation included. Expect a validation loss of 1.83 nats per
+Hardware: two CPU cores, under a minute, process start and compilation included. Expect a validation loss of 1.84 nats per
 character on the whole last tenth of the text; docs/shakespeare.md compares.
 """
 
@@ -11,10 +11,10 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 400, "debug": 20}[variant]
+    steps = {"": 320, "debug": 20}[variant]
     block = BlockConfig(
         AttentionConfig(num_heads=4, qk_norm=True),
-        FeedForwardConfig(activation="relu_squared"),
+        FeedForwardConfig(activation="gelu"),
         NormConfig(kind="rms_norm"),
     )
     return Config(
@@ -35,7 +35,6 @@ def get_config(variant: str = "") -> Config:
             final_fraction=0.0,
             weight_decay=0.0,
             b2=0.99,
-            parameter_groups=("embedding=0.5", "norm=0.5"),
         ),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=0, log_every=50),
     )
