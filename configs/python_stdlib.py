@@ -14,7 +14,7 @@ def get_config(variant: str = "") -> Config:
     steps = {"": 1200, "debug": 20}[variant]
     block = BlockConfig(
         AttentionConfig(num_heads=4, qk_norm=True),
-        FeedForwardConfig(activation="relu_squared"),
+        FeedForwardConfig(activation="gelu"),
         NormConfig(kind="rms_norm"),
     )
     return Config(
@@ -34,7 +34,6 @@ def get_config(variant: str = "") -> Config:
             final_fraction=0.0,
             weight_decay=0.0,
             b2=0.99,
-            parameter_groups=("embedding=0.5", "norm=0.5"),
         ),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=200, log_every=25, sample_prompt="def "),
     )
