@@ -54,3 +54,21 @@ def test_flops_per_token_is_six_n_and_attention():
     )
     ours = model_flops_per_token(225, num_layers=1, num_heads=3, head_dim=5, sequence_length=7) / 3
     assert cost["flops"] / 7 == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_memory_is_kept_before_the_backend_starts_and_on_cpu_only(monkeypatch, backend):
+    """A backend's threads take their arenas when it starts: a call after that comes too late."""
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            self.mallopt = lambda parameter, value: calls.append((parameter, value))
+
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(hardware.ctypes, "CDLL", Library)
+    monkeypatch.setattr(hardware.jax, "default_backend", lambda: calls.append("backend") or backend)
+    hardware.keep_freed_memory()
+    start = calls.index("backend")
+    assert dict(calls[:start]) == {-4: 0, -1: -1, -8: 1}
+    assert dict(calls[start + 1 :]) == ({} if backend == "cpu" else {-4: 65536, -1: 131072, -8: 0})
