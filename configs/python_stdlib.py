@@ -11,7 +11,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 1200, "debug": 20}[variant]
+    steps = {"": 1800, "debug": 20}[variant]
     block = BlockConfig(
         AttentionConfig(num_heads=4, qk_norm=True),
         FeedForwardConfig(activation="gelu"),
@@ -35,5 +35,5 @@ def get_config(variant: str = "") -> Config:
             weight_decay=0.0,
             b2=0.99,
         ),
-        training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=200, log_every=25, sample_prompt="def "),
+        training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=200, log_every=25, sample_prompt="class "),
     )
