@@ -60,8 +60,9 @@ def main(arguments: list[str]) -> None:
     for row in range(min(4, len(batch.inputs))):
         counted = int(np.sum(batch.weights[row] > 0))
         documents = len(set(batch.segment_ids[row].tolist()) - {0})
+        noun = "document" if documents == 1 else "documents"
         console.print(
-            f"[bold]row {row}[/bold]: {documents} document{'s' * (documents != 1)}, {counted} of {len(batch.inputs[row])} targets count"
+            f"[bold]row {row}[/bold]: {documents} {noun}, {counted} of {len(batch.inputs[row])} targets count"
         )
         console.print(_row(batch, row, tokenizer) + "\n")
     console.print(_mask_picture(batch, 0) + "\n")
