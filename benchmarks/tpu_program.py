@@ -18,10 +18,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from train_step import make_config
 
-from transformer import build
 from transformer.models.init import init_params
 from transformer.objectives.next_token import next_token
 from transformer.parallel.mesh import DATA_AXIS, batch_sharding, replicated_sharding
+from transformer.tasks import make_model
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
 from transformer.training.step import make_train_step
@@ -33,7 +33,7 @@ OPERATIONS = ("copy", "transpose", "convolution", "dot", "fusion", "all-reduce",
 def compile_step(mesh: Mesh, *, cpu_kernels: bool, dtype: str) -> Any:
     """The step, compiled for absent devices."""
     config = make_config(dtype, cpu_kernels, "auto")
-    model = build.make_model(config.model, cpu_kernels=cpu_kernels)
+    model = make_model(config.model, cpu_kernels=cpu_kernels)
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = next_token(model, config.objective, np.ones(config.model.vocab_size))

@@ -20,6 +20,7 @@ from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConf
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
 from transformer.objectives.next_token import next_token
+from transformer.tasks import make_model
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -48,7 +49,7 @@ def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Step time and what follows from it."""
-    model = build.make_model(config.model, cpu_kernels=config.training.cpu_kernels)
+    model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     runner = build.make_runner(
@@ -72,12 +73,11 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         jax.block_until_ready((state, statistics))
         times.append(time.perf_counter() - start)
     step_seconds = min(times)
-    tokens_per_second = shape[0] * shape[1] / step_seconds
-    flops = build.flops_per_token(config, params) * tokens_per_second
+    work = build.measure_work(config, params)(batch)
     return {
         "step_ms": round(1e3 * step_seconds, 1),
-        "tokens_per_second": round(tokens_per_second),
-        "fraction_of_peak": round(flops / measured_peak_flops(config.model.dtype), 3),
+        "tokens_per_second": round(work.tokens / step_seconds),
+        "fraction_of_peak": round(work.flops / step_seconds / measured_peak_flops(config.model.dtype), 3),
         "compile_seconds": round(compile_seconds, 2),
         "loss": round(float(statistics["loss"]) / float(statistics["weight"]), 4),
     }

@@ -14,6 +14,7 @@ STAIRS = [
     {"models"},
     {"objectives", "generation", "data", "interop", "analysis"},
     {"training", "evaluation"},
+    {"tasks"},
     {"build"},
     {"planning"},
     {"cli"},

@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = shlex.split(
     "--training.steps 2 --training.log-every 1 --training.sample-length 4 --training.eval-every 0 --optimizer.warmup-steps 0 "
-    "--model.num-layers 1 --model.embed-dim 16 --model.attention.num-heads 2 --data.sequence-length 64 --data.batch-size 8"
+    "--model.num-layers 1 --model.embed-dim 16 --model.attention.num-heads 2 --data.sequence-length 64 --data.batch-size 8 "
+    "--data.buckets"
 )
 
 
@@ -43,6 +44,12 @@ def clone(tmp_path_factory):
     for name in ("train.py", "configs", "benchmarks", "Makefile", "pyproject.toml", "constraints.txt"):
         (directory / name).symlink_to(ROOT / name)
     (directory / "my_text.txt").write_text("A line of a user's own text, again and again.\n" * 400)
+    reviews = [
+        f'{{"text": "A film {i} that I {word}.", "label": "{word}"}}' for i in range(20) for word in ("love", "hate")
+    ]
+    (directory / "reviews.jsonl").write_text("\n".join(reviews))
+    for language, phrase in (("en", "a dog number {}"), ("de", "ein Hund Nummer {}")):
+        (directory / f"train.{language}").write_text("".join(phrase.format(i) + "\n" for i in range(40)))
     return directory
 
 

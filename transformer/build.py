@@ -4,108 +4,92 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from etils import epath
 from rich.console import Console
 
 from transformer.config import Config
 from transformer.config_io import from_dict, resume_conflicts, to_dict
-from transformer.data.pipeline import EvaluationBatches, evaluation_batches, train_batches
-from transformer.data.prepare import Source, open_sources, split_text
-from transformer.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from transformer.data.datasets import Dataset, open_data
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
-from transformer.model_config import ModelConfig
 from transformer.models.decoder import Decoder
-from transformer.models.init import init_params
-from transformer.objectives.next_token import next_token
-from transformer.ops import dense_cpu
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible
+from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
-from transformer.training.hardware import keep_freed_memory, model_flops_per_token, peak_flops
-from transformer.training.metrics import derive
+from transformer.training.hardware import keep_freed_memory, model_flops, peak_flops
+from transformer.training.metrics import Work
 from transformer.training.optimizer import freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.transfer import transfer
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
-from transformer.types import Objective, PyTree, UserError
-from transformer.validation import require
+from transformer.types import Objective, PairBatch, PyTree, UserError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+CLASSES_FILE = "classes.json"  # their names, of a classifier
+_SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
 
 
 class Run(NamedTuple):
     """A config made real: everything the training loop needs."""
 
     config: Config
-    """With vocab_size and max_length resolved."""
-    sources: tuple[Source, ...]
+    """With vocab_size, max_length and num_classes resolved."""
+    data: Dataset
     tokenizer: Tokenizer
-    model: Decoder
+    model: nn.Module
     runner: Runner
     state: TrainState
     """Before the first step."""
-    flops_per_token: float
+    notes: str
+    """What the user should know of how it was made."""
 
 
 # ---- From a config to its parts --------------------------------------------------------------------------------------
 
 
-def resolve(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with the model's vocab_size and max_length filled in."""
-    model, smallest = config.model, tokenizer.vocab_size
-    require(
-        model.vocab_size == 0 or model.vocab_size >= smallest,
-        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's.",
-    )
-    require(
-        model.architecture == "decoder",
-        f"Training the next-token objective needs model.architecture=decoder, got {model.architecture!r}.",
-    )
-    model = dataclasses.replace(
-        model, vocab_size=model.vocab_size or smallest, max_length=model.max_length or config.data.sequence_length
-    )
-    return dataclasses.replace(config, model=model)
-
-
-def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> Decoder:
-    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`."""
-    return Decoder(config, dot_general=dense_cpu.dot_general if cpu_kernels else jax.lax.dot_general)
-
-
-def make_run(config: Config, *, sources: Sequence[Source] = (), tokenizer: Tokenizer | None = None) -> Run:
+def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenizer | None = None) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
 
     Args:
         config: of the run.
-        sources: those of `config.data`, if they are open already.
-        tokenizer: the run's, if it has one already; else it is made from the training split.
+        data: that of the config, if it is open already.
+        tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
     """
     devices = config.parallel.data or jax.device_count()
     check_divisible(config.data.batch_size, devices, config.optimizer.accumulate_steps)
-    sources = tuple(sources) or open_sources(config.data)
-    if tokenizer is None:
-        tokenizer = make_tokenizer(config.data, _texts(sources, "train"))
-    config = resolve(config, tokenizer)
+    data = data or open_data(config.data, config.objective)
+    if tokenizer is None and config.training.init_from:
+        tokenizer = load_tokenizer(config.training.init_from)
+    elif tokenizer is None:
+        tokenizer = data.make_tokenizer()
+    config = resolve(config, tokenizer, data.class_names)
     model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
-    params, _ = init_params(model, jax.random.key(config.training.seed))
+    params, notes = make_params(model, jax.random.key(config.training.seed)), ""
+    if config.training.init_from:
+        donor = epath.Path(config.training.init_from)
+        step, donor_params = load_params(donor / CHECKPOINTS)
+        transferred = transfer(params, donor_params)
+        params, notes = transferred.params, f"from {donor}, step {step}: {transferred.report()}"
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
-    objective = next_token(model, config.objective, tokenizer.token_bytes)
-    objective = freeze_objective(objective, config.optimizer, params)
+    objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, params)
     state = create_state(
         params, optimizer, jax.random.key(config.training.seed + 1), ema=config.optimizer.ema_decay > 0
     )
     runner = make_runner(config, objective, optimizer, schedule)
-    return Run(config, sources, tokenizer, model, runner, state, flops_per_token(config, params))
+    return Run(config, data, tokenizer, model, runner, state, notes)
 
 
 def make_runner(config: Config, objective: Objective, optimizer: Any, schedule: Any) -> Runner:
@@ -125,31 +109,41 @@ def make_runner(config: Config, objective: Objective, optimizer: Any, schedule: 
     return mesh_runner(make_mesh(config.parallel.data), train_step, evaluate_step)
 
 
-def _texts(sources: Sequence[Source], split: str) -> Iterator[str]:
-    for source in sources:
-        yield from split_text(source, split)
-
-
 def count_parameters(params: PyTree) -> int:
     """Numbers in a tree of arrays."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def flops_per_token(config: Config, params: PyTree) -> float:
-    """Operations of a training step per token.
+def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
+    """What a training step on a batch amounts to.
 
     Position tables, and an embedding that is only looked up, take part in no matrix product.
     """
-    looked_up = [params["decoder"].get("positions", {})]
-    looked_up += [] if config.model.tie_embeddings else [params["token_embedding"]]
+    looked_up: list[Any] = [stack.get("position_embedding", {}) for stack in _stacks(params)]
+    if config.objective.kind == "classification" or not config.model.tie_embeddings:
+        looked_up.append(params["token_embedding"])
+    num_parameters = count_parameters(params) - count_parameters(looked_up)
     attention = config.model.pattern[0].attention
-    return model_flops_per_token(
-        count_parameters(params) - count_parameters(looked_up),
-        num_layers=config.model.num_layers,
-        num_heads=attention.num_heads,
-        head_dim=attention.resolved_head_dim(config.model.embed_dim),
-        sequence_length=config.data.sequence_length,
-    )
+    head_dim = attention.resolved_head_dim(config.model.embed_dim)
+
+    def work(batch: Any) -> Work:
+        rows, length = batch.inputs.shape
+        rows *= jax.process_count() * (2 if isinstance(batch, PairBatch) else 1)
+        flops = model_flops(
+            num_parameters,
+            num_layers=config.model.num_layers,
+            num_heads=attention.num_heads,
+            head_dim=head_dim,
+            rows=rows,
+            length=length,
+        )
+        return Work(rows * length, flops)
+
+    return work
+
+
+def _stacks(params: PyTree) -> list[Any]:
+    return [params[name] for name in ("encoder", "decoder") if name in params]
 
 
 # ---- A run and its directory -----------------------------------------------------------------------------------------
@@ -199,23 +193,19 @@ def train(
     keep_freed_memory()
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
-    sources = open_sources(config.data)
-    console.print("\n".join(source.description for source in sources))
+    data = open_data(config.data, config.objective)
+    console.print(data.description)
     old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
-    run = make_run(config, sources=sources, tokenizer=old)
-    batches = train_batches(
-        run.config.data,
-        run.tokenizer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        sources=sources,
-    )
-    evaluators = {}
-    if all("validation" in source.split_names for source in sources):
-        evaluators["validation"] = make_evaluator(run, "validation")
+    run = make_run(config, data=data, tokenizer=old)
+    if run.notes and not done:
+        console.print(run.notes)
+    batches = data.train_batches(run.tokenizer, **_this_process())
+    evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         run.tokenizer.save(workdir)
+        if data.class_names:
+            _write_whole(workdir / CLASSES_FILE, json.dumps(data.class_names))
         _write_whole(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2))
     peak = peak_flops(config.model.dtype)
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}"
@@ -232,15 +222,16 @@ def train(
             JsonlWriter(workdir / "metrics.jsonl"),
             TensorBoardWriter(workdir / "tensorboard"),
         ]
-    sampler = make_sampler(run, console) if config.training.sample_length > 0 else None
+    sampler = (
+        make_sampler(run, console) if config.training.sample_length > 0 and isinstance(run.model, Decoder) else None
+    )
     state = loop.train(
         run.state,
         config=config.training,
         runner=run.runner,
         batches=batches,
         checkpointer=Checkpointer(workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print),
-        tokens_per_step=config.data.batch_size * config.data.sequence_length,
-        flops_per_token=run.flops_per_token,
+        measure_work=measure_work(run.config, run.state.params),
         peak_flops=peak,
         writers=[*own_writers, *writers],
         evaluators=evaluators,
@@ -251,44 +242,43 @@ def train(
         console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
     elif evaluators and jax.process_index() == 0:
         (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
-        others = compressed_bits_per_byte(_texts(sources, "validation"))
-        console.print(
-            f"validation bits per byte {last['bits_per_byte']:.3f}; "
-            f"on the same bytes gzip -9 {others['gzip']:.3f}, xz {others['xz']:.3f}"
-        )
+        scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
+        if "bits_per_byte" in last:
+            others = compressed_bits_per_byte(data.texts("validation"))
+            scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
+        console.print(f"validation {', '.join(scores)}")
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
     """Placed parameters -> metrics of a whole split."""
-    batches = _evaluation_batches(run, split)
+    batches = run.data.evaluation_batches(run.tokenizer, split, **_this_process())
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (run.runner.place_batch(batch) for batch in batches)
-        return derive(sum_statistics(run.runner.evaluate_step, params, placed))
+        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed))
+        one_copy = run.runner.fetch_state(params)
+        generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
+        return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
 
     return evaluate_split
 
 
-def _evaluation_batches(run: Run, split: str) -> EvaluationBatches:
-    return evaluation_batches(
-        run.config.data,
-        run.tokenizer,
-        split,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        sources=run.sources,
-    )
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def make_sampler(run: Run, console: Console) -> loop.Sampler:
     """Prints a continuation of `training.sample_prompt`, and appends it to samples.txt."""
+    model = run.model
+    if not isinstance(model, Decoder):
+        raise ValueError(f"Only a decoder continues a text, got {type(model).__name__}.")
     training, path = run.config.training, epath.Path(run.config.workdir) / "samples.txt"
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
 
     def sample(params: PyTree, step: int) -> None:
         output = generate(
-            run.model,
+            model,
             params,
             [prompt],
             max_new_tokens=length,
@@ -310,7 +300,8 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
 class Loaded(NamedTuple):
     """A trained model, as a run's directory holds it."""
 
-    model: Decoder
+    model: Any
+    """The linen module: a `Decoder`, `Encoder` or `Classifier`."""
     params: PyTree
     tokenizer: Tokenizer
     config: Config
@@ -330,10 +321,10 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
     if not (directory / CONFIG_FILE).exists():
         raise UserError(f"A run directory must hold {CONFIG_FILE}, which training writes; {directory} does not.")
     config = from_dict(Config, json.loads((directory / CONFIG_FILE).read_text()))
-    tokenizer = load_tokenizer(directory)
-    config = resolve(config, tokenizer)
+    tokenizer, classes = load_tokenizer(directory), directory / CLASSES_FILE
+    config = resolve(config, tokenizer, tuple(json.loads(classes.read_text())) if classes.exists() else ())
     model = make_model(config.model)
-    shapes = jax.eval_shape(lambda key: init_params(model, key)[0], jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
     step, params = load_params(directory / CHECKPOINTS, shapes)
     return Loaded(model, params, tokenizer, config, step)
 
@@ -341,7 +332,7 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
 def evaluate(
     workdir: str | os.PathLike[str], *, split: str = "validation", source: Sequence[str] = (), data_dir: str = ""
 ) -> dict[str, Any]:
-    """Scores of a run's model over a whole split, next to gzip's and xz's on the same text.
+    """Scores of a run's model over a whole split; for a language model next to gzip's and xz's on the same text.
 
     Args:
         workdir: of the run.
@@ -350,25 +341,26 @@ def evaluate(
         data_dir: where prepared datasets live, instead of where the run's do.
     """
     model, params, tokenizer, config, step = load(workdir)
-    data = config.data
-    if source:
-        data = dataclasses.replace(data, source=tuple(source), weights=())
-    if data_dir:
-        data = dataclasses.replace(data, data_dir=data_dir)
-    sources = open_sources(data)
-    batches = evaluation_batches(data, tokenizer, split, sources=sources)
-    step_function = jax.jit(make_eval_step(next_token(model, config.objective, tokenizer.token_bytes)))
-    sums = sum_statistics(step_function, params, batches)
-    return {
+    changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
+    changes |= {"data_dir": data_dir} if data_dir else {}
+    data = open_data(dataclasses.replace(config.data, **changes), config.objective)
+    step_function = jax.jit(make_eval_step(make_objective(config, model, tokenizer)))
+    sums = sum_statistics(step_function, params, data.evaluation_batches(tokenizer, split))
+    scores: dict[str, Any] = {
         "workdir": str(workdir),
         "step": step,
         "split": split,
-        "source": list(data.source),
-        "tokens": int(sums["weight"]),
-        "bytes": int(sums["bytes"]),
-        **derive(sums),
-        **{f"{name}_bits_per_byte": bits for name, bits in compressed_bits_per_byte(_texts(sources, split)).items()},
+        "source": list(source or config.data.source),
+        "targets": int(sums["weight"]),
+        **split_metrics(sums),
+        **generation_scores(model, params, tokenizer, data, split, config),
     }
+    if "bytes" in sums:
+        others = compressed_bits_per_byte(data.texts(split))
+        scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
+    if "confusion" in sums:
+        scores |= {"classes": list(data.class_names), "confusion": sums["confusion"].astype(int).tolist()}
+    return scores
 
 
 def use_compilation_cache() -> None:

@@ -24,14 +24,26 @@ class DataConfig:
     """Feature that holds the text (TFDS names, .jsonl)."""
     prompt_key: str = "prompt"
     """Feature that holds a prompt, read but not learnt (where a record has one)."""
-    tokenizer: Literal["bytes", "characters", "bpe"] = "bytes"
-    """Bytes of UTF-8, the characters of the training split, or byte-pair encoding trained on it."""
-    bpe_vocab_size: int = 4096
-    """Entries of a byte-pair vocabulary."""
+    label_key: str = "label"
+    """Feature that holds the class of a labelled text."""
+    source_key: str = "source"
+    """Feature that holds the source of a pair."""
+    target_key: str = "target"
+    """Feature that holds the target of a pair."""
+    tokenizer: Literal["bytes", "characters", "bpe", "wordpiece", "words"] = "bytes"
+    """Bytes of UTF-8; or trained on the training split: its characters, byte pairs, word pieces, or words."""
+    tokenizer_size: int = 4096
+    """Entries of a trained vocabulary (bpe, wordpiece, words), at most."""
+    share_vocabulary: bool = True
+    """Pairs: one vocabulary for sources and targets, or one for each."""
     sequence_length: int = 256
     """Tokens of a row."""
     batch_size: int = 16
     """Rows of one optimizer step, over all devices and micro-batches."""
+    truncate: Literal["head", "tail", "head_tail"] = "head"
+    """What is kept of a labelled text or a source that is longer than a row."""
+    buckets: tuple[int, ...] = ()
+    """Lengths that batches of labelled texts or pairs are padded to; empty means 1/4, 1/2 and 1 of sequence_length."""
     pack: bool = True
     """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
     num_streams: int = 0
@@ -59,8 +71,14 @@ class DataConfig:
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
-        require_at_least(self, 257, "bpe_vocab_size")
+        require_at_least(self, 257, "tokenizer_size")
         require_at_least(self, 0, "num_streams", "shuffle_seed")
+        require(
+            all(0 < bucket <= self.sequence_length for bucket in self.buckets)
+            and tuple(sorted(set(self.buckets))) == self.buckets
+            and self.sequence_length in (self.buckets or (self.sequence_length,)),
+            f"DataConfig.buckets must rise to sequence_length={self.sequence_length}, got {self.buckets}.",
+        )
         n, b = self.num_streams, self.batch_size
         require(
             n == 0 or n % b == 0 or b % n == 0,
@@ -72,16 +90,25 @@ class DataConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    kind: Literal["next_token"] = "next_token"
-    """Cross-entropy of the token that follows."""
+    kind: Literal["next_token", "masked_lm", "classification", "seq2seq"] = "next_token"
+    """Cross-entropy of the token that follows, of masked tokens (Devlin et al. 2019), of a text's class, of a target."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
+    mask_rate: float = 0.15
+    """masked_lm: share of tokens to be predicted."""
+    mask_scheme: Literal["bert", "plain"] = "bert"
+    """masked_lm: of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
 
     def __post_init__(self) -> None:
         require_range(self, 0, 1, "label_smoothing")
+        require(0 < self.mask_rate < 1, f"ObjectiveConfig.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
         require_at_least(self, 0, "z_loss")
+
+    def num_masked(self, length: int) -> int:
+        """masked_lm: how many of `length` tokens are to be predicted."""
+        return max(1, round(self.mask_rate * length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +191,8 @@ class TrainingConfig:
     """Optimizer steps."""
     seed: int = 0
     """Seed of initialisation and dropout."""
+    init_from: str = ""
+    """Directory of a run whose parameters this one starts from, where their names and shapes agree."""
     log_every: int = 10
     """Steps between metric rows."""
     eval_every: int = 200

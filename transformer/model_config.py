@@ -134,6 +134,8 @@ class ModelConfig:
     """Which model to build."""
     vocab_size: int = 0
     """Entries of the embedding; 0 means the tokenizer's."""
+    source_vocab_size: int = 0
+    """encoder_decoder: entries of an embedding of its own for sources; 0 means that both sides share one."""
     max_length: int = 0
     """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length."""
     num_layers: int = 4
@@ -146,6 +148,10 @@ class ModelConfig:
     """How a token's place enters the model."""
     final_norm: bool = True
     """Normalise after the last block (not for post-norm blocks, which already did)."""
+    pooling: Literal["mean", "max", "first", "attention"] = "mean"
+    """How a classifier makes one vector of a text: mean, maximum, first token, or a learned weighted mean."""
+    num_classes: int = 0
+    """Classes of a classifier; 0 means the data's."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output projection too."""
     scale_embeddings: bool = False
@@ -166,7 +172,9 @@ class ModelConfig:
     """Recompute in the backward pass: nothing, all of each block, or all but its matrix products."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "vocab_size", "max_length", "logits_soft_cap", "init_std")
+        require_at_least(
+            self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "logits_soft_cap", "init_std"
+        )
         require_at_least(self, 1, "num_layers", "embed_dim")
         require_range(self, 0, 1, "dropout")
         require(len(self.pattern) > 0, "ModelConfig.pattern must hold at least one BlockConfig, got none.")

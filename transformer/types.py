@@ -33,6 +33,32 @@ class Batch(NamedTuple):
     positions: Array  # int32, from 0 within each segment
 
 
+class LabelledBatch(NamedTuple):
+    """A batch of texts with a class each.
+
+    Rows that only fill up a batch have `weights == 0`; they and padding have `segment_ids == 0`.
+    """
+
+    inputs: Array  # int32 [B, T], the tokens read
+    segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+    labels: Array  # int32 [B], the class of each text
+    weights: Array  # float32 [B], how much each text counts in the loss
+
+
+class PairBatch(NamedTuple):
+    """A batch of sources and targets, a pair a row.
+
+    Rows that only fill up a batch have weights of 0; they and padding have segment ids of 0.
+    """
+
+    source: Array  # int32 [B, S], the tokens of the source
+    source_segment_ids: Array  # int32 [B, S], 1 for tokens, 0 for padding
+    inputs: Array  # int32 [B, T], the target tokens read: end-of-text, then all but the last
+    targets: Array  # int32 [B, T], the token that follows each input; the last is end-of-text
+    weights: Array  # float32 [B, T], how much each target counts in the loss
+    segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+
+
 LossOutput = tuple[tuple[Array, Array], tuple[PyTree, Statistics]]
 
 

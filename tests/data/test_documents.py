@@ -89,9 +89,10 @@ def test_a_jsonl_has_texts_and_prompts_under_the_names_of_the_config(write_jsonl
         (b" \n\n", "must hold text"),
         (b"text\0text", "is binary .NUL at byte 4"),
         (b"caf\xe9 au lait", "must be UTF-8, .*byte 3: 0xe9.*iconv"),
-        (gzip.compress(b"text"), "is gzip data: unpack it first"),
+        (b"PK\x03\x04rest", "is zip data: unpack it first"),
+        (gzip.compress(b"text" * 100)[:-9], "must be whole"),
     ],
-    ids=["empty", "blank", "binary", "latin1", "gzip"],
+    ids=["empty", "blank", "binary", "latin1", "zip", "torn"],
 )
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_what_is_not_text_is_refused(tmp_path, content, message, in_folder):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from transformer.data import prepare
-from transformer.data.builder import TextRecords
+from transformer.data.builder import Examples
 from transformer.data.documents import read_local
 from transformer.data.prepare import open_source, open_sources, split_text, whole_documents
 from transformer.types import UserError
@@ -93,7 +93,7 @@ def test_a_preparation_that_dies_leaves_nothing_that_is_used(tmp_path, make_conf
     with monkeypatch.context() as patch:
         # A kill: no exception handler runs, and whatever was written stays.
         patch.setattr(prepare.epath.Path("/").__class__, "rmtree", lambda self: None)
-        generate = TextRecords._generate_examples
+        generate = Examples._generate_examples
 
         def die(self, examples):
             for count, item in enumerate(generate(self, examples)):
@@ -101,7 +101,7 @@ def test_a_preparation_that_dies_leaves_nothing_that_is_used(tmp_path, make_conf
                     raise KeyboardInterrupt
                 yield item
 
-        patch.setattr(TextRecords, "_generate_examples", die)
+        patch.setattr(Examples, "_generate_examples", die)
         with pytest.raises(KeyboardInterrupt):
             open_source(str(folder), config)
     assert len(_attempts(tmp_path)) == 1
@@ -113,7 +113,7 @@ def test_a_preparation_that_dies_leaves_nothing_that_is_used(tmp_path, make_conf
 def test_a_preparation_that_is_overtaken_does_no_harm(tmp_path, make_config, write_folder, monkeypatch):
     folder = write_folder()
     config = make_config(folder)
-    generate, overtaking = TextRecords._generate_examples, []
+    generate, overtaking = Examples._generate_examples, []
 
     def be_overtaken(self, examples):
         if not overtaking:
@@ -121,7 +121,7 @@ def test_a_preparation_that_is_overtaken_does_no_harm(tmp_path, make_config, wri
             overtaking[0] = open_source(str(folder), config)
         yield from generate(self, examples)
 
-    monkeypatch.setattr(TextRecords, "_generate_examples", be_overtaken)
+    monkeypatch.setattr(Examples, "_generate_examples", be_overtaken)
     overtaken = open_source(str(folder), config)
     assert len(_attempts(tmp_path)) == 2
     for source in (overtaken, overtaking[0], open_source(str(folder), config)):
@@ -134,7 +134,7 @@ def test_a_preparation_that_fails_cleans_up(tmp_path, make_config, write_folder,
     def fail(self, examples):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(TextRecords, "_generate_examples", fail)
+    monkeypatch.setattr(Examples, "_generate_examples", fail)
     with pytest.raises(UserError, match=r"below data\.data_dir, .* failed: .*No space left"):
         open_source(str(folder), make_config(folder))
     assert list(tmp_path.glob("prepared/text_records/*/*")) == []

@@ -12,7 +12,7 @@ from transformer.types import UserError
 
 CORPUS = ["def f(x):\n    return x * x\n" * 20, "naïve 日本語 😀 text\r\n" * 20]
 TOKENIZERS = {
-    kind: make_tokenizer(DataConfig(tokenizer=kind, bpe_vocab_size=300), CORPUS)
+    kind: make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=300), CORPUS)
     for kind in ("bytes", "characters", "bpe")
 }
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -112,9 +112,9 @@ def test_characters_are_sorted_after_the_special_ones():
 def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_asked_for():
     tokenizer = TOKENIZERS["bpe"]
     assert 257 < tokenizer.vocab_size <= 300
-    assert make_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=262), CORPUS).vocab_size == 262
+    assert make_tokenizer(DataConfig(tokenizer="bpe", tokenizer_size=262), CORPUS).vocab_size == 262
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0]) / 2
-    assert make_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab_size=4096), ["ab"]).vocab_size == 258
+    assert make_tokenizer(DataConfig(tokenizer="bpe", tokenizer_size=4096), ["ab"]).vocab_size == 258
 
 
 def test_the_byte_pair_file_is_the_librarys(tmp_path):

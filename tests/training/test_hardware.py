@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from transformer.training import hardware
-from transformer.training.hardware import measured_peak_flops, model_flops_per_token, peak_flops, published_peak_flops
+from transformer.training.hardware import measured_peak_flops, model_flops, peak_flops, published_peak_flops
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_accelerators_count_by_the_device(monkeypatch):
     assert peak_flops("bfloat16") == 4 * 312e12
 
 
-def test_flops_per_token_is_six_n_and_attention():
+def test_flops_of_a_token_are_six_n_and_attention():
     """By XLA's own count of a forward pass: twice the weights, and 4 L H K T for scores and values."""
-    flops = model_flops_per_token(1000, num_layers=2, num_heads=3, head_dim=5, sequence_length=7)
-    assert flops == 6 * 1000 + 12 * 2 * 3 * 5 * 7
+    flops = model_flops(1000, num_layers=2, num_heads=3, head_dim=5, rows=2, length=7)
+    assert flops == 14 * (6 * 1000 + 12 * 2 * 3 * 5 * 7)
 
     def forward(w, q, k, v):
         return jax.numpy.dot(q.reshape(7, 15), w), jax.numpy.einsum(
@@ -52,8 +52,8 @@ def test_flops_per_token_is_six_n_and_attention():
     cost = (
         jax.jit(forward).lower(jax.ShapeDtypeStruct((15, 15), "float32"), shape, shape, shape).compile().cost_analysis()
     )
-    ours = model_flops_per_token(225, num_layers=1, num_heads=3, head_dim=5, sequence_length=7) / 3
-    assert cost["flops"] / 7 == pytest.approx(ours, rel=0.02)
+    ours = model_flops(225, num_layers=1, num_heads=3, head_dim=5, rows=1, length=7) / 3
+    assert cost["flops"] == pytest.approx(ours, rel=0.02)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])

@@ -13,7 +13,7 @@ from transformer.config import TrainingConfig
 from transformer.training import checkpoint, manifest
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loop import train
-from transformer.training.metrics import TIMINGS, derive
+from transformer.training.metrics import TIMINGS, Work, derive
 from transformer.training.writers import JsonlWriter, read_jsonl
 from transformer.types import UserError
 
@@ -47,8 +47,7 @@ class Run:
                 runner=self.runner,
                 batches=batches,
                 checkpointer=checkpointer,
-                tokens_per_step=8 * self.toy.T,
-                flops_per_token=1e3,
+                measure_work=lambda batch: Work(batch.inputs.size, 1e3 * batch.inputs.size),
                 peak_flops=1e9,
                 writers=[JsonlWriter(self.directory / "metrics.jsonl"), *writers],
                 evaluators={"validation": self.evaluate} if evaluators is None else evaluators,

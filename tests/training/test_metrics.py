@@ -3,7 +3,7 @@ import math
 import pytest
 
 from transformer.training import metrics
-from transformer.training.metrics import Speed, Stopwatch, Window, derive
+from transformer.training.metrics import Stopwatch, Window, Work, derive
 
 
 def test_metrics_are_ratios_of_sums():
@@ -48,38 +48,37 @@ def test_a_window_goes_on_from_saved_sums():
     assert second.sums == whole.sums, "the sums were shared, not copied"
 
 
-def test_speed():
-    assert Speed(100, 6.0, 12_000.0).metrics(10.0) == {"tokens_per_second": 1000.0, "mfu": 0.5}
-    assert Speed(100, 6.0, 0.0).metrics(10.0) == {"tokens_per_second": 1000.0}
-
-
-def test_stopwatch_leaves_out_compilation_and_pauses(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, as a list of one number."""
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    watch = Stopwatch()
+    return now
 
-    def step(seconds):
-        now[0] += seconds
-        watch.lap()
 
-    step(60.0)  # compiles
-    step(2.0)
-    step(2.0)
-    now[0] += 100.0
+def test_stopwatch_leaves_out_compilation_and_pauses(clock):
+    watch = Stopwatch(peak_flops=300.0)
+
+    def step(seconds, work):
+        clock[0] += seconds
+        watch.lap(work)
+
+    step(60.0, Work(1000, 1000.0))  # compiles
+    step(2.0, Work(100, 600.0))
+    step(2.0, Work(20, 0.0))
+    clock[0] += 100.0
     watch.skip()
-    step(2.0)
-    assert watch.close() == 0.5
-    step(4.0)
-    assert watch.close() == 0.25
+    step(2.0, Work(60, 300.0))
+    assert watch.close() == {"tokens_per_second": 30.0, "mfu": 0.5}
+    step(4.0, Work(10, 0.0))
+    assert watch.close() == {"tokens_per_second": 2.5, "mfu": 0.0}
 
 
-def test_stopwatch_with_nothing_but_a_compiling_step(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+def test_stopwatch_with_nothing_but_a_compiling_step(clock):
     watch = Stopwatch()
-    now[0] = 10.0
-    watch.lap()
-    assert watch.close() == 0.1
-    now[0] = 11.0
-    watch.lap()
-    assert watch.close() == 1.0
+    clock[0] = 10.0
+    watch.lap(Work(5))
+    assert watch.close() == {"tokens_per_second": 0.5}
+    clock[0] = 11.0
+    watch.lap(Work(5))
+    assert watch.close() == {"tokens_per_second": 5.0}

@@ -45,7 +45,7 @@ runner, make_state = toy.make_runner(devices=0, dropout=0.0)
 checkpointer = Checkpointer(directory + "/checkpoints")
 writers = [JsonlWriter(directory + "/metrics.jsonl")] if jax.process_index() == 0 else []
 config = TrainingConfig(steps=int(steps), log_every=2, checkpoint_every=3)
-train(make_state(), config=config, runner=runner, batches=Batches(), checkpointer=checkpointer, tokens_per_step=48,
+train(make_state(), config=config, runner=runner, batches=Batches(), checkpointer=checkpointer,
       writers=writers)
 checkpointer.close()
 """
@@ -89,7 +89,6 @@ def run_here(toy, directory, steps):
             runner=runner,
             batches=batches,
             checkpointer=checkpointer,
-            tokens_per_step=48,
             writers=[JsonlWriter(directory / "metrics.jsonl")],
         )
     return state, batches

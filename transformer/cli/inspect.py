@@ -9,14 +9,13 @@ from rich.table import Column, Table
 
 from transformer import build
 from transformer.cli.arguments import parse_config
-from transformer.data.pipeline import train_batches
-from transformer.data.prepare import open_sources
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.models.init import init_params
 from transformer.ops.masks import AttentionMask
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
-from transformer.types import Batch
+from transformer.tasks import init_method, init_shapes
+from transformer.types import Batch, LabelledBatch, PairBatch
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
 _MASK_SIZE = 24
@@ -52,11 +51,32 @@ def main(arguments: list[str]) -> None:
     """Print the first batch and the parameters of a config."""
     config = parse_config(arguments, command="transformer inspect")
     console = Console(highlight=False)
-    sources = open_sources(config.data)
-    run = build.make_run(config, sources=sources)
+    run = build.make_run(config)
     tokenizer = run.tokenizer
-    batch = next(train_batches(config.data, tokenizer, sources=sources))
+    batch = next(run.data.train_batches(tokenizer))
     console.rule("first batch")
+    if isinstance(batch, LabelledBatch):
+        for row in range(min(4, len(batch.inputs))):
+            tokens = batch.inputs[row][batch.segment_ids[row] > 0]
+            label = escape(run.data.class_names[batch.labels[row]])
+            console.print(f"[bold]row {row}[/bold]: class {label}, {len(tokens)} of {len(batch.inputs[row])} tokens")
+            console.print(escape(repr(tokenizer.decode(tokens))[1:-1]) + "\n", style="green")
+    elif isinstance(batch, PairBatch):
+        reader = source_tokenizer(tokenizer)
+        for row in range(min(4, len(batch.inputs))):
+            source, target = (
+                tokens[row][segments[row] > 0]
+                for tokens, segments in ((batch.source, batch.source_segment_ids), (batch.targets, batch.segment_ids))
+            )
+            console.print(f"[bold]row {row}[/bold]: {len(source)} and {len(target)} of {batch.inputs.shape[1]} tokens")
+            console.print(escape(repr(reader.decode(source))[1:-1]), style="green")
+            console.print(escape(repr(tokenizer.decode(target))[1:-1]) + "\n", style="cyan")
+    else:
+        _print_rows(console, batch, tokenizer)
+    _print_parameters(console, run)
+
+
+def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
     for row in range(min(4, len(batch.inputs))):
         counted = int(np.sum(batch.weights[row] > 0))
         documents = len(set(batch.segment_ids[row].tolist()) - {0})
@@ -67,7 +87,12 @@ def main(arguments: list[str]) -> None:
         console.print(_row(batch, row, tokenizer) + "\n")
     console.print(_mask_picture(batch, 0) + "\n")
 
-    params, axes = init_params(run.model, jax.random.key(config.training.seed))
+
+def _print_parameters(console: Console, run: build.Run) -> None:
+    config = run.config
+    params, axes = init_params(
+        run.model, jax.random.key(config.training.seed), *init_shapes(run.model), method=init_method(run.model)
+    )
     shardings = parameter_shardings(make_mesh(config.parallel.data), axes)
     table = Table(
         Column("parameter", overflow="fold"),

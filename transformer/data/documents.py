@@ -1,23 +1,20 @@
 """Local corpora as documents: Python's standard library, a text file, a folder of text files, a .jsonl file."""
 
-import codecs
 import dataclasses
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.types import UserError
+from transformer.data.files import decode_text, file_lines, json_objects, kind_of, read_file, without_surrogates
 from transformer.validation import require
 
 PYTHON_STDLIB = "python_stdlib"
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Document(NamedTuple):
@@ -39,23 +36,6 @@ class Corpus:
     documents: Callable[[], Iterator[Document]]
 
 
-def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 text of a file; what is not text is refused with its likely reason."""
-    for magic, kind in _COMPRESSED.items():
-        require(
-            not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
-        )
-    zero = data.find(b"\0")
-    require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"A text source must be UTF-8, {name} is not (byte {error.start}: {data[error.start]:#04x}): "
-            f"convert it, for example with `iconv -f LATIN1 -t UTF-8`."
-        ) from None
-
-
 def read_local(source: str, config: DataConfig) -> Corpus:
     """The corpus at a local (or gs://) path, or of the running interpreter."""
     if source == PYTHON_STDLIB:
@@ -63,7 +43,7 @@ def read_local(source: str, config: DataConfig) -> Corpus:
     path = epath.Path(source).expanduser().resolve()
     if path.is_dir():
         return _files(path.name, "1.0.0", path, _visible_files(path))
-    if path.suffix == ".jsonl":
+    if kind_of(path) == ".jsonl":
         return _jsonl(path, config)
     return _files(path.name, "1.0.0", path.parent, [path])
 
@@ -99,7 +79,7 @@ def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -
     digest = hashlib.sha256()
     non_empty = []
     for path in files:
-        data = path.read_bytes()
+        data = read_file(path)
         relative = path.relative_to(root).as_posix()
         digest.update(f"{relative}\0{len(data)}\0".encode() + hashlib.sha256(data).digest())
         if data.strip():
@@ -112,23 +92,21 @@ def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -
 
     def documents() -> Iterator[Document]:
         for path, relative in non_empty:
-            yield Document(decode_text(path.read_bytes(), str(path)), "", relative)
+            yield Document(decode_text(read_file(path), str(path)), "", relative)
 
     return Corpus(name, version, digest.hexdigest(), len(non_empty), documents)
 
 
 def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
     digest = hashlib.sha256()
-    with path.open("rb") as lines:
-        for line in lines:
-            digest.update(line)
+    for _, line in file_lines(path):
+        digest.update(line)
 
     def documents() -> Iterator[Document]:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                document = _json_document(line, f"{path}, line {number}", config) if line.strip() else None
-                if document is not None and document.text.strip():
-                    yield document._replace(name=f"{path.name}:{number}")
+        for place, record in json_objects(path):
+            document = _json_document(record, place, config)
+            if document.text.strip():
+                yield document._replace(name=f"{path.name}:{place.rpartition(' ')[2]}")
 
     count = sum(1 for _ in documents())
     require(count > 0, f"A source must hold text, {path} has no line with a non-empty {config.text_key!r}.")
@@ -137,18 +115,12 @@ def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
     )
 
 
-def _json_document(line: bytes, place: str, config: DataConfig) -> Document:
-    try:
-        record = json.loads(decode_text(line, place))
-    except json.JSONDecodeError as error:
-        raise UserError(f"Each line of a .jsonl source must be a JSON object; {place}: {error}.") from None
-    require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {place} is not.")
-    text, prompt = record.get(config.text_key), record.get(config.prompt_key, "")
+def _json_document(record: dict[str, Any], place: str, config: DataConfig) -> Document:
+    text: Any = record.get(config.text_key)
+    prompt: Any = record.get(config.prompt_key, "")
     require(
         isinstance(text, str) and isinstance(prompt, str),
         f"data.text_key={config.text_key!r} must name a string in each line (and data.prompt_key={config.prompt_key!r} "
         f"too, where present); {place} has {', '.join(f'{k} ({type(v).__name__})' for k, v in record.items())}.",
     )
-    # JSON can hold lone surrogates, UTF-8 cannot.
-    text, prompt = (codecs.decode(part.encode("utf-8", "replace"), "utf-8") for part in (text, prompt))
-    return Document(text, prompt, "")
+    return Document(without_surrogates(text), without_surrogates(prompt), "")

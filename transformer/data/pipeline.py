@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 
 from transformer.config import DataConfig
+from transformer.data.masking import Noise
 from transformer.data.prepare import Record, Source, open_sources, whole_documents
 from transformer.data.rows import Pairs, empty_batch, make_pairs, write_pairs
 from transformer.data.streams import StreamBatches
@@ -27,21 +28,27 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     sources: Sequence[Source] = (),
+    noise: Noise | None = None,
 ) -> CheckpointableIterator:
     """An endless iterator over this process's rows of each batch, from the training split.
 
     The rows of all processes together do not depend on how many there are. The state is
     `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams this process reads: the union of the `streams` of
-    all processes restores any number of them. `sources` are those of `config`, if they are open already.
+    all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
+    changes every row.
     """
-    own_rows = _own_rows(config, process_index, process_count)
+    rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
     records = [source.records("train") for source in sources]
     for source, of_source in zip(sources, records, strict=True):
         _check_length(config, tokenizer, source.name, of_source)
     fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
     num_streams = _num_streams(config, fewest, name)
-    batches = StreamBatches(config, tokenizer, sources, records, num_streams, own_rows)
+    return prefetched(StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise))
+
+
+def prefetched(batches: grain.IterDataset) -> CheckpointableIterator:
+    """An iterator that is a few batches ahead, in a thread; its state is that of the batch last given."""
     iterator = _PrefetchIterator(iter(batches), _PREFETCHED_BATCHES)
     atexit.register(_close, weakref.ref(iterator))  # its thread must not run into the end of the interpreter
     return iterator
@@ -73,10 +80,17 @@ class EvaluationBatches:
     split: str
     sources: tuple[Source, ...]
     own_rows: range
+    noise: Noise | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self._batches()):
+            if self.noise is not None:
+                for row in self.own_rows:
+                    self.noise(batch, row, (index, row))
+            yield Batch(*(field[self.own_rows.start : self.own_rows.stop] for field in batch))
+
+    def _batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
-        rows = slice(self.own_rows.start, self.own_rows.stop)
         batch, row, column, segment = empty_batch(size, length), 0, 0, 0
         for pairs in self._pairs():
             offset = 0
@@ -84,13 +98,13 @@ class EvaluationBatches:
                 if column == length:
                     row, column, segment = row + 1, 0, 0
                 if row == size:
-                    yield Batch(*(field[rows] for field in batch))
+                    yield batch
                     batch, row = empty_batch(size, length), 0
                 segment += 1
                 count = write_pairs(batch, row, column, pairs, offset, segment)
                 offset, column = offset + count, column + count
         if column > 0:
-            yield Batch(*(field[rows] for field in batch))
+            yield batch
 
     def _pairs(self) -> Iterator[Pairs]:
         for source in self.sources:
@@ -106,19 +120,21 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
     sources: Sequence[Source] = (),
+    noise: Noise | None = None,
 ) -> EvaluationBatches:
     """This process's rows of the batches that cover the split: every target of it exactly once."""
-    own_rows = _own_rows(config, process_index, process_count)
+    rows = own_rows(config, process_index, process_count)
     sources = tuple(sources or open_sources(config))
     for source in sources:
         source.records(split)  # a missing split is an error now, not at the first evaluation
-    return EvaluationBatches(config, tokenizer, split, sources, own_rows)
+    return EvaluationBatches(config, tokenizer, split, sources, rows, noise)
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _own_rows(config: DataConfig, process_index: int, process_count: int) -> range:
+def own_rows(config: DataConfig, process_index: int, process_count: int) -> range:
+    """The rows of a batch that a process reads."""
     size = config.batch_size
     require(
         size % process_count == 0,

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.data.builder import Example, TextRecords
+from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.splits import SPLITS, cut, split_documents
 from transformer.types import UserError
@@ -119,14 +119,15 @@ class _Records(Sequence[Record]):
 # ---- TFDS datasets by name -------------------------------------------------------------------------------------------
 
 
-def _open_tfds(name: str, config: DataConfig) -> Source:
-    data_dir = str(_data_dir(config))
-    prepare = (
-        f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_dir}` (only that command "
-        "needs `pip install tensorflow importlib_resources`, in any environment)"
-    )
+def tfds_builder(name: str, config: DataConfig) -> Any:
+    """The builder of a dataset that is on disk.
+
+    Raises:
+        UserError: TFDS does not know it, or it has not been prepared.
+    """
+    data_dir = str(data_directory(config))
     try:
-        with _quiet():
+        with quiet():
             builder: Any = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         raise UserError(
@@ -138,8 +139,38 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     require(
         builder.data_path.exists() and len(builder.info.splits) > 0,
         f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
-        f"this name in {os.getcwd()}): prepare it once with {prepare}, or point data.data_dir at where it is.",
+        f"this name in {os.getcwd()}): prepare it once with {_how_to_prepare(name, config)}, or point data.data_dir at "
+        "where it is.",
     )
+    return builder
+
+
+def tfds_split(builder: Any, split: str, config: DataConfig) -> Sequence[Example]:
+    """The examples of a split, read at random.
+
+    Raises:
+        UserError: they are not stored as ArrayRecord.
+    """
+    try:
+        with quiet():
+            return builder.as_data_source(split)
+    except NotImplementedError:
+        name = builder.info.full_name
+        raise UserError(
+            f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_directory(config)} is not: "
+            f"prepare it in another data_dir with {_how_to_prepare(name, config)}."
+        ) from None
+
+
+def _how_to_prepare(name: str, config: DataConfig) -> str:
+    return (
+        f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_directory(config)}` (only that "
+        "command needs `pip install tensorflow importlib_resources`, in any environment)"
+    )
+
+
+def _open_tfds(name: str, config: DataConfig) -> Source:
+    builder = tfds_builder(name, config)
     features = builder.info.features
     keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     require(
@@ -148,15 +179,7 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     )
 
     def open_split(split: str) -> Sequence[Record]:
-        try:
-            with _quiet():
-                data_source = builder.as_data_source(split)
-        except NotImplementedError:
-            raise UserError(
-                f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_dir} is not: "
-                f"prepare it in another data_dir with {prepare}."
-            ) from None
-        records = _Records(data_source, functools.partial(_whole, config))
+        records = _Records(tfds_split(builder, split, config), functools.partial(_whole, config))
         if len(records) >= _FEW_RECORDS:
             return records
         return [piece for record in records for piece in _pieces(record.text, record.prompt, config.record_bytes)]
@@ -183,13 +206,13 @@ def _whole(config: DataConfig, example: Example) -> Record:
 def _open_local(corpus: Corpus, config: DataConfig) -> Source:
     key = _key(corpus, config)
     label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower() or "text"
-    root = _data_dir(config) / "text_records" / f"{label}-{corpus.version}-{key[:16]}"
+    root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{key[:16]}"
     # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies in `root`.
     pointer = root / "prepared.json"
     if not pointer.exists():
         _prepare(corpus, label, root, pointer, config)
     prepared = json.loads(pointer.read_text())
-    with _quiet():
+    with quiet():
         builder: Any = tfds.builder_from_directory(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
@@ -240,8 +263,14 @@ def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, 
     attempt = root / uuid.uuid4().hex
     try:
         attempt.mkdir(parents=True)
-        with _quiet():
-            builder = TextRecords(name=label, version=corpus.version, splits=splits, data_dir=os.fspath(attempt))
+        with quiet():
+            builder = builder_class("text_records")(
+                features=TEXT_FEATURES,
+                splits=splits,
+                version=corpus.version,
+                data_dir=os.fspath(attempt),
+                config_name=label,
+            )
             builder.download_and_prepare(download_dir=attempt / "downloads")
         directory = builder.data_path.relative_to(root).as_posix()
         draft = attempt / pointer.name
@@ -267,13 +296,14 @@ def _pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
         yield Record(piece, prompt if index == 0 else "", index > 0, index == len(pieces) - 1)
 
 
-def _data_dir(config: DataConfig) -> epath.Path:
+def data_directory(config: DataConfig) -> epath.Path:
+    """Where prepared datasets live."""
     chosen = config.data_dir or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
     return epath.Path(chosen).expanduser()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the progress bars, prints and log lines of TFDS out of the user's terminal."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
+from transformer.data.masking import Noise
 from transformer.data.prepare import Record, Source
-from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, write_pairs
+from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, permutation, write_pairs
 from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch
 from transformer.validation import require
@@ -33,9 +34,11 @@ class StreamBatches(grain.IterDataset):
         records: Sequence[Sequence[Record]],
         num_streams: int,
         own_rows: range,
+        noise: Noise | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.noise = noise
         self.own_rows = own_rows
         self.num_streams = num_streams
         self.rows_per_stream = max(1, config.batch_size // num_streams)
@@ -43,7 +46,7 @@ class StreamBatches(grain.IterDataset):
         self.corpus = hashlib.sha256("\0".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
         self._tokenizer = tokenizer
         self._records = records
-        self._deals = [_permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
+        self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
         weights = np.array(config.weights or [1.0] * len(sources))
         self._shares = np.cumsum(weights / weights.sum())
 
@@ -93,10 +96,12 @@ class _BatchIterator(grain.DatasetIterator):
             if not batches.config.pack:
                 cursor.skip_to_window(batches.config.sequence_length)
             cursor.fill(batch, index)
+            if not batches.config.pack:
+                batch.segment_ids[index] = 1
+                batch.positions[index] = arange(batches.config.sequence_length)
+            if batches.noise is not None:
+                batches.noise(batch, index, (stream, row_of_stream))
         self._step += 1
-        if not batches.config.pack:
-            batch.segment_ids[:] = 1
-            batch.positions[:] = arange(batches.config.sequence_length)[None]
         own = slice(batches.own_rows.start - self._rows.start, batches.own_rows.stop - self._rows.start)
         return Batch(*(field[own] for field in batch))
 
@@ -185,11 +190,5 @@ class _Cursor:
     def _read_record(self) -> Record:
         epoch, index = divmod(self.record, len(self._share))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._share[_permutation(len(self._share), *self._seed, epoch)]
+            self._epoch, self._order = epoch, self._share[permutation(len(self._share), *self._seed, epoch)]
         return self._records[int(self._order[index])]
-
-
-def _permutation(length: int, seed: int, *place: int) -> Int[np.ndarray, " n"]:
-    # RandomState's sequences are frozen, those of NumPy's newer generators are not: data order outlives versions.
-    # (Grain's index_shuffle needs no memory, but takes 15 ms an index for 4 records and 0.2 ms for 300.)
-    return np.random.RandomState(np.random.SeedSequence(seed, spawn_key=place).generate_state(4)).permutation(length)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: UTF-8 bytes, the characters of a corpus, or byte-pair encoding trained on it."""
+"""Text to token ids and back: UTF-8 bytes, or characters, byte pairs, word pieces or words of a corpus."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,6 +14,8 @@ from transformer.types import UserError
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+_UNKNOWN = "<|unknown|>"
+_SOURCE = "source_tokenizer"
 
 Ids = Sequence[int] | Int[np.ndarray, " n"] | Any
 
@@ -168,6 +170,78 @@ class BpeTokenizer:
         _write(directory, self._model.to_str())
 
 
+class WordTokenizer:
+    """Lower-case words, or pieces of them (WordPiece, as in Devlin et al. 2019); end-of-text is 0, unknown 1.
+
+    Case, accents and spaces are lost, so that `decode` gives a likeness of the text and bits per byte mean nothing.
+    """
+
+    end_of_text = 0
+    unknown = 1
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        model.encode_special_tokens = True
+        self._model = model
+        self.vocab_size = model.get_vocab_size()
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, pieces: bool) -> "WordTokenizer":
+        """The most frequent words, or the pieces most frequently merged."""
+        model: Any
+        special: Any = {"special_tokens": [END_OF_TEXT, _UNKNOWN], "show_progress": False}
+        if pieces:
+            model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=_UNKNOWN, max_input_chars_per_word=100))
+            trainer: Any = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, **special)
+            model.decoder = tokenizers.decoders.WordPiece()
+        else:
+            model = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=_UNKNOWN))
+            trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=vocab_size, **special)
+        model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        model.train_from_iterator(texts, trainer)
+        return cls(model)
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Ids of words."""
+        text = text.encode("utf-8", "replace").decode()
+        return np.array(self._model.encode_batch_fast([text])[0].ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Words with spaces between them."""
+        return self._model.decode(_known(ids, self.vocab_size).tolist())
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Write the JSON of the `tokenizers` library."""
+        _write(directory, self._model.to_str())
+
+
+class PairTokenizer:
+    """A tokenizer of targets that has another one, for sources, beside it."""
+
+    def __init__(self, source: Tokenizer, target: Tokenizer) -> None:
+        self.source, self._target = source, target
+        self.vocab_size, self.end_of_text, self.token_bytes = target.vocab_size, target.end_of_text, target.token_bytes
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Ids of a target."""
+        return self._target.encode(text)
+
+    def decode(self, ids: Ids) -> str:
+        """Text of a target."""
+        return self._target.decode(ids)
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Write the one for targets as every tokenizer is, and the other beside it."""
+        self.source.save(epath.Path(directory) / _SOURCE)
+        self._target.save(directory)
+
+
+def source_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The one that reads sources: itself, if a vocabulary is shared."""
+    return tokenizer.source if isinstance(tokenizer, PairTokenizer) else tokenizer
+
+
 def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer `config` asks for, trained on `texts`, the documents of the training split."""
     match config.tokenizer:
@@ -176,11 +250,19 @@ def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
         case "characters":
             return CharacterTokenizer.train(texts)
         case "bpe":
-            return BpeTokenizer.train(texts, config.bpe_vocab_size)
+            return BpeTokenizer.train(texts, config.tokenizer_size)
+        case "wordpiece" | "words":
+            return WordTokenizer.train(texts, config.tokenizer_size, pieces=config.tokenizer == "wordpiece")
 
 
 def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote to `directory`."""
+    if (epath.Path(directory) / _SOURCE).exists():
+        return PairTokenizer(_load(epath.Path(directory) / _SOURCE), _load(directory))
+    return _load(directory)
+
+
+def _load(directory: epath.PathLike) -> Tokenizer:
     path = epath.Path(directory) / FILE_NAME
     if not path.exists():
         raise UserError(f"A run directory must hold {FILE_NAME}, which training writes; {directory} does not.")
@@ -192,4 +274,6 @@ def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
             return CharacterTokenizer(characters)
         case {"model": {"type": "BPE"}}:
             return BpeTokenizer(tokenizers.Tokenizer.from_str(text))
-    raise UserError(f"{path} must describe a bytes, characters or byte-pair tokenizer; it was not written by training.")
+        case {"model": {"type": "WordPiece" | "WordLevel"}}:
+            return WordTokenizer(tokenizers.Tokenizer.from_str(text))
+    raise UserError(f"{path} must describe a tokenizer of this library; it was not written by training.")

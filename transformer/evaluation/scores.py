@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from transformer.types import PyTree, Statistics
 
 
 def sum_statistics(
     evaluate_step: Callable[[PyTree, Any], Statistics], params: PyTree, batches: Iterable[Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Add the statistics of every batch in float64, in order.
 
     Args:
@@ -25,8 +26,8 @@ def sum_statistics(
     results = [evaluate_step(params, batch) for batch in batches]
     if not results:
         raise ValueError("Scores need at least one batch, got none.")
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     for statistics in jax.device_get(results):
         for name, value in statistics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+    return {name: float(value) if value.ndim == 0 else value for name, value in sums.items()}

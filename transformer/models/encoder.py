@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.linear import DotGeneral
@@ -66,8 +67,19 @@ class Encoder(nn.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        places_BN: Int[Array, "B N"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "B T V"]:
-        """Float32 logits of the token at each position; initialise with this method if embeddings are not tied."""
+    ) -> Float[Array, "B N V"]:
+        """Float32 logits of the token at each position; initialise with this method if embeddings are not tied.
+
+        Args:
+            tokens_BT: the tokens read.
+            positions_BT: of each token; None means its index.
+            segment_ids_BT: tokens attend within their segment, 0 is padding.
+            places_BN: indices of the tokens wanted; None means all.
+            train: apply dropout, with the `dropout` key.
+        """
         hidden_BTD = self(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, train=train)
+        if places_BN is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, places_BN[..., None], axis=1)
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)

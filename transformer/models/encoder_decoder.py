@@ -1,5 +1,6 @@
 """The encoder-decoder: a language model of targets that also reads a source."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +15,10 @@ from transformer.ops.masks import AttentionMask
 
 
 class EncoderDecoder(nn.Module):
-    """Logits of the next target token, given a source (Vaswani et al. 2017); both share one token embedding.
+    """Logits of the next target token, given a source (Vaswani et al. 2017).
 
-    Several pairs may share a row: a target attends to the source with its segment id.
+    Both sides share one token embedding unless `config.source_vocab_size` is set. Several pairs may share a row: a target
+    attends to the source with its segment id.
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
@@ -42,6 +44,10 @@ class EncoderDecoder(nn.Module):
     def setup(self) -> None:
         """Make the parts."""
         self.token_embedding = token_embedding(self.config, self.dot_general)
+        self.source_embedding = None
+        if self.config.source_vocab_size > 0:
+            config = dataclasses.replace(self.config, vocab_size=self.config.source_vocab_size)
+            self.source_embedding = token_embedding(config, self.dot_general)
         self.encoder = Stack(self.config, dot_general=self.dot_general)
         self.decoder = Stack(self.config, cross_attention=True, dot_general=self.dot_general)
         self.output = output_projection(self.config, self.dot_general)
@@ -87,8 +93,9 @@ class EncoderDecoder(nn.Module):
             segment_ids_BS: tokens attend within their segment, 0 is padding.
             train: apply dropout, with the `dropout` key.
         """
+        embedding = self.source_embedding or self.token_embedding
         memory_BSD, _ = self.encoder(
-            self.token_embedding(source_BS),
+            embedding(source_BS),
             positions_BT=positions_BS,
             mask=AttentionMask(query_segment_ids=segment_ids_BS, key_segment_ids=segment_ids_BS),
             train=train,

@@ -9,7 +9,7 @@ from transformer.layers.linear import DotGeneral, Linear
 from transformer.model_config import ModelConfig
 
 
-def token_embedding(config: ModelConfig, dot_general: DotGeneral) -> Embed:
+def token_embedding(config: ModelConfig, dot_general: DotGeneral, name: str | None = None) -> Embed:
     """The embedding of a model's tokens; refuses a config whose vocabulary is still to be resolved."""
     if config.vocab_size < 1:
         raise ValueError(
@@ -23,6 +23,7 @@ def token_embedding(config: ModelConfig, dot_general: DotGeneral) -> Embed:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         dot_general=dot_general,
+        name=name,
     )
 
 

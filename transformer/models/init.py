@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from transformer.types import PyTree
 
 
-def init_params(model: nn.Module, key: Any, *shapes: tuple[int, ...]) -> tuple[PyTree, PyTree]:
+def init_params(
+    model: nn.Module, key: Any, *shapes: tuple[int, ...], method: str = "__call__"
+) -> tuple[PyTree, PyTree]:
     """Initialise a model that reads tokens.
 
     Args:
         model: a `Decoder`, `Encoder` or `EncoderDecoder`.
         key: a PRNG key; the same key gives the same parameters, whatever the shapes.
         *shapes: the shape of each token array that the model reads, (1, 1) if none is given.
+        method: of the model, one that uses all its parameters.
 
     Returns:
         The parameters, nested dictionaries of arrays, and the same tree with a `PartitionSpec` of logical names
@@ -24,7 +27,7 @@ def init_params(model: nn.Module, key: Any, *shapes: tuple[int, ...]) -> tuple[P
 
     def init(key: Any) -> PyTree:
         tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)]
-        return model.init(key, *tokens)["params"]
+        return model.init(key, *tokens, method=method)["params"]
 
     axes = nn.get_partition_spec(jax.eval_shape(init, key))
     return jax.jit(lambda key: nn.unbox(init(key)))(key), axes

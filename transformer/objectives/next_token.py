@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.config import ObjectiveConfig
-from transformer.ops.losses import cross_entropy
+from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, Batch, LossOutput, Objective, PyTree
 
 
@@ -38,19 +38,8 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
             train=train,
             rngs={"dropout": key} if train else {},
         )
-        objective_BT, nll_BT = cross_entropy(
-            logits_BTV, batch.targets, label_smoothing=config.label_smoothing, z_loss=config.z_loss
-        )
-        correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
-        bytes_BT = jnp.asarray(token_bytes, jnp.float32)[batch.targets]
-        loss_sum = jnp.sum(objective_BT * batch.weights)
-        statistics = {
-            "loss": jnp.sum(nll_BT * batch.weights),
-            "weight": jnp.sum(batch.weights),
-            "correct": jnp.sum(correct_BT.astype(jnp.float32) * batch.weights),
-            "bytes": jnp.sum(bytes_BT * batch.weights),
-            "objective": loss_sum,
-        }
-        return (loss_sum, statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
+        statistics = token_statistics(logits_BTV, batch.targets, batch.weights, config)
+        statistics["bytes"] = jnp.sum(jnp.asarray(token_bytes, jnp.float32)[batch.targets] * batch.weights)
+        return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     return Objective(weight=weight, loss=loss)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
@@ -175,13 +176,13 @@ def latest_undamaged(directory: epath.PathLike, report: Callable[[str], object] 
     return None
 
 
-def load_params(directory: epath.PathLike, target: PyTree) -> tuple[int, PyTree]:
+def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tuple[int, PyTree]:
     """Step and parameters of the latest undamaged checkpoint: the moving average if it has one.
 
     Args:
         directory: of the checkpoints.
         target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, to the first
-            device where there are none.
+            device where there are none. None takes the parameters as they are.
 
     Raises:
         UserError: no checkpoint, only damaged ones, or one of another model.
@@ -189,10 +190,27 @@ def load_params(directory: epath.PathLike, target: PyTree) -> tuple[int, PyTree]
     path = latest_undamaged(directory)
     if path is None:
         raise UserError(f"A run to load must have a checkpoint, there is none in {directory}; train it first.")
-    arrays = json.loads((path / _DESCRIPTION).read_text())["arrays"]
+    arrays: dict[str, str] = json.loads((path / _DESCRIPTION).read_text())["arrays"]
     field = "ema_params" if any(name.startswith("ema_params/") for name in arrays) else "params"
+    if target is None:
+        target = _from_description(
+            {n.removeprefix(f"{field}/"): t for n, t in arrays.items() if n.startswith(f"{field}/")}
+        )
     description = _check_fit(path, describe({field: target}), of="the model", within=f"{field}/")
     return description["step"], ocp.load_checkpointables(path, {field: jax.tree.map(_abstract, target)})[field]
+
+
+def _from_description(arrays: dict[str, str]) -> PyTree:
+    """The inverse of `describe`, for nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for name, text in arrays.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        dtype, _, shape = text.partition("[")
+        node[last] = jax.ShapeDtypeStruct(tuple(json.loads(f"[{shape}")), jnp.dtype(dtype))
+    return tree
 
 
 def describe(tree: Any) -> dict[str, str]:

@@ -60,10 +60,10 @@ def measured_peak_flops(dtype: str) -> float:
     return best
 
 
-def model_flops_per_token(
-    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, sequence_length: int
+def model_flops(
+    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, rows: int, length: int
 ) -> float:
-    """Operations of a training step per token: `6 N + 12 L H K T` (Chowdhery et al. 2022, appendix B).
+    """Operations of a training step on rows of a length T: `6 N + 12 L H K T` a token (Chowdhery et al. 2022, appendix B).
 
     Two for each multiply-add, three times the forward pass for forward and backward. The attention term counts the
     whole T x T matrix, causal or not; recomputation (remat) is not counted.
@@ -73,9 +73,11 @@ def model_flops_per_token(
         num_layers: L.
         num_heads: H.
         head_dim: K.
-        sequence_length: T.
+        rows: of the batch.
+        length: T.
     """
-    return 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * sequence_length
+    per_token = 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * length
+    return rows * length * per_token
 
 
 def keep_freed_memory() -> None:

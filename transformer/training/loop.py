@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from transformer.config import TrainingConfig
 from transformer.parallel.runner import Runner
 from transformer.training.checkpoint import Checkpointer
-from transformer.training.metrics import Speed, Stopwatch, Window
+from transformer.training.metrics import Stopwatch, Window, Work
 from transformer.training.processes import any_process, merged_over_processes
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
@@ -33,8 +34,7 @@ def train(
     runner: Runner,
     batches: CheckpointableIterator,
     checkpointer: Checkpointer,
-    tokens_per_step: int,
-    flops_per_token: float = 0.0,
+    measure_work: Callable[[Any], Work] = lambda _: Work(),
     peak_flops: float = 0.0,
     writers: Sequence[Writer] = (),
     evaluators: Mapping[str, Evaluator] | None = None,
@@ -53,8 +53,7 @@ def train(
         runner: the compiled steps.
         batches: this process's rows of the training batches, without end.
         checkpointer: where the state, the place in the data and open sums are saved.
-        tokens_per_step: positions of a batch (rows x length), padding included.
-        flops_per_token: of forward and backward (`hardware.model_flops_per_token`).
+        measure_work: what the step on a batch amounts to, for tokens a second and MFU.
         peak_flops: of all devices together; 0, unknown, leaves MFU out.
         writers: take the metric rows, in this process; closed at the end.
         evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best, among those
@@ -79,14 +78,15 @@ def train(
         writer.resume(start)
     state = runner.place_state(state)
     window = Window(restored.loop["window"] if restored else {})
-    report = _Report(writers, config, Speed(tokens_per_step, flops_per_token, peak_flops), window, checkpointer)
+    report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 
     with _finishing(checkpointer, writers), StopRequest() as stop:
         for step in range(start + 1, config.steps + 1):
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
-            state, statistics = runner.step(state, runner.place_batch(next(batches)))
+            batch = next(batches)
+            state, statistics = runner.step(state, runner.place_batch(batch))
             report.settle()
-            report.in_flight = (step, statistics)
+            report.in_flight = (step, statistics, measure_work(batch))
             for hook in hooks:
                 hook(step, state, statistics)
 
@@ -131,28 +131,28 @@ class _Report:
         self,
         writers: Sequence[Writer],
         config: TrainingConfig,
-        speed: Speed,
+        stopwatch: Stopwatch,
         window: Window,
         checkpointer: Checkpointer,
     ) -> None:
         self.window = window
-        self.stopwatch = Stopwatch()
-        self.in_flight: tuple[int, Statistics] | None = None
-        self._writers, self._config, self._speed, self._checkpointer = writers, config, speed, checkpointer
+        self.stopwatch = stopwatch
+        self.in_flight: tuple[int, Statistics, Work] | None = None
+        self._writers, self._config, self._checkpointer = writers, config, checkpointer
 
     def settle(self) -> None:
         """Wait for the step in flight; add its statistics, and write a row where one is due."""
         if self.in_flight is None:
             return
-        (step, statistics), self.in_flight = self.in_flight, None
+        (step, statistics, work), self.in_flight = self.in_flight, None
         values = {name: float(value) for name, value in jax.device_get(statistics).items()}
         for name in ("loss", "objective", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise UserError(_not_finite(name, f"got {values[name]}", step, self._checkpointer))
-        self.stopwatch.lap()
+        self.stopwatch.lap(work)
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:
-            self.write(step, "train", {**self.window.close(), **self._speed.metrics(self.stopwatch.close())})
+            self.write(step, "train", {**self.window.close(), **self.stopwatch.close()})
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """A row to every writer."""

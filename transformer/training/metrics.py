@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformer.training.step import PER_STEP
 
@@ -11,7 +11,7 @@ TIMINGS = ("tokens_per_second", "mfu")
 """Metrics that differ between two runs of the same arithmetic."""
 
 
-def derive(sums: Mapping[str, float]) -> dict[str, float]:
+def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
 
     bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight.
@@ -50,44 +50,41 @@ class Window:
         return metrics
 
 
-class Speed(NamedTuple):
-    """What a step amounts to, in tokens and in operations."""
+class Work(NamedTuple):
+    """What a step amounts to, over all devices."""
 
-    tokens_per_step: int
-    flops_per_token: float
-    peak_flops: float  # of all devices together; 0 if unknown, and then MFU is left out
-
-    def metrics(self, steps_per_second: float) -> dict[str, float]:
-        """Tokens a second, and MFU: model FLOPs utilisation (Chowdhery et al. 2022, section 4.1)."""
-        tokens_per_second = self.tokens_per_step * steps_per_second
-        if self.peak_flops <= 0:
-            return {"tokens_per_second": tokens_per_second}
-        return {
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
-        }
+    tokens: int = 0
+    """Positions of the batch, padding included."""
+    flops: float = 0.0
+    """Operations of forward and backward (`hardware.model_flops`)."""
 
 
 class Stopwatch:
-    """Steps a second, pauses (evaluation, checkpoints) left out, and the first step, which compiles, where possible."""
+    """Work a second, pauses (evaluation, checkpoints) left out, and the first step, which compiles, where possible."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float = 0.0) -> None:
+        """`peak_flops` of all devices together; 0, unknown, leaves MFU out."""
+        self._peak_flops = peak_flops
         self._last = time.perf_counter()
-        self._laps: list[float] = []
+        self._laps: list[tuple[float, Work]] = []
         self._compiling = True
 
-    def lap(self) -> None:
+    def lap(self, work: Work) -> None:
         """A step has ended."""
         now = time.perf_counter()
-        self._laps.append(now - self._last)
+        self._laps.append((now - self._last, work))
         self._last = now
 
     def skip(self) -> None:
         """Leave out the time since the last lap."""
         self._last = time.perf_counter()
 
-    def close(self) -> float:
-        """Steps a second since the last call."""
+    def close(self) -> dict[str, float]:
+        """Tokens a second, and MFU, model FLOPs utilisation (Chowdhery et al. 2022, section 4.1), since the last call."""
         laps = self._laps[1:] if self._compiling and len(self._laps) > 1 else self._laps
         self._laps, self._compiling = [], False
-        return len(laps) / sum(laps)
+        seconds = sum(lap for lap, _ in laps)
+        metrics = {"tokens_per_second": sum(work.tokens for _, work in laps) / seconds}
+        if self._peak_flops > 0:
+            metrics["mfu"] = sum(work.flops for _, work in laps) / seconds / self._peak_flops
+        return metrics

@@ -1,0 +1,39 @@
+"""Sentiment of IMDb reviews, from scratch.
+
+    transformer prepare imdb_train.jsonl.gz --kind labelled --test imdb_test.jsonl.gz --name imdb
+    python train.py configs/imdb_classify.py
+    transformer evaluate runs/imdb_classify --split test
+
+The files have an object a line, with `text` and `label`. Hardware: two CPU cores.
+"""
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+
+
+def get_config(variant: str = "") -> Config:
+    steps = {"": 3000, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=4),
+        FeedForwardConfig(hidden_dim=256, activation="gelu"),
+        NormConfig(kind="rms_norm"),
+    )
+    return Config(
+        model=ModelConfig(
+            architecture="encoder", num_layers=2, embed_dim=128, pattern=(block,), pooling="mean", dropout=0.3
+        ),
+        data=DataConfig(
+            source=("imdb",),
+            tokenizer="wordpiece",
+            tokenizer_size=16_000,
+            sequence_length=384,
+            truncate="head_tail",
+            batch_size=32,
+            validation_fraction=0.1,
+        ),
+        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, schedule="linear", warmup_steps=min(200, steps), final_fraction=0.0, weight_decay=0.1
+        ),
+        training=TrainingConfig(steps=steps, eval_every=500, checkpoint_every=500, log_every=50),
+    )

@@ -1,0 +1,142 @@
+"""From labelled files to scores on the command line: prepare, pre-train, classify from there, evaluate."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from transformer import build
+from transformer.cli.main import main
+
+CONFIG = """
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+
+def get_config(variant=""):
+    return Config(
+        model=ModelConfig(
+            architecture="encoder", num_layers=1, embed_dim=16, pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
+            init_std=0.0,
+        ),
+        data=DataConfig(
+            source=("mine",), tokenizer="words", tokenizer_size=300, sequence_length=32, batch_size=8, record_bytes=512
+        ),
+        objective=ObjectiveConfig(kind="masked_lm" if variant == "mlm" else "classification"),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        parallel=ParallelConfig(data=1),
+        training=TrainingConfig(steps=100, log_every=20, eval_every=0, checkpoint_every=0),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dataset in which one word tells the class, prepared by name."""
+    directory = tmp_path_factory.mktemp("classifier")
+    words = random.Random(0)
+    telling = {"good": "wonderful", "bad": "dreadful", "so-so": "tolerable"}
+    for split, count in (("train", 200), ("test", 41)):
+        with (directory / f"{split}.jsonl").open("w") as file:
+            for index in range(count):
+                label = list(telling)[index % 3]
+                text = [
+                    words.choice(["a", "film", "with", "some", "people", "in", "it"])
+                    for _ in range(words.randint(1, 40))
+                ]
+                text.insert(words.randint(0, min(20, len(text))), telling[label])
+                file.write(json.dumps({"text": " ".join(text), "label": label}) + "\n")
+    (directory / "config.py").write_text(CONFIG)
+    main(
+        [
+            *("prepare", str(directory / "train.jsonl"), "--kind", "labelled", "--name", "mine"),
+            *("--test", str(directory / "test.jsonl"), "--data-dir", str(directory / "data")),
+        ]
+    )
+    return directory
+
+
+def train(place, name, *options, variant=""):
+    config = str(place / "config.py") + (f":{variant}" if variant else "")
+    main(["train", config, "--data.data-dir", str(place / "data"), "--workdir", str(place / name), *options])
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def pretrained(place):
+    return train(place, "mlm", "--data.source", str(place / "train.jsonl"), variant="mlm")
+
+
+def test_a_classifier_learns_and_is_scored(place, capsys):
+    workdir = train(place, "scratch")
+    capsys.readouterr()
+    main(["evaluate", str(workdir), "--split", "test"])
+    scores = json.loads(capsys.readouterr().out)
+    confusion = np.array(scores["confusion"])
+    assert scores["classes"] == ["bad", "good", "so-so"]
+    assert confusion.sum(axis=1).tolist() == [14, 14, 13]
+    assert scores["targets"] == 41
+    assert scores["accuracy"] == pytest.approx(np.trace(confusion) / 41)
+    assert scores["accuracy"] > 0.8
+    assert 0.5 < scores["macro_f1"] <= 1
+    assert "bits_per_byte" not in scores
+
+
+def test_pre_training_is_masked_and_scored_alike_each_time(pretrained, capsys):
+    rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["split"] == "validation"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    capsys.readouterr()
+    main(["evaluate", str(pretrained)])
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
+
+
+def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
+    capsys.readouterr()
+    workdir = train(
+        place,
+        "finetuned",
+        "--training.init-from",
+        str(pretrained),
+        "--training.steps",
+        "1",
+        "--optimizer.learning-rate",
+        "1e-9",
+    )
+    printed = capsys.readouterr().out
+    assert "parameters taken" in printed
+    assert "fresh: classifier/kernel" in printed
+    assert "reshaped" not in printed
+    donor, own = build.load(pretrained), build.load(workdir)
+    assert donor.config.model.vocab_size == own.config.model.vocab_size
+    np.testing.assert_allclose(
+        own.params["token_embedding"]["embedding"], donor.params["token_embedding"]["embedding"], atol=1e-6
+    )
+    assert (workdir / "tokenizer.json").read_text() == (pretrained / "tokenizer.json").read_text()
+
+
+def test_inspect_shows_classes(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["inspect", str(place / "config.py"), "--data.data-dir", str(place / "data")])
+    text = capsys.readouterr().out
+    assert "class so-so" in text or "class good" in text or "class bad" in text
+    assert "classifier/kernel" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.architecture", "decoder"], "needs model.architecture=encoder, got 'decoder'"),
+        (["--model.num-classes", "5"], "model.num_classes must be the data's 3, got 5"),
+        (["--data.source", "mine", "mine"], "learns from one dataset"),
+        (["--data.source", "unknown_name"], "unknown_name"),
+        (["--data.label-key", "text"], "must name a ClassLabel"),
+        (["--training.init-from", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused(place, options, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train(place, "refused", *options)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "refused").exists()

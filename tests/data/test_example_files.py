@@ -1,0 +1,117 @@
+"""A stranger's labelled texts and pairs: each form is read exactly, or refused with its place and a remedy."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
+from transformer.types import UserError
+
+EXAMPLES = [
+    LabelledText('He said: "no", twice', "bad"),
+    LabelledText("two\nlines, ünïcode 🎈", "good"),
+    LabelledText("", "so-so"),
+    LabelledText("x" * 1_000_000, "bad"),
+]
+
+
+def write_csv(path, delimiter=","):
+    quoted = ['"' + text.replace('"', '""') + '"' for text, _ in EXAMPLES]
+    rows = [delimiter.join(row) for row in zip(quoted, (label for _, label in EXAMPLES), strict=True)]
+    path.write_text("\n".join([delimiter.join(("text", "label")), *rows]) + "\n")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_json_lines(tmp_path, compress):
+    path = tmp_path / "a.jsonl.packed"
+    lines = "\n".join(json.dumps(example._asdict() | {"other": 1}) for example in EXAMPLES)
+    path = tmp_path / ("a.jsonl" if compress is bytes else "a.jsonl.gz")
+    path.write_bytes(compress(f"{lines}\n\n".encode()))
+    assert list(read_labelled([str(path)])) == EXAMPLES
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_tables(tmp_path, suffix, delimiter):
+    path = tmp_path / f"a.{suffix}"
+    write_csv(path, delimiter)
+    assert list(read_labelled([str(path)])) == EXAMPLES
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [label for _, label in read_labelled([str(path)])] == [label for _, label in EXAMPLES]
+
+
+def test_folders_of_classes(tmp_path):
+    for name, label, text in (("2.txt", "pos", "good"), ("1.txt", "pos", "fine"), ("1.txt", "neg", "bad\n")):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / name).write_text(text)
+    (tmp_path / ".hidden").mkdir()
+    expected = [LabelledText("bad\n", "neg"), LabelledText("fine", "pos"), LabelledText("good", "pos")]
+    assert list(read_labelled([str(tmp_path)])) == expected
+
+
+def test_files_follow_each_other_and_labels_may_be_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"t": "a", "l": 0}\n')
+    (tmp_path / "b.csv").write_text("l,t\n1,b\n")
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")]
+    assert list(read_labelled(paths, text_key="t", label_key="l")) == [LabelledText("a", "0"), LabelledText("b", "1")]
+
+
+def test_two_files_line_by_line(tmp_path):
+    (tmp_path / "a.en.gz").write_bytes(gzip.compress(b"A dog.\r\n\nTwo men\n"))
+    (tmp_path / "a.de").write_text("Ein Hund.\n\nZwei Männer")
+    pairs = [TextPair("A dog.", "Ein Hund."), TextPair("", ""), TextPair("Two men", "Zwei Männer")]
+    assert list(read_pairs([str(tmp_path / "a.en.gz"), str(tmp_path / "a.de")])) == pairs
+
+
+def test_pairs_of_one_file(tmp_path):
+    (tmp_path / "a.tsv").write_text("source\ttarget\nA dog.\tEin Hund.\n")
+    (tmp_path / "a.jsonl").write_text('{"en": "A dog.", "de": "Ein Hund."}')
+    assert list(read_pairs([str(tmp_path / "a.tsv")])) == [TextPair("A dog.", "Ein Hund.")]
+    keys = {"source_key": "en", "target_key": "de"}
+    assert list(read_pairs([str(tmp_path / "a.jsonl")], **keys)) == [TextPair("A dog.", "Ein Hund.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "a"}', r"must have 'label', .*a\.jsonl, line 2 has 'text'"),
+        ("a.jsonl", '{"text": 3, "label": "x"}', "'text' must be text, .*line 1 has int"),
+        ("a.jsonl", '{"text": "a", "label": null}', "'label' must be the name or number of a class, .* has None"),
+        ("a.jsonl", '{"text": "a", "label": " "}', "'label' must be the name or number of a class"),
+        ("a.jsonl", "not json", "must be a JSON object; .*line 1"),
+        (
+            "a.csv",
+            "text,label\nfine,1\nunquoted, comma,1\n",
+            r"the 2 columns of the header, .*line 3 has more or fewer",
+        ),
+        ("a.csv", "text,label\nshort\n", "line 2 has more or fewer"),
+        ("a.csv", "words,label\nfine,1\n", "must have 'text', .*line 2 has 'words', 'label'"),
+        ("a.csv", 'text,label\n"never closed,1\n', "well formed"),
+        ("a.xlsx", "?", r"must be \.jsonl, \.csv, \.tsv"),
+    ],
+)
+def test_bad_labelled_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_labelled([str(tmp_path / name)]))
+
+
+def test_bad_folders_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'nowhere\.csv' does not"):
+        list(read_labelled(["nowhere.csv"]))
+    with pytest.raises(UserError, match=r"one folder for each class, .* holds none"):
+        list(read_labelled([str(tmp_path)]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no files"):
+        list(read_labelled([str(tmp_path)]))
+
+
+def test_files_of_unequal_length_are_refused(tmp_path):
+    (tmp_path / "a").write_text("1\n2\n3\n")
+    (tmp_path / "b").write_text("1\n2\n")
+    with pytest.raises(UserError, match=r"as many lines, .*a has 3 and .*b 2"):
+        list(read_pairs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    with pytest.raises(UserError, match="got 3 files"):
+        list(read_pairs([str(tmp_path / "a")] * 3))

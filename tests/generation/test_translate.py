@@ -1,0 +1,80 @@
+"""Greedy translation equals picking the best token of full passes, whatever the batch, and ends where the text does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.generation.translate import translate
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.models.encoder_decoder import EncoderDecoder
+
+END, LENGTH = 0, 9
+
+
+@pytest.fixture(scope="module", params=["learned", "rotary", "own vocabulary"])
+def model(request):
+    own = request.param == "own vocabulary"
+    config = ModelConfig(
+        architecture="encoder_decoder",
+        vocab_size=11,
+        source_vocab_size=17 if own else 0,
+        max_length=32,
+        num_layers=2,
+        embed_dim=16,
+        pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
+        positions=PositionConfig(kind="rotary" if own else request.param),
+        init_std=0.6,
+    )
+    model = EncoderDecoder(config)
+    return model, model.init(jax.random.key(3), *[jnp.zeros((1, 2), jnp.int32)] * 2)["params"]
+
+
+@pytest.fixture(scope="module")
+def sources():
+    generator = np.random.default_rng(0)
+    return [generator.integers(1, 11, length) for length in (3, 1, 20, 7, 7, 2, 12)]
+
+
+def by_full_passes(model, params, source):
+    padded = np.zeros((2, 1, 24), np.int32)
+    padded[0, 0, : len(source)], padded[1, 0, : len(source)] = source, 1
+    target = [END]
+    while len(target) <= LENGTH:
+        # What comes later has no influence: the decoder is causal.
+        inputs = np.zeros((1, LENGTH + 1), np.int32)
+        inputs[0, : len(target)] = target
+        best = int(full_pass(model, params, padded[0], padded[1], inputs)[0, len(target) - 1].argmax())
+        if best == END:
+            break
+        target.append(best)
+    return target[1:]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def full_pass(model, params, source, segments, inputs):
+    return model.apply({"params": params}, source, inputs, source_segment_ids_BS=segments)
+
+
+def test_equals_full_passes_in_any_batch(model, sources):
+    expected = [by_full_passes(*model, source) for source in sources]
+    assert len({tuple(target) for target in expected}) > 3, "the sources must matter"
+    for batch_size in (1, 8):
+        targets = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH, batch_size=batch_size)
+        assert [target.tolist() for target in targets] == expected
+
+
+def test_a_target_is_the_same_however_long_it_may_be(model, sources):
+    whole = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH)
+    cut = translate(*model, sources, end_of_text=END, max_new_tokens=2)
+    assert [target.tolist() for target in cut] == [target[:2].tolist() for target in whole]
+
+
+def test_bad_requests(model):
+    with pytest.raises(ValueError, match="source 1 has none"):
+        translate(*model, [[1], []], end_of_text=END, max_new_tokens=3)
+    with pytest.raises(ValueError, match="at most max_length=32, got 33"):
+        translate(*model, [[1]], end_of_text=END, max_new_tokens=33)
+    assert translate(*model, [], end_of_text=END, max_new_tokens=3) == []

@@ -1,0 +1,72 @@
+"""Masked language modelling: the loss of the hidden tokens, computed for them alone, equals that of a full pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.config import ObjectiveConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.models.encoder import Encoder
+from transformer.objectives.masked_lm import masked_lm
+from transformer.types import Batch
+
+CONFIG = ObjectiveConfig(kind="masked_lm", mask_rate=0.4)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request):
+    return Encoder(
+        ModelConfig(
+            architecture="encoder",
+            vocab_size=9,
+            num_layers=1,
+            embed_dim=8,
+            pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
+            tie_embeddings=request.param,
+            init_std=0.7,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = np.random.default_rng(1)
+    inputs, targets = jnp.asarray(generator.integers(0, 9, (2, 3, 10)), jnp.int32)
+    weights = np.zeros((3, 10), np.float32)
+    weights[0, [1, 3, 8, 9]] = 1  # as many as may be hidden
+    weights[1, [5]] = 1
+    segments = jnp.asarray([[1] * 5 + [2] * 5, [1] * 10, [0] * 10], jnp.int32)
+    positions = jnp.asarray([[*range(5), *range(5)], [*range(10)], [0] * 10], jnp.int32)
+    return Batch(inputs, targets, jnp.asarray(weights), segments, positions)
+
+
+def full_pass(model, params, batch):
+    logits = model.apply(
+        {"params": params},
+        batch.inputs,
+        positions_BT=batch.positions,
+        segment_ids_BT=batch.segment_ids,
+        method="logits",
+    )
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
+    hits = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
+    return jnp.sum(nll * batch.weights), jnp.sum(hits * batch.weights)
+
+
+def test_equals_a_full_pass_in_value_and_gradient(model, batch):
+    params = model.init(jax.random.key(0), batch.inputs, method="logits")["params"]
+    objective = masked_lm(model, CONFIG)
+
+    def loss(params):
+        (loss_sum, weight_sum), (_, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
+        return loss_sum, (weight_sum, statistics)
+
+    (value, (weight, statistics)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    (expected, hits), expected_gradient = jax.value_and_grad(lambda p: full_pass(model, p, batch), has_aux=True)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert float(weight) == float(objective.weight(batch)) == 5
+    assert float(statistics["correct"]) == float(hits)
+    assert "bytes" not in statistics
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,175 @@
+"""What a config reads, text or examples, behind one set of questions: what is in it, and batches of it."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from transformer.config import DataConfig, ObjectiveConfig
+from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches, Form, labelled_form, pairs_form
+from transformer.data.examples import ExampleSource, Kind, open_examples
+from transformer.data.masking import masking
+from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
+from transformer.data.prepare import Source, open_sources, split_text
+from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
+from transformer.types import CheckpointableIterator
+from transformer.validation import require
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """The data of a run."""
+
+    @property
+    def description(self) -> str:
+        """What there is to read, a line a source."""
+        ...
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that every source has."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of labelled texts."""
+        ...
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The texts of a split, whole and in order."""
+        ...
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the config asks for, trained on the training split if it is to be trained."""
+        ...
+
+    def train_batches(
+        self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    ) -> CheckpointableIterator:
+        """This process's rows of the training batches, without end."""
+        ...
+
+    def evaluation_batches(
+        self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterable[Any]:
+        """This process's rows of the batches that cover a split, to be iterated as often as needed."""
+        ...
+
+
+_EXAMPLES: dict[str, Kind] = {"classification": "labelled", "seq2seq": "pairs"}
+
+
+def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
+    """Open (and prepare, if it is local text) what `config` names, in the form the objective needs."""
+    if objective.kind not in _EXAMPLES:
+        return TextData(config, objective, open_sources(config))
+    require(
+        len(config.source) == 1,
+        f"The {objective.kind} objective learns from one dataset, got data.source={', '.join(config.source)}.",
+    )
+    return ExampleData(config, open_examples(config.source[0], _EXAMPLES[objective.kind], config))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Running text, for language models."""
+
+    config: DataConfig
+    objective: ObjectiveConfig
+    sources: tuple[Source, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """What there is to read, a line a source."""
+        return "\n".join(source.description for source in self.sources)
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that every source has."""
+        return tuple(
+            name for name in self.sources[0].split_names if all(name in source.split_names for source in self.sources)
+        )
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split, with their prompts in front."""
+        for source in self.sources:
+            yield from split_text(source, split)
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the training split."""
+        return make_tokenizer(self.config, self.texts("train"))
+
+    def train_batches(self, tokenizer: Tokenizer, **process: int) -> CheckpointableIterator:
+        """Rows of `Batch`es; masked where the objective wants them so."""
+        return train_batches(self.config, tokenizer, sources=self.sources, noise=self._noise(tokenizer), **process)
+
+    def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: int) -> Iterable[Any]:
+        """Rows of `Batch`es; masked where the objective wants them so, always alike."""
+        return evaluation_batches(
+            self.config, tokenizer, split, sources=self.sources, noise=self._noise(tokenizer), **process
+        )
+
+    def _noise(self, tokenizer: Tokenizer) -> Any:
+        if self.objective.kind != "masked_lm":
+            return None
+        return masking(self.objective, tokenizer, self.config.shuffle_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleData:
+    """Labelled texts or pairs, one a row."""
+
+    config: DataConfig
+    source: ExampleSource
+
+    @property
+    def description(self) -> str:
+        """What there is to read."""
+        return self.source.description
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits there are."""
+        return self.source.split_names
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of their numbers."""
+        return self.source.class_names
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The texts of a split; of pairs, the targets."""
+        for example in self.source.examples(split):
+            yield example.text if self.source.kind == "labelled" else example.target
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the training split."""
+        if self.source.kind == "labelled":
+            return make_tokenizer(self.config, self.texts("train"))
+        sources = (example.text for example in self.source.examples("train"))
+        if self.config.share_vocabulary:
+            return make_tokenizer(self.config, itertools.chain(sources, self.texts("train")))
+        return PairTokenizer(make_tokenizer(self.config, sources), make_tokenizer(self.config, self.texts("train")))
+
+    def train_batches(
+        self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    ) -> CheckpointableIterator:
+        """Rows of `LabelledBatch`es or `PairBatch`es."""
+        rows = own_rows(self.config, process_index, process_count)
+        return prefetched(ExampleBatches(self.config, self._form(tokenizer), self.source, rows))
+
+    def evaluation_batches(
+        self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterable[Any]:
+        """Rows of `LabelledBatch`es or `PairBatch`es."""
+        rows = own_rows(self.config, process_index, process_count)
+        self.source.examples(split)  # a missing split is an error now, not at the first evaluation
+        examples = functools.partial(self.source.examples, split)
+        return ExampleEvaluationBatches(self.config, self._form(tokenizer), examples, rows)
+
+    def _form(self, tokenizer: Tokenizer) -> Form:
+        if self.source.kind == "labelled":
+            return labelled_form(tokenizer, self.config)
+        return pairs_form(source_tokenizer(tokenizer), tokenizer, self.config)

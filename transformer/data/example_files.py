@@ -1,0 +1,140 @@
+"""Labelled texts and sentence pairs in files: JSON lines, CSV, folders of classes, line-aligned pairs of files."""
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from transformer.data.files import decode_text, file_lines, json_objects, kind_of, read_file, without_surrogates
+from transformer.types import UserError
+from transformer.validation import require
+
+_LONGEST_FIELD = 1 << 30
+
+
+class LabelledText(NamedTuple):
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+class TextPair(NamedTuple):
+    """A text and what it is turned into."""
+
+    source: str
+    target: str
+
+
+def read_labelled(paths: Sequence[str], *, text_key: str = "text", label_key: str = "label") -> Iterator[LabelledText]:
+    """Examples of .jsonl and .csv (.tsv) files, and of folders that hold one folder of text files for each class.
+
+    Args:
+        paths: read one after the other; compressed or not.
+        text_key: field or column of the text.
+        label_key: field or column of the class, text or an integer.
+    """
+    for path in map(_existing, paths):
+        if path.is_dir():
+            yield from _folder(path)
+            continue
+        for place, record in _records(path, "labelled texts"):
+            text, label = (_field(record, key, place) for key in (text_key, label_key))
+            require(isinstance(text, str), f"{text_key!r} must be text, {place} has {type(text).__name__}.")
+            require(
+                isinstance(label, str | int) and str(label).strip() != "",
+                f"{label_key!r} must be the name or number of a class, {place} has {label!r}.",
+            )
+            yield LabelledText(without_surrogates(text), without_surrogates(str(label)))
+
+
+def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: str = "target") -> Iterator[TextPair]:
+    """Pairs of one .jsonl or .csv (.tsv) file, or of two files of which line n of one belongs to line n of the other.
+
+    Args:
+        paths: one file, or two; compressed or not.
+        source_key: field or column of the source, for one file.
+        target_key: field or column of the target, for one file.
+    """
+    files = [_existing(path) for path in paths]
+    require(len(files) in (1, 2), f"Pairs are read from one file, or two with a line for each, got {len(files)} files.")
+    if len(files) == 2:
+        yield from _aligned(*files)
+        return
+    for place, record in _records(files[0], "pairs"):
+        source, target = (_field(record, key, place) for key in (source_key, target_key))
+        require(
+            isinstance(source, str) and isinstance(target, str),
+            f"{source_key!r} and {target_key!r} must be text, {place} has {type(source).__name__} and {type(target).__name__}.",
+        )
+        yield TextPair(without_surrogates(source), without_surrogates(target))
+
+
+def _existing(name: str) -> epath.Path:
+    path = epath.Path(name).expanduser()
+    require(path.exists(), f"A file or folder of examples must exist, {name!r} does not.")
+    return path
+
+
+def _records(path: epath.Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record with its place."""
+    readers: dict[str, Callable[[epath.Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+        ".jsonl": json_objects,
+        ".csv": lambda path: _table(path, ","),
+        ".tsv": lambda path: _table(path, "\t"),
+    }
+    kind = kind_of(path)
+    require(
+        kind in readers, f"A file of {what} must be {', '.join(readers)} (or these with .gz, .bz2, .xz), got {path}."
+    )
+    return readers[kind](path)
+
+
+def _table(path: epath.Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        text = decode_text(read_file(path), str(path)).removeprefix("\ufeff")
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        for row in rows:
+            place = f"{path}, line {rows.line_num}"
+            require(
+                None not in row and None not in row.values(),
+                f"Each row must have the {len(rows.fieldnames or ())} columns of the header, {place} has more or fewer; "
+                "a field with commas, quotes or newlines is put in double quotes.",
+            )
+            yield place, row
+    except csv.Error as error:
+        raise UserError(f"A table must be well formed, {path} is not: {error}.") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _field(record: dict[str, Any], key: str, place: str) -> Any:
+    require(key in record, f"Each example must have {key!r}, {place} has {', '.join(map(repr, record)) or 'nothing'}.")
+    return record[key]
+
+
+def _folder(path: epath.Path) -> Iterator[LabelledText]:
+    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    require(len(classes) > 0, f"A folder of labelled texts must hold one folder for each class, {path} holds none.")
+    for folder in classes:
+        files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
+        require(len(files) > 0, f"The folder of a class must hold its texts, {folder} has no files.")
+        for file in files:
+            yield LabelledText(decode_text(read_file(file), str(file)), folder.name)
+
+
+def _aligned(first: epath.Path, second: epath.Path) -> Iterator[TextPair]:
+    counts = [sum(1 for _ in file_lines(path)) for path in (first, second)]
+    require(
+        counts[0] == counts[1],
+        f"Two files of pairs must have as many lines, {first} has {counts[0]:,} and {second} {counts[1]:,}.",
+    )
+
+    def lines(path: epath.Path) -> Iterator[str]:
+        return (decode_text(line, f"{path}, line {number}").rstrip("\r\n") for number, line in file_lines(path))
+
+    yield from itertools.starmap(TextPair, zip(lines(first), lines(second), strict=True))

@@ -1,0 +1,214 @@
+"""Datasets of labelled texts and of text pairs: prepared from files, and opened by name with TFDS."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from transformer.config import DataConfig
+from transformer.data.builder import Example, builder_class
+from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
+from transformer.data.prepare import data_directory, quiet, tfds_builder, tfds_split
+from transformer.data.splits import SPLITS
+from transformer.validation import require
+
+Kind = Literal["labelled", "pairs"]
+VERSION = "1.0.0"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class TextExample(NamedTuple):
+    """A text (of a pair, the source), and its class or its counterpart."""
+
+    text: str
+    label: int = 0
+    target: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSource:
+    """A dataset of labelled texts or pairs."""
+
+    name: str
+    fingerprint: str
+    kind: Kind
+    split_names: tuple[str, ...]
+    description: str
+    class_names: tuple[str, ...]
+    open_split: Callable[[str], Sequence[TextExample]]
+
+    def examples(self, split: str) -> Sequence[TextExample]:
+        """The examples of a split, read at random.
+
+        Raises:
+            UserError: there is no such split.
+        """
+        require(
+            split in self.split_names,
+            f"A split must be one of {', '.join(self.split_names)} for {self.name}, got {split!r}; "
+            "data.validation_fraction takes a validation split from the training one where the dataset has none.",
+        )
+        return self.open_split(split)
+
+
+# ---- From files to a dataset -----------------------------------------------------------------------------------------
+
+
+def prepare_examples(
+    kind: Kind, name: str, files: Mapping[str, Sequence[str]], config: DataConfig, *, version: str = VERSION
+) -> str:
+    """Store examples as the TFDS dataset `name` in `config.data_dir`, which `tfds.data_source(name)` then reads.
+
+    Args:
+        kind: of the examples.
+        name: of the dataset, lower case.
+        files: for each split, what `read_labelled` or `read_pairs` reads; empty splits are left out.
+        config: names the fields and the directory.
+        version: of the dataset.
+
+    Returns:
+        What the dataset holds, for the user.
+
+    Raises:
+        UserError: the files cannot be read as examples, or another dataset has this name.
+    """
+    require(
+        _NAME.fullmatch(name) is not None,
+        f"A dataset's name must be lower-case letters, digits and underscores, got {name!r}.",
+    )
+    splits: dict[str, list[Any]] = {}
+    for split in SPLITS:
+        if files.get(split):
+            splits[split] = list(_read(kind, files[split], config))
+            require(
+                len(splits[split]) > 0, f"A split must hold examples, {split} from {', '.join(files[split])} has none."
+            )
+    require("train" in splits, "A dataset must have a training split, got no file for it.")
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        for example in examples:
+            digest.update(repr((split, *example)).encode())
+    fingerprint = digest.hexdigest()
+
+    text = tfds.features.Text()
+    if kind == "labelled":
+        names = sorted({example.label for example in splits["train"]}, key=_numbers_first)
+        for split, examples in splits.items():
+            unknown = sorted({example.label for example in examples} - set(names))
+            require(not unknown, f"Every class must occur in the training split, {split} has {', '.join(unknown)} too.")
+        require(len(names) > 1, f"There must be at least two classes, the training split has {', '.join(names)}.")
+        features = {config.text_key: text, config.label_key: tfds.features.ClassLabel(names=names)}
+    else:
+        features = {config.source_key: text, config.target_key: text}
+
+    def rows(examples: list[Any]) -> Callable[[], Iterator[Example]]:
+        return lambda: (dict(zip(features, example, strict=True)) for example in examples)
+
+    directory = data_directory(config)
+    if (directory / name / version).exists():
+        there = tfds_builder(name, config).info.metadata or {}
+        require(
+            there.get("fingerprint") == fingerprint,
+            f"A dataset's name must be new, {directory / name / version} holds other examples; choose another name, or "
+            "remove it.",
+        )
+    else:
+        with quiet():
+            builder = builder_class(name)(
+                features=features,
+                splits={split: rows(examples) for split, examples in splits.items()},
+                version=version,
+                data_dir=str(directory),
+                metadata={"fingerprint": fingerprint, "kind": kind},
+            )
+            builder.download_and_prepare()
+    return open_examples(name, kind, dataclasses.replace(config, validation_fraction=0.0)).description
+
+
+def _read(kind: Kind, paths: Sequence[str], config: DataConfig) -> Iterator[LabelledText | TextPair]:
+    if kind == "labelled":
+        return read_labelled(paths, text_key=config.text_key, label_key=config.label_key)
+    return read_pairs(paths, source_key=config.source_key, target_key=config.target_key)
+
+
+def _numbers_first(name: str) -> tuple[bool, int, str]:
+    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+
+
+# ---- From a dataset's name to examples -------------------------------------------------------------------------------
+
+
+def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
+    """A prepared dataset; where it has no validation split, a fixed share of the training one is taken for it.
+
+    Raises:
+        UserError: it is not there, or its features are not what `kind` needs.
+    """
+    builder = tfds_builder(name, config)
+    features = builder.info.features
+    keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    needed = (config.text_key, config.label_key) if kind == "labelled" else (config.source_key, config.target_key)
+    for key, option in zip(
+        needed, ("text_key", "label_key") if kind == "labelled" else ("source_key", "target_key"), strict=True
+    ):
+        require(
+            key in keys, f"data.{option} must be a feature of {name!r}, got {key!r}; it has {', '.join(sorted(keys))}."
+        )
+    class_names: tuple[str, ...] = ()
+    if kind == "labelled":
+        label: Any = features[config.label_key]
+        require(
+            isinstance(label, tfds.features.ClassLabel),
+            f"data.label_key must name a ClassLabel of {name!r}, {config.label_key!r} is {type(label).__name__}.",
+        )
+        class_names = tuple(label.names)
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
+    carved = "train" in sizes and "validation" not in sizes and config.validation_fraction > 0
+    if carved:
+        taken = _taken(sizes["train"], config.validation_fraction)
+        sizes |= {"train": sizes["train"] - len(taken), "validation": len(taken)}
+
+    def to_example(example: Example) -> TextExample:
+        first = example[needed[0]].decode("utf-8", "replace")
+        if kind == "labelled":
+            return TextExample(first, label=int(example[needed[1]]))
+        return TextExample(first, target=example[needed[1]].decode("utf-8", "replace"))
+
+    def open_split(split: str) -> Sequence[TextExample]:
+        stored = tfds_split(builder, "train" if carved and split == "validation" else split, config)
+        indices = np.arange(len(stored))
+        if carved and split in ("train", "validation"):
+            held_out = np.isin(indices, taken)
+            indices = indices[held_out if split == "validation" else ~held_out]
+        return _Chosen(stored, indices, to_example)
+
+    full_name = builder.info.full_name
+    description = f"{full_name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
+    if class_names:
+        description += f"; classes {', '.join(class_names)}"
+    fingerprint = f"{full_name} {sizes} {(builder.info.metadata or {}).get('fingerprint', '')}"
+    return ExampleSource(full_name, fingerprint, kind, tuple(sizes), description, class_names, open_split)
+
+
+def _taken(count: int, fraction: float) -> np.ndarray:
+    """Which training examples are held out: always the same ones, spread over the whole."""
+    return np.sort(np.random.RandomState(0).permutation(count)[: max(1, round(count * fraction))])
+
+
+class _Chosen(Sequence[TextExample]):
+    """Some examples of a stored split."""
+
+    def __init__(
+        self, stored: Sequence[Example], indices: np.ndarray, to_example: Callable[[Example], TextExample]
+    ) -> None:
+        self._stored, self._indices, self._to_example = stored, indices, to_example
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> TextExample:
+        return self._to_example(self._stored[int(self._indices[index])])

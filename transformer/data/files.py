@@ -1,0 +1,97 @@
+"""Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2 or xz; what is no text is refused."""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from transformer.types import UserError
+from transformer.validation import require
+
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_REFUSED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES = (".gz", ".bz2", ".xz")
+
+
+@contextlib.contextmanager
+def open_file(path: epath.Path) -> Iterator[Any]:
+    """The bytes of a file, unpacked if it is compressed, whatever its name says.
+
+    Raises:
+        UserError: on reading, if compressed data ends too early or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            file.seek(0)
+            opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+            if opener is None:
+                yield file
+            else:
+                with opener(file) as unpacked:
+                    yield unpacked
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
+
+
+def read_file(path: epath.Path) -> bytes:
+    """All bytes of a file, unpacked if it is compressed."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def file_lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1; only one is in memory at a time."""
+    with open_file(path) as file:
+        yield from enumerate(file, 1)
+
+
+def kind_of(path: epath.Path) -> str:
+    """The suffix of a file's name without that of its compression: `.jsonl` of `a.jsonl.gz`."""
+    name = path.name.lower()
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return epath.Path(name).suffix
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8 text; what is not text is refused with its likely reason."""
+    for magic, kind in _REFUSED.items():
+        require(
+            not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
+        )
+    zero = data.find(b"\0")
+    require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"A text source must be UTF-8, {name} is not (byte {error.start}: {data[error.start]:#04x}): "
+            f"convert it, for example with `iconv -f LATIN1 -t UTF-8`."
+        ) from None
+
+
+def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its place for messages; blank lines are passed over."""
+    for number, line in file_lines(path):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(decode_text(line, place))
+        except json.JSONDecodeError as error:
+            raise UserError(f"Each line of a .jsonl source must be a JSON object; {place}: {error}.") from None
+        require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {place} is not.")
+        yield place, record
+
+
+def without_surrogates(text: str) -> str:
+    """The text with `?` for lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return codecs.decode(text.encode("utf-8", "replace"), "utf-8")

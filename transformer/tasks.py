@@ -1,0 +1,133 @@
+"""What each kind of objective trains: the architecture, the linen module, the loss, and the metrics of a split."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from transformer.config import Config
+from transformer.data.datasets import Dataset, ExampleData
+from transformer.data.example_batches import truncate
+from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
+from transformer.evaluation.confusion import macro_f1
+from transformer.evaluation.translation import translation_scores
+from transformer.generation.translate import translate
+from transformer.model_config import ModelConfig
+from transformer.models.classifier import Classifier
+from transformer.models.decoder import Decoder
+from transformer.models.encoder import Encoder
+from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.models.init import init_params
+from transformer.objectives.classification import classification
+from transformer.objectives.masked_lm import masked_lm
+from transformer.objectives.next_token import next_token
+from transformer.objectives.seq2seq import seq2seq
+from transformer.ops import dense_cpu
+from transformer.training.metrics import derive
+from transformer.types import Objective, PyTree
+from transformer.validation import require
+
+ARCHITECTURES = {
+    "next_token": "decoder",
+    "masked_lm": "encoder",
+    "classification": "encoder",
+    "seq2seq": "encoder_decoder",
+}
+
+
+def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] = ()) -> Config:
+    """The config with the model's vocab_size, max_length and num_classes filled in.
+
+    An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
+    classifier fits the encoder it starts from.
+    """
+    model, kind = config.model, config.objective.kind
+    smallest = tokenizer.vocab_size + (model.architecture == "encoder")
+    require(
+        model.architecture == ARCHITECTURES[kind],
+        f"Training the {kind} objective needs model.architecture={ARCHITECTURES[kind]}, got {model.architecture!r}.",
+    )
+    require(
+        model.vocab_size == 0 or model.vocab_size >= smallest,
+        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's.",
+    )
+    require(
+        model.num_classes in (0, len(class_names)) or kind != "classification",
+        f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
+    )
+    model = dataclasses.replace(
+        model,
+        vocab_size=model.vocab_size or smallest,
+        max_length=model.max_length or config.data.sequence_length,
+        num_classes=len(class_names) if kind == "classification" else 0,
+        source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> nn.Module:
+    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`."""
+    dot_general = dense_cpu.dot_general if cpu_kernels else jax.lax.dot_general
+    if config.architecture == "decoder":
+        return Decoder(config, dot_general=dot_general)
+    if config.architecture == "encoder_decoder":
+        return EncoderDecoder(config, dot_general=dot_general)
+    module = Classifier if config.num_classes > 0 else Encoder
+    return module(config, dot_general=dot_general)
+
+
+def make_params(model: nn.Module, key: Any) -> PyTree:
+    """Initial parameters."""
+    return init_params(model, key, *init_shapes(model), method=init_method(model))[0]
+
+
+def init_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Shapes of the token arrays that a model reads."""
+    return ((1, 1),) * (2 if isinstance(model, EncoderDecoder) else 1)
+
+
+def init_method(model: nn.Module) -> str:
+    """The method of a model that uses all its parameters."""
+    return "logits" if isinstance(model, Encoder) else "__call__"
+
+
+def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Objective:
+    """The loss of a resolved config."""
+    match config.objective.kind:
+        case "next_token":
+            return next_token(model, config.objective, tokenizer.token_bytes)
+        case "masked_lm":
+            return masked_lm(model, config.objective)
+        case "classification":
+            return classification(model, config.objective)
+        case "seq2seq":
+            return seq2seq(model, config.objective)
+
+
+def split_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of the summed statistics of a whole split."""
+    metrics = derive(sums)
+    if "confusion" in sums:
+        metrics["macro_f1"] = macro_f1(np.asarray(sums["confusion"]))
+    return metrics
+
+
+def generation_scores(
+    model: nn.Module, params: PyTree, tokenizer: Tokenizer, data: Dataset, split: str, config: Config
+) -> dict[str, Any]:
+    """Scores of what an encoder-decoder says to the sources of a whole split; nothing for other models."""
+    if not (isinstance(model, EncoderDecoder) and isinstance(data, ExampleData)):
+        return {}
+    examples, reader = data.source.examples(split), source_tokenizer(tokenizer)
+    room = config.data.sequence_length
+    sources = [
+        np.append(truncate(reader.encode(example.text), room - 1, config.data.truncate), reader.end_of_text)
+        for example in examples
+    ]
+    targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
+    return translation_scores(
+        [tokenizer.decode(target) for target in targets], [example.target for example in examples]
+    )
