@@ -110,8 +110,9 @@ class BlockConfig:
 class PositionConfig:
     """How a token's place enters the model."""
 
-    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
-    """none; learned or sinusoidal vectors added to embeddings; rotary (Su et al. 2021); alibi (Press et al. 2022)."""
+    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "t5"] = "rotary"
+    """none; learned or sinusoidal vectors added to embeddings; rotary (Su et al. 2021); alibi (Press et al. 2022); t5, a
+    learned bias for each bucket of distances (Raffel et al. 2020, section 2.1)."""
     theta: float = 10_000.0
     """Base of the rotary and sinusoidal wavelengths."""
     scaling: Literal["none", "linear", "llama3"] = "none"
@@ -120,10 +121,19 @@ class PositionConfig:
     """By how much the context is extended."""
     original_length: int = 8192
     """llama3 scaling: the context length before the extension."""
+    num_buckets: int = 32
+    """t5: buckets of distances (in an encoder, half of them for each direction)."""
+    max_distance: int = 128
+    """t5: distances from here on share the last bucket."""
 
     def __post_init__(self) -> None:
         require(self.theta > 0, f"PositionConfig.theta must be positive, got {self.theta}.")
         require_at_least(self, 1, "scaling_factor", "original_length")
+        require(
+            self.num_buckets >= 4 and self.num_buckets % 4 == 0 and self.max_distance > self.num_buckets // 2,
+            "PositionConfig.num_buckets must be a multiple of 4, and max_distance above half of it, "
+            f"got {self.num_buckets} and {self.max_distance}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +196,10 @@ class ModelConfig:
         require(
             len({block.norm.placement == "post" for block in self.pattern}) == 1,
             "ModelConfig.pattern cannot mix post-norm blocks with others: their residual streams differ in scale.",
+        )
+        require(
+            self.positions.kind != "t5" or len({block.attention.num_heads for block in self.pattern}) == 1,
+            "Positions of kind t5 share one bias for each head: the blocks of ModelConfig.pattern must have as many heads.",
         )
         for block in self.pattern:
             head_dim = block.attention.resolved_head_dim(self.embed_dim)

@@ -44,7 +44,7 @@ TEXTS = [[1, 2, 3, 4, 5, 6], [7], [8, 8, 2, 1, 11, 12, 3, 4, 5, 6], [3, 2, 1]]
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "t5"])
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
 def test_padding_and_neighbours_have_no_effect(pooling, kind, implementation):
     model, variables = make(pooling, kind, implementation)

@@ -17,7 +17,7 @@ from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi"]
+KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5"]
 
 
 def cheap_key(seed):
@@ -44,7 +44,15 @@ def jacobian(tiny, config, length):
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("none", "xla"), ("learned", "xla"), ("rotary", "xla"), ("alibi", "xla"), ("rotary", "blockwise")],
+    [
+        ("none", "xla"),
+        ("learned", "xla"),
+        ("rotary", "xla"),
+        ("alibi", "xla"),
+        ("t5", "xla"),
+        ("t5", "blockwise"),
+        ("rotary", "blockwise"),
+    ],
 )
 def test_causality_by_gradient(tiny, kind, backend):
     effect = jacobian(tiny, tiny.config(kind, attention={"implementation": backend}), 6)
@@ -109,7 +117,7 @@ def test_cached_is_full_for_any_chunks(tiny, chunks):
 
 
 @pytest.mark.parametrize(
-    ("kind", "window"), [("none", 3), ("learned", 0), ("sinusoidal", 0), ("rotary", 3), ("alibi", 3)]
+    ("kind", "window"), [("none", 3), ("learned", 0), ("sinusoidal", 0), ("rotary", 3), ("alibi", 3), ("t5", 3)]
 )
 def test_cached_is_full_for_every_kind(tiny, kind, window):
     config, tokens = tiny.config(kind, attention={"window": window}, num_layers=1), tiny.tokens((3, 8))
@@ -129,7 +137,7 @@ def test_cached_is_full_when_scanned(tiny):
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "t5"])
 def test_cached_rows_of_different_lengths(tiny, kind, backend):
     layers = 2 if kind == "rotary" else 1
     config = tiny.config(kind, attention={"implementation": backend}, num_layers=layers)
@@ -208,7 +216,7 @@ def test_cache_dtype(tiny):
 
 
 def test_positions_are_data(tiny):
-    for kind in ("learned", "rotary", "alibi"):
+    for kind in ("learned", "rotary", "alibi", "t5"):
         config, tokens = tiny.config(kind, num_layers=1), tiny.tokens((2, 5))
         plain = tiny.forward(config)(tiny.params(config), tokens)
         given = np.tile(np.arange(5, dtype=np.int32), (2, 1))

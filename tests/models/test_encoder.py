@@ -10,7 +10,7 @@ import pytest
 from transformer.layers.scan_params import scan_params
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi"]
+KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from transformer.ops import blockwise
 from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
-from transformer.ops.bias import AlibiBias
+from transformer.ops.bias import AlibiBias, T5Bias
 from transformer.ops.masks import AttentionMask
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -77,6 +77,11 @@ CASES = {
         "bias": AlibiBias.for_heads(H),
         "logits_soft_cap": 3.0,
     },
+    "t5": {"mask": AttentionMask(causal=True), "bias": T5Bias(normal(4, 8, H), bidirectional=False, max_distance=9)},
+    "t5 at positions": {
+        "mask": AttentionMask(window=9, key_positions=POSITIONS_S, query_offset=integers([1, 2])),
+        "bias": T5Bias(normal(5, 16, H), bidirectional=True, max_distance=12),
+    },
     "dense bias": {"bias": normal(3, B, H, T, S), "logits_soft_cap": 1.5},
     "broadcast bias": {"mask": AttentionMask(window=5), "bias": normal(3, 1, 1, T, S)},
 }
@@ -109,6 +114,16 @@ def bias_at(bias, row, head, query, key, distance):
         return 0.0
     if isinstance(bias, AlibiBias):
         return -bias.slopes[head] * abs(distance)
+    if isinstance(bias, T5Bias):
+        buckets, ahead = len(bias.table), distance < 0
+        if bias.bidirectional:
+            buckets //= 2
+        away = abs(distance) if bias.bidirectional else max(distance, 0)
+        exact = buckets // 2
+        if away >= exact:
+            growth = math.log(away / exact) / math.log(bias.max_distance / exact)
+            away = min(exact + int(growth * (buckets - exact)), buckets - 1)
+        return bias.table[away + (buckets if bias.bidirectional and ahead else 0), head]
     return bias[row % bias.shape[0], head % bias.shape[1], query, key]
 
 

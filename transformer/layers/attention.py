@@ -13,7 +13,7 @@ from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.model_config import AttentionConfig, PositionConfig
 from transformer.ops.attention import dot_product_attention
-from transformer.ops.bias import AlibiBias
+from transformer.ops.bias import AlibiBias, BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.positions import rotary
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
-        positions: rotary and alibi act here, other kinds on the embeddings.
+        positions: rotary, alibi and t5 act here, other kinds on the embeddings.
         init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
         residual_init_scale: multiplies that of the output projection.
         dtype: of activations and products.
@@ -54,6 +54,7 @@ class Attention(nn.Module):
         memory_BSD: Float[Array, "B S M"] | None = None,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
+        relative_bias: BiasDescription | None = None,
         cache: KVCache | MemoryCache | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache | MemoryCache]:
@@ -63,7 +64,8 @@ class Attention(nn.Module):
             inputs_BTD: what asks.
             memory_BSD: what is attended to; None means the inputs themselves.
             mask: who may attend to whom; `config.window` is added to it.
-            positions_BT: for rotary and alibi; None means 0, 1, ... (with a cache: its next slots, and nothing else).
+            positions_BT: for rotary, alibi and t5; None means 0, 1, ... (with a cache: its next slots, and nothing else).
+            relative_bias: for t5, which shares one among the layers of a stack.
             cache: a `KVCache` of the tokens before these makes self-attention causal, zeros in
                 `mask.query_segment_ids` being right padding. A `MemoryCache` keeps what cross-attention made of the
                 memory: pass the memory with the first call only.
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         config = self.config
         batch_size, num_tokens, embed_dim = inputs_BTD.shape
         cross = memory_BSD is not None or isinstance(cache, MemoryCache)
-        self._check(cross, mask, positions_BT, cache)
+        self._check(cross, mask, positions_BT, relative_bias, cache)
         head_dim = config.resolved_head_dim(embed_dim)
 
         query_BTHK = self._project("query", inputs_BTD, config.num_heads, head_dim)
@@ -101,8 +103,8 @@ class Attention(nn.Module):
             elif places_BT is None:
                 places_BT = jnp.arange(num_tokens, dtype=jnp.int32)[None]
             query_BTHK, key_BSGK = self._rotate(query_BTHK, places_BT), self._rotate(key_BSGK, places_BT)
-        elif self.positions.kind == "alibi":
-            bias = AlibiBias.for_heads(config.num_heads)
+        elif self.positions.kind in ("alibi", "t5"):
+            bias = AlibiBias.for_heads(config.num_heads) if self.positions.kind == "alibi" else relative_bias
             if positions_BT is not None:
                 # The bias sees what the mask compares. Without given positions that stays the indices, from which a
                 # backend knows while tracing which blocks to skip.
@@ -168,8 +170,13 @@ class Attention(nn.Module):
             original_length=self.positions.original_length,
         )
 
-    def _check(self, cross: bool, mask: AttentionMask, positions_BT: Any, cache: Any) -> None:
-        if cross and self.positions.kind in ("rotary", "alibi"):
+    def _check(self, cross: bool, mask: AttentionMask, positions_BT: Any, relative_bias: Any, cache: Any) -> None:
+        if (self.positions.kind == "t5") != (relative_bias is not None):
+            raise ValueError(
+                f"Positions of kind t5, and no others, need a relative_bias, got kind={self.positions.kind!r} and "
+                f"{type(relative_bias).__name__}; a `Stack` makes one, `RelativeBias` too."
+            )
+        if cross and self.positions.kind in ("rotary", "alibi", "t5"):
             raise ValueError(
                 f"Cross-attention has no common positions with its memory, got kind={self.positions.kind!r}; "
                 "use PositionConfig(kind='none')."

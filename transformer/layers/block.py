@@ -14,6 +14,7 @@ from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
 from transformer.model_config import BlockConfig, PositionConfig
+from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 
 
@@ -68,6 +69,7 @@ class Block(nn.Module):
         *,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
+        relative_bias: BiasDescription | None = None,
         memory_BSD: Float[Array, "B S M"] | None = None,
         memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: BlockCache | None = None,
@@ -79,6 +81,7 @@ class Block(nn.Module):
             inputs_BTD: the residual stream.
             mask: of self-attention.
             positions_BT: of the tokens, None meaning 0, 1, ... or the cache's next slots.
+            relative_bias: of self-attention, for t5 positions.
             memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
             memory_mask: of cross-attention.
             cache: what earlier calls left.
@@ -113,6 +116,7 @@ class Block(nn.Module):
             before("attention", x_BTD),
             mask=mask,
             positions_BT=positions_BT,
+            relative_bias=relative_bias,
             cache=None if cache is None else cache.attention,
             train=train,
         )

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.layers.linear import DotGeneral, kernel_product, normal_initializer, with_axes
 from transformer.model_config import PositionConfig
+from transformer.ops.bias import T5Bias
 from transformer.ops.positions import sinusoidal
 
 
@@ -95,3 +96,26 @@ def check_learned_length(max_length: int, length: int) -> None:
             f"Learned positions reach max_length={max_length} tokens, got {length}; raise max_length, shorten the "
             "sequence, or choose another kind of positions."
         )
+
+
+class RelativeBias(nn.Module):
+    """The learned bias of T5, one for all layers of a stack; its gradient is that of all of them.
+
+    Attributes:
+        config: number of buckets, and the distance that the last one begins at.
+        num_heads: of every attention layer.
+        init_std: standard deviation of the table; 0 means 1 / sqrt(num_heads).
+    """
+
+    config: PositionConfig
+    num_heads: int
+    init_std: float = 0.0
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, *, bidirectional: bool) -> T5Bias:
+        """The description that attention takes as `bias`; an encoder's tells the two directions apart."""
+        init = normal_initializer(self.init_std, self.num_heads)
+        shape = (self.config.num_buckets, self.num_heads)
+        table = self.param("embedding", with_axes(init, (None, "heads")), shape, self.param_dtype)
+        return T5Bias(table, bidirectional=bidirectional, max_distance=self.config.max_distance)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.layers.block import Block, BlockCache
 from transformer.layers.cache import cache_lengths, init_cache, init_memory_cache, next_slots
-from transformer.layers.embedding import PositionEmbedding, check_learned_length
+from transformer.layers.embedding import PositionEmbedding, RelativeBias, check_learned_length
 from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
 from transformer.model_config import BlockConfig, ModelConfig
@@ -121,8 +121,14 @@ class Stack(nn.Module):
         x_BTD = add_positions(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache))
         x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=not train)
 
+        relative_bias = None
+        if config.positions.kind == "t5":
+            heads, std = config.pattern[0].attention.num_heads, config.init_std
+            relative = RelativeBias(config.positions, heads, std, dtypes["param_dtype"], name="relative_bias")
+            relative_bias = relative(bidirectional=not mask.causal)
         context = {
             "mask": mask,
+            "relative_bias": relative_bias,
             "positions_BT": positions_BT,
             "memory_BSD": memory_BSD,
             "memory_mask": memory_mask,

@@ -60,3 +60,50 @@ class AlibiBias:
         """The float32 bias [B|1, H, t, s]; B is 1 if both positions have one row."""
         closeness = -jnp.abs(query_positions[:, None, :, None] - key_positions[:, None, None, :])
         return self.slopes.astype(jnp.float32)[None, :, None, None] * closeness.astype(jnp.float32)
+
+
+def t5_buckets(
+    distances: Int[jax.Array, "*B"], *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Int[jax.Array, "*B"]:
+    """The bucket of each distance, key minus query: exact near by, then ever wider (Raffel et al. 2020, section 2.1).
+
+    Half of a direction's buckets hold one distance each, the other half grow geometrically up to `max_distance`. In one
+    direction, keys later than the query share bucket 0.
+
+    >>> t5_buckets(jnp.array([0, -1, -3, -200, 1]), bidirectional=True, num_buckets=32, max_distance=128).tolist()
+    [0, 1, 3, 15, 17]
+    """
+    offset = jnp.zeros_like(distances)
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(distances > 0, num_buckets, 0)
+        away = jnp.abs(distances)
+    else:
+        away = jnp.maximum(-distances, 0)
+    exact = num_buckets // 2
+    # A distance below `exact` is not looked up here; the maximum keeps its logarithm finite.
+    ratio = jnp.log(jnp.maximum(away, exact).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    wide = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(away < exact, away, jnp.minimum(wide, num_buckets - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class T5Bias:
+    """A learned bias for each bucket of distances and each head (Raffel et al. 2020, section 2.1)."""
+
+    table: Any  # float [num_buckets, H]
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
+    max_distance: int = dataclasses.field(metadata={"static": True})
+
+    def block(
+        self, query_positions: Int[jax.Array, "#B t"], key_positions: Int[jax.Array, "#B s"]
+    ) -> Float[jax.Array, "B H t s"]:
+        """The float32 bias [B|1, H, t, s]; B is 1 if both positions have one row."""
+        buckets_Bts = t5_buckets(
+            key_positions[:, None, :] - query_positions[:, :, None],
+            bidirectional=self.bidirectional,
+            num_buckets=self.table.shape[0],
+            max_distance=self.max_distance,
+        )
+        return jnp.moveaxis(self.table.astype(jnp.float32)[buckets_Bts], -1, 1)
