@@ -25,6 +25,14 @@ class AttentionConfig:
     """Add a bias to the four projections."""
     window: int = 0
     """Attend to tokens fewer than this many positions away; 0 means all."""
+    pattern: Literal["dense", "strided", "fixed"] = "dense"
+    """Attend to blocks of tokens, strided or fixed, as the Sparse Transformer does (Child et al. 2019); dense means all."""
+    pattern_block: int = 64
+    """Tokens of a pattern's block."""
+    pattern_stride: int = 8
+    """Blocks of a pattern's local part, and from one block it sees beyond to the next."""
+    pattern_summary: int = 1
+    """fixed: blocks at the end of each stride that everything sees."""
     logits_soft_cap: float = 0.0
     """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
@@ -33,7 +41,12 @@ class AttentionConfig:
     """Attention backend: xla is the reference, blockwise needs memory linear in the sequence."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_heads")
+        require_at_least(self, 1, "num_heads", "pattern_block", "pattern_stride", "pattern_summary")
+        require(
+            self.pattern_summary <= self.pattern_stride,
+            f"AttentionConfig.pattern_summary must not exceed pattern_stride={self.pattern_stride}, "
+            f"got {self.pattern_summary}.",
+        )
         require_at_least(self, 0, "num_kv_heads", "head_dim", "window", "logits_soft_cap")
         require_range(self, 0, 1, "dropout")
         require(

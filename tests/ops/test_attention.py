@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from transformer.ops import blockwise
 from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
 from transformer.ops.bias import AlibiBias, T5Bias
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -31,7 +31,7 @@ B, T, S, H, G, K = 2, 11, 13, 4, 2, 8
 @pytest.fixture(params=BACKENDS)
 def attend(request, monkeypatch):
     if request.param in BLOCKS:
-        monkeypatch.setattr(blockwise, "choose_blocks", lambda num_queries, num_keys: BLOCKS[request.param])
+        monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: BLOCKS[request.param])
     implementation = "blockwise" if request.param in BLOCKS else "xla"
     return functools.partial(dot_product_attention, implementation=implementation)
 
@@ -77,6 +77,17 @@ CASES = {
         "bias": AlibiBias.for_heads(H),
         "logits_soft_cap": 3.0,
     },
+    "strided": {"mask": AttentionMask(causal=True, pattern=BlockPattern("strided", block_size=2, stride=2))},
+    "strided, both ways": {"mask": AttentionMask(pattern=BlockPattern("strided", block_size=1, stride=4))},
+    "fixed": {"mask": AttentionMask(causal=True, pattern=BlockPattern("fixed", block_size=1, stride=4, summary=2))},
+    "fixed at positions": {
+        "mask": AttentionMask(
+            pattern=BlockPattern("fixed", block_size=2, stride=3),
+            window=9,
+            key_positions=POSITIONS_S,
+            query_offset=integers([1, 2]),
+        ),
+    },
     "t5": {"mask": AttentionMask(causal=True), "bias": T5Bias(normal(4, 8, H), bidirectional=False, max_distance=9)},
     "t5 at positions": {
         "mask": AttentionMask(window=9, key_positions=POSITIONS_S, query_offset=integers([1, 2])),
@@ -96,8 +107,9 @@ def places(mask, row):
     return queries.tolist(), keys.tolist()
 
 
-def sees(mask, row, query, key, distance):
-    """The mask's documentation, one pair at a time; `distance` is how far the query stands behind the key."""
+def sees(mask, row, query, key, query_place, key_place):
+    """The mask's documentation, one pair at a time."""
+    distance = query_place - key_place
     query_segment = None if mask.query_segment_ids is None else mask.query_segment_ids[row, query]
     key_segment = None if mask.key_segment_ids is None else mask.key_segment_ids[row, key]
     if query_segment == 0 or key_segment == 0:
@@ -106,6 +118,13 @@ def sees(mask, row, query, key, distance):
         return False
     if (mask.causal and distance < 0) or (mask.window and abs(distance) >= mask.window):
         return False
+    if mask.pattern is not None:
+        size, stride, summary = mask.pattern.block_size, mask.pattern.stride, mask.pattern.summary
+        i, j = query_place // size, key_place // size
+        if mask.pattern.kind == "strided" and not (abs(i - j) < stride or (i - j) % stride == 0):
+            return False
+        if mask.pattern.kind == "fixed" and not (i // stride == j // stride or j % stride in range(stride)[-summary:]):
+            return False
     return mask.key_lengths is None or key < mask.key_lengths[row]
 
 
@@ -141,7 +160,7 @@ def one_head_at_a_time(query, key, value, mask=None, bias=None, scale=None, logi
                 terms = []
                 for s in range(key.shape[1]):
                     distance = query_places[t] - key_places[s]
-                    if sees(mask, row, t, s, distance):
+                    if sees(mask, row, t, s, query_places[t], key_places[s]):
                         logit = query[row, t, head] @ key[row, s, group] * (scale or 1 / math.sqrt(K))
                         if logits_soft_cap:
                             logit = logits_soft_cap * math.tanh(logit / logits_soft_cap)
@@ -180,7 +199,7 @@ def test_reference_is_a_loop_over_heads(case):
 @pytest.mark.parametrize("backend", BLOCKS)
 @pytest.mark.parametrize("case", CASES)
 def test_backends_equal_the_reference_in_values_and_gradients(backend, case, monkeypatch):
-    monkeypatch.setattr(blockwise, "choose_blocks", lambda num_queries, num_keys: BLOCKS[backend])
+    monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: BLOCKS[backend])
     attend = functools.partial(dot_product_attention, implementation="blockwise")
     out, gradients = values_and_gradients(attend, *qkv(), **CASES[case])
     expected_out, expected_gradients = reference_gradients(case)

@@ -9,7 +9,7 @@ import pytest
 
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.blockwise import Blocks, blockwise_attention, choose_blocks
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -76,6 +76,36 @@ def test_excluded_blocks_are_never_computed(blocks):
     assert finite_rows(AttentionMask(window=2), slice(12, None)) == "1111111100000000"
     segments = jnp.ones((1, length), jnp.int32)
     assert finite_rows(AttentionMask.packed(segments, causal=True), slice(12, None)) == "1111111111110000"
+
+
+def test_blocks_outside_a_pattern_are_never_computed():
+    blocks, length = Blocks(4, 4, unrolled=False), 32
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, 1, 4)), jnp.float32)
+
+    def touched(pattern):
+        """For each block of queries, the blocks of keys whose NaN it meets."""
+        mask = AttentionMask(causal=True, pattern=pattern)
+        attend = jax.jit(functools.partial(blockwise_attention, mask=mask, bias=None, scale=1.0, blocks=blocks))
+        columns = []
+        for block in range(8):
+            out = attend(x, x, x.at[:, 4 * block : 4 * block + 4].set(jnp.nan))
+            columns.append(np.isnan(out).any(axis=(0, 2, 3)).reshape(8, 4).any(axis=1))
+        return ["".join(str(int(cell)) for cell in row) for row in np.stack(columns, axis=1)]
+
+    assert touched(BlockPattern("strided", block_size=4, stride=3)) == [
+        *("10000000", "11000000", "11100000", "11110000", "01111000", "00111100", "10011110", "01001111")
+    ]
+    assert touched(BlockPattern("fixed", block_size=4, stride=3)) == [
+        *("10000000", "11000000", "11100000", "00110000", "00111000", "00111100", "00100110", "00100111")
+    ]
+    # Halves and doubles of the blocks that are computed: what any part of a block needs is computed.
+    assert touched(BlockPattern("fixed", block_size=2, stride=3))[4] == "01111000"
+    assert touched(BlockPattern("fixed", block_size=8, stride=2))[5] == "00111100"
+
+
+def test_a_pattern_chooses_the_blocks():
+    assert choose_blocks(8192, 8192, BlockPattern("fixed", block_size=128, stride=8)) == Blocks(128, 128, False)
+    assert choose_blocks(8192, 8192, BlockPattern("fixed", block_size=4, stride=8)) == Blocks(64, 64, False)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

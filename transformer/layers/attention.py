@@ -14,7 +14,7 @@ from transformer.layers.norm import RMSNorm
 from transformer.model_config import AttentionConfig, PositionConfig
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.bias import AlibiBias, BiasDescription
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 from transformer.ops.positions import rotary
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         Args:
             inputs_BTD: what asks.
             memory_BSD: what is attended to; None means the inputs themselves.
-            mask: who may attend to whom; `config.window` is added to it.
+            mask: who may attend to whom; `config.window` and `config.pattern` are added to it.
             positions_BT: for rotary, alibi and t5; None means 0, 1, ... (with a cache: its next slots, and nothing else).
             relative_bias: for t5, which shares one among the layers of a stack.
             cache: a `KVCache` of the tokens before these makes self-attention causal, zeros in
@@ -95,6 +95,9 @@ class Attention(nn.Module):
         if config.window > 0:
             window = min(config.window, mask.window or config.window)
             mask = dataclasses.replace(mask, window=window)
+        if config.pattern != "dense" and not cross:
+            pattern = BlockPattern(config.pattern, config.pattern_block, config.pattern_stride, config.pattern_summary)
+            mask = dataclasses.replace(mask, pattern=pattern)
         bias = None
         if self.positions.kind == "rotary":
             places_BT = positions_BT
@@ -116,7 +119,13 @@ class Attention(nn.Module):
             offset_B = cache.lengths_B
             cache = write_cache(cache, key_BSGK, value_BSGK, valid_BT)
             key_BSGK, value_BSGK = jnp.swapaxes(cache.key_BGPK, 1, 2), jnp.swapaxes(cache.value_BGPK, 1, 2)
-            mask = AttentionMask(causal=True, window=mask.window, query_offset=offset_B, key_lengths=cache.lengths_B)
+            mask = AttentionMask(
+                causal=True,
+                window=mask.window,
+                pattern=mask.pattern,
+                query_offset=offset_B,
+                key_lengths=cache.lengths_B,
+            )
 
         dropout_rate = config.dropout if train else 0.0
         out_BTHK = dot_product_attention(

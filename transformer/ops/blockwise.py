@@ -10,12 +10,14 @@ import numpy as np
 from jaxtyping import Float
 
 from transformer.ops.bias import BiasDescription
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 # Up to so many queries the blocks are written out; beyond, the program and its memory would grow with their number.
 _UNROLLED_QUERIES = 512
+# Products of smaller blocks cost more than what they skip.
+_SMALLEST = 64
 
 
 class Blocks(NamedTuple):
@@ -28,14 +30,15 @@ class Blocks(NamedTuple):
     """Each block of queries written out, against all keys it may see at once; else two nested loops."""
 
 
-def choose_blocks(num_queries: int, num_keys: int) -> Blocks:
-    """Blocks for plain XLA.
+def choose_blocks(num_queries: int, num_keys: int, pattern: BlockPattern | None = None) -> Blocks:
+    """Blocks for plain XLA; those of a pattern, so that all it leaves out is skipped.
 
     A compiler that orders unrolled blocks freely may keep all of them alive, so they serve short sequences only.
     """
     if num_queries <= _UNROLLED_QUERIES:
         return Blocks(min(128, num_queries), num_keys, unrolled=True)
-    return Blocks(256, min(256, num_keys), unrolled=False)
+    size = 256 if pattern is None else min(max(pattern.block_size, _SMALLEST), 512)
+    return Blocks(size, min(size, num_keys), unrolled=False)
 
 
 def blockwise_attention(
@@ -52,12 +55,12 @@ def blockwise_attention(
     """The same as the reference without its [T, S] arrays (Rabe and Staats 2021; Dao et al. 2022, algorithms 1 and 4).
 
     The forward pass keeps the output and the logarithm of each softmax's denominator; the backward pass recomputes
-    the weights from them, block by block. Blocks that `mask.key_range` excludes are never computed. Gradients are
+    the weights from them, block by block. Blocks that `mask.key_blocks` leaves out are never computed. Gradients are
     reverse-mode only (`jax.custom_vjp`).
     """
     B, T, H, K = query_BTHK.shape
     _, S, G, _ = key_BSGK.shape
-    blocks = choose_blocks(T, S) if blocks is None else blocks
+    blocks = choose_blocks(T, S, mask.pattern) if blocks is None else blocks
     query_BGRTK = query_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     key_BGSK, value_BGSK = key_BSGK.transpose(0, 2, 1, 3), value_BSGK.transpose(0, 2, 1, 3)
     if not blocks.unrolled:
@@ -218,21 +221,32 @@ def _over_blocks(settings: _Settings, mask: AttentionMask, num_queries: int, att
             outputs.append(output)
         return carry, tuple(jnp.concatenate(pieces, axis=3) for pieces in zip(*outputs, strict=True))
 
-    ranges = np.asarray([mask.key_range(start, query_size, settings.num_keys) for start in starts], np.int32)
-    first, last = ranges[:, 0] // key_size, -(-ranges[:, 1] // key_size)
+    visited = [mask.key_blocks(start, query_size, key_size, settings.num_keys) for start in starts]
+    counts = np.asarray([len(indices) for indices in visited], np.int32)
+    # Mostly they follow each other; only a pattern's need a table.
+    first = np.asarray([indices[0] if indices else 0 for indices in visited], np.int32)
+    contiguous = all(
+        indices == list(range(start, start + len(indices)))
+        for indices, start in zip(visited, first.tolist(), strict=True)
+    )
+    table = np.zeros((len(visited), 0 if contiguous else counts.max()), np.int32)
+    for row, indices in zip(table, visited, strict=True):
+        if not contiguous:
+            row[: len(indices)] = indices
 
     def attend_one(carry: Any, block: Any) -> Any:
-        start, first, last = block
+        start, first, count, indices = block
 
         def key_blocks(step: Any, initial: Any) -> Any:
-            def body(index: Any, carry: Any) -> Any:
+            def body(number: Any, carry: Any) -> Any:
+                index = first + number if contiguous else indices[number]
                 return step(carry, _Block(start, query_size, index * key_size, key_size))
 
-            return jax.lax.fori_loop(first, last, body, initial)
+            return jax.lax.fori_loop(0, count, body, initial)
 
         return attend_queries(carry, start, query_size, key_blocks)
 
-    carry, outputs = jax.lax.scan(attend_one, carry, (np.asarray(starts, np.int32), first, last))
+    carry, outputs = jax.lax.scan(attend_one, carry, (np.asarray(starts, np.int32), first, counts, table))
     return carry, tuple(_join(output) for output in outputs)
 
 

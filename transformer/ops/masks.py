@@ -1,15 +1,58 @@
 """Attention masks as descriptions: who may attend to whom, without a [T, S] array until a backend wants one."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Int
 
 
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPattern:
+    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2).
+
+    The paper's patterns, with blocks of `block_size` tokens for its tokens, both of its heads in one. Rows are blocks of
+    queries, columns of keys, `1` means sees; with `stride=3`, and causal besides:
+
+        strided            fixed, summary=1
+        1 0 0 0 0 0        1 0 0 0 0 0
+        1 1 0 0 0 0        1 1 0 0 0 0
+        1 1 1 0 0 0        1 1 1 0 0 0
+        1 1 1 1 0 0        0 0 1 1 0 0
+        0 1 1 1 1 0        0 0 1 1 1 0
+        0 0 1 1 1 1        0 0 1 1 1 1
+
+    strided: the blocks fewer than `stride` away, and every `stride`-th one from there. fixed: the blocks of the same group of
+    `stride`, and the last `summary` blocks of every group.
+    """
+
+    kind: Literal["strided", "fixed"]
+    block_size: int
+    stride: int
+    summary: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("strided", "fixed"):
+            raise ValueError(f"BlockPattern.kind must be strided or fixed, got {self.kind!r}.")
+        if self.block_size < 1 or not 1 <= self.summary <= self.stride:
+            raise ValueError(
+                "BlockPattern needs block_size of at least 1 and 1 <= summary <= stride, got "
+                f"block_size={self.block_size}, stride={self.stride} and summary={self.summary}."
+            )
+
+    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+        """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
+        if self.kind == "strided":
+            distance = abs(query_blocks - key_blocks)
+            return (distance < self.stride) | (distance % self.stride == 0)
+        same = query_blocks // self.stride == key_blocks // self.stride
+        return same | (key_blocks % self.stride >= self.stride - self.summary)
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +68,7 @@ class AttentionMask:
         1 1 1 0            0 1 1 1            0 1 1 0            0 0 1 0             1 1 0 0
         1 1 1 1            0 0 1 1            0 0 1 1            0 0 0 0             1 1 0 0
 
-    `causal` and `window` compare positions where they are given, else indices, a query's index being
+    `causal`, `window` and `pattern` compare positions where they are given, else indices, a query's index being
     `query_offset + row` (two new tokens behind two cached ones: `causal=True, query_offset=[2]`):
 
         1 1 1 0
@@ -41,6 +84,8 @@ class AttentionMask:
     """No key later than the query."""
     window: int = _static(0)
     """Keys fewer than this many places away on either side; 0 means any distance."""
+    pattern: BlockPattern | None = _static(None)
+    """Only keys in blocks that the query's block sees."""
     query_segment_ids: Any = None  # int [B, T]
     key_segment_ids: Any = None  # int [B, S]
     query_positions: Any = None  # int [B, T]
@@ -59,7 +104,7 @@ class AttentionMask:
 
     @property
     def compares_indices(self) -> bool:
-        """Whether `causal` and `window` are known when tracing: neither positions nor an offset are given."""
+        """Whether `causal`, `window` and `pattern` are known when tracing: neither positions nor an offset are given."""
         return self.query_positions is None and self.key_positions is None and self.query_offset is None
 
     def key_range(self, query_start: int, query_size: int, num_keys: int) -> tuple[int, int]:
@@ -73,6 +118,20 @@ class AttentionMask:
                 low = max(low, query_start - self.window + 1)
                 high = min(high, query_last + self.window)
         return low, max(low, high)
+
+    def key_blocks(self, query_start: int, query_size: int, key_size: int, num_keys: int) -> list[int]:
+        """The blocks of `key_size` keys in which any of the queries may see something, known when tracing."""
+        low, high = self.key_range(query_start, query_size, num_keys)
+        blocks = np.arange(low // key_size, -(-high // key_size))
+        if self.pattern is None or not self.compares_indices:
+            return blocks.tolist()
+        unit = self.pattern.block_size
+        queries = np.arange(query_start // unit, (query_start + query_size - 1) // unit + 1)
+        keys = np.arange(-(-num_keys // unit))
+        seen = keys[self.pattern.sees(queries[:, None], keys).any(axis=0)]
+        # A pattern's block may lie in several of these blocks, and the other way round.
+        first, last = seen * unit // key_size, ((seen + 1) * unit - 1) // key_size
+        return [b for b in blocks.tolist() if np.any((first <= b) & (b <= last))]
 
     def query_places(self, start: Any, size: int) -> Int[jax.Array, "B t"]:
         """What `causal`, `window` and biases compare, for queries `start` to `start + size`; B is 1 if rows agree."""
@@ -96,13 +155,15 @@ class AttentionMask:
     ) -> Bool[jax.Array, "B 1 query_size key_size"]:
         """The mask of some queries and some keys; starts may be traced, sizes may not."""
         visible = jnp.ones((1, query_size, key_size), bool)
-        if self.causal or self.window > 0:
+        if self.causal or self.window > 0 or self.pattern is not None:
             queries = self.query_places(query_start, query_size)[:, :, None]
             keys = self.key_places(key_start, key_size)[:, None, :]
             if self.causal:
                 visible &= keys <= queries
             if self.window > 0:
                 visible &= abs(queries - keys) < self.window
+            if self.pattern is not None:
+                visible &= self.pattern.sees(queries // self.pattern.block_size, keys // self.pattern.block_size)
         query_segments = key_segments = None
         if self.query_segment_ids is not None:
             query_segments = _columns(self.query_segment_ids, query_start, query_size)[:, :, None]
