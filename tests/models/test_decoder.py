@@ -126,6 +126,29 @@ def test_cached_is_full_for_every_kind(tiny, kind, window):
     np.testing.assert_allclose(cached, full, atol=2e-5)
 
 
+PATTERNS = [
+    {"pattern": "strided", "pattern_block": 1, "pattern_stride": 3},
+    {"pattern": "fixed", "pattern_block": 2, "pattern_stride": 2},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern["pattern"])
+def test_patterns_cached_and_packed(tiny, pattern):
+    config = tiny.config("rotary", attention=pattern, num_layers=1)
+    tokens = tiny.tokens((3, 8))
+    full = tiny.forward(config)(tiny.params(config), tokens)
+    dense = tiny.forward(tiny.config("rotary", num_layers=1))(tiny.params(config), tokens)
+    assert np.abs(full - dense).max() > 1e-3
+    cached, _ = read_in_chunks(tiny, config, tiny.params(config), tokens, (5, 1, 1, 1))
+    np.testing.assert_allclose(cached, full, atol=2e-5)
+    # The second document begins in the middle of a block of the row.
+    segments = jnp.tile(jnp.array([[1] * 3 + [2] * 5], jnp.int32), (3, 1))
+    positions = jnp.tile(jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]], jnp.int32), (3, 1))
+    packed = tiny.forward(config)(tiny.params(config), tokens, segment_ids_BT=segments, positions_BT=positions)
+    alone = tiny.forward(config)(tiny.params(config), tokens[:, 3:])
+    np.testing.assert_allclose(packed[:, 3:], alone, atol=2e-5)
+
+
 def test_cached_is_full_when_scanned(tiny):
     loop, tokens = tiny.config("rotary"), tiny.tokens((3, 8))
     scanned = dataclasses.replace(loop, scan_layers=True)

@@ -108,11 +108,11 @@ class Attention(nn.Module):
             query_BTHK, key_BSGK = self._rotate(query_BTHK, places_BT), self._rotate(key_BSGK, places_BT)
         elif self.positions.kind in ("alibi", "t5"):
             bias = AlibiBias.for_heads(config.num_heads) if self.positions.kind == "alibi" else relative_bias
-            if positions_BT is not None:
-                # The bias sees what the mask compares. Without given positions that stays the indices, from which a
-                # backend knows while tracing which blocks to skip.
-                places_BT = jnp.broadcast_to(positions_BT, (batch_size, num_tokens))
-                mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
+        if positions_BT is not None and not cross and (bias is not None or mask.pattern is not None):
+            # A bias and a pattern see what the mask compares: in a packed row, places within each document. Without given
+            # positions these stay the indices, from which a backend knows while tracing which blocks to skip.
+            places_BT = jnp.broadcast_to(positions_BT, (batch_size, num_tokens))
+            mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
 
         if isinstance(cache, KVCache):
             valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
