@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -162,7 +162,9 @@ def check_workdir(config: Config) -> int:
         raise UserError(
             f"A run directory must be new or hold a run ({CONFIG_FILE}), {workdir} holds other files; choose another workdir."
         )
-    conflicts = resume_conflicts(json.loads((workdir / CONFIG_FILE).read_text()), to_dict(config))
+    # Read as a config, a run of before a field existed has that field's default.
+    begun = from_dict(Config, json.loads((workdir / CONFIG_FILE).read_text()))
+    conflicts = resume_conflicts(to_dict(begun), to_dict(config))
     if conflicts:
         raise UserError(
             f"A run goes on with the config it began with; {workdir} differs in\n  "
@@ -244,7 +246,7 @@ def train(
         (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
         scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
         if "bits_per_byte" in last:
-            others = compressed_bits_per_byte(data.texts("validation"))
+            others = compressed_bits_per_byte(_scored_texts(data, run.tokenizer, "validation"))
             scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
         console.print(f"validation {', '.join(scores)}")
 
@@ -330,19 +332,28 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
 
 
 def evaluate(
-    workdir: str | os.PathLike[str], *, split: str = "validation", source: Sequence[str] = (), data_dir: str = ""
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    source: Sequence[str] = (),
+    data_dir: str = "",
+    stride: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of a run's model over a whole split; for a language model next to gzip's and xz's on the same text.
+    """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
 
     Args:
         workdir: of the run.
         split: train, validation or test.
         source: corpora to score instead of the run's own.
         data_dir: where prepared datasets live, instead of where the run's do.
+        stride: `data.stride`, instead of the run's.
+        limit: `data.limit`, instead of the run's.
     """
     model, params, tokenizer, config, step = load(workdir)
     changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
     changes |= {"data_dir": data_dir} if data_dir else {}
+    changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
     data = open_data(dataclasses.replace(config.data, **changes), config.objective)
     step_function = jax.jit(make_eval_step(make_objective(config, model, tokenizer)))
     sums = sum_statistics(step_function, params, data.evaluation_batches(tokenizer, split))
@@ -356,11 +367,19 @@ def evaluate(
         **generation_scores(model, params, tokenizer, data, split, config),
     }
     if "bytes" in sums:
-        others = compressed_bits_per_byte(data.texts(split))
+        others = compressed_bits_per_byte(_scored_texts(data, tokenizer, split))
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:
         scores |= {"classes": list(data.class_names), "confusion": sums["confusion"].astype(int).tolist()}
     return scores
+
+
+def _scored_texts(data: Dataset, tokenizer: Tokenizer, split: str) -> Iterator[str]:
+    """What is scored of running text: all of a split, or as much of it as `data.limit` allows."""
+    batches: Any = data.evaluation_batches(tokenizer, split)
+    if batches.config.limit == 0:
+        return data.texts(split)
+    return (tokenizer.decode(pairs.targets) for pairs in batches.documents())
 
 
 def use_compilation_cache() -> None:

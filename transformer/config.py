@@ -46,6 +46,11 @@ class DataConfig:
     """Lengths that batches of labelled texts or pairs are padded to; empty means 1/4, 1/2 and 1 of sequence_length."""
     pack: bool = True
     """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
+    stride: int = 0
+    """Evaluation of running text: 0 scores rows of packed documents; else each window of a document moves on by so many
+    tokens, and only they are scored, so that (almost) a whole window precedes each."""
+    limit: int = 0
+    """Evaluation of running text: score no more than so many tokens of a split, its first ones; 0 means all."""
     num_streams: int = 0
     """Virtual streams the corpus is dealt into; 0 means the largest divisor of batch_size up to 64."""
     shuffle_seed: int = 0
@@ -72,7 +77,11 @@ class DataConfig:
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
         require_at_least(self, 257, "tokenizer_size")
-        require_at_least(self, 0, "num_streams", "shuffle_seed")
+        require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
+        require(
+            self.stride <= self.sequence_length,
+            f"DataConfig.stride must not exceed sequence_length={self.sequence_length}, got {self.stride}.",
+        )
         require(
             all(0 < bucket <= self.sequence_length for bucket in self.buckets)
             and tuple(sorted(set(self.buckets))) == self.buckets

@@ -12,6 +12,8 @@ RESUMABLE = (
     "workdir",
     "parallel.",
     "data.data_dir",
+    "data.stride",
+    "data.limit",
     "training.steps",
     "training.log_every",
     "training.eval_every",

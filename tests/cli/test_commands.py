@@ -132,6 +132,17 @@ def test_another_runs_directory_is_refused(workdir, arguments, capsys, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_of_before_a_field_existed_goes_on(workdir, arguments, capsys):
+    path = workdir / "config.json"
+    whole = path.read_text()
+    description = json.loads(whole)
+    del description["data"]["truncate"]
+    path.write_text(json.dumps(description))
+    main(["train", *arguments, "--workdir", str(workdir)])
+    assert "is finished" in capsys.readouterr().out.replace("\n", "")
+    path.write_text(whole)
+
+
 # ---- load, evaluate, generate ----------------------------------------------------------------------------------------
 
 
@@ -162,6 +173,19 @@ def test_evaluate_repeats_the_last_score_and_scores_other_text(workdir, place, c
     assert other["source"] == [str(place / "other.txt")]
     assert 0 < other["bytes"] < 1900
     assert other["loss"] != scores["loss"]
+
+
+def test_evaluate_with_more_context_on_fewer_bytes(workdir, capsys):
+    """With as much context as there is room for, and next to compressors on the same bytes."""
+
+    def scores(*options):
+        main(["evaluate", str(workdir), *options])
+        return json.loads(capsys.readouterr().out)
+
+    whole, cut = scores(), scores("--data.stride", "8", "--data.limit", "500")
+    assert cut["targets"] == 500 < whole["targets"]
+    assert 490 < cut["bytes"] <= 500
+    assert cut["xz_bits_per_byte"] > whole["xz_bits_per_byte"]
 
 
 def test_generate_repeats_by_seed(workdir, capsys):

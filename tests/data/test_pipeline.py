@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import re
@@ -314,6 +315,33 @@ def test_evaluation_does_not_depend_on_how_text_is_stored_or_read_in_training(ma
     expected = _evaluated(make_config(folder))
     for changes in ({"record_bytes": 64}, {"pack": False}, {"shuffle_seed": 3}, {"num_streams": 2}):
         _assert_equal(_evaluated(make_config(folder, **changes)), expected)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_with_a_stride_every_target_is_scored_once_behind_almost_a_whole_window(make_config, write_folder, stride):
+    folder = write_folder()
+    config = make_config(folder, validation_fraction=0.4, stride=stride)
+    everything = _concatenate(_evaluated(config))
+    scored = everything.weights > 0
+    documents = list(split_text(open_source(str(folder), config), "validation"))
+    assert _documents(everything.targets[scored]) == documents
+    context = np.broadcast_to(np.arange(16), scored.shape)[scored]
+    place_in_document = np.concatenate([np.arange(len(text.encode()) + 1) for text in documents])
+    np.testing.assert_array_equal(context >= np.minimum(place_in_document, 16 - stride), True)
+    for row in np.flatnonzero(scored.any(axis=1)):
+        valid = everything.segment_ids[row] > 0
+        assert set(everything.segment_ids[row][valid]) == {1}
+        assert everything.positions[row][valid].tolist() == list(range(valid.sum()))
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_limit_cuts_the_split_short(make_config, write_folder, stride):
+    config = make_config(write_folder(), validation_fraction=0.4, stride=stride)
+    everything, cut = (_concatenate(_evaluated(dataclasses.replace(config, limit=limit))) for limit in (0, 77))
+    targets, first = (batch.targets[batch.weights > 0] for batch in (everything, cut))
+    assert first.tolist() == targets[:77].tolist()
+    batches = evaluation_batches(dataclasses.replace(config, limit=77), BYTES, "validation")
+    assert sum(len(pairs.targets) for pairs in batches.documents()) == 77
 
 
 def test_evaluation_can_be_iterated_again(make_config, write_folder):

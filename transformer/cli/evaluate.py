@@ -16,6 +16,10 @@ class DataArguments:
     """Corpora to score instead of those the run was trained on."""
     data_dir: str = ""
     """Where prepared datasets live; empty means where the run's do."""
+    stride: int | None = None
+    """Score windows of running text that move on by so many tokens; 0 means packed documents."""
+    limit: int | None = None
+    """Score no more than so many tokens of running text; 0 means all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,5 +41,7 @@ def main(arguments: list[str]) -> None:
         split=options.split,
         source=options.data.source,
         data_dir=options.data.data_dir,
+        stride=options.data.stride,
+        limit=options.data.limit,
     )
     print(json.dumps(scores))

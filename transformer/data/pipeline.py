@@ -72,7 +72,8 @@ class EvaluationBatches:
     """A whole split, in order, each document once and whole; iterate as often as needed.
 
     Rows are packed, and their documents kept apart, whatever `config.pack` says; a document longer than a row goes on
-    in the next one, without its context. The last batch is filled up with rows of weight 0.
+    in the next one, without its context. With `config.stride`, a row is a window of one document, and only what the window
+    before it did not score counts. The last batch is filled up with rows of weight 0.
     """
 
     config: DataConfig
@@ -92,10 +93,10 @@ class EvaluationBatches:
     def _batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
         batch, row, column, segment = empty_batch(size, length), 0, 0, 0
-        for pairs in self._pairs():
+        for pairs in self._windows():
             offset = 0
             while offset < len(pairs.inputs):
-                if column == length:
+                if column == length or (self.config.stride > 0 and column > 0):
                     row, column, segment = row + 1, 0, 0
                 if row == size:
                     yield batch
@@ -106,10 +107,32 @@ class EvaluationBatches:
         if column > 0:
             yield batch
 
-    def _pairs(self) -> Iterator[Pairs]:
+    def _windows(self) -> Iterator[Pairs]:
+        """Documents; with a stride, windows of them, whose first tokens are read but not scored."""
+        length, stride = self.config.sequence_length, self.config.stride
+        for pairs in self.documents():
+            if stride == 0:
+                yield pairs
+                continue
+            scored = 0
+            while scored < len(pairs.inputs):
+                stop = min(scored + (stride if scored else length), len(pairs.inputs))
+                start = max(0, stop - length)
+                weights = pairs.weights[start:stop].copy()
+                weights[: scored - start] = 0
+                yield Pairs(pairs.inputs[start:stop], pairs.targets[start:stop], weights)
+                scored = stop
+
+    def documents(self) -> Iterator[Pairs]:
+        """The documents that are scored, the last one cut at the limit."""
+        left = self.config.limit or sys.maxsize
         for source in self.sources:
             for prompt, text in whole_documents(source, self.split):
-                yield make_pairs(self.tokenizer, Record(text, prompt, continues=False, last=True))
+                pairs = make_pairs(self.tokenizer, Record(text, prompt, continues=False, last=True))
+                yield Pairs(*(field[:left] for field in pairs))
+                left -= len(pairs.inputs)
+                if left <= 0:
+                    return
 
 
 def evaluation_batches(
