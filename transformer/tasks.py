@@ -10,7 +10,7 @@ import numpy as np
 
 from transformer.config import Config
 from transformer.data.datasets import Dataset, ExampleData
-from transformer.data.example_batches import truncate
+from transformer.data.example_batches import source_tokens
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.evaluation.confusion import macro_f1
 from transformer.evaluation.translation import translation_scores
@@ -123,10 +123,7 @@ def generation_scores(
         return {}
     examples, reader = data.source.examples(split), source_tokenizer(tokenizer)
     room = config.data.sequence_length
-    sources = [
-        np.append(truncate(reader.encode(example.text), room - 1, config.data.truncate), reader.end_of_text)
-        for example in examples
-    ]
+    sources = [source_tokens(reader, example.text, config.data) for example in examples]
     targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
     return translation_scores(
         [tokenizer.decode(target) for target in targets], [example.target for example in examples]

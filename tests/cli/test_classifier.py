@@ -80,6 +80,10 @@ def test_a_classifier_learns_and_is_scored(place, capsys):
     assert scores["accuracy"] > 0.8
     assert 0.5 < scores["macro_f1"] <= 1
     assert "bits_per_byte" not in scores
+    with pytest.raises(SystemExit) as exit_info:
+        main(["generate", str(workdir), "--prompt", "a film"])
+    assert exit_info.value.code == 2
+    assert "must be a language model or a translator" in capsys.readouterr().err
 
 
 def test_pre_training_is_masked_and_scored_alike_each_time(pretrained, capsys):

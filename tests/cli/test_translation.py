@@ -66,6 +66,8 @@ def test_a_translator_learns_and_is_scored(place, shared, capsys):
     assert scores["chrf"] > 50
     assert "tok:13a" in scores["bleu_signature"]
     assert "case:mixed" in scores["bleu_signature"]
+    main(["generate", str(workdir), "--prompt", "a big dog sleeps"])
+    assert set(capsys.readouterr().out.split()) <= {"schlaft", *WORDS.values()}  # accents are lost
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["split"] == "validation"
     assert row["bleu"] > 25

@@ -1,4 +1,4 @@
-"""`transformer generate DIR --prompt TEXT`: continue a prompt with a run's model, as it comes."""
+"""`transformer generate DIR --prompt TEXT`: continue a prompt with a run's model as it comes, or translate it."""
 
 import dataclasses
 import sys
@@ -6,21 +6,26 @@ import sys
 import tyro
 
 from transformer import build
+from transformer.data.example_batches import source_tokens
+from transformer.data.tokenizers import source_tokenizer
 from transformer.generation.generate import stream
 from transformer.generation.sampling import SamplingConfig
+from transformer.generation.translate import translate
+from transformer.models.decoder import Decoder
+from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.validation import require
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateArguments:
-    """Continue a prompt with a run's model."""
+    """Continue a prompt with a run's language model, or translate it with a run's translator."""
 
     workdir: tyro.conf.Positional[str]
     """Directory of the run."""
     prompt: str = ""
     """The text to continue; empty starts a new document."""
     max_new_tokens: int = 0
-    """Tokens to add; 0 means as many as the model's length has room for."""
+    """Tokens to add at most; 0 means as many as the model's length has room for."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token each time."""
     top_k: int = 0
@@ -36,6 +41,23 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(GenerateArguments, prog="transformer generate", args=arguments)
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     model, params, tokenizer, config, _ = build.load(options.workdir)
+    if isinstance(model, EncoderDecoder):
+        require(
+            sampling == SamplingConfig(),
+            "A translator takes the most likely token each time; leave out --temperature, --top-k and --top-p.",
+        )
+        source = source_tokens(source_tokenizer(tokenizer), options.prompt, config.data)
+        room = config.data.sequence_length
+        length = options.max_new_tokens or room
+        require(0 < length <= room, f"--max-new-tokens must be at most the model's {room}, got {length}.")
+        (target,) = translate(model, params, [source], end_of_text=tokenizer.end_of_text, max_new_tokens=length)
+        print(tokenizer.decode(target))
+        return
+    require(
+        isinstance(model, Decoder),
+        f"A run that generates must be a language model or a translator, {options.workdir} is one of "
+        f"{config.objective.kind}; `transformer evaluate` scores it.",
+    )
     prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt).tolist()]
     room = config.model.max_length - len(prompt)
     require(

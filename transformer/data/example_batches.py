@@ -51,9 +51,9 @@ def pairs_form(source_tokenizer: Tokenizer, tokenizer: Tokenizer, config: DataCo
 
     def encode(example: TextExample) -> tuple[np.ndarray, np.ndarray]:
         room, end = config.sequence_length - 1, [tokenizer.end_of_text]
-        source = truncate(source_tokenizer.encode(example.text), room, config.truncate)
+        source = source_tokens(source_tokenizer, example.text, config)
         target = tokenizer.encode(example.target)[:room]
-        return np.concatenate([source, [source_tokenizer.end_of_text]]), np.concatenate([end, target, end])
+        return source, np.concatenate([end, target, end])
 
     def collate(encoded: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, length: int) -> PairBatch:
         sources, targets = [source for source, _ in encoded], [target for _, target in encoded]
@@ -63,6 +63,12 @@ def pairs_form(source_tokenizer: Tokenizer, tokenizer: Tokenizer, config: DataCo
         return PairBatch(*_padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
 
     return Form(encode, lambda encoded: max(len(encoded[0]), len(encoded[1]) - 1), collate)
+
+
+def source_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
+    """A source as a translator reads it: as much as a row has room for, then end-of-text."""
+    tokens = truncate(tokenizer.encode(text), config.sequence_length - 1, config.truncate)
+    return np.append(tokens, tokenizer.end_of_text)
 
 
 def truncate(tokens: Int[np.ndarray, " n"], room: int, keep: str) -> Int[np.ndarray, " m"]:
