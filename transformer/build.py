@@ -119,7 +119,9 @@ def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
 
     Position tables, and an embedding that is only looked up, take part in no matrix product.
     """
-    looked_up: list[Any] = [stack.get("position_embedding", {}) for stack in _stacks(params)]
+    looked_up: list[Any] = [
+        params[stack].get("position_embedding", {}) for stack in ("encoder", "decoder") if stack in params
+    ]
     if config.objective.kind == "classification" or not config.model.tie_embeddings:
         looked_up.append(params["token_embedding"])
     num_parameters = count_parameters(params) - count_parameters(looked_up)
@@ -140,10 +142,6 @@ def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
         return Work(rows * length, flops)
 
     return work
-
-
-def _stacks(params: PyTree) -> list[Any]:
-    return [params[name] for name in ("encoder", "decoder") if name in params]
 
 
 # ---- A run and its directory -----------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Local corpora: what is read of files, folders and .jsonl, and what is refused with its reason."""
+
 import gzip
 import sys
 import sysconfig

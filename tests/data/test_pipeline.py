@@ -1,3 +1,5 @@
+"""The pipeline: packing, windows, mixtures, exact state, and an order that no number of processes changes."""
+
 import dataclasses
 import itertools
 import json

@@ -1,3 +1,5 @@
+"""Sources: prepared once and whole, read at random, by path or by TFDS name."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Aligned pairs of tokens, and rows that they are written into."""
+
 import numpy as np
 
 from transformer.data.prepare import Record

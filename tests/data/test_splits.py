@@ -1,3 +1,5 @@
+"""Splits that never overlap, and pieces that make up the text."""
+
 import doctest
 
 import pytest

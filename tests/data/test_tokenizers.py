@@ -1,3 +1,5 @@
+"""The contract of tokenizers: round trips, byte counts, saving and loading."""
+
 import json
 
 import numpy as np

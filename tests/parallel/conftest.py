@@ -1,3 +1,5 @@
+"""Counts the programs that XLA compiles."""
+
 import jax
 import pytest
 

@@ -1,3 +1,5 @@
+"""Logical axis names become shardings by one table."""
+
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec

@@ -1,3 +1,5 @@
+"""Checkpoints: whole or not there, verified on load, kept by rule, read by other runners."""
+
 import json
 import math
 import pathlib

@@ -1,3 +1,5 @@
+"""Peaks, operations counted, and memory kept."""
+
 import jax
 import pytest
 

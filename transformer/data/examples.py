@@ -12,12 +12,13 @@ import tensorflow_datasets as tfds
 from transformer.config import DataConfig
 from transformer.data.builder import Example, builder_class
 from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
-from transformer.data.prepare import data_directory, quiet, tfds_builder, tfds_split
+from transformer.data.prepare import Converted, data_directory, quiet, tfds_builder, tfds_split
 from transformer.data.splits import SPLITS
 from transformer.validation import require
 
 Kind = Literal["labelled", "pairs"]
 VERSION = "1.0.0"
+_KEYS = {"labelled": ("text_key", "label_key"), "pairs": ("source_key", "target_key")}  # of `DataConfig`
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -58,9 +59,7 @@ class ExampleSource:
 # ---- From files to a dataset -----------------------------------------------------------------------------------------
 
 
-def prepare_examples(
-    kind: Kind, name: str, files: Mapping[str, Sequence[str]], config: DataConfig, *, version: str = VERSION
-) -> str:
+def prepare_examples(kind: Kind, name: str, files: Mapping[str, Sequence[str]], config: DataConfig) -> str:
     """Store examples as the TFDS dataset `name` in `config.data_dir`, which `tfds.data_source(name)` then reads.
 
     Args:
@@ -68,7 +67,6 @@ def prepare_examples(
         name: of the dataset, lower case.
         files: for each split, what `read_labelled` or `read_pairs` reads; empty splits are left out.
         config: names the fields and the directory.
-        version: of the dataset.
 
     Returns:
         What the dataset holds, for the user.
@@ -109,11 +107,11 @@ def prepare_examples(
         return lambda: (dict(zip(features, example, strict=True)) for example in examples)
 
     directory = data_directory(config)
-    if (directory / name / version).exists():
+    if (directory / name / VERSION).exists():
         there = tfds_builder(name, config).info.metadata or {}
         require(
             there.get("fingerprint") == fingerprint,
-            f"A dataset's name must be new, {directory / name / version} holds other examples; choose another name, or "
+            f"A dataset's name must be new, {directory / name / VERSION} holds other examples; choose another name, or "
             "remove it.",
         )
     else:
@@ -121,7 +119,7 @@ def prepare_examples(
             builder = builder_class(name)(
                 features=features,
                 splits={split: rows(examples) for split, examples in splits.items()},
-                version=version,
+                version=VERSION,
                 data_dir=str(directory),
                 metadata={"fingerprint": fingerprint, "kind": kind},
             )
@@ -151,10 +149,8 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     builder = tfds_builder(name, config)
     features = builder.info.features
     keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
-    needed = (config.text_key, config.label_key) if kind == "labelled" else (config.source_key, config.target_key)
-    for key, option in zip(
-        needed, ("text_key", "label_key") if kind == "labelled" else ("source_key", "target_key"), strict=True
-    ):
+    needed = [getattr(config, option) for option in _KEYS[kind]]
+    for key, option in zip(needed, _KEYS[kind], strict=True):
         require(
             key in keys, f"data.{option} must be a feature of {name!r}, got {key!r}; it has {', '.join(sorted(keys))}."
         )
@@ -184,7 +180,7 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
         if carved and split in ("train", "validation"):
             held_out = np.isin(indices, taken)
             indices = indices[held_out if split == "validation" else ~held_out]
-        return _Chosen(stored, indices, to_example)
+        return Converted(stored, to_example, indices)
 
     full_name = builder.info.full_name
     description = f"{full_name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
@@ -197,18 +193,3 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
 def _taken(count: int, fraction: float) -> np.ndarray:
     """Which training examples are held out: always the same ones, spread over the whole."""
     return np.sort(np.random.RandomState(0).permutation(count)[: max(1, round(count * fraction))])
-
-
-class _Chosen(Sequence[TextExample]):
-    """Some examples of a stored split."""
-
-    def __init__(
-        self, stored: Sequence[Example], indices: np.ndarray, to_example: Callable[[Example], TextExample]
-    ) -> None:
-        self._stored, self._indices, self._to_example = stored, indices, to_example
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> TextExample:
-        return self._to_example(self._stored[int(self._indices[index])])

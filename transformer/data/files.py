@@ -1,7 +1,6 @@
 """Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2 or xz; what is no text is refused."""
 
 import bz2
-import codecs
 import contextlib
 import gzip
 import json
@@ -94,4 +93,4 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def without_surrogates(text: str) -> str:
     """The text with `?` for lone surrogates, which JSON can hold and UTF-8 cannot."""
-    return codecs.decode(text.encode("utf-8", "replace"), "utf-8")
+    return text.encode("utf-8", "replace").decode()

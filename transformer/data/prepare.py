@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
@@ -100,20 +101,25 @@ def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
             pieces = []
 
 
-class _Records(Sequence[Record]):
-    """A TFDS data source with its examples made records."""
+class Converted(Sequence[Any]):
+    """A TFDS data source, or those of its examples that are chosen, each converted when it is read."""
 
-    def __init__(self, data_source: Sequence[Example], to_record: Callable[[Example], Record]) -> None:
-        self._data_source = data_source
-        self._to_record = to_record
+    def __init__(
+        self,
+        stored: Sequence[Example],
+        convert: Callable[[Example], Any],
+        chosen: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        self._stored, self._convert = stored, convert
+        self._chosen = range(len(stored)) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return len(self._data_source)
+        return len(self._chosen)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
-        return self._to_record(self._data_source[index])
+        return self._convert(self._stored[int(self._chosen[index])])
 
 
 # ---- TFDS datasets by name -------------------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     )
 
     def open_split(split: str) -> Sequence[Record]:
-        records = _Records(tfds_split(builder, split, config), functools.partial(_whole, config))
+        records = Converted(tfds_split(builder, split, config), functools.partial(_whole, config))
         if len(records) >= _FEW_RECORDS:
             return records
         return [piece for record in records for piece in _pieces(record.text, record.prompt, config.record_bytes)]
@@ -216,7 +222,7 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
         builder: Any = tfds.builder_from_directory(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
-        return _Records(builder.as_data_source(split), _piece)
+        return Converted(builder.as_data_source(split), _piece)
 
     name = f"{corpus.name} {corpus.version}" if corpus.name == PYTHON_STDLIB else corpus.name
     sizes: dict[str, dict[str, int]] = prepared["splits"]

@@ -10,6 +10,7 @@ from etils import epath
 from jaxtyping import Int
 
 from transformer.config import DataConfig
+from transformer.data.files import without_surrogates
 from transformer.types import UserError
 
 FILE_NAME = "tokenizer.json"
@@ -123,14 +124,34 @@ class CharacterTokenizer:
         _write(directory, json.dumps({"kind": "characters", "characters": self.characters}))
 
 
-class BpeTokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), end-of-text last."""
+class _Trained:
+    """What tokenizers of the `tokenizers` library have in common."""
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         # A document may contain the text "<|endoftext|>": it is then text, not the end.
         model.encode_special_tokens = True
         self._model = model
         self.vocab_size = model.get_vocab_size()
+
+    def encode(self, text: str) -> Int[np.ndarray, " n"]:
+        """Ids of `text`."""
+        # Unlike `encode`, this lets other threads run meanwhile: the one that feeds the device must not wait.
+        return np.array(self._model.encode_batch_fast([without_surrogates(text)])[0].ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Text of ids; what is not UTF-8 becomes U+FFFD."""
+        return self._model.decode(_known(ids, self.vocab_size).tolist())
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Write the JSON of the `tokenizers` library."""
+        _write(directory, self._model.to_str())
+
+
+class BpeTokenizer(_Trained):
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), end-of-text last."""
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        super().__init__(model)
         end_of_text = model.token_to_id(END_OF_TEXT)
         if end_of_text is None:
             raise UserError(f"A byte-pair vocabulary must hold {END_OF_TEXT!r}, this one has {self.vocab_size} others.")
@@ -155,22 +176,8 @@ class BpeTokenizer:
         model.add_special_tokens([END_OF_TEXT])
         return cls(model)
 
-    def encode(self, text: str) -> Int[np.ndarray, " n"]:
-        """Ids of byte pairs."""
-        text = text.encode("utf-8", "replace").decode()
-        # Unlike `encode`, this lets other threads run meanwhile: the one that feeds the device must not wait.
-        return np.array(self._model.encode_batch_fast([text])[0].ids, np.int32)
 
-    def decode(self, ids: Ids) -> str:
-        """Text of byte pairs; what is not UTF-8 becomes U+FFFD."""
-        return self._model.decode(_known(ids, self.vocab_size).tolist())
-
-    def save(self, directory: epath.PathLike) -> None:
-        """Write the JSON of the `tokenizers` library."""
-        _write(directory, self._model.to_str())
-
-
-class WordTokenizer:
+class WordTokenizer(_Trained):
     """Lower-case words, or pieces of them (WordPiece, as in Devlin et al. 2019); end-of-text is 0, unknown 1.
 
     Case, accents and spaces are lost, so that `decode` gives a likeness of the text and bits per byte mean nothing.
@@ -180,9 +187,7 @@ class WordTokenizer:
     unknown = 1
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
-        model.encode_special_tokens = True
-        self._model = model
-        self.vocab_size = model.get_vocab_size()
+        super().__init__(model)
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
 
     @classmethod
@@ -201,19 +206,6 @@ class WordTokenizer:
         model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         model.train_from_iterator(texts, trainer)
         return cls(model)
-
-    def encode(self, text: str) -> Int[np.ndarray, " n"]:
-        """Ids of words."""
-        text = text.encode("utf-8", "replace").decode()
-        return np.array(self._model.encode_batch_fast([text])[0].ids, np.int32)
-
-    def decode(self, ids: Ids) -> str:
-        """Words with spaces between them."""
-        return self._model.decode(_known(ids, self.vocab_size).tolist())
-
-    def save(self, directory: epath.PathLike) -> None:
-        """Write the JSON of the `tokenizers` library."""
-        _write(directory, self._model.to_str())
 
 
 class PairTokenizer:
