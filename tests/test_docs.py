@@ -32,6 +32,15 @@ def test_every_block_has_a_language_that_is_tested():
         assert set(languages) <= {"python", "sh", "text"}, f"{page.name} has {set(languages)}"
 
 
+def test_every_test_that_a_page_names_exists():
+    named = {name for page in PAGES for name in re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", page.read_text())}
+    assert named
+    for name in named:
+        path, _, function = name.partition("::")
+        assert (ROOT / path).exists(), name
+        assert not function or f"\ndef {function}(" in (ROOT / path).read_text(), name
+
+
 @pytest.mark.parametrize("code", [*blocks("python")])
 def test_python_block(code):
     exec(compile(code, "block", "exec"), {"__name__": "block"})

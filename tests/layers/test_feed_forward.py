@@ -37,6 +37,20 @@ def test_feed_forward_is_a_convolution_of_width_one(small, activation, gated):
     np.testing.assert_allclose(small.apply(layer, params, inputs), convolved(params, inputs), atol=1e-5)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_output_is_a_sum_of_values_weighted_by_how_well_keys_match(small, gated):
+    """The memory of Geva et al. 2021: a unit's column of `up` is its key, its row of `down` its value."""
+    layer, inputs = FeedForward(FeedForwardConfig(12, "relu", gated)), small.normal(2, 5, 8)
+    params = small.random_params(layer, inputs)
+    kernels = {role: np.asarray(params[role]["kernel"], np.float64) for role in params}
+    x, expected = np.asarray(inputs, np.float64), np.zeros(inputs.shape)
+    for unit in range(12):
+        match = x @ kernels["up"][:, unit]
+        weight = np.maximum(x @ kernels["gate"][:, unit], 0) * match if gated else np.maximum(match, 0)
+        expected += weight[..., None] * kernels["down"][unit]
+    np.testing.assert_allclose(small.apply(layer, params, inputs), expected, atol=1e-5)
+
+
 def test_activations_are_what_they_are_called():
     x = np.linspace(-3, 3, 13)
     erf = np.vectorize(math.erf)

@@ -27,6 +27,14 @@ def test_permutation_equivariance_only_without_positions(tiny, kind):
     np.testing.assert_allclose(moved, hidden[:, permutation], atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_at_two_places_is_one_input_only_without_positions(tiny, kind):
+    config, tokens = tiny.config(kind, architecture="encoder"), tiny.tokens((1, 6)).at[0, jnp.array([1, 4])].set(3)
+    hidden = tiny.forward(config)(tiny.params(config), tokens)
+    difference = np.abs(hidden[0, 1] - hidden[0, 4]).max()
+    assert difference < 2e-5 if kind == "none" else difference > 1e-2
+
+
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 def test_padding_has_no_effect(tiny, backend):
     config = tiny.config("learned", architecture="encoder", attention={"implementation": backend})

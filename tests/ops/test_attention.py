@@ -321,6 +321,15 @@ def test_a_chunk_behind_cached_keys_is_those_rows_of_the_whole(attend, chunk):
         np.testing.assert_allclose(rows_from(integers(offset)), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("width", [4, 16, 64])
+def test_scale_keeps_logits_at_unit_variance_for_any_width(attend, width):
+    """Vaswani et al. 2017, section 3.2.1, note 4: a sum of `width` products of unit variance has variance `width`."""
+    query, key = normal(0, 200, 16, 1, width), normal(1, 200, width, 1, width)
+    identity = jnp.broadcast_to(jnp.eye(width)[None, :, None], key.shape)  # as values, it gives the weights
+    logits = np.log(attend(query, key, identity))[:, :, 0]
+    np.testing.assert_allclose(logits.var(axis=-1, ddof=1).mean(), 1, rtol=0.1)
+
+
 def test_weights_sum_to_one_or_to_zero():
     query, key, _ = qkv()
     mask = AttentionMask(key_lengths=integers([0, 7]))

@@ -1,0 +1,31 @@
+"""A config becomes a run: its seed is the one that is used."""
+
+import jax
+import numpy as np
+
+from transformer.build import make_run
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+
+
+def test_the_seed_decides_parameters_and_randomness(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be " * 100)
+
+    def start(seed):
+        block = BlockConfig(AttentionConfig(num_heads=2))
+        config = Config(
+            model=ModelConfig(num_layers=1, embed_dim=8, pattern=(block,)),
+            data=DataConfig(
+                source=(str(tmp_path / "text.txt"),), data_dir=str(tmp_path), sequence_length=16, batch_size=8
+            ),
+            optimizer=OptimizerConfig(warmup_steps=0),
+            training=TrainingConfig(steps=1, seed=seed),
+        )
+        state = make_run(config).state
+        kernel = state.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
+        return np.asarray(kernel), np.asarray(jax.random.key_data(state.key))
+
+    first, again, other = start(3), start(3), start(4)
+    for index in range(2):
+        np.testing.assert_array_equal(first[index], again[index])
+        assert not np.array_equal(first[index], other[index])
