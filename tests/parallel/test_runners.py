@@ -129,9 +129,9 @@ def test_fetch_is_the_inverse_of_place(kind):
 def test_evaluation_sums_over_devices(kind):
     runner, state = make_runner(kind)
     params = runner.place_state(state.params)
-    halves = [runner.evaluate_step(params, runner.place_batch(make_batch(seed, rows=8))) for seed in (0, 1)]
+    halves = [runner.evaluate_step(params, (), runner.place_batch(make_batch(seed, rows=8)))[1] for seed in (0, 1)]
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), make_batch(0, rows=8), make_batch(1, rows=8))
-    whole = runner.evaluate_step(params, runner.place_batch(both))
+    _, whole = runner.evaluate_step(params, (), runner.place_batch(both))
     assert float(whole["weight"]) == both.weights.sum()
     assert_close(jax.tree.map(lambda a, b: a + b, *jax.device_get(halves)), jax.device_get(whole))
 
@@ -167,7 +167,7 @@ def test_dropout_under_pmap_differs_between_devices():
     )
     optimizer = optax.sgd(0.0)
     step = make_train_step(objective, optimizer, lambda _: 0.0, axis_name=AXIS_NAME)
-    runner = pmap_runner(0, step, lambda params, batch: {})
+    runner = pmap_runner(0, step, lambda params, carry, batch: (carry, {}))
     state = create_state(jnp.ones(()), optimizer, jax.random.key(0))
     _, statistics = runner.step(runner.place_state(state), runner.place_batch(np.ones((8, 1), np.float32)))
     mean, square = float(statistics["noise"]) / 8, float(statistics["square"]) / 8

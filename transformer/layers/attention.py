@@ -84,7 +84,9 @@ class Attention(nn.Module):
         cross = memory_BSD is not None or isinstance(cache, MemoryCache)
         self._check(cross, mask, positions_BT, relative_bias, cache)
         if earlier_BPD is not None and (cross or cache is not None or positions_BT is not None):
-            raise ValueError("Earlier vectors stand before the inputs of self-attention: without memory, cache, positions_BT.")
+            raise ValueError(
+                "Earlier vectors stand before the inputs of self-attention: without memory, cache, positions_BT."
+            )
         head_dim = config.resolved_head_dim(embed_dim)
 
         query_BTHK = self._project("query", inputs_BTD, config.num_heads, head_dim)

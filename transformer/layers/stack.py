@@ -38,7 +38,12 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], caches: StackCache | tuple[Array, ...] | None, *, train: bool = False, **context: Any
+        self,
+        x_BTD: Float[Array, "B T D"],
+        caches: StackCache | tuple[Array, ...] | None,
+        *,
+        train: bool = False,
+        **context: Any,
     ) -> tuple[Float[Array, "B T D"], StackCache | tuple[Array, ...] | None]:
         """The stream after every block, and their caches, or for vectors before the inputs of each, those before the next."""
         config = self.config
@@ -101,7 +106,7 @@ class Stack(nn.Module):
         cache: StackCache | None = None,
         recurrence_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T D"], StackCache | Float[Array, "B L P D"] | None]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """The hidden states after the last block (normalised), and the cache or recurrence, None if none was given.
 
         Args:
