@@ -17,6 +17,12 @@ from transformer.model_config import (
 )
 from transformer.types import UserError
 
+ODD = (BlockConfig(AttentionConfig(num_heads=3)),)
+
+
+def remembering(kind="rotary", **changes):
+    return ModelConfig(memory_length=8, positions=PositionConfig(kind), **changes)
+
 
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -42,6 +48,15 @@ from transformer.types import UserError
         (lambda: DataConfig(weights=(-1.0,)), "weights must be positive"),
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), "leave something to train on"),
         (lambda: DataConfig(batch_size=12, num_streams=5), "divide batch_size=12 or be a multiple of it, got 5"),
+        (lambda: DataConfig(continue_rows=True, pack=False), "packed rows of one source .* got pack=False, stride=0"),
+        (lambda: DataConfig(continue_rows=True, stride=8), "stride=8 and 1 sources; set pack=True, stride=0 and one"),
+        (lambda: DataConfig(continue_rows=True, num_streams=4), "a stream for each of 16 rows, got num_streams=4; set"),
+        (lambda: remembering("learned"), "see distances, not places, got memory_length=8, a decoder and learned"),
+        (lambda: remembering(architecture="encoder"), "got memory_length=8, a encoder and rotary positions; set"),
+        (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern="fixed")),)), "needs dense attention"),
+        (lambda: ModelConfig(embed_dim=15, positions=PositionConfig("transformer_xl"), pattern=ODD), "even, got 15"),
+        (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
+        (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
@@ -72,6 +87,12 @@ CUSTOM = Config(
 @pytest.mark.parametrize("config", [Config(), CUSTOM], ids=["default", "custom"])
 def test_json_round_trip(config):
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_json_of_before_a_field_existed_has_its_default():
+    values = to_dict(Config())
+    del values["model"]["memory_length"], values["data"]["continue_rows"]
+    assert from_dict(Config, values) == Config()
 
 
 def test_unknown_field_in_json_is_named():

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,17 +24,25 @@ from transformer.models.decoder import Decoder
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible
-from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
+from transformer.tasks import (
+    count_parameters,
+    generation_scores,
+    make_model,
+    make_objective,
+    make_params,
+    measure_work,
+    resolve,
+    split_metrics,
+)
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
-from transformer.training.hardware import keep_freed_memory, model_flops, peak_flops
-from transformer.training.metrics import Work
+from transformer.training.hardware import keep_freed_memory, peak_flops
 from transformer.training.optimizer import freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
 from transformer.training.transfer import transfer
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
-from transformer.types import Objective, PairBatch, PyTree, UserError
+from transformer.types import Objective, PyTree, UserError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -86,7 +94,11 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, params)
     state = create_state(
-        params, optimizer, jax.random.key(config.training.seed + 1), ema=config.optimizer.ema_decay > 0
+        params,
+        optimizer,
+        jax.random.key(config.training.seed + 1),
+        carry=objective.init_carry(config.data.batch_size),
+        ema=config.optimizer.ema_decay > 0,
     )
     runner = make_runner(config, objective, optimizer, schedule)
     return Run(config, data, tokenizer, model, runner, state, notes)
@@ -107,41 +119,6 @@ def make_runner(config: Config, objective: Objective, optimizer: Any, schedule: 
     if axis_name:
         return pmap_runner(config.parallel.data, train_step, evaluate_step)
     return mesh_runner(make_mesh(config.parallel.data), train_step, evaluate_step)
-
-
-def count_parameters(params: PyTree) -> int:
-    """Numbers in a tree of arrays."""
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
-    """What a training step on a batch amounts to.
-
-    Position tables, and an embedding that is only looked up, take part in no matrix product.
-    """
-    looked_up: list[Any] = [
-        params[stack].get("position_embedding", {}) for stack in ("encoder", "decoder") if stack in params
-    ]
-    if config.objective.kind == "classification" or not config.model.tie_embeddings:
-        looked_up.append(params["token_embedding"])
-    num_parameters = count_parameters(params) - count_parameters(looked_up)
-    attention = config.model.pattern[0].attention
-    head_dim = attention.resolved_head_dim(config.model.embed_dim)
-
-    def work(batch: Any) -> Work:
-        rows, length = batch.inputs.shape
-        rows *= jax.process_count() * (2 if isinstance(batch, PairBatch) else 1)
-        flops = model_flops(
-            num_parameters,
-            num_layers=config.model.num_layers,
-            num_heads=attention.num_heads,
-            head_dim=head_dim,
-            rows=rows,
-            length=length,
-        )
-        return Work(rows * length, flops)
-
-    return work
 
 
 # ---- A run and its directory -----------------------------------------------------------------------------------------
@@ -252,10 +229,13 @@ def train(
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
     """Placed parameters -> metrics of a whole split."""
     batches = run.data.evaluation_batches(run.tokenizer, split, **_this_process())
+    init_carry = make_objective(run.config, run.model, run.tokenizer).init_carry
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (run.runner.place_batch(batch) for batch in batches)
-        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed))
+        # Numpy: rows of this process, as those of a batch.
+        carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // jax.process_count())))
+        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry))
         one_copy = run.runner.fetch_state(params)
         generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
@@ -337,6 +317,7 @@ def evaluate(
     data_dir: str = "",
     stride: int | None = None,
     limit: int | None = None,
+    memory_length: int | None = None,
 ) -> dict[str, Any]:
     """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
 
@@ -347,14 +328,21 @@ def evaluate(
         data_dir: where prepared datasets live, instead of where the run's do.
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
+        memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
     """
     model, params, tokenizer, config, step = load(workdir)
     changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
     changes |= {"data_dir": data_dir} if data_dir else {}
     changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
+    if memory_length is not None:
+        changes["continue_rows"] = memory_length > 0
+        model_config = dataclasses.replace(config.model, memory_length=memory_length)
+        model = make_model(model_config)
+        config = dataclasses.replace(config, model=model_config, data=dataclasses.replace(config.data, **changes))
     data = open_data(dataclasses.replace(config.data, **changes), config.objective)
-    step_function = jax.jit(make_eval_step(make_objective(config, model, tokenizer)))
-    sums = sum_statistics(step_function, params, data.evaluation_batches(tokenizer, split))
+    objective = make_objective(config, model, tokenizer)
+    batches, carry = data.evaluation_batches(tokenizer, split), objective.init_carry(config.data.batch_size)
+    sums = sum_statistics(jax.jit(make_eval_step(objective)), params, batches, carry)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
         "step": step,

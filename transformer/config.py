@@ -51,6 +51,8 @@ class DataConfig:
     tokens, and only they are scored, so that (almost) a whole window precedes each."""
     limit: int = 0
     """Evaluation of running text: score no more than so many tokens of a split, its first ones; 0 means all."""
+    continue_rows: bool = False
+    """Row i of a batch continues row i of the batch before, and positions go on counting (for model.memory_length)."""
     num_streams: int = 0
     """Virtual streams the corpus is dealt into; 0 means the largest divisor of batch_size up to 64."""
     shuffle_seed: int = 0
@@ -88,7 +90,17 @@ class DataConfig:
             and self.sequence_length in (self.buckets or (self.sequence_length,)),
             f"DataConfig.buckets must rise to sequence_length={self.sequence_length}, got {self.buckets}.",
         )
+        require(
+            not self.continue_rows or (self.pack and self.stride == 0 and len(self.source) == 1),
+            "DataConfig.continue_rows needs packed rows of one source that follow each other, got "
+            f"pack={self.pack}, stride={self.stride} and {len(self.source)} sources; set pack=True, stride=0 and one source, or "
+            "continue_rows=False.",
+        )
         n, b = self.num_streams, self.batch_size
+        require(
+            not self.continue_rows or n in (0, b),
+            f"DataConfig.continue_rows needs a stream for each of {b} rows, got num_streams={n}; set it to 0.",
+        )
         require(
             n == 0 or n % b == 0 or b % n == 0,
             f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it, got {n}.",
@@ -247,6 +259,16 @@ class Config:
             self.model.max_length == 0 or self.model.max_length >= self.data.sequence_length,
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
             f"got {self.model.max_length}.",
+        )
+        require(
+            self.data.continue_rows == (self.model.memory_length > 0),
+            "A memory needs rows that continue those before, and they need a memory, got model.memory_length="
+            f"{self.model.memory_length} and data.continue_rows={self.data.continue_rows}; set both or neither.",
+        )
+        require(
+            self.objective.kind == "next_token" or self.model.memory_length == 0,
+            f"Only next_token carries a memory from row to row, got the {self.objective.kind} objective and "
+            f"model.memory_length={self.model.memory_length}; set it to 0.",
         )
         require(
             self.optimizer.warmup_steps <= self.training.steps,

@@ -123,11 +123,12 @@ class BlockConfig:
 class PositionConfig:
     """How a token's place enters the model."""
 
-    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "t5"] = "rotary"
+    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl"] = "rotary"
     """none; learned or sinusoidal vectors added to embeddings; rotary (Su et al. 2021); alibi (Press et al. 2022); t5, a
-    learned bias for each bucket of distances (Raffel et al. 2020, section 2.1)."""
+    learned bias for each bucket of distances (Raffel et al. 2020, section 2.1); transformer_xl, keys of sinusoids of
+    distances, and biases of the query (Dai et al. 2019, section 3.3)."""
     theta: float = 10_000.0
-    """Base of the rotary and sinusoidal wavelengths."""
+    """Base of the wavelengths (rotary, sinusoidal, transformer_xl)."""
     scaling: Literal["none", "linear", "llama3"] = "none"
     """Rotary scaling for longer contexts: linear (Chen et al. 2023) or by wavelength, as Llama 3.1 does."""
     scaling_factor: float = 1.0
@@ -160,7 +161,7 @@ class ModelConfig:
     source_vocab_size: int = 0
     """encoder_decoder: entries of an embedding of its own for sources; 0 means that both sides share one."""
     max_length: int = 0
-    """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length."""
+    """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length, and memory_length."""
     num_layers: int = 4
     """Blocks (in each of the two stacks of an encoder-decoder)."""
     embed_dim: int = 128
@@ -169,6 +170,8 @@ class ModelConfig:
     """Blocks of one period, repeated num_layers / len(pattern) times."""
     positions: PositionConfig = PositionConfig()
     """How a token's place enters the model."""
+    memory_length: int = 0
+    """Decoder: vectors that each layer remembers of the rows before, and attends to without a gradient (Dai et al. 2019)."""
     final_norm: bool = True
     """Normalise after the last block (not for post-norm blocks, which already did)."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
@@ -195,9 +198,8 @@ class ModelConfig:
     """Recompute in the backward pass: nothing, all of each block, or all but its matrix products."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "logits_soft_cap", "init_std"
-        )
+        require_at_least(self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "memory_length")
+        require_at_least(self, 0, "logits_soft_cap", "init_std")
         require_at_least(self, 1, "num_layers", "embed_dim")
         require_range(self, 0, 1, "dropout")
         require(len(self.pattern) > 0, "ModelConfig.pattern must hold at least one BlockConfig, got none.")
@@ -214,6 +216,22 @@ class ModelConfig:
             self.positions.kind != "t5" or len({block.attention.num_heads for block in self.pattern}) == 1,
             "Positions of kind t5 share one bias for each head: the blocks of ModelConfig.pattern must have as many heads.",
         )
+        require(
+            self.positions.kind != "transformer_xl" or self.embed_dim % 2 == 0,
+            f"Positions of kind transformer_xl pair sines and cosines: embed_dim must be even, got {self.embed_dim}.",
+        )
+        if self.memory_length > 0:
+            require(
+                self.architecture == "decoder" and self.positions.kind not in ("learned", "sinusoidal"),
+                "ModelConfig.memory_length is for decoders that see distances, not places, got "
+                f"memory_length={self.memory_length}, a {self.architecture} and {self.positions.kind} positions; "
+                "set positions.kind=transformer_xl, or memory_length=0.",
+            )
+            require(
+                all(block.attention.pattern == "dense" for block in self.pattern),
+                "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
+                "attention.pattern=dense (a window is fine), or memory_length=0.",
+            )
         for block in self.pattern:
             head_dim = block.attention.resolved_head_dim(self.embed_dim)
             require(

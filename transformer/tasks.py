@@ -1,7 +1,7 @@
-"""What each kind of objective trains: the architecture, the linen module, the loss, and the metrics of a split."""
+"""What each kind of objective trains: the architecture, the linen module, the loss, the work, and the metrics of a split."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,8 +26,9 @@ from transformer.objectives.masked_lm import masked_lm
 from transformer.objectives.next_token import next_token
 from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu
-from transformer.training.metrics import derive
-from transformer.types import Objective, PyTree
+from transformer.training.hardware import model_flops
+from transformer.training.metrics import Work, derive
+from transformer.types import Objective, PairBatch, PyTree
 from transformer.validation import require
 
 ARCHITECTURES = {
@@ -61,7 +62,7 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
     model = dataclasses.replace(
         model,
         vocab_size=model.vocab_size or smallest,
-        max_length=model.max_length or config.data.sequence_length,
+        max_length=model.max_length or config.data.sequence_length + model.memory_length,
         num_classes=len(class_names) if kind == "classification" else 0,
         source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
     )
@@ -105,6 +106,42 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Ob
             return classification(model, config.objective)
         case "seq2seq":
             return seq2seq(model, config.objective)
+
+
+def count_parameters(params: PyTree) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
+    """What a training step on a batch amounts to.
+
+    Position tables, and an embedding that is only looked up, take part in no matrix product.
+    """
+    looked_up: list[Any] = [
+        params[stack].get("position_embedding", {}) for stack in ("encoder", "decoder") if stack in params
+    ]
+    if config.objective.kind == "classification" or not config.model.tie_embeddings:
+        looked_up.append(params["token_embedding"])
+    num_parameters = count_parameters(params) - count_parameters(looked_up)
+    attention = config.model.pattern[0].attention
+    head_dim = attention.resolved_head_dim(config.model.embed_dim)
+
+    def work(batch: Any) -> Work:
+        rows, length = batch.inputs.shape
+        rows *= jax.process_count() * (2 if isinstance(batch, PairBatch) else 1)
+        flops = model_flops(
+            num_parameters,
+            num_layers=config.model.num_layers,
+            num_heads=attention.num_heads,
+            head_dim=head_dim,
+            rows=rows,
+            length=length,
+            memory=config.model.memory_length,
+        )
+        return Work(rows * length, flops)
+
+    return work
 
 
 def split_metrics(sums: Mapping[str, Any]) -> dict[str, float]:

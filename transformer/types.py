@@ -4,7 +4,7 @@ Dimension key, used in signatures and as suffixes of variable names (`query_BTHK
 
     B batch               T query positions      S key positions        D embed_dim
     H query heads         G key/value heads      K head_dim             F feed-forward hidden
-    V vocabulary          L layers               P cache capacity       N rows, B and T folded
+    V vocabulary          L layers               P cache or recurrence  N rows, B and T folded
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     targets: Array  # int32, the token that follows each input
     weights: Array  # float32, how much each target counts in the loss
     segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding
-    positions: Array  # int32, from 0 within each segment
+    positions: Array  # int32, from 0 within each segment; where rows are continued, within each document
 
 
 class LabelledBatch(NamedTuple):
@@ -69,6 +69,8 @@ class Objective(NamedTuple):
     """`batch -> weight_sum`, a float32 scalar that does not depend on the parameters."""
     loss: Callable[[PyTree, PyTree, Any, Array, bool], LossOutput]
     """`(params, carry, batch, key, train) -> (loss_sum, weight_sum), (carry, statistics)`."""
+    init_carry: Callable[[int], PyTree] = lambda rows: ()
+    """`rows -> carry` before the first batch of so many rows; the first axis of its arrays are the rows."""
 
 
 @runtime_checkable

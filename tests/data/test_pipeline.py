@@ -168,6 +168,35 @@ def test_prompts_have_no_weight(make_config, write_jsonl):
         assert learnt.any()
 
 
+def test_continued_rows_go_on_where_the_batch_before_ended(make_config, write_folder):
+    config = make_config(write_folder(), continue_rows=True)
+    batches = _take(train_batches(config, BYTES), 40)
+    plain = _take(train_batches(dataclasses.replace(config, continue_rows=False, num_streams=4), BYTES), 40)
+    going_on = 0
+    for before, batch, other in zip(batches, batches[1:], plain[1:], strict=False):
+        for field in ("inputs", "targets", "weights", "segment_ids"):
+            np.testing.assert_array_equal(getattr(batch, field), getattr(other, field))
+        for row in range(4):
+            first, last = batch.positions[row, 0], before.positions[row, -1]
+            # The token after the last target of a document begins another.
+            ended = before.targets[row, -1] == E
+            assert first == (0 if ended else last + 1)
+            assert ended or batch.inputs[row, 0] == before.targets[row, -1]
+            going_on += not ended
+            steps = np.diff(batch.positions[row])
+            starts = np.diff(batch.segment_ids[row]) == 1
+            assert np.all(steps[~starts] == 1)
+            assert np.all(batch.positions[row, 1:][starts] == 0)
+    assert going_on > 40
+    assert max(batch.positions.max() for batch in batches) > 2 * 16
+
+
+def test_continued_rows_need_a_stream_each(make_config, write_folder):
+    config = make_config(write_folder(), batch_size=16, continue_rows=True)
+    with pytest.raises(UserError, match=r"a stream of text for each of 16 rows, folder has \d+ records: set a smaller"):
+        train_batches(config, BYTES)
+
+
 # ---- Mixtures --------------------------------------------------------------------------------------------------------
 
 
@@ -346,14 +375,43 @@ def test_a_limit_cuts_the_split_short(make_config, write_folder, stride):
     assert sum(len(pairs.targets) for pairs in batches.documents()) == 77
 
 
+@pytest.mark.parametrize("limit", [0, 150])
+def test_continued_evaluation_reads_the_split_in_equal_parts(make_config, write_folder, limit):
+    config = make_config(write_folder(), validation_fraction=0.4, continue_rows=True, limit=limit)
+    batches = _evaluated(config)
+    plain = _concatenate(_evaluated(dataclasses.replace(config, continue_rows=False)))
+    # Each row's own text, one batch after the other.
+    parts = Batch(*(np.concatenate(fields, axis=1) for fields in zip(*batches, strict=True)))
+    assert parts.inputs.shape == (4, 16 * len(batches))
+    assert len(batches) == -(-int(plain.weights.sum()) // 64)
+    scored = parts.weights > 0
+    for field in ("inputs", "targets"):
+        whole = getattr(plain, field)[plain.weights > 0]
+        np.testing.assert_array_equal(getattr(parts, field)[scored], whole)
+    np.testing.assert_array_equal(scored, parts.segment_ids > 0)
+    begins = parts.inputs == E
+    begins[:, 0] = True
+    for row in range(4):
+        starts = np.flatnonzero(begins[row])
+        expected = np.arange(parts.inputs.shape[1]) - np.repeat(starts, np.diff([*starts, parts.inputs.shape[1]]))
+        np.testing.assert_array_equal(parts.positions[row][scored[row]], expected[scored[row]])
+    for batch in batches:
+        for row in np.flatnonzero(batch.segment_ids[:, 0]):
+            valid = batch.segment_ids[row] > 0
+            numbers = 1 + np.cumsum(np.r_[False, batch.inputs[row, 1:] == E])
+            np.testing.assert_array_equal(batch.segment_ids[row][valid], numbers[valid])
+    assert begins[:, 1:].any()
+
+
 def test_evaluation_can_be_iterated_again(make_config, write_folder):
     batches = evaluation_batches(make_config(write_folder()), BYTES, "validation")
     _assert_equal(list(batches), list(batches))
 
 
+@pytest.mark.parametrize("continue_rows", [False, True])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_evaluation_is_shared_by_rows(make_config, write_folder, process_count):
-    config = make_config(write_folder(), validation_fraction=0.4)
+def test_evaluation_is_shared_by_rows(make_config, write_folder, process_count, continue_rows):
+    config = make_config(write_folder(), validation_fraction=0.4, continue_rows=continue_rows)
     parts = [_evaluated(config, process_index=i, process_count=process_count) for i in range(process_count)]
     _assert_equal([_concatenate(part) for part in zip(*parts, strict=True)], _evaluated(config))
 

@@ -9,21 +9,23 @@ from transformer.evaluation.scores import sum_statistics
 
 def test_adds_in_float64():
     values = [2.0**24, 1.0, 1.0, 1.0]  # in float32 the ones would be lost
-    sums = sum_statistics(lambda scale, x: {"a": scale * x, "b": -x}, jnp.float32(1), map(jnp.float32, values))
+    sums = sum_statistics(
+        lambda scale, carry, x: (carry, {"a": scale * x, "b": -x}), jnp.float32(1), map(jnp.float32, values)
+    )
     assert sums == {"a": 2.0**24 + 3, "b": -(2.0**24) - 3}
 
 
 def test_every_batch_is_scored_once_with_the_parameters():
     seen = []
 
-    def step(params, batch):
-        seen.append((params, batch))
-        return {"weight": np.float32(len(seen))}
+    def step(params, carry, batch):
+        seen.append((params, carry, batch))
+        return carry + batch, {"weight": np.float32(len(seen))}
 
-    assert sum_statistics(step, "params", iter("xyz")) == {"weight": 6.0}
-    assert seen == [("params", "x"), ("params", "y"), ("params", "z")]
+    assert sum_statistics(step, "params", iter("xyz"), "w") == {"weight": 6.0}
+    assert seen == [("params", "w", "x"), ("params", "wx", "y"), ("params", "wxy", "z")]
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="at least one batch, got none"):
-        sum_statistics(lambda params, batch: {}, (), [])
+        sum_statistics(lambda params, carry, batch: (carry, {}), (), [])

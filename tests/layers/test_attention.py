@@ -65,7 +65,7 @@ def test_multi_head_is_a_loop_over_heads(small, config, cross):
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["none", "rotary", "alibi", "transformer_xl"])
 def test_permutation_equivariance_only_without_positions(small, kind):
     layer = Attention(AttentionConfig(num_heads=2), positions=PositionConfig(kind=kind))
     inputs, permutation = small.normal(2, 5, 8), np.array([2, 0, 4, 1, 3])
@@ -77,7 +77,7 @@ def test_permutation_equivariance_only_without_positions(small, kind):
     assert np.abs(small.apply(layer, params, inputs, mask=CAUSAL) - out).max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["rotary", "alibi", "transformer_xl"])
 def test_only_distances_matter(small, kind):
     layer = Attention(AttentionConfig(num_heads=2), positions=PositionConfig(kind=kind))
     inputs, positions = small.normal(2, 5, 8), jnp.arange(5)[None]

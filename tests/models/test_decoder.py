@@ -17,7 +17,7 @@ from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5"]
+KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl"]
 
 
 def cheap_key(seed):
@@ -51,6 +51,7 @@ def jacobian(tiny, config, length):
         ("alibi", "xla"),
         ("t5", "xla"),
         ("t5", "blockwise"),
+        ("transformer_xl", "blockwise"),
         ("rotary", "blockwise"),
     ],
 )
@@ -117,7 +118,8 @@ def test_cached_is_full_for_any_chunks(tiny, chunks):
 
 
 @pytest.mark.parametrize(
-    ("kind", "window"), [("none", 3), ("learned", 0), ("sinusoidal", 0), ("rotary", 3), ("alibi", 3), ("t5", 3)]
+    ("kind", "window"),
+    [("none", 3), ("learned", 0), ("sinusoidal", 0), ("rotary", 3), ("alibi", 3), ("t5", 3), ("transformer_xl", 3)],
 )
 def test_cached_is_full_for_every_kind(tiny, kind, window):
     config, tokens = tiny.config(kind, attention={"window": window}, num_layers=1), tiny.tokens((3, 8))
@@ -160,7 +162,7 @@ def test_cached_is_full_when_scanned(tiny):
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
-@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "t5"])
+@pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "t5", "transformer_xl"])
 def test_cached_rows_of_different_lengths(tiny, kind, backend):
     layers = 2 if kind == "rotary" else 1
     config = tiny.config(kind, attention={"implementation": backend}, num_layers=layers)

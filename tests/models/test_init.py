@@ -42,6 +42,9 @@ MODELS = {
         ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), tie_embeddings=False)
     ),
     "decoder_scanned": Decoder(ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), scan_layers=True)),
+    "decoder_transformer_xl": Decoder(
+        ModelConfig(**SIZES, pattern=(LLAMA,), positions=PositionConfig(kind="transformer_xl"), memory_length=3)
+    ),
     "encoder": Encoder(ModelConfig(**SIZES, architecture="encoder", pattern=(POST,))),
     "encoder_decoder": EncoderDecoder(ModelConfig(**SIZES, architecture="encoder_decoder", param_dtype="bfloat16")),
 }

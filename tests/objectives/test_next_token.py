@@ -1,5 +1,7 @@
 """The next-token objective: what it sums, what it leaves out, and where dropout's randomness comes from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,23 @@ def test_two_halves_add_up_to_the_batch(model, params, batch):
     halves = [evaluate(objective, params, Batch(*(x[row : row + 1] for x in batch))) for row in (0, 1)]
     for name, value in evaluate(objective, params, batch).items():
         np.testing.assert_allclose(sum(half[name] for half in halves), value, rtol=1e-6)
+
+
+def test_a_memory_is_carried(model, params, batch):
+    assert next_token(model, ObjectiveConfig(), TOKEN_BYTES).init_carry(2) == ()
+    model = type(model)(dataclasses.replace(model.config, memory_length=3))
+    objective = next_token(model, ObjectiveConfig(), TOKEN_BYTES)
+    carry = objective.init_carry(len(batch.inputs))
+    batch = batch._replace(positions=batch.positions + 3)
+
+    def loss(carry):
+        return objective.loss(params, carry, batch, jax.random.key(0), False)
+
+    (first, _), (carry, _) = loss(carry)
+    (second, _), (again, _) = loss(carry)
+    assert carry["recurrence_BLPD"].shape == (len(batch.inputs), model.config.num_layers, 3, model.config.embed_dim)
+    assert float(first) != float(second)
+    np.testing.assert_array_equal(carry["recurrence_BLPD"][:, 0], again["recurrence_BLPD"][:, 0])
 
 
 def test_dropout_follows_the_key_and_only_in_training(model, params, batch):

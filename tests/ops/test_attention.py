@@ -210,6 +210,22 @@ def test_backends_equal_the_reference_in_values_and_gradients(backend, case, mon
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=5e-6)
 
 
+def test_values_may_be_narrower_than_keys(attend):
+    query, key, value = qkv()
+
+    def narrow(query, key, value, **settings):
+        out = attend(query, key, value[..., :5], **settings)
+        assert out.shape == (B, T, H, 5)
+        return jnp.pad(out, [(0, 0)] * 3 + [(0, K - 5)])
+
+    def cut(query, key, value, **settings):
+        return REFERENCE(query, key, value, **settings) * (jnp.arange(K) < 5).astype(jnp.float32)[None, None, None]
+
+    found, expected = (values_and_gradients(f, query, key, value, **CASES["packed"]) for f in (narrow, cut))
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=5e-6)
+
+
 def test_gradients_of_the_reference_are_finite_differences():
     query, key, value = qkv(queries=3, keys=3, heads=2, groups=1)
     mask = AttentionMask(causal=True, key_lengths=integers([3, 0]))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from transformer.ops.positions import rotary, rotary_frequencies, sinusoidal
+from transformer.ops.positions import rotary, rotary_frequencies, sinusoidal, turn_to_query
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -143,3 +143,12 @@ def test_an_unknown_scaling_is_an_error():
     with pytest.raises(ValueError, match="must be none, linear or llama3, got 'yarn'"):
         # Past the annotations, as in a run without the tests' type checks.
         inspect.unwrap(rotary_frequencies)(8, scaling="yarn")
+
+
+def test_turned_vectors_make_products_with_distances_products_with_positions():
+    vector, queries, keys = normal(2, 5, 3, 8), np.array([[0, 3, 4, 90, 7], [5, 5, 1, 2, 0]]), np.array([0, 6, 2, 90])
+    turned = turn_to_query(vector, jnp.asarray(queries, jnp.int32), theta=100.0)
+    found = jnp.einsum("bthd,sd->bhts", turned, sinusoidal(jnp.asarray(keys[None], jnp.int32), 8, theta=100.0)[0])
+    distances = jnp.asarray((queries[:, :, None] - keys).reshape(2, -1), jnp.int32)
+    expected = jnp.einsum("bthd,btsd->bhts", vector, sinusoidal(distances, 8, theta=100.0).reshape(2, 5, 4, 8))
+    np.testing.assert_allclose(found, expected, atol=2e-4)

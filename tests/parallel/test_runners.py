@@ -29,16 +29,17 @@ RUNNERS = ["one", "mesh", "pmap"]
 
 
 @functools.cache
-def model_and_params():
+def model_and_params(memory_length=0):
     block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=16))
-    model = Decoder(ModelConfig(vocab_size=V, max_length=T, num_layers=1, embed_dim=8, pattern=(block,)))
+    sizes = {"vocab_size": V, "max_length": T, "num_layers": 1, "embed_dim": 8, "memory_length": memory_length}
+    model = Decoder(ModelConfig(**sizes, pattern=(block,)))
     return model, init_params(model, jax.random.key(0))[0]
 
 
 @functools.cache
-def make_runner(kind, accumulate_steps=2):
+def make_runner(kind, accumulate_steps=2, memory_length=0):
     """The runner and the state before the first step; Adam with an eps that hides no rounding (DESIGN: "equal")."""
-    model, params = model_and_params()
+    model, params = model_and_params(memory_length)
     config = OptimizerConfig(learning_rate=0.05, eps=1e-3, schedule="constant", accumulate_steps=accumulate_steps)
     optimizer, schedule = make_optimizer(config, 10, params)
     objective = next_token(model, ObjectiveConfig(z_loss=1e-3), np.ones(V, np.int32))
@@ -52,7 +53,7 @@ def make_runner(kind, accumulate_steps=2):
         if kind == "pmap"
         else mesh_runner(make_mesh(1 if kind == "one" else 0), step, evaluate)
     )
-    return runner, create_state(params, optimizer, jax.random.key(1), ema=True)
+    return runner, create_state(params, optimizer, jax.random.key(1), carry=objective.init_carry(ROWS), ema=True)
 
 
 def make_batch(seed=0, rows=ROWS):
@@ -69,13 +70,22 @@ def make_batch(seed=0, rows=ROWS):
     )
 
 
+def continued_batch(count):
+    """Rows without padding, of which half go on with a document."""
+    batch = make_batch(count)
+    positions = batch.positions + np.where(np.arange(ROWS) % 2 == 0, count * T, 0)[:, None]
+    ones = np.ones_like(batch.segment_ids)
+    return batch._replace(weights=ones.astype(np.float32), segment_ids=ones, positions=positions.astype(np.int32))
+
+
 @functools.cache
-def trained(kind, steps=3):
-    runner, state = make_runner(kind)
+def trained(kind, steps=3, memory_length=0, accumulate_steps=2):
+    runner, state = make_runner(kind, accumulate_steps, memory_length)
     state = runner.place_state(state)
     rows = []
     for count in range(steps):
-        state, statistics = runner.step(state, runner.place_batch(make_batch(count)))
+        batch = continued_batch(count) if memory_length else make_batch(count)
+        state, statistics = runner.step(state, runner.place_batch(batch))
         rows.append(jax.device_get(statistics))
     return jax.device_get(runner.fetch_state(state)._replace(key=())), rows
 
@@ -93,6 +103,45 @@ def test_equals_one_device(kind):
     assert int(state.step) == 3
     start = model_and_params()[1]["token_embedding"]["embedding"]
     assert np.max(np.abs(state.params["token_embedding"]["embedding"] - start)) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["mesh", "pmap"])
+def test_a_memory_equals_one_device_in_one_micro_batch(kind):
+    state, rows = trained(kind, memory_length=5)
+    expected_state, expected_rows = trained("one", memory_length=5, accumulate_steps=1)
+    assert_close(state, expected_state)
+    assert_close(rows, expected_rows)
+    memory = state.carry["recurrence_BLPD"]
+    embedded = expected_state.params["token_embedding"]["embedding"][continued_batch(2).inputs[:, -5:]]
+    # Of the parameters before the last step, row by row.
+    assert memory.shape == (ROWS, 1, 5, 8)
+    assert np.abs(memory[:, 0] - embedded).max() < 0.2 < np.abs(memory[::-1, 0] - embedded).max()
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("pmap", "mesh"), ("mesh", "pmap")])
+def test_a_memory_is_in_the_checkpoint(writer, reader, tmp_path):
+    runner, state = make_runner(writer, memory_length=5)
+    state = runner.place_state(state)
+    for count in range(2):
+        state, _ = runner.step(state, runner.place_batch(continued_batch(count)))
+    saved = runner.fetch_state(state)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(saved, {})
+    checkpointer.wait()
+    runner, target = make_runner(reader, memory_length=5)
+    restored = checkpointer.restore(target).state
+    np.testing.assert_array_equal(restored.carry["recurrence_BLPD"], saved.carry["recurrence_BLPD"])
+    state, statistics = runner.step(runner.place_state(restored), runner.place_batch(continued_batch(2)))
+    expected, rows = trained("one", memory_length=5, accumulate_steps=1)
+    assert_close(jax.device_get(runner.fetch_state(state)._replace(key=())), expected)
+    assert_close(jax.device_get(statistics), rows[2])
+
+
+def test_a_memory_of_several_processes_under_pmap_is_refused(monkeypatch):
+    runner, state = make_runner("pmap", memory_length=5)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"got 2 processes; set parallel.strategy=mesh, or model.memory_length=0"):
+        runner.place_state(state)
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
@@ -129,9 +178,9 @@ def test_fetch_is_the_inverse_of_place(kind):
 def test_evaluation_sums_over_devices(kind):
     runner, state = make_runner(kind)
     params = runner.place_state(state.params)
-    halves = [runner.evaluate_step(params, runner.place_batch(make_batch(seed, rows=8))) for seed in (0, 1)]
+    halves = [runner.evaluate_step(params, (), runner.place_batch(make_batch(seed, rows=8)))[1] for seed in (0, 1)]
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), make_batch(0, rows=8), make_batch(1, rows=8))
-    whole = runner.evaluate_step(params, runner.place_batch(both))
+    _, whole = runner.evaluate_step(params, (), runner.place_batch(both))
     assert float(whole["weight"]) == both.weights.sum()
     assert_close(jax.tree.map(lambda a, b: a + b, *jax.device_get(halves)), jax.device_get(whole))
 
@@ -167,7 +216,7 @@ def test_dropout_under_pmap_differs_between_devices():
     )
     optimizer = optax.sgd(0.0)
     step = make_train_step(objective, optimizer, lambda _: 0.0, axis_name=AXIS_NAME)
-    runner = pmap_runner(0, step, lambda params, batch: {})
+    runner = pmap_runner(0, step, lambda params, carry, batch: (carry, {}))
     state = create_state(jnp.ones(()), optimizer, jax.random.key(0))
     _, statistics = runner.step(runner.place_state(state), runner.place_batch(np.ones((8, 1), np.float32)))
     mean, square = float(statistics["noise"]) / 8, float(statistics["square"]) / 8

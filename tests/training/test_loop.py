@@ -56,7 +56,7 @@ class Run:
             )
 
     def evaluate(self, params):
-        statistics = self.runner.evaluate_step(params, self.runner.place_batch(self.toy.batch(10**6)))
+        _, statistics = self.runner.evaluate_step(params, (), self.runner.place_batch(self.toy.batch(10**6)))
         return derive({name: float(value) for name, value in statistics.items()})
 
     @property

@@ -23,6 +23,14 @@ class DataArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """Another way to run the model than in training."""
+
+    memory_length: int | None = None
+    """Vectors that each layer remembers of the rows before; 0 means that rows are scored without what precedes them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateArguments:
     """Score a run's model over a whole split, and print one JSON object."""
 
@@ -31,6 +39,7 @@ class EvaluateArguments:
     split: str = "validation"
     """Which split: train, validation or test."""
     data: DataArguments = DataArguments()
+    model: ModelArguments = ModelArguments()
 
 
 def main(arguments: list[str]) -> None:
@@ -43,5 +52,6 @@ def main(arguments: list[str]) -> None:
         data_dir=options.data.data_dir,
         stride=options.data.stride,
         limit=options.data.limit,
+        memory_length=options.model.memory_length,
     )
     print(json.dumps(scores))

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
+import numpy as np
 
 from transformer.config import DataConfig
 from transformer.data.masking import Noise
@@ -73,7 +74,8 @@ class EvaluationBatches:
 
     Rows are packed, and their documents kept apart, whatever `config.pack` says; a document longer than a row goes on
     in the next one, without its context. With `config.stride`, a row is a window of one document, and only what the window
-    before it did not score counts. The last batch is filled up with rows of weight 0.
+    before it did not score counts. With `config.continue_rows`, the split is cut into as many equal parts as a batch has rows,
+    and row i of the batches reads part i. The last batch is filled up with rows of weight 0.
     """
 
     config: DataConfig
@@ -84,7 +86,8 @@ class EvaluationBatches:
     noise: Noise | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for index, batch in enumerate(self._batches()):
+        batches = self._continued_batches() if self.config.continue_rows else self._batches()
+        for index, batch in enumerate(batches):
             if self.noise is not None:
                 for row in self.own_rows:
                     self.noise(batch, row, (index, row))
@@ -106,6 +109,31 @@ class EvaluationBatches:
                 offset, column = offset + count, column + count
         if column > 0:
             yield batch
+
+    def _continued_batches(self) -> Iterator[Batch]:
+        size, length = self.config.batch_size, self.config.sequence_length
+        documents = list(self.documents())
+        num_tokens = sum(len(pairs.inputs) for pairs in documents)
+        num_batches = -(-num_tokens // (size * length))
+
+        def parts(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
+            whole = np.zeros(size * num_batches * length, dtype)
+            whole[:num_tokens] = np.concatenate([whole[:0], *pieces])
+            return whole.reshape(size, num_batches * length)
+
+        inputs, targets, weights = (
+            parts([pairs[field] for pairs in documents], dtype)
+            for field, dtype in enumerate((np.int32, np.int32, np.float32))
+        )
+        numbers = parts([np.full(len(pairs.inputs), 1 + n) for n, pairs in enumerate(documents)], np.int32)
+        positions = parts([np.arange(len(pairs.inputs)) for pairs in documents], np.int32)
+        # A document cut between two parts starts anew in the second, where nothing precedes it.
+        positions = np.minimum(positions, np.arange(num_batches * length, dtype=np.int32))
+        for start in range(0, num_batches * length, length):
+            here = np.s_[:, start : start + length]
+            first = numbers[:, start : start + 1]
+            segments = np.where(numbers[here] > 0, numbers[here] - first + 1, 0)
+            yield Batch(inputs[here], targets[here], weights[here], segments, positions[here])
 
     def _windows(self) -> Iterator[Pairs]:
         """Documents; with a stride, windows of them, whose first tokens are read but not scored."""
@@ -167,6 +195,13 @@ def own_rows(config: DataConfig, process_index: int, process_count: int) -> rang
 
 
 def _num_streams(config: DataConfig, fewest: int, name: str) -> int:
+    require(
+        not config.continue_rows or config.batch_size <= fewest,
+        f"data.continue_rows needs a stream of text for each of {config.batch_size} rows, {name} has {fewest} records: set a "
+        "smaller data.batch_size or data.record_bytes.",
+    )
+    if config.num_streams == 0 and config.continue_rows:
+        return config.batch_size
     if config.num_streams == 0:
         most = min(_MAX_STREAMS, config.batch_size, fewest)
         return max(streams for streams in range(1, most + 1) if config.batch_size % streams == 0)

@@ -42,7 +42,9 @@ def empty_batch(rows: int, length: int) -> Batch:
     return Batch(integers[0], integers[1], np.zeros((rows, length), np.float32), integers[2], integers[3])
 
 
-def write_pairs(batch: Batch, row: int, column: int, pairs: Pairs, offset: int, segment: int) -> int:
+def write_pairs(
+    batch: Batch, row: int, column: int, pairs: Pairs, offset: int, segment: int, first_position: int = 0
+) -> int:
     """Write pairs from `offset` on to a row from `column` on, as many as fit; returns how many."""
     length = batch.inputs.shape[1]
     count = min(length - column, len(pairs.inputs) - offset)
@@ -51,7 +53,7 @@ def write_pairs(batch: Batch, row: int, column: int, pairs: Pairs, offset: int, 
     batch.targets[row, here] = pairs.targets[there]
     batch.weights[row, here] = pairs.weights[there]
     batch.segment_ids[row, here] = segment
-    batch.positions[row, here] = arange(length)[:count]
+    batch.positions[row, here] = arange(length)[:count] + first_position
     return count
 
 

@@ -95,7 +95,7 @@ class _BatchIterator(grain.DatasetIterator):
             cursor = self._cursors[stream][batches.source(stream, row_of_stream)]
             if not batches.config.pack:
                 cursor.skip_to_window(batches.config.sequence_length)
-            cursor.fill(batch, index)
+            cursor.fill(batch, index, batches.config.continue_rows)
             if not batches.config.pack:
                 batch.segment_ids[index] = 1
                 batch.positions[index] = arange(batches.config.sequence_length)
@@ -170,14 +170,15 @@ class _Cursor:
         room = size if record.last else max(1, size - length + 1)
         self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
 
-    def fill(self, batch: Batch, row: int) -> None:
-        """Write the next row."""
+    def fill(self, batch: Batch, row: int, continues: bool) -> None:
+        """Write the next row; if it continues the last one, positions go on from there."""
         column, segment, last_used = 0, 0, self.record
         while column < batch.inputs.shape[1]:
             pairs = self._pairs = self._pairs or make_pairs(self._tokenizer, self._read_record())
             if len(pairs.inputs) > 0:
                 segment, last_used = segment + 1, self.record
-                count = write_pairs(batch, row, column, pairs, self.offset, segment)
+                first = self.offset if continues else 0
+                count = write_pairs(batch, row, column, pairs, self.offset, segment, first)
                 column, self.offset = column + count, self.offset + count
             if self.offset == len(pairs.inputs):
                 self.move(self.record + 1, 0)

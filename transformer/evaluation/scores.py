@@ -10,20 +10,27 @@ from transformer.types import PyTree, Statistics
 
 
 def sum_statistics(
-    evaluate_step: Callable[[PyTree, Any], Statistics], params: PyTree, batches: Iterable[Any]
+    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+    params: PyTree,
+    batches: Iterable[Any],
+    carry: PyTree = (),
 ) -> dict[str, Any]:
     """Add the statistics of every batch in float64, in order.
 
     Args:
-        evaluate_step: `(params, batch) -> statistics`, compiled.
+        evaluate_step: `(params, carry, batch) -> (carry, statistics)`, compiled.
         params: as `evaluate_step` takes them.
         batches: the split, as `evaluate_step` takes them.
+        carry: the objective's before the first batch.
 
     Raises:
         ValueError: there was no batch.
     """
     # All steps are dispatched before the first result is waited for.
-    results = [evaluate_step(params, batch) for batch in batches]
+    results = []
+    for batch in batches:
+        carry, statistics = evaluate_step(params, carry, batch)
+        results.append(statistics)
     if not results:
         raise ValueError("Scores need at least one batch, got none.")
     sums: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Multi-head attention: projections, positions and cache around `ops.dot_product_attention`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from transformer.layers.cache import KVCache, MemoryCache, next_slots, write_cache
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
+from transformer.layers.relative import RelativePosition
 from transformer.model_config import AttentionConfig, PositionConfig
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.bias import AlibiBias, BiasDescription
@@ -23,7 +25,7 @@ class Attention(nn.Module):
 
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
-        positions: rotary, alibi and t5 act here, other kinds on the embeddings.
+        positions: rotary, alibi, t5 and transformer_xl act here, other kinds on the embeddings.
         init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
         residual_init_scale: multiplies that of the output projection.
         dtype: of activations and products.
@@ -52,6 +54,7 @@ class Attention(nn.Module):
         inputs_BTD: Float[Array, "B T D"],
         *,
         memory_BSD: Float[Array, "B S M"] | None = None,
+        earlier_BPD: Float[Array, "B P D"] | None = None,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
         relative_bias: BiasDescription | None = None,
@@ -63,8 +66,10 @@ class Attention(nn.Module):
         Args:
             inputs_BTD: what asks.
             memory_BSD: what is attended to; None means the inputs themselves.
+            earlier_BPD: P vectors before the inputs, which are attended to and do not ask (`layers.recurrence`). Places are
+                indices among all P + T then, and the mask is one of T queries, P + T keys and a query_offset of P.
             mask: who may attend to whom; `config.window` and `config.pattern` are added to it.
-            positions_BT: for rotary, alibi and t5; None means 0, 1, ... (with a cache: its next slots, and nothing else).
+            positions_BT: for kinds that act here; None means 0, 1, ... (with a cache: its next slots, and nothing else).
             relative_bias: for t5, which shares one among the layers of a stack.
             cache: a `KVCache` of the tokens before these makes self-attention causal, zeros in
                 `mask.query_segment_ids` being right padding. A `MemoryCache` keeps what cross-attention made of the
@@ -78,6 +83,10 @@ class Attention(nn.Module):
         batch_size, num_tokens, embed_dim = inputs_BTD.shape
         cross = memory_BSD is not None or isinstance(cache, MemoryCache)
         self._check(cross, mask, positions_BT, relative_bias, cache)
+        if earlier_BPD is not None and (cross or cache is not None or positions_BT is not None):
+            raise ValueError(
+                "Earlier vectors stand before the inputs of self-attention: without memory, cache, positions_BT."
+            )
         head_dim = config.resolved_head_dim(embed_dim)
 
         query_BTHK = self._project("query", inputs_BTD, config.num_heads, head_dim)
@@ -87,6 +96,8 @@ class Attention(nn.Module):
             key_BSGK, value_BSGK = cache
         else:
             source_BSD = inputs_BTD if memory_BSD is None else memory_BSD
+            if earlier_BPD is not None:
+                source_BSD = jnp.concatenate([earlier_BPD, inputs_BTD], axis=1)
             key_BSGK = self._project("key", source_BSD, config.kv_heads, head_dim)
             value_BSGK = self._project("value", source_BSD, config.kv_heads, head_dim, normalize=False)
         if isinstance(cache, MemoryCache):
@@ -104,8 +115,9 @@ class Attention(nn.Module):
             if isinstance(cache, KVCache):
                 places_BT = next_slots(cache.lengths_B, num_tokens)
             elif places_BT is None:
-                places_BT = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-            query_BTHK, key_BSGK = self._rotate(query_BTHK, places_BT), self._rotate(key_BSGK, places_BT)
+                places_BT = jnp.arange(key_BSGK.shape[1], dtype=jnp.int32)[None]
+            query_BTHK = self._rotate(query_BTHK, places_BT[:, -num_tokens:])
+            key_BSGK = self._rotate(key_BSGK, places_BT)
         elif self.positions.kind in ("alibi", "t5"):
             bias = AlibiBias.for_heads(config.num_heads) if self.positions.kind == "alibi" else relative_bias
         if positions_BT is not None and not cross and (bias is not None or mask.pattern is not None):
@@ -127,13 +139,23 @@ class Attention(nn.Module):
                 key_lengths=cache.lengths_B,
             )
 
+        key_BSGK = key_BSGK.astype(self.dtype)
+        if self.positions.kind == "transformer_xl":
+            relative = RelativePosition(
+                embed_dim, self.positions.theta, self.init_std, self.dtype, self.param_dtype, name="relative_position"
+            )
+            given = positions_BT is not None
+            query_places_BT = positions_BT if given else mask.query_places(0, num_tokens)
+            key_places_BS = positions_BT if given else mask.key_places(0, key_BSGK.shape[1])
+            query_BTHK, key_BSGK = relative(query_BTHK, key_BSGK, query_places_BT, key_places_BS)
         dropout_rate = config.dropout if train else 0.0
         out_BTHK = dot_product_attention(
             query_BTHK,
-            key_BSGK.astype(self.dtype),
+            key_BSGK,
             value_BSGK.astype(self.dtype),
             mask=mask,
             bias=bias,
+            scale=1 / math.sqrt(head_dim),
             logits_soft_cap=config.logits_soft_cap,
             dropout_rate=dropout_rate,
             dropout_key=self.make_rng("dropout") if dropout_rate > 0 else None,
@@ -185,7 +207,7 @@ class Attention(nn.Module):
                 f"Positions of kind t5, and no others, need a relative_bias, got kind={self.positions.kind!r} and "
                 f"{type(relative_bias).__name__}; a `Stack` makes one, `RelativeBias` too."
             )
-        if cross and self.positions.kind in ("rotary", "alibi", "t5"):
+        if cross and self.positions.kind in ("rotary", "alibi", "t5", "transformer_xl"):
             raise ValueError(
                 f"Cross-attention has no common positions with its memory, got kind={self.positions.kind!r}; "
                 "use PositionConfig(kind='none')."

@@ -36,7 +36,7 @@ class Block(nn.Module):
 
     Attributes:
         config: attention, feed-forward network and norms.
-        positions: rotary and alibi act in self-attention.
+        positions: those of attention, rotary and others, act in self-attention.
         cross_attention: whether the block attends to a memory too; without positions and window, otherwise alike.
         dropout: probability of dropping an element of a sub-layer's output.
         init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
@@ -73,6 +73,7 @@ class Block(nn.Module):
         memory_BSD: Float[Array, "B S M"] | None = None,
         memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: BlockCache | None = None,
+        earlier_BPD: Float[Array, "B P D"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], BlockCache]:
         """The stream after this block, and the cache where one was given.
@@ -85,6 +86,7 @@ class Block(nn.Module):
             memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
             memory_mask: of cross-attention.
             cache: what earlier calls left.
+            earlier_BPD: the stream before these inputs, for self-attention to see (`layers.recurrence`).
             train: apply dropout, with the `dropout` key.
         """
         shared: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -112,8 +114,14 @@ class Block(nn.Module):
         update: Any
         caches: dict[str, Any] = {}
         attention = Attention(self.config.attention, positions=self.positions, name="attention", **weights)
+        if earlier_BPD is None:
+            normed_BTD = before("attention", x_BTD)
+        else:
+            both = before("attention", jnp.concatenate([earlier_BPD.astype(x_BTD.dtype), x_BTD], axis=1))
+            earlier_BPD, normed_BTD = jnp.split(both, [earlier_BPD.shape[1]], axis=1)
         update = attention(
-            before("attention", x_BTD),
+            normed_BTD,
+            earlier_BPD=earlier_BPD,
             mask=mask,
             positions_BT=positions_BT,
             relative_bias=relative_bias,

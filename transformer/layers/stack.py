@@ -13,6 +13,7 @@ from transformer.layers.cache import cache_lengths, init_cache, init_memory_cach
 from transformer.layers.embedding import PositionEmbedding, RelativeBias, check_learned_length
 from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
+from transformer.layers.recurrence import by_layer, by_row, recurrent_mask, remember
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.ops.masks import AttentionMask
 
@@ -37,9 +38,14 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], caches: StackCache | None, *, train: bool = False, **context: Any
-    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
-        """The stream after every block, and their caches."""
+        self,
+        x_BTD: Float[Array, "B T D"],
+        caches: StackCache | tuple[Array, ...] | None,
+        *,
+        train: bool = False,
+        **context: Any,
+    ) -> tuple[Float[Array, "B T D"], StackCache | tuple[Array, ...] | None]:
+        """The stream after every block, and their caches, or for vectors before the inputs of each, those before the next."""
         config = self.config
         updated = []
         for index, block_config in enumerate(self.blocks):
@@ -56,8 +62,10 @@ class Blocks(nn.Module):
                 name=f"block_{index}",
             )
 
-            def run(block: Block, x_BTD: Array, cache: BlockCache | None) -> Any:
-                return block(x_BTD, cache=cache, train=train, **context)
+            def run(block: Block, x_BTD: Array, cache: BlockCache | Array | None) -> Any:
+                if cache is None or isinstance(cache, BlockCache):
+                    return block(x_BTD, cache=cache, train=train, **context)
+                return block(x_BTD, earlier_BPD=cache, train=train, **context), remember(cache, x_BTD)
 
             if config.remat != "none":
                 # Inside a scan the loop itself keeps XLA from merging the recomputation with the first pass.
@@ -96,9 +104,10 @@ class Stack(nn.Module):
         memory_BSD: Float[Array, "B S M"] | None = None,
         memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: StackCache | None = None,
+        recurrence_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
-        """The hidden states after the last block (normalised), and the cache, None if none was given.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The hidden states after the last block (normalised), and the cache or recurrence, None if none was given.
 
         Args:
             embedded_BTD: token vectors.
@@ -107,6 +116,8 @@ class Stack(nn.Module):
             memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
             memory_mask: of cross-attention.
             cache: what earlier calls left.
+            recurrence_BLPD: what each layer remembers of the rows before (`layers.recurrence`); with it, the first of a row's
+                positions says how much of that belongs to its first segment.
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
@@ -126,6 +137,17 @@ class Stack(nn.Module):
             heads, std = config.pattern[0].attention.num_heads, config.init_std
             relative = RelativeBias(config.positions, heads, std, dtypes["param_dtype"], name="relative_bias")
             relative_bias = relative(bidirectional=not mask.causal)
+        kept: Any = cache
+        num_periods = config.num_layers // len(config.pattern)
+        if recurrence_BLPD is not None:
+            if cache is not None or positions_BT is None:
+                raise ValueError(
+                    "A recurrence needs positions_BT, whose first say how much of it a row continues, and no cache; "
+                    f"got {'no positions_BT' if positions_BT is None else 'a cache'}."
+                )
+            # Places are indices from here on: they differ as positions do, which may be too large for a float32 angle.
+            mask = recurrent_mask(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2])
+            positions_BT, kept = None, by_layer(recurrence_BLPD, num_periods, config.scan_layers)
         context = {
             "mask": mask,
             "relative_bias": relative_bias,
@@ -133,7 +155,6 @@ class Stack(nn.Module):
             "memory_BSD": memory_BSD,
             "memory_mask": memory_mask,
         }
-        num_periods = config.num_layers // len(config.pattern)
         repeats = 1 if config.scan_layers else num_periods
         blocks = Blocks(
             config,
@@ -143,7 +164,7 @@ class Stack(nn.Module):
             name="blocks",
         )
 
-        def run(blocks: Blocks, x_BTD: Array, caches: StackCache | None) -> tuple[Array, StackCache | None]:
+        def run(blocks: Blocks, x_BTD: Array, caches: Any) -> Any:
             return blocks(x_BTD, caches, train=train, **context)
 
         if config.scan_layers:
@@ -154,10 +175,12 @@ class Stack(nn.Module):
                 length=num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-        x_BTD, cache = run(blocks, x_BTD, cache)
+        x_BTD, kept = run(blocks, x_BTD, kept)
+        if recurrence_BLPD is not None:
+            kept = by_row(kept, config.scan_layers)
         if config.final_norm and config.pattern[-1].norm.placement != "post":
             x_BTD = make_norm(config.pattern[-1].norm, name="final_norm", **dtypes)(x_BTD)
-        return x_BTD, cache
+        return x_BTD, kept
 
 
 def _resolve_positions(

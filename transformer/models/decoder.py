@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.linear import DotGeneral
@@ -21,7 +22,6 @@ class Decoder(nn.Module):
         dot_general: replaces `jax.lax.dot_general` in the linear layers.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> model = Decoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
         >>> tokens = jnp.array([[1, 2, 3]])
         >>> logits, variables = model.init_with_output(jax.random.key(0), tokens)
@@ -46,9 +46,10 @@ class Decoder(nn.Module):
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
         cache: StackCache | None = None,
+        recurrence_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
-        """Float32 logits, and the cache where one was given.
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache | Float[Array, "B L P D"]]:
+        """Float32 logits, and the cache or the recurrence where one was given.
 
         Args:
             tokens_BT: the tokens read.
@@ -56,24 +57,35 @@ class Decoder(nn.Module):
             segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache, 0 marks right padding and
                 other values say nothing more.
             cache: of the tokens before these (`init_cache`); positions follow from it.
+            recurrence_BLPD: what each layer remembers of the rows before (`init_recurrence`, then what the last call
+                returned). A row whose first position is p continues a document, of which it sees the last p tokens, as far
+                as they are remembered; one that starts at 0 sees none.
             train: apply dropout, with the `dropout` key.
 
         Raises:
             ValueError: if the config leaves something open, or the arguments contradict each other.
         """
-        hidden_BTD, cache = self.decoder(
+        hidden_BTD, kept = self.decoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
             # Order in the row decides what is earlier: a segment is contiguous, so that its positions would say the
             # same, but only indices tell a backend while tracing what it need not compute.
             mask=AttentionMask(causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
             cache=cache,
+            recurrence_BLPD=recurrence_BLPD,
             train=train,
         )
         logits_BTV = token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
-        return logits_BTV if cache is None else (logits_BTV, cache)
+        return logits_BTV if kept is None else (logits_BTV, kept)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
         """An empty cache with room for `capacity` tokens a row; a `dtype` of None means the model's."""
         return init_stack_cache(self.config, batch_size, capacity, dtype=dtype)
+
+    @nn.nowrap
+    def init_recurrence(self, batch_size: int) -> Float[Array, "B L P D"]:
+        """Memory of nothing yet, `config.memory_length` vectors for each layer."""
+        config = self.config
+        shape = (batch_size, config.num_layers, config.memory_length, config.embed_dim)
+        return jnp.zeros(shape, jnp.dtype(config.dtype))

@@ -17,7 +17,7 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
 
     Args:
         model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
-            giving logits [B, T, V].
+            giving logits [B, T, V]. With a memory_length, its recurrence is what is carried from batch to batch.
         config: label smoothing and z-loss.
         token_bytes: int [V], UTF-8 bytes each token stands for, for bits per byte.
 
@@ -37,9 +37,16 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
             segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": key} if train else {},
+            **(carry or {}),
         )
+        if carry:
+            logits_BTV, recurrence_BLPD = logits_BTV
+            carry = {"recurrence_BLPD": recurrence_BLPD}
         statistics = token_statistics(logits_BTV, batch.targets, batch.weights, config)
         statistics["bytes"] = jnp.sum(jnp.asarray(token_bytes, jnp.float32)[batch.targets] * batch.weights)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    return Objective(weight=weight, loss=loss)
+    def init_carry(rows: int) -> PyTree:
+        return {"recurrence_BLPD": model.init_recurrence(rows)} if model.config.memory_length > 0 else ()
+
+    return Objective(weight=weight, loss=loss, init_carry=init_carry)

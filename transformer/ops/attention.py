@@ -24,7 +24,7 @@ _LONG = 256
 def dot_product_attention(
     query_BTHK: Float[jax.Array, "B T H K"],
     key_BSGK: Float[jax.Array, "B S G K"],
-    value_BSGK: Float[jax.Array, "B S G K"],
+    value_BSGK: Float[jax.Array, "B S G W"],
     *,
     mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
     bias: Bias | None = None,
@@ -33,7 +33,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     implementation: str = "auto",
-) -> Float[jax.Array, "B T H K"]:
+) -> Float[jax.Array, "B T H W"]:
     """Means of values weighted by `softmax(cap(scale * query · key) + bias)` (Vaswani et al. 2017, section 3.2.1).
 
     Logits and softmax are float32; the result has the dtype of the query. A query that sees no key gives zeros.
@@ -42,7 +42,7 @@ def dot_product_attention(
       query_BTHK: Queries; H is a multiple of G, and query head `h` reads key/value head `h // (H / G)` (grouped-query
         attention, Ainslie et al. 2023).
       key_BSGK: Keys, of the same dtype.
-      value_BSGK: Values, of the same dtype.
+      value_BSGK: Values, of the same dtype; their width W may be another than that of the keys.
       mask: Who may attend to whom.
       bias: Added to the logits after scale and cap: an array [B|1, H|1, T, S], or a description such as `AlibiBias`,
         which sees the places that the mask compares (positions where given, else indices).
@@ -89,7 +89,7 @@ def dot_product_attention(
     # In this order einsum emits weights @ values; the other way round it is values^T @ weights^T, for which XLA's CPU
     # backend transposes the values: the whole cache, in every step of decoding.
     out_BTGRK = jnp.einsum("BSGK,BGRTS->BTGRK", value_BSGK, weights_BGRTS, preferred_element_type=jnp.float32)
-    return out_BTGRK.reshape(query_BTHK.shape).astype(query_BTHK.dtype)
+    return out_BTGRK.reshape(B, T, H, -1).astype(query_BTHK.dtype)
 
 
 def attention_weights(

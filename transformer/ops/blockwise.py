@@ -44,14 +44,14 @@ def choose_blocks(num_queries: int, num_keys: int, pattern: BlockPattern | None 
 def blockwise_attention(
     query_BTHK: Float[jax.Array, "B T H K"],
     key_BSGK: Float[jax.Array, "B S G K"],
-    value_BSGK: Float[jax.Array, "B S G K"],
+    value_BSGK: Float[jax.Array, "B S G W"],
     *,
     mask: AttentionMask,
     bias: Float[jax.Array, "#B #H T S"] | BiasDescription | None,
     scale: float,
     logits_soft_cap: float = 0.0,
     blocks: Blocks | None = None,
-) -> Float[jax.Array, "B T H K"]:
+) -> Float[jax.Array, "B T H W"]:
     """The same as the reference without its [T, S] arrays (Rabe and Staats 2021; Dao et al. 2022, algorithms 1 and 4).
 
     The forward pass keeps the output and the logarithm of each softmax's denominator; the backward pass recomputes
@@ -79,7 +79,7 @@ def blockwise_attention(
         bias = bias if isinstance(bias, BiasDescription) else _pad(_pad(bias, 2, padded_T), 3, padded_S)
     settings = _Settings(scale, logits_soft_cap, blocks, S)
     out_BGRTK: Any = _attend(settings, query_BGRTK, key_BGSK, value_BGSK, bias, mask)
-    return out_BGRTK[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    return out_BGRTK[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
 class _Settings(NamedTuple):
@@ -118,7 +118,7 @@ def _forward(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, m
     def attend_queries(carry: tuple[()], start: Any, size: int, key_blocks: Any) -> Any:
         shape = (*query.shape[:3], size)
         zeros = jnp.zeros(shape, jnp.float32)
-        empty = (zeros + _LOWEST, zeros, jnp.zeros((*shape, query.shape[-1]), jnp.float32))
+        empty = (zeros + _LOWEST, zeros, jnp.zeros((*shape, value.shape[-1]), jnp.float32))
         peak, total, out = key_blocks(attend_keys, empty)
         total = jnp.where(total == 0, 1, total)
         return carry, ((out / total[..., None]).astype(query.dtype), peak + jnp.log(total))

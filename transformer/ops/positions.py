@@ -1,4 +1,4 @@
-"""Positions without parameters: rotary embeddings of queries and keys, sinusoidal vectors."""
+"""Positions without parameters: rotary embeddings of queries and keys, sinusoidal vectors and products with them."""
 
 import math
 from typing import Literal
@@ -89,3 +89,18 @@ def sinusoidal(
     angles = positions_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return pairs.reshape(*positions_BT.shape, -1)[:, :, :dim]
+
+
+def turn_to_query(
+    x_BTHD: Float[jax.Array, "B T H D"], positions_BT: Int[jax.Array, "#B T"], *, theta: float = 10_000.0
+) -> Float[jax.Array, "B T H D"]:
+    """The `y` with `y · sinusoidal(j) = x · sinusoidal(i - j)` for every `j`, where `i` is the vector's own position.
+
+    By the addition theorems: each pair of `x`, for a sine and a cosine, is reflected by its angle at `i`. Products with
+    sinusoids of distances, as in Transformer-XL, so become products of queries and keys. D is even; float32.
+    """
+    wave_BT1D = sinusoidal(positions_BT, x_BTHD.shape[-1], theta=theta)[:, :, None]
+    sine, cosine = wave_BT1D[..., 0::2], wave_BT1D[..., 1::2]
+    of_sine, of_cosine = x_BTHD[..., 0::2].astype(jnp.float32), x_BTHD[..., 1::2].astype(jnp.float32)
+    pairs = jnp.stack([of_cosine * sine - of_sine * cosine, of_sine * sine + of_cosine * cosine], axis=-1)
+    return pairs.reshape(x_BTHD.shape)

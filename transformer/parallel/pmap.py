@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transformer.parallel.runner import Runner, choose_devices
-from transformer.types import PyTree, Statistics
+from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
+from transformer.types import PyTree, Statistics, UserError
 
 AXIS_NAME = "data"
 """What a step must sum over (`make_train_step(..., axis_name=AXIS_NAME)`)."""
@@ -16,14 +16,13 @@ AXIS_NAME = "data"
 
 def replicate(tree: PyTree, devices: list) -> PyTree:
     """A copy of every array on each of this process's devices, as one array with a new first axis."""
+    return jax.tree.map(lambda x: _on_each(devices, [jax.numpy.asarray(x)] * len(devices)), tree)
+
+
+def _on_each(devices: list, parts: list) -> jax.Array:
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
-
-    def copy(x: Any) -> jax.Array:
-        row = jax.numpy.asarray(x)[None]
-        copies = [jax.device_put(row, device, may_alias=False) for device in devices]
-        return jax.make_array_from_single_device_arrays((len(devices), *row.shape[1:]), sharding, copies)
-
-    return jax.tree.map(copy, tree)
+    copies = [jax.device_put(part[None], device, may_alias=False) for part, device in zip(parts, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays((len(devices), *parts[0].shape), sharding, copies)
 
 
 def unreplicate(tree: PyTree) -> PyTree:
@@ -34,7 +33,7 @@ def unreplicate(tree: PyTree) -> PyTree:
 def pmap_runner(
     data: int,
     train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-    evaluate_step: Callable[[PyTree, Any], Statistics],
+    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
 ) -> Runner:
     """Run the steps on `data` devices (0: all), as many in each process.
 
@@ -54,19 +53,36 @@ def pmap_runner(
     def place_batch(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.reshape(len(local_devices), -1, *x.shape[1:]), tree)
 
+    def place_state(tree: PyTree) -> PyTree:
+        rest, carry = carry_apart(tree)
+        if jax.tree.leaves(carry) and jax.process_count() > 1:
+            raise UserError(
+                "Under pmap, a memory of earlier rows stays in one process, got "
+                f"{jax.process_count()} processes; set parallel.strategy=mesh, or model.memory_length=0."
+            )
+        spread = jax.tree.map(lambda x: _on_each(devices, jax.numpy.split(x, len(devices))), carry)
+        return with_carry(replicate(rest, local_devices), spread)
+
     def step(state: Any, batch: Any) -> tuple[Any, Statistics]:
         state, statistics = train(state, batch)
         return state, unreplicate(statistics)
 
+    def run_evaluate_step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        carry, statistics = evaluate(params, carry, batch)
+        return carry, unreplicate(statistics)
+
     def fetch_state(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_single_device_arrays(x.shape, one_copy, [x]), unreplicate(tree)
+        rest, carry = carry_apart(tree)
+        one = jax.tree.map(
+            lambda x: jax.make_array_from_single_device_arrays(x.shape, one_copy, [x]), unreplicate(rest)
         )
+        rows = jax.tree.map(lambda x: jax.device_put(jax.device_get(x).reshape(-1, *x.shape[2:]), one_copy), carry)
+        return with_carry(one, rows)
 
     return Runner(
-        place_state=lambda tree: replicate(tree, local_devices),
+        place_state=place_state,
         place_batch=place_batch,
         step=step,
-        evaluate_step=lambda params, batch: unreplicate(evaluate(params, batch)),
+        evaluate_step=run_evaluate_step,
         fetch_state=fetch_state,
     )

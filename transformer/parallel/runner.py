@@ -12,15 +12,28 @@ class Runner(NamedTuple):
     """A compiled training and evaluation step, and the moves between host and devices that go with them."""
 
     place_state: Callable[[PyTree], PyTree]
-    """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's."""
+    """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's.
+
+    A state's `carry` has rows as a batch has, and is spread as those are.
+    """
     place_batch: Callable[[PyTree], PyTree]
     """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
     step: Callable[[Any, Any], tuple[Any, Statistics]]
     """`(state, batch) -> (state, statistics)` on placed arguments; the given state is donated, so unusable after."""
-    evaluate_step: Callable[[PyTree, Any], Statistics]
-    """`(params, batch) -> statistics` on placed arguments."""
+    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
+    """`(params, carry, batch) -> (carry, statistics)` on placed arguments, the carry as part of the batch."""
     fetch_state: Callable[[PyTree], PyTree]
     """The inverse of `place_state`, without a copy between devices."""
+
+
+def carry_apart(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """A state without its carry, and the carry; `(tree, ())` for anything else."""
+    return (tree._replace(carry=()), tree.carry) if hasattr(tree, "carry") else (tree, ())
+
+
+def with_carry(tree: PyTree, carry: PyTree) -> PyTree:
+    """The inverse of `carry_apart`."""
+    return tree._replace(carry=carry) if hasattr(tree, "carry") else tree
 
 
 def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> None:

@@ -61,9 +61,11 @@ def measured_peak_flops(dtype: str) -> float:
 
 
 def model_flops(
-    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, rows: int, length: int
+    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, rows: int, length: int, memory: int = 0
 ) -> float:
     """Operations of a training step on rows of a length T: `6 N + 12 L H K T` a token (Chowdhery et al. 2022, appendix B).
+
+    With a memory of M vectors a token attends to T + M.
 
     Two for each multiply-add, three times the forward pass for forward and backward. The attention term counts the
     whole T x T matrix, causal or not; recomputation (remat) is not counted.
@@ -75,8 +77,9 @@ def model_flops(
         head_dim: K.
         rows: of the batch.
         length: T.
+        memory: M.
     """
-    per_token = 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * length
+    per_token = 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * (length + memory)
     return rows * length * per_token
 
 

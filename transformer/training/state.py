@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
     step: Any  # int32 scalar, optimizer steps done
     params: PyTree
     opt_state: PyTree
-    carry: PyTree  # what flows from step to step besides the parameters; () for most objectives
+    carry: PyTree  # what flows from step to step in each row besides the parameters; () for most objectives
     key: Any  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
 

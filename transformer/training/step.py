@@ -11,7 +11,7 @@ from transformer.training.state import TrainState
 from transformer.types import Array, Objective, PyTree, Statistics
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
-EvaluateStep = Callable[[PyTree, Any], Statistics]
+EvaluateStep = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
 
 PER_STEP = ("grad_norm", "learning_rate")
 """Statistics that do not add: they describe one step."""
@@ -95,12 +95,12 @@ def make_train_step(
 
 
 def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> EvaluateStep:
-    """`(params, batch) -> statistics`: the objective's sums over a batch, without dropout."""
+    """`(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
 
-    def step(params: PyTree, batch: Any) -> Statistics:
-        (loss_sum, weight_sum), (_, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
+    def step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        (loss_sum, weight_sum), (carry, statistics) = objective.loss(params, carry, batch, jax.random.key(0), False)
         statistics = {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
-        return jax.lax.psum(statistics, axis_name) if axis_name else statistics
+        return carry, jax.lax.psum(statistics, axis_name) if axis_name else statistics
 
     return step
 

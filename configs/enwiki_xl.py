@@ -1,0 +1,57 @@
+"""A Transformer-XL of bytes on a Wikipedia XML file of yours, such as the start of a pages-articles dump.
+
+    python train.py configs/enwiki_xl.py --data.source enwiki.xml
+    transformer evaluate runs/enwiki_xl --model.memory-length 512 --data.limit 200000
+
+Hardware: two CPU cores; sized to take about half an hour there, more with a slower processor or another file. The second
+command scores the same parameters with a longer memory than in training; 0 scores them without any. No number is quoted:
+it depends on the file.
+"""
+
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+
+
+def get_config(variant: str = "") -> Config:
+    steps = {"": 1800, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=4),
+        FeedForwardConfig(activation="gelu"),
+        NormConfig(kind="rms_norm"),
+    )
+    length = 128
+    return Config(
+        model=ModelConfig(
+            num_layers=4,
+            embed_dim=256,
+            pattern=(block,),
+            positions=PositionConfig(kind="transformer_xl"),
+            memory_length=length,
+        ),
+        data=DataConfig(
+            source=("enwiki.xml",),
+            validation_fraction=0.02,
+            sequence_length=length,
+            batch_size=16,
+            continue_rows=True,
+            record_bytes=65_536,
+            limit=200_000,
+        ),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.02,
+            schedule="linear",
+            warmup_steps=min(50, steps),
+            final_fraction=0.0,
+            weight_decay=0.0,
+            b2=0.99,
+        ),
+        training=TrainingConfig(steps=steps, eval_every=600, checkpoint_every=200, log_every=25, sample_prompt="[["),
+    )
