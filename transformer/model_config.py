@@ -181,6 +181,8 @@ class ModelConfig:
     """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
     logits_soft_cap: float = 0.0
     """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
+    bidirectional_prefix: bool = False
+    """decoder: the tokens of a prefix, or of a prompt, see each other in both directions; prefix_lm trains it so."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each sub-layer's output in training."""
     init_std: float = 0.02
@@ -213,6 +215,10 @@ class ModelConfig:
         require(
             self.positions.kind != "t5" or len({block.attention.num_heads for block in self.pattern}) == 1,
             "Positions of kind t5 share one bias for each head: the blocks of ModelConfig.pattern must have as many heads.",
+        )
+        require(
+            not self.bidirectional_prefix or self.architecture == "decoder",
+            f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",
         )
         for block in self.pattern:
             head_dim = block.attention.resolved_head_dim(self.embed_dim)
