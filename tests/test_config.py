@@ -43,6 +43,10 @@ from transformer.types import UserError
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), "leave something to train on"),
         (lambda: DataConfig(batch_size=12, num_streams=5), "divide batch_size=12 or be a multiple of it, got 5"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (
+            lambda: ModelConfig(architecture="encoder", bidirectional_prefix=True),
+            "bidirectional_prefix=True needs architecture='decoder', got 'encoder'",
+        ),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
         (lambda: OptimizerConfig(parameter_groups=("(=1",)), "must be REGEX=SCALE"),
@@ -72,6 +76,12 @@ CUSTOM = Config(
 @pytest.mark.parametrize("config", [Config(), CUSTOM], ids=["default", "custom"])
 def test_json_round_trip(config):
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_fields_that_a_file_does_not_know_have_their_defaults():
+    values = to_dict(CUSTOM)
+    del values["model"]["bidirectional_prefix"]
+    assert from_dict(Config, values) == CUSTOM
 
 
 def test_unknown_field_in_json_is_named():

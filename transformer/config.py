@@ -99,8 +99,9 @@ class DataConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    kind: Literal["next_token", "masked_lm", "classification", "seq2seq"] = "next_token"
-    """Cross-entropy of the token that follows, of masked tokens (Devlin et al. 2019), of a text's class, of a target."""
+    kind: Literal["next_token", "prefix_lm", "masked_lm", "classification", "seq2seq"] = "next_token"
+    """Cross-entropy of the token that follows; behind a prefix read in both directions, the prompt or a random part (Raffel et
+    al. 2020); of masked tokens (Devlin et al. 2019); of a text's class; of a target."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0

@@ -24,6 +24,7 @@ from transformer.models.init import init_params
 from transformer.objectives.classification import classification
 from transformer.objectives.masked_lm import masked_lm
 from transformer.objectives.next_token import next_token
+from transformer.objectives.prefix_lm import prefix_lm
 from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu
 from transformer.training.metrics import derive
@@ -32,6 +33,7 @@ from transformer.validation import require
 
 ARCHITECTURES = {
     "next_token": "decoder",
+    "prefix_lm": "decoder",
     "masked_lm": "encoder",
     "classification": "encoder",
     "seq2seq": "encoder_decoder",
@@ -55,6 +57,10 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
         f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's.",
     )
     require(
+        kind == "prefix_lm" or not model.bidirectional_prefix,
+        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={kind}; leave it out.",
+    )
+    require(
         model.num_classes in (0, len(class_names)) or kind != "classification",
         f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
     )
@@ -62,6 +68,7 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
         model,
         vocab_size=model.vocab_size or smallest,
         max_length=model.max_length or config.data.sequence_length,
+        bidirectional_prefix=kind == "prefix_lm",
         num_classes=len(class_names) if kind == "classification" else 0,
         source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
     )
@@ -99,6 +106,8 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Ob
     match config.objective.kind:
         case "next_token":
             return next_token(model, config.objective, tokenizer.token_bytes)
+        case "prefix_lm":
+            return prefix_lm(model, config.objective)
         case "masked_lm":
             return masked_lm(model, config.objective)
         case "classification":
