@@ -43,6 +43,16 @@ from transformer.types import UserError
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), "leave something to train on"),
         (lambda: DataConfig(batch_size=12, num_streams=5), "divide batch_size=12 or be a multiple of it, got 5"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
+        (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
+        (
+            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", mean_span_length=1)),
+            r"must fit in data.sequence_length=256, but 38 tokens in 38 spans give 257 and 77; .*or longer rows",
+        ),
+        (
+            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", noise_density=0.8)),
+            "but 205 tokens in 51 spans give 103 and 257; change objective.noise_density",
+        ),
         (
             lambda: ModelConfig(architecture="encoder", bidirectional_prefix=True),
             "bidirectional_prefix=True needs architecture='decoder', got 'encoder'",
@@ -80,7 +90,7 @@ def test_json_round_trip(config):
 
 def test_fields_that_a_file_does_not_know_have_their_defaults():
     values = to_dict(CUSTOM)
-    del values["model"]["bidirectional_prefix"]
+    del values["model"]["bidirectional_prefix"], values["objective"]["noise_density"]
     assert from_dict(Config, values) == CUSTOM
 
 

@@ -129,17 +129,20 @@ def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
     head_dim = attention.resolved_head_dim(config.model.embed_dim)
 
     def work(batch: Any) -> Work:
-        rows, length = batch.inputs.shape
-        rows *= jax.process_count() * (2 if isinstance(batch, PairBatch) else 1)
-        flops = model_flops(
-            num_parameters,
-            num_layers=config.model.num_layers,
-            num_heads=attention.num_heads,
-            head_dim=head_dim,
-            rows=rows,
-            length=length,
+        read = (batch.source, batch.inputs) if isinstance(batch, PairBatch) else (batch.inputs,)
+        processes = jax.process_count()
+        flops = sum(
+            model_flops(
+                num_parameters,
+                num_layers=config.model.num_layers,
+                num_heads=attention.num_heads,
+                head_dim=head_dim,
+                rows=processes * len(tokens),
+                length=tokens.shape[1],
+            )
+            for tokens in read
         )
-        return Work(rows * length, flops)
+        return Work(processes * sum(tokens.size for tokens in read), flops)
 
     return work
 

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "masked_lm": "encoder",
     "classification": "encoder",
     "seq2seq": "encoder_decoder",
+    "span_corruption": "encoder_decoder",
 }
 
 
@@ -44,17 +45,20 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
     """The config with the model's vocab_size, max_length and num_classes filled in.
 
     An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
-    classifier fits the encoder it starts from.
+    classifier fits the encoder it starts from. That of span corruption has as many sentinels there as a row has spans.
     """
     model, kind = config.model, config.objective.kind
     smallest = tokenizer.vocab_size + (model.architecture == "encoder")
+    if kind == "span_corruption":
+        smallest += config.objective.num_hidden(config.data.sequence_length)[1]
     require(
         model.architecture == ARCHITECTURES[kind],
         f"Training the {kind} objective needs model.architecture={ARCHITECTURES[kind]}, got {model.architecture!r}.",
     )
     require(
         model.vocab_size == 0 or model.vocab_size >= smallest,
-        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's.",
+        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
+        "with room for a mask or sentinels.",
     )
     require(
         kind == "prefix_lm" or not model.bidirectional_prefix,
@@ -112,7 +116,7 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Ob
             return masked_lm(model, config.objective)
         case "classification":
             return classification(model, config.objective)
-        case "seq2seq":
+        case "seq2seq" | "span_corruption":
             return seq2seq(model, config.objective)
 
 

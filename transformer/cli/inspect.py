@@ -37,6 +37,15 @@ def _row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
+def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens, with <0>, <1>, ... for ids after the tokenizer's, which stand for hidden spans."""
+    parts = []
+    for part in np.split(tokens, np.flatnonzero(tokens >= tokenizer.vocab_size)):
+        sentinel = f"<{part[0] - tokenizer.vocab_size}>" if len(part) and part[0] >= tokenizer.vocab_size else ""
+        parts.append(sentinel + repr(tokenizer.decode(part))[1:-1])
+    return escape("".join(parts))
+
+
 def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
     """Who attends to whom (■) where the row's documents meet, or at its start."""
     segments = batch.segment_ids[row]
@@ -72,9 +81,10 @@ def main(arguments: list[str]) -> None:
                 tokens[row][segments[row] > 0]
                 for tokens, segments in ((batch.source, batch.source_segment_ids), (batch.targets, batch.segment_ids))
             )
-            console.print(f"[bold]row {row}[/bold]: {len(source)} and {len(target)} of {batch.inputs.shape[1]} tokens")
-            console.print(escape(repr(reader.decode(source))[1:-1]), style="green")
-            console.print(escape(repr(tokenizer.decode(target))[1:-1]) + "\n", style="cyan")
+            lengths = f"{len(source)} of {batch.source.shape[1]} and {len(target)} of {batch.inputs.shape[1]} tokens"
+            console.print(f"[bold]row {row}[/bold]: {lengths}")
+            console.print(_with_sentinels(source, reader), style="green")
+            console.print(_with_sentinels(target, tokenizer) + "\n", style="cyan")
     else:
         _print_rows(console, batch, tokenizer, prefix=run.config.model.bidirectional_prefix)
     _print_parameters(console, run)

@@ -13,6 +13,7 @@ from transformer.data.masking import masking
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
 from transformer.data.prefixes import random_prefixes
 from transformer.data.prepare import Source, open_sources, split_text
+from transformer.data.spans import hide_spans, span_pairs
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
 from transformer.types import CheckpointableIterator
 from transformer.validation import require
@@ -65,7 +66,7 @@ def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
     """Open (and prepare, if it is local text) what `config` names, in the form the objective needs."""
     if objective.kind not in _EXAMPLES:
         require(
-            config.stride == 0 or objective.kind != "prefix_lm",
+            config.stride == 0 or objective.kind not in ("prefix_lm", "span_corruption"),
             f"Windows that move on are for next_token, {objective.kind} draws what counts in each row anew; got "
             f"data.stride={config.stride}, set it to 0.",
         )
@@ -108,11 +109,11 @@ class TextData:
         return make_tokenizer(self.config, self.texts("train"))
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
-        """Rows of `Batch`es; masked where the objective wants them so."""
+        """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
         return train_batches(self.config, tokenizer, sources=self.sources, **self._changes(tokenizer), **process)
 
     def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: Any) -> Iterable[Any]:
-        """Rows like those of training; masked always alike."""
+        """Rows like those of training; masked or corrupted always alike."""
         return evaluation_batches(
             self.config, tokenizer, split, sources=self.sources, **self._changes(tokenizer), **process
         )
@@ -125,6 +126,9 @@ class TextData:
                 return {"noise": masking(objective, tokenizer, seed)}
             case "prefix_lm":
                 return {"noise": random_prefixes(seed)}
+            case "span_corruption":
+                convert = span_pairs(objective, tokenizer, self.config.sequence_length)
+                return {"noise": hide_spans(objective, seed), "convert": convert}
         return {}
 
 
