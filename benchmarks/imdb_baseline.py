@@ -17,13 +17,16 @@ from transformer.data.files import json_objects
 
 
 def read(path: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of a .jsonl file."""
     rows = [row for _, row in json_objects(epath.Path(path))]
     return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
 def main() -> None:
+    """Fit on the first file, score on the second."""
     start = time.perf_counter()
-    (texts, labels), (test_texts, test_labels) = map(read, sys.argv[1:])
+    texts, labels = read(sys.argv[1])
+    test_texts, test_labels = read(sys.argv[2])
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     classifier = LogisticRegression(C=10.0, max_iter=200)
     classifier.fit(vectorizer.fit_transform(texts), labels)

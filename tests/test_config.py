@@ -58,6 +58,20 @@ def remembering(kind="rotary", **changes):
         (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
+        (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
+        (
+            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", mean_span_length=1)),
+            r"must fit in data.sequence_length=256, but 38 tokens in 38 spans give 257 and 77; .*or longer rows",
+        ),
+        (
+            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", noise_density=0.8)),
+            "but 205 tokens in 51 spans give 103 and 257; change objective.noise_density",
+        ),
+        (
+            lambda: ModelConfig(architecture="encoder", bidirectional_prefix=True),
+            "bidirectional_prefix=True needs architecture='decoder', got 'encoder'",
+        ),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
         (lambda: OptimizerConfig(parameter_groups=("(=1",)), "must be REGEX=SCALE"),
@@ -89,10 +103,11 @@ def test_json_round_trip(config):
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_json_of_before_a_field_existed_has_its_default():
-    values = to_dict(Config())
+def test_fields_that_a_file_does_not_know_have_their_defaults():
+    values = to_dict(CUSTOM)
     del values["model"]["memory_length"], values["data"]["continue_rows"]
-    assert from_dict(Config, values) == Config()
+    del values["model"]["bidirectional_prefix"], values["objective"]["noise_density"]
+    assert from_dict(Config, values) == CUSTOM
 
 
 def test_unknown_field_in_json_is_named():

@@ -111,8 +111,10 @@ class DataConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    kind: Literal["next_token", "masked_lm", "classification", "seq2seq"] = "next_token"
-    """Cross-entropy of the token that follows, of masked tokens (Devlin et al. 2019), of a text's class, of a target."""
+    kind: Literal["next_token", "prefix_lm", "masked_lm", "classification", "seq2seq", "span_corruption"] = "next_token"
+    """Cross-entropy of the token that follows; behind a prefix read in both directions, the prompt or a random part (Raffel et
+    al. 2020); of masked tokens (Devlin et al. 2019); of a text's class; of a target; of the hidden spans of a text (Raffel et
+    al. 2020)."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0
@@ -121,15 +123,29 @@ class ObjectiveConfig:
     """masked_lm: share of tokens to be predicted."""
     mask_scheme: Literal["bert", "plain"] = "bert"
     """masked_lm: of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
+    noise_density: float = 0.15
+    """span_corruption: share of tokens that are hidden."""
+    mean_span_length: float = 3.0
+    """span_corruption: tokens of a hidden span, on average."""
 
     def __post_init__(self) -> None:
         require_range(self, 0, 1, "label_smoothing")
         require(0 < self.mask_rate < 1, f"ObjectiveConfig.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
+        require(
+            0 < self.noise_density < 1,
+            f"ObjectiveConfig.noise_density must be above 0 and below 1, got {self.noise_density}.",
+        )
         require_at_least(self, 0, "z_loss")
+        require_at_least(self, 1, "mean_span_length")
 
     def num_masked(self, length: int) -> int:
         """masked_lm: how many of `length` tokens are to be predicted."""
         return max(1, round(self.mask_rate * length))
+
+    def num_hidden(self, length: int) -> tuple[int, int]:
+        """span_corruption: how many of `length` tokens are hidden, and in how many spans; none of a single token."""
+        hidden = min(max(1, round(self.noise_density * length)), max(0, length - 1))
+        return hidden, min(max(1, round(hidden / self.mean_span_length)), hidden, length - hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +275,13 @@ class Config:
             self.model.max_length == 0 or self.model.max_length >= self.data.sequence_length,
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
             f"got {self.model.max_length}.",
+        )
+        length, (hidden, spans) = self.data.sequence_length, self.objective.num_hidden(self.data.sequence_length)
+        require(
+            self.objective.kind != "span_corruption" or spans < hidden < length - spans,
+            f"Sources and targets of span_corruption must fit in data.sequence_length={length}, but {hidden} tokens in {spans} "
+            f"spans give {length - hidden + spans + 1} and {hidden + spans + 1}; change objective.noise_density, set a larger "
+            "objective.mean_span_length or longer rows.",
         )
         require(
             self.data.continue_rows == (self.model.memory_length > 0),

@@ -184,6 +184,8 @@ class ModelConfig:
     """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
     logits_soft_cap: float = 0.0
     """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
+    bidirectional_prefix: bool = False
+    """decoder: the tokens of a prefix, or of a prompt, see each other in both directions; prefix_lm trains it so."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each sub-layer's output in training."""
     init_std: float = 0.02
@@ -232,6 +234,10 @@ class ModelConfig:
                 "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
                 "attention.pattern=dense (a window is fine), or memory_length=0.",
             )
+        require(
+            not self.bidirectional_prefix or self.architecture == "decoder",
+            f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",
+        )
         for block in self.pattern:
             head_dim = block.attention.resolved_head_dim(self.embed_dim)
             require(

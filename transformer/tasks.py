@@ -24,6 +24,7 @@ from transformer.models.init import init_params
 from transformer.objectives.classification import classification
 from transformer.objectives.masked_lm import masked_lm
 from transformer.objectives.next_token import next_token
+from transformer.objectives.prefix_lm import prefix_lm
 from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu
 from transformer.training.hardware import model_flops
@@ -33,9 +34,11 @@ from transformer.validation import require
 
 ARCHITECTURES = {
     "next_token": "decoder",
+    "prefix_lm": "decoder",
     "masked_lm": "encoder",
     "classification": "encoder",
     "seq2seq": "encoder_decoder",
+    "span_corruption": "encoder_decoder",
 }
 
 
@@ -43,17 +46,24 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
     """The config with the model's vocab_size, max_length and num_classes filled in.
 
     An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
-    classifier fits the encoder it starts from.
+    classifier fits the encoder it starts from. That of span corruption has as many sentinels there as a row has spans.
     """
     model, kind = config.model, config.objective.kind
     smallest = tokenizer.vocab_size + (model.architecture == "encoder")
+    if kind == "span_corruption":
+        smallest += config.objective.num_hidden(config.data.sequence_length)[1]
     require(
         model.architecture == ARCHITECTURES[kind],
         f"Training the {kind} objective needs model.architecture={ARCHITECTURES[kind]}, got {model.architecture!r}.",
     )
     require(
         model.vocab_size == 0 or model.vocab_size >= smallest,
-        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's.",
+        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
+        "with room for a mask or sentinels.",
+    )
+    require(
+        kind == "prefix_lm" or not model.bidirectional_prefix,
+        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={kind}; leave it out.",
     )
     require(
         model.num_classes in (0, len(class_names)) or kind != "classification",
@@ -63,6 +73,7 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
         model,
         vocab_size=model.vocab_size or smallest,
         max_length=model.max_length or config.data.sequence_length + model.memory_length,
+        bidirectional_prefix=kind == "prefix_lm",
         num_classes=len(class_names) if kind == "classification" else 0,
         source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
     )
@@ -100,11 +111,13 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Ob
     match config.objective.kind:
         case "next_token":
             return next_token(model, config.objective, tokenizer.token_bytes)
+        case "prefix_lm":
+            return prefix_lm(model, config.objective)
         case "masked_lm":
             return masked_lm(model, config.objective)
         case "classification":
             return classification(model, config.objective)
-        case "seq2seq":
+        case "seq2seq" | "span_corruption":
             return seq2seq(model, config.objective)
 
 
@@ -128,18 +141,21 @@ def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
     head_dim = attention.resolved_head_dim(config.model.embed_dim)
 
     def work(batch: Any) -> Work:
-        rows, length = batch.inputs.shape
-        rows *= jax.process_count() * (2 if isinstance(batch, PairBatch) else 1)
-        flops = model_flops(
-            num_parameters,
-            num_layers=config.model.num_layers,
-            num_heads=attention.num_heads,
-            head_dim=head_dim,
-            rows=rows,
-            length=length,
-            memory=config.model.memory_length,
+        read = (batch.source, batch.inputs) if isinstance(batch, PairBatch) else (batch.inputs,)
+        processes = jax.process_count()
+        flops = sum(
+            model_flops(
+                num_parameters,
+                num_layers=config.model.num_layers,
+                num_heads=attention.num_heads,
+                head_dim=head_dim,
+                rows=processes * len(tokens),
+                length=tokens.shape[1],
+                memory=config.model.memory_length,
+            )
+            for tokens in read
         )
-        return Work(rows * length, flops)
+        return Work(processes * sum(tokens.size for tokens in read), flops)
 
     return work
 

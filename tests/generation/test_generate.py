@@ -87,6 +87,23 @@ def test_greedy_is_the_most_likely_token_after_the_whole_row(config, rows):
     assert len(set(output.tokens.ravel().tolist())) > 2
 
 
+@pytest.mark.parametrize("kind", ["rotary", "t5"])
+def test_a_prefix_lm_reads_prompts_in_both_directions(kind):
+    config = make_config(kind, bidirectional_prefix=True)
+    model, params = make(config)
+    output = generator_of(config).generate(PROMPTS, max_new_tokens=12, sampling=GREEDY)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    rows = [np.concatenate([prompt, tokens]) for prompt, tokens in zip(PROMPTS, output.tokens, strict=True)]
+    tokens = jnp.asarray([np.pad(row, (0, 20 - len(row))) for row in rows])
+    apply = jax.jit(lambda tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs))
+    logits = np.asarray(apply(tokens, prefix_BT=jnp.arange(20)[None] < lengths[:, None]))
+    for row, length in enumerate(lengths):
+        for place in range(length, length + 12):
+            assert logits[row, place - 1, rows[row][place]] >= logits[row, place - 1].max() - 1e-4
+    causal = generator_of(make_config(kind)).generate(PROMPTS, max_new_tokens=12, sampling=GREEDY)
+    assert causal.tokens.tolist() != output.tokens.tolist()
+
+
 def test_many_rows_are_read_with_whole_kernels():
     output = generator_of(make_config()).generate(PROMPTS * 3, max_new_tokens=20, sampling=GREEDY)
     for prompt, tokens in zip(PROMPTS * 3, output.tokens, strict=True):

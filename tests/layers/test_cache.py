@@ -10,6 +10,7 @@ from transformer.layers.cache import (
     cache_overflow,
     check_capacity,
     init_cache,
+    mark_slots,
     next_slots,
     write_cache,
 )
@@ -26,6 +27,11 @@ def numbered(*rows):
 def slots(array):
     """[B, P] of a cache with one head of width 1."""
     return np.asarray(array).reshape(len(array), -1).tolist()
+
+
+def test_marks_go_to_the_slots_of_their_tokens():
+    marked = jnp.array([[1, 1, 0], [1, 0, 1]]) > 0
+    assert mark_slots(jnp.array([0, 2]), marked, 4).astype(int).tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
 
 
 def test_tokens_go_behind_those_before():

@@ -55,6 +55,7 @@ def integers(rows):
 
 SEGMENTS_T = integers([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [0, 0, 3, 3, 3, 3, 3, 4, 5, 5, 5]])
 SEGMENTS_S = integers([[1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0], [3, 3, 3, 3, 3, 3, 3, 5, 5, 5, 5, 5, 5]])
+PREFIX_S = integers([[1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]]) > 0
 POSITIONS_S = integers([np.arange(13)[::-1], np.arange(13) * 2])
 
 CASES = {
@@ -70,6 +71,13 @@ CASES = {
     "offset": {"mask": AttentionMask(causal=True, window=6, query_offset=integers([-2, 2]))},
     "positions": {
         "mask": AttentionMask(causal=True, query_positions=integers([np.arange(11) * 2]), key_positions=POSITIONS_S),
+    },
+    "prefix": {"mask": AttentionMask(causal=True, key_prefix=integers([[1] * 9 + [0] * 4, [1] * 2 + [0] * 11]) > 0)},
+    "packed prefixes": {
+        "mask": AttentionMask(
+            causal=True, query_segment_ids=SEGMENTS_T, key_segment_ids=SEGMENTS_S, key_prefix=PREFIX_S, window=6
+        ),
+        "bias": AlibiBias.for_heads(H),
     },
     "alibi": {"mask": AttentionMask(causal=True), "bias": AlibiBias.for_heads(H)},
     "alibi at positions": {
@@ -116,7 +124,8 @@ def sees(mask, row, query, key, query_place, key_place):
         return False
     if None not in (query_segment, key_segment) and query_segment != key_segment:
         return False
-    if (mask.causal and distance < 0) or (mask.window and abs(distance) >= mask.window):
+    in_prefix = mask.key_prefix is not None and mask.key_prefix[row, key]
+    if (mask.causal and distance < 0 and not in_prefix) or (mask.window and abs(distance) >= mask.window):
         return False
     if mask.pattern is not None:
         size, stride, summary = mask.pattern.block_size, mask.pattern.stride, mask.pattern.summary

@@ -30,6 +30,25 @@ PICTURES = {
     ),
     "query segments alone": (AttentionMask(query_segment_ids=ids([1, 0, 2])), "1111 0000 1111"),
     "key segments alone": (AttentionMask(key_segment_ids=ids([0, 1, 2, 0])), "0110 0110 0110"),
+    "prefix": (AttentionMask(causal=True, key_prefix=ids([1, 1, 0, 0]) > 0), "1100 1100 1110"),
+    "prefixes of two segments": (
+        AttentionMask(
+            causal=True,
+            query_segment_ids=ids([1, 1, 2]),
+            key_segment_ids=ids([1, 1, 2, 2]),
+            key_prefix=ids([1, 0, 1, 1]) > 0,
+        ),
+        "1000 1100 0011",
+    ),
+    "prefix within a window": (
+        AttentionMask(causal=True, window=2, key_prefix=ids([1, 1, 1, 0]) > 0),
+        "1100 1110 0110",
+    ),
+    "prefix of what is not causal": (AttentionMask(window=2, key_prefix=ids([1, 0, 0, 0]) > 0), "1100 1110 0111"),
+    "cached prefix": (
+        AttentionMask(causal=True, key_prefix=ids([1, 0, 1, 0]) > 0, query_offset=jnp.asarray([0], jnp.int32)),
+        "1010 1110 1110",
+    ),
     "lengths": (AttentionMask(key_lengths=jnp.asarray([2], jnp.int32)), "1100 1100 1100"),
     "length zero": (AttentionMask(key_lengths=jnp.asarray([0], jnp.int32)), "0000 0000 0000"),
     "cached": (AttentionMask(causal=True, query_offset=jnp.asarray([1], jnp.int32)), "1100 1110 1111"),
@@ -93,6 +112,7 @@ def masks(draw_from, batch=2, queries=7, keys=9):
     def maybe(*args):
         return integers(*args) if draw_from(st.booleans()) else None
 
+    prefix = maybe(0, 1, batch, keys)
     return AttentionMask(
         causal=draw_from(st.booleans()),
         window=draw_from(st.integers(0, 5)),
@@ -100,6 +120,7 @@ def masks(draw_from, batch=2, queries=7, keys=9):
         key_segment_ids=maybe(0, 2, batch, keys),
         query_positions=maybe(0, 9, batch, queries),
         key_positions=maybe(0, 9, batch, keys),
+        key_prefix=None if prefix is None else prefix > 0,
         key_lengths=maybe(0, keys, batch),
         query_offset=maybe(-2, 5, batch),
     )
@@ -135,6 +156,9 @@ def test_key_range_is_tight_when_indices_are_compared():
     assert AttentionMask(window=3).key_range(4, 2, 20) == (2, 8)
     assert AttentionMask(causal=True, window=3).key_range(4, 2, 20) == (2, 6)
     assert AttentionMask(causal=True, window=3).key_range(30, 2, 20) == (28, 28)
+    prefix = jnp.zeros((1, 20), bool)
+    assert AttentionMask(causal=True, key_prefix=prefix).key_range(4, 2, 20) == (0, 20)
+    assert AttentionMask(causal=True, window=3, key_prefix=prefix).key_range(4, 2, 20) == (2, 8)
     cached = AttentionMask(causal=True, window=3, query_offset=jnp.asarray([3], jnp.int32))
     assert cached.key_range(4, 2, 20) == (0, 20)
 
@@ -148,6 +172,7 @@ def test_key_range_is_tight_when_indices_are_compared():
             r"query_segment_ids must have shape \(2, 3\).*got \(2, 4\)",
         ),
         (AttentionMask(key_positions=jnp.ones((4,), int)), r"key_positions must have shape \(2, 4\).*got \(4,\)"),
+        (AttentionMask(key_prefix=jnp.ones((2, 3), bool)), r"key_prefix must have shape \(2, 4\).*got \(2, 3\)"),
         (AttentionMask(key_lengths=jnp.ones((3,), int)), r"key_lengths must have shape \(2,\).*got \(3,\)"),
         (AttentionMask(query_offset=jnp.int32(1)), r"query_offset must have shape \(2,\).*got \(\)"),
     ],

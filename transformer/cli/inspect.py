@@ -11,6 +11,7 @@ from transformer import build
 from transformer.cli.arguments import parse_config
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.models.init import init_params
+from transformer.objectives.prefix_lm import prefix_tokens
 from transformer.ops.masks import AttentionMask
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
@@ -36,13 +37,25 @@ def _row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
-def _mask_picture(batch: Batch, row: int) -> str:
+def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens, with <0>, <1>, ... for ids after the tokenizer's, which stand for hidden spans."""
+    parts = []
+    for part in np.split(tokens, np.flatnonzero(tokens >= tokenizer.vocab_size)):
+        sentinel = f"<{part[0] - tokenizer.vocab_size}>" if len(part) and part[0] >= tokenizer.vocab_size else ""
+        parts.append(sentinel + repr(tokenizer.decode(part))[1:-1])
+    return escape("".join(parts))
+
+
+def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
     """Who attends to whom (■) where the row's documents meet, or at its start."""
     segments = batch.segment_ids[row]
     borders = np.flatnonzero(np.diff(segments))
     start = int(max(0, min(borders[0] - _MASK_SIZE // 2, len(segments) - _MASK_SIZE))) if len(borders) else 0
-    part = np.asarray(segments[None, start : start + _MASK_SIZE])
-    allowed = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part).to_bool(*part.shape[-1:] * 2)
+    columns = slice(start, start + _MASK_SIZE)
+    part = np.asarray(segments[None, columns])
+    prefix_BT = prefix_tokens(batch.weights[[row]], batch.segment_ids[[row]])[:, columns] if prefix else None
+    mask = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part, key_prefix=prefix_BT)
+    allowed = mask.to_bool(*part.shape[-1:] * 2)
     lines = ["".join("■ " if cell else "· " for cell in line) for line in np.asarray(allowed)[0, 0]]
     return f"attention among tokens {start} to {start + part.shape[1] - 1} of row {row}\n" + "\n".join(lines)
 
@@ -68,15 +81,16 @@ def main(arguments: list[str]) -> None:
                 tokens[row][segments[row] > 0]
                 for tokens, segments in ((batch.source, batch.source_segment_ids), (batch.targets, batch.segment_ids))
             )
-            console.print(f"[bold]row {row}[/bold]: {len(source)} and {len(target)} of {batch.inputs.shape[1]} tokens")
-            console.print(escape(repr(reader.decode(source))[1:-1]), style="green")
-            console.print(escape(repr(tokenizer.decode(target))[1:-1]) + "\n", style="cyan")
+            lengths = f"{len(source)} of {batch.source.shape[1]} and {len(target)} of {batch.inputs.shape[1]} tokens"
+            console.print(f"[bold]row {row}[/bold]: {lengths}")
+            console.print(_with_sentinels(source, reader), style="green")
+            console.print(_with_sentinels(target, tokenizer) + "\n", style="cyan")
     else:
-        _print_rows(console, batch, tokenizer)
+        _print_rows(console, batch, tokenizer, prefix=run.config.model.bidirectional_prefix)
     _print_parameters(console, run)
 
 
-def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
+def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer, *, prefix: bool) -> None:
     for row in range(min(4, len(batch.inputs))):
         counted = int(np.sum(batch.weights[row] > 0))
         documents = len(set(batch.segment_ids[row].tolist()) - {0})
@@ -85,7 +99,7 @@ def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
             f"[bold]row {row}[/bold]: {documents} {noun}, {counted} of {len(batch.inputs[row])} targets count"
         )
         console.print(_row(batch, row, tokenizer) + "\n")
-    console.print(_mask_picture(batch, 0) + "\n")
+    console.print(_mask_picture(batch, 0, prefix=prefix) + "\n")
 
 
 def _print_parameters(console: Console, run: build.Run) -> None:

@@ -11,7 +11,9 @@ from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBa
 from transformer.data.examples import ExampleSource, Kind, open_examples
 from transformer.data.masking import masking
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
+from transformer.data.prefixes import random_prefixes
 from transformer.data.prepare import Source, open_sources, split_text
+from transformer.data.spans import hide_spans, span_pairs
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
 from transformer.types import CheckpointableIterator
 from transformer.validation import require
@@ -63,6 +65,11 @@ _EXAMPLES: dict[str, Kind] = {"classification": "labelled", "seq2seq": "pairs"}
 def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
     """Open (and prepare, if it is local text) what `config` names, in the form the objective needs."""
     if objective.kind not in _EXAMPLES:
+        require(
+            config.stride == 0 or objective.kind not in ("prefix_lm", "span_corruption"),
+            f"Windows that move on are for next_token, {objective.kind} draws what counts in each row anew; got "
+            f"data.stride={config.stride}, set it to 0.",
+        )
         return TextData(config, objective, open_sources(config))
     require(
         len(config.source) == 1,
@@ -101,20 +108,28 @@ class TextData:
         """The tokenizer of the training split."""
         return make_tokenizer(self.config, self.texts("train"))
 
-    def train_batches(self, tokenizer: Tokenizer, **process: int) -> CheckpointableIterator:
-        """Rows of `Batch`es; masked where the objective wants them so."""
-        return train_batches(self.config, tokenizer, sources=self.sources, noise=self._noise(tokenizer), **process)
+    def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
+        """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
+        return train_batches(self.config, tokenizer, sources=self.sources, **self._changes(tokenizer), **process)
 
-    def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: int) -> Iterable[Any]:
-        """Rows of `Batch`es; masked where the objective wants them so, always alike."""
+    def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: Any) -> Iterable[Any]:
+        """Rows like those of training; masked or corrupted always alike."""
         return evaluation_batches(
-            self.config, tokenizer, split, sources=self.sources, noise=self._noise(tokenizer), **process
+            self.config, tokenizer, split, sources=self.sources, **self._changes(tokenizer), **process
         )
 
-    def _noise(self, tokenizer: Tokenizer) -> Any:
-        if self.objective.kind != "masked_lm":
-            return None
-        return masking(self.objective, tokenizer, self.config.shuffle_seed)
+    def _changes(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What the objective does to rows of text."""
+        objective, seed = self.objective, self.config.shuffle_seed
+        match objective.kind:
+            case "masked_lm":
+                return {"noise": masking(objective, tokenizer, seed)}
+            case "prefix_lm":
+                return {"noise": random_prefixes(seed)}
+            case "span_corruption":
+                convert = span_pairs(objective, tokenizer, self.config.sequence_length)
+                return {"noise": hide_spans(objective, seed), "convert": convert}
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)

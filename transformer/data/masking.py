@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from transformer.config import ObjectiveConfig
+from transformer.data.rows import random_at
 from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch
 
@@ -27,8 +28,7 @@ def masking(config: ObjectiveConfig, tokenizer: Tokenizer, seed: int) -> Noise:
     """
 
     def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
-        sequence = np.random.SeedSequence(seed, spawn_key=(_KEY, *place))
-        random = np.random.RandomState(sequence.generate_state(4))
+        random = random_at(seed, _KEY, *place)
         inputs_T = batch.inputs[row]
         order_T, kind_T = random.permutation(len(inputs_T)), random.uniform(size=len(inputs_T))
         other_T = random.randint(tokenizer.vocab_size, size=len(inputs_T))

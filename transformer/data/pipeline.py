@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,6 +19,9 @@ from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch, CheckpointableIterator, UserError
 from transformer.validation import require
 
+Convert = Callable[[Batch], Any]
+"""Makes another kind of batch of one, row by row."""
+
 _MAX_STREAMS = 64
 _PREFETCHED_BATCHES = 8
 
@@ -30,13 +34,14 @@ def train_batches(
     process_count: int = 1,
     sources: Sequence[Source] = (),
     noise: Noise | None = None,
+    convert: Convert | None = None,
 ) -> CheckpointableIterator:
     """An endless iterator over this process's rows of each batch, from the training split.
 
     The rows of all processes together do not depend on how many there are. The state is
     `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams this process reads: the union of the `streams` of
     all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
-    changes every row.
+    changes every row, and `convert` makes something else of the batches.
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
@@ -45,7 +50,8 @@ def train_batches(
         _check_length(config, tokenizer, source.name, of_source)
     fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
     num_streams = _num_streams(config, fewest, name)
-    return prefetched(StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise))
+    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise)
+    return prefetched(batches if convert is None else batches.map(convert))
 
 
 def prefetched(batches: grain.IterDataset) -> CheckpointableIterator:
@@ -84,14 +90,16 @@ class EvaluationBatches:
     sources: tuple[Source, ...]
     own_rows: range
     noise: Noise | None = None
+    convert: Convert | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         batches = self._continued_batches() if self.config.continue_rows else self._batches()
         for index, batch in enumerate(batches):
             if self.noise is not None:
                 for row in self.own_rows:
                     self.noise(batch, row, (index, row))
-            yield Batch(*(field[self.own_rows.start : self.own_rows.stop] for field in batch))
+            own = Batch(*(field[self.own_rows.start : self.own_rows.stop] for field in batch))
+            yield own if self.convert is None else self.convert(own)
 
     def _batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
@@ -172,13 +180,14 @@ def evaluation_batches(
     process_count: int = 1,
     sources: Sequence[Source] = (),
     noise: Noise | None = None,
+    convert: Convert | None = None,
 ) -> EvaluationBatches:
     """This process's rows of the batches that cover the split: every target of it exactly once."""
     rows = own_rows(config, process_index, process_count)
     sources = tuple(sources or open_sources(config))
     for source in sources:
         source.records(split)  # a missing split is an error now, not at the first evaluation
-    return EvaluationBatches(config, tokenizer, split, sources, rows, noise)
+    return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert)
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------

@@ -216,13 +216,14 @@ def _prefill(
     capacity: int,
     sampling: SamplingConfig,
 ) -> _State:
-    """Read right-padded prompts, and draw the first token of each row."""
+    """Read right-padded prompts, which are the prefix of a prefix-LM, and draw the first token of each row."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
     outputs: Any = model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
+        prefix_BT=valid_BT if model.config.bidirectional_prefix else None,
         cache=model.init_cache(B, capacity),
     )
     logits_BTV, cache = outputs

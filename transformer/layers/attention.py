@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.cache import KVCache, MemoryCache, next_slots, write_cache
+from transformer.layers.cache import KVCache, MemoryCache, mark_slots, next_slots, write_cache
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.layers.relative import RelativePosition
@@ -72,8 +72,8 @@ class Attention(nn.Module):
             positions_BT: for kinds that act here; None means 0, 1, ... (with a cache: its next slots, and nothing else).
             relative_bias: for t5, which shares one among the layers of a stack.
             cache: a `KVCache` of the tokens before these makes self-attention causal, zeros in
-                `mask.query_segment_ids` being right padding. A `MemoryCache` keeps what cross-attention made of the
-                memory: pass the memory with the first call only.
+                `mask.query_segment_ids` being right padding; a prefix must come whole, in the first call. A `MemoryCache`
+                keeps what cross-attention made of the memory: pass the memory with the first call only.
             train: drop attention weights, with the `dropout` key.
 
         Raises:
@@ -131,10 +131,12 @@ class Attention(nn.Module):
             offset_B = cache.lengths_B
             cache = write_cache(cache, key_BSGK, value_BSGK, valid_BT)
             key_BSGK, value_BSGK = jnp.swapaxes(cache.key_BGPK, 1, 2), jnp.swapaxes(cache.value_BGPK, 1, 2)
+            prefix_BT, capacity = mask.key_prefix, key_BSGK.shape[1]
             mask = AttentionMask(
                 causal=True,
                 window=mask.window,
                 pattern=mask.pattern,
+                key_prefix=None if prefix_BT is None else mark_slots(offset_B, prefix_BT, capacity),
                 query_offset=offset_B,
                 key_lengths=cache.lengths_B,
             )

@@ -53,6 +53,13 @@ def next_slots(
     return slots_BT if valid_BT is None else jnp.where(valid_BT, slots_BT, 0)
 
 
+def mark_slots(lengths_B: Int[Array, " B"], marked_BT: Bool[Array, "#B T"], capacity: int) -> Bool[Array, "B P"]:
+    """Which slots hold the marked ones of the next tokens of each row."""
+    slots_BT = next_slots(lengths_B, marked_BT.shape[1])
+    unmarked_BP = jnp.zeros((len(lengths_B), capacity), bool)
+    return unmarked_BP.at[jnp.arange(len(lengths_B))[:, None], slots_BT].set(marked_BT, mode="drop")
+
+
 def write_cache(
     cache: KVCache,
     key_BTGK: Float[Array, "B T G K"],

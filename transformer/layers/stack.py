@@ -136,7 +136,7 @@ class Stack(nn.Module):
         if config.positions.kind == "t5":
             heads, std = config.pattern[0].attention.num_heads, config.init_std
             relative = RelativeBias(config.positions, heads, std, dtypes["param_dtype"], name="relative_bias")
-            relative_bias = relative(bidirectional=not mask.causal)
+            relative_bias = relative(bidirectional=not mask.causal or config.bidirectional_prefix)
         kept: Any = cache
         num_periods = config.num_layers // len(config.pattern)
         if recurrence_BLPD is not None:

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from transformer.layers.linear import DotGeneral
 from transformer.layers.stack import Stack, StackCache, init_stack_cache
@@ -45,6 +45,7 @@ class Decoder(nn.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        prefix_BT: Bool[Array, "B T"] | None = None,
         cache: StackCache | None = None,
         recurrence_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
@@ -56,6 +57,8 @@ class Decoder(nn.Module):
             positions_BT: of each token; None means its index. Give packed rows positions that restart.
             segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache, 0 marks right padding and
                 other values say nothing more.
+            prefix_BT: tokens that all of their segment see, those before them too (`config.bidirectional_prefix`). With a
+                cache, in the first call only, which must hold all of them.
             cache: of the tokens before these (`init_cache`); positions follow from it.
             recurrence_BLPD: what each layer remembers of the rows before (`init_recurrence`, then what the last call
                 returned). A row whose first position is p continues a document, of which it sees the last p tokens, as far
@@ -65,12 +68,18 @@ class Decoder(nn.Module):
         Raises:
             ValueError: if the config leaves something open, or the arguments contradict each other.
         """
+        if prefix_BT is not None and not self.config.bidirectional_prefix:
+            raise ValueError(
+                "A prefix needs ModelConfig.bidirectional_prefix=True, which T5's positions and generation go by, got False."
+            )
         hidden_BTD, kept = self.decoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
             # Order in the row decides what is earlier: a segment is contiguous, so that its positions would say the
             # same, but only indices tell a backend while tracing what it need not compute.
-            mask=AttentionMask(causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            mask=AttentionMask(
+                causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, key_prefix=prefix_BT
+            ),
             cache=cache,
             recurrence_BLPD=recurrence_BLPD,
             train=train,

@@ -73,6 +73,7 @@ def blockwise_attention(
             key_segment_ids=_pad(mask.key_segment_ids, 1, padded_S),
             query_positions=_pad(mask.query_positions, 1, padded_T),
             key_positions=_pad(mask.key_positions, 1, padded_S),
+            key_prefix=_pad(mask.key_prefix, 1, padded_S),
             # Not segments, which only half of the masks have: a length hides the padded keys whatever else there is.
             key_lengths=jnp.full((1,), S, jnp.int32) if mask.key_lengths is None else jnp.minimum(mask.key_lengths, S),
         )

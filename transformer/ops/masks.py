@@ -74,6 +74,14 @@ class AttentionMask:
         1 1 1 0
         1 1 1 1
 
+    `key_prefix` lifts `causal`, and nothing else, from the keys it marks: those of a prefix, which all of their segment see
+    (Liu et al. 2018; Raffel et al. 2020, figure 4). With `causal=True, key_prefix=[1 1 0 0]`:
+
+        1 1 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 1 1
+
     Segment 0 is padding: it attends to nothing and nothing attends to it. If only one side's segments are given,
     only their zeros count. A query that sees no key is legal: its output is zeros.
 
@@ -90,6 +98,7 @@ class AttentionMask:
     key_segment_ids: Any = None  # int [B, S]
     query_positions: Any = None  # int [B, T]
     key_positions: Any = None  # int [B, S]
+    key_prefix: Any = None  # bool [B, S]; keys that earlier queries see too
     key_lengths: Any = None  # int [B]; keys with an index from here on are invisible
     query_offset: Any = None  # int [B]; the index of the first query among the keys
 
@@ -112,7 +121,7 @@ class AttentionMask:
         low, high = 0, num_keys
         if self.compares_indices:
             query_last = query_start + query_size - 1
-            if self.causal:
+            if self.causal and self.key_prefix is None:
                 high = min(high, query_last + 1)
             if self.window > 0:
                 low = max(low, query_start - self.window + 1)
@@ -159,7 +168,10 @@ class AttentionMask:
             queries = self.query_places(query_start, query_size)[:, :, None]
             keys = self.key_places(key_start, key_size)[:, None, :]
             if self.causal:
-                visible &= keys <= queries
+                reached = keys <= queries
+                if self.key_prefix is not None:
+                    reached |= _columns(self.key_prefix, key_start, key_size)[:, None, :]
+                visible &= reached
             if self.window > 0:
                 visible &= abs(queries - keys) < self.window
             if self.pattern is not None:
@@ -183,7 +195,7 @@ class AttentionMask:
         if self.window < 0:
             raise ValueError(f"AttentionMask.window must be 0 (any distance) or positive, got {self.window}.")
         sizes = {"query": num_queries, "key": num_keys}
-        for name in ("query_segment_ids", "key_segment_ids", "query_positions", "key_positions"):
+        for name in ("query_segment_ids", "key_segment_ids", "query_positions", "key_positions", "key_prefix"):
             _check_shape(name, getattr(self, name), (batch, sizes[name.split("_")[0]]))
         for name in ("key_lengths", "query_offset"):
             _check_shape(name, getattr(self, name), (batch,))

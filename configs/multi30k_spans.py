@@ -1,0 +1,35 @@
+"""Span corruption on both sides of Multi30k: what its translator can start from.
+
+    python train.py configs/multi30k_spans.py --data.source train.en.gz train.de.gz
+    python train.py configs/multi30k_translate.py --training.init-from runs/multi30k_spans
+
+The model is that of `configs/multi30k_translate.py`, and its tokenizer will be this one. Hardware: two CPU cores.
+"""
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+
+
+def get_config(variant: str = "") -> Config:
+    steps = {"": 4000, "debug": 20}[variant]
+    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), NormConfig(kind="rms_norm"))
+    return Config(
+        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=256, pattern=(block,), dropout=0.1),
+        data=DataConfig(
+            source=("train.en.gz", "train.de.gz"),
+            validation_fraction=0.02,
+            tokenizer="bpe",
+            tokenizer_size=8000,
+            sequence_length=128,
+            batch_size=64,
+        ),
+        objective=ObjectiveConfig(kind="span_corruption"),
+        optimizer=OptimizerConfig(
+            learning_rate=1.5e-3,
+            schedule="inverse_sqrt",
+            warmup_steps=min(400, steps),
+            weight_decay=0.05,
+            b2=0.98,
+        ),
+        training=TrainingConfig(steps=steps, eval_every=1000, checkpoint_every=500, log_every=50),
+    )
