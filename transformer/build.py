@@ -28,6 +28,7 @@ from transformer.tasks import generation_scores, make_model, make_objective, mak
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
 from transformer.training.hardware import keep_freed_memory, model_flops, peak_flops
+from transformer.training.loss_scale import make_loss_scale
 from transformer.training.metrics import Work
 from transformer.training.optimizer import freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
@@ -86,7 +87,11 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, params)
     state = create_state(
-        params, optimizer, jax.random.key(config.training.seed + 1), ema=config.optimizer.ema_decay > 0
+        params,
+        optimizer,
+        jax.random.key(config.training.seed + 1),
+        ema=config.optimizer.ema_decay > 0,
+        loss_scale=make_loss_scale(config.model),
     )
     runner = make_runner(config, objective, optimizer, schedule)
     return Run(config, data, tokenizer, model, runner, state, notes)
