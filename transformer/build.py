@@ -37,6 +37,7 @@ from transformer.tasks import (
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
 from transformer.training.hardware import keep_freed_memory, peak_flops
+from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
@@ -99,6 +100,7 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
         jax.random.key(config.training.seed + 1),
         carry=objective.init_carry(config.data.batch_size),
         ema=config.optimizer.ema_decay > 0,
+        loss_scale=make_loss_scale(config.model),
     )
     runner = make_runner(config, objective, optimizer, schedule)
     return Run(config, data, tokenizer, model, runner, state, notes)

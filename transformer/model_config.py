@@ -191,7 +191,7 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights (residual outputs: / sqrt(2 * num_layers)); 0 means 1 / sqrt(fan_in)."""
     dtype: Dtype = "float32"
-    """Type of activations and products."""
+    """Type of activations and products; in float16, training scales its loss."""
     param_dtype: Dtype = "float32"
     """Type of parameters."""
     scan_layers: bool = False

@@ -269,8 +269,10 @@ def test_rows_without_keys_are_zeros_with_zero_gradients(attend, bias):
         assert (np.asarray(value_gradient)[empty] == 0).all()
 
 
-def test_large_logits_do_not_overflow(attend):
-    query, key, value = qkv()
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_large_logits_do_not_overflow(attend, dtype):
+    """They reach some millions, and float16 ends at 65,504."""
+    query, key, value = qkv(dtype=dtype)
     out, gradients = values_and_gradients(attend, query * 1e3, key * 1e3, value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, gradients)))
 

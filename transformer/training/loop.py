@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from transformer.config import TrainingConfig
 from transformer.parallel.runner import Runner
 from transformer.training.checkpoint import Checkpointer
+from transformer.training.loss_scale import FINITE, SMALLEST
 from transformer.training.metrics import Stopwatch, Window, Work
 from transformer.training.processes import any_process, merged_over_processes
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
+from transformer.training.step import PER_STEP
 from transformer.training.writers import Writer
 from transformer.types import Array, CheckpointableIterator, PyTree, Statistics, UserError
 
@@ -65,7 +67,8 @@ def train(
         The last state, of one copy; its `step` is below `config.steps` if a signal stopped the run.
 
     Raises:
-        UserError: the loss, the gradient or a parameter is not finite; checkpoints of earlier steps stay.
+        UserError: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has fallen as low as
+            it goes); checkpoints of earlier steps stay.
     """
     # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
     restored = checkpointer.restore(state)
@@ -146,9 +149,15 @@ class _Report:
             return
         (step, statistics, work), self.in_flight = self.in_flight, None
         values = {name: float(value) for name, value in jax.device_get(statistics).items()}
-        for name in ("loss", "objective", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise UserError(_not_finite(name, f"got {values[name]}", step, self._checkpointer))
+        bad = [name for name in FINITE if not math.isfinite(values[name])]
+        if bad:
+            scale, found = values.get("loss_scale", 0.0), f"got {values[bad[0]]}"
+            if "loss_scale" in values:
+                found += f" with a loss scale that fell to {scale:g}, below {SMALLEST:g} (try model.dtype=bfloat16),"
+            if scale < SMALLEST:
+                raise UserError(_not_finite(bad[0], found, step, self._checkpointer))
+            # The step was skipped, and adds nothing to the row.
+            values = {name: values[name] for name in PER_STEP if name not in bad}
         self.stopwatch.lap(work)
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:

@@ -36,7 +36,8 @@ class Window:
         self._per_step: dict[str, float] = {}
 
     def add(self, statistics: Mapping[str, float]) -> None:
-        """Add one step."""
+        """Add one step; a skipped one has its own numbers only."""
+        self._per_step = {}
         for name, value in statistics.items():
             if name in PER_STEP:
                 self._per_step[name] = value
@@ -45,7 +46,7 @@ class Window:
 
     def close(self) -> dict[str, float]:
         """The metrics of the window, with the last step's own; the next window is empty."""
-        metrics = {**derive(self.sums), **self._per_step}
+        metrics = {**(derive(self.sums) if self.sums else {}), **self._per_step}
         self.sums = {}
         return metrics
 

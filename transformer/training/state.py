@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     carry: PyTree  # what flows from step to step in each row besides the parameters; () for most objectives
     key: Any  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
+    loss_scale: Any = ()  # a `LossScale` in float16, else ()
 
 
 def create_state(
@@ -30,6 +31,7 @@ def create_state(
     *,
     carry: PyTree = (),
     ema: bool = False,
+    loss_scale: Any = (),
 ) -> TrainState:
     """The state before the first step.
 
@@ -39,6 +41,7 @@ def create_state(
         key: a PRNG key (`jax.random.key(seed)`); dropout derives from it.
         carry: the objective's initial carry.
         ema: keep a moving average of the parameters, starting from `params`.
+        loss_scale: as `make_loss_scale` gives it.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -48,6 +51,7 @@ def create_state(
         key=key,
         # A copy: the step donates its state, and a buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params) if ema else (),
+        loss_scale=loss_scale,
     )
 
 

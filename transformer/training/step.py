@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer.training.loss_scale import keep_if_finite
 from transformer.training.state import TrainState
 from transformer.types import Array, Objective, PyTree, Statistics
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
 EvaluateStep = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
 
-PER_STEP = ("grad_norm", "learning_rate")
+PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps")
 """Statistics that do not add: they describe one step."""
 
 
@@ -43,6 +44,7 @@ def make_train_step(
     Returns:
         The step. Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch,
         and the norm of the gradient before clipping and the learning rate, which are of this step and do not add.
+        A state with a `loss_scale` has its scale and the number of skipped steps among them.
     """
 
     def total(tree: PyTree) -> PyTree:
@@ -80,16 +82,23 @@ def make_train_step(
         weight = total(objective.weight(batch))
         # A batch of nothing but padding has gradient 0, not 0 / 0.
         weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        updates_done, scaling = state.step, state.loss_scale
+        if scaling:
+            # Of the loss times the scale, which the gradient is then divided by; skipped steps updated nothing.
+            weight, updates_done = weight / scaling.scale, state.step - scaling.skipped_steps
         compute = gradient if accumulate_steps == 1 else accumulated_gradient
         grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
         grads, statistics = total((grads, statistics))
+        if scaling:
+            grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, state.step, ema_decay) if ema_decay > 0 else state.ema_params
         statistics["grad_norm"] = optax.tree.norm(grads)
-        statistics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params), statistics
+        statistics["learning_rate"] = jnp.asarray(schedule(updates_done), jnp.float32)
+        new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling)
+        return keep_if_finite(state, new_state, statistics) if scaling else (new_state, statistics)
 
     return step
 

@@ -166,6 +166,7 @@ def format_metrics(metrics: Metrics) -> str:
         ("mfu", "mfu", "{:.1%}"),
         ("learning_rate", "lr", "{:.2e}"),
         ("grad_norm", "grad", "{:.2f}"),
+        ("loss_scale", "scale", "{:g}"),
     ):
         if name in metrics:
             parts.append(f"{label} {form.format(metrics[name])}")
