@@ -15,13 +15,17 @@ from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
 from transformer.layers.recurrence import by_layer, by_row, recurrent_mask, remember
 from transformer.model_config import BlockConfig, ModelConfig
+from transformer.ops import dense_cpu
 from transformer.ops.masks import AttentionMask
 
 # What the backward pass finds stored. Attention's own products have batch dimensions and are recomputed: kept, they
 # would need memory quadratic in the sequence.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(dense_cpu.PRODUCT),
+    ),
 }
 
 StackCache = tuple[BlockCache, ...]

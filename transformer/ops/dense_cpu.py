@@ -8,8 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
+
+PRODUCT = "dense_product"
+"""Name of the results, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def dot_general(
@@ -52,7 +56,9 @@ def dot_general(
     )
     if not is_dense:
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
-    return _dense(contracted, precision, jnp.dtype(preferred_element_type or lhs.dtype), lhs, rhs)
+    product = _dense(contracted, precision, jnp.dtype(preferred_element_type or lhs.dtype), lhs, rhs)
+    # Inside a custom gradient, a policy of `jax.checkpoint` sees no product that it could keep.
+    return checkpoint_name(product, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -1,0 +1,169 @@
+"""What each lever for larger models saves in memory and costs in time; prints one JSON line.
+
+    python benchmarks/levers.py [--rounds 3] [--layers 8] [--width 320] [--rows 4] [--length 512] [--levers float32 ...]
+
+A training step of a byte-level decoder of 9.9M parameters, AdamW with clipping. Each lever has a process of its own, which
+compiles the trainer's step and takes it whenever it is its turn, so that a round has all of them under the same load:
+
+* `arguments_mb`, `temporaries_mb`: what XLA says the compiled step needs, state and batch, and what it holds between;
+* `peak_resident_mb`: the most memory the process ever had, with glibc's own settings (the trainer keeps what was freed);
+* `time`, `processor_time`: medians over the rounds of a step's ratio to float32 in that round, by the clock and by what the
+  process used of the processors; the first step is not among them.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer import build
+from transformer.config import Config, DataConfig, OptimizerConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig
+from transformer.objectives.next_token import next_token
+from transformer.tasks import make_model, make_params
+from transformer.training.loss_scale import make_loss_scale
+from transformer.training.optimizer import make_optimizer
+from transformer.training.state import create_state
+from transformer.training.step import make_train_step
+from transformer.types import Batch
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "accumulate 4": {"accumulate_steps": 4},
+    "remat dots": {"remat": "dots"},
+    "remat full": {"remat": "full"},
+    "scan": {"scan_layers": True},
+    "scan, remat dots": {"scan_layers": True, "remat": "dots"},
+    "scan, remat full": {"scan_layers": True, "remat": "full"},
+    "bfloat16, scan, remat full": {"dtype": "bfloat16", "scan_layers": True, "remat": "full"},
+    "bfloat16, scan, remat full, accumulate 4": {
+        "dtype": "bfloat16",
+        "scan_layers": True,
+        "remat": "full",
+        "accumulate_steps": 4,
+    },
+}
+"""Lever -> what it changes in the model's or the optimizer's config."""
+
+
+def make_config(options: argparse.Namespace, lever: str) -> Config:
+    """The benchmark's run with one lever."""
+    changes = dict(LEVERS[lever])
+    optimizer = OptimizerConfig(b2=0.99, accumulate_steps=changes.pop("accumulate_steps", 1))
+    block = BlockConfig(AttentionConfig(num_heads=options.width // 64), norm=NormConfig(kind="rms_norm"))
+    model = ModelConfig(
+        vocab_size=257, max_length=options.length, num_layers=options.layers, embed_dim=options.width, pattern=(block,)
+    )
+    return Config(
+        model=dataclasses.replace(model, **changes),
+        data=DataConfig(sequence_length=options.length, batch_size=options.rows),
+        optimizer=optimizer,
+    )
+
+
+def child(config: Config) -> None:
+    """Compile, say what the step needs, and take a step for each line that comes in."""
+    model = make_model(config.model, cpu_kernels=True)
+    params = make_params(model, jax.random.key(0))
+    optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
+    objective = next_token(model, config.objective, np.ones(config.model.vocab_size))
+    step = make_train_step(objective, optimizer, schedule, accumulate_steps=config.optimizer.accumulate_steps)
+    state = create_state(params, optimizer, jax.random.key(1), loss_scale=make_loss_scale(config.model))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    ones = np.ones(shape, np.int32)
+    batch = jax.device_put(Batch(tokens[0], tokens[1], ones.astype(np.float32), ones, positions))
+
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    report = {
+        "parameters": build.count_parameters(params),
+        "arguments_mb": round(memory.argument_size_in_bytes / 2**20),
+        "temporaries_mb": round(memory.temp_size_in_bytes / 2**20),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+    print(json.dumps(report), flush=True)
+    del params  # donated with the state
+    for _ in sys.stdin:
+        clock, processor = time.perf_counter(), time.process_time()
+        state, sums = compiled(state, batch)
+        jax.block_until_ready((state, sums))
+        print(
+            json.dumps(
+                {
+                    "seconds": time.perf_counter() - clock,
+                    "processor_seconds": time.process_time() - processor,
+                    "loss": float(sums["loss"] / sums["weight"]),
+                    "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                }
+            ),
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Start a child for each lever, let them take turns, and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed steps of each lever, after a first one; 0: memory only"
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=320, help="embed_dim, a multiple of 64")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument(
+        "--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), help="float32 is always there"
+    )
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(make_config(options, options.child))
+        return
+
+    levers = dict.fromkeys(["float32", *options.levers])
+    children, results = {}, {}
+    for lever in levers:
+        command = [sys.executable, *sys.argv, "--child", lever]
+        children[lever] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        results[lever] = _answer(children[lever])
+    steps: dict[str, list[dict[str, float]]] = {lever: [] for lever in levers}
+    for _ in range(options.rounds + 1):
+        for lever, process in children.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            steps[lever].append(_answer(process))
+    for lever, process in children.items():
+        process.communicate()
+        results[lever] |= {name: steps[lever][-1][name] for name in ("peak_resident_mb", "loss")}
+        for name, measured in (("time", "seconds"), ("processor_time", "processor_seconds")):
+            pairs = zip(steps[lever][1:], steps["float32"][1:], strict=True)
+            ratios = [own[measured] / float32[measured] for own, float32 in pairs]
+            results[lever][name] = round(statistics.median(ratios), 2) if ratios else None
+    results["float32"]["seconds"] = [round(step["seconds"], 2) for step in steps["float32"][1:]]
+    tokens = f"{options.rows} x {options.length}"
+    model = f"{options.layers} layers, width {options.width}, {tokens} tokens"
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"benchmark": "levers", "jax": jax.__version__, "device": device, "model": model, **results}))
+
+
+def _answer(process: subprocess.Popen) -> dict[str, Any]:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise RuntimeError(f"{process.args} ended without an answer.")
+    return json.loads(line)
+
+
+if __name__ == "__main__":
+    main()
