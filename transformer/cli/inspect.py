@@ -47,14 +47,14 @@ def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
-    """Who attends to whom (■) where the row's documents meet, or at its start."""
+    """Who attends to whom (■) where the row's documents meet or a prefix ends, or at its start."""
     segments = batch.segment_ids[row]
-    borders = np.flatnonzero(np.diff(segments))
+    prefix_BT = np.asarray(prefix_tokens(batch.weights[[row]], batch.segment_ids[[row]])) & prefix
+    borders = np.flatnonzero((np.diff(segments) != 0) | np.diff(prefix_BT[0]))
     start = int(max(0, min(borders[0] - _MASK_SIZE // 2, len(segments) - _MASK_SIZE))) if len(borders) else 0
     columns = slice(start, start + _MASK_SIZE)
     part = np.asarray(segments[None, columns])
-    prefix_BT = prefix_tokens(batch.weights[[row]], batch.segment_ids[[row]])[:, columns] if prefix else None
-    mask = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part, key_prefix=prefix_BT)
+    mask = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part, key_prefix=prefix_BT[:, columns])
     allowed = mask.to_bool(*part.shape[-1:] * 2)
     lines = ["".join("■ " if cell else "· " for cell in line) for line in np.asarray(allowed)[0, 0]]
     return f"attention among tokens {start} to {start + part.shape[1] - 1} of row {row}\n" + "\n".join(lines)
