@@ -4,7 +4,7 @@
     transformer evaluate runs/enwiki_bytes --data.stride 32 --data.limit 100000
 
 The last tenth of the text is held out. The evaluation scores each of its first 100,000 bytes behind at least 224 bytes of
-context, next to gzip -9 and xz on the same bytes. Hardware: two CPU cores, thirty minutes.
+context, next to gzip -9 and xz on the same bytes. Hardware: two CPU cores.
 """
 
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig

@@ -3,9 +3,8 @@
     python train.py configs/enwiki_xl.py --data.source enwiki.xml
     transformer evaluate runs/enwiki_xl --model.memory-length 512 --data.limit 200000
 
-Hardware: two CPU cores; sized to take about half an hour there, more with a slower processor or another file. The second
-command scores the same parameters with a longer memory than in training; 0 scores them without any. No number is quoted:
-it depends on the file.
+The second command scores the same parameters with a longer memory than in training; 0 scores them without any.
+Hardware: two CPU cores.
 """
 
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
@@ -30,14 +29,14 @@ def get_config(variant: str = "") -> Config:
     return Config(
         model=ModelConfig(
             num_layers=4,
-            embed_dim=256,
+            embed_dim=192,
             pattern=(block,),
             positions=PositionConfig(kind="transformer_xl"),
             memory_length=length,
         ),
         data=DataConfig(
             source=("enwiki.xml",),
-            validation_fraction=0.02,
+            validation_fraction=0.1,
             sequence_length=length,
             batch_size=16,
             continue_rows=True,
