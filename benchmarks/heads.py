@@ -56,8 +56,8 @@ def look(model: nn.Module, params: Any, tokens_BT: Any) -> tuple[list[Any], list
     weights, hidden = [], []
 
     def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        described = {name: options[name] for name in ("mask", "bias", "logits_soft_cap")}
-        weights.append(attention_weights(query, key, **described, scale=query.shape[-1] ** -0.5))
+        described = {name: options[name] for name in ("mask", "bias", "scale", "logits_soft_cap")}
+        weights.append(attention_weights(query, key, **described))
         return dot_product_attention(query, key, value, **options)
 
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

@@ -1,11 +1,15 @@
-"""A config becomes a run: its seed is the one that is used."""
+"""A config becomes a run: its seed is the one that is used, and what cannot work is refused."""
 
 import jax
 import numpy as np
+import pytest
 
 from transformer.build import make_run
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.data.tokenizers import ByteTokenizer, PairTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.tasks import resolve
+from transformer.types import UserError
 
 
 def test_the_seed_decides_parameters_and_randomness(tmp_path):
@@ -29,3 +33,14 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
     for index in range(2):
         np.testing.assert_array_equal(first[index], again[index])
         assert not np.array_equal(first[index], other[index])
+
+
+def test_spans_are_of_one_vocabulary():
+    config = Config(
+        model=ModelConfig(architecture="encoder_decoder"), objective=ObjectiveConfig(kind="span_corruption")
+    )
+    assert resolve(config, ByteTokenizer()).model.source_vocab_size == 0
+    with pytest.raises(
+        UserError, match="needs one vocabulary, got a tokenizer with one for sources and one for targets"
+    ):
+        resolve(config, PairTokenizer(ByteTokenizer(), ByteTokenizer()))

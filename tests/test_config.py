@@ -53,6 +53,7 @@ def remembering(kind="rotary", **changes):
         (lambda: DataConfig(continue_rows=True, num_streams=4), "a stream for each of 16 rows, got num_streams=4; set"),
         (lambda: remembering("learned"), "see distances, not places, got memory_length=8, a decoder and learned"),
         (lambda: remembering(architecture="encoder"), "got memory_length=8, a encoder and rotary positions; set"),
+        (lambda: remembering(bidirectional_prefix=True), "memory_length and bidirectional_prefix exclude each other"),
         (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern="fixed")),)), "needs dense attention"),
         (lambda: ModelConfig(embed_dim=15, positions=PositionConfig("transformer_xl"), pattern=ODD), "even, got 15"),
         (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),

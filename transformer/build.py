@@ -79,6 +79,11 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
     """
     devices = config.parallel.data or jax.device_count()
     check_divisible(config.data.batch_size, devices, config.optimizer.accumulate_steps)
+    if config.parallel.strategy == "pmap" and config.model.memory_length > 0 and jax.process_count() > 1:
+        raise UserError(
+            f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
+            "set parallel.strategy=mesh, or model.memory_length=0."
+        )
     data = data or open_data(config.data, config.objective)
     if tokenizer is None and config.training.init_from:
         tokenizer = load_tokenizer(config.training.init_from)
@@ -338,6 +343,8 @@ def evaluate(
     changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
     if memory_length is not None:
         changes["continue_rows"] = memory_length > 0
+        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
+            changes |= {"pack": True, "num_streams": 0}
         model_config = dataclasses.replace(config.model, memory_length=memory_length)
         model = make_model(model_config)
         config = dataclasses.replace(config, model=model_config, data=dataclasses.replace(config.data, **changes))

@@ -234,6 +234,11 @@ class ModelConfig:
                 "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
                 "attention.pattern=dense (a window is fine), or memory_length=0.",
             )
+            require(
+                not self.bidirectional_prefix,
+                "ModelConfig.memory_length and bidirectional_prefix exclude each other: a prefix is read whole, in one row; set "
+                "memory_length=0 or bidirectional_prefix=False.",
+            )
         require(
             not self.bidirectional_prefix or self.architecture == "decoder",
             f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",

@@ -66,6 +66,11 @@ def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] =
         f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={kind}; leave it out.",
     )
     require(
+        kind != "span_corruption" or not isinstance(tokenizer, PairTokenizer),
+        "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
+        "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
+    )
+    require(
         model.num_classes in (0, len(class_names)) or kind != "classification",
         f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
     )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,16 @@ def test_a_stride_reads_tokens_twice_and_needs_memory_0(place):
     with pytest.raises(UserError, match="got pack=True, stride=4 and 1 sources; set pack=True, stride=0"):
         build.evaluate(place / "whole", stride=4)
     assert build.evaluate(place / "whole", stride=4, memory_length=0)["loss"] > 0
+
+
+def test_a_run_without_memory_is_scored_with_one_however_it_was_read(place, tmp_path):
+    shutil.copytree(place / "whole", tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    values["model"]["memory_length"] = 0
+    values["data"] |= {"continue_rows": False, "pack": False, "num_streams": 1}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    with_memory = build.evaluate(tmp_path / "run", memory_length=16)
+    assert with_memory["loss"] == build.evaluate(place / "whole")["loss"]
 
 
 def test_generation_equals_full_passes(place, capsys):

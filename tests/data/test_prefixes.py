@@ -97,7 +97,7 @@ def test_evaluation_is_the_same_each_time(data):
         assert (first.weights[first.segment_ids > 0] == 0).any()
 
 
-@pytest.mark.parametrize("kind", ["prefix_lm", "span_corruption"])
+@pytest.mark.parametrize("kind", ["masked_lm", "prefix_lm", "span_corruption"])
 def test_windows_that_move_on_are_refused(make_config, write_folder, kind):
     with pytest.raises(UserError, match=rf"are for next_token, {kind} draws .* got data.stride=4, set it to 0"):
         open_data(make_config(write_folder(), stride=4), ObjectiveConfig(kind=kind))

@@ -128,23 +128,35 @@ def test_a_good_step_changes_everything_and_keeps_the_scale():
     assert float(schedule(5)) < float(schedule(7))
 
 
-def test_a_loss_that_is_not_finite_is_skipped_with_its_carry():
-    """Whatever its gradient is. What it would carry on could be as bad as the loss."""
+def test_skipped_steps_are_none_to_the_average():
+    step = make_train_step(make_objective(), optax.sgd(0.1), lambda _: 0.1, ema_decay=0.5)
+    state = create_state(
+        make_params(), optax.sgd(0.1), jax.random.key(1), ema=True, loss_scale=loss_scale(skipped_steps=3)
+    )
+    after = jax.jit(step)(state._replace(step=jnp.int32(3)), make_batch())[0]
+    expected = update_ema(state.ema_params, after.params, jnp.int32(0), 0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.ema_params, expected)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_its_carry_goes_on():
+    """Whatever its gradient is. The next batch continues this one, so that what was carried before would not fit it."""
     objective = make_objective()
 
     def loss(params, carry, batch, key, train):
         (loss_sum, weight), _ = objective.loss(params, (), batch, key, train)
-        return (loss_sum, weight), (jnp.zeros(()), {"objective": loss_sum + carry})  # which has no gradient
+        new_carry = jnp.stack([carry[1] + 1, carry[0]])
+        return (loss_sum, weight), (new_carry, {"objective": loss_sum + carry[0]})  # which has no gradient
 
     optimizer = optax.sgd(0.1)
     step = jax.jit(make_train_step(objective._replace(loss=loss), optimizer, lambda _: 0.1))
-    for carry, skipped in ((jnp.float32(jnp.inf), 1), (jnp.float32(1), 0)):
+    for first, skipped in ((jnp.inf, 1), (5.0, 0)):
+        carry = jnp.array([first, 2.0])
         state = create_state(make_params(), optimizer, jax.random.key(1), carry=carry, loss_scale=loss_scale(64.0))
         after, statistics = step(state, make_batch())
         assert math.isfinite(float(statistics["grad_norm"]))
         assert numbers(after) == (32.0 if skipped else 64.0, 1 - skipped, skipped)
         assert (bits(after.params) == bits(state.params)) == bool(skipped)
-        assert float(after.carry) == (math.inf if skipped else 0.0)
+        assert after.carry.tolist() == [3.0, 0.0 if skipped else 5.0]
 
 
 @pytest.mark.parametrize(

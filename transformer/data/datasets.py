@@ -66,7 +66,7 @@ def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
     """Open (and prepare, if it is local text) what `config` names, in the form the objective needs."""
     if objective.kind not in _EXAMPLES:
         require(
-            config.stride == 0 or objective.kind not in ("prefix_lm", "span_corruption"),
+            config.stride == 0 or objective.kind not in ("masked_lm", "prefix_lm", "span_corruption"),
             f"Windows that move on are for next_token, {objective.kind} draws what counts in each row anew; got "
             f"data.stride={config.stride}, set it to 0.",
         )

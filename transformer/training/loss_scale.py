@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -38,7 +39,7 @@ def make_loss_scale(config: ModelConfig) -> LossScale | tuple[()]:
 
 
 def keep_if_finite(state: TrainState, new_state: TrainState, statistics: Statistics) -> tuple[TrainState, Statistics]:
-    """The step if its numbers are finite; else as if its batch had not been, but for the step counter and half the scale.
+    """The step if its numbers are finite; else the step counter, the carry and half the scale, and all else as before.
 
     Args:
         state: before the step.
@@ -57,5 +58,8 @@ def keep_if_finite(state: TrainState, new_state: TrainState, statistics: Statist
         skipped_steps=skipped_steps + jnp.where(finite, 0, 1),
     )
     # A selection, not a branch: XLA fuses it with the update.
-    kept = optax.tree.where(finite, new_state, state)._replace(step=new_state.step, loss_scale=new_scale)
+    kept = optax.tree.where(finite, new_state, state)
+    # The data go on, and what is remembered with them: an older memory would be of other tokens, or of another document.
+    carry = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), new_state.carry)
+    kept = kept._replace(step=new_state.step, carry=carry, loss_scale=new_scale)
     return kept, {**statistics, "loss_scale": new_scale.scale, "skipped_steps": new_scale.skipped_steps}

@@ -94,7 +94,9 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = update_ema(state.ema_params, params, state.step, ema_decay) if ema_decay > 0 else state.ema_params
+        ema_params = (
+            update_ema(state.ema_params, params, updates_done, ema_decay) if ema_decay > 0 else state.ema_params
+        )
         statistics["grad_norm"] = optax.tree.norm(grads)
         statistics["learning_rate"] = jnp.asarray(schedule(updates_done), jnp.float32)
         new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling)
