@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
-from transformer.types import PyTree, Statistics
+from transformer.types import PyTree, Statistics, UserError
 
 AXIS_NAME = "data"
 """What a step must sum over (`make_train_step(..., axis_name=AXIS_NAME)`)."""
@@ -55,6 +55,11 @@ def pmap_runner(
 
     def place_state(tree: PyTree) -> PyTree:
         rest, carry = carry_apart(tree)
+        if jax.tree.leaves(carry) and jax.process_count() > 1:
+            raise UserError(
+                "Under pmap, a memory of earlier rows stays in one process, got "
+                f"{jax.process_count()} processes; set parallel.strategy=mesh, or model.memory_length=0."
+            )
         spread = jax.tree.map(lambda x: _on_each(devices, jax.numpy.split(x, len(devices))), carry)
         return with_carry(replicate(rest, local_devices), spread)
 
