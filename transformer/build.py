@@ -22,7 +22,7 @@ from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.models.decoder import Decoder
 from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible
 from transformer.tasks import (
     count_parameters,
@@ -79,11 +79,8 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
     """
     devices = config.parallel.data or jax.device_count()
     check_divisible(config.data.batch_size, devices, config.optimizer.accumulate_steps)
-    if config.parallel.strategy == "pmap" and config.model.memory_length > 0 and jax.process_count() > 1:
-        raise UserError(
-            f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
-            "set parallel.strategy=mesh, or model.memory_length=0."
-        )
+    if config.parallel.strategy == "pmap" and config.model.memory_length > 0:
+        check_memory()  # the runner does, but only after the first files are written
     data = data or open_data(config.data, config.objective)
     if tokenizer is None and config.training.init_from:
         tokenizer = load_tokenizer(config.training.init_from)

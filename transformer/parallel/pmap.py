@@ -30,6 +30,15 @@ def unreplicate(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.addressable_shards[0].data.reshape(x.shape[1:]), tree)
 
 
+def check_memory() -> None:
+    """Raise UserError unless a memory of earlier rows, which pmap keeps in one process, is all in this one."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
+            "set parallel.strategy=mesh, or model.memory_length=0."
+        )
+
+
 def pmap_runner(
     data: int,
     train_step: Callable[[Any, Any], tuple[Any, Statistics]],
@@ -55,11 +64,8 @@ def pmap_runner(
 
     def place_state(tree: PyTree) -> PyTree:
         rest, carry = carry_apart(tree)
-        if jax.tree.leaves(carry) and jax.process_count() > 1:
-            raise UserError(
-                "Under pmap, a memory of earlier rows stays in one process, got "
-                f"{jax.process_count()} processes; set parallel.strategy=mesh, or model.memory_length=0."
-            )
+        if jax.tree.leaves(carry):
+            check_memory()
         spread = jax.tree.map(lambda x: _on_each(devices, jax.numpy.split(x, len(devices))), carry)
         return with_carry(replicate(rest, local_devices), spread)
 

@@ -114,7 +114,7 @@ def train(
             if sampling and sampler is not None:
                 sampler(runner.fetch_state(evaluation_params(state)), step)
 
-            # ---- Save: the loss of this step is known to be finite, and its rows are written ------------------------
+            # ---- Save: this step's loss is known to be finite (or it was skipped), and its rows are written -------------
             if saving:
                 one_copy = runner.fetch_state(state)
                 if not _all_finite(one_copy.params):
