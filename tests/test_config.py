@@ -59,6 +59,7 @@ def remembering(kind="rotary", **changes):
         (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (lambda: ObjectiveConfig(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
         (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
         (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
         (

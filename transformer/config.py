@@ -123,13 +123,16 @@ class ObjectiveConfig:
     """masked_lm: share of tokens to be predicted."""
     mask_scheme: Literal["bert", "plain"] = "bert"
     """masked_lm: of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
+    token_dropout: float = 0.0
+    """classification: share of a text's tokens that the mask replaces in training, drawn anew each time (word dropout, Iyyer et
+    al. 2015)."""
     noise_density: float = 0.15
     """span_corruption: share of tokens that are hidden."""
     mean_span_length: float = 3.0
     """span_corruption: tokens of a hidden span, on average."""
 
     def __post_init__(self) -> None:
-        require_range(self, 0, 1, "label_smoothing")
+        require_range(self, 0, 1, "label_smoothing", "token_dropout")
         require(0 < self.mask_rate < 1, f"ObjectiveConfig.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
         require(
             0 < self.noise_density < 1,

@@ -11,6 +11,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.datasets import Dataset, ExampleData
 from transformer.data.example_batches import source_tokens
+from transformer.data.masking import mask_token
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.evaluation.confusion import macro_f1
 from transformer.evaluation.translation import translation_scores
@@ -121,7 +122,7 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Ob
         case "masked_lm":
             return masked_lm(model, config.objective)
         case "classification":
-            return classification(model, config.objective)
+            return classification(model, config.objective, mask_token(tokenizer))
         case "seq2seq" | "span_corruption":
             return seq2seq(model, config.objective)
 

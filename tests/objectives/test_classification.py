@@ -1,5 +1,6 @@
 """The classification objective: sums over texts, filler rows left out, a confusion matrix that adds up."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def batch():
 
 
 def statistics(model, params, batch, *, train=False, config=ObjectiveConfig(kind="classification")):  # noqa: B008
-    objective = classification(model, config)
+    objective = classification(model, config, mask_token=6)
     (loss_sum, weight_sum), (_, found) = objective.loss(params, (), batch, jax.random.key(0), train)
     np.testing.assert_array_equal(weight_sum, objective.weight(batch))
     np.testing.assert_array_equal(loss_sum, found["objective"])
@@ -76,3 +77,33 @@ def test_training_has_no_confusion_and_smoothing_no_effect_on_the_score(model, p
     plain = statistics(model, params, batch)
     np.testing.assert_array_equal(smooth["loss"], plain["loss"])
     assert float(smooth["objective"]) != float(plain["objective"])
+
+
+def test_token_dropout_hides_some_tokens_of_training_and_nothing_else():
+    """What the model reads: the mask at about the share asked for, never in padding, never in evaluation, drawn anew."""
+    read = []
+
+    class Reader(nn.Module):
+        def __call__(self, inputs, *, segment_ids_BT, train):
+            read.append(np.asarray(inputs))
+            return jnp.zeros((len(inputs), 3))
+
+    segment_ids = np.repeat([[1, 0]], 64, axis=0).repeat(64, axis=1)
+    batch = LabelledBatch(
+        inputs=jnp.arange(64 * 128).reshape(64, 128) % 6,
+        segment_ids=jnp.asarray(segment_ids),
+        labels=jnp.zeros(64, jnp.int32),
+        weights=jnp.ones(64),
+    )
+    config = ObjectiveConfig(kind="classification", token_dropout=0.3)
+    objective = classification(Reader(), config, mask_token=6)
+    for seed, train in ((0, True), (1, True), (0, True), (0, False)):
+        objective.loss({}, (), batch, jax.random.key(seed), train)
+    first, second, again, evaluated = read
+    hidden = first == 6
+    np.testing.assert_array_equal(first[~hidden], np.asarray(batch.inputs)[~hidden])
+    assert not hidden[segment_ids == 0].any()
+    assert 0.27 < hidden[segment_ids == 1].mean() < 0.33
+    assert (hidden != (second == 6)).any()
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(evaluated, batch.inputs)

@@ -11,12 +11,13 @@ from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, LabelledBatch, LossOutput, Objective, PyTree
 
 
-def classification(model: nn.Module, config: ObjectiveConfig) -> Objective:
+def classification(model: nn.Module, config: ObjectiveConfig, mask_token: int) -> Objective:
     """The objective of a `Classifier` on a `LabelledBatch`.
 
     Args:
         model: called as `model.apply({"params": params}, inputs, segment_ids_BT=, train=, rngs=)`, giving logits [B, C].
-        config: label smoothing and z-loss.
+        config: label smoothing, z-loss, and how many tokens are hidden in training.
+        mask_token: the id that stands for a hidden token.
 
     Its statistics are sums over texts (`token_statistics`), and in evaluation `confusion`, float32 [C, C]: how many
     texts of the row's class were given the column's.
@@ -26,12 +27,17 @@ def classification(model: nn.Module, config: ObjectiveConfig) -> Objective:
         return jnp.sum(batch.weights)
 
     def loss(params: PyTree, carry: PyTree, batch: LabelledBatch, key: Array, train: bool) -> LossOutput:
+        dropout_key, token_key = jax.random.split(key)
+        inputs_BT = batch.inputs
+        if train and config.token_dropout:
+            hidden_BT = jax.random.bernoulli(token_key, config.token_dropout, inputs_BT.shape) & (batch.segment_ids > 0)
+            inputs_BT = jnp.where(hidden_BT, mask_token, inputs_BT)
         logits_BC: Any = model.apply(
             {"params": params},
-            batch.inputs,
+            inputs_BT,
             segment_ids_BT=batch.segment_ids,
             train=train,
-            rngs={"dropout": key} if train else {},
+            rngs={"dropout": dropout_key} if train else {},
         )
         statistics = token_statistics(logits_BC, batch.labels, batch.weights, config)
         if not train:
