@@ -10,26 +10,30 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 9000, "debug": 20}[variant]
-    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=1024), NormConfig(kind="rms_norm"))
+    steps = {"": 4200, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=3),
+        FeedForwardConfig(hidden_dim=768, activation="gelu"),
+        NormConfig(kind="rms_norm"),
+    )
     return Config(
-        model=ModelConfig(architecture="encoder", num_layers=4, embed_dim=256, pattern=(block,), dtype="bfloat16"),
+        model=ModelConfig(architecture="encoder", num_layers=2, embed_dim=192, pattern=(block,)),
         data=DataConfig(
             source=("imdb_unsup.jsonl.gz",),
             validation_fraction=0.02,
-            tokenizer="wordpiece",
-            tokenizer_size=16_000,
-            sequence_length=256,
-            batch_size=32,
+            tokenizer="words",
+            tokenizer_size=20_000,
+            sequence_length=128,
+            batch_size=64,
         ),
         objective=ObjectiveConfig(kind="masked_lm", mask_rate=0.2),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.01,
             schedule="linear",
-            warmup_steps=min(300, steps),
+            warmup_steps=min(200, steps),
             final_fraction=0.0,
             weight_decay=0.01,
         ),
-        training=TrainingConfig(steps=steps, eval_every=1000, checkpoint_every=500, log_every=50),
+        training=TrainingConfig(steps=steps, eval_every=600, checkpoint_every=200, log_every=50),
     )

@@ -14,12 +14,12 @@ def get_config(variant: str = "") -> Config:
     steps = {"": 4000, "debug": 20}[variant]
     block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), NormConfig(kind="rms_norm"))
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=256, pattern=(block,), dropout=0.1),
+        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.1),
         data=DataConfig(
             source=("train.en.gz", "train.de.gz"),
             validation_fraction=0.02,
             tokenizer="bpe",
-            tokenizer_size=8000,
+            tokenizer_size=6000,
             sequence_length=128,
             batch_size=64,
         ),

@@ -5,7 +5,8 @@
     python train.py configs/multi30k_translate.py
     transformer evaluate runs/multi30k_translate --split test
 
-Line n of one file belongs to line n of the other. Hardware: two CPU cores.
+Line n of one file belongs to line n of the other. Hardware: one CPU core, three quarters of an hour when it has nothing else to
+do. With seed 0 greedy decoding scores BLEU 37.9 on the test set of 2016; docs/tasks.md has the signature.
 """
 
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
@@ -13,27 +14,27 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 4500, "debug": 20}[variant]
+    steps = {"": 3000, "debug": 20}[variant]
     block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), NormConfig(kind="rms_norm"))
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=256, pattern=(block,), dropout=0.3),
+        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.2),
         data=DataConfig(
             source=("multi30k",),
             tokenizer="bpe",
-            tokenizer_size=8000,
+            tokenizer_size=6000,
             sequence_length=64,
             buckets=(16, 24, 32, 64),
             batch_size=128,
         ),
         objective=ObjectiveConfig(kind="seq2seq", label_smoothing=0.1),
         optimizer=OptimizerConfig(
-            learning_rate=1.5e-3,
-            schedule="cosine",
-            warmup_steps=min(400, steps),
-            final_fraction=0.02,
-            weight_decay=0.05,
+            name="muon",
+            learning_rate=0.01,
+            schedule="linear",
+            warmup_steps=min(100, steps),
+            final_fraction=0.0,
+            weight_decay=0.01,
             b2=0.98,
-            ema_decay=0.998,
         ),
         training=TrainingConfig(steps=steps, eval_every=750, checkpoint_every=750, log_every=50),
     )
