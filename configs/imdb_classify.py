@@ -4,8 +4,8 @@
     python train.py configs/imdb_classify.py
     transformer evaluate runs/imdb_classify --split test
 
-The files have an object a line, with `text` and `label`. Hardware: two CPU cores. With seed 0 it is right about 87.9 % of the
-test half; docs/tasks.md has what that stands against.
+The files have an object a line, with `text` and `label`. Hardware: one CPU core, about 12 minutes. It is right about 88.3 % of
+the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md has what that stands against.
 """
 
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
@@ -13,7 +13,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 1400, "debug": 20}[variant]
+    steps = {"": 1600, "debug": 20}[variant]
     block = BlockConfig(
         AttentionConfig(num_heads=4),
         FeedForwardConfig(hidden_dim=256, activation="gelu"),
@@ -27,14 +27,20 @@ def get_config(variant: str = "") -> Config:
             source=("imdb",),
             tokenizer="words",
             tokenizer_size=20_000,
-            sequence_length=384,
+            sequence_length=512,
+            buckets=(160, 256, 384, 512),
             truncate="head_tail",
             batch_size=32,
-            validation_fraction=0.1,
+            validation_fraction=0.02,
         ),
-        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1),
+        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1, token_dropout=0.15),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, schedule="linear", warmup_steps=min(200, steps), final_fraction=0.0, weight_decay=0.1
+            learning_rate=1e-3,
+            schedule="linear",
+            warmup_steps=min(200, steps),
+            final_fraction=0.0,
+            weight_decay=0.1,
+            ema_decay=0.998,
         ),
-        training=TrainingConfig(steps=steps, eval_every=350, checkpoint_every=350, log_every=50),
+        training=TrainingConfig(steps=steps, eval_every=400, checkpoint_every=400, log_every=50),
     )

@@ -11,29 +11,33 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 
 
 def get_config(variant: str = "") -> Config:
-    steps = {"": 2100, "debug": 20}[variant]
-    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=1024), NormConfig(kind="rms_norm"))
+    steps = {"": 1400, "debug": 20}[variant]
+    block = BlockConfig(
+        AttentionConfig(num_heads=3),
+        FeedForwardConfig(hidden_dim=768, activation="gelu"),
+        NormConfig(kind="rms_norm"),
+    )
     return Config(
         model=ModelConfig(
-            architecture="encoder",
-            num_layers=4,
-            embed_dim=256,
-            pattern=(block,),
-            pooling="mean",
-            dropout=0.2,
-            dtype="bfloat16",
+            architecture="encoder", num_layers=2, embed_dim=192, pattern=(block,), pooling="mean", dropout=0.2
         ),
         data=DataConfig(
             source=("imdb",),
-            tokenizer="wordpiece",
+            tokenizer="words",
             sequence_length=512,
+            buckets=(160, 256, 384, 512),
             truncate="head_tail",
             batch_size=32,
             validation_fraction=0.1,
         ),
-        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1),
+        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1, token_dropout=0.15),
         optimizer=OptimizerConfig(
-            learning_rate=3e-4, schedule="linear", warmup_steps=min(200, steps), final_fraction=0.0, weight_decay=0.01
+            learning_rate=5e-4,
+            schedule="linear",
+            warmup_steps=min(100, steps),
+            final_fraction=0.0,
+            weight_decay=0.05,
+            ema_decay=0.998,
         ),
         training=TrainingConfig(steps=steps, eval_every=700, checkpoint_every=700, log_every=50),
     )

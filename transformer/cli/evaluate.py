@@ -45,6 +45,7 @@ class EvaluateArguments:
 def main(arguments: list[str]) -> None:
     """Score and print."""
     options = tyro.cli(EvaluateArguments, prog="transformer evaluate", args=arguments)
+    build.use_compilation_cache()
     scores = build.evaluate(
         options.workdir,
         split=options.split,
