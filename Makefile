@@ -1,5 +1,8 @@
 # make train   a virtual environment, the installation, and the main job
 # make test    the same for the tests
+# make test-all  and all combinations of which that has a covering few
+# make test-gpu  compiles attention for a GPU that need not be there: installs JAX's CUDA plugin (5 GB), and wants XLA's description
+#              of the GPU, GPU_TARGET_CONFIG=.../xla/backends/gpu/target_config/specs/h100_sxm.txtpb
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -10,13 +13,20 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: train test check bench clean
+.PHONY: train test test-all test-gpu check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "exhaustive or not exhaustive" $(TESTS)
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
+	GPU_TARGET_CONFIG=$(GPU_TARGET_CONFIG) $(BIN)/python -m pytest -m gpu -rs tests/ops
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

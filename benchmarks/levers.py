@@ -24,11 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer import build
 from transformer.config import Config, DataConfig, OptimizerConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig
 from transformer.objectives.next_token import next_token
-from transformer.tasks import make_model, make_params
+from transformer.tasks import count_parameters, make_model, make_params
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -89,7 +88,7 @@ def child(config: Config) -> None:
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     memory: Any = compiled.memory_analysis()
     report = {
-        "parameters": build.count_parameters(params),
+        "parameters": count_parameters(params),
         "arguments_mb": round(memory.argument_size_in_bytes / 2**20),
         "temporaries_mb": round(memory.temp_size_in_bytes / 2**20),
         "compile_seconds": round(time.perf_counter() - start, 1),

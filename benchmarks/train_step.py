@@ -15,12 +15,12 @@ import time
 import jax
 import numpy as np
 
-from transformer import build
 from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
 from transformer.objectives.next_token import next_token
-from transformer.tasks import make_model
+from transformer.steps import make_runner
+from transformer.tasks import make_model, measure_work
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -52,7 +52,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
-    runner = build.make_runner(
+    _, runner = make_runner(
         config, next_token(model, config.objective, np.ones(config.model.vocab_size)), optimizer, schedule
     )
     state = runner.place_state(create_state(params, optimizer, jax.random.key(1)))
@@ -73,7 +73,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         jax.block_until_ready((state, statistics))
         times.append(time.perf_counter() - start)
     step_seconds = min(times)
-    work = build.measure_work(config, params)(batch)
+    work = measure_work(config, params)(batch)
     return {
         "step_ms": round(1e3 * step_seconds, 1),
         "tokens_per_second": round(work.tokens / step_seconds),

@@ -25,7 +25,7 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
             optimizer=OptimizerConfig(warmup_steps=0),
             training=TrainingConfig(steps=1, seed=seed),
         )
-        state = make_run(config).state
+        state = make_run(config).init_state()
         kernel = state.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
         return np.asarray(kernel), np.asarray(jax.random.key_data(state.key))
 

@@ -6,6 +6,7 @@ from transformer.generation.generate import generate
 from transformer.layers.attention import Attention
 from transformer.layers.block import Block
 from transformer.layers.cache import KVCache
+from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
 from transformer.model_config import (
     AttentionConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardConfig",
     "KVCache",
+    "MixtureOfExperts",
     "ModelConfig",
     "NormConfig",
     "PositionConfig",

@@ -1,10 +1,11 @@
 """The one file that knows every package: a `Config` becomes a run, and a run's directory a model again."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,11 +22,11 @@ from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.models.decoder import Decoder
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
-from transformer.parallel.runner import Runner, check_divisible
+from transformer.parallel.runner import Runner
+from transformer.steps import check_devices, make_steps
 from transformer.tasks import (
     count_parameters,
+    describe_attention,
     generation_scores,
     make_model,
     make_objective,
@@ -37,13 +38,12 @@ from transformer.tasks import (
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
 from transformer.training.hardware import keep_freed_memory, peak_flops
-from transformer.training.loss_scale import make_loss_scale
-from transformer.training.optimizer import freeze_objective, make_optimizer
-from transformer.training.state import TrainState, create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.profile import trace_hooks
+from transformer.training.state import TrainState
+from transformer.training.step import make_eval_step
 from transformer.training.transfer import transfer
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
-from transformer.types import Objective, PyTree, UserError
+from transformer.types import PyTree, UserError
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -61,7 +61,9 @@ class Run(NamedTuple):
     model: nn.Module
     runner: Runner
     state: TrainState
-    """Before the first step."""
+    """Shapes of the state, with the shardings of what a checkpoint is restored to."""
+    init_state: Callable[[], TrainState]
+    """Makes the state before the first step, on the devices."""
     notes: str
     """What the user should know of how it was made."""
 
@@ -77,52 +79,22 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
         data: that of the config, if it is open already.
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
     """
-    devices = config.parallel.data or jax.device_count()
-    check_divisible(config.data.batch_size, devices, config.optimizer.accumulate_steps)
-    if config.parallel.strategy == "pmap" and config.model.memory_length > 0:
-        check_memory()  # the runner does, but only after the first files are written
+    check_devices(config)
     data = data or open_data(config.data, config.objective)
     if tokenizer is None and config.training.init_from:
         tokenizer = load_tokenizer(config.training.init_from)
     elif tokenizer is None:
         tokenizer = data.make_tokenizer()
     config = resolve(config, tokenizer, data.class_names)
-    model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
-    params, notes = make_params(model, jax.random.key(config.training.seed)), ""
+    steps, notes, init_state = make_steps(config, tokenizer), "", None
     if config.training.init_from:
         donor = epath.Path(config.training.init_from)
         step, donor_params = load_params(donor / CHECKPOINTS)
-        transferred = transfer(params, donor_params)
-        params, notes = transferred.params, f"from {donor}, step {step}: {transferred.report()}"
-    optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
-    objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, params)
-    state = create_state(
-        params,
-        optimizer,
-        jax.random.key(config.training.seed + 1),
-        carry=objective.init_carry(config.data.batch_size),
-        ema=config.optimizer.ema_decay > 0,
-        loss_scale=make_loss_scale(config.model),
-    )
-    runner = make_runner(config, objective, optimizer, schedule)
-    return Run(config, data, tokenizer, model, runner, state, notes)
-
-
-def make_runner(config: Config, objective: Objective, optimizer: Any, schedule: Any) -> Runner:
-    """The compiled steps of a run, over a mesh or under pmap."""
-    axis_name = AXIS_NAME if config.parallel.strategy == "pmap" else None
-    train_step = make_train_step(
-        objective,
-        optimizer,
-        schedule,
-        accumulate_steps=config.optimizer.accumulate_steps,
-        ema_decay=config.optimizer.ema_decay,
-        axis_name=axis_name,
-    )
-    evaluate_step = make_eval_step(objective, axis_name=axis_name)
-    if axis_name:
-        return pmap_runner(config.parallel.data, train_step, evaluate_step)
-    return mesh_runner(make_mesh(config.parallel.data), train_step, evaluate_step)
+        # On the host: each device is given its part only.
+        transferred = transfer(steps.make_state().params, donor_params)
+        init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
+        notes = f"from {donor}, step {step}: {transferred.report()}"
+    return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state or steps.init_state, notes)
 
 
 # ---- A run and its directory -----------------------------------------------------------------------------------------
@@ -172,6 +144,8 @@ def train(
         return
     use_compilation_cache()
     keep_freed_memory()
+    if jax.process_index() > 0:
+        console.quiet = True
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     data = open_data(config.data, config.objective)
@@ -180,7 +154,7 @@ def train(
     run = make_run(config, data=data, tokenizer=old)
     if run.notes and not done:
         console.print(run.notes)
-    batches = data.train_batches(run.tokenizer, **_this_process())
+    batches = data.train_batches(run.tokenizer, **_own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -189,7 +163,8 @@ def train(
             _write_whole(workdir / CLASSES_FILE, json.dumps(data.class_names))
         _write_whole(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2))
     peak = peak_flops(config.model.dtype)
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}"
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
+    devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
     console.print(
         f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
         f"peak {peak / 1e12:.2f} TFLOP/s" + (f"; going on from step {done}" if done else "")
@@ -210,14 +185,15 @@ def train(
         run.state,
         config=config.training,
         runner=run.runner,
+        init_state=run.init_state,
         batches=batches,
         checkpointer=Checkpointer(workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print),
-        measure_work=measure_work(run.config, run.state.params),
+        measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
         peak_flops=peak,
         writers=[*own_writers, *writers],
         evaluators=evaluators,
         sampler=sampler,
-        hooks=hooks,
+        hooks=[*hooks, *trace_hooks(config.training.profile_steps, workdir / "profile", console.print)],
     )
     if int(state.step) < config.training.steps:
         console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
@@ -232,23 +208,24 @@ def train(
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
     """Placed parameters -> metrics of a whole split."""
-    batches = run.data.evaluation_batches(run.tokenizer, split, **_this_process())
+    batches = run.data.evaluation_batches(run.tokenizer, split, **_own_part(run.runner))
     init_carry = make_objective(run.config, run.model, run.tokenizer).init_carry
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (run.runner.place_batch(batch) for batch in batches)
         # Numpy: rows of this process, as those of a batch.
-        carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // jax.process_count())))
+        carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // run.runner.feeds[1])))
         metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry))
-        one_copy = run.runner.fetch_state(params)
+        one_copy = run.runner.gather(run.runner.fetch_state(params))
         generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
 
     return evaluate_split
 
 
-def _this_process() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _own_part(runner: Runner) -> dict[str, int]:
+    index, count = runner.feeds
+    return {"process_index": index, "process_count": count}
 
 
 def make_sampler(run: Run, console: Console) -> loop.Sampler:
@@ -263,7 +240,7 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
     def sample(params: PyTree, step: int) -> None:
         output = generate(
             model,
-            params,
+            run.runner.gather(params),
             [prompt],
             max_new_tokens=length,
             sampling=SamplingConfig(temperature=0.8, top_p=0.95),

@@ -119,6 +119,12 @@ class ObjectiveConfig:
     """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
+    loss_chunks: int = 1
+    """Parts of each row whose logits are computed, and forgotten, one after another: memory for those of one part only."""
+    load_balance: float = 0.01
+    """Weight of each mixture's load-balance loss (Fedus et al. 2022, section 2.2); models without experts have none."""
+    router_z: float = 0.001
+    """Weight of each mixture's router z-loss (Zoph et al. 2022, section 3); models without experts have none."""
     mask_rate: float = 0.15
     """masked_lm: share of tokens to be predicted."""
     mask_scheme: Literal["bert", "plain"] = "bert"
@@ -138,8 +144,13 @@ class ObjectiveConfig:
             0 < self.noise_density < 1,
             f"ObjectiveConfig.noise_density must be above 0 and below 1, got {self.noise_density}.",
         )
-        require_at_least(self, 0, "z_loss")
-        require_at_least(self, 1, "mean_span_length")
+        require_at_least(self, 0, "z_loss", "load_balance", "router_z")
+        require_at_least(self, 1, "mean_span_length", "loss_chunks")
+        require(
+            self.loss_chunks == 1 or self.kind != "classification",
+            f"ObjectiveConfig.loss_chunks is for logits over a vocabulary, got {self.loss_chunks} for a classification; "
+            "leave it at 1.",
+        )
 
     def num_masked(self, length: int) -> int:
         """masked_lm: how many of `length` tokens are to be predicted."""
@@ -175,6 +186,8 @@ class OptimizerConfig:
     """Decay of the first moment (Muon: momentum of its matrices is 0.95)."""
     b2: float = 0.95
     """Decay of the second moment."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment (adamw, lion, muon); bfloat16 halves its memory."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     accumulate_steps: int = 1
@@ -216,11 +229,59 @@ class ParallelConfig:
 
     strategy: Literal["mesh", "pmap"] = "mesh"
     """jit over a mesh (main path), or pmap (data parallel)."""
-    data: int = 0
-    """Devices that share the batch; 0 means all."""
+    data: int = -1
+    """Devices that have rows of the batch each, and a whole copy of the state between them; -1: as many as the others leave."""
+    fsdp: int = 1
+    """Devices that have rows of the batch each, and share the state (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Devices that share heads, hidden units and the vocabulary, for the same rows."""
+    context: int = 1
+    """Devices that share the places of each row; next_token only."""
+    expert: int = 1
+    """Devices that share the experts, and have rows of the batch each."""
+    dcn: int = 1
+    """Slices (groups of devices with a fast network inside) that share the batch over the data-centre network."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, or auto; empty starts several processes only where the environment tells of them (Cloud TPU,
+    SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
+    num_processes: int = 0
+    """With HOST:PORT: processes of the run; 0 means that the environment tells."""
+    process_id: int = -1
+    """With HOST:PORT: this process's number, from 0; -1 means that the environment tells."""
+    start_timeout: int = 300
+    """Seconds that processes wait for each other at the start."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "data")
+        require_at_least(self, 1, "start_timeout")
+        require(
+            self.coordinator not in ("", "auto") or (self.num_processes, self.process_id) == (0, -1),
+            "parallel.num_processes and process_id need parallel.coordinator=HOST:PORT, got "
+            f"{self.num_processes} and {self.process_id} with {self.coordinator!r}.",
+        )
+        require(
+            self.coordinator in ("", "auto") or re.fullmatch(r".+:\d+", self.coordinator) is not None,
+            f"parallel.coordinator must be HOST:PORT or auto, got {self.coordinator!r}.",
+        )
+        require(
+            self.num_processes == 0 or self.process_id < self.num_processes,
+            f"parallel.process_id must be below num_processes={self.num_processes}, got {self.process_id}.",
+        )
+        sizes = self.sizes
+        require(
+            all(size >= 1 or size == -1 for size in sizes.values()),
+            f"The axes of ParallelConfig must be at least 1, or -1 for what the others leave, got {sizes}.",
+        )
+        spread = [name for name, size in sizes.items() if name != "data" and size != 1]
+        require(
+            self.strategy == "mesh" or not spread,
+            f"parallel.strategy=pmap has data parallelism only, got {spread}; set strategy=mesh, or leave them at 1.",
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis of the mesh. A `data` of 0, as older configs have it, is taken for -1."""
+        names = ("dcn", "fsdp", "expert", "context", "tensor")
+        return {"data": self.data or -1, **{name: getattr(self, name) for name in names}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +308,20 @@ class TrainingConfig:
     """What samples continue; empty means the end-of-text token."""
     sample_length: int = 200
     """Tokens of a sample; 0 means no samples."""
+    profile_steps: tuple[int, int] = (0, 0)
+    """First and last step that a trace in WORKDIR/profile covers (TensorBoard, XProf and Perfetto open it); 0 0 means none."""
     cpu_kernels: bool = True
     """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length")
+        first, last = self.profile_steps
+        require(
+            (first, last) == (0, 0) or 2 <= first <= last,
+            "TrainingConfig.profile_steps must be a first step of at least 2 (step 1 compiles) and a last one not before it, "
+            f"got {first} {last}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

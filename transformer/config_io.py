@@ -11,6 +11,9 @@ from transformer.validation import require
 RESUMABLE = (
     "workdir",
     "parallel.",
+    "model.scan_layers",
+    "model.remat",
+    "objective.loss_chunks",
     "data.data_dir",
     "data.stride",
     "data.limit",
@@ -23,6 +26,7 @@ RESUMABLE = (
     "training.sample_prompt",
     "training.sample_length",
     "training.cpu_kernels",
+    "training.profile_steps",
 )
 
 

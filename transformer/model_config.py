@@ -37,8 +37,9 @@ class AttentionConfig:
     """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
     """Probability of dropping an attention weight in training."""
-    implementation: Literal["auto", "xla", "blockwise"] = "auto"
-    """Attention backend: xla is the reference, blockwise needs memory linear in the sequence."""
+    implementation: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    """Attention backend: xla is the reference, blockwise needs memory linear in the sequence, splash is TPUs' own and cudnn
+    NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_heads", "pattern_block", "pattern_stride", "pattern_summary")
@@ -71,7 +72,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
-    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3; gated: Shazeer 2020)."""
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3; gated: Shazeer 2020), or experts of this form."""
 
     hidden_dim: int = 0
     """Width of the hidden layer; 0 means 4 * embed_dim."""
@@ -81,9 +82,27 @@ class FeedForwardConfig:
     """Multiply by a second, linear projection: activation(gate(x)) * up(x)."""
     use_bias: bool = False
     """Add a bias to each projection."""
+    num_experts: int = 0
+    """Networks of a mixture of experts (Shazeer et al. 2017), of which a router chooses for each token; 0 means one, without."""
+    experts_per_token: int = 2
+    """Experts that a token goes to: 2 as Mixtral does (Jiang et al. 2024), 1 as the Switch Transformer (Fedus et al. 2022)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "hidden_dim")
+        require_at_least(self, 0, "hidden_dim", "num_experts")
+        require_at_least(self, 1, "experts_per_token")
+        require(
+            self.num_experts == 0 or self.experts_per_token <= self.num_experts,
+            f"FeedForwardConfig.experts_per_token must not exceed num_experts={self.num_experts}, "
+            f"got {self.experts_per_token}; lower it, or set num_experts=0 for one network.",
+        )
+        require(
+            self.num_experts == 0 or not self.use_bias,
+            f"FeedForwardConfig.use_bias=True is for one network, got num_experts={self.num_experts}; leave it out.",
+        )
+
+    def resolved_hidden_dim(self, embed_dim: int) -> int:
+        """Width of the hidden layer, with 0 resolved against `embed_dim`."""
+        return self.hidden_dim or 4 * embed_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +133,7 @@ class BlockConfig:
     attention: AttentionConfig = AttentionConfig()
     """Self-attention (cross-attention, where a model has it, is configured the same)."""
     feed_forward: FeedForwardConfig = FeedForwardConfig()
-    """The feed-forward network."""
+    """The feed-forward network, or the experts."""
     norm: NormConfig = NormConfig()
     """The normalisation of both sub-layers."""
 
@@ -196,8 +215,9 @@ class ModelConfig:
     """Type of parameters."""
     scan_layers: bool = False
     """Compile one period and scan over it: compile time independent of depth."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """Recompute in the backward pass: nothing, all of each block, or all but its matrix products."""
+    remat: Literal["none", "full", "dots", "offload"] = "none"
+    """Recompute in the backward pass: nothing, all of each block, all but its matrix products, or all but these, which wait in
+    the memory of the host."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "memory_length")

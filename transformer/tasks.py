@@ -12,7 +12,7 @@ from transformer.config import Config
 from transformer.data.datasets import Dataset, ExampleData
 from transformer.data.example_batches import source_tokens
 from transformer.data.masking import mask_token
-from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
+from transformer.data.tokenizers import PairTokenizer, Tokenizer, Vocabulary, source_tokenizer
 from transformer.evaluation.confusion import macro_f1
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
@@ -28,6 +28,9 @@ from transformer.objectives.next_token import next_token
 from transformer.objectives.prefix_lm import prefix_lm
 from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu
+from transformer.ops.attention import select_implementation
+from transformer.ops.bias import AlibiBias
+from transformer.ops.masks import AttentionMask
 from transformer.training.hardware import model_flops
 from transformer.training.metrics import Work, derive
 from transformer.types import Objective, PairBatch, PyTree
@@ -43,7 +46,7 @@ ARCHITECTURES = {
 }
 
 
-def resolve(config: Config, tokenizer: Tokenizer, class_names: tuple[str, ...] = ()) -> Config:
+def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] = ()) -> Config:
     """The config with the model's vocab_size, max_length and num_classes filled in.
 
     An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
@@ -112,7 +115,7 @@ def init_method(model: nn.Module) -> str:
     return "logits" if isinstance(model, Encoder) else "__call__"
 
 
-def make_objective(config: Config, model: nn.Module, tokenizer: Tokenizer) -> Objective:
+def make_objective(config: Config, model: nn.Module, tokenizer: Vocabulary) -> Objective:
     """The loss of a resolved config."""
     match config.objective.kind:
         case "next_token":
@@ -132,36 +135,90 @@ def count_parameters(params: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def measure_work(config: Config, params: PyTree) -> Callable[[Any], Work]:
-    """What a training step on a batch amounts to.
+def describe_attention(config: Config, platform: str) -> str:
+    """The attention backends of training on a platform (`jax.devices()[0].platform`) in rows of `data.sequence_length` tokens."""
+    if config.parallel.context > 1:
+        return "ring"
+    model, T, names = config.model, config.data.sequence_length, []
+    S, kind = T + model.memory_length, model.positions.kind
+    bias = AlibiBias(None) if kind in ("alibi", "t5") else None  # that there is one is all that counts
+    placed = config.objective.kind in (
+        "next_token",
+        "prefix_lm",
+        "masked_lm",
+    )  # by positions, of which a pattern sees blocks
 
-    Position tables, and an embedding that is only looked up, take part in no matrix product.
+    def ids(length: int) -> Any:
+        return jax.ShapeDtypeStruct((1, length), np.int32)
+
+    def array(length: int, heads: int, width: int) -> Any:
+        return jax.ShapeDtypeStruct((1, length, heads, width), model.dtype)
+
+    for attention in (block.attention for block in model.pattern):
+        head_dim = attention.resolved_head_dim(model.embed_dim)
+        width = head_dim + (model.embed_dim if kind == "transformer_xl" else 0)
+        picked = select_implementation(
+            {"gpu": "cuda"}.get(platform, platform),
+            array(T, attention.num_heads, width),
+            array(S, attention.kv_heads, width),
+            array(S, attention.kv_heads, head_dim),
+            mask=AttentionMask(
+                causal=model.architecture != "encoder",
+                window=attention.window,
+                query_segment_ids=ids(T),
+                key_segment_ids=ids(S),
+                query_positions=ids(T) if placed and attention.pattern != "dense" else None,
+                key_prefix=ids(S) if model.bidirectional_prefix else None,
+                query_offset=ids(1) if model.memory_length > 0 else None,
+            ),
+            bias=bias,
+            logits_soft_cap=attention.logits_soft_cap,
+            dropout_rate=attention.dropout,
+        )
+        names.append(picked if attention.implementation == "auto" else attention.implementation)
+    return " and ".join(dict.fromkeys(names))
+
+
+def idle_parameters(config: ModelConfig) -> int:
+    """Parameters in experts that a token does not go to: `(E - A) (2 + gated) D F` a mixture of E, of which A are chosen."""
+    networks = [block.feed_forward for block in config.pattern if block.feed_forward.num_experts > 0]
+    width = config.embed_dim
+    of_pattern = sum(
+        (n.num_experts - n.experts_per_token) * (2 + n.gated) * width * n.resolved_hidden_dim(width) for n in networks
+    )
+    stacks = 2 if config.architecture == "encoder_decoder" else 1
+    return stacks * config.num_layers // len(config.pattern) * of_pattern
+
+
+def measure_work(config: Config, params: PyTree, parts: int = 1) -> Callable[[Any], Work]:
+    """What a training step amounts to, of which a process sees one of so many parts of the batch.
+
+    Position tables, and an embedding that is only looked up, take part in no matrix product; nor do a token's idle experts.
     """
     looked_up: list[Any] = [
         params[stack].get("position_embedding", {}) for stack in ("encoder", "decoder") if stack in params
     ]
     if config.objective.kind == "classification" or not config.model.tie_embeddings:
         looked_up.append(params["token_embedding"])
-    num_parameters = count_parameters(params) - count_parameters(looked_up)
+    num_parameters = count_parameters(params) - count_parameters(looked_up) - idle_parameters(config.model)
     attention = config.model.pattern[0].attention
     head_dim = attention.resolved_head_dim(config.model.embed_dim)
 
     def work(batch: Any) -> Work:
         read = (batch.source, batch.inputs) if isinstance(batch, PairBatch) else (batch.inputs,)
-        processes = jax.process_count()
         flops = sum(
             model_flops(
                 num_parameters,
                 num_layers=config.model.num_layers,
                 num_heads=attention.num_heads,
                 head_dim=head_dim,
-                rows=processes * len(tokens),
+                rows=parts * len(tokens),
                 length=tokens.shape[1],
                 memory=config.model.memory_length,
             )
             for tokens in read
         )
-        return Work(processes * sum(tokens.size for tokens in read), flops)
+        return Work(parts * sum(tokens.size for tokens in read), flops)
 
     return work
 

@@ -5,6 +5,7 @@ Dimension key, used in signatures and as suffixes of variable names (`query_BTHK
     B batch               T query positions      S key positions        D embed_dim
     H query heads         G key/value heads      K head_dim             F feed-forward hidden
     V vocabulary          L layers               P cache or recurrence  N rows, B and T folded
+    E experts             A experts of a token   R rows for experts, N times A
 """
 
 from collections.abc import Callable, Iterator

@@ -177,7 +177,7 @@ def test_bfloat16(small):
             {"implementation": "blockwise", "dropout": 0.1},
             {},
             {"train": True},
-            "'blockwise' cannot drop weights, got dropout_rate=0.1",
+            "'blockwise' cannot honour dropout_rate=0.1",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -64,7 +64,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), actual, expected)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "offload"])
 def test_scan_is_loop(small, looped, remat):
     base, params, gradient, hidden = looped
     scanned = dataclasses.replace(base, scan_layers=True, remat=remat)
@@ -170,3 +170,15 @@ def test_learned_positions_bound_the_cache():
     base = config(positions=PositionConfig(kind="learned"), max_length=6)
     with pytest.raises(ValueError, match="Learned positions reach max_length=6 tokens, got 7"):
         init_stack_cache(base, 1, 7)
+
+
+def test_offloaded_products_wait_in_the_memory_of_the_host(small):
+    base = config(num_layers=4, scan_layers=True)
+    params = small.random_params(Stack(base), context()[0])
+
+    def text(remat):
+        model = Stack(dataclasses.replace(base, remat=remat))
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, context()[0])[0])))(params))
+
+    assert "pinned_host" in text("offload") or "<host>" in text("offload")
+    assert "host" not in text("dots")

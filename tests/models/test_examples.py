@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 MODULES = {
-    "layers": ["attention", "block", "cache", "feed_forward", "linear"],
+    "layers": ["attention", "block", "cache", "experts", "feed_forward", "linear"],
     "models": ["decoder", "encoder", "encoder_decoder"],
 }
 

@@ -36,12 +36,19 @@ LLAMA = BlockConfig(
 )
 LOCAL = dataclasses.replace(LLAMA, attention=AttentionConfig(num_heads=2, head_dim=6, window=3))
 POST = BlockConfig(norm=NormConfig(placement="post"))
+MIXTURE = dataclasses.replace(
+    LLAMA, feed_forward=FeedForwardConfig(hidden_dim=12, activation="silu", gated=True, num_experts=3)
+)
 MODELS = {
     "decoder": Decoder(ModelConfig(**SIZES, pattern=(GPT,), positions=PositionConfig(kind="learned"))),
     "decoder_untied_pattern": Decoder(
         ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), tie_embeddings=False)
     ),
     "decoder_scanned": Decoder(ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), scan_layers=True)),
+    "decoder_experts": Decoder(
+        ModelConfig(**SIZES, pattern=(POST, dataclasses.replace(POST, feed_forward=FeedForwardConfig(num_experts=3))))
+    ),
+    "decoder_experts_scanned": Decoder(ModelConfig(**SIZES, pattern=(MIXTURE,), scan_layers=True)),
     "decoder_transformer_xl": Decoder(
         ModelConfig(**SIZES, pattern=(LLAMA,), positions=PositionConfig(kind="transformer_xl"), memory_length=3)
     ),

@@ -23,7 +23,7 @@ BLOCKS = {
     "unrolled": blockwise.Blocks(6, 0, unrolled=True),
     "looped": blockwise.Blocks(4, 5, unrolled=False),
 }
-BACKENDS = ("xla", *BLOCKS)
+BACKENDS = ("xla", *BLOCKS)  # and splash, interpreted, where a test says so: it takes seconds to compile
 
 B, T, S, H, G, K = 2, 11, 13, 4, 2, 8
 
@@ -205,11 +205,32 @@ def test_reference_is_a_loop_over_heads(case):
     np.testing.assert_allclose(out, one_head_at_a_time(*qkv(), **CASES[case]), atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BLOCKS)
+# What splash attention refuses, by the name it gives.
+REFUSED = {
+    "offset": "mask.query_offset",
+    "positions": "mask.query_positions",
+    "prefix": "mask.key_prefix",
+    "packed prefixes": "a bias",
+    "alibi": "a bias",
+    "alibi at positions": "a bias",
+    "fixed at positions": "mask.key_positions",
+    "t5": "a bias",
+    "t5 at positions": "a bias",
+    "dense bias": "a bias",
+    "broadcast bias": "a bias",
+}
+
+
+@pytest.mark.parametrize("backend", [*BLOCKS, "splash"])
 @pytest.mark.parametrize("case", CASES)
 def test_backends_equal_the_reference_in_values_and_gradients(backend, case, monkeypatch):
     monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: BLOCKS[backend])
-    attend = functools.partial(dot_product_attention, implementation="blockwise")
+    implementation = "splash" if backend == "splash" else "blockwise"
+    attend = functools.partial(dot_product_attention, implementation=implementation)
+    if backend == "splash" and case in REFUSED:
+        with pytest.raises(ValueError, match=f"'splash' cannot honour {REFUSED[case]}; use 'auto'"):
+            values_and_gradients(attend, *qkv(), **CASES[case])
+        return
     out, gradients = values_and_gradients(attend, *qkv(), **CASES[case])
     expected_out, expected_gradients = reference_gradients(case)
     np.testing.assert_allclose(out, expected_out, atol=2e-6)
@@ -398,7 +419,10 @@ def test_dropout_follows_its_key():
 
 
 def test_auto_takes_blocks_when_the_square_is_large_and_nothing_needs_it():
-    select = functools.partial(select_implementation, bias=None, dropout_rate=0.0)
+    def select(queries, keys, **settings):
+        query, key = (jax.ShapeDtypeStruct((1, length, 2, K), jnp.float32) for length in (queries, keys))
+        return select_implementation("cpu", query, key, key, mask=AttentionMask(causal=True), **settings)
+
     assert select(4096, 4096) == "blockwise"
     assert select(64, 64) == "xla"
     assert select(1, 4096) == "xla"
@@ -419,10 +443,10 @@ def test_auto_equals_the_reference_where_it_takes_blocks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"implementation": "cudnn"}, "must be auto, xla or blockwise, got 'cudnn'"),
+        ({"implementation": "flash"}, "must be auto, xla, blockwise, splash or cudnn, got 'flash'"),
         (
             {"implementation": "blockwise", "dropout_rate": 0.1, "dropout_key": 0},
-            r"'blockwise' cannot drop weights, got dropout_rate=0\.1; use 'xla'",
+            r"'blockwise' cannot honour dropout_rate=0\.1; use 'auto'",
         ),
         ({"dropout_rate": 0.1}, r"dropout_rate=0\.1 needs a dropout_key"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1\.0"),

@@ -4,7 +4,14 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig, PositionConfig
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.parallel.mesh import make_mesh
@@ -12,13 +19,14 @@ from transformer.parallel.rules import mesh_axes, parameter_shardings
 
 
 def test_every_name_of_a_model_has_a_rule():
-    block = BlockConfig(AttentionConfig(num_heads=2, use_bias=True, qk_norm=True), norm=NormConfig(use_bias=True))
+    attention, norm = AttentionConfig(num_heads=2, use_bias=True, qk_norm=True), NormConfig(use_bias=True)
+    networks = (FeedForwardConfig(use_bias=True), FeedForwardConfig(num_experts=2))
     config = ModelConfig(
         vocab_size=5,
         max_length=4,
         num_layers=2,
         embed_dim=8,
-        pattern=(block,),
+        pattern=tuple(BlockConfig(attention, network, norm) for network in networks),
         positions=PositionConfig(kind="learned"),
         scan_layers=True,
         tie_embeddings=False,
@@ -36,4 +44,4 @@ def test_unknown_name_is_refused():
 
 
 def test_axes_without_a_name_are_kept():
-    assert mesh_axes(PartitionSpec("embed", None)) == PartitionSpec(None, None)
+    assert mesh_axes(PartitionSpec("embed", None)) == PartitionSpec("fsdp", None)

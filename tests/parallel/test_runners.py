@@ -29,17 +29,17 @@ RUNNERS = ["one", "mesh", "pmap"]
 
 
 @functools.cache
-def model_and_params(memory_length=0):
-    block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=16))
+def model_and_params(memory_length=0, num_experts=0):
+    block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=16, num_experts=num_experts))
     sizes = {"vocab_size": V, "max_length": T, "num_layers": 1, "embed_dim": 8, "memory_length": memory_length}
     model = Decoder(ModelConfig(**sizes, pattern=(block,)))
     return model, init_params(model, jax.random.key(0))[0]
 
 
 @functools.cache
-def make_runner(kind, accumulate_steps=2, memory_length=0):
+def make_runner(kind, accumulate_steps=2, memory_length=0, num_experts=0):
     """The runner and the state before the first step; Adam with an eps that hides no rounding (DESIGN: "equal")."""
-    model, params = model_and_params(memory_length)
+    model, params = model_and_params(memory_length, num_experts)
     config = OptimizerConfig(learning_rate=0.05, eps=1e-3, schedule="constant", accumulate_steps=accumulate_steps)
     optimizer, schedule = make_optimizer(config, 10, params)
     objective = next_token(model, ObjectiveConfig(z_loss=1e-3), np.ones(V, np.int32))
@@ -79,8 +79,8 @@ def continued_batch(count):
 
 
 @functools.cache
-def trained(kind, steps=3, memory_length=0, accumulate_steps=2):
-    runner, state = make_runner(kind, accumulate_steps, memory_length)
+def trained(kind, steps=3, memory_length=0, accumulate_steps=2, num_experts=0):
+    runner, state = make_runner(kind, accumulate_steps, memory_length, num_experts)
     state = runner.place_state(state)
     rows = []
     for count in range(steps):
@@ -103,6 +103,15 @@ def test_equals_one_device(kind):
     assert int(state.step) == 3
     start = model_and_params()[1]["token_embedding"]["embedding"]
     assert np.max(np.abs(state.params["token_embedding"]["embedding"] - start)) > 0.01
+
+
+def test_experts_over_a_mesh_equal_one_device():
+    """With the losses of routers, which are of a whole micro-batch there; under pmap each device has its own."""
+    state, rows = trained("mesh", steps=2, num_experts=3)
+    expected_state, expected_rows = trained("one", steps=2, num_experts=3)
+    assert_close(state, expected_state)
+    assert_close(rows, expected_rows)
+    assert rows[0]["load_balance"] > 0 and rows[0]["objective"] > rows[0]["loss"]
 
 
 @pytest.mark.parametrize("kind", ["mesh", "pmap"])
@@ -260,7 +269,7 @@ def test_batch_divisible_is_accepted():
 
 
 def test_more_devices_than_there_are_is_refused():
-    with pytest.raises(UserError, match=r"must not exceed the 8 devices there are, got 9; lower it"):
+    with pytest.raises(UserError, match=r"must not exceed the 8 devices there are, got 9; lower one of them"):
         make_mesh(9)
     assert choose_devices(0) == jax.devices()
     assert choose_devices(3) == jax.devices()[:3]
@@ -276,5 +285,5 @@ def test_processes_have_as_many_devices_each(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert choose_devices(0) == devices
     assert choose_devices(4) == [Device(0, 0), Device(0, 1), Device(1, 0), Device(1, 1)]
-    with pytest.raises(UserError, match=r"must be a multiple of the 2 processes, got 3; change it"):
+    with pytest.raises(UserError, match=r"must be a multiple of the 2 processes, got 3; change its axes"):
         choose_devices(3)

@@ -82,3 +82,11 @@ def test_stopwatch_with_nothing_but_a_compiling_step(clock):
     clock[0] = 11.0
     watch.lap(Work(5))
     assert watch.close() == {"tokens_per_second": 5.0}
+
+
+def test_what_routers_report_is_a_mean_by_weight():
+    first = {"loss": 4.0, "objective": 5.0, "weight": 1.0, "load_balance": 1.0, "router_z": 2.0, "busiest_expert": 0.5}
+    second = {"loss": 2.0, "objective": 4.0, "weight": 3.0, "load_balance": 6.0, "router_z": 3.0, "busiest_expert": 0.9}
+    metrics = derive({name: first[name] + second[name] for name in first})
+    expected = {"loss": 1.5, "objective": 2.25, "load_balance": 1.75, "router_z": 1.25, "busiest_expert": 0.35}
+    assert metrics == pytest.approx(expected)

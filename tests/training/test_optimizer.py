@@ -207,7 +207,11 @@ def test_decay_mask_goes_by_name_not_by_rank():
 
 
 def test_muon_takes_the_matrices_of_blocks(toy):
-    params = {**toy.params(), "output": {"projection": {"kernel": jnp.ones((8, 11))}}}
+    other = {
+        "output": {"projection": {"kernel": jnp.ones((8, 11))}},
+        "mixture": {"router": {"kernel": jnp.ones((8, 3))}},
+    }
+    params = {**toy.params(), **other}
     taken = {"/".join(path.split("/")[:3]) for path in by_path(muon_dimensions(params))}  # a leaf for each field
     assert taken == {f"block/{name}/kernel" for name in ("query", "out", "up", "down")}
 
@@ -219,11 +223,12 @@ def test_muon_takes_the_matrices_of_blocks(toy):
         ("out", (2, 3, 8), (6, 8)),
         ("gate", (8, 5), (8, 5)),
         ("down", (5, 8), (5, 8)),
+        ("up", (3, 8, 5), (8, 5)),
     ],
 )
 @pytest.mark.parametrize("layers", [0, 2])
 def test_muon_orthogonalises_the_whole_matrix(role, shape, matrix, layers):
-    """(D, H, K) is one D x HK matrix; a scanned stack's first axis numbers independent ones."""
+    """(D, H, K) is one D x HK matrix; a first axis, of a scanned stack or of experts, numbers independent ones."""
     rng = np.random.default_rng(0)
     shape = (layers, *shape) if layers else shape
     grads = {"block": {role: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}}}

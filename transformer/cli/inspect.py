@@ -10,12 +10,11 @@ from rich.table import Column, Table
 from transformer import build
 from transformer.cli.arguments import parse_config
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
-from transformer.models.init import init_params
 from transformer.objectives.prefix_lm import prefix_tokens
 from transformer.ops.masks import AttentionMask
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
-from transformer.tasks import init_method, init_shapes
+from transformer.steps import make_steps
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
@@ -104,10 +103,8 @@ def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer, *, prefix:
 
 def _print_parameters(console: Console, run: build.Run) -> None:
     config = run.config
-    params, axes = init_params(
-        run.model, jax.random.key(config.training.seed), *init_shapes(run.model), method=init_method(run.model)
-    )
-    shardings = parameter_shardings(make_mesh(config.parallel.data), axes)
+    params, axes = run.state.params, make_steps(run.config, run.tokenizer).axes
+    shardings = parameter_shardings(make_mesh(config.parallel.sizes), axes, params)
     table = Table(
         Column("parameter", overflow="fold"),
         "shape",

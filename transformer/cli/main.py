@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "score a run's model over a whole split",
     "generate": "continue a prompt with a run's model",
     "prepare": "turn text into a dataset on disk",
+    "plan": "compile the step for hardware that is not there",
     "inspect": "show batches and parameters of a config, without training",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())

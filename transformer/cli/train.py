@@ -2,8 +2,14 @@
 
 from transformer import build
 from transformer.cli.arguments import parse_config
+from transformer.parallel import distributed
 
 
 def main(arguments: list[str]) -> None:
     """Train the config that the arguments describe."""
-    build.train(parse_config(arguments, command="transformer train"))
+    config = parse_config(arguments, command="transformer train")
+    if not distributed.start(config.parallel):
+        build.train(config)
+        return
+    with distributed.leaving():
+        build.train(config)

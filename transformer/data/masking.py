@@ -6,7 +6,7 @@ import numpy as np
 
 from transformer.config import ObjectiveConfig
 from transformer.data.rows import random_at
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers import Tokenizer, Vocabulary
 from transformer.types import Batch
 
 Noise = Callable[[Batch, int, tuple[int, ...]], None]
@@ -15,7 +15,7 @@ Noise = Callable[[Batch, int, tuple[int, ...]], None]
 _KEY = 7  # tells these draws from those of other parts that use the same seed
 
 
-def mask_token(tokenizer: Tokenizer) -> int:
+def mask_token(tokenizer: Vocabulary) -> int:
     """The id of the mask: the one after the tokenizer's."""
     return tokenizer.vocab_size
 

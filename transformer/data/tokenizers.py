@@ -22,8 +22,8 @@ Ids = Sequence[int] | Int[np.ndarray, " n"] | Any
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
-    """What the pipeline, the trainer and generation need to know of a tokenizer."""
+class Vocabulary(Protocol):
+    """What a model and its loss need to know of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,13 +31,18 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def end_of_text(self) -> int:
-        """The id that ends a document, and that stands before its first token."""
-        ...
-
-    @property
     def token_bytes(self) -> Int[np.ndarray, " V"]:
         """UTF-8 bytes each id stands for, 0 for special ids: what bits per byte divides by."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Vocabulary, Protocol):
+    """What the pipeline, the trainer and generation need to know of a tokenizer."""
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends a document, and that stands before its first token."""
         ...
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:

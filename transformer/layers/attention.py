@@ -13,11 +13,12 @@ from transformer.layers.cache import KVCache, MemoryCache, mark_slots, next_slot
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.layers.relative import RelativePosition
+from transformer.layers.spread_attention import context_size, spread_attention
 from transformer.model_config import AttentionConfig, PositionConfig
-from transformer.ops.attention import dot_product_attention
 from transformer.ops.bias import AlibiBias, BiasDescription
 from transformer.ops.masks import AttentionMask, BlockPattern
 from transformer.ops.positions import rotary
+from transformer.parallel.rules import constrain
 
 
 class Attention(nn.Module):
@@ -150,8 +151,10 @@ class Attention(nn.Module):
             query_places_BT = positions_BT if given else mask.query_places(0, num_tokens)
             key_places_BS = positions_BT if given else mask.key_places(0, key_BSGK.shape[1])
             query_BTHK, key_BSGK = relative(query_BTHK, key_BSGK, query_places_BT, key_places_BS)
-        dropout_rate = config.dropout if train else 0.0
-        out_BTHK = dot_product_attention(
+        dropout_rate, implementation = config.dropout if train else 0.0, config.implementation
+        if isinstance(cache, KVCache) and implementation in ("splash", "cudnn"):
+            implementation = "auto"  # where a row begins is data then, and these kernels know while compiling
+        out_BTHK = spread_attention(
             query_BTHK,
             key_BSGK,
             value_BSGK.astype(self.dtype),
@@ -161,7 +164,7 @@ class Attention(nn.Module):
             logits_soft_cap=config.logits_soft_cap,
             dropout_rate=dropout_rate,
             dropout_key=self.make_rng("dropout") if dropout_rate > 0 else None,
-            implementation=config.implementation,
+            implementation=implementation,
         )
         out_BTD = Linear(
             features=(embed_dim,),
@@ -191,7 +194,7 @@ class Attention(nn.Module):
         if self.config.qk_norm and normalize:
             norm = RMSNorm(axis="head_dim", dtype=self.dtype, param_dtype=self.param_dtype, name=f"{role}_norm")
             projected = norm(projected)
-        return projected
+        return constrain(projected, "batch", "length", "heads" if role == "query" else "kv_heads", None)
 
     def _rotate(self, x_BTHK: Array, places_BT: Array) -> Array:
         return rotary(
@@ -208,6 +211,10 @@ class Attention(nn.Module):
             raise ValueError(
                 f"Positions of kind t5, and no others, need a relative_bias, got kind={self.positions.kind!r} and "
                 f"{type(relative_bias).__name__}; a `Stack` makes one, `RelativeBias` too."
+            )
+        if positions_BT is None and context_size() > 1:
+            raise ValueError(
+                "Over a context axis, where a row's places are dealt to devices out of order, attention needs positions_BT."
             )
         if cross and self.positions.kind in ("rotary", "alibi", "t5", "transformer_xl"):
             raise ValueError(

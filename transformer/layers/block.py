@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.layers.attention import Attention
 from transformer.layers.cache import KVCache, MemoryCache
+from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
@@ -26,7 +27,7 @@ class BlockCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where there is a memory, and a feed-forward network.
+    """Self-attention, cross-attention where there is a memory, and a feed-forward network or a mixture of experts.
 
     Each sub-layer `f` is added to the stream `x`, with `n` its norms and dropout after `f`:
 
@@ -146,6 +147,12 @@ class Block(nn.Module):
                 update, caches["cross_attention"] = update
             x_BTD = after("cross_attention", x_BTD, update)
 
-        update = FeedForward(self.config.feed_forward, name="feed_forward", **weights)(before("feed_forward", x_BTD))
+        normed_BTD = before("feed_forward", x_BTD)
+        if self.config.feed_forward.num_experts > 0:
+            valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
+            mixture = MixtureOfExperts(self.config.feed_forward, name="feed_forward", **weights)
+            update = mixture(normed_BTD, valid_BT=valid_BT)
+        else:
+            update = FeedForward(self.config.feed_forward, name="feed_forward", **weights)(normed_BTD)
         x_BTD = after("feed_forward", x_BTD, update)
         return x_BTD if cache is None else (x_BTD, BlockCache(**caches))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.model_config import FeedForwardConfig
+from transformer.parallel.rules import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -18,6 +19,26 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+
+def network(
+    config: FeedForwardConfig, inputs: Float[Array, "*B D"], linear: Callable[[str, int, tuple[str, str]], Any]
+) -> Float[Array, "*B D"]:
+    """Up, activation (or gate), down; `linear(role, features, axes)` makes the map that has this role."""
+    hidden_dim = config.resolved_hidden_dim(inputs.shape[-1])
+
+    def activation(x: Array) -> Array:
+        # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
+        return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
+
+    hidden = linear("up", hidden_dim, ("embed", "hidden"))(inputs)
+    if config.gated:
+        hidden = activation(linear("gate", hidden_dim, ("embed", "hidden"))(inputs)) * hidden
+    else:
+        hidden = activation(hidden)
+    if hidden.ndim == 3:
+        hidden = constrain(hidden, "batch", "length", "hidden")
+    return linear("down", inputs.shape[-1], ("hidden", "embed"))(hidden)
 
 
 class FeedForward(nn.Module):
@@ -48,29 +69,22 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, inputs_BTD: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
         """Map every position on its own."""
-        embed_dim = inputs_BTD.shape[-1]
-        hidden_dim = self.config.hidden_dim or 4 * embed_dim
+        if self.config.num_experts > 0:
+            raise ValueError(
+                f"FeedForward is one network, got num_experts={self.config.num_experts}; use MixtureOfExperts."
+            )
 
-        def activation(x_BTF: Array) -> Array:
-            # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
-            return ACTIVATIONS[self.config.activation](x_BTF.astype(jnp.float32)).astype(self.dtype)
-
-        def linear(role: str, features: int, axes: tuple[str, str], scale: float = 1.0) -> Linear:
+        def linear(role: str, features: int, axes: tuple[str, str]) -> Linear:
             return Linear(
                 features=(features,),
                 axes=axes,
                 use_bias=self.config.use_bias,
                 init_std=self.init_std,
-                init_scale=scale,
+                init_scale=self.residual_init_scale if role == "down" else 1.0,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 dot_general=self.dot_general,
                 name=role,
             )
 
-        hidden_BTF = linear("up", hidden_dim, ("embed", "hidden"))(inputs_BTD)
-        if self.config.gated:
-            hidden_BTF = activation(linear("gate", hidden_dim, ("embed", "hidden"))(inputs_BTD)) * hidden_BTF
-        else:
-            hidden_BTF = activation(hidden_BTF)
-        return linear("down", embed_dim, ("hidden", "embed"), self.residual_init_scale)(hidden_BTF)
+        return network(self.config, inputs_BTD, linear)

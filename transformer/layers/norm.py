@@ -16,7 +16,7 @@ class LayerNorm(nn.Module):
 
     epsilon: float = 1e-5
     use_bias: bool = False
-    axis: str | None = "embed"
+    axis: str | None = "norm"
     """Logical name of the normalised axis."""
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich 2019)."""
 
     epsilon: float = 1e-5
-    axis: str | None = "embed"
+    axis: str | None = "norm"
     """Logical name of the normalised axis."""
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -15,8 +15,9 @@ from transformer.layers.linear import DotGeneral
 from transformer.layers.norm import make_norm
 from transformer.layers.recurrence import by_layer, by_row, recurrent_mask, remember
 from transformer.model_config import BlockConfig, ModelConfig
-from transformer.ops import dense_cpu
+from transformer.ops import dense_cpu, experts
 from transformer.ops.masks import AttentionMask
+from transformer.parallel.rules import constrain
 
 # What the backward pass finds stored. Attention's own products have batch dimensions and are recomputed: kept, they
 # would need memory quadratic in the sequence.
@@ -24,8 +25,9 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(dense_cpu.PRODUCT),
+        jax.checkpoint_policies.save_only_these_names(dense_cpu.PRODUCT, experts.PRODUCT),
     ),
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 StackCache = tuple[BlockCache, ...]
@@ -79,6 +81,7 @@ class Blocks(nn.Module):
             else:
                 x_BTD, cache = run(block, x_BTD, caches[index])
                 updated.append(cache)
+            x_BTD = constrain(x_BTD, "batch", "length", None)
         return x_BTD, None if caches is None else tuple(updated)
 
 
@@ -134,7 +137,7 @@ class Stack(nn.Module):
             **dtypes,
         )
         x_BTD = add_positions(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache))
-        x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=not train)
+        x_BTD = constrain(nn.Dropout(config.dropout)(x_BTD, deterministic=not train), "batch", "length", None)
 
         relative_bias = None
         if config.positions.kind == "t5":
@@ -174,7 +177,7 @@ class Stack(nn.Module):
         if config.scan_layers:
             run = nn.scan(
                 run,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "routing": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},

@@ -49,6 +49,7 @@ class Decoder(nn.Module):
         cache: StackCache | None = None,
         recurrence_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
+        head: bool = True,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache | Float[Array, "B L P D"]]:
         """Float32 logits, and the cache or the recurrence where one was given.
 
@@ -64,6 +65,7 @@ class Decoder(nn.Module):
                 returned). A row whose first position is p continues a document, of which it sees the last p tokens, as far
                 as they are remembered; one that starts at 0 sees none.
             train: apply dropout, with the `dropout` key.
+            head: project to logits; without, the hidden states [B, T, D] are returned in their place (`project`).
 
         Raises:
             ValueError: if the config leaves something open, or the arguments contradict each other.
@@ -84,8 +86,12 @@ class Decoder(nn.Module):
             recurrence_BLPD=recurrence_BLPD,
             train=train,
         )
-        logits_BTV = token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
-        return logits_BTV if kept is None else (logits_BTV, kept)
+        out = self.project(hidden_BTD) if head else hidden_BTD
+        return out if kept is None else (out, kept)
+
+    def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states: what is left out with `head=False`."""
+        return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:

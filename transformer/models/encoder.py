@@ -69,6 +69,7 @@ class Encoder(nn.Module):
         segment_ids_BT: Int[Array, "B T"] | None = None,
         places_BN: Int[Array, "B N"] | None = None,
         train: bool = False,
+        head: bool = True,
     ) -> Float[Array, "B N V"]:
         """Float32 logits of the token at each position; initialise with this method if embeddings are not tied.
 
@@ -78,8 +79,13 @@ class Encoder(nn.Module):
             segment_ids_BT: tokens attend within their segment, 0 is padding.
             places_BN: indices of the tokens wanted; None means all.
             train: apply dropout, with the `dropout` key.
+            head: project to logits; without, the hidden states [B, N, D] are returned in their place (`project`).
         """
         hidden_BTD = self(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, train=train)
         if places_BN is not None:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, places_BN[..., None], axis=1)
+        return self.project(hidden_BTD) if head else hidden_BTD
+
+    def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states: what is left out with `head=False`."""
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)

@@ -62,6 +62,7 @@ class EncoderDecoder(nn.Module):
         target_positions_BT: Int[Array, "#B T"] | None = None,
         target_segment_ids_BT: Int[Array, "B T"] | None = None,
         train: bool = False,
+        head: bool = True,
     ) -> Float[Array, "B T V"]:
         """Float32 logits at every target position; see `encode` and `decode` for the arguments."""
         memory_BSD = self.encode(
@@ -74,6 +75,7 @@ class EncoderDecoder(nn.Module):
             positions_BT=target_positions_BT,
             segment_ids_BT=target_segment_ids_BT,
             train=train,
+            head=head,
         )
         return logits_BTV
 
@@ -112,6 +114,7 @@ class EncoderDecoder(nn.Module):
         segment_ids_BT: Int[Array, "B T"] | None = None,
         cache: StackCache | None = None,
         train: bool = False,
+        head: bool = True,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
         """Float32 logits, and the cache where one was given.
 
@@ -125,6 +128,7 @@ class EncoderDecoder(nn.Module):
                 a cache, a row holds one target: 0 marks right padding.
             cache: of the target tokens before these (`init_cache`); positions follow from it.
             train: apply dropout, with the `dropout` key.
+            head: project to logits; without, the hidden states [B, T, D] are returned in their place (`project`).
         """
         hidden_BTD, cache = self.decoder(
             self.token_embedding(target_BT),
@@ -135,8 +139,12 @@ class EncoderDecoder(nn.Module):
             cache=cache,
             train=train,
         )
-        logits_BTV = token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
-        return logits_BTV if cache is None else (logits_BTV, cache)
+        out = self.project(hidden_BTD) if head else hidden_BTD
+        return out if cache is None else (out, cache)
+
+    def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of hidden states: what is left out with `head=False`."""
+        return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:

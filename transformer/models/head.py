@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from transformer.layers.embedding import Embed
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.model_config import ModelConfig
+from transformer.parallel.rules import constrain
 
 
 def token_embedding(config: ModelConfig, dot_general: DotGeneral, name: str | None = None) -> Embed:
@@ -49,4 +50,4 @@ def token_logits(
     logits_BTV = embedding.attend(hidden_BTD) if output is None else output(hidden_BTD)
     if config.logits_soft_cap > 0:
         logits_BTV = config.logits_soft_cap * jnp.tanh(logits_BTV / config.logits_soft_cap)
-    return logits_BTV
+    return constrain(logits_BTV, "batch", "length", "vocab")

@@ -16,18 +16,19 @@ def init_params(
 
     Args:
         model: a `Decoder`, `Encoder` or `EncoderDecoder`.
-        key: a PRNG key; the same key gives the same parameters, whatever the shapes.
+        key: a PRNG key; the same key gives the same parameters, whatever the shapes. None gives their shapes alone.
         *shapes: the shape of each token array that the model reads, (1, 1) if none is given.
         method: of the model, one that uses all its parameters.
 
     Returns:
-        The parameters, nested dictionaries of arrays, and the same tree with a `PartitionSpec` of logical names
-        (`embed`, `heads`, `vocab`, ...) in the place of each array.
+        The parameters (or, without a key, a `jax.ShapeDtypeStruct` for each), nested dictionaries of arrays, and the same
+        tree with a `PartitionSpec` of logical names (`embed`, `heads`, `vocab`, ...) in the place of each array.
     """
 
     def init(key: Any) -> PyTree:
         tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)]
         return model.init(key, *tokens, method=method)["params"]
 
-    axes = nn.get_partition_spec(jax.eval_shape(init, key))
-    return jax.jit(lambda key: nn.unbox(init(key)))(key), axes
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
+    params = nn.unbox(boxed) if key is None else jax.jit(lambda key: nn.unbox(init(key)))(key)
+    return params, nn.get_partition_spec(boxed)

@@ -1,12 +1,11 @@
 """Classification: the cross-entropy of a text's class."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from transformer.config import ObjectiveConfig
+from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, LabelledBatch, LossOutput, Objective, PyTree
 
@@ -32,14 +31,15 @@ def classification(model: nn.Module, config: ObjectiveConfig, mask_token: int) -
         if train and config.token_dropout:
             hidden_BT = jax.random.bernoulli(token_key, config.token_dropout, inputs_BT.shape) & (batch.segment_ids > 0)
             inputs_BT = jnp.where(hidden_BT, mask_token, inputs_BT)
-        logits_BC: Any = model.apply(
+        logits_BC, routing = model.apply(
             {"params": params},
             inputs_BT,
             segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": dropout_key} if train else {},
+            mutable="routing",
         )
-        statistics = token_statistics(logits_BC, batch.labels, batch.weights, config)
+        statistics = add_routing(token_statistics(logits_BC, batch.labels, batch.weights, config), routing, config)
         if not train:
             num_classes = logits_BC.shape[1]
             actual_BC, given_BC = (

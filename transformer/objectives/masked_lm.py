@@ -1,13 +1,12 @@
 """Masked language modelling: the cross-entropy of hidden tokens given those on both sides."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from transformer.config import ObjectiveConfig
-from transformer.objectives.statistics import token_statistics
+from transformer.objectives.routing import add_routing
+from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, Objective, PyTree
 
 
@@ -20,7 +19,7 @@ def masked_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
         model: an `Encoder`.
         config: how many tokens are hidden; label smoothing and z-loss.
 
-    Its statistics are sums over hidden tokens: `loss`, `weight`, `correct`, `objective` (`token_statistics`).
+    Its statistics are sums over hidden tokens: `loss`, `weight`, `correct`, `objective` (`predicted_statistics`).
     """
 
     def weight(batch: Batch) -> Array:
@@ -29,7 +28,7 @@ def masked_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
     def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
         most = config.num_masked(batch.inputs.shape[1])
         weights_BN, places_BN = jax.lax.top_k(batch.weights, most)
-        logits_BNV: Any = model.apply(
+        predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
             positions_BT=batch.positions,
@@ -37,10 +36,13 @@ def masked_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
             places_BN=places_BN,
             train=train,
             rngs={"dropout": key} if train else {},
+            head=not chunked(config),
+            mutable="routing",
             method="logits",
         )
         targets_BN = jnp.take_along_axis(batch.targets, places_BN, axis=1)
-        statistics = token_statistics(logits_BNV, targets_BN, weights_BN, config)
+        statistics = predicted_statistics(model, params, predicted, targets_BN, weights_BN, config)
+        statistics = add_routing(statistics, routing, config)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     return Objective(weight=weight, loss=loss)

@@ -1,14 +1,13 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from transformer.config import ObjectiveConfig
-from transformer.objectives.statistics import token_statistics
+from transformer.objectives.routing import add_routing
+from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, Objective, PyTree
 
 
@@ -17,7 +16,8 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
 
     Args:
         model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
-            giving logits [B, T, V]. With a memory_length, its recurrence is what is carried from batch to batch.
+            giving logits [B, T, V], or with `head=False` hidden states [B, T, D]. With a memory_length, its recurrence is
+            what is carried from batch to batch.
         config: label smoothing and z-loss.
         token_bytes: int [V], UTF-8 bytes each token stands for, for bits per byte.
 
@@ -30,19 +30,22 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
         return jnp.sum(batch.weights)
 
     def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
-        logits_BTV: Any = model.apply(
+        predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
             positions_BT=batch.positions,
             segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": key} if train else {},
+            head=not chunked(config),
+            mutable="routing",
             **(carry or {}),
         )
         if carry:
-            logits_BTV, recurrence_BLPD = logits_BTV
+            predicted, recurrence_BLPD = predicted
             carry = {"recurrence_BLPD": recurrence_BLPD}
-        statistics = token_statistics(logits_BTV, batch.targets, batch.weights, config)
+        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
+        statistics = add_routing(statistics, routing, config)
         statistics["bytes"] = jnp.sum(jnp.asarray(token_bytes, jnp.float32)[batch.targets] * batch.weights)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 

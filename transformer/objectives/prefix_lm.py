@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.config import ObjectiveConfig
-from transformer.objectives.statistics import token_statistics
+from transformer.objectives.routing import add_routing
+from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Batch, LossOutput, Objective, PyTree
 
 
@@ -20,7 +21,7 @@ def prefix_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
         model: a `Decoder` with `bidirectional_prefix`.
         config: label smoothing and z-loss.
 
-    Its statistics are sums over the targets behind the prefixes (`token_statistics`). Bytes are not among them: scores
+    Its statistics are sums over the targets behind the prefixes (`predicted_statistics`). Bytes are not among them: scores
     of compressors, which read all of a text, would not be of the same ones.
     """
 
@@ -28,7 +29,7 @@ def prefix_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
         return jnp.sum(batch.weights)
 
     def loss(params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool) -> LossOutput:
-        logits_BTV: Any = model.apply(
+        predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
             positions_BT=batch.positions,
@@ -36,8 +37,11 @@ def prefix_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
             prefix_BT=prefix_tokens(batch.weights, batch.segment_ids),
             train=train,
             rngs={"dropout": key} if train else {},
+            head=not chunked(config),
+            mutable="routing",
         )
-        statistics = token_statistics(logits_BTV, batch.targets, batch.weights, config)
+        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
+        statistics = add_routing(statistics, routing, config)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     return Objective(weight=weight, loss=loss)

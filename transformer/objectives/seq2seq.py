@@ -1,13 +1,12 @@
 """Sequence to sequence: the cross-entropy of each target token given the source and the tokens before it."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from transformer.config import ObjectiveConfig
-from transformer.objectives.statistics import token_statistics
+from transformer.objectives.routing import add_routing
+from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, LossOutput, Objective, PairBatch, PyTree
 
 
@@ -18,14 +17,14 @@ def seq2seq(model: nn.Module, config: ObjectiveConfig) -> Objective:
         model: called with source and inputs, their segment ids, `train=` and `rngs=`, giving logits [B, T, V].
         config: label smoothing and z-loss.
 
-    Its statistics are sums over target tokens, the end of the text among them (`token_statistics`).
+    Its statistics are sums over target tokens, the end of the text among them (`predicted_statistics`).
     """
 
     def weight(batch: PairBatch) -> Array:
         return jnp.sum(batch.weights)
 
     def loss(params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool) -> LossOutput:
-        logits_BTV: Any = model.apply(
+        predicted, routing = model.apply(
             {"params": params},
             batch.source,
             batch.inputs,
@@ -33,8 +32,11 @@ def seq2seq(model: nn.Module, config: ObjectiveConfig) -> Objective:
             target_segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": key} if train else {},
+            head=not chunked(config),
+            mutable="routing",
         )
-        statistics = token_statistics(logits_BTV, batch.targets, batch.weights, config)
+        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
+        statistics = add_routing(statistics, routing, config)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     return Objective(weight=weight, loss=loss)

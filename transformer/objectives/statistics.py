@@ -1,11 +1,16 @@
-"""The sums over weighted targets that every objective with a cross-entropy reports."""
+"""What objectives over a vocabulary sum: loss, targets, hits; all at once, or of a part of each row at a time."""
 
+from typing import Any
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ObjectiveConfig
+from transformer.ops.chunks import sum_over_chunks
 from transformer.ops.losses import cross_entropy
-from transformer.types import Statistics
+from transformer.types import PyTree, Statistics
 
 
 def token_statistics(
@@ -24,3 +29,40 @@ def token_statistics(
         "correct": jnp.sum(correct * weights),
         "objective": jnp.sum(objective * weights),
     }
+
+
+def chunked(config: ObjectiveConfig) -> bool:
+    """Whether a model is asked for hidden states (`head=False`), whose logits `predicted_statistics` computes in parts."""
+    return config.loss_chunks > 1
+
+
+def predicted_statistics(
+    model: nn.Module,
+    params: PyTree,
+    predicted_BTX: Float[Array, "B T X"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    config: ObjectiveConfig,
+) -> Statistics:
+    """`token_statistics` of a model's logits, or of its hidden states where the loss is `chunked`.
+
+    In chunks, only `objective` has a gradient.
+    """
+    if not chunked(config):
+        return token_statistics(predicted_BTX, targets_BT, weights_BT, config)
+
+    def statistics_of(
+        head: PyTree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array
+    ) -> tuple[Array, Statistics]:
+        logits_BTV: Any = model.apply({"params": head}, hidden_BTD, method="project")
+        statistics = token_statistics(logits_BTV, targets_BT, weights_BT, config)
+        return statistics.pop("objective"), statistics
+
+    # What projects, and nothing else, gets a gradient here.
+    head = {name: params[name] for name in ("output",) if name in params} or {
+        "token_embedding": params["token_embedding"]
+    }
+    objective, statistics = sum_over_chunks(
+        statistics_of, head, predicted_BTX, (targets_BT, weights_BT), config.loss_chunks
+    )
+    return {**jax.lax.stop_gradient(statistics), "objective": objective}

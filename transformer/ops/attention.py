@@ -1,7 +1,8 @@
 """Scaled dot-product attention: one function over all backends, and the reference among them."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from jaxtyping import Float
 
 from transformer.ops.bias import BiasDescription
 from transformer.ops.blockwise import blockwise_attention
+from transformer.ops.cudnn import cudnn_attention, cudnn_refusal
 from transformer.ops.masks import AttentionMask
+from transformer.ops.splash import splash_attention, splash_refusal
 
-Implementation = Literal["auto", "xla", "blockwise"]
+Implementation = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 Bias = Float[jax.Array, "#B #H T S"] | BiasDescription
 
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
@@ -19,6 +22,10 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # Queries times keys from which on `auto` avoids [T, S] arrays: those of 256 tokens attending to themselves.
 _LONG = 256
+# Queries, and keys, from which on `auto` takes the kernel made for the platform. A block of 512 by 512 keeps a TPU's matrix unit
+# busy for about the 0.35 µs that a step of a kernel's grid costs beside; below, blocks are smaller and XLA's fusions as good.
+_FUSED_LENGTH = 512
+_FUSED = {"tpu": "splash", "cuda": "cudnn"}
 
 
 def dot_product_attention(
@@ -50,10 +57,14 @@ def dot_product_attention(
       logits_soft_cap: Bounds scaled logits by `cap * tanh(logits / cap)`; None or 0 means off.
       dropout_rate: Probability of dropping a weight; the others are divided by 1 - rate.
       dropout_key: A PRNG key, needed if dropout_rate > 0.
-      implementation: xla (the reference), blockwise (memory linear in the sequence) or auto, which picks one.
+      implementation: xla (the reference); blockwise (memory linear in the sequence, any platform); splash (TPU; interpreted,
+        and slow, on a CPU); cudnn (NVIDIA GPU); or auto, for each platform what `select_implementation` says. The platform is
+        the one that a program is lowered for, which need not be there; others leave no trace in it.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation cannot honour what is asked.
+      NotImplementedError: from JAX, if a program with splash or cudnn is lowered for a platform that has none. (One program for
+        several platforms, as `jax.export` makes, needs xla or blockwise.)
 
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> dot_product_attention(x, x, x, mask=AttentionMask(causal=True)).shape
@@ -62,21 +73,63 @@ def dot_product_attention(
     _check(query_BTHK, key_BSGK, value_BSGK, mask, bias, dropout_rate, dropout_key)
     scale = 1 / math.sqrt(query_BTHK.shape[-1]) if scale is None else scale
     logits_soft_cap = logits_soft_cap or 0.0
+    request: dict[str, Any] = {"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate}
+    operands = (query_BTHK, key_BSGK, value_BSGK, mask, bias)
+
+    def backend(name: str, *, interpret: bool = False) -> Callable[..., Any]:
+        def attend(query: Any, key: Any, value: Any, mask: AttentionMask, bias: Any) -> Any:
+            settings: dict[str, Any] = {"mask": mask, "scale": scale}
+            if name == "cudnn":
+                return cudnn_attention(query, key, value, **settings)
+            settings["logits_soft_cap"] = logits_soft_cap
+            if name == "splash":
+                return splash_attention(query, key, value, interpret=interpret, **settings)
+            if name == "blockwise":
+                return blockwise_attention(query, key, value, bias=bias, **settings)
+            dropout = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+            return _reference(query, key, value, bias=bias, **dropout, **settings)
+
+        return attend
+
     if implementation == "auto":
-        implementation = select_implementation(
-            query_BTHK.shape[1], key_BSGK.shape[1], bias=bias, dropout_rate=dropout_rate
+        names = {
+            platform: select_implementation(platform, *operands[:3], mask=mask, bias=bias, **request)
+            for platform in ("cpu", *_FUSED)
+        }
+        default = names.pop("cpu")
+        fused = {platform: backend(name) for platform, name in names.items() if name != default}
+        # A switch in which the others leave their marks (residuals, time to trace) only where there is something to choose.
+        attend = backend(default)
+        return jax.lax.platform_dependent(*operands, default=attend, **fused) if fused else attend(*operands)
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"Attention implementation must be {', '.join(get_args(Implementation)[:-1])} or cudnn, got {implementation!r}."
         )
-    if implementation == "blockwise":
-        if dropout_rate > 0:
-            raise ValueError(
-                f"Attention implementation 'blockwise' cannot drop weights, got dropout_rate={dropout_rate}; "
-                "use 'xla' or 'auto', or dropout 0."
-            )
-        return blockwise_attention(
-            query_BTHK, key_BSGK, value_BSGK, mask=mask, bias=bias, scale=scale, logits_soft_cap=logits_soft_cap
+    reason = _refusal(implementation, *operands[:3], mask=mask, bias=bias, **request)
+    if reason:
+        raise ValueError(
+            f"Attention implementation {implementation!r} cannot honour {reason}; use 'auto', or leave that out."
         )
-    if implementation != "xla":
-        raise ValueError(f"Attention implementation must be auto, xla or blockwise, got {implementation!r}.")
+    if implementation == "splash":
+        interpreted = backend("splash", interpret=True)
+        return jax.lax.platform_dependent(*operands, tpu=backend("splash"), cpu=interpreted)
+    if implementation == "cudnn":
+        return jax.lax.platform_dependent(*operands, cuda=backend("cudnn"))
+    return backend(implementation)(*operands)
+
+
+def _reference(
+    query_BTHK: Any,
+    key_BSGK: Any,
+    value_BSGK: Any,
+    *,
+    mask: AttentionMask,
+    bias: Any,
+    scale: float,
+    logits_soft_cap: float,
+    dropout_rate: float,
+    dropout_key: Any,
+) -> Float[jax.Array, "B T H W"]:
     weights_BHTS = attention_weights(
         query_BTHK, key_BSGK, mask=mask, bias=bias, scale=scale, logits_soft_cap=logits_soft_cap
     )
@@ -121,21 +174,56 @@ def attention_weights(
 
 
 def select_implementation(
-    num_queries: int,
-    num_keys: int,
+    platform: str,
+    query: Any,
+    key: Any,
+    value: Any,
     *,
-    bias: Bias | None,
-    dropout_rate: float,
-) -> Literal["xla", "blockwise"]:
-    """What `auto` runs, from what is known when tracing.
+    mask: AttentionMask,
+    bias: Bias | None = None,
+    logits_soft_cap: float = 0.0,
+    dropout_rate: float = 0.0,
+) -> str:
+    """What `auto` runs on a platform (cpu, cuda, tpu, ...), from what is known when tracing: arrays count by shape and dtype.
 
-    The reference, unless its [T, S] arrays are what costs: a long sequence, of which neither the bias nor dropout
-    needs such an array anyway.
+    The kernel made for the platform, for sequences long enough, if it can honour all that is asked. Otherwise the reference,
+    unless its [T, S] arrays are what costs: a long sequence, of which neither the bias nor dropout needs such an array anyway.
     """
+    T, S = query.shape[1], key.shape[1]
+    request: dict[str, Any] = {"mask": mask, "bias": bias, "dropout_rate": dropout_rate}
+    if platform in _FUSED and min(T, S) >= _FUSED_LENGTH:
+        fused = _FUSED[platform]
+        if not _refusal(fused, query, key, value, logits_soft_cap=logits_soft_cap, **request):
+            return fused
     dense_bias = bias is not None and not isinstance(bias, BiasDescription)
     if dropout_rate > 0 or dense_bias:
         return "xla"
-    return "blockwise" if num_queries * num_keys >= _LONG * _LONG else "xla"
+    return "blockwise" if T * S >= _LONG * _LONG else "xla"
+
+
+def _refusal(
+    implementation: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: AttentionMask,
+    bias: Any,
+    logits_soft_cap: float,
+    dropout_rate: float,
+) -> str:
+    """What an implementation cannot honour, in words, or nothing."""
+    if implementation != "xla" and dropout_rate > 0:
+        return f"dropout_rate={dropout_rate}"
+    if implementation not in _FUSED.values():
+        return ""
+    if bias is not None:
+        return "a bias"
+    if isinstance(query, jax.Array) and jax.typeof(query).manual_axis_type.varying:
+        return "arrays that jax.shard_map follows over the mesh (give it check_vma=False)"
+    if implementation == "splash":
+        return splash_refusal(query, value, mask=mask)
+    return cudnn_refusal(query, key, value, mask=mask, logits_soft_cap=logits_soft_cap)
 
 
 def _check(

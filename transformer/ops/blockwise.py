@@ -12,8 +12,8 @@ from jaxtyping import Float
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask, BlockPattern
 
-# Below every logit, so that a row that sees no key subtracts something finite from its -inf.
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""Below every logit, so that a row that sees no key subtracts something finite from its -inf."""
 # Up to so many queries the blocks are written out; beyond, the program and its memory would grow with their number.
 _UNROLLED_QUERIES = 512
 # Products of smaller blocks cost more than what they skip.
@@ -78,12 +78,14 @@ def blockwise_attention(
             key_lengths=jnp.full((1,), S, jnp.int32) if mask.key_lengths is None else jnp.minimum(mask.key_lengths, S),
         )
         bias = bias if isinstance(bias, BiasDescription) else _pad(_pad(bias, 2, padded_T), 3, padded_S)
-    settings = _Settings(scale, logits_soft_cap, blocks, S)
+    settings = Settings(scale, logits_soft_cap, blocks, S)
     out_BGRTK: Any = _attend(settings, query_BGRTK, key_BGSK, value_BGSK, bias, mask)
     return out_BGRTK[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """What is known when tracing."""
+
     scale: float
     soft_cap: float
     blocks: Blocks
@@ -100,11 +102,18 @@ class _Block(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
-    return _forward(settings, query, key, value, bias, mask)[0]
+def _attend(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
+    return attend_forward(settings, query, key, value, bias, mask)[0]
 
 
-def _forward(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
+def attend_forward(
+    settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask
+) -> tuple[Any, Any]:
+    """The output [B, G, R, T, W], in the query's dtype, and the logarithm of each softmax's denominator [B, G, R, T].
+
+    A query that sees nothing has zeros and, as its logarithm, `LOWEST`.
+    """
+
     def attend_keys(carry: Any, block: _Block) -> Any:
         peak, total, out = carry
         logits, _ = _logits(settings, block, query, key, bias, mask)
@@ -119,16 +128,31 @@ def _forward(settings: _Settings, query: Any, key: Any, value: Any, bias: Any, m
     def attend_queries(carry: tuple[()], start: Any, size: int, key_blocks: Any) -> Any:
         shape = (*query.shape[:3], size)
         zeros = jnp.zeros(shape, jnp.float32)
-        empty = (zeros + _LOWEST, zeros, jnp.zeros((*shape, value.shape[-1]), jnp.float32))
+        empty = (zeros + LOWEST, zeros, jnp.zeros((*shape, value.shape[-1]), jnp.float32))
         peak, total, out = key_blocks(attend_keys, empty)
         total = jnp.where(total == 0, 1, total)
         return carry, ((out / total[..., None]).astype(query.dtype), peak + jnp.log(total))
 
-    _, (out, log_total) = _over_blocks(settings, mask, query.shape[3], attend_queries, ())
+    return _over_blocks(settings, mask, query.shape[3], attend_queries, ())[1]
+
+
+def _forward(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
+    out, log_total = attend_forward(settings, query, key, value, bias, mask)
     return out, (query, key, value, bias, mask, out, log_total)
 
 
-def _backward(settings: _Settings, saved: Any, out_gradient: Any) -> Any:
+def _backward(settings: Settings, saved: Any, out_gradient: Any) -> Any:
+    return *attend_backward(settings, saved, out_gradient), None
+
+
+def attend_backward(settings: Settings, saved: Any, out_gradient: Any) -> tuple[Any, Any, Any, Any]:
+    """Gradients of query, key, value and bias; output and logarithm may be of more keys than these, of which the query sees all.
+
+    Args:
+        settings: of the forward pass.
+        saved: query, key, value, bias, mask, and what `attend_forward` returned.
+        out_gradient: of the output.
+    """
     query, key, value, bias, mask, out, log_total = saved
     # The mean of the weights' gradients under the weights themselves (Dao et al. 2022, equation 4).
     mean = _einsum("BGRTK,BGRTK->BGRT", out_gradient.astype(jnp.float32), out.astype(jnp.float32))
@@ -160,14 +184,14 @@ def _backward(settings: _Settings, saved: Any, out_gradient: Any) -> Any:
     gradients, (query_gradient,) = _over_blocks(settings, mask, query.shape[3], attend_queries, gradients)
     key_gradient, value_gradient, bias_gradient = gradients
     bias_gradient = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), bias_gradient, bias)
-    return query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), bias_gradient, None
+    return query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), bias_gradient
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _logits(
-    settings: _Settings, block: _Block, query: Any, key: Any, bias: Any, mask: AttentionMask
+    settings: Settings, block: _Block, query: Any, key: Any, bias: Any, mask: AttentionMask
 ) -> tuple[jax.Array, Any]:
     """Masked float32 logits [B, G, R, t, s], and the derivative of the soft cap."""
     query_rows = _slice(query, 3, block.query_start, block.query_size)
@@ -205,7 +229,7 @@ def _add_bias_gradient(gradient: Any, logits_gradient: jax.Array, bias: Any, mas
     return _add_slice(gradient, added, (0, 0, block.query_start, block.key_start))
 
 
-def _over_blocks(settings: _Settings, mask: AttentionMask, num_queries: int, attend_queries: Any, carry: Any) -> Any:
+def _over_blocks(settings: Settings, mask: AttentionMask, num_queries: int, attend_queries: Any, carry: Any) -> Any:
     """Call `attend_queries(carry, start, size, key_blocks)` for each block of queries; join its outputs on axis 3.
 
     `key_blocks(step, initial)` folds `step` over the blocks of keys that these queries may see.

@@ -1,6 +1,8 @@
 """Attention masks as descriptions: who may attend to whom, without a [T, S] array until a backend wants one."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any, Literal
 
 import jax
@@ -159,6 +161,21 @@ class AttentionMask:
         """The whole mask as booleans; B is 1 if rows agree."""
         return self.block(0, num_queries, 0, num_keys)
 
+    def sees(self, queries: Any, keys: Any, prefix: Any = None) -> Any:
+        """Whether queries at these places see keys at those by `causal`, `window` and `pattern`; numpy or JAX integers.
+
+        `prefix` marks keys that `causal` does not hide.
+        """
+        conditions = []
+        if self.causal:
+            conditions.append(keys <= queries if prefix is None else (keys <= queries) | prefix)
+        if self.window > 0:
+            conditions.append(abs(queries - keys) < self.window)
+        if self.pattern is not None:
+            unit = self.pattern.block_size
+            conditions.append(self.pattern.sees(queries // unit, keys // unit))
+        return functools.reduce(operator.and_, conditions, True)
+
     def block(
         self, query_start: Any, query_size: int, key_start: Any, key_size: int
     ) -> Bool[jax.Array, "B 1 query_size key_size"]:
@@ -167,15 +184,10 @@ class AttentionMask:
         if self.causal or self.window > 0 or self.pattern is not None:
             queries = self.query_places(query_start, query_size)[:, :, None]
             keys = self.key_places(key_start, key_size)[:, None, :]
-            if self.causal:
-                reached = keys <= queries
-                if self.key_prefix is not None:
-                    reached |= _columns(self.key_prefix, key_start, key_size)[:, None, :]
-                visible &= reached
-            if self.window > 0:
-                visible &= abs(queries - keys) < self.window
-            if self.pattern is not None:
-                visible &= self.pattern.sees(queries // self.pattern.block_size, keys // self.pattern.block_size)
+            prefix = self.key_prefix
+            visible &= self.sees(
+                queries, keys, None if prefix is None else _columns(prefix, key_start, key_size)[:, None, :]
+            )
         query_segments = key_segments = None
         if self.query_segment_ids is not None:
             query_segments = _columns(self.query_segment_ids, query_start, query_size)[:, :, None]

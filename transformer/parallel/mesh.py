@@ -1,27 +1,71 @@
 """The step over a mesh of devices: jit with shardings, the main path."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transformer.parallel.rules import AXES, mesh_axes, tree_shardings
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
 from transformer.types import PyTree, Statistics
-
-DATA_AXIS = "data"
-
-
-def make_mesh(data: int = 0) -> Mesh:
-    """A mesh of one axis, `data`, of `data` devices (0: all)."""
-    # Explicit axes, the default, are not understood by linen's logical constraints.
-    return Mesh(np.array(choose_devices(data)), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+from transformer.validation import require
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+def make_mesh(sizes: Mapping[str, int] | int = -1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all axes of `parallel.rules.AXES`.
+
+    Args:
+        sizes: devices along each axis, 1 where none is given (`ParallelConfig.sizes`); -1 for one of them means as many as the
+            others leave. A number alone is that of `data`; 0 is taken for -1.
+        devices: those to use, in JAX's order; None means all, or as many as the sizes ask for.
+
+    Raises:
+        UserError: the sizes do not fit the devices.
+    """
+    sizes = {"data": sizes or -1} if isinstance(sizes, int) else sizes
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    open_axes = [axis for axis, size in shape.items() if size == -1]
+    given = math.prod(size for size in shape.values() if size != -1)
+    require(len(open_axes) <= 1, f"One axis of parallel at most may be -1, got {', '.join(open_axes)}; set the others.")
+    chosen = list(devices) if devices is not None else choose_devices(0 if open_axes else given)
+    if open_axes:
+        require(
+            len(chosen) % given == 0 and len(chosen) >= given,
+            f"The axes of parallel must divide the {len(chosen)} devices, got {_text(shape)}, of which {given} are one "
+            f"part; change them, or set parallel.{open_axes[0]} too to use fewer devices.",
+        )
+        shape[open_axes[0]] = len(chosen) // given
+    require(
+        math.prod(shape.values()) == len(chosen),
+        f"The axes of parallel must multiply to the {len(chosen)} devices, got {_text(shape)}; set one of them to -1.",
+    )
+    # Explicit axes, the default, are not understood by linen.
+    return Mesh(_arrange(chosen, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _text(shape: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "1 device"
+
+
+def _arrange(devices: list[Any], shape: dict[str, int]) -> np.ndarray:
+    """The devices as an array of the mesh's shape: neighbours on the hardware along the fast axes, slices along `dcn`."""
+    sizes = tuple(shape.values())
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    if shape["dcn"] == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices, allow_split_physical_axes=True
+    )
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
+    """Rows over all axes that share a batch; the second of several axes, places in a row, over `context`."""
+    return NamedSharding(mesh, mesh_axes(("batch", "length")[:ndim], mesh.axis_names))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -29,55 +73,150 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    (axes,) = batch_sharding(mesh).spec
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def process_rows(mesh: Mesh, process: int) -> tuple[int, int]:
+    """`(index, count)`: a process reads part `index` of `count` equal parts of the rows; several may read the same.
+
+    Raises:
+        UserError: a process's devices hold rows that are no such part.
+    """
+    sharding, shards = batch_sharding(mesh), num_row_shards(mesh)
+    places = sharding.devices_indices_map((shards,))
+    own = sorted({place[0].indices(shards)[0] for device, place in places.items() if device.process_index == process})
+    count = shards // len(own)
+    require(
+        own == list(range(own[0], own[0] + len(own))) and shards % len(own) == 0 and own[0] % len(own) == 0,
+        f"The devices of a process must hold neighbouring rows of a batch, those of process {process} hold parts {own} of "
+        f"{shards}; give parallel.context and parallel.tensor sizes that divide the devices of a process, or are multiples.",
+    )
+    return own[0] // len(own), count
+
+
+def whole_copy(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The arrays of a tree, gathered where they were spread."""
+    if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return tree
+    return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
+
+
 def mesh_runner(
     mesh: Mesh,
     train_step: Callable[[Any, Any], tuple[Any, Statistics]],
     evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+    axes: PyTree | None = None,
+    row_order: Callable[[int], np.ndarray] | None = None,
 ) -> Runner:
-    """Run the steps with the batch and the carry sharded over `mesh` and the rest of the state replicated.
+    """Run the steps with the batch, the carry and the state spread over `mesh`.
 
-    The arithmetic is that of one device: XLA inserts the sums over devices.
+    The arithmetic is that of one device: XLA inserts the exchanges between devices.
+
+    Args:
+        mesh: of `make_mesh`.
+        train_step: of `make_train_step`.
+        evaluate_step: of `make_eval_step`.
+        axes: the parameters' logical names (`init_params`); None leaves a whole copy of the state on every device.
+        row_order: length -> the places of a row in the order in which the devices along `context` hold them; None leaves
+            rows as they are.
     """
     rows, whole = batch_sharding(mesh), replicated_sharding(mesh)
+    index, count = process_rows(mesh, jax.process_index()) if _is_local(mesh) else (0, 1)
+    programs: dict[str, Any] = {}
+
+    def shardings(tree: PyTree) -> PyTree:
+        rest, carry = carry_apart(tree)
+        return with_carry(tree_shardings(mesh, axes, rest), jax.tree.map(lambda _: rows, carry))
+
+    def batch_shardings(batch: Any) -> Any:
+        return jax.tree.map(lambda x: batch_sharding(mesh, min(x.ndim, 2)), batch)
 
     def train_apart(state: Any, carry: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
         state, statistics = train_step(with_carry(state, carry), batch)
         return *carry_apart(state), statistics
 
-    train = jax.jit(
-        train_apart, in_shardings=(whole, rows, rows), out_shardings=(whole, rows, whole), donate_argnums=(0, 1)
-    )
-    evaluate = jax.jit(evaluate_step, in_shardings=(whole, rows, rows), out_shardings=(rows, whole))
+    def train_program(state: Any, batch: Any) -> Any:
+        if "train" not in programs:
+            spread, carry = carry_apart(shardings(state))
+            programs["train"] = jax.jit(
+                train_apart,
+                in_shardings=(spread, carry, batch_shardings(batch)),
+                out_shardings=(spread, carry, whole),
+                donate_argnums=(0, 1),
+            )
+        return programs["train"]
 
     def step(state: Any, batch: Any) -> tuple[Any, Statistics]:
-        # Without the mesh in context, linen's constraints are silently ignored.
+        # Without the mesh in context, constraints are silently ignored.
         with jax.set_mesh(mesh):
-            state, carry, statistics = train(*carry_apart(state), batch)
+            state, carry, statistics = train_program(state, batch)(*carry_apart(state), batch)
         return with_carry(state, carry), statistics
 
-    def run_evaluate_step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+    def lower(state: Any, batch: Any) -> Any:
         with jax.set_mesh(mesh):
-            return evaluate(params, carry, batch)
+            return train_program(state, batch).lower(*carry_apart(state), batch)
+
+    def run_evaluate_step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        if "evaluate" not in programs:
+            spread = (tree_shardings(mesh, axes, params), rows, batch_shardings(batch))
+            programs["evaluate"] = jax.jit(evaluate_step, in_shardings=spread, out_shardings=(rows, whole))
+        with jax.set_mesh(mesh):
+            return programs["evaluate"](params, carry, batch)
+
+    def init_state(make: Callable[..., Any], *arguments: PyTree) -> Any:
+        given = tuple(tree_shardings(mesh, axes, argument) for argument in arguments)
+        out = shardings(jax.eval_shape(make, *arguments))
+        return jax.jit(make, in_shardings=given, out_shardings=out)(*arguments)
+
+    def abstract_state(tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree)
+        )
 
     def place_state(tree: PyTree) -> PyTree:
-        def copy(x: Any) -> jax.Array:
+        def place(x: Any, sharding: NamedSharding) -> jax.Array:
+            if isinstance(x, jax.Array) and x.sharding == sharding:
+                return x
             # Device by device: `device_put` to them all would reuse the buffer it is given as one of the copies, and
             # the step, which donates its state, would take it from the caller.
-            copies = [jax.device_put(x, device, may_alias=False) for device in mesh.local_devices]
-            return jax.make_array_from_single_device_arrays(x.shape, whole, copies)
-
-        def spread(x: Any) -> jax.Array:
-            parts = rows.addressable_devices_indices_map(x.shape)
+            parts = sharding.addressable_devices_indices_map(x.shape)
             pieces = [jax.device_put(x[part], device, may_alias=False) for device, part in parts.items()]
-            return jax.make_array_from_single_device_arrays(x.shape, rows, pieces)
+            return jax.make_array_from_single_device_arrays(x.shape, sharding, pieces)
 
-        rest, carry = carry_apart(tree)
-        return with_carry(jax.tree.map(copy, rest), jax.tree.map(spread, carry))
+        return jax.tree.map(place, tree, shardings(tree))
+
+    def place_batch(tree: PyTree) -> PyTree:
+        def place(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            if row_order is not None and x.ndim > 1:
+                x = x[:, row_order(x.shape[1])]
+            shape, first = (len(x) * count, *x.shape[1:]), len(x) * index
+
+            def piece(place: Any) -> np.ndarray:
+                start, stop, _ = place[0].indices(shape[0])
+                return x[(slice(start - first, stop - first), *place[1:])]
+
+            return jax.make_array_from_callback(shape, batch_sharding(mesh, min(x.ndim, 2)), piece)
+
+        return jax.tree.map(place, tree)
 
     return Runner(
+        init_state=init_state,
+        abstract_state=abstract_state,
         place_state=place_state,
-        place_batch=lambda tree: jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree),
+        place_batch=place_batch,
         step=step,
         evaluate_step=run_evaluate_step,
         fetch_state=lambda tree: tree,
+        gather=lambda tree: whole_copy(mesh, tree),
+        lower=lower,
+        feeds=(index, count),
     )
+
+
+def _is_local(mesh: Mesh) -> bool:
+    """Whether this process has devices of the mesh; it has none of absent hardware."""
+    return any(device in mesh.devices.flat for device in jax.local_devices())

@@ -44,14 +44,14 @@ def pmap_runner(
     train_step: Callable[[Any, Any], tuple[Any, Statistics]],
     evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
 ) -> Runner:
-    """Run the steps on `data` devices (0: all), as many in each process.
+    """Run the steps on `data` devices (-1 or 0: all), as many in each process.
 
     Args:
         data: devices.
         train_step: made with `axis_name=AXIS_NAME`.
         evaluate_step: likewise.
     """
-    devices = choose_devices(data)
+    devices = choose_devices(max(data, 0))
     local_devices = [device for device in devices if device.process_index == jax.process_index()]
     # The first device of every process: what they hold together is one copy, known to all (a checkpoint needs that).
     first_devices = [next(d for d in devices if d.process_index == p) for p in range(jax.process_count())]
@@ -85,10 +85,18 @@ def pmap_runner(
         rows = jax.tree.map(lambda x: jax.device_put(jax.device_get(x).reshape(-1, *x.shape[2:]), one_copy), carry)
         return with_carry(one, rows)
 
+    def lower(state: Any, batch: Any) -> Any:
+        return train.lower(state, batch)
+
     return Runner(
+        init_state=lambda make, *arguments: place_state(make(*arguments)),
+        abstract_state=lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
         place_state=place_state,
         place_batch=place_batch,
         step=step,
         evaluate_step=run_evaluate_step,
         fetch_state=fetch_state,
+        gather=lambda tree: tree,
+        lower=lower,
+        feeds=(jax.process_index(), jax.process_count()),
     )

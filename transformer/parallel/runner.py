@@ -11,10 +11,17 @@ from transformer.types import PyTree, Statistics, UserError
 class Runner(NamedTuple):
     """A compiled training and evaluation step, and the moves between host and devices that go with them."""
 
+    init_state: Callable[..., Any]
+    """`(make, *arguments) -> make(*arguments)`, a state made on all devices at once: no device holds more than its part.
+
+    Arguments are arrays on the host, such as parameters to start from.
+    """
+    abstract_state: Callable[[PyTree], PyTree]
+    """Shapes of a state -> the same with shardings: what a checkpoint is restored to."""
     place_state: Callable[[PyTree], PyTree]
     """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's.
 
-    A state's `carry` has rows as a batch has, and is spread as those are.
+    A state's `carry` has rows as a batch has, and is spread as those are. What is placed already stays as it is.
     """
     place_batch: Callable[[PyTree], PyTree]
     """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
@@ -23,7 +30,13 @@ class Runner(NamedTuple):
     evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
     """`(params, carry, batch) -> (carry, statistics)` on placed arguments, the carry as part of the batch."""
     fetch_state: Callable[[PyTree], PyTree]
-    """The inverse of `place_state`, without a copy between devices."""
+    """The inverse of `place_state`, without a copy between devices; over a mesh, arrays stay spread over it."""
+    gather: Callable[[PyTree], PyTree]
+    """What `fetch_state` gave -> whole arrays, for programs of one device."""
+    lower: Callable[[Any, Any], Any]
+    """`(state, batch) -> jax.stages.Lowered` of the step, from shapes with shardings or arrays."""
+    feeds: tuple[int, int]
+    """`(index, count)`: this process reads part `index` of `count` equal parts of every batch's rows."""
 
 
 def carry_apart(tree: PyTree) -> tuple[PyTree, PyTree]:
@@ -41,7 +54,7 @@ def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> Non
 
     Args:
         batch_size: rows of the batch of one optimizer step.
-        devices: how many share it.
+        devices: how many share it; those of a context or tensor axis, which have the same rows, count as one.
         accumulate_steps: micro-batches it is cut into.
     """
     if batch_size % (devices * accumulate_steps) != 0:
@@ -60,13 +73,13 @@ def choose_devices(count: int) -> list:
     devices = jax.devices()
     if count > len(devices):
         raise UserError(
-            f"parallel.data must not exceed the {len(devices)} devices there are, got {count}; "
-            "lower it, or set it to 0 to use all."
+            f"The axes of parallel must not exceed the {len(devices)} devices there are, got {count}; "
+            "lower one of them, or set it to -1 to use what the others leave."
         )
     if count % jax.process_count() != 0:
         raise UserError(
-            f"parallel.data must be a multiple of the {jax.process_count()} processes, got {count}; "
-            "change it, or set it to 0 to use all devices."
+            f"The devices that parallel asks for must be a multiple of the {jax.process_count()} processes, got {count}; "
+            "change its axes, or set parallel.data to -1 to use all devices."
         )
     share = (count or len(devices)) // jax.process_count()
     by_process = [[d for d in devices if d.process_index == process] for process in range(jax.process_count())]

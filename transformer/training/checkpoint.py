@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from transformer.training import manifest
+from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 
@@ -103,7 +104,8 @@ class Checkpointer:
         """The latest checkpoint whose files are all as they were written; None if there are no checkpoints.
 
         Args:
-            target: a state of the same shapes; arrays are loaded with its shardings.
+            target: a state of the same shapes, or their `jax.ShapeDtypeStruct`s; arrays are loaded with its shardings. The
+            layers of the one may be scanned where those of the other are looped.
 
         Raises:
             UserError: checkpoints exist but all are damaged, or the latest good one is of another model or optimizer.
@@ -111,8 +113,7 @@ class Checkpointer:
         path = latest_undamaged(self._directory, self._report)
         if path is None:
             return None
-        description = _check_fit(path, describe(target), of="the model and optimizer")
-        parts = ocp.load_checkpointables(path, jax.tree.map(_abstract, _to_parts(target)))
+        description, parts = _load(path, _to_parts(target), _by_field(target), of="the model and optimizer")
         return Restored(description["step"], _from_parts(parts, target), description["loop"])
 
     def clean(self, step: int) -> None:
@@ -196,8 +197,22 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
         target = _from_description(
             {n.removeprefix(f"{field}/"): t for n, t in arrays.items() if n.startswith(f"{field}/")}
         )
-    description = _check_fit(path, describe({field: target}), of="the model", within=f"{field}/")
-    return description["step"], ocp.load_checkpointables(path, {field: jax.tree.map(_abstract, target)})[field]
+    description, parts = _load(path, {field: target}, {field: target}, of="the model", within=f"{field}/")
+    return description["step"], parts[field]
+
+
+def _load(
+    path: epath.Path, parts: dict[str, PyTree], fields: dict[str, PyTree], *, of: str, within: str = ""
+) -> tuple[dict[str, Any], dict[str, PyTree]]:
+    """A checkpoint's description, and parts of it, of which `fields` has the names that the description has."""
+    parts = jax.tree.map(_abstract, parts)
+    found: dict[str, str] = json.loads((path / _DESCRIPTION).read_text())["arrays"]
+    found = {name: text for name, text in found.items() if name.startswith(within)}
+    layout = stored_layout(found, jax.tree.map(_abstract, fields), describe)
+    description = _check_fit(path, describe(fields if layout is None else layout.stored(fields)), of=of, within=within)
+    if layout is None:
+        return description, ocp.load_checkpointables(path, parts)
+    return description, layout.read(ocp.load_checkpointables(path, layout.stored(parts)), parts)
 
 
 def _from_description(arrays: dict[str, str]) -> PyTree:
@@ -213,9 +228,13 @@ def _from_description(arrays: dict[str, str]) -> PyTree:
     return tree
 
 
+def _by_field(tree: Any) -> Any:
+    return tree._asdict() if isinstance(tree, TrainState) else tree
+
+
 def describe(tree: Any) -> dict[str, str]:
     """Path -> type and shape of every array: `{"params/output/kernel": "float32[16,64]"}`."""
-    tree = tree._asdict() if isinstance(tree, TrainState) else tree
+    tree = _by_field(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}".replace(" ", "")
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

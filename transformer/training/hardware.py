@@ -17,6 +17,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153e12,  # half a chip
     "V100": 125e12,  # float16: it has no bfloat16
     "A100": 312e12,
     "H100": 989e12,
@@ -71,7 +72,8 @@ def model_flops(
     whole T x T matrix, causal or not; recomputation (remat) is not counted.
 
     Args:
-        num_parameters: N, those in matrix products: not position tables, nor an embedding that is only looked up.
+        num_parameters: N, those in a token's matrix products: not position tables, nor an embedding that is only looked up,
+            and of experts only those that it goes to.
         num_layers: L.
         num_heads: H.
         head_dim: K.

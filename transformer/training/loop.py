@@ -36,6 +36,7 @@ def train(
     runner: Runner,
     batches: CheckpointableIterator,
     checkpointer: Checkpointer,
+    init_state: Callable[[], TrainState] | None = None,
     measure_work: Callable[[Any], Work] = lambda _: Work(),
     peak_flops: float = 0.0,
     writers: Sequence[Writer] = (),
@@ -50,11 +51,13 @@ def train(
     rows after the checkpoint are dropped. SIGTERM and SIGINT finish the step, save and return.
 
     Args:
-        state: of one copy, before the first step; also the shapes and shardings of what is restored.
+        state: of one copy, before the first step; also the shapes and shardings of what is restored, which suffice if
+            there is an `init_state`.
         config: how long, and how often to report, evaluate, sample and save.
         runner: the compiled steps.
         batches: this process's rows of the training batches, without end.
         checkpointer: where the state, the place in the data and open sums are saved.
+        init_state: makes the state before the first step as the runner places it; None places `state`.
         measure_work: what the step on a batch amounts to, for tokens a second and MFU.
         peak_flops: of all devices together; 0, unknown, leaves MFU out.
         writers: take the metric rows, in this process; closed at the end.
@@ -74,12 +77,14 @@ def train(
     restored = checkpointer.restore(state)
     start = restored.step if restored else 0
     if restored:
-        state = restored.state
         batches.set_state(restored.loop["batches"])
     checkpointer.clean(start)
     for writer in writers:
         writer.resume(start)
-    state = runner.place_state(state)
+    if restored or init_state is None:
+        state = runner.place_state(restored.state if restored else state)
+    else:
+        state = init_state()
     window = Window(restored.loop["window"] if restored else {})
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from transformer.ops.experts import RoutingStatistics
 from transformer.training.step import PER_STEP
 
 TIMINGS = ("tokens_per_second", "mfu")
@@ -14,7 +15,8 @@ TIMINGS = ("tokens_per_second", "mfu")
 def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
 
-    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight.
+    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight, and the means of what
+    routers report (`ops.experts.RoutingStatistics`), micro-batches by weight and layers alike.
     With no weight at all (nothing but padding) there is nothing to report but zeros.
     """
     weight = sums["weight"] or 1.0
@@ -25,6 +27,7 @@ def derive(sums: Mapping[str, Any]) -> dict[str, float]:
         metrics["accuracy"] = sums["correct"] / weight
     if sums.get("objective", sums["loss"]) != sums["loss"]:
         metrics["objective"] = sums["objective"] / weight
+    metrics |= {name: sums[name] / weight for name in RoutingStatistics._fields if name in sums}
     return metrics
 
 

@@ -12,6 +12,7 @@ from transformer.types import Array, LossOutput, Objective, PyTree, UserError
 
 # Where a block keeps its matrices, and their axes from the end: (contracted, produced).
 # Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
+# Axes before these, of scanned layers and of experts, number matrices of their own.
 MATRICES = {
     "query": ((-3,), (-2, -1)),
     "key": ((-3,), (-2, -1)),
@@ -56,10 +57,11 @@ def make_optimizer(
 
 def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
     """The rule itself: gradient in, direction of ascent out."""
+    moment_dtype = None if config.moment_dtype == "float32" else jnp.dtype(config.moment_dtype)
     if config.name == "adamw":
-        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=moment_dtype)
     if config.name == "lion":
-        return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+        return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=moment_dtype)
     if config.name == "adafactor":
         # Shazeer and Stern 2018: factored second moments, updates clipped to RMS 1 and relative to the parameter's.
         return optax.chain(
@@ -73,6 +75,7 @@ def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
         adam_b2=config.b2,
         eps=config.eps,
         consistent_rms=0.2,
+        mu_dtype=moment_dtype,
         muon_weight_dimension_numbers=muon_dimensions,
     )
 
@@ -96,7 +99,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
-    """The axes of each matrix that Muon orthogonalises; None for embeddings, norms, biases and the output layer."""
+    """The axes of each matrix that Muon orthogonalises; None for embeddings, norms, biases, routers and the output layer."""
 
     def dimensions(path: tuple, _: object) -> optax.contrib.MuonDimensionNumbers | None:
         names = parameter_path(path).split("/")

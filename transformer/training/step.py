@@ -92,11 +92,13 @@ def make_train_step(
         if scaling:
             grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = (
-            update_ema(state.ema_params, params, updates_done, ema_decay) if ema_decay > 0 else state.ema_params
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("average"):
+            ema_params = (
+                update_ema(state.ema_params, params, updates_done, ema_decay) if ema_decay > 0 else state.ema_params
+            )
         statistics["grad_norm"] = optax.tree.norm(grads)
         statistics["learning_rate"] = jnp.asarray(schedule(updates_done), jnp.float32)
         new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling)

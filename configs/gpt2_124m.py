@@ -1,0 +1,56 @@
+"""GPT-2 small (Radford et al. 2019), 124,439,808 parameters, on a corpus in the style of OpenWebText.
+
+    python train.py configs/gpt2_124m.py --data.source openwebtext.jsonl
+
+A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in micro-batches that fit a chip of 16 GB or more.
+Hardware: a GPU or TPU, or several: rows are spread over all devices. No run of it has been measured here.
+"""
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+
+
+def get_config(variant: str = "") -> Config:
+    debug = {"": False, "debug": True}[variant]
+    steps = 20 if debug else 100_000
+    block = BlockConfig(
+        AttentionConfig(num_heads=2 if debug else 12, use_bias=True),
+        FeedForwardConfig(activation="gelu_tanh", use_bias=True),
+        NormConfig(use_bias=True),
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=0 if debug else 50_257,
+            max_length=128 if debug else 1024,
+            num_layers=2 if debug else 12,
+            embed_dim=32 if debug else 768,
+            pattern=(block,),
+            positions=PositionConfig(kind="learned"),
+            dtype="float32" if debug else "bfloat16",
+            scan_layers=not debug,
+            remat="none" if debug else "dots",
+        ),
+        data=DataConfig(
+            source=("python_stdlib",) if debug else ("openwebtext.jsonl",),
+            validation_fraction=0.0005,
+            tokenizer="bytes" if debug else "bpe",
+            tokenizer_size=50_257,
+            sequence_length=128 if debug else 1024,
+            batch_size=8 if debug else 480,
+        ),
+        objective=ObjectiveConfig(loss_chunks=1 if debug else 8),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4,
+            warmup_steps=min(2000, steps),
+            weight_decay=0.1,
+            accumulate_steps=1 if debug else 5,
+        ),
+        training=TrainingConfig(steps=steps, eval_every=0 if debug else 1000, checkpoint_every=1000, log_every=10),
+    )

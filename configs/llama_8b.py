@@ -1,0 +1,52 @@
+"""Llama 3.1 8B's architecture (Grattafiori et al. 2024), 8,030,261,248 parameters.
+
+    python train.py configs/llama_8b.py --data.source corpus.jsonl
+
+A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is 512 rows of 8,192 tokens, and all
+devices share the state. `transformer plan configs/llama_8b.py --topology v6e:16x16` says what a step takes; none has been run.
+"""
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.model_config import (
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+
+
+def get_config(variant: str = "") -> Config:
+    debug = {"": False, "debug": True}[variant]
+    steps = 20 if debug else 100_000
+    block = BlockConfig(
+        AttentionConfig(num_heads=4 if debug else 32, num_kv_heads=2 if debug else 8),
+        FeedForwardConfig(hidden_dim=96 if debug else 14_336, activation="silu", gated=True),
+        NormConfig(kind="rms_norm", epsilon=1e-5),
+    )
+    return Config(
+        model=ModelConfig(
+            vocab_size=0 if debug else 128_256,
+            num_layers=2 if debug else 32,
+            embed_dim=32 if debug else 4096,
+            pattern=(block,),
+            positions=PositionConfig(theta=500_000.0, scaling="llama3", scaling_factor=8.0, original_length=8192),
+            tie_embeddings=False,
+            dtype="float32" if debug else "bfloat16",
+            scan_layers=True,
+            remat="full",
+        ),
+        data=DataConfig(
+            source=("python_stdlib",) if debug else ("corpus.jsonl",),
+            validation_fraction=0.0005,
+            tokenizer="bytes" if debug else "bpe",
+            tokenizer_size=128_256,
+            sequence_length=128 if debug else 8192,
+            batch_size=8 if debug else 512,
+        ),
+        objective=ObjectiveConfig(loss_chunks=8),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=min(2000, steps), weight_decay=0.1),
+        parallel=ParallelConfig(data=1, fsdp=-1),
+        training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=1000, log_every=10),
+    )

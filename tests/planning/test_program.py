@@ -1,0 +1,173 @@
+"""What is read from compiled programs and traced ones is what was put into them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from transformer.config import Config, DataConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.parallel.mesh import make_mesh
+from transformer.planning.flops import formula_flops, traced_flops
+from transformer.planning.plan import StandIn
+from transformer.planning.program import Collective, read_program
+from transformer.steps import make_steps
+from transformer.tasks import measure_work
+from transformer.types import Batch
+
+LOOP = """HloModule m
+
+%body.1 (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %gathered = bf16[32,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %part = bf16[8,4]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[], bf16[8,4]{1,0}) tuple(%i, %part)
+}
+
+%all-reduce-scatter.1 (input: bf16[32,4]) -> bf16[8,4] {
+  %input = bf16[32,4]{1,0} parameter(0)
+  %sum = bf16[32,4]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %slice = bf16[8,4]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={8,4}
+}
+
+%condition.1 (q: (s32[], bf16[8,4])) -> pred[] {
+  %q = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[8,4]{1,0}) tuple(%zero, %a)
+  %loop = (s32[], bf16[8,4]{1,0}) while(%init), condition=%condition.1, body=%body.1
+  %out = bf16[8,4]{1,0} get-tuple-element(%loop), index=1
+  %both = bf16[8,4]{1,0} all-reduce(%out), channel_id=3, replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c':(1)2}, to_apply=%add
+  %sent = bf16[8,4]{1,0} collective-permute(%both), channel_id=4, source_target_pairs={{0,1},{1,2}}
+  ROOT %kernel = bf16[8,4]{1,0} custom-call(%sent), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_exchanges_count_as_often_as_their_loop_runs():
+    program = read_program(LOOP)
+    gather, scatter, both, sent = sorted(program.collectives, key=lambda c: (-c.count, c.kind))
+    assert gather == Collective("all-gather", 32 * 4 * 2, 4, (0, 2, 4, 6), 12)
+    assert scatter == Collective("reduce-scatter", 32 * 4 * 2, 4, (0, 2, 4, 6), 12)
+    assert both == Collective("all-reduce", 64, 4, (0, 1, 4, 5), 1)
+    assert sent == Collective("collective-permute", 64, 2, (0, 1), 1)
+    assert gather.wire_bytes == 12 * 256 * 3 / 4
+    assert both.wire_bytes == 2 * 64 * 3 / 4
+    assert sent.wire_bytes == 64
+    assert program.kernels == {"tpu_custom_call": 1}
+
+
+DEPTH, ROWS, WIDTH = 5, 64, 32
+
+
+def chain(matrices, x):
+    def body(x, matrix):
+        return jnp.tanh(x @ matrix), None
+
+    return jnp.sum(jax.lax.scan(body, x, matrices)[0])
+
+
+SHAPES = (jax.ShapeDtypeStruct((DEPTH, WIDTH, WIDTH), jnp.float32), jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32))
+PRODUCTS = 2 * ROWS * WIDTH * WIDTH * DEPTH
+
+
+def test_a_compiled_program_has_the_products_and_gathers_of_its_loops():
+    mesh = make_mesh({"fsdp": 8})
+    shardings = [NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec("fsdp"))]
+    program = read_program(jax.jit(chain, in_shardings=shardings).lower(*SHAPES).compile().as_text())
+    assert program.flops == PRODUCTS / 8
+    gathers = [c for c in program.collectives if c.kind == "all-gather"]
+    assert sum(c.bytes * c.count for c in gathers) == DEPTH * WIDTH * WIDTH * 4
+    assert {c.group for c in gathers} == {8}
+    assert program.traffic_bytes < 50 * 4 * DEPTH * (WIDTH * WIDTH + ROWS * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("function", "times"),
+    [
+        (chain, 1),
+        (jax.grad(chain, argnums=(0, 1)), 3),
+        (jax.grad(jax.checkpoint(chain), argnums=(0, 1)), 4),
+        (lambda matrices, x: jax.lax.cond(jnp.sum(x) > 0, chain, lambda *_: 0.0, matrices, x), 1),
+    ],
+)
+def test_traced_products_count_with_their_loops_and_recomputation(function, times):
+    assert traced_flops(function, *SHAPES) == times * PRODUCTS
+
+
+def test_every_device_of_a_shard_map_counts():
+    mesh = make_mesh({"data": 8})
+    rows = PartitionSpec("data")
+    function = jax.shard_map(
+        lambda a, b: chain(a, b)[None], mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+    )
+    assert traced_flops(function, *SHAPES) == PRODUCTS
+
+
+@functools.cache
+def steps_of(num_layers=2, scan_layers=True, window=0, remat="none"):
+    block = BlockConfig(
+        AttentionConfig(num_heads=2, window=window, implementation="xla"), FeedForwardConfig(gated=True)
+    )
+    config = Config(
+        model=ModelConfig(
+            vocab_size=64,
+            max_length=32,
+            num_layers=num_layers,
+            embed_dim=16,
+            pattern=(block,),
+            scan_layers=scan_layers,
+            remat=remat,
+        ),
+        data=DataConfig(sequence_length=32, batch_size=8),
+    )
+    return config, make_steps(config, StandIn(64), make_mesh(1))
+
+
+def shapes():
+    tokens = jax.ShapeDtypeStruct((8, 32), np.int32)
+    return Batch(tokens, tokens, jax.ShapeDtypeStruct((8, 32), np.float32), tokens, tokens)
+
+
+def test_the_formula_is_that_of_the_metrics_and_of_the_trace():
+    config, steps = steps_of()
+    formula = formula_flops(config, steps.state.params, rows=8, length=32, causal_half=False)
+    # A training step's norms are of vectors: no products, but parameters that the metrics' formula counts.
+    norms = 5 * 16
+    measured = measure_work(config, steps.state.params)(Batch(*(np.zeros((8, 32), np.int32),) * 5)).flops
+    assert measured - formula == 6 * norms * 8 * 32
+    assert traced_flops(steps.train_step, steps.state, shapes()) == formula
+
+
+def test_a_window_and_causality_leave_fewer_pairs():
+    config, steps = steps_of(window=8)
+
+    def attention(causal_half, window):
+        whole = formula_flops(
+            steps_of(window=window)[0], steps.state.params, rows=1, length=32, causal_half=causal_half
+        )
+        return whole / (32 * 2 * 12 * 16) - rest
+
+    rest = formula_flops(config, steps.state.params, rows=1, length=32, causal_half=False) / (32 * 2 * 12 * 16) - 8
+    assert attention(False, 0) == pytest.approx(32)
+    assert attention(True, 0) == pytest.approx(16)
+    assert attention(True, 8) == pytest.approx(8 - 64 / 64)
+
+
+def test_a_scanned_program_does_not_grow_with_its_depth():
+    def size(num_layers):
+        _, steps = steps_of(num_layers=num_layers, remat="full")
+        return len(steps.runner.lower(steps.state, shapes()).as_text())
+
+    assert size(64) <= 1.1 * size(4)

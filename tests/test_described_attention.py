@@ -1,0 +1,68 @@
+"""What a run says of its attention is what its model traces."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, ParallelConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.tasks import describe_attention, make_model, make_params
+
+
+def make(attention=None, positions="rotary", length=512, kind="next_token", **model):
+    block = BlockConfig(AttentionConfig(num_heads=2, **(attention or {})))
+    return Config(
+        model=ModelConfig(
+            vocab_size=5,
+            max_length=length,
+            num_layers=1,
+            embed_dim=8,
+            pattern=(block,),
+            positions=PositionConfig(kind=positions),
+            bidirectional_prefix=kind == "prefix_lm",
+            **model,
+        ),
+        data=DataConfig(sequence_length=length, continue_rows=model.get("memory_length", 0) > 0),
+        objective=ObjectiveConfig(kind=kind),
+        parallel=ParallelConfig(data=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpu", "tpu"),
+    [
+        ({}, "blockwise", "splash"),
+        ({"attention": {"window": 9, "logits_soft_cap": 2.0}}, "blockwise", "splash"),
+        ({"length": 128}, "xla", "xla"),
+        ({"positions": "alibi"}, "blockwise", "blockwise"),
+        ({"positions": "transformer_xl"}, "blockwise", "splash"),
+        ({"attention": {"pattern": "strided"}}, "blockwise", "blockwise"),
+        ({"kind": "prefix_lm"}, "blockwise", "blockwise"),
+        ({"attention": {"implementation": "xla"}}, "xla", "xla"),
+    ],
+)
+def test_the_attention_of_a_run_is_named(settings, cpu, tpu):
+    config = make(**settings)
+    assert (describe_attention(config, "cpu"), describe_attention(config, "tpu")) == (cpu, tpu)
+    model, tokens = make_model(config.model), jnp.zeros((2, config.data.sequence_length), jnp.int32)
+    given = {"prefix_BT": tokens > 0} if config.model.bidirectional_prefix else {}
+    jaxpr = jax.make_jaxpr(
+        lambda params: model.apply({"params": params}, tokens, positions_BT=tokens, segment_ids_BT=tokens, **given)
+    )(make_params(model, jax.random.key(0)))
+    assert ("platform_index" in str(jaxpr)) == (cpu != tpu)
+
+
+def test_patterns_of_blocks_and_their_devices():
+    local = BlockConfig(AttentionConfig(num_heads=2, dropout=0.1))
+    config = make(memory_length=64)
+    assert describe_attention(config, "tpu") == "blockwise"
+    config = make()
+    model = dataclasses.replace(config.model, num_layers=2, pattern=(*config.model.pattern, local))
+    assert describe_attention(dataclasses.replace(config, model=model), "tpu") == "splash and xla"
+    assert describe_attention(dataclasses.replace(config, parallel=ParallelConfig(data=8)), "tpu") == "splash"
+    assert describe_attention(dataclasses.replace(config, parallel=ParallelConfig(context=4)), "tpu") == "ring"
+    by_pmap = dataclasses.replace(config, parallel=ParallelConfig(data=8, strategy="pmap"))
+    assert describe_attention(by_pmap, "tpu") == "splash"
+    assert describe_attention(config, "gpu") == "blockwise"  # rows have segments

@@ -1,0 +1,90 @@
+"""Attention over a mesh: each device its rows and heads, and around a ring where the places of a row are spread too."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.bias import BiasDescription
+from transformer.ops.masks import AttentionMask
+from transformer.ops.ring import ring_attention
+from transformer.parallel.rules import mesh_axes, spread_axes
+
+RING_AXIS = "context"
+
+
+def context_size() -> int:
+    """How many devices of the mesh that is set share the places of a row."""
+    return spread_axes().get(RING_AXIS, 1)
+
+
+def spread_attention(
+    query_BTHK: Float[Array, "B T H K"],
+    key_BSGK: Float[Array, "B S G K"],
+    value_BSGK: Float[Array, "B S G W"],
+    *,
+    mask: AttentionMask,
+    bias: Any,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T H W"]:
+    """`ops.dot_product_attention`, under the mesh that is set (`jax.set_mesh`) in `jax.shard_map`.
+
+    Rows and heads are cut as `parallel.rules` has it, so that a kernel sees one device's part and no exchange is needed; with a
+    `context` axis, which needs rows dealt out by `ops.places.balanced_order`, keys go round it. Where rows or heads cannot
+    be cut (one row to decode), and for dropout and dense biases, XLA spreads the reference.
+    """
+    settings: dict[str, Any] = {"scale": scale, "logits_soft_cap": logits_soft_cap}
+    spread = spread_axes()
+    rows, places, heads = mesh_axes(("batch", "length", "heads"), spread)
+    ring = places is not None
+    dense = dropout_rate > 0 or (bias is not None and not isinstance(bias, BiasDescription))
+    fits = all(
+        size % math.prod(spread[axis] for axis in _names(axes)) == 0
+        for size, axes in ((query_BTHK.shape[0], rows), (key_BSGK.shape[2], heads))
+    )
+    if ring and (dense or not fits):
+        raise ValueError(
+            "Over a context axis, attention needs rows and heads that the mesh divides, no dropout and no dense bias; "
+            f"got {query_BTHK.shape[0]} rows, {key_BSGK.shape[2]} key/value heads, dropout {dropout_rate} and a mesh of {spread}."
+        )
+    if not spread or dense or not fits:
+        return dot_product_attention(
+            query_BTHK,
+            key_BSGK,
+            value_BSGK,
+            mask=mask,
+            bias=bias,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            implementation=implementation,
+            **settings,
+        )
+
+    def attend(query: Any, key: Any, value: Any, mask: AttentionMask, bias: Any) -> Any:
+        if ring:
+            return ring_attention(query, key, value, mask=mask, bias=bias, axis_name=RING_AXIS, **settings)
+        return dot_product_attention(query, key, value, mask=mask, bias=bias, implementation=implementation, **settings)
+
+    def of_mask(array: Any) -> PartitionSpec:
+        return PartitionSpec(None if array.shape[0] == 1 else rows, *(places,) * (array.ndim - 1))
+
+    whole = PartitionSpec(rows, places, heads)
+    # The last axis of a description's arrays are heads.
+    of_bias = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * (leaf.ndim - 1), heads), bias)
+    return jax.shard_map(
+        attend,
+        in_specs=(whole, whole, whole, jax.tree.map(of_mask, mask), of_bias),
+        out_specs=whole,
+        check_vma=False,
+    )(query_BTHK, key_BSGK, value_BSGK, mask, bias)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()

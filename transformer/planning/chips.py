@@ -1,0 +1,114 @@
+"""Accelerators as their makers describe them, and the names by which their compilers know groups of them."""
+
+from typing import Any, NamedTuple
+
+from jax.experimental import topologies
+
+from transformer.training.hardware import published_peak_flops
+from transformer.types import UserError
+from transformer.validation import require
+
+GB = 1e9
+
+
+class Chip(NamedTuple):
+    """One device, as JAX counts them."""
+
+    kind: str
+    """As JAX names it."""
+    memory_bytes: float
+    """High-bandwidth memory; a program has a little less."""
+    memory_bandwidth: float
+    """Bytes a second between memory and the cores."""
+    link_bandwidth: float
+    """Bytes a second of one link to a neighbour, in one direction."""
+    torus_dims: int
+    """Directions of the torus, two links each; 0 where every device reaches every other through a switch by one link."""
+    network_bandwidth: float
+    """Bytes a second to devices of other slices."""
+    per_chip: int = 1
+    """Devices of a chip (hours are counted by chip)."""
+
+    @property
+    def peak_flops(self) -> float:
+        """bfloat16 operations a second."""
+        return published_peak_flops(self.kind)
+
+
+# From the makers' data sheets and, for links and networks, from Austin et al. 2025, "How to Scale Your Model", chapter 2.
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GB, 1.2e12, 4.5e10, 3, 6.25e9),
+    "v5e": Chip("TPU v5 lite", 16 * GB, 8.1e11, 4.5e10, 2, 3.1e9),
+    "v5p": Chip("TPU v5", 95 * GB, 2.8e12, 9e10, 3, 6.25e9),
+    "v6e": Chip("TPU v6 lite", 32 * GB, 1.6e12, 9e10, 2, 1.25e10),
+    "tpu7x": Chip("TPU7x", 96 * GB, 3.7e12, 9e10, 3, 1.25e10, per_chip=2),
+    "h100": Chip("NVIDIA H100", 80 * GB, 3.35e12, 4.5e11, 0, 5e10),
+}
+ALIASES = {
+    # Accelerator types of Google Cloud, whose number counts chips (v5e, v6e) or cores, two to a chip (v4, v5p).
+    "v5e-256": "v5e:16x16",
+    "v6e-256": "v6e:16x16",
+    "v5p-512": "v5p:8x8x8",
+}
+
+
+class Topology(NamedTuple):
+    """Absent devices that a program can be compiled for."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+    @property
+    def chips(self) -> float:
+        """How many chips the devices are."""
+        return len(self.devices) / self.chip.per_chip
+
+
+def find_topology(name: str) -> Topology:
+    """The devices of a topology: `v5e:4x4`, `v5p:8x8x8`, an alias (`v6e-256`), or `h100:8`.
+
+    TPUs need libtpu (`pip install -e ".[plan]"`), H100s JAX's CUDA plugin.
+
+    Raises:
+        UserError: the name says nothing, or the compiler for it is not installed.
+    """
+    full = ALIASES.get(name, name)
+    kind, _, shape = full.partition(":")
+    require(
+        kind in CHIPS and shape != "",
+        f"A topology must be KIND:SHAPE with a kind of {', '.join(CHIPS)}, such as v5e:4x4 or h100:8, or one of "
+        f"{', '.join(ALIASES)}; got {name!r}.",
+    )
+    try:
+        description = _describe(kind, shape, full)
+    except UserError:
+        raise
+    except Exception as error:
+        package = 'jax[cuda12]"' if kind == "h100" else 'libtpu (pip install -e ".[plan]")'
+        raise UserError(f"Topology {name!r} needs the compiler in {package}, or has no such shape: {error}.") from error
+    return Topology(full, CHIPS[kind], list(description.devices))
+
+
+def _describe(kind: str, shape: str, full: str) -> Any:
+    if kind != "h100":
+        return topologies.get_topology_desc(platform="tpu", topology_name=full)
+    require(shape.isdigit(), f"The shape of h100 is a number of devices, got {shape!r}; for example h100:8.")
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology=f"1x1x{shape}", target_config=_H100_TARGET
+    )
+
+
+# What XLA's GPU compiler must know of a device that it cannot ask.
+_H100_TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""

@@ -1,0 +1,134 @@
+"""Meshes, rematerialisation and micro-batches for a topology: pruned by arithmetic, the best compiled, and ranked."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from transformer.config import Config
+from transformer.model_config import ModelConfig
+from transformer.models.init import init_params
+from transformer.planning.chips import Topology
+from transformer.planning.flops import formula_flops
+from transformer.planning.plan import Plan, plan_training
+from transformer.tasks import count_parameters, make_model
+from transformer.types import UserError
+
+REMATS = ("none", "dots", "full")
+
+
+class Candidate(NamedTuple):
+    """A choice, and what arithmetic says of it."""
+
+    config: Config
+    bytes: float
+    """Of state and kept activations on a device."""
+    seconds: float
+    """Of a step: the longer of computing and sending."""
+
+
+def search(
+    config: Config, topology: Topology, *, compiled: int = 12, report: Callable[[str], object] = lambda _: None
+) -> list[tuple[Config, Plan]]:
+    """The best ways to train a config on absent devices, those that fit first, fastest first.
+
+    Args:
+        config: of the run; its mesh, remat and micro-batches are replaced.
+        topology: the devices.
+        compiled: how many candidates are compiled, the best by arithmetic.
+        report: takes a line for each.
+    """
+    ranked = sorted(candidates(config, topology), key=lambda c: c.seconds)
+    within = [c for c in ranked if c.bytes <= topology.chip.memory_bytes] or sorted(ranked, key=lambda c: c.bytes)
+    plans: list[tuple[Config, Plan]] = []
+    for number, candidate in enumerate(within[:compiled], 1):
+        try:
+            plan = plan_training(candidate.config, topology)
+        except UserError as error:
+            report(f"{number}: refused, {error}")
+            continue
+        report(f"{number}: {plan.mesh} {plan.settings['remat']}, {'fits' if plan.fits else 'does not fit'}")
+        plans.append((candidate.config, plan))
+    return sorted(plans, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
+
+
+def candidates(config: Config, topology: Topology) -> list[Candidate]:
+    """All choices that divide rows, heads and widths, estimated."""
+    found = []
+    for parallel, remat, accumulate in itertools.product(
+        _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
+    ):
+        if config.data.batch_size % (accumulate * parallel["data"] * parallel["fsdp"]) != 0:
+            continue
+        changed = dataclasses.replace(
+            config,
+            parallel=dataclasses.replace(config.parallel, **parallel),
+            model=dataclasses.replace(config.model, remat=remat),
+            optimizer=dataclasses.replace(config.optimizer, accumulate_steps=accumulate),
+        )
+        found.append(estimate(changed, topology))
+    return found
+
+
+def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    model = config.model
+    powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
+    for fsdp, tensor, context in itertools.product(powers, powers, powers):
+        shared = fsdp * tensor * context
+        if devices % shared != 0 or tensor > 16 or context > 16:
+            continue
+        heads = all(block.attention.kv_heads % tensor == 0 for block in model.pattern)
+        divides = model.embed_dim % fsdp == 0 and model.vocab_size % tensor == 0
+        dense = all(block.attention.pattern == "dense" for block in model.pattern) and model.memory_length == 0
+        places = config.data.sequence_length % (2 * context) == 0 and (context == 1 or dense)
+        if heads and divides and places:
+            yield {"data": devices // shared, "fsdp": fsdp, "tensor": tensor, "context": context}
+
+
+def _micro_batches(config: Config) -> list[int]:
+    return [n for n in (1, 2, 4, 8, 16) if config.data.batch_size % n == 0]
+
+
+def estimate(config: Config, topology: Topology) -> Candidate:
+    """Memory and time of a step by arithmetic alone.
+
+    State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: the stream
+    before each block, and with less recomputation what its products give. Time: the formula's operations at the peak, and
+    the parameters' way over the wires, tensor parallelism's four exchanges of the stream a block among it.
+    """
+    parallel, model, chip = config.parallel, config.model, topology.chip
+    devices, accumulate = len(topology.devices), config.optimizer.accumulate_steps
+    shapes = _shapes(dataclasses.replace(model, remat="none"))
+    number, itemsize = count_parameters(shapes), jnp.dtype(model.dtype).itemsize
+    state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor)
+    rows = config.data.batch_size / accumulate / (parallel.data * parallel.fsdp)
+    places = config.data.sequence_length / parallel.context
+    width = (
+        {"none": 34, "dots": 14, "full": 1}[model.remat]
+        * model.embed_dim
+        / (parallel.tensor if model.remat != "full" else 1)
+    )
+    activations = rows * places * width * itemsize * model.num_layers
+    logits = 2 * rows * places * model.vocab_size * 4 / parallel.tensor / config.objective.loss_chunks
+    flops = formula_flops(
+        config, shapes, rows=config.data.batch_size, length=config.data.sequence_length, causal_half=True
+    )
+    compute = flops * {"none": 1, "dots": 1.05, "full": 4 / 3}[model.remat] / devices / chip.peak_flops
+    links = chip.link_bandwidth * 2 * max(1, chip.torus_dims)
+    whole = number * itemsize / parallel.tensor
+    gathered = 3 * whole * accumulate * (1 - 1 / parallel.fsdp) + 2 * whole / parallel.fsdp * (1 - 1 / parallel.data)
+    stream = rows * places * model.embed_dim * itemsize * accumulate * model.num_layers
+    exchanged = 4 * 2 * stream * (1 - 1 / parallel.tensor)
+    around = (
+        4 * stream * (parallel.context - 1) * model.pattern[0].attention.kv_heads / model.pattern[0].attention.num_heads
+    )
+    network = (gathered + exchanged + around) / links if links else 0.0
+    return Candidate(config, state + activations + logits, max(compute, network) + 0.1 * min(compute, network))
+
+
+@functools.cache
+def _shapes(model: ModelConfig) -> Any:
+    return init_params(make_model(model), None)[0]
