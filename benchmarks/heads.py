@@ -65,7 +65,7 @@ def look(model: nn.Module, params: Any, tokens_BT: Any) -> tuple[list[Any], list
             hidden.append(args[0].astype(jnp.float32))
         return call(*args, **kwargs)
 
-    with unittest.mock.patch.object(attention, "dot_product_attention", attend), nn.intercept_methods(watch):
+    with unittest.mock.patch.object(attention, "spread_attention", attend), nn.intercept_methods(watch):
         model.apply({"params": params}, tokens_BT)
     return weights, hidden
 
