@@ -100,8 +100,11 @@ def test_several_processes_are_one_run_that_survives_the_death_of_one(directory)
     processes[1].communicate()
     output, _ = processes[0].communicate(timeout=90)
     assert time.monotonic() - killed < 60
-    assert processes[0].returncode == EXIT_CODE, output
-    assert re.search(r"process 0 of 2 cannot go on: .*\nIf another process is gone.*start all again", output)
+    if processes[0].returncode == EXIT_CODE:
+        assert re.search(r"process 0 of 2 cannot go on: .*\nIf another process is gone.*start all again", output)
+    else:  # Killed while both closed a checkpoint: JAX hears of it first.
+        assert processes[0].returncode == -signal.SIGABRT, output
+        assert "This most likely indicates that another task died" in output
 
     done = max(committed_steps(checkpoints))
     quiet, loud = sorted(finish(start(directory, "run", 4, "--training.steps", str(done + 5)))[:2], key=len)

@@ -1,12 +1,21 @@
 """Plans for TPUs that are not there; skipped where their compiler is not installed."""
 
 import importlib.util
+import itertools
 import json
+import math
 
+import jax
 import pytest
 
 from transformer.cli import plan as command
-from transformer.planning.chips import CHIPS, find_topology
+from transformer.cli.arguments import parse_config
+from transformer.parallel.mesh import make_mesh
+from transformer.planning.chips import CHIPS, Topology, find_topology
+from transformer.planning.plan import StandIn, _links, _memory_error, least_network_bytes
+from transformer.planning.search import candidates, search
+from transformer.steps import make_steps
+from transformer.tasks import count_parameters
 from transformer.types import UserError
 
 CONFIG = "configs/gpt2_124m.py:debug"
@@ -51,11 +60,80 @@ def planned(capsys, *arguments, code=None):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.parametrize(
+    ("group", "sides", "links"),
+    [
+        ([(x, 0) for x in range(16)], (16, 16), 2),  # a closed ring
+        ([(x, 0) for x in range(8)], (16, 16), 1),  # half of it
+        ([(x, y) for x in range(4) for y in range(4)], (4, 4), 2),  # a corner has a link along each side
+        ([(x, y) for x in range(16) for y in range(2)], (16, 16), 3),
+        ([(0, 0, z) for z in range(4)], (4, 4, 8), 1),
+        ([(0, 0, z) for z in range(8)], (4, 4, 8), 2),
+        ([(0, 0, z) for z in range(2)], (2, 2, 2), 1),
+    ],
+)
+def test_links_are_those_that_a_group_spans(group, sides, links):
+    everything = list(itertools.product(*(range(side) for side in sides)))
+    assert _links(group, everything, len(sides)) == links
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.96G of 15.75G hbm.",
+        "E1000: CompileTimeHbmOom: total memory required for HLO temporaries (25.96G) exceeds available HBM (15.75G)",
+    ],
+)
+def test_what_a_compiler_says_of_memory_is_understood(message):
+    assert _memory_error(message) == (25.96 * 2**30, 15.75 * 2**30)
+
+
+def test_the_least_to_send_is_of_parts_where_they_are_shared():
+    config = get_config_of(8, "--parallel.data", "4", "--parallel.fsdp", "2")
+    mesh = make_mesh(config.parallel.sizes)
+    steps = make_steps(config, StandIn(512), mesh)
+    bytes_of = 4 * count_parameters(steps.state.params)
+    whole = 4 * sum(x.size for x in jax.tree.leaves(steps.state.params) if x.sharding.is_fully_replicated)
+    shared = bytes_of - whole
+    expected = 3 * shared / 2 + 2 * shared / 2 * 3 / 4 + 2 * whole * (3 / 4 + 1 / 2)
+    assert least_network_bytes(config, steps, dict(mesh.shape)) == pytest.approx(expected)
+
+
+def get_config_of(rows, *arguments):
+    return parse_config(
+        [CONFIG, "--model.vocab-size", "512", "--data.batch-size", str(rows), *arguments], command="transformer plan"
+    )
+
+
+def test_a_search_tries_experts_and_leaves_slices_alone():
+    config = parse_config(
+        [
+            "configs/moe_8x7b.py:debug",
+            "--model.vocab-size",
+            "512",
+            "--parallel.dcn",
+            "2",
+            "--data.sequence-length",
+            "31",
+        ],
+        command="transformer plan",
+    )
+    topology = Topology("none", CHIPS["v5e"], [None] * 8)
+    found = candidates(config, topology)
+    assert {c.config.parallel.expert for c in found} == {1, 2, 4}
+    assert all(c.config.parallel.context == 1 for c in found), "31 places cannot be dealt out"
+    for candidate in found:
+        sizes = candidate.config.parallel.sizes
+        assert math.prod(sizes.values()) == 8 and sizes["dcn"] == 2
+    with pytest.raises(UserError, match="No mesh of 64 devices divides the 7 rows"):
+        search(get_config_of(7), Topology("none", CHIPS["v5e"], [None] * 64))
+
+
 @needs_libtpu
 def test_a_small_step_for_four_chips(capsys):
     (plan,) = planned(capsys, "--parallel.data", "2", "--parallel.fsdp", "2")
     assert plan["fits"] and plan["devices"] == 4 and plan["mesh"] == {"data": 2, "fsdp": 2}
-    assert 0 < plan["argument_bytes"] < plan["peak_bytes"] < plan["capacity_bytes"] == 16e9
+    assert 0 < plan["argument_bytes"] < plan["peak_bytes"] < plan["capacity_bytes"] == 15.75 * 2**30
     assert "all-gather" in plan["collectives"]
     sent = sum(kind["bytes"] for kind in plan["collectives"].values())
     assert 0.5 * plan["least_network_bytes"] < sent < 20 * plan["least_network_bytes"]
@@ -66,11 +144,41 @@ def test_a_small_step_for_four_chips(capsys):
 
 
 @needs_libtpu
+def test_the_compiled_program_does_what_was_traced(capsys):
+    (plan,) = planned(
+        capsys,
+        *("--data.sequence-length", "512", "--model.max-length", "512", "--data.batch-size", "16"),
+        *("--model.embed-dim", "256", "--model.attention.num-heads", "4"),
+    )
+    # Splash: two products forward, five backward, over half of all pairs; the program's own count leaves kernels out.
+    attention = 16 * 512 * 2 * (2 * 7 * 256 * 256)
+    assert plan["program_flops"] * 4 == plan["traced_flops"] - attention
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_told_by_how_much(capsys):
-    (plan,) = planned(capsys, "--data.batch-size", "65536", code=1)
+    (plan,) = planned(capsys, "--data.batch-size", "131072", code=1)
     assert not plan["fits"]
     assert plan["peak_bytes"] > plan["capacity_bytes"]
+    assert 0 < plan["argument_bytes"] < plan["capacity_bytes"]
     assert "model.remat=full" in plan["advice"] and "accumulate_steps=2" in plan["advice"]
+
+
+@needs_libtpu
+def test_a_state_that_is_too_large_asks_for_more_devices(capsys):
+    (plan,) = planned(capsys, "--model.num-layers", "1", "--model.embed-dim", "16384", "--data.batch-size", "4", code=1)
+    assert plan["argument_bytes"] > plan["capacity_bytes"]
+    assert "The state alone is too much" in plan["advice"] and "accumulate" not in plan["advice"]
+
+
+@needs_libtpu
+def test_two_slices_meet_over_the_network(capsys):
+    (plan,) = planned(capsys, "--parallel.dcn", "2")
+    assert plan["devices"] == 8 and plan["mesh"] == {"dcn": 2, "data": 4}
+    # Gradients are summed within a slice, large ones cut, and the rest or the parts exchanged between the two.
+    sent = plan["collectives"]["send"]["bytes"]
+    assert 0.25 <= sent / (4 * plan["parameters"]) <= 1
+    assert plan["network_seconds"] > sent / CHIPS["v5e"].network_bandwidth
 
 
 @needs_libtpu
@@ -78,6 +186,13 @@ def test_a_step_of_decoding(capsys):
     (plan,) = planned(capsys, "--decode", "8", "256")
     assert plan["step"] == "decode" and plan["fits"]
     assert plan["settings"] == {"rows": 8, "capacity": 256, "dtype": "float32"}
+    assert plan["formula_flops"] == plan["traced_flops"] > 0
+    (longer,) = planned(capsys, "--decode", "8", "512")
+    assert longer["formula_flops"] - plan["formula_flops"] == 8 * 2 * 4 * 32 * 256
+    with pytest.raises(UserError, match="must be a multiple of the 4 devices that share them, got 3"):
+        planned(capsys, "--decode", "3", "256")
+    with pytest.raises(UserError, match=r"got parallel.strategy=pmap"):
+        planned(capsys, "--parallel.strategy", "pmap")
 
 
 @needs_libtpu

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.parallel.mesh import make_mesh
-from transformer.planning.flops import formula_flops, traced_flops
+from transformer.planning.flops import attention_flops, formula_flops, traced_flops
 from transformer.planning.plan import StandIn
 from transformer.planning.program import Collective, read_program
 from transformer.steps import make_steps
@@ -115,10 +115,57 @@ def test_every_device_of_a_shard_map_counts():
     assert traced_flops(function, *SHAPES) == PRODUCTS
 
 
+def test_experts_over_devices_count_once():
+    mesh = make_mesh({"data": 2, "expert": 4})
+    rows = PartitionSpec("data")
+
+    def work(matrices, x):
+        return jax.lax.ragged_dot(x, matrices, jnp.full(DEPTH, x.shape[0] // DEPTH, jnp.int32))
+
+    function = jax.shard_map(work, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    assert traced_flops(function, *SHAPES) == PRODUCTS / DEPTH
+
+
+def test_a_combined_gather_counts_all_its_results():
+    line = (
+        "  %g = ((bf16[4,2]{1,0}, f32[8]{0}), (bf16[16,2]{1,0}, f32[32]{0})) all-gather-start(%a, %b), "
+        "replica_groups={{0,1,2,3}}, dimensions={0}"
+    )
+    operands = "  %a = bf16[4,2] parameter(0)\n  %b = f32[8] parameter(1)\n"
+    text = f"ENTRY %main (a: bf16[4,2], b: f32[8]) -> f32[] {{\n{operands}{line}\n}}"
+    (gather,) = read_program(text).collectives
+    assert gather.bytes == 16 * 2 * 2 + 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # [4, 32, 64] times [64, 2, 8]: two heads, each met once as the window moves over what is padded.
+        (
+            "f32[4,32,2,8] convolution(%x1, %y), window={size=1x2 pad=0_0x1_1 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f",
+            4 * 32 * 64 * 2 * 8,
+        ),
+        # The sum over both heads of [4, 32, 8] times [8, 64].
+        ("f32[4,32,64,1] convolution(%heads, %y), window={size=1x2}, dim_labels=0b1f_o1i0->0bf1", 4 * 32 * 64 * 2 * 8),
+        # A batch of four products of [32, 64] and [64, 8].
+        (
+            "f32[4,32,8] convolution(%x, %z), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf",
+            4 * 32 * 64 * 8,
+        ),
+        # The sum of four products.
+        ("f32[1,32,8] convolution(%x, %z), window={size=4}, dim_labels=0bf_0io->0bf", 4 * 32 * 64 * 8),
+    ],
+)
+def test_products_written_as_convolutions(line, flops):
+    shapes = {"x": "4,32,64", "x1": "4,32,64,1", "y": "64,2,8,1", "z": "4,64,8", "heads": "4,32,2,8"}
+    operands = "".join(f"  %{name} = f32[{shape}] parameter({i})\n" for i, (name, shape) in enumerate(shapes.items()))
+    assert read_program(f"ENTRY %main (x: f32[4,32,64]) -> f32[] {{\n{operands}  %c = {line}\n}}").flops == 2 * flops
+
+
 @functools.cache
-def steps_of(num_layers=2, scan_layers=True, window=0, remat="none"):
+def steps_of(num_layers=2, scan_layers=True, window=0, remat="none", implementation="xla"):
     block = BlockConfig(
-        AttentionConfig(num_heads=2, window=window, implementation="xla"), FeedForwardConfig(gated=True)
+        AttentionConfig(num_heads=2, window=window, implementation=implementation), FeedForwardConfig(gated=True)
     )
     config = Config(
         model=ModelConfig(
@@ -135,9 +182,9 @@ def steps_of(num_layers=2, scan_layers=True, window=0, remat="none"):
     return config, make_steps(config, StandIn(64), make_mesh(1))
 
 
-def shapes():
-    tokens = jax.ShapeDtypeStruct((8, 32), np.int32)
-    return Batch(tokens, tokens, jax.ShapeDtypeStruct((8, 32), np.float32), tokens, tokens)
+def shapes(length=32):
+    tokens = jax.ShapeDtypeStruct((8, length), np.int32)
+    return Batch(tokens, tokens, jax.ShapeDtypeStruct((8, length), np.float32), tokens, tokens)
 
 
 def test_the_formula_is_that_of_the_metrics_and_of_the_trace():
@@ -147,7 +194,18 @@ def test_the_formula_is_that_of_the_metrics_and_of_the_trace():
     norms = 5 * 16
     measured = measure_work(config, steps.state.params)(Batch(*(np.zeros((8, 32), np.int32),) * 5)).flops
     assert measured - formula == 6 * norms * 8 * 32
-    assert traced_flops(steps.train_step, steps.state, shapes()) == formula
+    attention = 8 * 32 * attention_flops(config, length=32, causal_half=False)
+    assert traced_flops(steps.train_step, steps.state, shapes()) + attention == formula
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("implementation", ["blockwise", "splash", "auto"])
+def test_what_is_traced_leaves_attention_out_however_it_is_done(implementation, remat):
+    def traced(implementation):
+        _, steps = steps_of(remat=remat, implementation=implementation)
+        return traced_flops(steps.train_step, steps.state, shapes(512))
+
+    assert traced(implementation) == traced("xla")
 
 
 def test_a_window_and_causality_leave_fewer_pairs():

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = find_topology(topology_name)
+    topology = find_topology(topology_name, max(config.parallel.dcn, 1))
     console = Console(highlight=False, stderr="--json" in flags)
     if "--search" in flags:
         plans = search(config, topology, report=console.print)
@@ -100,17 +100,18 @@ def _table(plan: Plan) -> Table:
     ]  # fmt: skip
     if plan.fits:
         rows += [
-            ("operations a step", f"{plan.traced_flops:.3e} traced; by formula {plan.formula_flops:.3e} "
-                f"(causal halved), {plan.formula_flops_whole:.3e} (not halved)"),
+            ("operations a step", f"{plan.traced_flops:.3e} as computed; by formula {plan.formula_flops:.3e}"
+                + (f" (causal halved), {plan.formula_flops_whole:.3e} (not halved)" if plan.step == "train" else "")),
             ("operations a device", f"{plan.program_flops:.3e} in the compiled program, kernels left out"),
             *((f"  {kind}", f"{values['count']:g} times, {_gigabytes(values['bytes'])} sent by a device")
                 for kind, values in plan.collectives.items()),
-            ("least to send", f"{_gigabytes(plan.least_network_bytes)} for parameters and gradients on this mesh"),
+            *([("least to send", f"{_gigabytes(plan.least_network_bytes)} for parameters and gradients on this mesh")]
+                if plan.step == "train" else []),
             ("time by computing", f"{plan.compute_seconds * 1e3:.2f} ms"),
             ("time by memory", f"{plan.memory_seconds * 1e3:.2f} ms"),
             ("time by network", f"{plan.network_seconds * 1e3:.2f} ms"),
             ("step, at best", f"{plan.step_seconds * 1e3:.2f} ms, bound by {plan.bottleneck}"),
-            ("MFU, at best", f"{plan.mfu_bound:.1%} (causal attention halved)"),
+            ("MFU, at best", f"{plan.mfu_bound:.1%}" + (" (causal attention halved)" if plan.step == "train" else "")),
             ("tokens a second", f"{plan.tokens_per_second:,.0f}"),
         ]  # fmt: skip
     if plan.fits and plan.step == "train":

@@ -14,6 +14,8 @@ from transformer.ops.ring import ring_attention
 from transformer.parallel.rules import mesh_axes, spread_axes
 
 RING_AXIS = "context"
+ATTENTION_SCOPE = "dot_product_attention"
+"""In the names of all operations of attention, projections left out."""
 
 
 def context_size() -> int:
@@ -21,6 +23,7 @@ def context_size() -> int:
     return spread_axes().get(RING_AXIS, 1)
 
 
+@jax.named_scope(ATTENTION_SCOPE)
 def spread_attention(
     query_BTHK: Float[Array, "B T H K"],
     key_BSGK: Float[Array, "B S G K"],

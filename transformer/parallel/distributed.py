@@ -80,7 +80,9 @@ def _give_up(message: str) -> None:
 def leaving() -> Iterator[None]:
     """End this process at once if the work inside fails, as it does when another process is gone.
 
-    Python's ordinary end would wait for the others. A `UserError` is of the run itself: every process has it.
+    Python's ordinary end would wait for the others. A `UserError` is of the run itself: every process has it. A process that
+    waits for the others in something else than an exchange, at the end of a checkpoint say, is ended by JAX, with JAX's message
+    and SIGABRT, within `HEARTBEAT_SECONDS` and a little.
     """
     try:
         yield

@@ -8,7 +8,7 @@ from transformer.training.hardware import published_peak_flops
 from transformer.types import UserError
 from transformer.validation import require
 
-GB = 1e9
+GIB = 2.0**30
 
 
 class Chip(NamedTuple):
@@ -17,7 +17,7 @@ class Chip(NamedTuple):
     kind: str
     """As JAX names it."""
     memory_bytes: float
-    """High-bandwidth memory; a program has a little less."""
+    """High-bandwidth memory, as much of it as the compiler lets a program have."""
     memory_bandwidth: float
     """Bytes a second between memory and the cores."""
     link_bandwidth: float
@@ -35,20 +35,24 @@ class Chip(NamedTuple):
         return published_peak_flops(self.kind)
 
 
-# From the makers' data sheets and, for links and networks, from Austin et al. 2025, "How to Scale Your Model", chapter 2.
+# From the makers' data sheets (two devices share a TPU7x's links) and, for links and networks, from Austin et al. 2025, "How to
+# Scale Your Model", chapter 2.
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GB, 1.2e12, 4.5e10, 3, 6.25e9),
-    "v5e": Chip("TPU v5 lite", 16 * GB, 8.1e11, 4.5e10, 2, 3.1e9),
-    "v5p": Chip("TPU v5", 95 * GB, 2.8e12, 9e10, 3, 6.25e9),
-    "v6e": Chip("TPU v6 lite", 32 * GB, 1.6e12, 9e10, 2, 1.25e10),
-    "tpu7x": Chip("TPU7x", 96 * GB, 3.7e12, 9e10, 3, 1.25e10, per_chip=2),
-    "h100": Chip("NVIDIA H100", 80 * GB, 3.35e12, 4.5e11, 0, 5e10),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1.2e12, 4.5e10, 3, 6.25e9),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 8.1e11, 4.5e10, 2, 3.1e9),
+    "v5p": Chip("TPU v5", 95.73 * GIB, 2.8e12, 9e10, 3, 6.25e9),
+    "v6e": Chip("TPU v6 lite", 31.24 * GIB, 1.6e12, 9e10, 2, 1.25e10),
+    "tpu7x": Chip("TPU7x", 94.74 * GIB, 3.7e12, 5e10, 3, 1.25e10, per_chip=2),
+    "h100": Chip("NVIDIA H100", 80e9, 3.35e12, 4.5e11, 0, 5e10),
 }
+NODE_DEVICES = 8
+"""H100s behind one switch."""
 ALIASES = {
-    # Accelerator types of Google Cloud, whose number counts chips (v5e, v6e) or cores, two to a chip (v4, v5p).
+    # Accelerator types of Google Cloud, whose number counts chips (v5e, v6e) or cores, two to a chip (v5p).
     "v5e-256": "v5e:16x16",
     "v6e-256": "v6e:16x16",
-    "v5p-512": "v5p:8x8x8",
+    "v5p-512": "v5p:4x8x8",
+    "v5p-1024": "v5p:8x8x8",
 }
 
 
@@ -65,10 +69,14 @@ class Topology(NamedTuple):
         return len(self.devices) / self.chip.per_chip
 
 
-def find_topology(name: str) -> Topology:
+def find_topology(name: str, num_slices: int = 1) -> Topology:
     """The devices of a topology: `v5e:4x4`, `v5p:8x8x8`, an alias (`v6e-256`), or `h100:8`.
 
     TPUs need libtpu (`pip install -e ".[plan]"`), H100s JAX's CUDA plugin.
+
+    Args:
+        name: of one slice.
+        num_slices: such slices of TPUs, joined by a data-centre network.
 
     Raises:
         UserError: the name says nothing, or the compiler for it is not installed.
@@ -81,7 +89,7 @@ def find_topology(name: str) -> Topology:
         f"{', '.join(ALIASES)}; got {name!r}.",
     )
     try:
-        description = _describe(kind, shape, full)
+        description = _describe(kind, shape, full, num_slices)
     except UserError:
         raise
     except Exception as error:
@@ -90,9 +98,12 @@ def find_topology(name: str) -> Topology:
     return Topology(full, CHIPS[kind], list(description.devices))
 
 
-def _describe(kind: str, shape: str, full: str) -> Any:
+def _describe(kind: str, shape: str, full: str, num_slices: int) -> Any:
     if kind != "h100":
-        return topologies.get_topology_desc(platform="tpu", topology_name=full)
+        options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+        # A v4's two cores are one device.
+        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
     require(shape.isdigit(), f"The shape of h100 is a number of devices, got {shape!r}; for example h100:8.")
     return topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology=f"1x1x{shape}", target_config=_H100_TARGET

@@ -6,46 +6,47 @@ from typing import Any
 import jax
 
 from transformer.config import Config
+from transformer.layers.spread_attention import ATTENTION_SCOPE
 from transformer.model_config import BlockConfig
 from transformer.tasks import idle_parameters
 from transformer.types import PyTree
 
 
 def traced_flops(function: Any, *arguments: PyTree) -> float:
-    """Operations of all matrix products of a function, over all devices, two for each multiply-add.
+    """Operations of all matrix products of a function, over all devices, two for each multiply-add, without attention's own.
 
     Counted in what JAX traces, so that loops count as often as they run, recomputation as computed, and each device of a
-    `shard_map` for itself. A fused attention kernel counts by formula, from its operands: forward two products over all pairs
-    of places, backward seven where the mathematics has five, halved if causal, as its blocks are skipped. Of branches, the
-    dearest counts; a loop whose length is known only when running counts once.
+    `shard_map` for itself. What `layers.spread_attention` traces to is left out (`attention_flops` has it): kernels do not say
+    what they do, nor do loops over the blocks that a mask leaves. Of branches, the dearest counts.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, experts=1)
 
 
-def _count(jaxpr: Any) -> float:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: Any, experts: int) -> float:
+    return sum(
+        _count_equation(equation, experts)
+        for equation in jaxpr.eqns
+        if ATTENTION_SCOPE not in str(equation.source_info.name_stack)
+    )
 
 
-def _count_equation(equation: Any) -> float:
+def _count_equation(equation: Any, experts: int) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name.startswith("ragged_dot"):
-        # Each row meets one of the groups' matrices.
+        # Each row meets one of the groups' matrices; over an axis of experts, on one of the devices that hold the row.
         rows, inner = equation.invars[0].aval.shape[:2]
-        return 2.0 * rows * inner * equation.outvars[0].aval.shape[-1]
-    if name == "pallas_call":
-        return kernel_flops(str(params.get("name_and_src_info", params.get("name", ""))), equation.invars)
+        return 2.0 * rows * inner * equation.outvars[0].aval.shape[-1] / experts
     if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
-    inner = sum(_count(part) for part in _parts(params))
-    if name == "scan":
-        return inner * params["length"]
+        return max(_count(branch.jaxpr, experts) for branch in params["branches"])
     if name == "shard_map":
-        return inner * math.prod(params["mesh"].shape.values())
-    return inner
+        sizes = params["mesh"].shape
+        return sum(_count(part, sizes.get("expert", 1)) for part in _parts(params)) * math.prod(sizes.values())
+    inner = sum(_count(part, experts) for part in _parts(params))
+    return inner * params["length"] if name == "scan" else inner
 
 
 def _parts(params: dict[str, Any]) -> list[Any]:
@@ -57,17 +58,6 @@ def _parts(params: dict[str, Any]) -> list[Any]:
             if hasattr(jaxpr, "eqns"):
                 found.append(jaxpr)
     return found
-
-
-def kernel_flops(name: str, operands: Any) -> float:
-    """Operations of a splash attention kernel, from its name and its operands: `[H, T, K]` queries first among those."""
-    arrays = [operand.aval.shape for operand in operands if len(operand.aval.shape) >= 3]
-    if "splash" not in name or len(arrays) < 2:
-        return 0.0
-    *heads, length, width = arrays[0]
-    pairs = math.prod(heads) * length * arrays[1][-2]
-    products = 5 if "dkv" in name and "dq" not in name else 2 if "fwd" in name else 3
-    return 2.0 * products * pairs * width / 2
 
 
 def formula_flops(config: Config, params: PyTree, *, rows: int, length: int, causal_half: bool) -> float:
@@ -83,10 +73,28 @@ def formula_flops(config: Config, params: PyTree, *, rows: int, length: int, cau
         length: T.
         causal_half: count T / 2 keys for a query instead of T.
     """
-    model = config.model
-    attention = sum(_attention(block, model.embed_dim, length, causal_half) for block in model.pattern)
-    attention *= model.num_layers / len(model.pattern)
+    attention = attention_flops(config, length=length, causal_half=causal_half)
     return rows * length * (6.0 * product_parameters(config, params) + attention)
+
+
+def attention_flops(config: Config, *, length: int, causal_half: bool, products: int = 6) -> float:
+    """Operations of all layers' attention for one token, projections left out.
+
+    Args:
+        config: of the run.
+        length: T.
+        causal_half: count T / 2 keys for a query instead of T.
+        products: over the pairs of places: 2 forward; 4 backward, 5 in a fused kernel, which computes the logits again; and 2
+            for a forward pass that is computed again.
+    """
+    model = config.model
+    pairs = sum(
+        block.attention.num_heads
+        * block.attention.resolved_head_dim(model.embed_dim)
+        * _keys(block, length, causal_half)
+        for block in model.pattern
+    )
+    return 2.0 * products * pairs * model.num_layers / len(model.pattern)
 
 
 def product_parameters(config: Config, params: PyTree) -> float:
@@ -99,8 +107,6 @@ def product_parameters(config: Config, params: PyTree) -> float:
     return total - idle_parameters(config.model)
 
 
-def _attention(block: BlockConfig, embed_dim: int, length: int, causal_half: bool) -> float:
-    attention = block.attention
-    keys = min(length, attention.window or length)
-    keys = keys - keys * keys / (2 * length) if causal_half else keys
-    return 12.0 * attention.num_heads * attention.resolved_head_dim(embed_dim) * keys
+def _keys(block: BlockConfig, length: int, causal_half: bool) -> float:
+    keys = min(length, block.attention.window or length)
+    return keys - keys * keys / (2 * length) if causal_half else keys

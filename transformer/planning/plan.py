@@ -5,18 +5,19 @@ import functools
 import math
 import re
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import Config
-from transformer.parallel.mesh import make_mesh
-from transformer.parallel.rules import AXES, mesh_axes, parameter_shardings
-from transformer.planning.chips import Topology
-from transformer.planning.flops import formula_flops, traced_flops
+from transformer.parallel.mesh import make_mesh, num_row_shards
+from transformer.parallel.rules import mesh_axes, parameter_shardings
+from transformer.planning.chips import NODE_DEVICES, Topology
+from transformer.planning.flops import attention_flops, formula_flops, product_parameters, traced_flops
 from transformer.planning.program import COLLECTIVES, Collective, Program, read_program
 from transformer.steps import Steps, check_devices, make_steps
 from transformer.tasks import count_parameters, resolve
@@ -53,9 +54,9 @@ class Plan(NamedTuple):
     advice: str
     """If it does not fit: by how much, and what would make it fit."""
     traced_flops: float
-    """Of all devices, recomputation included."""
+    """Of all devices, recomputation included; attention's by formula, without the pairs of places that masks skip."""
     formula_flops: float
-    """Of all devices, the attention of causal models halved; without recomputation."""
+    """Of all devices, in training with the attention of causal models halved; without recomputation."""
     formula_flops_whole: float
     """The same, with every pair of places counted."""
     program_flops: float
@@ -79,6 +80,24 @@ class Plan(NamedTuple):
     compile_seconds: float
 
 
+class _Work(NamedTuple):
+    """What is to be compiled, and what is known of it before."""
+
+    step: str
+    config: Config
+    topology: Topology
+    mesh: Mesh
+    settings: dict[str, Any]
+    params: Any
+    operands: Any
+    """Shapes with shardings of what the step takes."""
+    lower: Callable[[], Any]
+    traced: float
+    formulas: tuple[float, float]
+    tokens: int
+    least: float
+
+
 def plan_training(config: Config, topology: Topology) -> Plan:
     """Compile the training step of a config for absent devices; nothing but shapes is allocated.
 
@@ -87,72 +106,66 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     """
     model = config.model
     require(
-        model.vocab_size > 0,
-        "A plan reads no data: model.vocab_size must be set, got 0; for example --model.vocab-size 32000.",
-    )
-    require(
         config.objective.kind == "next_token",
         f"plan knows the rows of the next_token objective, got {config.objective.kind}.",
     )
-    # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
-    mesh = make_mesh(config.parallel.sizes, topology.devices)
+    mesh, steps = _make_steps(config, topology)
     check_devices(config, mesh)
-    tokenizer = StandIn(model.vocab_size)
-    steps = make_steps(resolve(config, tokenizer), tokenizer, mesh)
-    shape = (config.data.batch_size, config.data.sequence_length)
+    rows, length = shape = (config.data.batch_size, config.data.sequence_length)
     tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens, tokens, weights, tokens, tokens)
     with jax.set_mesh(mesh):
         traced = traced_flops(steps.train_step, steps.state, batch)
+    # Two products forward, five backward in a fused kernel, and two when the layer is computed again.
+    products = 7 + (0 if model.remat == "none" else 2)
     formulas = [
-        formula_flops(config, steps.state.params, rows=shape[0], length=shape[1], causal_half=half)
-        for half in (True, False)
+        formula_flops(config, steps.state.params, rows=rows, length=length, causal_half=half) for half in (True, False)
     ]
-    settings = {
-        "batch_size": shape[0],
-        "sequence_length": shape[1],
-        "accumulate_steps": config.optimizer.accumulate_steps,
-        "remat": model.remat,
-        "loss_chunks": config.objective.loss_chunks,
-        "dtype": model.dtype,
-    }
-    tokens_a_step, least = math.prod(shape), least_network_bytes(config, steps, dict(mesh.shape))
-    lowered = functools.partial(steps.runner.lower, steps.state, batch)
     return _compile(
-        "train",
-        config,
-        topology,
-        dict(mesh.shape),
-        settings,
-        steps.state.params,
-        lowered,
-        traced,
-        formulas,
-        tokens_a_step,
-        least,
+        _Work(
+            step="train",
+            config=config,
+            topology=topology,
+            mesh=mesh,
+            settings={
+                "batch_size": rows,
+                "sequence_length": length,
+                "accumulate_steps": config.optimizer.accumulate_steps,
+                "remat": model.remat,
+                "loss_chunks": config.objective.loss_chunks,
+                "dtype": model.dtype,
+            },
+            params=steps.state.params,
+            operands=steps.state,
+            lower=functools.partial(steps.runner.lower, steps.state, batch),
+            traced=traced + rows * length * attention_flops(config, length=length, causal_half=True, products=products),
+            formulas=(formulas[0], formulas[1]),
+            tokens=rows * length,
+            least=least_network_bytes(config, steps, dict(mesh.shape)),
+        )
     )
 
 
 def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: int) -> Plan:
     """Compile a step of decoding, one token for each of `rows` caches of `capacity` tokens, as `plan_training` does."""
-    require(config.model.vocab_size > 0, "A plan reads no data: model.vocab_size must be set, got 0.")
     require(config.model.architecture == "decoder", f"plan decodes a decoder, got a {config.model.architecture}.")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat="none", max_length=max(capacity, config.model.max_length)),
-        training=dataclasses.replace(config.training, cpu_kernels=False),
     )
-    mesh = make_mesh(config.parallel.sizes, topology.devices)
-    tokenizer = StandIn(config.model.vocab_size)
-    steps = make_steps(resolve(config, tokenizer), tokenizer, mesh)
+    mesh, steps = _make_steps(config, topology)
+    shards = num_row_shards(mesh)
+    require(
+        rows % shards == 0,
+        f"The rows of --decode must be a multiple of the {shards} devices that share them, got {rows}; change them, or the "
+        "axes of parallel.",
+    )
     dtype = jnp.dtype(config.model.dtype)
     shardings = parameter_shardings(mesh, steps.axes, steps.state.params)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), steps.state.params, shardings
     )
     model: Any = steps.model
-    cache = jax.eval_shape(lambda: model.init_cache(rows, capacity))
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         # Keys and values are [B, G, P, K], lengths [B]; a scanned stack has a leading axis of periods.
@@ -161,7 +174,7 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         axes = mesh_axes((*scanned, *own), mesh.axis_names) if own else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, axes))
 
-    cache = jax.tree.map(placed, cache)
+    cache = jax.tree.map(placed, jax.eval_shape(lambda: model.init_cache(rows, capacity)))
     token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
     def step(params: Any, token_B1: Any, cache: Any) -> Any:
@@ -172,106 +185,123 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         with jax.set_mesh(mesh):
             return jax.jit(step, donate_argnums=2).lower(params, token, cache)
 
+    attention = rows * attention_flops(config, length=capacity, causal_half=False, products=2)
     with jax.set_mesh(mesh):
         traced = traced_flops(step, params, token, cache)
-    formula = formula_flops(config, params, rows=rows, length=1, causal_half=False) / 3
-    settings = {"rows": rows, "capacity": capacity, "dtype": config.model.dtype}
+    formula = 2.0 * rows * product_parameters(config, params) + attention
     return _compile(
-        "decode", config, topology, dict(mesh.shape), settings, params, lower, traced, [formula, formula], rows, 0.0
+        _Work(
+            step="decode",
+            config=config,
+            topology=topology,
+            mesh=mesh,
+            settings={"rows": rows, "capacity": capacity, "dtype": config.model.dtype},
+            params=params,
+            operands=(params, cache),
+            lower=lower,
+            traced=traced + attention,
+            formulas=(formula, formula),
+            tokens=rows,
+            least=0.0,
+        )
     )
 
 
-def _compile(
-    step: str,
-    config: Config,
-    topology: Topology,
-    mesh: dict[str, int],
-    settings: dict[str, Any],
-    params: Any,
-    lower: Any,
-    traced: float,
-    formulas: list[float],
-    tokens: int,
-    least: float,
-) -> Plan:
-    chip, devices = topology.chip, len(topology.devices)
+def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
+    require(
+        config.model.vocab_size > 0,
+        "A plan reads no data: model.vocab_size must be set, got 0; for example --model.vocab-size 32000.",
+    )
+    require(
+        config.parallel.strategy == "mesh",
+        f"plan compiles for a mesh, got parallel.strategy={config.parallel.strategy}; set it to mesh.",
+    )
+    # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
+    mesh = make_mesh(config.parallel.sizes, topology.devices)
+    tokenizer = StandIn(config.model.vocab_size)
+    return mesh, make_steps(resolve(config, tokenizer), tokenizer, mesh)
+
+
+def _compile(work: _Work) -> Plan:
+    chip, devices, step = work.topology.chip, len(work.topology.devices), work.step
     start = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled = work.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used, capacity = _memory_error(str(error))
-        memory, program = (0.0, max(0.0, used), used, capacity), Program([], 0.0, 0.0, {})
+        peak, capacity = _memory_error(str(error))
+        arguments = min(peak, _device_bytes(work.operands))
+        program = Program([], 0.0, 0.0, {})
+        fits = False
     else:
         stats = compiled.memory_analysis()
-        arguments = float(stats.argument_size_in_bytes)
+        arguments, capacity = float(stats.argument_size_in_bytes), chip.memory_bytes
         # Results take the place of donated arguments; what is not donated needs its own.
         fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
         peak = arguments + stats.temp_size_in_bytes + fresh
-        memory = (arguments, float(stats.temp_size_in_bytes), float(peak), chip.memory_bytes or math.inf)
         program = read_program(compiled.as_text())
-    arguments, temporaries, peak, capacity = memory
-    fits = peak <= capacity
-    compute = max(traced / devices, program.flops) / chip.peak_flops if chip.peak_flops else 0.0
+        fits = peak <= capacity
+    order = list(work.mesh.devices.flat)
     times = {
-        "compute": compute,
-        "memory": program.traffic_bytes / chip.memory_bandwidth if chip.memory_bandwidth else 0.0,
-        "network": sum(_seconds(c, topology, mesh) for c in program.collectives),
+        "compute": max(work.traced / devices, program.flops) / chip.peak_flops,
+        "memory": program.traffic_bytes / chip.memory_bandwidth,
+        "network": sum(_seconds(c, work.topology, order, work.mesh.shape["dcn"]) for c in program.collectives),
     }
     seconds = max(times.values())
-    bottleneck = max(times, key=lambda name: times[name])
-    steps = config.training.steps if step == "train" else 1
+    steps = work.config.training.steps if step == "train" else 1
     return Plan(
-        topology=topology.name,
+        topology=work.topology.name,
         step=step,
-        mesh={axis: size for axis, size in mesh.items() if size > 1},
-        settings=settings,
+        mesh={axis: size for axis, size in work.mesh.shape.items() if size > 1},
+        settings=work.settings,
         devices=devices,
-        chips=topology.chips,
-        parameters=count_parameters(params),
+        chips=work.topology.chips,
+        parameters=count_parameters(work.params),
         fits=fits,
         argument_bytes=arguments,
-        temporary_bytes=temporaries,
+        temporary_bytes=peak - arguments,
         peak_bytes=peak,
         capacity_bytes=capacity,
-        advice="" if fits else _advice(config, peak - capacity, step),
-        traced_flops=traced,
-        formula_flops=formulas[0],
-        formula_flops_whole=formulas[1],
+        advice="" if fits else _advice(work, peak - capacity, arguments > capacity),
+        traced_flops=work.traced,
+        formula_flops=work.formulas[0],
+        formula_flops_whole=work.formulas[1],
         program_flops=program.flops,
         collectives=_by_kind(program.collectives),
-        least_network_bytes=least,
+        least_network_bytes=work.least,
         compute_seconds=times["compute"],
         memory_seconds=times["memory"],
         network_seconds=times["network"],
         step_seconds=seconds,
-        bottleneck=bottleneck,
-        mfu_bound=formulas[0] / devices / chip.peak_flops / seconds if seconds and chip.peak_flops else 0.0,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
-        chip_hours=seconds * steps * topology.chips / 3600,
+        bottleneck=max(times, key=lambda name: times[name]),
+        mfu_bound=work.formulas[0] / devices / chip.peak_flops / seconds,
+        tokens_per_second=work.tokens / seconds,
+        chip_hours=seconds * steps * work.topology.chips / 3600,
         days=seconds * steps / 86_400,
         compile_seconds=time.perf_counter() - start,
     )
 
 
-def least_network_bytes(config: Config, steps: Steps, mesh: dict[str, int]) -> float:
+def least_network_bytes(config: Config, steps: Steps, mesh: Mapping[str, int]) -> float:
     """What a device must send in a step, whatever the compiler does, for the axes that share the state and the batch.
 
     Parameters that are spread over an axis with rows of its own are gathered for the forward and, rematerialised or not, for
-    the backward pass, in the model's type, and their gradients summed and dealt out once; those that are whole have
-    their gradients summed. A ring needs (n - 1) / n of the bytes for each, and twice that for a sum that all need.
+    the backward pass, in the model's type, and their gradients summed and dealt out once for each micro-batch; of what is
+    left on a device, gradients are summed over the other axes with rows. A ring needs (n - 1) / n of the bytes for
+    each, and twice that for a sum that all need. Experts stay where they are: rows come to them.
     """
     itemsize = jnp.dtype(config.model.dtype).itemsize
     total = 0.0
-    shapes = jax.tree_util.tree_leaves(steps.state.params)
     rows = [axis for axis in ("dcn", "data", "fsdp", "expert") if mesh[axis] > 1]
-    for x in shapes:
+    for x in jax.tree_util.tree_leaves(steps.state.params):
         spread = {axis for axes in x.sharding.spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
-        whole = math.prod(x.shape) * itemsize / math.prod(mesh[axis] for axis in spread - set(rows))
+        part = math.prod(x.shape) * itemsize / math.prod(mesh[axis] for axis in spread if axis != "fsdp")
+        gathered = mesh["fsdp"] if "fsdp" in spread else 1
+        total += 3 * config.optimizer.accumulate_steps * part * (gathered - 1) / gathered
         for axis in rows:
-            share = (mesh[axis] - 1) / mesh[axis]
-            total += (3 if axis in spread else 2) * share * whole
-            whole /= mesh[axis] if axis in spread else 1
-    return total * config.optimizer.accumulate_steps if mesh["fsdp"] > 1 else total
+            if axis not in spread:
+                total += 2 * part / gathered * (mesh[axis] - 1) / mesh[axis]
+    return total
 
 
 def _by_kind(collectives: list[Collective]) -> dict[str, dict[str, float]]:
@@ -283,39 +313,65 @@ def _by_kind(collectives: list[Collective]) -> dict[str, dict[str, float]]:
     }
 
 
-def _seconds(collective: Collective, topology: Topology, mesh: dict[str, int]) -> float:
-    """Time on the wires: both directions of as many rings of the torus as the group's devices span, or one switch."""
-    chip = topology.chip
-    if chip.link_bandwidth == 0:
-        return 0.0
-    slice_size = math.prod(mesh[axis] for axis in AXES if axis != "dcn")
-    if collective.devices and len({device // slice_size for device in collective.devices}) > 1:
+def _seconds(collective: Collective, topology: Topology, order: list[Any], num_slices: int) -> float:
+    """Time on the wires: those of the torus's directions that the group spans, or a switch, or the network between slices."""
+    chip, numbers = topology.chip, collective.devices or range(len(order))
+    island = NODE_DEVICES if chip.torus_dims == 0 else len(order) // num_slices
+    if collective.kind == "send" or len({number // island for number in numbers}) > 1:
         return collective.wire_bytes / chip.network_bandwidth
     if chip.torus_dims == 0:
         return collective.wire_bytes / chip.link_bandwidth
-    side = max(2, round(len(topology.devices) ** (1 / chip.torus_dims)))
-    spanned = min(chip.torus_dims, max(1, math.ceil(math.log(max(collective.group, 2), side) - 1e-6)))
-    directions = 1 if collective.kind == "collective-permute" else 2
-    return collective.wire_bytes / (chip.link_bandwidth * directions * spanned)
+    links = 1
+    if collective.kind != "collective-permute":
+        links = max(1, _links([order[n].coords for n in numbers], [d.coords for d in order], chip.torus_dims))
+    return collective.wire_bytes / (chip.link_bandwidth * links)
+
+
+def _links(group: list[Any], everything: list[Any], torus_dims: int) -> int:
+    """Links by which a corner of a group's box sends: two along a side that is a closed ring, one along another.
+
+    A v5e or v6e closes rings of 16 chips; v4, v5p and 7x those of cubes of 4, where all sides are of whole ones.
+    """
+    sides = [len({coords[axis] for coords in everything}) for axis in range(torus_dims)]
+    cubes = torus_dims == 3 and all(side % 4 == 0 for side in sides)
+    spans = [len({coords[axis] for coords in group}) for axis in range(torus_dims)]
+    closed = [span == side and (cubes or side == 16) for span, side in zip(spans, sides, strict=True)]
+    return sum(2 if closed[axis] else 1 for axis, span in enumerate(spans) if span > 1)
+
+
+def _device_bytes(tree: Any) -> float:
+    """Of one device's part of arrays that carry their shardings."""
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.number)]
+    return float(
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * jnp.dtype(x.dtype).itemsize
+            for x in arrays
+        )
+    )
 
 
 def _memory_error(message: str) -> tuple[float, float]:
     """Bytes used and there, from what the compiler says when a program does not fit; any other failure is raised again."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {size} of {size}", message) or re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)", message
+    )
     if found is None:
         raise UserError(f"The step does not compile for these devices: {message.splitlines()[0]}")
     return float(found.group(1)) * units[found.group(2)], float(found.group(3)) * units[found.group(4)]
 
 
-def _advice(config: Config, missing: float, step: str) -> str:
-    levers = []
-    if step == "train":
-        accumulate = config.optimizer.accumulate_steps
+def _advice(work: _Work, missing: float, state_too_large: bool) -> str:
+    config, levers = work.config, []
+    if work.step == "train" and not state_too_large:
+        accumulate = 2 * config.optimizer.accumulate_steps
+        halves = config.data.batch_size % (accumulate * num_row_shards(work.mesh)) == 0
         levers += [] if config.model.remat == "full" else ["model.remat=full"]
         levers += [] if config.model.scan_layers else ["model.scan_layers=True"]
-        levers += [f"optimizer.accumulate_steps={2 * accumulate}"]
+        levers += [f"optimizer.accumulate_steps={accumulate}"] if halves else []
         levers += [] if config.objective.loss_chunks > 1 else ["objective.loss_chunks=8"]
         levers += [] if config.model.dtype != "float32" else ["model.dtype=bfloat16"]
     levers += ["parallel.fsdp or tensor over more devices"]
-    return f"Too much by {missing / 1e9:.2f} GB a device. What takes less: {', '.join(levers)}."
+    what = "The state alone is too much" if state_too_large else "Too much"
+    return f"{what}, by {missing / 1e9:.2f} GB a device in all. What takes less: {', '.join(levers)}."

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
@@ -23,7 +25,7 @@ _NO_TRAFFIC = {
 
 
 class Collective(NamedTuple):
-    """An exchange between devices."""
+    """An exchange between devices; `send` is one with other slices, through the hosts."""
 
     kind: str
     bytes: float
@@ -39,7 +41,7 @@ class Collective(NamedTuple):
     def wire_bytes(self) -> float:
         """What a device sends, all times together, by an algorithm that is optimal for a ring."""
         share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "send": 1.0}.get(self.kind, share)
         return factor * self.bytes * self.count
 
 
@@ -139,13 +141,16 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
 
 def _collective(instruction: _Instruction, computation: str, shapes: dict[str, str], count: float) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    if kind not in COLLECTIVES or (kind == "send" and "is_host_transfer=true" not in instruction.rest):
         return None
     # An all-reduce of which each device keeps a part is one instruction for the hardware.
     kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
     sizes = [_bytes(shapes.get(operand, "")) for operand in _operands(instruction)]
+    if kind == "send":
+        return Collective(kind, sizes[0], 2, (), count)
     if kind == "all-gather" and instruction.opcode.endswith("-start"):
-        result = max((_array_bytes(a) for a in _ARRAY.findall(instruction.shape)), default=0.0)
+        # Operands, then results.
+        result = _bytes(instruction.shape) - sum(sizes)
     else:
         result = 0.0 if instruction.opcode.endswith("-start") else _bytes(instruction.shape)
     group, devices = _group(instruction.rest)
@@ -192,24 +197,37 @@ def _first_group(dims: list[int], order: list[int], groups: int, size: int) -> I
 
 
 def _product_flops(instruction: _Instruction, shapes: dict[str, str]) -> float:
-    """Of a product: from the sizes of its operands and its result, whichever axes are contracted."""
+    """Of a product, two for each multiply-add; a TPU's products are convolutions, whose paddings and holes do not count."""
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
-    operands = [_dims(shapes.get(name, "")) for name in _operands(instruction)[:2]]
+    left, right = (_dims(shapes.get(name, "")) for name in _operands(instruction)[:2])
     result = _dims(instruction.shape)
-    batch = 1
     if instruction.opcode == "dot":
-        axes = re.search(r"lhs_batch_dims=\{([\d,]+)\}", instruction.rest)
-        batch = math.prod(operands[0][int(axis)] for axis in axes.group(1).split(",")) if axes else 1
-    else:
-        # Batch dimensions of a product are spatial ones of a convolution.
-        labels = re.search(r"->(\w+)", instruction.rest)
-        batch = math.prod(
-            n for n, label in zip(result, labels.group(1) if labels else "", strict=False) if label.isdigit()
-        )
-    # Operands b*m*k and b*k*n and the result b*m*n multiply to b * (b*m*k*n)^2.
-    sizes = math.prod(operands[0]) * math.prod(operands[1]) * math.prod(result)
-    return 2.0 * math.sqrt(sizes / batch)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.rest)
+        inner = math.prod(left[int(axis)] for axis in contracted.group(1).split(",")) if contracted else 1
+        return 2.0 * math.prod(result) * inner
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    if labels is None:
+        return 0.0
+    sizes = [
+        dict(zip(names, dims, strict=True)) for names, dims in zip(labels.groups(), (left, right, result), strict=True)
+    ]
+    spatial = sorted(label for label in sizes[2] if label.isdigit())
+    pairs = math.prod(_window_pairs(instruction.rest, int(x), sizes[0][x], sizes[1][x], sizes[2][x]) for x in spatial)
+    return 2.0 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * pairs
+
+
+def _window_pairs(rest: str, axis: int, input_size: int, window_size: int, output_size: int) -> int:
+    """Along an axis of a convolution, how many pairs of an output's place and a window's meet an element of the input."""
+
+    def field(name: str, default: str) -> str:
+        found = re.search(rf"\b{name}=([\d_x]+)", rest)
+        return found.group(1).split("x")[axis] if found else default
+
+    hole, step = int(field("lhs_dilate", "1")), int(field("rhs_dilate", "1"))
+    outputs = np.arange(output_size)[:, None] * int(field("stride", "1")) - int(field("pad", "0_0").split("_")[0])
+    places = outputs + np.arange(window_size) * step
+    return int(np.sum((places >= 0) & (places < (input_size - 1) * hole + 1) & (places % hole == 0)))
 
 
 def _traffic(instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:

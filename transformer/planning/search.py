@@ -16,6 +16,7 @@ from transformer.planning.flops import formula_flops
 from transformer.planning.plan import Plan, plan_training
 from transformer.tasks import count_parameters, make_model
 from transformer.types import UserError
+from transformer.validation import require
 
 REMATS = ("none", "dots", "full")
 
@@ -36,15 +37,30 @@ def search(
     """The best ways to train a config on absent devices, those that fit first, fastest first.
 
     Args:
-        config: of the run; its mesh, remat and micro-batches are replaced.
+        config: of the run; its mesh (all but `dcn`), remat and micro-batches are replaced.
         topology: the devices.
-        compiled: how many candidates are compiled, the best by arithmetic.
+        compiled: how many candidates are compiled: the best by arithmetic, as many of each `remat`; and as many again, those
+            that need least memory, should none of these fit.
         report: takes a line for each.
+
+    Raises:
+        UserError: no choice divides rows, heads and widths.
     """
-    ranked = sorted(candidates(config, topology), key=lambda c: c.seconds)
-    within = [c for c in ranked if c.bytes <= topology.chip.memory_bytes] or sorted(ranked, key=lambda c: c.bytes)
+    found = candidates(config, topology)
+    require(
+        bool(found),
+        f"No mesh of {len(topology.devices)} devices divides the {config.data.batch_size} rows of a batch, the "
+        "heads and the widths of the model; change data.batch_size.",
+    )
+    ranked = sorted(found, key=lambda c: c.seconds)
+    within = [c for c in ranked if c.bytes <= topology.chip.memory_bytes]
+    share = -(-compiled // len(REMATS))
+    chosen = [c for remat in REMATS for c in [c for c in within if c.config.model.remat == remat][:share]]
+    spare = [c for c in sorted(ranked, key=lambda c: c.bytes) if c not in chosen]
     plans: list[tuple[Config, Plan]] = []
-    for number, candidate in enumerate(within[:compiled], 1):
+    for number, candidate in enumerate([*chosen, *spare[:compiled]], 1):
+        if number > len(chosen) and any(plan.fits for _, plan in plans):
+            break
         try:
             plan = plan_training(candidate.config, topology)
         except UserError as error:
@@ -61,7 +77,8 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
-        if config.data.batch_size % (accumulate * parallel["data"] * parallel["fsdp"]) != 0:
+        shards = parallel["data"] * parallel["fsdp"] * parallel["expert"] * max(config.parallel.dcn, 1)
+        if config.data.batch_size % (accumulate * shards) != 0:
             continue
         changed = dataclasses.replace(
             config,
@@ -74,40 +91,45 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
 
 
 def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    model = config.model
+    model, devices = config.model, devices // max(config.parallel.dcn, 1)
     powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
-    for fsdp, tensor, context in itertools.product(powers, powers, powers):
-        shared = fsdp * tensor * context
+    experts = {block.feed_forward.num_experts for block in model.pattern} - {0}
+    dense = all(block.attention.pattern == "dense" for block in model.pattern) and model.memory_length == 0
+    for fsdp, tensor, context, expert in itertools.product(powers, powers, powers, powers):
+        shared = fsdp * tensor * context * expert
         if devices % shared != 0 or tensor > 16 or context > 16:
             continue
         heads = all(block.attention.kv_heads % tensor == 0 for block in model.pattern)
         divides = model.embed_dim % fsdp == 0 and model.vocab_size % tensor == 0
-        dense = all(block.attention.pattern == "dense" for block in model.pattern) and model.memory_length == 0
-        places = config.data.sequence_length % (2 * context) == 0 and (context == 1 or dense)
-        if heads and divides and places:
-            yield {"data": devices // shared, "fsdp": fsdp, "tensor": tensor, "context": context}
+        places = context == 1 or (dense and config.data.sequence_length % (2 * context) == 0)
+        held = expert == 1 or (len(experts) > 0 and all(number % expert == 0 for number in experts))
+        if heads and divides and places and held:
+            yield {"data": devices // shared, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
 
 
 def _micro_batches(config: Config) -> list[int]:
-    return [n for n in (1, 2, 4, 8, 16) if config.data.batch_size % n == 0]
+    return sorted({n for n in (1, 2, 4, 8, 16, config.optimizer.accumulate_steps) if config.data.batch_size % n == 0})
 
 
 def estimate(config: Config, topology: Topology) -> Candidate:
     """Memory and time of a step by arithmetic alone.
 
     State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: the stream
-    before each block, and with less recomputation what its products give. Time: the formula's operations at the peak, and
-    the parameters' way over the wires, tensor parallelism's four exchanges of the stream a block among it.
+    before each block, and with less recomputation what its products give, or all of about 17 widths (Korthikanti et al. 2022).
+    Time: the formula's operations at the peak, and the parameters' way over the wires, tensor parallelism's four exchanges of
+    the stream a block among it.
     """
     parallel, model, chip = config.parallel, config.model, topology.chip
     devices, accumulate = len(topology.devices), config.optimizer.accumulate_steps
     shapes = _shapes(dataclasses.replace(model, remat="none"))
     number, itemsize = count_parameters(shapes), jnp.dtype(model.dtype).itemsize
-    state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor)
-    rows = config.data.batch_size / accumulate / (parallel.data * parallel.fsdp)
+    state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor * parallel.expert)
+    rows = (
+        config.data.batch_size / accumulate / (parallel.data * parallel.fsdp * parallel.expert * max(parallel.dcn, 1))
+    )
     places = config.data.sequence_length / parallel.context
     width = (
-        {"none": 34, "dots": 14, "full": 1}[model.remat]
+        {"none": 17, "dots": 9, "full": 1}[model.remat]
         * model.embed_dim
         / (parallel.tensor if model.remat != "full" else 1)
     )
@@ -118,7 +140,7 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     )
     compute = flops * {"none": 1, "dots": 1.05, "full": 4 / 3}[model.remat] / devices / chip.peak_flops
     links = chip.link_bandwidth * 2 * max(1, chip.torus_dims)
-    whole = number * itemsize / parallel.tensor
+    whole = number * itemsize / (parallel.tensor * parallel.expert)
     gathered = 3 * whole * accumulate * (1 - 1 / parallel.fsdp) + 2 * whole / parallel.fsdp * (1 - 1 / parallel.data)
     stream = rows * places * model.embed_dim * itemsize * accumulate * model.num_layers
     exchanged = 4 * 2 * stream * (1 - 1 / parallel.tensor)
