@@ -98,6 +98,7 @@ def remembering(kind="rotary", **changes):
         (lambda: ParallelConfig(num_processes=2), "need parallel.coordinator=HOST:PORT, got 2 and -1"),
         (lambda: ParallelConfig(coordinator="a:1", num_processes=2, process_id=2), "below num_processes=2, got 2"),
         (lambda: TrainingConfig(profile_steps=(1, 4)), "first step of at least 2 .* got 1 4"),
+        (lambda: TrainingConfig(steps=8, profile_steps=(5, 9)), "the last of the run's 8, got 5 9"),
         (lambda: ObjectiveConfig(kind="classification", loss_chunks=2), "got 2 for a classification; leave it at 1"),
         (
             lambda: Config(data=DataConfig(batch_size=10), optimizer=OptimizerConfig(accumulate_steps=4)),
@@ -153,6 +154,15 @@ def test_resume_may_change_length_but_not_the_model():
     assert resume_conflicts(old, to_dict(other)) == ["model.pattern.0.attention.num_heads: 4 -> 8"]
     fewer = dataclasses.replace(other, model=dataclasses.replace(CUSTOM.model, pattern=(BlockConfig(),)))
     assert any("model.pattern.1" in line and "absent" in line for line in resume_conflicts(old, to_dict(fewer)))
+
+
+@pytest.mark.parametrize(("name", "conflicts"), [("adamw", 0), ("adafactor", 1)])
+def test_adafactor_does_not_change_from_a_loop_to_a_scan(name, conflicts):
+    before = dataclasses.replace(CUSTOM, optimizer=OptimizerConfig(name=name))
+    after = dataclasses.replace(
+        before, model=dataclasses.replace(CUSTOM.model, scan_layers=not CUSTOM.model.scan_layers)
+    )
+    assert len(resume_conflicts(to_dict(before), to_dict(after))) == conflicts
 
 
 def test_parameter_groups_are_parsed():

@@ -38,7 +38,7 @@ from transformer.tasks import (
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps, load_params
 from transformer.training.hardware import keep_freed_memory, peak_flops
-from transformer.training.profile import trace_hooks
+from transformer.training.profile import trace_steps
 from transformer.training.state import TrainState
 from transformer.training.step import make_eval_step
 from transformer.training.transfer import transfer
@@ -91,7 +91,9 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
         donor = epath.Path(config.training.init_from)
         step, donor_params = load_params(donor / CHECKPOINTS)
         # On the host: each device is given its part only.
-        transferred = transfer(steps.make_state().params, donor_params)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            own = make_params(steps.model, jax.random.key(config.training.seed))
+            transferred = transfer(own, donor_params, pattern_length=len(config.model.pattern))
         init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
         notes = f"from {donor}, step {step}: {transferred.report()}"
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state or steps.init_state, notes)
@@ -181,20 +183,23 @@ def train(
     sampler = (
         make_sampler(run, console) if config.training.sample_length > 0 and isinstance(run.model, Decoder) else None
     )
-    state = loop.train(
-        run.state,
-        config=config.training,
-        runner=run.runner,
-        init_state=run.init_state,
-        batches=batches,
-        checkpointer=Checkpointer(workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print),
-        measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
-        peak_flops=peak,
-        writers=[*own_writers, *writers],
-        evaluators=evaluators,
-        sampler=sampler,
-        hooks=[*hooks, *trace_hooks(config.training.profile_steps, workdir / "profile", console.print)],
-    )
+    with trace_steps(config.training.profile_steps, workdir / "profile", console.print) as trace_hooks:
+        state = loop.train(
+            run.state,
+            config=config.training,
+            runner=run.runner,
+            init_state=run.init_state,
+            batches=batches,
+            checkpointer=Checkpointer(
+                workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print
+            ),
+            measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
+            peak_flops=peak,
+            writers=[*own_writers, *writers],
+            evaluators=evaluators,
+            sampler=sampler,
+            hooks=[*hooks, *trace_hooks],
+        )
     if int(state.step) < config.training.steps:
         console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
     elif evaluators and jax.process_index() == 0:

@@ -318,9 +318,9 @@ class TrainingConfig:
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length")
         first, last = self.profile_steps
         require(
-            (first, last) == (0, 0) or 2 <= first <= last,
-            "TrainingConfig.profile_steps must be a first step of at least 2 (step 1 compiles) and a last one not before it, "
-            f"got {first} {last}.",
+            (first, last) == (0, 0) or 2 <= first <= last <= self.steps,
+            "TrainingConfig.profile_steps must be a first step of at least 2 (step 1 compiles) and a last one not before it, nor "
+            f"after the last of the run's {self.steps}, got {first} {last}.",
         )
 
 

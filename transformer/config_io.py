@@ -67,8 +67,11 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences between two configs (as dictionaries) that a resumed run may not have, one line each."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
+    # Adafactor bounds and scales the update of each parameter by its root mean square: of a layer, or of a whole stack.
+    stacked = old["optimizer"]["name"] == new["optimizer"]["name"] == "adafactor"
+    resumable = tuple(path for path in RESUMABLE if not (stacked and path == "model.scan_layers"))
     return [
         f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"
         for path in sorted(set(before) | set(after))
-        if before.get(path, "absent") != after.get(path, "absent") and not path.startswith(RESUMABLE)
+        if before.get(path, "absent") != after.get(path, "absent") and not path.startswith(resumable)
     ]

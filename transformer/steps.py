@@ -12,12 +12,13 @@ from transformer.config import Config
 from transformer.data.tokenizers import Vocabulary
 from transformer.models.init import init_params
 from transformer.ops.places import balanced_order
+from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
 from transformer.tasks import init_method, init_shapes, make_model, make_objective
 from transformer.training.loss_scale import make_loss_scale
-from transformer.training.optimizer import freeze_objective, make_optimizer
+from transformer.training.optimizer import check_scanned_groups, freeze_objective, make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import TrainStep, make_eval_step, make_train_step
 from transformer.types import Objective, PyTree
@@ -55,13 +56,14 @@ def check_devices(config: Config, mesh: Mesh | None = None) -> None:
         mesh = mesh or make_mesh(parallel.sizes)
         shards = num_row_shards(mesh)
         if mesh.shape["context"] > 1:
-            _check_context(config)
-            balanced_order(data.sequence_length, mesh.shape["context"])
+            _check_context(config, mesh.shape["context"])
     check_divisible(data.batch_size, shards, config.optimizer.accumulate_steps)
 
 
-def _check_context(config: Config) -> None:
+def _check_context(config: Config, devices: int) -> None:
     kind, model = config.objective.kind, config.model
+    balanced_order(config.data.sequence_length, devices)
+    check_blocks(config.data.sequence_length, devices)
     patterns = {block.attention.pattern for block in model.pattern}
     require(
         kind == "next_token" and model.memory_length == 0,
@@ -74,8 +76,9 @@ def _check_context(config: Config) -> None:
         "set parallel.context=1.",
     )
     require(
-        all(block.attention.dropout == 0 for block in model.pattern),
-        "parallel.context needs attention.dropout=0: no device sees all weights of a query; drop elsewhere (model.dropout).",
+        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.pattern),
+        "parallel.context needs model.dropout=0 and attention.dropout=0: what is dropped is drawn by place in an array, and rows "
+        "are dealt out in another order; set them, or parallel.context=1.",
     )
 
 
@@ -94,6 +97,8 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
     context = 1 if mesh is None else mesh.shape["context"]
     model = make_model(config.model, cpu_kernels=config.training.cpu_kernels and context == 1)
     shapes, axes = init_params(model, None, *init_shapes(model), method=init_method(model))
+    if config.model.scan_layers:
+        check_scanned_groups(config.optimizer, shapes)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, shapes)
     objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, shapes)
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from transformer.parallel.distributed import EXIT_CODE, several_processes
+from transformer.parallel.distributed import EXIT_CODE, leaving, several_processes
 from transformer.training.checkpoint import committed_steps
 from transformer.training.writers import read_jsonl
+from transformer.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = """
@@ -115,6 +117,37 @@ def test_several_processes_are_one_run_that_survives_the_death_of_one(directory)
     assert len(found) == done + 5
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[0] > found[-1] * 1.1
+
+    # Another run starts from its parameters, cut over two processes, its layers looped.
+    tune = ("--training.init-from", "run", "--training.steps", "2", "--model.no-scan-layers")
+    finish(start(directory, "tuned", 2, *tune))
+    finish(start(directory, "tuned_alone", 1, *tune))
+    assert losses(directory, "tuned") == pytest.approx(losses(directory, "tuned_alone"), rel=1e-5)
+    assert losses(directory, "tuned")[0] < found[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("A stream must hold text."), 2, "error: A stream must hold text.\n"),
+        (
+            jax.errors.JaxRuntimeError("Connection closed\nby peer"),
+            EXIT_CODE,
+            "cannot go on: Connection closed\nIf another",
+        ),
+        (OSError("No space left on device"), EXIT_CODE, "OSError: No space left on device"),
+    ],
+)
+def test_a_process_that_fails_leaves_at_once(error, code, message, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr("transformer.parallel.distributed.os._exit", left.append)
+    with leaving():
+        raise error
+    assert left == [code]
+    assert message in capsys.readouterr().err
+    with leaving():
+        pass
+    assert left == [code]
 
 
 def test_a_missing_process_is_said_within_the_time_allowed(directory):

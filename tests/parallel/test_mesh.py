@@ -124,7 +124,12 @@ CONTEXT = {
             {"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(pattern="fixed")),))},
             "dense attention .* got attention.pattern=fixed",
         ),
-        ({"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(dropout=0.1)),))}, "needs attention.dropout=0"),
+        ({"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(dropout=0.1)),))}, "and attention.dropout=0"),
+        ({"model": ModelConfig(dropout=0.1)}, "needs model.dropout=0"),
+        (
+            {"data": DataConfig(sequence_length=3000, batch_size=8)},
+            "a multiple of 1024 with parallel.context=4, got 3000; the next one is 3072",
+        ),
         (
             {"parallel": ParallelConfig(data=2, fsdp=2), "optimizer": OptimizerConfig(accumulate_steps=4)},
             r"divisible by devices x optimizer.accumulate_steps = 4 x 4, got 8",

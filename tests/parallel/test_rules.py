@@ -15,7 +15,7 @@ from transformer.model_config import (
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.parallel.mesh import make_mesh
-from transformer.parallel.rules import mesh_axes, parameter_shardings
+from transformer.parallel.rules import mesh_axes, parameter_shardings, tree_shardings
 
 
 def test_every_name_of_a_model_has_a_rule():
@@ -45,3 +45,12 @@ def test_unknown_name_is_refused():
 
 def test_axes_without_a_name_are_kept():
     assert mesh_axes(PartitionSpec("embed", None)) == PartitionSpec("fsdp", None)
+
+
+def test_what_stands_in_for_a_moment_is_whole():
+    """Adafactor keeps an array of one element where it has no factors, under the name of a bias with one axis."""
+    mesh, axes = make_mesh({"fsdp": 8}), {"out": {"bias": PartitionSpec("embed")}}
+    state = {"v": {"out": {"bias": jax.ShapeDtypeStruct((16,), "float32")}}}
+    placeholder = {"v_row": {"out": {"bias": jax.ShapeDtypeStruct((1,), "float32")}}}
+    assert tree_shardings(mesh, axes, state)["v"]["out"]["bias"].spec == PartitionSpec("fsdp")
+    assert tree_shardings(mesh, axes, placeholder)["v_row"]["out"]["bias"].is_fully_replicated

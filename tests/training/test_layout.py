@@ -123,6 +123,22 @@ def test_a_single_period(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, make_state(params).ema_params, expected)
 
 
+def test_frozen_blocks_have_no_moments_to_count_periods_by(tmp_path):
+    frozen = {"trained": OPTIMIZER, "frozen": optax.set_to_zero()}
+
+    def make(params):
+        labels = jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if "blocks" in jax.tree_util.keystr(path) else "trained", params
+        )
+        return create_state(params, optax.partition(frozen, labels), jax.random.key(3))
+
+    state = make(init_params(model(False), jax.random.key(0))[0])
+    target = jax.eval_shape(make, init_params(model(True), None)[0])
+    restored = saved(state, tmp_path / "looped").restore(target)
+    again = saved(restored.state, tmp_path / "scanned").restore(jax.eval_shape(lambda: state))
+    jax.tree.map(np.testing.assert_array_equal, plain(again.state), plain(state))
+
+
 def test_another_depth_is_refused(looped, tmp_path):
     saved(looped, tmp_path)
     for scan_layers in (False, True):

@@ -241,8 +241,9 @@ def test_without_float16_state_and_program_have_no_trace_of_it(dtype):
 
 def test_float16_has_a_scale_and_float16_parameters_are_refused():
     assert tuple(float(x) for x in make_loss_scale(ModelConfig(dtype="float16"))) == (2.0**15, 0, 0)
-    with pytest.raises(UserError, match=r"needs model.param_dtype=float32 or bfloat16, got 'float16'.*model.dtype"):
-        make_loss_scale(ModelConfig(param_dtype="float16"))
+    for dtype in ("float16", "bfloat16"):
+        with pytest.raises(UserError, match=rf"needs model.param_dtype=float32, got '{dtype}'.*model.dtype={dtype}"):
+            make_loss_scale(ModelConfig(param_dtype=dtype))
 
 
 # ---- Devices ---------------------------------------------------------------------------------------------------------

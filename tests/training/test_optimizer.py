@@ -7,6 +7,7 @@ import pytest
 from transformer.config import OptimizerConfig
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.optimizer import (
+    check_scanned_groups,
     decay_mask,
     freeze_objective,
     group_scales,
@@ -200,6 +201,7 @@ def test_decay_mask_goes_by_name_not_by_rank():
             }
         },
         "positions": {"position_embedding": {"embedding": jnp.ones((4, 8))}},
+        "relative_bias": {"embedding": jnp.ones((32, 2))},
         "token_embedding": {"embedding": jnp.ones((4, 8))},
     }
     decayed = [path for path, decays in by_path(decay_mask(params)).items() if decays]
@@ -258,6 +260,15 @@ def test_group_without_parameters_is_refused(toy):
 def test_freezing_everything_is_refused(toy):
     with pytest.raises(UserError, match="must leave something to train"):
         make_optimizer(config("adamw", parameter_groups=(".=0",)), 10, toy.params())
+
+
+def test_groups_must_not_tell_scanned_layers_apart():
+    params = {"decoder": {"blocks": {f"block_{i}": {"up": {"kernel": jnp.ones((3, 8, 8))}} for i in range(2)}}}
+    for groups in (("up=0.5",), ("block_[024]/=0.5",), ("block_[135]/=0.5", "block=0.1")):
+        check_scanned_groups(config("adamw", parameter_groups=groups), params)
+    for groups in (("block_0/=0.1",), ("block_[01]/=0",), ("block_5=0.5",)):
+        with pytest.raises(UserError, match=r"scanned stack apart.*got .*Set model.scan_layers=False"):
+            check_scanned_groups(config("adamw", parameter_groups=groups), params)
 
 
 def test_frozen_objective_has_no_gradient_there(toy):

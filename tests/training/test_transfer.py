@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.layers.scan_params import loop_params, scan_params
 from transformer.training.transfer import transfer
 from transformer.types import UserError
 
@@ -51,6 +52,23 @@ def test_another_width_is_not_taken():
 def test_types_are_those_of_the_new_run():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
     assert {x.dtype for x in jax.tree.leaves(transfer(tree(), half).params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("scanned", ["here", "there"])
+def test_layers_are_compared_one_by_one(scanned):
+    def layers(count, start):
+        kernels = start + jnp.arange(count * 8.0).reshape(count, 2, 2, 2)
+        return {"blocks": {f"block_{i}": {"query": {"kernel": kernels[i]}} for i in range(count)}}
+
+    own, donor = layers(4, 0.0), layers(2, 100.0)
+    expected = {"blocks": {**own["blocks"], **donor["blocks"]}}
+    if scanned == "here":
+        result = transfer(scan_params(own, 2), donor, pattern_length=2)
+        result = result._replace(params=loop_params(result.params))
+    else:
+        result = transfer(own, scan_params(donor))
+    jax.tree.map(np.testing.assert_array_equal, result.params, expected)
+    assert result.fresh == ("blocks/block_2/query/kernel", "blocks/block_3/query/kernel")
 
 
 def test_nothing_in_common_is_refused():

@@ -7,6 +7,12 @@ import jax
 import jax.numpy as jnp
 
 
+def is_scanned(params: Any) -> bool:
+    """Whether parameters are of a scanned model: its projections of queries have an axis of layers beside D, H and K."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return any(x.ndim == 4 for path, x in paths if jax.tree_util.keystr(path).endswith("['query']['kernel']"))
+
+
 def scan_params(
     params: Any, pattern_length: int = 1, *, stack: Callable[[Sequence[Any]], Any] = lambda leaves: jnp.stack(leaves)
 ) -> Any:
@@ -18,7 +24,7 @@ def scan_params(
         stack: makes one leaf of those of successive layers.
     """
 
-    def stacked(blocks: dict[str, Any]) -> dict[str, Any]:
+    def stacked(blocks: dict[str, Any], _: str) -> dict[str, Any]:
         return {
             f"block_{index}": jax.tree.map(
                 lambda *layers: stack(layers),
@@ -38,27 +44,35 @@ def loop_params(params: Any, *, take: Callable[[Any, int], Any] = lambda leaf, p
         take: makes the leaf of one period of a leaf of all.
     """
 
-    def unstacked(blocks: dict[str, Any]) -> dict[str, Any]:
-        num_periods = jax.tree.leaves(blocks)[0].shape[0]
+    periods: dict[str, int] = {}
+
+    def count(blocks: dict[str, Any], stack: str) -> dict[str, Any]:
+        # An optimizer's tree may have no moments in its blocks, all frozen; the parameters have.
+        for x in jax.tree.leaves(blocks)[:1]:
+            periods[stack] = x.shape[0]
+        return blocks
+
+    def unstacked(blocks: dict[str, Any], stack: str) -> dict[str, Any]:
         return {
             f"block_{period * len(blocks) + index}": jax.tree.map(
                 lambda x, p=period: take(x, p), blocks[f"block_{index}"]
             )
-            for period in range(num_periods)
+            for period in range(periods[stack])
             for index in range(len(blocks))
         }
 
+    _convert(params, count)
     return _convert(params, unstacked)
 
 
-def _convert(params: Any, convert_blocks: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Replace every `blocks` entry in a tree of dictionaries and tuples."""
+def _convert(params: Any, convert_blocks: Callable[[dict[str, Any], str], dict[str, Any]], name: str = "") -> Any:
+    """Replace every `blocks` entry in a tree of dictionaries and tuples; the converter is told the name of what it is in."""
     if isinstance(params, tuple):
         parts = [_convert(part, convert_blocks) for part in params]
         return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)
     if not isinstance(params, dict):
         return params
     return {
-        name: convert_blocks(part) if name == "blocks" and part else _convert(part, convert_blocks)
-        for name, part in params.items()
+        key: convert_blocks(part, name) if key == "blocks" and part else _convert(part, convert_blocks, key)
+        for key, part in params.items()
     }

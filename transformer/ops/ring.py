@@ -13,9 +13,12 @@ from transformer.ops.bias import BiasDescription
 from transformer.ops.blockwise import LOWEST, Blocks, Settings, attend_backward, attend_forward
 from transformer.ops.masks import AttentionMask
 from transformer.ops.places import balanced_order
+from transformer.validation import require
 
 # Local queries up to which blocks are written out, as in `ops.blockwise`.
 _UNROLLED_QUERIES = 512
+# Of longer ones, what blocks are cut into; the late half of the queries meets whole keys, so that both must be.
+_SMALLEST_BLOCK = 64
 
 
 def ring_attention(
@@ -58,6 +61,16 @@ def ring_attention(
     key_BGSK, value_BGSK = key_BSGK.transpose(0, 2, 1, 3), value_BSGK.transpose(0, 2, 1, 3)
     out_BGRTW: Any = _attend(ring, query_BGRTK, key_BGSK, value_BGSK, bias, mask)
     return out_BGRTW.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+
+
+def check_blocks(length: int, devices: int) -> None:
+    """Raise UserError if rows of a length cannot be cut into blocks that keep a device busy."""
+    whole = 4 * _SMALLEST_BLOCK * devices
+    require(
+        length <= _UNROLLED_QUERIES * devices or length % whole == 0,
+        f"data.sequence_length must be a multiple of {whole} with parallel.context={devices}, got {length}; "
+        f"the next one is {-(-length // whole) * whole}.",
+    )
 
 
 def _check(mask: AttentionMask, bias: Any, num_queries: int, num_keys: int) -> None:

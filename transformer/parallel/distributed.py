@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -78,22 +79,26 @@ def _give_up(message: str) -> None:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """End this process at once if the work inside fails, as it does when another process is gone.
+    """End this process at once if the work inside fails, as it does when another process is gone; so others see it go.
 
-    Python's ordinary end would wait for the others. A `UserError` is of the run itself: every process has it. A process that
-    waits for the others in something else than an exchange, at the end of a checkpoint say, is ended by JAX, with JAX's message
-    and SIGABRT, within `HEARTBEAT_SECONDS` and a little.
+    Python's ordinary end would wait for the others, and they for this one. A process that waits for the others in something
+    else than an exchange, at the end of a checkpoint say, is ended by JAX, with JAX's message and SIGABRT, within
+    `HEARTBEAT_SECONDS` and a little.
     """
+    code = EXIT_CODE
     try:
         yield
-    except UserError:
-        raise
+        return
+    except UserError as error:
+        code, message = 2, f"error: {error}"
     except jax.errors.JaxRuntimeError as error:
-        print(
+        message = (
             f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {str(error).splitlines()[0]}\n"
             "If another process is gone, or the network between them, start all again: the run goes on from its last "
-            "checkpoint.",
-            file=sys.stderr,
-            flush=True,
+            "checkpoint."
         )
-        os._exit(EXIT_CODE)
+    except BaseException:
+        message = traceback.format_exc()
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)

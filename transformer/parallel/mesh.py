@@ -167,9 +167,9 @@ def mesh_runner(
             return programs["evaluate"](params, carry, batch)
 
     def init_state(make: Callable[..., Any], *arguments: PyTree) -> Any:
-        given = tuple(tree_shardings(mesh, axes, argument) for argument in arguments)
-        out = shardings(jax.eval_shape(make, *arguments))
-        return jax.jit(make, in_shardings=given, out_shardings=out)(*arguments)
+        # With several processes, JAX takes no arrays of the host that it would have to cut.
+        given = [place_state(argument) for argument in arguments]
+        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments)))(*given)
 
     def abstract_state(tree: PyTree) -> PyTree:
         return jax.tree.map(

@@ -1,5 +1,6 @@
 """Which mesh axes each logical axis is spread over: the one table, and what follows from it for parameters and activations."""
 
+import math
 from typing import Any
 
 import jax
@@ -95,8 +96,8 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
 def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
     """The sharding of every array of a state or a part of it.
 
-    An array with the name and the shape of a parameter is spread as that is: a moment, an average, a gradient. All others
-    (counts, keys, factored moments) are whole on every device.
+    An array with the name and the axes of a parameter is spread as that is: a moment, an average, a gradient. All others
+    (counts, keys, factored moments and what stands in for them) are whole on every device.
 
     Args:
         mesh: of devices.
@@ -111,7 +112,7 @@ def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
     def sharding(path: Any, x: Any) -> NamedSharding:
         keys = _keys(path)
         own = next((names[keys[i:]] for i in range(len(keys)) if keys[i:] in names), None)
-        if own is None or len(own) != len(x.shape):
+        if own is None or len(own) != len(x.shape) or math.prod(x.shape) == 1:
             return whole
         found = NamedSharding(mesh, mesh_axes(own, mesh.axis_names))
         return _check_divides(path, own, x, found)

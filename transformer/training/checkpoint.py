@@ -183,7 +183,7 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
     Args:
         directory: of the checkpoints.
         target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, to the first
-            device where there are none. None takes the parameters as they are.
+            device where there are none. None takes the parameters as they are, to the host.
 
     Raises:
         UserError: no checkpoint, only damaged ones, or one of another model.
@@ -197,6 +197,8 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
         target = _from_description(
             {n.removeprefix(f"{field}/"): t for n, t in arrays.items() if n.startswith(f"{field}/")}
         )
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), target)
     description, parts = _load(path, {field: target}, {field: target}, of="the model", within=f"{field}/")
     return description["step"], parts[field]
 

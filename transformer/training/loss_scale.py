@@ -29,9 +29,9 @@ class LossScale(NamedTuple):
 def make_loss_scale(config: ModelConfig) -> LossScale | tuple[()]:
     """The scale before the first step of a model; () where activations are not float16 and nothing is scaled."""
     require(
-        config.param_dtype != "float16",
-        "Training needs model.param_dtype=float32 or bfloat16, got 'float16', in which most updates round to nothing; "
-        "model.dtype=float16 alone computes in it.",
+        config.param_dtype == "float32",
+        f"Training needs model.param_dtype=float32, got {config.param_dtype!r}, in which most updates round to nothing, and sums "
+        f"of gradients and averages with them; model.dtype={config.param_dtype} alone computes in it.",
     )
     if config.dtype != "float16":
         return ()

@@ -1,5 +1,6 @@
 """Update rules as one optax chain: clip, precondition, decay, learning rate, groups."""
 
+import re
 from typing import Any
 
 import jax
@@ -23,6 +24,9 @@ MATRICES = {
     "gate": ((-2,), (-1,)),
     "down": ((-2,), (-1,)),
 }
+
+
+_BLOCK = re.compile(r"(.*blocks/)block_(\d+)(/.*)")
 
 
 def make_optimizer(
@@ -93,7 +97,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     def decays(path: tuple, _: object) -> bool:
         names = parameter_path(path).split("/")
-        return names[-1] in ("kernel", "embedding") and "position_embedding" not in names
+        return names[-1] in ("kernel", "embedding") and not {"position_embedding", "relative_bias"} & set(names)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -108,6 +112,27 @@ def muon_dimensions(params: PyTree) -> PyTree:
         return optax.contrib.MuonDimensionNumbers(*MATRICES[names[-2]])
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def check_scanned_groups(config: OptimizerConfig, params: PyTree) -> None:
+    """Raise UserError if a group tells layers apart that are one parameter in a scanned stack."""
+
+    def scale(path: str) -> float:
+        return next((scale for pattern, scale in config.groups() if pattern.search(path)), 1.0)
+
+    found = [(parameter_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    blocks = [(match, x) for path, x in found if (match := _BLOCK.fullmatch(path))]
+    for match, x in blocks:
+        stack, block, rest = match.groups()
+        length = 1 + max(int(other.group(2)) for other, _ in blocks if other.group(1) == stack)
+        for layer in range(int(block), x.shape[0] * length, length):
+            path = f"{stack}block_{layer}{rest}"
+            if scale(path) != scale(match.group()):
+                raise UserError(
+                    "optimizer.parameter_groups cannot tell the layers of a scanned stack apart, which are one parameter; got "
+                    f"{config.parameter_groups}, of which {match.group()} and {path} would be in different groups. Set "
+                    "model.scan_layers=False, or give patterns without a block's number."
+                )
 
 
 def group_scales(config: OptimizerConfig, params: PyTree) -> PyTree:

@@ -1,35 +1,50 @@
 """A trace of some steps, for TensorBoard's profile page, XProf or Perfetto."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
 
-def trace_hooks(steps: tuple[int, int], directory: epath.Path, report: Callable[[str], object] = print) -> list[Any]:
+@contextlib.contextmanager
+def trace_steps(
+    steps: tuple[int, int], directory: epath.Path, report: Callable[[str], object] = print
+) -> Iterator[list[Any]]:
     """The hook of `training.loop` that traces from the first to the last of `steps`; none for (0, 0).
 
     Args:
-        steps: the first and the last.
+        steps: the first and the last. A run that ends between them leaves the trace of those it took.
         directory: where the trace goes, one for each process.
         report: takes a sentence for the user.
     """
     first, last = steps
-    tracing = False
+    latest, tracing = 0, False
+
+    def stop(statistics: Any) -> None:
+        nonlocal tracing
+        jax.block_until_ready(statistics)
+        jax.profiler.stop_trace()
+        tracing = False
+        report(f"Steps {first} to {latest} are traced in {directory}.")
 
     def hook(step: int, state: Any, statistics: Any) -> None:
-        nonlocal tracing
+        nonlocal latest, tracing
         del state
+        if latest == 0 and step >= first:
+            report(f"Step {first} is not traced: the run goes on from step {step}.")
+        latest = step
         if tracing and step >= last:
-            jax.block_until_ready(statistics)
-            jax.profiler.stop_trace()
-            tracing = False
-            report(f"Steps {first} to {last} are traced in {directory}.")
+            stop(statistics)
         # Hooks come after their step: the trace of the first begins when the one before has ended.
         elif step == first - 1:
             jax.block_until_ready(statistics)
             jax.profiler.start_trace(str(directory))
             tracing = True
 
-    return [hook] if steps != (0, 0) else []
+    try:
+        yield [hook] if steps != (0, 0) else []
+    finally:
+        if tracing:
+            stop(())

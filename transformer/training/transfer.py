@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from transformer.layers.scan_params import is_scanned, loop_params, scan_params
 from transformer.types import PyTree, UserError
 
 
@@ -28,16 +29,23 @@ class Transfer(NamedTuple):
         return "\n".join(lines)
 
 
-def transfer(params: PyTree, donor: PyTree) -> Transfer:
+def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Transfer:
     """Replace each of `params` by the donor's of the same path.
+
+    Layers that are scanned in one and looped in the other are compared one by one.
 
     Args:
         params: initialised, of the model to train.
         donor: of the other run.
+        pattern_length: blocks of the pattern of the model to train.
 
     Raises:
         UserError: they have nothing in common.
     """
+    here, there = is_scanned(params), is_scanned(donor)
+    if here != there:
+        looped = transfer(loop_params(params) if here else params, loop_params(donor) if there else donor)
+        return looped._replace(params=scan_params(looped.params, pattern_length)) if here else looped
     given = {_path(path): value for path, value in jax.tree_util.tree_leaves_with_path(donor)}
     taken, reshaped, fresh = [], [], []
 
