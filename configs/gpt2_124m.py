@@ -2,8 +2,8 @@
 
     python train.py configs/gpt2_124m.py --data.source openwebtext.jsonl
 
-A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in micro-batches that fit a chip of 16 GB or more.
-Hardware: a GPU or TPU, or several: rows are spread over all devices. No run of it has been measured here.
+A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 5 micro-batches.
+Hardware: a GPU or TPU, or several: rows are spread over all devices; `transformer plan` says if they fit. No run was measured.
 """
 
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
