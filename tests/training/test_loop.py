@@ -1,3 +1,5 @@
+"""The loop: rows, evaluation, samples, checkpoints, resuming and stopping, in the order and number that were asked for."""
+
 import contextlib
 import json
 import math

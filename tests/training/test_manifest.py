@@ -1,3 +1,5 @@
+"""A manifest tells a whole checkpoint from a damaged one."""
+
 import pathlib
 import subprocess
 

@@ -1,3 +1,5 @@
+"""What a row says: sums over its steps, tokens a second and utilisation."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Every rule descends, and clips, decays, freezes and scales what it was told to."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""What processes tell each other."""
+
 import pytest
 
 from transformer.training.processes import any_process, merge, merged_over_processes

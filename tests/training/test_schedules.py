@@ -1,3 +1,5 @@
+"""Learning rates by step are those of their definitions."""
+
 import itertools
 import math
 

@@ -1,3 +1,5 @@
+"""A first signal is remembered, a second one acts as it would outside."""
+
 import os
 import signal
 import threading

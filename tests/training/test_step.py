@@ -1,3 +1,5 @@
+"""A step is the gradient of the mean loss, however its rows are cut, with keys of their own and an average."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""Rows reach terminal, file and TensorBoard, and those after a checkpoint are taken back."""
+
 import io
 import json
 import struct

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from transformer.config import Config
+from transformer.config import Config, ParallelConfig
 from transformer.model_config import ModelConfig
 from transformer.models.init import init_params
 from transformer.planning.chips import Topology
@@ -77,12 +77,12 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
-        shards = parallel["data"] * parallel["fsdp"] * parallel["expert"] * max(config.parallel.dcn, 1)
-        if config.data.batch_size % (accumulate * shards) != 0:
+        chosen = dataclasses.replace(config.parallel, **parallel)
+        if config.data.batch_size % (accumulate * _row_shards(chosen)) != 0:
             continue
         changed = dataclasses.replace(
             config,
-            parallel=dataclasses.replace(config.parallel, **parallel),
+            parallel=chosen,
             model=dataclasses.replace(config.model, remat=remat),
             optimizer=dataclasses.replace(config.optimizer, accumulate_steps=accumulate),
         )
@@ -107,6 +107,10 @@ def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
             yield {"data": devices // shared, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
 
 
+def _row_shards(parallel: ParallelConfig) -> int:
+    return max(parallel.dcn, 1) * parallel.data * parallel.fsdp * parallel.expert
+
+
 def _micro_batches(config: Config) -> list[int]:
     return sorted({n for n in (1, 2, 4, 8, 16, config.optimizer.accumulate_steps) if config.data.batch_size % n == 0})
 
@@ -124,9 +128,7 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     shapes = _shapes(dataclasses.replace(model, remat="none"))
     number, itemsize = count_parameters(shapes), jnp.dtype(model.dtype).itemsize
     state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor * parallel.expert)
-    rows = (
-        config.data.batch_size / accumulate / (parallel.data * parallel.fsdp * parallel.expert * max(parallel.dcn, 1))
-    )
+    rows = config.data.batch_size / accumulate / _row_shards(parallel)
     places = config.data.sequence_length / parallel.context
     width = (
         {"none": 17, "dots": 9, "full": 1}[model.remat]

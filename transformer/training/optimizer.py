@@ -1,6 +1,7 @@
 """Update rules as one optax chain: clip, precondition, decay, learning rate, groups."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,6 @@ MATRICES = {
     "gate": ((-2,), (-1,)),
     "down": ((-2,), (-1,)),
 }
-
 
 _BLOCK = re.compile(r"(.*blocks/)block_(\d+)(/.*)")
 
@@ -117,9 +117,7 @@ def muon_dimensions(params: PyTree) -> PyTree:
 def check_scanned_groups(config: OptimizerConfig, params: PyTree) -> None:
     """Raise UserError if a group tells layers apart that are one parameter in a scanned stack."""
 
-    def scale(path: str) -> float:
-        return next((scale for pattern, scale in config.groups() if pattern.search(path)), 1.0)
-
+    groups = config.groups()
     found = [(parameter_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     blocks = [(match, x) for path, x in found if (match := _BLOCK.fullmatch(path))]
     for match, x in blocks:
@@ -127,7 +125,7 @@ def check_scanned_groups(config: OptimizerConfig, params: PyTree) -> None:
         length = 1 + max(int(other.group(2)) for other, _ in blocks if other.group(1) == stack)
         for layer in range(int(block), x.shape[0] * length, length):
             path = f"{stack}block_{layer}{rest}"
-            if scale(path) != scale(match.group()):
+            if _first_scale(groups, path) != _first_scale(groups, match.group()):
                 raise UserError(
                     "optimizer.parameter_groups cannot tell the layers of a scanned stack apart, which are one parameter; got "
                     f"{config.parameter_groups}, of which {match.group()} and {path} would be in different groups. Set "
@@ -146,17 +144,17 @@ def group_scales(config: OptimizerConfig, params: PyTree) -> PyTree:
                 f"{', '.join(paths[:4])}, ... (`inspect` lists them all)."
             )
 
-    def scale(path: tuple, _: object) -> float:
-        text = parameter_path(path)
-        return next((scale for pattern, scale in groups if pattern.search(text)), 1.0)
-
-    scales = jax.tree_util.tree_map_with_path(scale, params)
+    scales = jax.tree_util.tree_map_with_path(lambda path, _: _first_scale(groups, parameter_path(path)), params)
     if all(scale == 0.0 for scale in jax.tree.leaves(scales)):
         raise UserError(
             f"optimizer.parameter_groups must leave something to train, got {config.parameter_groups}; "
             "drop the pattern that freezes everything."
         )
     return scales
+
+
+def _first_scale(groups: Sequence[tuple[re.Pattern[str], float]], path: str) -> float:
+    return next((scale for pattern, scale in groups if pattern.search(path)), 1.0)
 
 
 def freeze_objective(objective: Objective, config: OptimizerConfig, params: PyTree) -> Objective:
