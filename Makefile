@@ -1,8 +1,7 @@
 # make train   a virtual environment, the installation, and the main job
 # make test    the same for the tests
 # make test-all  and all combinations of which that has a covering few
-# make test-gpu  compiles attention for a GPU that need not be there: installs JAX's CUDA plugin (5 GB), and wants XLA's description
-#              of the GPU, GPU_TARGET_CONFIG=.../xla/backends/gpu/target_config/specs/h100_sxm.txtpb
+# make test-gpu  compiles attention and a training step for a GPU that need not be there: installs JAX's CUDA plugin (5 GB)
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -26,7 +25,7 @@ test-all: $(VENV)/installed-dev
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
-	GPU_TARGET_CONFIG=$(GPU_TARGET_CONFIG) $(BIN)/python -m pytest -m gpu -rs tests/ops
+	$(BIN)/python -m pytest -m gpu -rs tests/ops tests/planning
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -2,24 +2,21 @@
 
 import functools
 import importlib.util
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from transformer.ops import cudnn
 from transformer.ops.attention import dot_product_attention, select_implementation
 from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.planning.chips import find_topology
 
 CAUSAL = AttentionMask(causal=True)
 ATTEND = functools.partial(dot_product_attention, implementation="cudnn")
 PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-TARGET = "GPU_TARGET_CONFIG"
 
 
 def qkv(T=512, S=512, K=64, W=64, dtype=jnp.bfloat16):
@@ -140,12 +137,9 @@ def test_a_program_made_without_the_plugin_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not PLUGIN, reason="needs JAX's CUDA plugin: pip install 'jax[cuda12]'")
-@pytest.mark.skipif(TARGET not in os.environ, reason=f"{TARGET} must name XLA's description of a GPU, h100_sxm.txtpb")
 @pytest.mark.parametrize("implementation", ["cudnn", "auto"])
 def test_compiles_for_an_absent_gpu(implementation):
-    target = pathlib.Path(os.environ[TARGET]).read_text()
-    topology = topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=target)
-    one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    one = jax.sharding.SingleDeviceSharding(find_topology("h100:1").devices[0])
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for x in qkv()]
     text = gradient_of(implementation, CAUSAL).lower(*arrays).compile().as_text()
     assert text.count("__cudnn$fmhaSoftmax") >= 2

@@ -195,6 +195,19 @@ def test_a_step_of_decoding(capsys):
         planned(capsys, "--parallel.strategy", "pmap")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs JAX's CUDA plugin")
+def test_a_small_step_for_absent_gpus(capsys):
+    (plan,) = planned(
+        capsys,
+        *("--topology", "h100:4", "--parallel.data", "2", "--parallel.fsdp", "2", "--model.dtype", "bfloat16"),
+        *("--data.sequence-length", "512", "--model.max-length", "512", "--data.no-pack"),
+    )
+    assert plan["fits"] and plan["devices"] == 4 and plan["mesh"] == {"data": 2, "fsdp": 2}
+    assert {"all-gather", "all-reduce"} & set(plan["collectives"])
+    assert 0 < plan["mfu_bound"] < 1
+
+
 @needs_libtpu
 def test_a_vocabulary_must_be_known():
     with pytest.raises(UserError, match="A plan reads no data"):

@@ -68,6 +68,37 @@ def test_exchanges_count_as_often_as_their_loop_runs():
     assert program.kernels == {"tpu_custom_call": 1}
 
 
+BESIDE = """HloModule m
+
+%start.1 (x: bf16[8,4]) -> bf16[32,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %g = bf16[32,4]{1,0} all-gather(%x), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion.1 (x.1: bf16[8,4]) -> bf16[32,4] {
+  %x.1 = bf16[8,4]{1,0} parameter(0)
+  ROOT %g.1 = bf16[32,4]{1,0} all-gather(%x.1), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%done.1 (x.2: bf16[8,4]) -> bf16[32,4] {
+  %x.2 = bf16[8,4]{1,0} parameter(0)
+  ROOT %g.2 = bf16[32,4]{1,0} all-gather(%x.2), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[32,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %started = bf16[32,4]{1,0} fusion(%a), kind=kCustom, calls=%start.1
+  %beside = bf16[32,4]{1,0} fusion(%a), kind=kCustom, calls=%async_collective_fusion.1
+  %other = bf16[32,4]{1,0} all-gather(%a), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %done = bf16[32,4]{1,0} fusion(%a), kind=kCustom, calls=%done.1
+}
+"""
+
+
+def test_an_exchange_beside_other_work_counts_once():
+    assert read_program(BESIDE).collectives == [Collective("all-gather", 256, 4, (0, 1, 2, 3), 1)] * 2
+
+
 DEPTH, ROWS, WIDTH = 5, 64, 32
 
 

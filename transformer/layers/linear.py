@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.ops.panels import cut_panels, panel_product, panel_width
+from transformer.ops.wide_product import wide_product
 
 DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
@@ -44,6 +45,8 @@ def kernel_product(
         out_NF = panel_product(inputs.reshape(num_rows, fan_in), panels, math.prod(features), dtype)
         return out_NF.reshape(*inputs.shape[:first], *features)
     dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
+    if module.dot_general is jax.lax.dot_general and inputs.dtype == jnp.bfloat16 and dtype == jnp.float32:
+        return wide_product(num_contracted, inputs, kernel)
     return module.dot_general(inputs, kernel, dimensions, preferred_element_type=jnp.dtype(dtype))
 
 

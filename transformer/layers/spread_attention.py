@@ -11,7 +11,7 @@ from transformer.ops.attention import dot_product_attention
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.ring import ring_attention
-from transformer.parallel.rules import mesh_axes, spread_axes
+from transformer.parallel.rules import axes_in, mesh_axes, spread_axes
 
 RING_AXIS = "context"
 ATTENTION_SCOPE = "dot_product_attention"
@@ -49,7 +49,7 @@ def spread_attention(
     ring = places is not None
     dense = dropout_rate > 0 or (bias is not None and not isinstance(bias, BiasDescription))
     fits = all(
-        size % math.prod(spread[axis] for axis in _names(axes)) == 0
+        size % math.prod(spread[axis] for axis in axes_in(axes)) == 0
         for size, axes in ((query_BTHK.shape[0], rows), (key_BSGK.shape[2], heads))
     )
     if ring and (dense or not fits):
@@ -87,7 +87,3 @@ def spread_attention(
         out_specs=whole,
         check_vma=False,
     )(query_BTHK, key_BSGK, value_BSGK, mask, bias)
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()

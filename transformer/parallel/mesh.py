@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.parallel.rules import AXES, mesh_axes, tree_shardings
+from transformer.parallel.rules import AXES, axes_in, mesh_axes, tree_shardings
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
@@ -75,8 +75,8 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
-    (axes,) = batch_sharding(mesh).spec
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    (entry,) = batch_sharding(mesh).spec
+    return math.prod(mesh.shape[axis] for axis in axes_in(entry))
 
 
 def process_rows(mesh: Mesh, process: int) -> tuple[int, int]:

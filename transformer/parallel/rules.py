@@ -58,6 +58,11 @@ def mesh_axes(names: Any, axes: Any = AXES) -> PartitionSpec:
     return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
 
 
+def axes_in(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`: a name, several, or None."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def spread_axes() -> dict[str, int]:
     """Axes of the mesh that is set (`jax.set_mesh`) over which the compiler spreads arrays, and how many devices each has.
 
@@ -121,8 +126,8 @@ def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
 
 
 def _check_divides(path: Any, names: Any, x: Any, sharding: NamedSharding) -> NamedSharding:
-    for name, size, axes in zip(names, x.shape, sharding.spec, strict=True):
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+    for name, size, entry in zip(names, x.shape, sharding.spec, strict=True):
+        for axis in axes_in(entry):
             devices = sharding.mesh.shape[axis]
             require(
                 size % devices == 0,

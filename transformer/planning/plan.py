@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import Config
 from transformer.parallel.mesh import make_mesh, num_row_shards
-from transformer.parallel.rules import mesh_axes, parameter_shardings
+from transformer.parallel.rules import axes_in, mesh_axes, parameter_shardings
 from transformer.planning.chips import NODE_DEVICES, Topology
 from transformer.planning.flops import attention_flops, formula_flops, product_parameters, traced_flops
 from transformer.planning.program import COLLECTIVES, Collective, Program, read_program
@@ -294,7 +294,7 @@ def least_network_bytes(config: Config, steps: Steps, mesh: Mapping[str, int]) -
     total = 0.0
     rows = [axis for axis in ("dcn", "data", "fsdp", "expert") if mesh[axis] > 1]
     for x in jax.tree_util.tree_leaves(steps.state.params):
-        spread = {axis for axes in x.sharding.spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
+        spread = {axis for entry in x.sharding.spec for axis in axes_in(entry)}
         part = math.prod(x.shape) * itemsize / math.prod(mesh[axis] for axis in spread if axis != "fsdp")
         gathered = mesh["fsdp"] if "fsdp" in spread else 1
         total += 3 * config.optimizer.accumulate_steps * part * (gathered - 1) / gathered

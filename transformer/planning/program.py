@@ -74,7 +74,11 @@ def read_program(text: str) -> Program:
     collectives: list[Collective] = []
     flops = traffic = 0.0
     kernels: dict[str, float] = {}
-    fused = {name for body in computations.values() for i in body if i.opcode == "fusion" for name in _called(i)}
+    # Of a fused computation, where it is called.
+    fused = {
+        name: caller for caller, body in computations.items() for i in body if i.opcode == "fusion" for name in _called(i)
+    }
+    in_parts: set[tuple[str, str]] = set()
     for name, body in computations.items():
         count = times.get(name, 0.0)
         if count == 0:
@@ -82,7 +86,8 @@ def read_program(text: str) -> Program:
         shapes = {instruction.name: instruction.shape for instruction in body}
         for instruction in body:
             found = _collective(instruction, name, shapes, count)
-            collectives += [found] if found else []
+            if found and not _is_another_part(instruction, fused.get(name), in_parts):
+                collectives.append(found)
             flops += count * _product_flops(instruction, shapes)
             if instruction.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
@@ -155,6 +160,17 @@ def _collective(instruction: _Instruction, computation: str, shapes: dict[str, s
         result = 0.0 if instruction.opcode.endswith("-start") else _bytes(instruction.shape)
     group, devices = _group(instruction.rest)
     return Collective(kind, max(sum(sizes), result), group, devices, count)
+
+
+def _is_another_part(instruction: _Instruction, caller: str | None, seen: set[tuple[str, str]]) -> bool:
+    """Whether an exchange was met before: one that a TPU does beside other work stands in all fusions from its start to its end."""
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    if caller is None or channel is None:
+        return False
+    place = (caller, channel.group(1))
+    known = place in seen
+    seen.add(place)
+    return known
 
 
 def _group(rest: str) -> tuple[int, tuple[int, ...]]:
