@@ -2,8 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/compile_time.py [--depths 4 64] [--rounds 3]
 
-The step of `benchmarks/train_step.py` with so many layers, scanned and as a loop (that of the first depth only), is lowered and
-compiled for one CPU device, in turn: seconds are medians over the rounds, and operations those of the program before XLA's passes.
+The step of `benchmarks/train_step.py` with so many layers, scanned and as a loop (that of the first depth only), is lowered
+and compiled for one CPU device, in turn: seconds are medians over the rounds, and operations those of the program before
+XLA's passes.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     transformer evaluate runs/enwiki_xl --model.memory-length 512 --data.limit 200000
 
 The second command scores the same parameters with a longer memory than in training; 0 scores them without any.
-Hardware: two CPU cores, 19 minutes beside other work; with seed 0 then 2.269 bits per byte without memory, 2.132 with one of 128 or 256
-vectors a layer, 2.139 with one of 512, on 600,000 held-out bytes of Wikipedia's XML (docs/tasks.md).
+Hardware: two CPU cores, 19 minutes beside other work; with seed 0 then 2.269 bits per byte without memory, 2.132 with one of
+128 or 256 vectors a layer, 2.139 with one of 512, on 600,000 held-out bytes of Wikipedia's XML (docs/tasks.md).
 """
 
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig

@@ -76,7 +76,11 @@ def read_program(text: str) -> Program:
     kernels: dict[str, float] = {}
     # Of a fused computation, where it is called.
     fused = {
-        name: caller for caller, body in computations.items() for i in body if i.opcode == "fusion" for name in _called(i)
+        name: caller
+        for caller, body in computations.items()
+        for i in body
+        if i.opcode == "fusion"
+        for name in _called(i)
     }
     in_parts: set[tuple[str, str]] = set()
     for name, body in computations.items():
@@ -163,7 +167,7 @@ def _collective(instruction: _Instruction, computation: str, shapes: dict[str, s
 
 
 def _is_another_part(instruction: _Instruction, caller: str | None, seen: set[tuple[str, str]]) -> bool:
-    """Whether an exchange was met before: one that a TPU does beside other work stands in all fusions from its start to its end."""
+    """Whether an exchange was met before: one beside other work stands in every fusion from its start to its end."""
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if caller is None or channel is None:
         return False
