@@ -71,13 +71,16 @@ class Run(NamedTuple):
 # ---- From a config to its parts --------------------------------------------------------------------------------------
 
 
-def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenizer | None = None) -> Run:
+def make_run(
+    config: Config, *, data: Dataset | None = None, tokenizer: Tokenizer | None = None, begun: bool = False
+) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
 
     Args:
         config: of the run.
         data: that of the config, if it is open already.
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
+        begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
     """
     check_devices(config)
     data = data or open_data(config.data, config.objective)
@@ -85,17 +88,19 @@ def make_run(config: Config, *, data: Dataset | None = None, tokenizer: Tokenize
         tokenizer = load_tokenizer(config.training.init_from)
     elif tokenizer is None:
         tokenizer = data.make_tokenizer()
-    config = resolve(config, tokenizer, data.class_names)
+    given, config = to_dict(config), resolve(config, tokenizer, data.class_names)
     steps, notes, init_state = make_steps(config, tokenizer), "", None
-    if config.training.init_from:
+    if config.training.init_from and not begun:
         donor = epath.Path(config.training.init_from)
         step, donor_params = load_params(donor / CHECKPOINTS)
+        # What shapes need not show: an activation, a window, the distances of position buckets.
+        differs = [line for line in resume_conflicts(to_dict(_read_config(donor)), given) if line.startswith("model.")]
         # On the host: each device is given its part only.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             own = make_params(steps.model, jax.random.key(config.training.seed))
             transferred = transfer(own, donor_params, pattern_length=len(config.model.pattern))
         init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
-        notes = f"from {donor}, step {step}: {transferred.report()}"
+        notes = "\n  differs: ".join([f"from {donor}, step {step}: {transferred.report()}", *differs])
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state or steps.init_state, notes)
 
 
@@ -115,9 +120,7 @@ def check_workdir(config: Config) -> int:
         raise UserError(
             f"A run directory must be new or hold a run ({CONFIG_FILE}), {workdir} holds other files; choose another workdir."
         )
-    # Read as a config, a run of before a field existed has that field's default.
-    begun = from_dict(Config, json.loads((workdir / CONFIG_FILE).read_text()))
-    conflicts = resume_conflicts(to_dict(begun), to_dict(config))
+    conflicts = resume_conflicts(to_dict(_read_config(workdir)), to_dict(config))
     if conflicts:
         raise UserError(
             f"A run goes on with the config it began with; {workdir} differs in\n  "
@@ -125,6 +128,13 @@ def check_workdir(config: Config) -> int:
             + "\nUndo that, or choose another workdir."
         )
     return max(committed_steps(workdir / CHECKPOINTS), default=0)
+
+
+def _read_config(directory: epath.Path) -> Config:
+    """The config of a run; a field that did not exist when it began has its default."""
+    if not (directory / CONFIG_FILE).exists():
+        raise UserError(f"A run directory must hold {CONFIG_FILE}, which training writes; {directory} does not.")
+    return from_dict(Config, json.loads((directory / CONFIG_FILE).read_text()))
 
 
 def train(
@@ -153,8 +163,8 @@ def train(
     data = open_data(config.data, config.objective)
     console.print(data.description)
     old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
-    run = make_run(config, data=data, tokenizer=old)
-    if run.notes and not done:
+    run = make_run(config, data=data, tokenizer=old, begun=done > 0)
+    if run.notes:
         console.print(run.notes)
     batches = data.train_batches(run.tokenizer, **_own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
@@ -284,9 +294,7 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
         `model, params, tokenizer, config, step = load("runs/python_stdlib")`
     """
     directory = epath.Path(workdir)
-    if not (directory / CONFIG_FILE).exists():
-        raise UserError(f"A run directory must hold {CONFIG_FILE}, which training writes; {directory} does not.")
-    config = from_dict(Config, json.loads((directory / CONFIG_FILE).read_text()))
+    config = _read_config(directory)
     tokenizer, classes = load_tokenizer(directory), directory / CLASSES_FILE
     config = resolve(config, tokenizer, tuple(json.loads(classes.read_text())) if classes.exists() else ())
     model = make_model(config.model)

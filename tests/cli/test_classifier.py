@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -106,17 +107,32 @@ def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
         "1",
         "--optimizer.learning-rate",
         "1e-9",
+        "--model.dropout",
+        "0.1",
     )
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "parameters taken" in printed
     assert "fresh: classifier/kernel" in printed
     assert "reshaped" not in printed
+    assert "differs: model.dropout: 0.0 -> 0.1" in printed
+    assert printed.count("differs: ") == 1
     donor, own = build.load(pretrained), build.load(workdir)
     assert donor.config.model.vocab_size == own.config.model.vocab_size
     np.testing.assert_allclose(
         own.params["token_embedding"]["embedding"], donor.params["token_embedding"]["embedding"], atol=1e-6
     )
     assert (workdir / "tokenizer.json").read_text() == (pretrained / "tokenizer.json").read_text()
+
+
+def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, capsys):
+    donor = place / "donor"
+    shutil.copytree(pretrained, donor)
+    train(place, "orphan", "--training.init-from", str(donor), "--training.steps", "1")
+    shutil.rmtree(donor)
+    capsys.readouterr()
+    workdir = train(place, "orphan", "--training.init-from", str(donor), "--training.steps", "2")
+    assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
+    assert build.load(workdir).step == 2
 
 
 def test_inspect_shows_classes(place, capsys, monkeypatch):
