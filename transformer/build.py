@@ -44,6 +44,7 @@ from transformer.training.step import make_eval_step
 from transformer.training.transfer import transfer
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
 from transformer.types import PyTree, UserError
+from transformer.validation import require
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -168,14 +169,16 @@ def train(
         console.print(run.notes)
     batches = data.train_batches(run.tokenizer, **_own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
+    continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
+    sampler = make_sampler(run, console) if continues else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         run.tokenizer.save(workdir)
         if data.class_names:
             _write_whole(workdir / CLASSES_FILE, json.dumps(data.class_names))
         _write_whole(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2))
-    peak = peak_flops(config.model.dtype)
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
+    peak = peak_flops(config.model.dtype, run.runner.num_devices)
+    devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
     devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
     console.print(
         f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
@@ -190,9 +193,6 @@ def train(
             JsonlWriter(workdir / "metrics.jsonl"),
             TensorBoardWriter(workdir / "tensorboard"),
         ]
-    sampler = (
-        make_sampler(run, console) if config.training.sample_length > 0 and isinstance(run.model, Decoder) else None
-    )
     with trace_steps(config.training.profile_steps, workdir / "profile", console.print) as trace_hooks:
         state = loop.train(
             run.state,
@@ -251,6 +251,11 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
     training, path = run.config.training, epath.Path(run.config.workdir) / "samples.txt"
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
+    require(
+        length >= 1,
+        f"training.sample_prompt must leave room for a token: with end-of-text it has {len(prompt)}, and the model reaches "
+        f"{run.config.model.max_length} (model.max_length); shorten it, or set training.sample_length=0.",
+    )
 
     def sample(params: PyTree, step: int) -> None:
         output = generate(
@@ -295,12 +300,17 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
     """
     directory = epath.Path(workdir)
     config = _read_config(directory)
-    tokenizer, classes = load_tokenizer(directory), directory / CLASSES_FILE
-    config = resolve(config, tokenizer, tuple(json.loads(classes.read_text())) if classes.exists() else ())
+    tokenizer = load_tokenizer(directory)
+    config = resolve(config, tokenizer, _class_names(directory))
     model = make_model(config.model)
     shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
     step, params = load_params(directory / CHECKPOINTS, shapes)
     return Loaded(model, params, tokenizer, config, step)
+
+
+def _class_names(directory: epath.Path) -> tuple[str, ...]:
+    classes = directory / CLASSES_FILE
+    return tuple(json.loads(classes.read_text())) if classes.exists() else ()
 
 
 def evaluate(
@@ -336,6 +346,12 @@ def evaluate(
         model = make_model(model_config)
         config = dataclasses.replace(config, model=model_config, data=dataclasses.replace(config.data, **changes))
     data = open_data(dataclasses.replace(config.data, **changes), config.objective)
+    learned = _class_names(epath.Path(workdir))
+    require(
+        data.class_names == learned,
+        f"The classes of {', '.join(data.config.source)} must be those of {workdir}, {', '.join(learned)}, in that order, got "
+        f"{', '.join(data.class_names)}; prepare it with these labels.",
+    )
     objective = make_objective(config, model, tokenizer)
     batches, carry = data.evaluation_batches(tokenizer, split), objective.init_carry(config.data.batch_size)
     sums = sum_statistics(jax.jit(make_eval_step(objective)), params, batches, carry)
@@ -357,11 +373,8 @@ def evaluate(
 
 
 def _scored_texts(data: Dataset, tokenizer: Tokenizer, split: str) -> Iterator[str]:
-    """What is scored of running text: all of a split, or as much of it as `data.limit` allows."""
     batches: Any = data.evaluation_batches(tokenizer, split)
-    if batches.config.limit == 0:
-        return data.texts(split)
-    return (tokenizer.decode(pairs.targets) for pairs in batches.documents())
+    return batches.texts()
 
 
 def use_compilation_cache() -> None:

@@ -78,6 +78,7 @@ def test_help_documents_every_field(capsys):
         ("x = 1", "must define get_config"),
         ("def get_config(): return 3", "must return a transformer.config.Config"),
         ("def get_config(variant=''): return {'': 1}[variant]", "has no variant 'no'"),
+        ("def get_config(): return 'no variant'", "has no variant 'no'"),
     ],
 )
 def test_bad_config_files_are_named(tmp_path, text, message):
@@ -85,6 +86,14 @@ def test_bad_config_files_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(f"{path}:no" if "variant" in text else str(path))
+
+
+@pytest.mark.parametrize("text", ["def get_config(): dict(x=1)['y']", "def get_config(): len(1)"])
+def test_an_error_in_a_config_file_is_its_own(tmp_path, text):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises((KeyError, TypeError), match=r"'y'|has no len"):
+        load_config(str(path))
 
 
 def test_missing_config_file_is_named():

@@ -135,6 +135,21 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     assert build.load(workdir).step == 2
 
 
+def test_other_classes_cannot_be_scored(place, pretrained, capsys):
+    workdir = train(place, "few", "--training.init-from", str(pretrained), "--training.steps", "1")
+    lines = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    two = [json.dumps(line) for line in lines if line["label"] != "bad"]
+    (place / "two.jsonl").write_text("\n".join(two))
+    data = ("--data-dir", str(place / "data"))
+    main(["prepare", str(place / "two.jsonl"), "--kind", "labelled", "--name", "two", *data])
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(workdir), "--split", "train", "--data.source", "two"])
+    error = " ".join(capsys.readouterr().err.split())
+    assert (
+        "The classes of two must be those of" in error and "bad, good, so-so, in that order, got good, so-so" in error
+    )
+
+
 def test_inspect_shows_classes(place, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["inspect", str(place / "config.py"), "--data.data-dir", str(place / "data")])

@@ -114,6 +114,7 @@ def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
         (["--model.vocab-size", "100"], "at least the tokenizer's 257, got 100"),
         (["--model.architecture", "encoder"], "architecture=decoder"),
         (["--data.source", "nowhere.txt"], "nowhere.txt"),
+        (["--training.sample-length", "5", "--training.sample-prompt", "x" * 31], "with end-of-text it has 32, and"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(arguments, change, message, capsys, tmp_path):
@@ -208,6 +209,14 @@ def test_generate_repeats_by_seed(workdir, capsys):
         (["evaluate", "{place}/nowhere"], "must hold config.json"),
         (["evaluate", "{run}", "--split", "validaton"], "validaton"),
         (["prepare", "{place}/nowhere"], "nowhere"),
+        (
+            ["prepare", "{place}/text", "--validation", "x"],
+            "--validation is for --kind labelled or pairs, got --kind text",
+        ),
+        (
+            ["prepare", "x", "--kind", "pairs", "--name", "x", "--record-bytes", "9"],
+            "--record-bytes is for --kind text, got",
+        ),
     ],
 )
 def test_bad_requests_are_named(workdir, place, arguments, message, capsys):

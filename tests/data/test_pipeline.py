@@ -432,6 +432,12 @@ def test_prompts_have_no_weight_in_evaluation(make_config, write_jsonl):
     assert sum(batch.weights.sum() for batch in _evaluated(make_config(path))) == sum(map(len, learnt))
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(0, "[0][10]"), (len("<prompt>[0]E<prompt>[1"), "[0][1")])
+def test_compressors_are_given_what_is_scored(make_config, write_jsonl, limit, expected):
+    path = write_jsonl([{"prompt": "<prompt>", "text": f"[{i}]"} for i in range(20)])
+    assert "".join(evaluation_batches(make_config(path, limit=limit), BYTES, "validation").texts()) == expected
+
+
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 

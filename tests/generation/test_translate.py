@@ -21,7 +21,7 @@ def model(request):
         architecture="encoder_decoder",
         vocab_size=11,
         source_vocab_size=17 if own else 0,
-        max_length=32,
+        max_length=23,
         num_layers=2,
         embed_dim=16,
         pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
@@ -35,11 +35,11 @@ def model(request):
 @pytest.fixture(scope="module")
 def sources():
     generator = np.random.default_rng(0)
-    return [generator.integers(1, 11, length) for length in (3, 1, 20, 7, 7, 2, 12)]
+    return [generator.integers(1, 11, length) for length in (3, 1, 23, 7, 7, 2, 12)]
 
 
 def by_full_passes(model, params, source):
-    padded = np.zeros((2, 1, 24), np.int32)
+    padded = np.zeros((2, 1, 23), np.int32)
     padded[0, 0, : len(source)], padded[1, 0, : len(source)] = source, 1
     target = [END]
     while len(target) <= LENGTH:
@@ -75,6 +75,6 @@ def test_a_target_is_the_same_however_long_it_may_be(model, sources):
 def test_bad_requests(model):
     with pytest.raises(ValueError, match="source 1 has none"):
         translate(*model, [[1], []], end_of_text=END, max_new_tokens=3)
-    with pytest.raises(ValueError, match="at most max_length=32, got 33"):
-        translate(*model, [[1]], end_of_text=END, max_new_tokens=33)
+    with pytest.raises(ValueError, match="at most max_length=23, got 24"):
+        translate(*model, [[1]], end_of_text=END, max_new_tokens=24)
     assert translate(*model, [], end_of_text=END, max_new_tokens=3) == []

@@ -36,6 +36,7 @@ def at_root(monkeypatch, request):
         ([CONFIG], "plan needs --topology NAME, such as v5e:4x4"),
         ([CONFIG, "--topology", "v9:2x2"], "KIND:SHAPE with a kind of v4, v5e, .*; got 'v9:2x2'"),
         ([CONFIG, "--topology", "v5e"], "got 'v5e'"),
+        ([CONFIG, "--topology=v5e"], "got 'v5e'"),
         ([CONFIG, "--topology", "h100:2x2"], "The shape of h100 is a number of devices, got '2x2'"),
         ([CONFIG, "--topology", "v5e:2x2", "--decode", "4"], "two positive numbers, got 4"),
         ([CONFIG, "--topology", "v5e:2x2", "--decode", "4", "8", "--search"], "leave out --decode"),

@@ -300,6 +300,18 @@ def test_an_exception_lets_the_checkpoint_under_way_finish(toy, tmp_path, monkey
     assert len(written) == 1
 
 
+@pytest.mark.parametrize("failing", ["evaluators", "sampler"])
+def test_a_step_is_saved_even_if_its_evaluation_or_sample_fails(toy, uninterrupted, tmp_path, failing):
+    run = Run(toy, tmp_path)
+    broken = (
+        {"evaluators": {"validation": lambda _: fail()}} if failing == "evaluators" else {"sampler": lambda *_: fail()}
+    )
+    with pytest.raises(Accident):
+        run.start(steps=STEPS, eval_every=0, **broken)
+    assert run.saved[-1] == STEPS
+    assert_same_bits(run.start(), uninterrupted[0])
+
+
 def test_an_exception_is_not_hidden_by_trouble_with_the_checkpoint(toy, tmp_path, monkeypatch):
     def full(path):
         raise OSError("disk full")

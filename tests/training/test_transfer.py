@@ -54,7 +54,7 @@ def test_types_are_those_of_the_new_run():
     assert {x.dtype for x in jax.tree.leaves(transfer(tree(), half).params)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("scanned", ["here", "there"])
+@pytest.mark.parametrize("scanned", ["here", "there", "both"])
 def test_layers_are_compared_one_by_one(scanned):
     def layers(count, start):
         kernels = start + jnp.arange(count * 8.0).reshape(count, 2, 2, 2)
@@ -62,8 +62,9 @@ def test_layers_are_compared_one_by_one(scanned):
 
     own, donor = layers(4, 0.0), layers(2, 100.0)
     expected = {"blocks": {**own["blocks"], **donor["blocks"]}}
-    if scanned == "here":
-        result = transfer(scan_params(own, 2), donor, pattern_length=2)
+    if scanned != "there":
+        # The donor's pattern is of one block, so that its layers are not where those of the same number are here.
+        result = transfer(scan_params(own, 2), scan_params(donor) if scanned == "both" else donor, pattern_length=2)
         result = result._replace(params=loop_params(result.params))
     else:
         result = transfer(own, scan_params(donor))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import pathlib
 import re
 
@@ -31,10 +32,17 @@ def load_config(reference: str) -> Config:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"A config file must define get_config(), {name!r} does not.")
+    chosen = (variant,) if variant else ()
     try:
-        config = module.get_config(variant) if variant else module.get_config()
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{name!r} has no variant {variant!r}: {error}.") from error
+        inspect.signature(module.get_config).bind(*chosen)
+    except TypeError as error:
+        raise UserError(f"{name!r} has no variant {variant!r}: get_config(): {error}.") from error
+    try:
+        config = module.get_config(*chosen)
+    except KeyError as error:
+        if error.args != (variant,):
+            raise
+        raise UserError(f"{name!r} has no variant {variant!r}.") from error
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {name!r} must return a transformer.config.Config, got {type(config)}.")
     return config

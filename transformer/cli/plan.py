@@ -60,6 +60,7 @@ def _own(arguments: list[str]) -> tuple[list[str], str, tuple[int, int] | None, 
     rest: list[str] = []
     flags: set[str] = set()
     topology, decode, index = "", None, 0
+    arguments = [part for argument in arguments for part in _parted(argument)]
     while index < len(arguments):
         argument, values = arguments[index], arguments[index + 1 : index + 3]
         index += 1
@@ -80,6 +81,11 @@ def _own(arguments: list[str]) -> tuple[list[str], str, tuple[int, int] | None, 
     if decode and "--search" in flags:
         raise UserError("--search is for training; leave out --decode.")
     return rest, topology, decode, flags
+
+
+def _parted(argument: str) -> list[str]:
+    """`--topology=NAME` as two arguments."""
+    return argument.split("=", 1) if argument.startswith("--topology=") else [argument]
 
 
 def _gigabytes(number: float) -> str:

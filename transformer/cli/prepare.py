@@ -8,7 +8,14 @@ import tyro
 from transformer.config import DataConfig
 from transformer.data.examples import prepare_examples
 from transformer.data.prepare import open_sources
+from transformer.types import UserError
 from transformer.validation import require
+
+_OF_KINDS = {
+    "text": ("text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes"),
+    "labelled": ("name", "validation", "test", "text_key", "label_key"),
+    "pairs": ("name", "validation", "test", "source_key", "target_key"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,7 @@ class PrepareArguments:
     test: tuple[str, ...] = ()
     """Labelled texts and pairs: files of the test split."""
     text_key: str = DataConfig.text_key
-    """Field of the text."""
+    """Running and labelled text: field of the text."""
     prompt_key: str = DataConfig.prompt_key
     """Running text: field of a .jsonl record that holds a prompt."""
     label_key: str = DataConfig.label_key
@@ -54,6 +61,14 @@ def main(arguments: list[str]) -> None:
     """Prepare the dataset and say what it holds."""
     options = tyro.cli(PrepareArguments, prog="transformer prepare", args=arguments)
     require(len(options.files) > 0, "There must be something to prepare, got no file.")
+    of_some = {name for names in _OF_KINDS.values() for name in names}
+    for field in dataclasses.fields(options):
+        if field.name in of_some.difference(_OF_KINDS[options.kind]) and getattr(options, field.name) != field.default:
+            kinds = " or ".join(kind for kind, names in _OF_KINDS.items() if field.name in names)
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} is for --kind {kinds}, got --kind {options.kind}; leave it out, or say which kind it is."
+            )
     shared = {field.name for field in dataclasses.fields(DataConfig)}
     values = {name: value for name, value in dataclasses.asdict(options).items() if name in shared}
     if options.kind == "text":

@@ -159,6 +159,16 @@ class EvaluationBatches:
                 yield Pairs(pairs.inputs[start:stop], pairs.targets[start:stop], weights)
                 scored = stop
 
+    def texts(self) -> Iterator[str]:
+        """What is scored, without prompts: whole texts, or as much of them as the limit allows."""
+        if self.config.limit == 0:
+            for source in self.sources:
+                for _, text in whole_documents(source, self.split):
+                    yield text
+        else:
+            for pairs in self.documents():
+                yield self.tokenizer.decode(pairs.targets[pairs.weights > 0])
+
     def documents(self) -> Iterator[Pairs]:
         """The documents that are scored, the last one cut at the limit."""
         left = self.config.limit or sys.maxsize

@@ -1,6 +1,7 @@
 """Turn sources into targets with an encoder-decoder: read the source once, then one compiled loop, greedily."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ def translate(
     targets: list[np.ndarray] = [np.empty(0, np.int32)] * len(rows)
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        length = -(-max(len(rows[index]) for index in chosen) // _LENGTH_UNIT) * _LENGTH_UNIT
+        longest = max(len(rows[index]) for index in chosen)
+        length = max(longest, min(-(-longest // _LENGTH_UNIT) * _LENGTH_UNIT, model.config.max_length or sys.maxsize))
         source_BS, segment_ids_BS = np.zeros((2, batch_size, length), np.int32)
         for row, index in enumerate(chosen):
             source_BS[row, : len(rows[index])], segment_ids_BS[row, : len(rows[index])] = rows[index], 1

@@ -213,6 +213,7 @@ def mesh_runner(
         fetch_state=lambda tree: tree,
         gather=lambda tree: whole_copy(mesh, tree),
         lower=lower,
+        num_devices=mesh.size,
         feeds=(index, count),
     )
 

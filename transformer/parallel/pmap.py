@@ -98,5 +98,6 @@ def pmap_runner(
         fetch_state=fetch_state,
         gather=lambda tree: tree,
         lower=lower,
+        num_devices=len(devices),
         feeds=(jax.process_index(), jax.process_count()),
     )

@@ -35,6 +35,8 @@ class Runner(NamedTuple):
     """What `fetch_state` gave -> whole arrays, for programs of one device."""
     lower: Callable[[Any, Any], Any]
     """`(state, batch) -> jax.stages.Lowered` of the step, from shapes with shardings or arrays."""
+    num_devices: int
+    """That share the work, of all processes."""
     feeds: tuple[int, int]
     """`(index, count)`: this process reads part `index` of `count` equal parts of every batch's rows."""
 

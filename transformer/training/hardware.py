@@ -27,17 +27,18 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(dtype: str) -> float:
-    """Matrix-product operations a second of all devices of this process's backend; 0 where unknown.
+def peak_flops(dtype: str, num_devices: int) -> float:
+    """Matrix-product operations a second of so many devices like this process's; 0 where unknown.
 
     Args:
         dtype: of the operands; on a CPU, where it is measured, float32 and bfloat16 differ.
+        num_devices: of all processes.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
         # The devices of a host share its processor: their number does not add speed.
         return measured_peak_flops(dtype) * jax.process_count()
-    return published_peak_flops(device.device_kind) * jax.device_count()
+    return published_peak_flops(device.device_kind) * num_devices
 
 
 def published_peak_flops(device_kind: str) -> float:

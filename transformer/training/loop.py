@@ -108,24 +108,25 @@ def train(
                 continue
             report.settle()  # this step's own row comes before what follows
 
-            # ---- Evaluate -------------------------------------------------------------------------------------------
             validation_loss = None
-            for split, evaluate in (evaluators or {}).items() if evaluating else ():
-                metrics = evaluate(evaluation_params(state))
-                report.write(step, split, metrics)
-                validation_loss = metrics["loss"] if split == "validation" else validation_loss
+            try:
+                # ---- Evaluate ---------------------------------------------------------------------------------------
+                for split, evaluate in (evaluators or {}).items() if evaluating else ():
+                    metrics = evaluate(evaluation_params(state))
+                    report.write(step, split, metrics)
+                    validation_loss = metrics["loss"] if split == "validation" else validation_loss
 
-            # ---- Sample ---------------------------------------------------------------------------------------------
-            if sampling and sampler is not None:
-                sampler(runner.fetch_state(evaluation_params(state)), step)
-
-            # ---- Save: this step's loss is known to be finite (or it was skipped), and its rows are written -------------
-            if saving:
-                one_copy = runner.fetch_state(state)
-                if not _all_finite(one_copy.params):
-                    raise UserError(_not_finite("parameters", "they are not", step, checkpointer))
-                loop = {"batches": merged_over_processes(batches.get_state()), "window": report.window.sums}
-                checkpointer.save(one_copy, loop, validation_loss=validation_loss)
+                # ---- Sample -----------------------------------------------------------------------------------------
+                if sampling and sampler is not None:
+                    sampler(runner.fetch_state(evaluation_params(state)), step)
+            finally:
+                # ---- Save, whatever became of that: this step's loss is known to be finite (or it was skipped) ----------
+                if saving:
+                    one_copy = runner.fetch_state(state)
+                    if not _all_finite(one_copy.params):
+                        raise UserError(_not_finite("parameters", "they are not", step, checkpointer))
+                    loop = {"batches": merged_over_processes(batches.get_state()), "window": report.window.sums}
+                    checkpointer.save(one_copy, loop, validation_loss=validation_loss)
             report.stopwatch.skip()
             if stopping:
                 break

@@ -32,7 +32,7 @@ class Transfer(NamedTuple):
 def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Transfer:
     """Replace each of `params` by the donor's of the same path.
 
-    Layers that are scanned in one and looped in the other are compared one by one.
+    Layers are compared one by one, scanned or looped.
 
     Args:
         params: initialised, of the model to train.
@@ -43,7 +43,7 @@ def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Trans
         UserError: they have nothing in common.
     """
     here, there = is_scanned(params), is_scanned(donor)
-    if here != there:
+    if here or there:
         looped = transfer(loop_params(params) if here else params, loop_params(donor) if there else donor)
         return looped._replace(params=scan_params(looped.params, pattern_length)) if here else looped
     given = {_path(path): value for path, value in jax.tree_util.tree_leaves_with_path(donor)}
