@@ -349,8 +349,8 @@ def evaluate(
     learned = _class_names(epath.Path(workdir))
     require(
         data.class_names == learned,
-        f"The classes of {', '.join(data.config.source)} must be those of {workdir}, {', '.join(learned)}, in that order, got "
-        f"{', '.join(data.class_names)}; prepare it with these labels.",
+        f"The classes of {', '.join(source or config.data.source)} must be those of {workdir}, {', '.join(learned)}, in that "
+        f"order, got {', '.join(data.class_names)}; prepare it with these labels.",
     )
     objective = make_objective(config, model, tokenizer)
     batches, carry = data.evaluation_batches(tokenizer, split), objective.init_carry(config.data.batch_size)
