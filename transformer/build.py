@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -216,7 +216,8 @@ def train(
         (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
         scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
         if "bits_per_byte" in last:
-            others = compressed_bits_per_byte(_scored_texts(data, run.tokenizer, "validation"))
+            scored: Any = data.evaluation_batches(run.tokenizer, "validation")
+            others = compressed_bits_per_byte(scored.texts())
             scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
         console.print(f"validation {', '.join(scores)}")
 
@@ -353,7 +354,8 @@ def evaluate(
         f"order, got {', '.join(data.class_names)}; prepare it with these labels.",
     )
     objective = make_objective(config, model, tokenizer)
-    batches, carry = data.evaluation_batches(tokenizer, split), objective.init_carry(config.data.batch_size)
+    batches: Any = data.evaluation_batches(tokenizer, split)
+    carry = objective.init_carry(config.data.batch_size)
     sums = sum_statistics(jax.jit(make_eval_step(objective)), params, batches, carry)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
@@ -365,16 +367,11 @@ def evaluate(
         **generation_scores(model, params, tokenizer, data, split, config),
     }
     if "bytes" in sums:
-        others = compressed_bits_per_byte(_scored_texts(data, tokenizer, split))
+        others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:
         scores |= {"classes": list(data.class_names), "confusion": sums["confusion"].astype(int).tolist()}
     return scores
-
-
-def _scored_texts(data: Dataset, tokenizer: Tokenizer, split: str) -> Iterator[str]:
-    batches: Any = data.evaluation_batches(tokenizer, split)
-    return batches.texts()
 
 
 def use_compilation_cache() -> None:
