@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.build import make_run
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
 from transformer.data.tokenizers import ByteTokenizer, PairTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.runs.recipe import make_run
 from transformer.tasks import resolve
 from transformer.types import UserError
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from transformer import build
 from transformer.config import Config, ParallelConfig
 from transformer.config_io import from_dict
 from transformer.data.tokenizers import load_tokenizer
+from transformer.runs.recipe import make_run
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.metrics import TIMINGS
 
@@ -89,7 +89,7 @@ def final_arrays(workdir):
         config.data, source=(str(workdir.parent / "text"),), data_dir=str(workdir.parent / "prepared")
     )
     config = dataclasses.replace(config, data=data, parallel=ParallelConfig(data=1))
-    target = build.make_run(config, tokenizer=load_tokenizer(workdir)).state
+    target = make_run(config, tokenizer=load_tokenizer(workdir)).state
     restored = Checkpointer(workdir / "checkpoints").restore(target)
     assert restored.step == STEPS
     state = restored.state._replace(key=jax.random.key_data(restored.state.key))

@@ -49,7 +49,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`load` comes when asked for: it needs Orbax and the tokenizers, which a user of the layers does not."""
     if name == "load":
-        from transformer.build import load  # noqa: PLC0415
+        from transformer.runs.saved import load  # noqa: PLC0415
 
         return load
     raise AttributeError(f"module 'transformer' has no attribute {name!r}")

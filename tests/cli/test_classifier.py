@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from transformer import build
 from transformer.cli.main import main
+from transformer.runs.saved import load
 
 CONFIG = """
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
@@ -116,7 +116,7 @@ def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
     assert "reshaped" not in printed
     assert "differs: model.dropout: 0.0 -> 0.1" in printed
     assert printed.count("differs: ") == 1
-    donor, own = build.load(pretrained), build.load(workdir)
+    donor, own = load(pretrained), load(workdir)
     assert donor.config.model.vocab_size == own.config.model.vocab_size
     np.testing.assert_allclose(
         own.params["token_embedding"]["embedding"], donor.params["token_embedding"]["embedding"], atol=1e-6
@@ -132,7 +132,7 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     capsys.readouterr()
     workdir = train(place, "orphan", "--training.init-from", str(donor), "--training.steps", "2")
     assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
-    assert build.load(workdir).step == 2
+    assert load(workdir).step == 2
 
 
 def test_other_classes_cannot_be_scored(place, pretrained, capsys):

@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from transformer import build
 from transformer.cli.main import main
 from transformer.config import ParallelConfig
+from transformer.runs.recipe import make_run
+from transformer.runs.saved import load
+from transformer.tasks import count_parameters
+from transformer.training.checkpoint import Checkpointer
 
 CONFIG = """
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
@@ -100,7 +103,7 @@ def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
     main([*command, "--workdir", str(tmp_path / "mesh")])
     main([*command, "--workdir", str(tmp_path / "both"), "--training.steps", "3"])
     main([*command, "--workdir", str(tmp_path / "both"), "--parallel.strategy", "pmap"])
-    mesh, both = build.load(tmp_path / "mesh"), build.load(tmp_path / "both")
+    mesh, both = load(tmp_path / "mesh"), load(tmp_path / "both")
     assert mesh.step == both.step == 6
     for a, b in zip(jax.tree.leaves(mesh.params), jax.tree.leaves(both.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -148,10 +151,10 @@ def test_a_run_of_before_a_field_existed_goes_on(workdir, arguments, capsys):
 
 
 def test_load_gives_the_average_where_there_is_one(workdir):
-    loaded = build.load(workdir)
+    loaded = load(workdir)
     config = dataclasses.replace(loaded.config, parallel=ParallelConfig(data=1))
-    target = build.make_run(config, tokenizer=loaded.tokenizer).state
-    state = build.Checkpointer(workdir / "checkpoints").restore(target).state
+    target = make_run(config, tokenizer=loaded.tokenizer).state
+    state = Checkpointer(workdir / "checkpoints").restore(target).state
     average, last = jax.tree.leaves(state.ema_params), jax.tree.leaves(state.params)
     for got, average_leaf in zip(jax.tree.leaves(loaded.params), average, strict=True):
         np.testing.assert_array_equal(got, average_leaf)
@@ -235,8 +238,8 @@ def test_inspect_shows_rows_masks_and_parameters(workdir, arguments, capsys, mon
     assert "■ ■ ·" in text
     assert "token_embedding/embedding" in text
     assert "257×16" in text
-    params = build.load(workdir).params
-    assert f"{build.count_parameters(params):,} parameters, vocabulary 257" in text
+    params = load(workdir).params
+    assert f"{count_parameters(params):,} parameters, vocabulary 257" in text
     assert all(name in text for name in ("query/kernel", "pre_attention_norm/scale", "down/kernel"))
 
 

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from transformer import build
 from transformer.cli.main import main
+from transformer.runs.saved import load
 
 CONFIG = """
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
@@ -78,7 +78,7 @@ def test_the_loss_falls_and_evaluate_repeats_it(name, request, capsys):
 
 def test_a_prefix_lm_generates_from_a_prompt(prefix_run, capsys):
     capsys.readouterr()
-    assert build.load(prefix_run).config.model.bidirectional_prefix
+    assert load(prefix_run).config.model.bidirectional_prefix
     main(["generate", str(prefix_run), "--prompt", "say abcd: ", "--max-new-tokens", "4", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("say abcd: ")
 
@@ -117,7 +117,7 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
     printed = " ".join(capsys.readouterr().out.split())
     assert "reshaped: token_embedding/embedding (the first 257 of 257 rows)" in printed
     assert "fresh" not in printed and "skipped" not in printed
-    donor, own = build.load(spans_run), build.load(workdir)
+    donor, own = load(spans_run), load(workdir)
     assert (donor.config.model.vocab_size, own.config.model.vocab_size) == (257 + 2, 257)
     np.testing.assert_allclose(
         own.params["token_embedding"]["embedding"], donor.params["token_embedding"]["embedding"][:257], atol=1e-6

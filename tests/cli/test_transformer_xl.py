@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer import build
 from transformer.cli.main import main
 from transformer.config import Config
 from transformer.config_io import from_dict
+from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
+from transformer.runs.recipe import make_run
+from transformer.runs.saved import evaluate, load
 from transformer.training.checkpoint import Checkpointer
 from transformer.types import UserError
 
@@ -58,7 +60,7 @@ def train(place, name, *more):
 
 def last_state(workdir):
     config = from_dict(Config, json.loads((workdir / "config.json").read_text()))
-    target = build.make_run(config).state
+    target = make_run(config).state
     return Checkpointer(workdir / "checkpoints").restore(target).state
 
 
@@ -92,8 +94,8 @@ def test_scores_with_other_memories(place, capsys):
 
 def test_a_stride_reads_tokens_twice_and_needs_memory_0(place):
     with pytest.raises(UserError, match="got pack=True, stride=4 and 1 sources; set pack=True, stride=0"):
-        build.evaluate(place / "whole", stride=4)
-    assert build.evaluate(place / "whole", stride=4, memory_length=0)["loss"] > 0
+        evaluate(place / "whole", stride=4)
+    assert evaluate(place / "whole", stride=4, memory_length=0)["loss"] > 0
 
 
 def test_a_run_without_memory_is_scored_with_one_however_it_was_read(place, tmp_path):
@@ -102,21 +104,21 @@ def test_a_run_without_memory_is_scored_with_one_however_it_was_read(place, tmp_
     values["model"]["memory_length"] = 0
     values["data"] |= {"continue_rows": False, "pack": False, "num_streams": 1}
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
-    with_memory = build.evaluate(tmp_path / "run", memory_length=16)
-    assert with_memory["loss"] == build.evaluate(place / "whole")["loss"]
+    with_memory = evaluate(tmp_path / "run", memory_length=16)
+    assert with_memory["loss"] == evaluate(place / "whole")["loss"]
 
 
 def test_generation_equals_full_passes(place, capsys):
     main(["generate", str(place / "whole"), "--prompt", "to be", "--max-new-tokens", "20", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("to be")
-    model, params, tokenizer, config, _ = build.load(place / "whole")
+    model, params, tokenizer, config, _ = load(place / "whole")
     assert config.model.max_length == 32
     prompt = [tokenizer.end_of_text, *tokenizer.encode("to be").tolist()]
     # After six steps a model repeats itself; with noise added it does not.
     noise = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.3 * noise.standard_normal(x.shape).astype(np.float32), params)
     greedy = SamplingConfig(temperature=0.0)
-    generated = build.generate(model, params, [prompt], max_new_tokens=20, sampling=greedy).tokens[0].tolist()
+    generated = generate(model, params, [prompt], max_new_tokens=20, sampling=greedy).tokens[0].tolist()
     assert len(set(generated)) > 3
     logits = model.apply({"params": params}, jnp.array([prompt + generated], jnp.int32))[0]
     assert np.argmax(logits, axis=-1)[len(prompt) - 1 : -1].tolist() == generated

@@ -5,7 +5,8 @@ import json
 
 import tyro
 
-from transformer import build
+from transformer.runs.saved import evaluate
+from transformer.training.hardware import use_compilation_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ class EvaluateArguments:
 def main(arguments: list[str]) -> None:
     """Score and print."""
     options = tyro.cli(EvaluateArguments, prog="transformer evaluate", args=arguments)
-    build.use_compilation_cache()
-    scores = build.evaluate(
+    use_compilation_cache()
+    scores = evaluate(
         options.workdir,
         split=options.split,
         source=options.data.source,

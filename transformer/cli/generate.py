@@ -5,7 +5,6 @@ import sys
 
 import tyro
 
-from transformer import build
 from transformer.data.example_batches import source_tokens
 from transformer.data.tokenizers import source_tokenizer
 from transformer.generation.generate import stream
@@ -13,6 +12,7 @@ from transformer.generation.sampling import SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.decoder import Decoder
 from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.runs.saved import load
 from transformer.validation import require
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     """Print the prompt and its continuation, a character as soon as it is whole."""
     options = tyro.cli(GenerateArguments, prog="transformer generate", args=arguments)
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    model, params, tokenizer, config, _ = build.load(options.workdir)
+    model, params, tokenizer, config, _ = load(options.workdir)
     if isinstance(model, EncoderDecoder):
         require(
             sampling == SamplingConfig(),

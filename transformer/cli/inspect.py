@@ -7,14 +7,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from transformer import build
 from transformer.cli.arguments import parse_config
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.objectives.prefix_lm import prefix_tokens
 from transformer.ops.masks import AttentionMask
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
+from transformer.runs.recipe import Run, make_run
 from transformer.steps import make_steps
+from transformer.tasks import count_parameters
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     """Print the first batch and the parameters of a config."""
     config = parse_config(arguments, command="transformer inspect")
     console = Console(highlight=False)
-    run = build.make_run(config)
+    run = make_run(config)
     tokenizer = run.tokenizer
     batch = next(run.data.train_batches(tokenizer))
     console.rule("first batch")
@@ -101,7 +102,7 @@ def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer, *, prefix:
     console.print(_mask_picture(batch, 0, prefix=prefix) + "\n")
 
 
-def _print_parameters(console: Console, run: build.Run) -> None:
+def _print_parameters(console: Console, run: Run) -> None:
     config = run.config
     params, axes = run.state.params, make_steps(run.config, run.tokenizer).axes
     shardings = parameter_shardings(make_mesh(config.parallel.sizes), axes, params)
@@ -130,6 +131,6 @@ def _print_parameters(console: Console, run: build.Run) -> None:
         )
     console.print(table)
     console.print(
-        f"{build.count_parameters(params):,} parameters, vocabulary {run.config.model.vocab_size}, "
+        f"{count_parameters(params):,} parameters, vocabulary {run.config.model.vocab_size}, "
         f"{config.data.sequence_length} tokens a row"
     )

@@ -1,15 +1,15 @@
 """`transformer train CONFIG`: train a model, or go on with an interrupted run."""
 
-from transformer import build
 from transformer.cli.arguments import parse_config
 from transformer.parallel import distributed
+from transformer.runs.train import train
 
 
 def main(arguments: list[str]) -> None:
     """Train the config that the arguments describe."""
     config = parse_config(arguments, command="transformer train")
     if not distributed.start(config.parallel):
-        build.train(config)
+        train(config)
         return
     with distributed.leaving():
-        build.train(config)
+        train(config)

@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import os
+import pathlib
 import sys
 import time
 
@@ -102,3 +104,10 @@ def keep_freed_memory() -> None:
     if jax.default_backend() != "cpu":
         for parameter, value in default:
             mallopt(parameter, value)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX was told where (or not to) already."""
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "transformer" / "compiled"))

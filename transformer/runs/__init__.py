@@ -1,0 +1,1 @@
+"""From a config to its parts, a run in its directory, and a saved run opened again."""

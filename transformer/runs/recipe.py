@@ -1,0 +1,97 @@
+"""A `Config` becomes the parts of a run: data, tokenizer, model, steps, evaluators."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from etils import epath
+
+from transformer.config import Config
+from transformer.config_io import resume_conflicts, to_dict
+from transformer.data.datasets import Dataset, open_data
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.evaluation.scores import sum_statistics
+from transformer.parallel.runner import Runner
+from transformer.runs.directory import CHECKPOINTS, read_config
+from transformer.steps import check_devices, make_steps
+from transformer.tasks import generation_scores, make_objective, make_params, resolve, split_metrics
+from transformer.training import loop
+from transformer.training.checkpoint import load_params
+from transformer.training.state import TrainState
+from transformer.training.transfer import transfer
+from transformer.types import PyTree
+
+
+class Run(NamedTuple):
+    """A config made real: everything the training loop needs."""
+
+    config: Config
+    """With vocab_size, max_length and num_classes resolved."""
+    data: Dataset
+    tokenizer: Tokenizer
+    model: nn.Module
+    runner: Runner
+    state: TrainState
+    """Shapes of the state, with the shardings of what a checkpoint is restored to."""
+    init_state: Callable[[], TrainState]
+    """Makes the state before the first step, on the devices."""
+    notes: str
+    """What the user should know of how it was made."""
+
+
+def make_run(
+    config: Config, *, data: Dataset | None = None, tokenizer: Tokenizer | None = None, begun: bool = False
+) -> Run:
+    """Build every part of a run; nothing is written but prepared datasets.
+
+    Args:
+        config: of the run.
+        data: that of the config, if it is open already.
+        tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
+        begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
+    """
+    check_devices(config)
+    data = data or open_data(config.data, config.objective)
+    if tokenizer is None and config.training.init_from:
+        tokenizer = load_tokenizer(config.training.init_from)
+    elif tokenizer is None:
+        tokenizer = data.make_tokenizer()
+    given, config = to_dict(config), resolve(config, tokenizer, data.class_names)
+    steps, notes, init_state = make_steps(config, tokenizer), "", None
+    if config.training.init_from and not begun:
+        donor = epath.Path(config.training.init_from)
+        step, donor_params = load_params(donor / CHECKPOINTS)
+        # What shapes need not show: an activation, a window, the distances of position buckets.
+        differs = [line for line in resume_conflicts(to_dict(read_config(donor)), given) if line.startswith("model.")]
+        # On the host: each device is given its part only.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            own = make_params(steps.model, jax.random.key(config.training.seed))
+            transferred = transfer(own, donor_params, pattern_length=len(config.model.pattern))
+        init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
+        notes = "\n  differs: ".join([f"from {donor}, step {step}: {transferred.report()}", *differs])
+    return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state or steps.init_state, notes)
+
+
+def make_evaluator(run: Run, split: str) -> loop.Evaluator:
+    """Placed parameters -> metrics of a whole split."""
+    batches = run.data.evaluation_batches(run.tokenizer, split, **own_part(run.runner))
+    init_carry = make_objective(run.config, run.model, run.tokenizer).init_carry
+
+    def evaluate_split(params: PyTree) -> Mapping[str, float]:
+        placed = (run.runner.place_batch(batch) for batch in batches)
+        # Numpy: rows of this process, as those of a batch.
+        carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // run.runner.feeds[1])))
+        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry))
+        one_copy = run.runner.gather(run.runner.fetch_state(params))
+        generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
+        return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
+
+    return evaluate_split
+
+
+def own_part(runner: Runner) -> dict[str, int]:
+    """Which part of each batch this process reads, as the batches of `data` take it."""
+    index, count = runner.feeds
+    return {"process_index": index, "process_count": count}

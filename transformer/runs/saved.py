@@ -1,0 +1,111 @@
+"""A run's directory becomes a model again, to be used or scored."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from transformer.config import Config
+from transformer.data.datasets import open_data
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.evaluation.compression import compressed_bits_per_byte
+from transformer.evaluation.scores import sum_statistics
+from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
+from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
+from transformer.training.checkpoint import load_params
+from transformer.training.step import make_eval_step
+from transformer.types import PyTree
+from transformer.validation import require
+
+
+class Loaded(NamedTuple):
+    """A trained model, as a run's directory holds it."""
+
+    model: Any
+    """The linen module: a `Decoder`, `Encoder` or `Classifier`."""
+    params: PyTree
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+
+
+def load(workdir: str | os.PathLike[str]) -> Loaded:
+    """The model of a run, from the latest undamaged checkpoint (the moving average where there is one).
+
+    Raises:
+        UserError: there is no run, or no undamaged checkpoint.
+
+    Example:
+        `model, params, tokenizer, config, step = load("runs/python_stdlib")`
+    """
+    directory = epath.Path(workdir)
+    config = read_config(directory)
+    tokenizer = load_tokenizer(directory)
+    config = resolve(config, tokenizer, read_class_names(directory))
+    model = make_model(config.model)
+    shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
+    step, params = load_params(directory / CHECKPOINTS, shapes)
+    return Loaded(model, params, tokenizer, config, step)
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    source: Sequence[str] = (),
+    data_dir: str = "",
+    stride: int | None = None,
+    limit: int | None = None,
+    memory_length: int | None = None,
+) -> dict[str, Any]:
+    """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
+
+    Args:
+        workdir: of the run.
+        split: train, validation or test.
+        source: corpora to score instead of the run's own.
+        data_dir: where prepared datasets live, instead of where the run's do.
+        stride: `data.stride`, instead of the run's.
+        limit: `data.limit`, instead of the run's.
+        memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
+    """
+    model, params, tokenizer, config, step = load(workdir)
+    changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
+    changes |= {"data_dir": data_dir} if data_dir else {}
+    changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
+    if memory_length is not None:
+        changes["continue_rows"] = memory_length > 0
+        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
+            changes |= {"pack": True, "num_streams": 0}
+        model_config = dataclasses.replace(config.model, memory_length=memory_length)
+        model = make_model(model_config)
+        config = dataclasses.replace(config, model=model_config, data=dataclasses.replace(config.data, **changes))
+    data = open_data(dataclasses.replace(config.data, **changes), config.objective)
+    learned = read_class_names(epath.Path(workdir))
+    require(
+        data.class_names == learned,
+        f"The classes of {', '.join(source or config.data.source)} must be those of {workdir}, {', '.join(learned)}, in that "
+        f"order, got {', '.join(data.class_names)}; prepare it with these labels.",
+    )
+    objective = make_objective(config, model, tokenizer)
+    batches: Any = data.evaluation_batches(tokenizer, split)
+    carry = objective.init_carry(config.data.batch_size)
+    sums = sum_statistics(jax.jit(make_eval_step(objective)), params, batches, carry)
+    scores: dict[str, Any] = {
+        "workdir": str(workdir),
+        "step": step,
+        "split": split,
+        "source": list(source or config.data.source),
+        "targets": int(sums["weight"]),
+        **split_metrics(sums),
+        **generation_scores(model, params, tokenizer, data, split, config),
+    }
+    if "bytes" in sums:
+        others = compressed_bits_per_byte(batches.texts())
+        scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
+    if "confusion" in sums:
+        scores |= {"classes": list(data.class_names), "confusion": sums["confusion"].astype(int).tolist()}
+    return scores

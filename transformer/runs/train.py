@@ -1,0 +1,150 @@
+"""Training a config in its directory, from the latest checkpoint there if there is one."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+
+from transformer.config import Config
+from transformer.config_io import to_dict
+from transformer.data.datasets import open_data
+from transformer.data.tokenizers import load_tokenizer
+from transformer.evaluation.compression import compressed_bits_per_byte
+from transformer.generation.generate import generate
+from transformer.generation.sampling import SamplingConfig
+from transformer.models.decoder import Decoder
+from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir
+from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
+from transformer.storage import write_whole
+from transformer.tasks import count_parameters, describe_attention, measure_work
+from transformer.training import loop
+from transformer.training.checkpoint import Checkpointer
+from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
+from transformer.training.profile import trace_steps
+from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
+from transformer.types import PyTree
+from transformer.validation import require
+
+_SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
+
+
+def train(
+    config: Config, *, writers: Sequence[Writer] = (), hooks: Sequence[loop.Hook] = (), console: Console | None = None
+) -> None:
+    """Train a config in its workdir, from the latest checkpoint there if there is one.
+
+    Args:
+        config: with a workdir.
+        writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
+        hooks: called after every step.
+        console: where progress is printed.
+    """
+    console = console or Console(highlight=False)
+    workdir = epath.Path(config.workdir)
+    done = check_workdir(config)
+    if done >= config.training.steps:
+        console.print(f"{workdir} is finished: step {done} of {config.training.steps}. More --training.steps goes on.")
+        return
+    use_compilation_cache()
+    keep_freed_memory()
+    if jax.process_index() > 0:
+        console.quiet = True
+
+    # ---- Build: every error of the config or the data comes before the first file is written -------------------------
+    data = open_data(config.data, config.objective)
+    console.print(data.description)
+    old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
+    run = make_run(config, data=data, tokenizer=old, begun=done > 0)
+    if run.notes:
+        console.print(run.notes)
+    batches = data.train_batches(run.tokenizer, **own_part(run.runner))
+    evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
+    continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
+    sampler = make_sampler(run, console) if continues else None
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run.tokenizer.save(workdir)
+        if data.class_names:
+            write_whole(workdir / CLASSES_FILE, json.dumps(data.class_names))
+        write_whole(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2))
+    peak = peak_flops(config.model.dtype, run.runner.num_devices)
+    devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
+    devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
+    console.print(
+        f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
+        f"peak {peak / 1e12:.2f} TFLOP/s" + (f"; going on from step {done}" if done else "")
+    )
+
+    # ---- Train -------------------------------------------------------------------------------------------------------
+    own_writers: list[Writer] = []
+    if jax.process_index() == 0:
+        own_writers = [
+            ConsoleWriter(config.training.steps, console),
+            JsonlWriter(workdir / "metrics.jsonl"),
+            TensorBoardWriter(workdir / "tensorboard"),
+        ]
+    with trace_steps(config.training.profile_steps, workdir / "profile", console.print) as trace_hooks:
+        state = loop.train(
+            run.state,
+            config=config.training,
+            runner=run.runner,
+            init_state=run.init_state,
+            batches=batches,
+            checkpointer=Checkpointer(
+                workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print
+            ),
+            measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
+            peak_flops=peak,
+            writers=[*own_writers, *writers],
+            evaluators=evaluators,
+            sampler=sampler,
+            hooks=[*hooks, *trace_hooks],
+        )
+    if int(state.step) < config.training.steps:
+        console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
+    elif evaluators and jax.process_index() == 0:
+        (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
+        scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
+        if "bits_per_byte" in last:
+            scored: Any = data.evaluation_batches(run.tokenizer, "validation")
+            others = compressed_bits_per_byte(scored.texts())
+            scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
+        console.print(f"validation {', '.join(scores)}")
+
+
+def make_sampler(run: Run, console: Console) -> loop.Sampler:
+    """Prints a continuation of `training.sample_prompt`, and appends it to samples.txt."""
+    model = run.model
+    if not isinstance(model, Decoder):
+        raise ValueError(f"Only a decoder continues a text, got {type(model).__name__}.")
+    training, path = run.config.training, epath.Path(run.config.workdir) / "samples.txt"
+    prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
+    length = min(training.sample_length, run.config.model.max_length - len(prompt))
+    require(
+        length >= 1,
+        f"training.sample_prompt must leave room for a token: with end-of-text it has {len(prompt)}, and the model reaches "
+        f"{run.config.model.max_length} (model.max_length); shorten it, or set training.sample_length=0.",
+    )
+
+    def sample(params: PyTree, step: int) -> None:
+        output = generate(
+            model,
+            run.runner.gather(params),
+            [prompt],
+            max_new_tokens=length,
+            sampling=SamplingConfig(temperature=0.8, top_p=0.95),
+            seed=training.seed,
+            end_of_text=run.tokenizer.end_of_text,
+        )
+        text = training.sample_prompt + run.tokenizer.decode(output.tokens[0][: output.lengths[0]])
+        console.rule(f"sample at step {step}")
+        console.print(text, markup=False)
+        console.rule()
+        if jax.process_index() == 0:
+            with path.open("a") as file:
+                file.write(f"---- step {step}\n{text}\n")
+
+    return sample
