@@ -64,7 +64,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 14_000
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 17_000
 
 
 def test_loop_is_short():
