@@ -1,10 +1,136 @@
-"""Files that are whole or absent: written aside, then renamed."""
+"""Paths as users give them, files that are whole or absent, and what a failed write means."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
 
 from etils import epath
 
+from transformer.types import UserError
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Write aside and rename: a reader finds the old file or the new one."""
-    aside = path.parent / f"{path.name}.tmp"
-    aside.write_text(text)
-    aside.replace(path)
+ASIDE = ".tmp"
+"""Ends the name of a file that is being written; what a kill left under such a name is nobody's."""
+
+_ERRNO = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)|\[Errno (\d+)\]")
+_CAUSES: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", "Free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some of it, or ask for more"),
+    errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EACCES: ("there is no permission to write", "Change the permissions"),
+    errno.EPERM: ("writing is not permitted", "Change the permissions"),
+    errno.ENOENT: ("the folder is gone", "Put it back, or mount it again"),
+    errno.ENOTDIR: ("a part of its path is a file, not a folder", "Move that file"),
+    errno.EISDIR: ("there is a folder of that name", "Move that folder"),
+    errno.EEXIST: ("there is a file of that name", "Move that file"),
+    errno.ESTALE: ("the network file system is gone", "Mount it again"),
+    errno.ENOTCONN: ("the network file system is gone", "Mount it again"),
+    errno.ETIMEDOUT: ("the network file system does not answer", "Wait until it does"),
+    errno.ENODEV: ("the disk is gone", "Connect it again"),
+    errno.ENXIO: ("the disk is gone", "Connect it again"),
+    errno.EIO: ("the disk reports an error", "Check the disk"),
+    errno.EFBIG: ("the file would be larger than allowed", "Raise the limit (ulimit -f)"),
+    errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n)"),
+    errno.ENFILE: ("too many files are open", "Close other programs"),
+    errno.ENAMETOOLONG: ("the path is too long", "Choose a shorter one"),
+}
+
+
+def expand(path: str | os.PathLike[str]) -> str:
+    """A path that a user gave, with `~` and `~NAME` as home directories; every such path passes through here.
+
+    Example:
+        >>> expand("gs://bucket/run"), expand("")
+        ('gs://bucket/run', '')
+    """
+    return os.path.expanduser(os.fspath(path))
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path is of this machine's file system (network mounts included), not of a bucket."""
+    return "://" not in os.fspath(path)
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+    """Write aside, to the disk, and rename: a reader finds the old file or the new one, also after a power cut.
+
+    Two writers of one file must not be at work at a time. In a bucket an object appears whole as it is.
+
+    Raises:
+        OSError: it cannot be written; the old file stays, and nothing beside it.
+    """
+    path = epath.Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    if not is_local(path):
+        path.write_bytes(content)
+        return
+    aside = path.parent / f"{path.name}{ASIDE}"
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: epath.PathLike) -> None:
+    """Bring the names in a local directory to the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.fspath(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def explain(error: BaseException, what: str) -> UserError | None:
+    """What the user should know of a failed write of `what`: cause, path and remedy; None if it was no such failure.
+
+    Takes an `OSError`, an error of TensorStore or Orbax that carries one, or an exception that was raised from either.
+
+    Example:
+        >>> print(explain(OSError(28, "No space left on device", "runs/a/7"), "Checkpoint 7"))
+        Checkpoint 7 could not be written: the disk is full (runs/a/7). Free some space, then start the same command again.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, UserError):
+        number = _number(seen)
+        if number is not None:
+            cause, remedy = _CAUSES.get(number, (f"{seen}".splitlines()[0] if f"{seen}" else "it failed", "Mend that"))
+            name = getattr(seen, "filename", None)
+            where = f" ({name})" if name and number in _CAUSES else ""
+            return UserError(
+                f"{what} could not be written: {cause}{where}. {remedy}, then start the same command again."
+            )
+        seen = seen.__cause__
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number of an error, 0 for an `OSError` without one; None if it is another error."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _ERRNO.search(str(error))
+    return int(next(filter(None, found.groups()))) if found else 0 if isinstance(error, OSError) else None
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn a failed write inside into the `UserError` of `explain`; other exceptions pass.
+
+    Example:
+        `with explained(f"{path}"): write_whole(path, text)`
+    """
+    try:
+        yield
+    except Exception as error:
+        told = explain(error, what)
+        if told is None:
+            raise
+        raise told from error
