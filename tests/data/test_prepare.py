@@ -227,6 +227,15 @@ def test_a_dataset_on_disk_is_read_by_its_name(tmp_path, make_config):
         source.records("validation")
 
 
+def test_datasets_of_one_name_and_size_are_told_by_their_content(tmp_path, make_config):
+    for where, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        _write_tfds(tmp_path / where, "texts", [{"text": "zero"}, {"text": text}])
+    first, same, other = (
+        open_source("texts", make_config("texts", data_dir=str(tmp_path / where))).fingerprint for where in "abc"
+    )
+    assert first == same != other
+
+
 def test_few_long_records_are_cut_so_that_there_is_something_to_shuffle(tmp_path, make_config):
     text = "a line of text\n" * 100
     _write_tfds(tmp_path / "prepared", "one_text", [{"text": text}])

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from transformer.config import DataConfig, ObjectiveConfig
@@ -22,6 +22,11 @@ from transformer.validation import require
 @runtime_checkable
 class Dataset(Protocol):
     """The data of a run."""
+
+    @property
+    def sources(self) -> Sequence[Source | ExampleSource]:
+        """What `data.source` names, in its order."""
+        ...
 
     @property
     def description(self) -> str:
@@ -76,6 +81,19 @@ def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
         f"The {objective.kind} objective learns from one dataset, got data.source={', '.join(config.source)}.",
     )
     return ExampleData(config, open_examples(config.source[0], _EXAMPLES[objective.kind], config))
+
+
+def describe_data(data: Dataset) -> list[dict[str, Any]]:
+    """What a run reads, ready for JSON. Two datasets are the same where their fingerprints are.
+
+    Returns:
+        For each source, in the order of `data.source`: its `name`, for messages; its `fingerprint`, a hash of texts, prompts or
+        labels and of the split rule, but of no path or name; its `splits`, name -> documents or examples.
+    """
+    return [
+        {"name": source.name, "fingerprint": source.fingerprint, "splits": dict(source.sizes)}
+        for source in data.sources
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +156,11 @@ class ExampleData:
 
     config: DataConfig
     source: ExampleSource
+
+    @property
+    def sources(self) -> tuple[ExampleSource]:
+        """The one there is."""
+        return (self.source,)
 
     @property
     def description(self) -> str:

@@ -1,7 +1,6 @@
 """Local corpora as documents: Python's standard library, a text file, a folder of text files, a .jsonl file."""
 
 import dataclasses
-import hashlib
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.data.files import decode_text, file_lines, json_objects, kind_of, read_file, without_surrogates
+from transformer.data.files import decode_text, json_objects, kind_of, read_file, without_surrogates
+from transformer.data.identity import ContentHash
 from transformer.validation import require
 
 PYTHON_STDLIB = "python_stdlib"
@@ -32,6 +32,7 @@ class Corpus:
     name: str
     version: str
     fingerprint: str
+    """Of texts and prompts in their order; neither names of files nor their places count."""
     count: int
     documents: Callable[[], Iterator[Document]]
 
@@ -76,15 +77,12 @@ def _visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> l
 
 
 def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -> Corpus:
-    digest = hashlib.sha256()
-    non_empty = []
+    content, non_empty = ContentHash(), []
     for path in files:
         data = read_file(path)
-        relative = path.relative_to(root).as_posix()
-        digest.update(f"{relative}\0{len(data)}\0".encode() + hashlib.sha256(data).digest())
         if data.strip():
-            decode_text(data, str(path))
-            non_empty.append((path, relative))
+            content.add(decode_text(data, str(path)), "")
+            non_empty.append((path, path.relative_to(root).as_posix()))
     require(
         len(non_empty) > 0,
         f"A source must hold text, {root if len(files) != 1 else files[0]} has {len(files)} files and no text in them.",
@@ -94,25 +92,22 @@ def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -
         for path, relative in non_empty:
             yield Document(decode_text(read_file(path), str(path)), "", relative)
 
-    return Corpus(name, version, digest.hexdigest(), len(non_empty), documents)
+    return Corpus(name, version, content.hexdigest(), len(non_empty), documents)
 
 
 def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
-    digest = hashlib.sha256()
-    for _, line in file_lines(path):
-        digest.update(line)
-
     def documents() -> Iterator[Document]:
         for place, record in json_objects(path):
             document = _json_document(record, place, config)
             if document.text.strip():
                 yield document._replace(name=f"{path.name}:{place.rpartition(' ')[2]}")
 
-    count = sum(1 for _ in documents())
+    content, count = ContentHash(), 0
+    for document in documents():
+        content.add(document.text, document.prompt)
+        count += 1
     require(count > 0, f"A source must hold text, {path} has no line with a non-empty {config.text_key!r}.")
-    return Corpus(
-        path.name, "1.0.0", "\0".join((digest.hexdigest(), config.text_key, config.prompt_key)), count, documents
-    )
+    return Corpus(path.name, "1.0.0", content.hexdigest(), count, documents)
 
 
 def _json_document(record: dict[str, Any], place: str, config: DataConfig) -> Document:

@@ -1,7 +1,6 @@
 """Datasets of labelled texts and of text pairs: prepared from files, and opened by name with TFDS."""
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,16 @@ import tensorflow_datasets as tfds
 from transformer.config import DataConfig
 from transformer.data.builder import Example, builder_class
 from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
-from transformer.data.prepare import Converted, data_directory, quiet, tfds_builder, tfds_split
+from transformer.data.identity import ContentHash
+from transformer.data.prepare import (
+    Converted,
+    data_directory,
+    hash_tfds,
+    quiet,
+    tfds_builder,
+    tfds_sizes,
+    tfds_split,
+)
 from transformer.data.splits import SPLITS
 from transformer.validation import require
 
@@ -41,6 +49,8 @@ class ExampleSource:
     description: str
     class_names: tuple[str, ...]
     open_split: Callable[[str], Sequence[TextExample]]
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Split -> its examples."""
 
     def examples(self, split: str) -> Sequence[TextExample]:
         """The examples of a split, read at random.
@@ -86,11 +96,11 @@ def prepare_examples(kind: Kind, name: str, files: Mapping[str, Sequence[str]], 
                 len(splits[split]) > 0, f"A split must hold examples, {split} from {', '.join(files[split])} has none."
             )
     require("train" in splits, "A dataset must have a training split, got no file for it.")
-    digest = hashlib.sha256()
+    content = ContentHash()
     for split, examples in splits.items():
         for example in examples:
-            digest.update(repr((split, *example)).encode())
-    fingerprint = digest.hexdigest()
+            content.add(split, *example)
+    fingerprint = content.hexdigest()
 
     text = tfds.features.Text()
     if kind == "labelled":
@@ -162,7 +172,7 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
             f"data.label_key must name a ClassLabel of {name!r}, {config.label_key!r} is {type(label).__name__}.",
         )
         class_names = tuple(label.names)
-    sizes = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
+    sizes = tfds_sizes(builder)
     carved = "train" in sizes and "validation" not in sizes and config.validation_fraction > 0
     if carved:
         taken = _taken(sizes["train"], config.validation_fraction)
@@ -186,8 +196,14 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     description = f"{full_name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
     if class_names:
         description += f"; classes {', '.join(class_names)}"
-    fingerprint = f"{full_name} {sizes} {(builder.info.metadata or {}).get('fingerprint', '')}"
-    return ExampleSource(full_name, fingerprint, kind, tuple(sizes), description, class_names, open_split)
+    content = ContentHash()
+    content.add(kind, *class_names)
+    content.add((builder.info.metadata or {}).get("fingerprint", ""))
+    content.add(*(part for size in sizes.items() for part in size))  # how much is held out
+    hash_tfds(content, builder, config, lambda example: tuple(to_example(example)))
+    return ExampleSource(
+        full_name, content.hexdigest(), kind, tuple(sizes), description, class_names, open_split, sizes
+    )
 
 
 def _taken(count: int, fraction: float) -> np.ndarray:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -20,11 +19,12 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
+from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLITS, cut, split_documents
 from transformer.types import UserError
 from transformer.validation import require
 
-_FORMAT = 1  # of the prepared records; a change prepares every corpus anew
+_FORMAT = 2  # of the prepared records; a change prepares every corpus anew
 _FEW_RECORDS = 64  # a TFDS split with fewer records is cut into pieces, so that there is something to shuffle
 _TFDS_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
@@ -40,13 +40,18 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A corpus ready to be read; `records` gives the random-access records of a split, in the order of the text."""
+    """A corpus ready to be read; `records` gives the random-access records of a split, in the order of the text.
+
+    The fingerprint is of content and split rule, not of a path.
+    """
 
     name: str
     fingerprint: str
     split_names: tuple[str, ...]
     description: str
     open_split: Callable[[str], Sequence[Record]]
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Split -> its documents."""
 
     def records(self, split: str) -> Sequence[Record]:
         """The records of a split, in the order of the text, read at random.
@@ -168,6 +173,25 @@ def tfds_split(builder: Any, split: str, config: DataConfig) -> Sequence[Example
         ) from None
 
 
+def tfds_sizes(builder: Any) -> dict[str, int]:
+    """Split -> its examples, without empty ones."""
+    return {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
+
+
+def hash_tfds(
+    content: ContentHash, builder: Any, config: DataConfig, convert: Callable[[Example], Sequence[str | int]]
+) -> None:
+    """Add what a stored dataset holds: sizes and evenly spaced examples of each split (all of a small one).
+
+    Not the name: another dataset of the same name, in another folder, must differ.
+    """
+    for split, count in sorted(tfds_sizes(builder).items()):
+        content.add(split, count, builder.info.splits[split].num_bytes)
+        examples = tfds_split(builder, split, config)
+        for index in sampled(count):
+            content.add(*convert(examples[index]))
+
+
 def _how_to_prepare(name: str, config: DataConfig) -> str:
     return (
         f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_directory(config)}` (only that "
@@ -190,10 +214,11 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
             return records
         return [piece for record in records for piece in _pieces(record.text, record.prompt, config.record_bytes)]
 
-    sizes = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
-    full_name = builder.info.full_name
+    sizes, full_name = tfds_sizes(builder), builder.info.full_name
     description = f"{full_name}: " + ", ".join(f"{split} {count:,} records" for split, count in sizes.items())
-    return Source(full_name, f"{full_name} {sizes}", tuple(sizes), description, open_split)
+    content = ContentHash()
+    hash_tfds(content, builder, config, lambda example: _whole(config, example)[:2])
+    return Source(full_name, content.hexdigest(), tuple(sizes), description, open_split, sizes)
 
 
 def _whole(config: DataConfig, example: Example) -> Record:
@@ -210,9 +235,9 @@ def _whole(config: DataConfig, example: Example) -> Record:
 
 
 def _open_local(corpus: Corpus, config: DataConfig) -> Source:
-    key = _key(corpus, config)
+    identity = _identity(corpus, config)
     label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower() or "text"
-    root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{key[:16]}"
+    root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{identity[:16]}-{config.record_bytes}"
     # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies in `root`.
     pointer = root / "prepared.json"
     if not pointer.exists():
@@ -229,7 +254,9 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
     description = f"{name}: " + ", ".join(
         f"{split} {size['documents']:,} documents, {size['bytes']:,} bytes" for split, size in sizes.items()
     )
-    return Source(name, key, tuple(sizes), description, open_split)
+    return Source(
+        name, identity, tuple(sizes), description, open_split, {n: size["documents"] for n, size in sizes.items()}
+    )
 
 
 def _piece(example: Example) -> Record:
@@ -237,11 +264,11 @@ def _piece(example: Example) -> Record:
     return Record(text, prompt, bool(example["continues"]), bool(example["last"]))
 
 
-def _key(corpus: Corpus, config: DataConfig) -> str:
-    """A hash of all that decides what the records hold: the text, not where it lies."""
-    parts = (_FORMAT, corpus.name, corpus.version, corpus.fingerprint)
-    parts += (config.validation_fraction, config.test_fraction, config.record_bytes)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _identity(corpus: Corpus, config: DataConfig) -> str:
+    """A hash of the text and of how it is split, not of where it lies nor of what it is called."""
+    content = ContentHash()
+    content.add(_FORMAT, corpus.fingerprint, config.validation_fraction, config.test_fraction)
+    return content.hexdigest()
 
 
 def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, config: DataConfig) -> None:

@@ -1,6 +1,5 @@
 """Virtual streams: a corpus dealt into a fixed number of endless sequences of rows, and batches made of them."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
+from transformer.data.identity import ContentHash
 from transformer.data.masking import Noise
 from transformer.data.prepare import Record, Source
 from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, permutation, write_pairs
@@ -43,7 +43,9 @@ class StreamBatches(grain.IterDataset):
         self.num_streams = num_streams
         self.rows_per_stream = max(1, config.batch_size // num_streams)
         self.turns = max(1, num_streams // config.batch_size)
-        self.corpus = hashlib.sha256("\0".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
+        content = ContentHash()
+        content.add(config.record_bytes, *(source.fingerprint for source in sources))
+        self.corpus = content.hexdigest()[:16]
         self._tokenizer = tokenizer
         self._records = records
         self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
