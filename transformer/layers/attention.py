@@ -14,7 +14,7 @@ from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.layers.relative import RelativePosition
 from transformer.layers.spread_attention import context_size, spread_attention
-from transformer.model_config import AttentionConfig, PositionConfig
+from transformer.model_config import AttentionConfig, NormConfig, PositionConfig
 from transformer.ops.bias import AlibiBias, BiasDescription
 from transformer.ops.masks import AttentionMask, BlockPattern
 from transformer.ops.positions import rotary
@@ -27,6 +27,7 @@ class Attention(nn.Module):
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
         positions: rotary, alibi, t5 and transformer_xl act here, other kinds on the embeddings.
+        norm_epsilon: added to the mean square in QK-norm, the block's `NormConfig.epsilon`.
         init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
         residual_init_scale: multiplies that of the output projection.
         dtype: of activations and products.
@@ -43,6 +44,7 @@ class Attention(nn.Module):
 
     config: AttentionConfig
     positions: PositionConfig = PositionConfig(kind="none")
+    norm_epsilon: float = NormConfig.epsilon
     init_std: float = 0.0
     residual_init_scale: float = 1.0
     dtype: Any = jnp.float32
@@ -192,8 +194,13 @@ class Attention(nn.Module):
             name=role,
         )(inputs)
         if self.config.qk_norm and normalize:
-            norm = RMSNorm(axis="head_dim", dtype=self.dtype, param_dtype=self.param_dtype, name=f"{role}_norm")
-            projected = norm(projected)
+            projected = RMSNorm(
+                epsilon=self.norm_epsilon,
+                axis="head_dim",
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"{role}_norm",
+            )(projected)
         return constrain(projected, "batch", "length", "heads" if role == "query" else "kv_heads", None)
 
     def _rotate(self, x_BTHK: Array, places_BT: Array) -> Array:

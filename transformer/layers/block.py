@@ -114,7 +114,10 @@ class Block(nn.Module):
         x_BTD = inputs_BTD
         update: Any
         caches: dict[str, Any] = {}
-        attention = Attention(self.config.attention, positions=self.positions, name="attention", **weights)
+        epsilon = self.config.norm.epsilon
+        attention = Attention(
+            self.config.attention, positions=self.positions, norm_epsilon=epsilon, name="attention", **weights
+        )
         if earlier_BPD is None:
             normed_BTD = before("attention", x_BTD)
         else:
@@ -136,7 +139,7 @@ class Block(nn.Module):
         if self.cross_attention:
             # A distance to a token of another sequence means nothing: no positions, no window.
             config = dataclasses.replace(self.config.attention, window=0)
-            update = Attention(config, name="cross_attention", **weights)(
+            update = Attention(config, norm_epsilon=epsilon, name="cross_attention", **weights)(
                 before("cross_attention", x_BTD),
                 memory_BSD=memory_BSD,
                 mask=memory_mask,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
-from transformer.models.head import token_embedding
+from transformer.models.head import capped, token_embedding
 from transformer.ops.masks import AttentionMask
 from transformer.ops.pooling import pool
 
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
             scores_BT = score(hidden_BTD)[..., 0]
         pooled_BD = pool(hidden_BTD, valid_BT, config.pooling, scores_BT)
         pooled_BD = nn.Dropout(config.dropout)(pooled_BD, deterministic=not train)
-        return Linear(
+        logits_BC = Linear(
             features=(config.num_classes,),
             axes=("embed", None),
             use_bias=True,
@@ -79,3 +79,4 @@ class Classifier(nn.Module):
             name="classifier",
             **kinds,
         )(pooled_BD)
+        return capped(config, logits_BC)

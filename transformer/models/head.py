@@ -48,6 +48,11 @@ def token_logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits of every token at each position, capped where the config says so."""
     logits_BTV = embedding.attend(hidden_BTD) if output is None else output(hidden_BTD)
-    if config.logits_soft_cap > 0:
-        logits_BTV = config.logits_soft_cap * jnp.tanh(logits_BTV / config.logits_soft_cap)
-    return constrain(logits_BTV, "batch", "length", "vocab")
+    return constrain(capped(config, logits_BTV), "batch", "length", "vocab")
+
+
+def capped(config: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits within `config.logits_soft_cap`, of tokens or of classes (Gemma Team 2024, section 2); 0 leaves them."""
+    if config.logits_soft_cap == 0:
+        return logits
+    return config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)
