@@ -1,4 +1,4 @@
-"""The vocabulary shared by every package: the dimension key, the batch, and the error a user sees.
+"""The vocabulary shared by every package: the dimension key, the batch, and what ends a run that a user can explain.
 
 Dimension key, used in signatures and as suffixes of variable names (`query_BTHK`):
 
@@ -8,6 +8,7 @@ Dimension key, used in signatures and as suffixes of variable names (`query_BTHK
     E experts             A experts of a token   R rows for experts, N times A
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +20,21 @@ Statistics = dict[str, Array]
 
 class UserError(ValueError):
     """Bad input: the message states the invariant, the value and the remedy; the command line exits with 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped a run; the message says what was saved and how to go on, the command line exits with 128 + `number`.
+
+    Args:
+        number: of the signal.
+        message: for the user.
+        agreed: all processes of the run stopped at the same step, and saved it.
+    """
+
+    def __init__(self, number: int, message: str, *, agreed: bool = False) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.exit_code = 128 + number
+        self.agreed = agreed
 
 
 class Batch(NamedTuple):

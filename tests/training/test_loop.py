@@ -16,8 +16,9 @@ from transformer.training import checkpoint, manifest
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loop import train
 from transformer.training.metrics import TIMINGS, Work, derive
+from transformer.training.signals import SIGNALS
 from transformer.training.writers import JsonlWriter, read_jsonl
-from transformer.types import UserError
+from transformer.types import Interrupted, UserError
 
 STEPS = 23
 
@@ -231,16 +232,49 @@ def test_resumes_to_the_bit_from_anywhere(toy, uninterrupted, tmp_path, seed):
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 11, 23])
-def test_a_signal_finishes_the_step_saves_and_returns(toy, uninterrupted, tmp_path, step):
+def test_a_signal_finishes_the_step_saves_and_raises(toy, uninterrupted, tmp_path, step):
+    """Also a signal that comes when all steps are done: a loop over runs is to end there."""
     expected, rows, _ = uninterrupted
     run = Run(toy, tmp_path)
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    number = (signal.SIGTERM, signal.SIGINT)[step % 2]
-    state = run.start(hooks=[at(step, lambda: os.kill(os.getpid(), number))])
-    assert int(state.step) == step
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    number = SIGNALS[step % len(SIGNALS)]
+    with pytest.raises(
+        Interrupted, match=f"{signal.Signals(number).name}: stopped at step {step} of 23 and saved"
+    ) as stop:
+        run.start(hooks=[at(step, lambda: os.kill(os.getpid(), number))])
+    assert (stop.value.exit_code, stop.value.agreed) == (128 + number, True)
     assert run.saved[-1] == step
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
     assert_same_bits(run.start(), expected)
+    assert untimed(run.rows) == untimed(rows)
+
+
+@pytest.mark.parametrize("place", ["evaluation", "sample", "save", "last save"])
+def test_a_signal_between_two_steps_is_not_lost(toy, uninterrupted, tmp_path, place, monkeypatch):
+    """What is under way is finished and saved, with its row, without another step."""
+    expected, rows, _ = uninterrupted
+    run, step = Run(toy, tmp_path), {"evaluation": 10, "sample": 7, "save": 5, "last save": STEPS}[place]
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(params):
+        if place == "evaluation" and run.rows[-1]["split"] != "validation":
+            interrupt()
+        return run.evaluate(params)
+
+    write = manifest.write_manifest
+    if "save" in place:
+        monkeypatch.setattr(
+            manifest, "write_manifest", lambda path: (path.name == str(step) and interrupt(), write(path))
+        )
+    sampler = (lambda params, now: now == step and interrupt()) if place == "sample" else None
+    reached = rf"at step {step} " if place != "save" else r"at step \d+ "  # it is saved beside the next steps
+    with pytest.raises(Interrupted, match=reached):
+        run.start(evaluators={"validation": evaluate}, sampler=sampler, sample_every=7)
+    monkeypatch.undo()
+    assert run.saved[-1] == step or place == "save"
+    assert_same_bits(run.start(sample_every=7), expected)
     assert untimed(run.rows) == untimed(rows)
 
 

@@ -2,9 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
 
-from transformer.types import UserError
+from transformer.types import Interrupted, UserError
 
 COMMANDS = {
     "train": "train a model, or go on with an interrupted run",
@@ -18,7 +19,7 @@ USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" f
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; a user's error is one line on stderr and exit code 2."""
+    """Run one command; a user's error is one line on stderr and exit code 2, a signal one line and 128 + its number."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\n`transformer COMMAND --help` tells more.")
@@ -40,3 +41,9 @@ def run(name: str, arguments: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("SIGINT: stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

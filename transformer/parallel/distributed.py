@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from transformer.config import ParallelConfig
-from transformer.types import UserError
+from transformer.types import Interrupted, UserError
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life, a process counts as gone, and the others end."""
@@ -89,6 +89,10 @@ def leaving() -> Iterator[None]:
     try:
         yield
         return
+    except Interrupted as error:
+        if error.agreed:  # The others leave too.
+            raise
+        code, message = error.exit_code, f"{error}"
     except UserError as error:
         code, message = 2, f"error: {error}"
     except jax.errors.JaxRuntimeError as error:

@@ -1,8 +1,8 @@
 """Training a config in its directory, from the latest checkpoint there if there is one."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -21,19 +21,31 @@ from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import write_whole
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.training import loop
-from transformer.training.checkpoint import Checkpointer
+from transformer.training.checkpoint import Checkpointer, committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.profile import trace_steps
+from transformer.training.signals import interruptible
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
 from transformer.types import PyTree
 from transformer.validation import require
 
+METRICS_FILE = "metrics.jsonl"
 _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
+
+
+class Reached(NamedTuple):
+    """Where a run is when training returns."""
+
+    workdir: str
+    step: int
+    """The last, which is saved."""
+    metrics: dict[str, float]
+    """Of the validation split at that step, by name; empty for a run without one."""
 
 
 def train(
     config: Config, *, writers: Sequence[Writer] = (), hooks: Sequence[loop.Hook] = (), console: Console | None = None
-) -> None:
+) -> Reached:
     """Train a config in its workdir, from the latest checkpoint there if there is one.
 
     Args:
@@ -41,13 +53,31 @@ def train(
         writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
         hooks: called after every step.
         console: where progress is printed.
+
+    Returns:
+        What was reached; a finished run is left as it is.
+
+    Raises:
+        Interrupted: a `KeyboardInterrupt`; SIGINT, SIGTERM or SIGHUP came. Between two steps the run is saved first, before them
+            there is nothing to save.
+        UserError: the config, the data or the directory cannot be trained with, or training diverged.
     """
-    console = console or Console(highlight=False)
+
+    def where() -> str:
+        done = max(committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
+        saved = f"step {done} of {config.training.steps} is saved" if done else "nothing was saved yet"
+        return f"stopped at once; {saved}, and the same command goes on from there."
+
+    with interruptible(where):
+        return _train(config, writers, hooks, console or Console(highlight=False))
+
+
+def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console) -> Reached:
     workdir = epath.Path(config.workdir)
     done = check_workdir(config)
     if done >= config.training.steps:
         console.print(f"{workdir} is finished: step {done} of {config.training.steps}. More --training.steps goes on.")
-        return
+        return Reached(str(workdir), done, _scores_at(workdir, done))
     use_compilation_cache()
     keep_freed_memory()
     if jax.process_index() > 0:
@@ -79,11 +109,12 @@ def train(
     )
 
     # ---- Train -------------------------------------------------------------------------------------------------------
-    own_writers: list[Writer] = []
+    latest = _Latest()
+    own_writers: list[Writer] = [latest]
     if jax.process_index() == 0:
-        own_writers = [
+        own_writers += [
             ConsoleWriter(config.training.steps, console),
-            JsonlWriter(workdir / "metrics.jsonl"),
+            JsonlWriter(workdir / METRICS_FILE),
             TensorBoardWriter(workdir / "tensorboard"),
         ]
     with trace_steps(config.training.profile_steps, workdir / "profile", console.print) as trace_hooks:
@@ -103,16 +134,38 @@ def train(
             sampler=sampler,
             hooks=[*hooks, *trace_hooks],
         )
-    if int(state.step) < config.training.steps:
-        console.print(f"Stopped at step {int(state.step)} and saved; the same command goes on from there.")
-    elif evaluators and jax.process_index() == 0:
-        (*_, last) = (row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == "validation")
+    last = latest.metrics
+    if last and jax.process_index() == 0:
         scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
         if "bits_per_byte" in last:
             scored: Any = data.evaluation_batches(run.tokenizer, "validation")
             others = compressed_bits_per_byte(scored.texts())
             scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
         console.print(f"validation {', '.join(scores)}")
+    return Reached(str(workdir), int(state.step), last)
+
+
+class _Latest:
+    """A writer that keeps the last row of the validation split, in every process."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        if split == "validation":
+            self.metrics = dict(metrics)
+
+    def resume(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
+    """The metrics of the validation split that a finished run has on record."""
+    path = workdir / METRICS_FILE
+    rows = read_jsonl(path) if path.exists() else []
+    found = [row for row in rows if (row["step"], row["split"]) == (step, "validation")]
+    return {name: value for row in found for name, value in row.items() if name not in ("step", "split")}
 
 
 def make_sampler(run: Run, console: Console) -> loop.Sampler:

@@ -13,12 +13,12 @@ from transformer.parallel.runner import Runner
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loss_scale import FINITE, SMALLEST
 from transformer.training.metrics import Stopwatch, Window, Work
-from transformer.training.processes import any_process, merged_over_processes
+from transformer.training.processes import largest_over_processes, merged_over_processes
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
 from transformer.training.step import PER_STEP
 from transformer.training.writers import Writer
-from transformer.types import Array, CheckpointableIterator, PyTree, Statistics, UserError
+from transformer.types import Array, CheckpointableIterator, Interrupted, PyTree, Statistics, UserError
 
 Evaluator = Callable[[PyTree], Mapping[str, float]]
 """Parameters as the runner places them -> metrics of a whole split."""
@@ -48,7 +48,8 @@ def train(
 
     A plain step never waits for the device: statistics are fetched while the next step runs. A resumed run writes the
     rows an uninterrupted one would have written, to the bit: the sums of a row not yet due are in the checkpoint, and
-    rows after the checkpoint are dropped. SIGTERM and SIGINT finish the step, save and return.
+    rows after the checkpoint are dropped. A signal (`signals.SIGNALS`) finishes the step, and its evaluation where one is due,
+    saves, and raises; a second one acts at once.
 
     Args:
         state: of one copy, before the first step; also the shapes and shardings of what is restored, which suffice if
@@ -67,9 +68,10 @@ def train(
         hooks: called after every step.
 
     Returns:
-        The last state, of one copy; its `step` is below `config.steps` if a signal stopped the run.
+        The last state, of one copy.
 
     Raises:
+        Interrupted: a signal came; the step that it names is saved, be it the last.
         UserError: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has fallen as low as
             it goes); checkpoints of earlier steps stay.
     """
@@ -88,7 +90,8 @@ def train(
     window = Window(restored.loop["window"] if restored else {})
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 
-    with _finishing(checkpointer, writers), StopRequest() as stop:
+    step = start
+    with StopRequest() as stop, _finishing(checkpointer, writers):
         for step in range(start + 1, config.steps + 1):
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
             batch = next(batches)
@@ -100,7 +103,8 @@ def train(
 
             last = step == config.steps
             # Processes must save at the same step, and asking them costs a message.
-            stopping = (jax.process_count() == 1 or _due(step, config.log_every)) and any_process(bool(stop))
+            alone = jax.process_count() == 1
+            stopping = (alone or _due(step, config.log_every)) and largest_over_processes(stop.number) > 0
             evaluating = bool(evaluators) and (last or _due(step, config.eval_every))
             sampling = sampler is not None and (last or _due(step, config.sample_every))
             saving = last or stopping or _due(step, config.checkpoint_every)
@@ -119,9 +123,10 @@ def train(
                 # ---- Sample -----------------------------------------------------------------------------------------
                 if sampling and sampler is not None:
                     sampler(runner.fetch_state(evaluation_params(state)), step)
+                stopping = stopping or (alone and stop.number > 0)  # it came meanwhile
             finally:
                 # ---- Save, whatever became of that: this step's loss is known to be finite (or it was skipped) ----------
-                if saving:
+                if saving or stopping:
                     one_copy = runner.fetch_state(state)
                     if not _all_finite(one_copy.params):
                         raise UserError(_not_finite("parameters", "they are not", step, checkpointer))
@@ -130,6 +135,10 @@ def train(
             report.stopwatch.skip()
             if stopping:
                 break
+    number = largest_over_processes(stop.number)  # of a signal that came with the last step, too
+    if number:
+        on = "all steps are done." if step == config.steps else "the same command goes on from there."
+        raise Interrupted(number, f"stopped at step {step} of {config.steps} and saved; {on}", agreed=True)
     return runner.fetch_state(state)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def any_process(flag: bool) -> bool:
-    """True in every process if it is in one; all processes must call it."""
+def largest_over_processes(number: int) -> int:
+    """The largest of the numbers of all processes, the same in each; all processes must call it."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
 
 
 def merged_over_processes(state: dict[str, Any]) -> dict[str, Any]:

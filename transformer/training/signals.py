@@ -1,44 +1,82 @@
-"""Asking a run to stop: SIGTERM and SIGINT set a flag that the loop reads between two steps."""
+"""Signals that stop a run: at once while there is nothing to save, and between two steps of the training loop."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from transformer.types import Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""Asked to end, Ctrl-C, and the end of a terminal or a connection."""
+
+
+@contextlib.contextmanager
+def interruptible(message: Callable[[], str]) -> Iterator[None]:
+    """A context in which a signal raises `Interrupted` with the message at once.
+
+    Outside the main thread, which alone is given signals, nothing changes.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, message())
+
+    with _Handlers(stop):
+        yield
 
 
 class StopRequest:
-    """A context in which the first SIGTERM or SIGINT is remembered and a second one acts as it would outside.
+    """A context in which the first signal is remembered and a second one acts as it would outside.
 
     Example:
         >>> with StopRequest() as stop:
-        ...     bool(stop)
-        False
+        ...     stop.number
+        0
     """
 
     def __init__(self) -> None:
-        self.signal_name = ""
-        self._previous: dict[int, object] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal_name != ""
+        self.number = 0
+        """Of the signal; 0 where there was none."""
+        self._handlers = _Handlers(self._handle)
 
     def __enter__(self) -> "StopRequest":
-        # Python delivers signals to the main thread only, and lets no other set a handler.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._handlers.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self._handlers.restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore()
+        self.number = number
+        self._handlers.restore()
 
-    def _restore(self) -> None:
+
+class _Handlers:
+    """One handler for all signals within a context, and those of before after it."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self._handler = handler
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        # Python delivers signals to the main thread only, and lets no other set a handler.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            previous = signal.getsignal(number)
+            # `nohup` ignores the end of a terminal, and the run goes on.
+            if number in (signal.SIGTERM, signal.SIGINT) or previous is not signal.SIG_IGN:
+                self._previous[number] = previous
+                signal.signal(number, self._handler)
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the handlers of before back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
