@@ -17,9 +17,9 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
     validation_fraction: float = 0.1
-    """Part of a local source held out for validation (whole files of a folder, else the file's last part)."""
+    """Share of a local source's text held out for validation: whole files of a folder where they fit, else the end of one."""
     test_fraction: float = 0.0
-    """Part of a local source held out for testing, after the validation part."""
+    """Share of a local source's text held out for testing, after the validation part."""
     text_key: str = "text"
     """Feature that holds the text (TFDS names, .jsonl)."""
     prompt_key: str = "prompt"

@@ -62,11 +62,11 @@ def test_splits_hold_every_document_once(make_config, write_folder):
     source = open_source(str(folder), config)
     assert source.split_names == ("train", "validation", "test")
     parts = {split: list(split_text(source, split)) for split in source.split_names}
-    assert {split: len(texts) for split, texts in parts.items()} == {"train": 14, "validation": 4, "test": 2}
+    assert {split: len(texts) for split, texts in parts.items()} == {"train": 13, "validation": 4, "test": 3}
     everything = sorted(document.text for document in read_local(str(folder), config).documents())
     assert sorted(text for texts in parts.values() for text in texts) == everything
     size = sum(len(text.encode()) for text in parts["train"])
-    assert source.description.startswith(f"folder: train 14 documents, {size:,} bytes, validation 4 documents")
+    assert source.description.startswith(f"folder: train 13 documents, {size:,} bytes, validation 4 documents")
 
 
 def test_text_is_prepared_once_and_anew_when_it_changes(tmp_path, make_config, write_folder):
@@ -183,11 +183,38 @@ def test_a_split_that_is_missing_is_named_with_those_there_are(make_config, writ
         source.records("test")
 
 
-def test_a_corpus_with_nothing_left_to_train_on_is_refused(tmp_path, make_config):
+def test_a_corpus_without_text_for_each_split_is_refused(tmp_path, make_config):
     path = tmp_path / "a.txt"
     path.write_text("x")
-    with pytest.raises(UserError, match=r"leave text to train on, a\.txt has 1 documents"):
+    with pytest.raises(
+        UserError, match=r"text for each split, a\.txt has 1 bytes in 1 documents and none for validation"
+    ):
         open_source(str(path), make_config(path))
+    assert open_source(str(path), make_config(path, validation_fraction=0.0)).split_names == ("train",)
+
+
+@pytest.mark.parametrize("form", ["folder", "jsonl", "file"])
+def test_what_is_held_out_is_a_share_of_the_text(tmp_path, make_config, write_jsonl, form):
+    """31 kB and 4 kB: neither the first file nor as many files as the share says."""
+    texts = ["a line of 31\n" * 2400, "a line of 4\n" * 340]
+    path = tmp_path / "texts"
+    if form == "jsonl":
+        path = write_jsonl([{"text": text} for text in texts])
+    elif form == "file":
+        path.write_text("".join(texts))
+    else:
+        path.mkdir()
+        for name, text in zip("ab", texts, strict=True):
+            (path / name).write_text(text)
+    for shares in ((0.1, 0.0), (0.1, 0.1), (0.0, 0.02)):
+        source = open_source(str(path), make_config(path, validation_fraction=shares[0], test_fraction=shares[1]))
+        held_out = [sum(map(len, split_text(source, split))) for split in source.split_names]
+        for split, asked_for in zip(("validation", "test"), shares, strict=True):
+            assert (split in source.split_names) == (asked_for > 0)
+            if asked_for:
+                share = held_out[source.split_names.index(split)] / sum(held_out)
+                assert asked_for / 1.5 < share < asked_for * 1.5
+        assert sum(held_out) == sum(map(len, texts))
 
 
 # ---- Names -----------------------------------------------------------------------------------------------------------

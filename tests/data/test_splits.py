@@ -1,46 +1,87 @@
-"""Splits that never overlap, and pieces that make up the text."""
+"""Splits that have their shares of the text, never overlap and leave nothing out; pieces that make up the text."""
 
 import doctest
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from transformer.data import splits
 from transformer.data.documents import Corpus, Document
-from transformer.data.splits import SPLITS, assign, cut, split_documents
+from transformer.data.splits import SPLITS, assign, cut, divide, split_documents
 
 
 def _corpus(*texts):
     documents = [Document(text, f"prompt{i} ", f"{i}") for i, text in enumerate(texts)]
-    return Corpus("corpus", "1.0.0", "", len(documents), lambda: iter(documents))
+    return Corpus("corpus", "1.0.0", "", tuple(len(text.encode()) for text in texts), lambda: iter(documents))
 
 
 def _split(corpus, validation_fraction, test_fraction):
-    return {
-        split: list(
-            split_documents(corpus, split, validation_fraction=validation_fraction, test_fraction=test_fraction)
-        )
-        for split in SPLITS
-    }
+    parts = divide(corpus.sizes, validation_fraction, test_fraction)
+    return {split: list(split_documents(corpus, parts, split)) for split in SPLITS}
 
 
 def test_docstring_examples():
     assert doctest.testmod(splits).failed == 0
 
 
+# ---- Shares ----------------------------------------------------------------------------------------------------------
+
+SIZES = st.one_of(
+    st.lists(st.integers(1, 100_000), min_size=1, max_size=60),
+    st.lists(st.sampled_from([1, 20, 4_000, 31_000, 10_000_000]), min_size=1, max_size=60),
+    st.builds(lambda count, size: [size] * count, st.integers(1, 300), st.integers(1, 1000)),
+)
+SHARES = st.sampled_from([0.0, 0.0005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45])
+
+
+@given(sizes=SIZES, validation=SHARES, test=SHARES)
+@example([31_000, 4_000], 0.1, 0.0)
+@example([4_000, 31_000], 0.1, 0.1)
+@example([10_000_000] + [2_000] * 50, 0.05, 0.05)
+@example([2_000] * 50 + [10_000_000], 0.05, 0.05)
+@example([1] * 200 + [1000] * 800, 0.05, 0.0)
+@example([5, 5], 0.1, 0.1)
+@example([1, 1, 1], 0.45, 0.45)
+def test_each_split_has_its_share_of_the_text(sizes, validation, test):
+    parts = divide(sizes, validation, test)
+    assert parts.min() >= 0
+    assert parts.sum(axis=1).tolist() == sizes
+    assert np.sum((parts > 0).sum(axis=1) > 1) <= (validation > 0) + (
+        test > 0
+    )  # a document cut for each split, at most
+    total = sum(sizes)
+    shares = (1 - validation - test, validation, test)
+    for share, size in zip(shares, parts.sum(axis=0), strict=True):
+        if total < 3:
+            continue
+        assert (size > 0) == (share > 0)
+        if share * total >= 2:  # less than a byte is rounded up to one
+            assert share * total / 1.5 - 1 <= size <= share * total * 1.5 + 1
+
+
+def test_short_documents_are_not_all_held_out_beside_a_long_one():
+    parts = divide([1_000_000] + [1_000] * 40, 0.05, 0.0)
+    assert 1 <= np.sum(parts[1:, 1] > 0) <= 4
+    assert parts[0, 1] > 0
+
+
+def test_documents_of_one_length_are_held_out_whole_at_an_even_stride():
+    parts = divide([7] * 601, 0.05, 0.0)
+    assert np.flatnonzero(parts[:, 1]).tolist() == list(range(0, 601, 20))
+    assert np.flatnonzero(parts[:, 1]).tolist() == np.flatnonzero(assign(601, 0.05, 0.0)).tolist()
+
+
 @given(count=st.integers(1, 300), validation=st.floats(0, 0.49), test=st.floats(0, 0.49))
-def test_each_document_has_one_split_and_the_splits_have_their_shares(count, validation, test):
-    parts = assign(count, validation, test)
-    assert len(parts) == count
-    for split, fraction in (("validation", validation), ("test", test)):
-        assert abs(parts.count(split) - fraction * count) <= 2
-        assert (parts.count(split) > 0) == (fraction > 0) or count < 3 or fraction < 1e-6
+def test_a_stride_gives_each_split_its_share_of_the_documents(count, validation, test):
+    assigned = assign(count, validation, test)
+    assert len(assigned) == count
+    for split, fraction in ((1, validation), (2, test)):
+        assert abs(assigned.count(split) - fraction * count) <= 2
 
 
-def test_a_twentieth_is_every_twentieth_document():
-    parts = assign(601, 0.05, 0.0)
-    assert [i for i, split in enumerate(parts) if split == "validation"] == list(range(0, 601, 20))
+# ---- Texts -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_lone_document_is_cut_in_characters_train_first():
@@ -55,11 +96,25 @@ def test_a_lone_document_is_cut_in_characters_train_first():
     assert [parts[split][0].prompt for split in SPLITS] == ["prompt0 ", "", ""]
 
 
-@given(count=st.integers(2, 60), validation=st.floats(0, 0.49), test=st.floats(0, 0.49))
-def test_splits_never_overlap_and_leave_nothing_out(count, validation, test):
-    parts = _split(_corpus(*(f"text {i}" for i in range(count))), validation, test)
-    names = [d.name for split in SPLITS for d in parts[split]]
-    assert sorted(names, key=int) == [str(i) for i in range(count)]
+@given(
+    texts=st.lists(st.text(st.sampled_from("aé日😀"), min_size=1, max_size=30), min_size=1, max_size=12),
+    validation=SHARES,
+    test=SHARES,
+)
+@example(["日本語"], 0.1, 0.1)
+@example(["😀😀"], 0.45, 0.0)
+def test_splits_never_overlap_and_leave_nothing_out(texts, validation, test):
+    parts = _split(_corpus(*texts), validation, test)
+    for number, text in enumerate(texts):
+        stretches = [d for split in SPLITS for d in parts[split] if d.name == str(number)]
+        assert "".join(d.text for d in stretches) == text
+        assert [d.prompt for d in stretches] == [f"prompt{number} ", "", ""][: len(stretches)]
+    asked_for = {"train"} | ({"validation"} if validation else set()) | ({"test"} if test else set())
+    if sum(map(len, texts)) >= 6:
+        assert {split for split in SPLITS if parts[split]} == asked_for
+
+
+# ---- Pieces ----------------------------------------------------------------------------------------------------------
 
 
 @given(text=st.text(st.sampled_from("ab\né日😀"), max_size=400), size=st.integers(64, 100))

@@ -27,14 +27,20 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A local corpus: `count` non-empty documents, read anew by each call of `documents`."""
+    """A local corpus of non-empty documents, read anew by each call of `documents`."""
 
     name: str
     version: str
     fingerprint: str
     """Of texts and prompts in their order; neither names of files nor their places count."""
-    count: int
+    sizes: tuple[int, ...]
+    """Bytes of each document's text."""
     documents: Callable[[], Iterator[Document]]
+
+    @property
+    def count(self) -> int:
+        """How many documents there are."""
+        return len(self.sizes)
 
 
 def read_local(source: str, config: DataConfig) -> Corpus:
@@ -77,22 +83,14 @@ def _visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> l
 
 
 def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -> Corpus:
-    content, non_empty = ContentHash(), []
-    for path in files:
-        data = read_file(path)
-        if data.strip():
-            content.add(decode_text(data, str(path)), "")
-            non_empty.append((path, path.relative_to(root).as_posix()))
-    require(
-        len(non_empty) > 0,
-        f"A source must hold text, {root if len(files) != 1 else files[0]} has {len(files)} files and no text in them.",
-    )
-
     def documents() -> Iterator[Document]:
-        for path, relative in non_empty:
-            yield Document(decode_text(read_file(path), str(path)), "", relative)
+        for path in files:
+            text = decode_text(read_file(path), str(path))
+            if text.strip():
+                yield Document(text, "", path.relative_to(root).as_posix())
 
-    return Corpus(name, version, content.hexdigest(), len(non_empty), documents)
+    place = root if len(files) != 1 else files[0]
+    return _corpus(name, version, documents, f"{place} has {len(files)} files and no text in them")
 
 
 def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
@@ -102,12 +100,16 @@ def _jsonl(path: epath.Path, config: DataConfig) -> Corpus:
             if document.text.strip():
                 yield document._replace(name=f"{path.name}:{place.rpartition(' ')[2]}")
 
-    content, count = ContentHash(), 0
+    return _corpus(path.name, "1.0.0", documents, f"{path} has no line with a non-empty {config.text_key!r}")
+
+
+def _corpus(name: str, version: str, documents: Callable[[], Iterator[Document]], if_empty: str) -> Corpus:
+    content, sizes = ContentHash(), []
     for document in documents():
         content.add(document.text, document.prompt)
-        count += 1
-    require(count > 0, f"A source must hold text, {path} has no line with a non-empty {config.text_key!r}.")
-    return Corpus(path.name, "1.0.0", content.hexdigest(), count, documents)
+        sizes.append(len(document.text.encode()))
+    require(len(sizes) > 0, f"A source must hold text, {if_empty}.")
+    return Corpus(name, version, content.hexdigest(), tuple(sizes), documents)
 
 
 def _json_document(record: dict[str, Any], place: str, config: DataConfig) -> Document:

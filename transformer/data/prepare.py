@@ -20,11 +20,11 @@ from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.identity import ContentHash, sampled
-from transformer.data.splits import SPLITS, cut, split_documents
+from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
 from transformer.types import UserError
 from transformer.validation import require
 
-_FORMAT = 2  # of the prepared records; a change prepares every corpus anew
+_FORMAT = 1  # of the prepared records; a change prepares every corpus anew
 _FEW_RECORDS = 64  # a TFDS split with fewer records is cut into pieces, so that there is something to shuffle
 _TFDS_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
@@ -267,31 +267,29 @@ def _piece(example: Example) -> Record:
 def _identity(corpus: Corpus, config: DataConfig) -> str:
     """A hash of the text and of how it is split, not of where it lies nor of what it is called."""
     content = ContentHash()
-    content.add(_FORMAT, corpus.fingerprint, config.validation_fraction, config.test_fraction)
+    content.add(_FORMAT, SPLIT_RULE, corpus.fingerprint, config.validation_fraction, config.test_fraction)
     return content.hexdigest()
 
 
 def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, config: DataConfig) -> None:
     splits: dict[str, Callable[[], Iterator[Example]]] = {}
     sizes: dict[str, dict[str, int]] = {}
+    parts = divide(corpus.sizes, config.validation_fraction, config.test_fraction)
     for split in SPLITS:
-        documents = functools.partial(
-            split_documents,
-            corpus,
-            split,
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
-        )
+        documents = functools.partial(split_documents, corpus, parts, split)
         count, size = 0, 0
         for document in documents():
             count, size = count + 1, size + len(document.prompt.encode()) + len(document.text.encode())
         if count > 0:
             sizes[split] = {"documents": count, "bytes": size}
             splits[split] = functools.partial(_examples, documents, config.record_bytes)
+    wanted = [1.0, config.validation_fraction, config.test_fraction]
+    missing = [split for split, share in zip(SPLITS, wanted, strict=True) if share > 0 and split not in splits]
     require(
-        "train" in splits,
-        f"A source must leave text to train on, {corpus.name} has {corpus.count} documents of which none is left after "
-        f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}.",
+        not missing,
+        f"A source must leave text for each split, {corpus.name} has {sum(corpus.sizes):,} bytes in {corpus.count:,} documents "
+        f"and none for {' and '.join(missing)} with data.validation_fraction={config.validation_fraction} and "
+        f"data.test_fraction={config.test_fraction}: add text, or set them to 0.",
     )
     attempt = root / uuid.uuid4().hex
     try:

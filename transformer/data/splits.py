@@ -1,34 +1,107 @@
-"""Which documents are for training, validation and testing, and how long ones are cut into pieces."""
+"""Which text is for training, validation and testing, and how long documents are cut into pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
 
 from transformer.data.documents import Corpus, Document
 
 SPLITS = ("train", "validation", "test")
+SPLIT_RULE = 2  # part of a corpus's identity: another rule gives other splits of the same text
+_TOLERANCE = 0.2  # of a share, before whole documents are given up
+_GOLDEN_RATIO = 0.6180339887498949
 _ROUNDING = 1e-9
 
+Parts = Int[np.ndarray, "documents 3"]
+"""Bytes of each document that go to training, validation and testing, which stand in it in this order."""
 
-def split_documents(
-    corpus: Corpus, split: str, *, validation_fraction: float, test_fraction: float
-) -> Iterator[Document]:
-    """Documents of a split, in order: whole ones at an even stride, or the stretches of the only one there is."""
-    if corpus.count == 1:
-        for document in corpus.documents():
-            yield from _stretch(document, split, validation_fraction, test_fraction)
-        return
-    assigned = assign(corpus.count, validation_fraction, test_fraction)
-    for document, its_split in zip(corpus.documents(), assigned, strict=True):
-        if its_split == split:
+
+def split_documents(corpus: Corpus, parts: Parts, split: str) -> Iterator[Document]:
+    """Documents of a split, in order, whole or the part of them that `parts` gives it; the prompt is the first part's."""
+    column = SPLITS.index(split)
+    for document, of_document in zip(corpus.documents(), parts, strict=True):
+        if of_document[column] == of_document.sum():
             yield document
+        elif of_document[column] > 0:
+            start, stop = _stretches(document.text, of_document.tolist())[column]
+            if start < stop:
+                yield document._replace(text=document.text[start:stop], prompt=document.prompt if start == 0 else "")
 
 
-def assign(count: int, validation_fraction: float, test_fraction: float) -> list[str]:
-    """The split of each of `count` documents, spread evenly by error diffusion, the first to validation.
+def divide(sizes: Sequence[int], validation_fraction: float, test_fraction: float) -> Parts:
+    """How much of each document goes to which split, so that each has its share of the text.
+
+    Whole documents at an even stride are held out. Where that misses a share by more than a fifth, documents are chosen by
+    size, as evenly spread as they fit, and what is missing is cut from the end of the longest one. A lone document
+    is cut. Each split that is asked for, and training, is given at least a byte.
+
+    Args:
+        sizes: bytes of the documents.
+        validation_fraction: share of all bytes.
+        test_fraction: likewise; the rest is for training.
+
+    >>> divide([10, 10, 10, 10], 0.25, 0).tolist()
+    [[0, 10, 0], [10, 0, 0], [10, 0, 0], [10, 0, 0]]
+    >>> divide([31, 4], 0.1, 0).tolist()
+    [[31, 0, 0], [0, 4, 0]]
+    >>> divide([100], 0.1, 0.1).tolist()
+    [[80, 10, 10]]
+    """
+    whole = np.zeros((len(sizes), 3), np.int64)
+    whole[np.arange(len(sizes)), assign(len(sizes), validation_fraction, test_fraction)] = sizes
+    total = sum(sizes)
+    second = int(total * (1 - test_fraction))
+    wanted = {1: second - int(total * (1 - validation_fraction - test_fraction)), 2: total - second}
+    wanted = {
+        column: max(1, wanted[column])
+        for column, fraction in ((1, validation_fraction), (2, test_fraction))
+        if fraction > 0
+    }
+    if sum(wanted.values()) == total:
+        wanted[max(wanted, key=wanted.__getitem__)] -= 1
+    training = max(0, total - sum(wanted.values()))
+    # The errors of both must not add up to too much of training's share.
+    slack = {column: min(_TOLERANCE * size, _TOLERANCE / 2 * training) for column, size in wanted.items()}
+    if all(abs(whole[:, column].sum() - size) <= slack[column] for column, size in wanted.items()):
+        return whole
+    parts = np.zeros_like(whole)
+    parts[:, 0] = sizes
+    for column, size in wanted.items():
+        _fill(parts, column, size, slack[column])
+    return parts
+
+
+def _fill(parts: Parts, column: int, size: int, slack: float) -> None:
+    """Move `size` bytes, give or take `slack`, from training to another split: whole documents, then a part of one."""
+    whole = parts[:, 0] == parts.sum(axis=1)
+    lengths, taken = parts[:, 0].copy(), 0
+    # Documents that are short for their number would else all be held out, to make up for one that is too long.
+    most = max(1, round(2 * len(parts) * size / max(1, parts.sum())))
+    longest_first, longest = np.argsort(-lengths, kind="stable"), 0
+    for index in np.argsort(np.arange(len(parts)) * _GOLDEN_RATIO % 1.0, kind="stable"):
+        missing, length = size - taken, lengths[index]
+        if missing <= slack or (most <= 0 and parts[longest_first[longest], 0] >= 2 * missing):
+            break
+        if whole[index] and 0 < length < 2 * missing and taken + length <= size + slack:
+            parts[index, 0], parts[index, column] = 0, length
+            taken, most = taken + length, most - 1
+            while longest + 1 < len(parts) and parts[longest_first[longest], 0] == 0:
+                longest += 1
+    if size - taken > slack:
+        index = parts[:, 0].argmax()
+        cut_off = min(size - taken, parts[index, 0])
+        parts[index, 0] -= cut_off
+        parts[index, column] += cut_off
+
+
+def assign(count: int, validation_fraction: float, test_fraction: float) -> list[int]:
+    """The split (a place in `SPLITS`) of each of `count` documents, spread evenly by error diffusion, the first to validation.
 
     >>> assign(8, 0.25, 0.125)
-    ['validation', 'test', 'train', 'train', 'validation', 'train', 'train', 'train']
+    [1, 2, 0, 0, 1, 0, 0, 0]
     """
-    fractions = {"validation": validation_fraction, "test": test_fraction}
+    fractions = {1: validation_fraction, 2: test_fraction}
     # Start full, so that a small corpus has a validation document at all.
     credit = {split: 1.0 - fraction for split, fraction in fractions.items()}
     splits = []
@@ -36,20 +109,22 @@ def assign(count: int, validation_fraction: float, test_fraction: float) -> list
         for split, fraction in fractions.items():
             credit[split] += fraction
         due = [split for split in fractions if fractions[split] > 0 and credit[split] >= 1 - _ROUNDING]
-        splits.append(due[0] if due else "train")
+        splits.append(due[0] if due else 0)
         if due:
             credit[due[0]] -= 1
     return splits
 
 
-def _stretch(document: Document, split: str, validation_fraction: float, test_fraction: float) -> Iterator[Document]:
-    length = len(document.text)
-    first = int(length * (1 - validation_fraction - test_fraction))
-    second = int(length * (1 - test_fraction))
-    start, stop = {"train": (0, first), "validation": (first, second), "test": (second, length)}[split]
-    if start < stop:
-        prompt = document.prompt if start == 0 else ""
-        yield document._replace(text=document.text[start:stop], prompt=prompt)
+def _stretches(text: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """For parts of so many bytes, where they start and stop, in characters: at least one each if there are as many."""
+    data, stretches, start = text.encode(), [], 0
+    for index, size in enumerate(sizes):
+        stop = len(data[: sum(sizes[: index + 1])].decode(errors="ignore"))
+        later = sum(size > 0 for size in sizes[index + 1 :])
+        stop = max(start, min(max(stop, start + (size > 0)), len(text) - later))
+        stretches.append((start, stop))
+        start = stop
+    return stretches
 
 
 def cut(text: str, record_bytes: int) -> Iterator[str]:
