@@ -72,6 +72,10 @@ def remembering(kind="rotary", **changes):
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
         (lambda: ObjectiveConfig(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
+        (lambda: ObjectiveConfig(class_weights="balanced"), "is for classification, got balanced for next_token; leave"),
+        (lambda: ObjectiveConfig("classification", class_weights=()), "a positive number a class, got"),
+        (lambda: ObjectiveConfig("classification", class_weights=(1.0, 0.0)), "a positive number a class, got"),
+        (lambda: ObjectiveConfig("classification", class_weights=(1.0, float("nan"))), "a positive number a class, got"),
         (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
         (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
         (
@@ -120,7 +124,10 @@ CUSTOM = Config(
 )
 
 
-@pytest.mark.parametrize("config", [Config(), CUSTOM], ids=["default", "custom"])
+WEIGHTED = Config(objective=ObjectiveConfig("classification", class_weights=(1.0, 2.5)))
+
+
+@pytest.mark.parametrize("config", [Config(), CUSTOM, WEIGHTED], ids=["default", "custom", "weighted"])
 def test_json_round_trip(config):
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 

@@ -117,6 +117,9 @@ class ObjectiveConfig:
     al. 2020)."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+    """classification: weight of each class in the training loss, which is the weighted mean; a number a class, or balanced,
+    inversely to how often each occurs in the training split. Scores (validation loss too) stay unweighted."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
     loss_chunks: int = 1
@@ -146,6 +149,15 @@ class ObjectiveConfig:
         )
         require_at_least(self, 0, "z_loss", "load_balance", "router_z")
         require_at_least(self, 1, "mean_span_length", "loss_chunks")
+        weights = self.class_weights
+        require(
+            weights == "none" or self.kind == "classification",
+            f"ObjectiveConfig.class_weights is for classification, got {weights} for {self.kind}; leave it out.",
+        )
+        require(
+            isinstance(weights, str) or (len(weights) > 0 and all(0 < weight < float("inf") for weight in weights)),
+            f"ObjectiveConfig.class_weights must be none, balanced or a positive number a class, got {weights}.",
+        )
         require(
             self.loss_chunks == 1 or self.kind != "classification",
             f"ObjectiveConfig.loss_chunks is for logits over a vocabulary, got {self.loss_chunks} for a classification; "

@@ -48,6 +48,8 @@ def from_dict(kind: Any, values: Any) -> Any:
         unknown = sorted(set(values) - set(hints))
         require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
         return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    if typing.get_origin(kind) is typing.Union and isinstance(values, (list, tuple)):
+        kind = next(member for member in typing.get_args(kind) if typing.get_origin(member) is tuple)
     if typing.get_origin(kind) is tuple:
         return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
     return float(values) if kind is float else values

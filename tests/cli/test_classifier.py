@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -80,6 +81,10 @@ def test_a_classifier_learns_and_is_scored(place, capsys):
     assert scores["accuracy"] == pytest.approx(np.trace(confusion) / 41)
     assert scores["accuracy"] > 0.8
     assert 0.5 < scores["macro_f1"] <= 1
+    assert list(scores["per_class"]) == scores["classes"]
+    assert [score["support"] for score in scores["per_class"].values()] == [14, 14, 13]
+    recalls = np.diag(confusion) / confusion.sum(axis=1)
+    assert [score["recall"] for score in scores["per_class"].values()] == pytest.approx(recalls)
     assert "bits_per_byte" not in scores
     with pytest.raises(SystemExit) as exit_info:
         main(["generate", str(workdir), "--prompt", "a film"])
@@ -135,6 +140,26 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     assert load(workdir).step == 2
 
 
+def test_classes_have_weights_from_the_training_split(place, capsys):
+    weights = "--objective.class-weights"
+    capsys.readouterr()
+    train(place, "balanced", weights, "balanced", "--training.steps", "1")
+    printed = " ".join(capsys.readouterr().out.split())
+    # 180 of 200 texts train: 59 bad, 63 good, 58 so-so.
+    (named,) = re.findall(r"class weights: bad ([\d.]+), good ([\d.]+), so-so ([\d.]+)", printed)
+    counts = [180 / (3 * float(weight)) for weight in named]
+    assert sum(counts) == pytest.approx(180, rel=1e-3) and counts == pytest.approx([round(n) for n in counts], rel=1e-3)
+    train(place, "balanced", weights, "balanced", "--training.steps", "2")
+    assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        train(place, "balanced", weights, "1", "2", "3", "--training.steps", "3")
+    assert "objective.class_weights: balanced -> [1.0, 2.0, 3.0]" in capsys.readouterr().err
+    main(["evaluate", str(place / "balanced")])
+    rows = [json.loads(line) for line in (place / "balanced" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["split"] == "validation"
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
+
+
 def test_other_classes_cannot_be_scored(place, pretrained, capsys):
     workdir = train(place, "few", "--training.init-from", str(pretrained), "--training.steps", "1")
     lines = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
@@ -163,6 +188,8 @@ def test_inspect_shows_classes(place, capsys, monkeypatch):
     [
         (["--model.architecture", "decoder"], "needs model.architecture=encoder, got 'decoder'"),
         (["--model.num-classes", "5"], "model.num_classes must be the data's 3, got 5"),
+        (["--objective.class-weights", "1", "2"], "one a class (bad, good, so-so), got 2 numbers"),
+        (["--objective.class-weights", "some"], "does not match choices"),
         (["--data.source", "mine", "mine"], "learns from one dataset"),
         (["--data.source", "unknown_name"], "unknown_name"),
         (["--data.label-key", "text"], "must name a ClassLabel"),

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from transformer.evaluation.scores import sum_statistics
+from transformer.evaluation.translation import translation_scores
+from transformer.types import UserError
 
 
 def test_adds_in_float64():
@@ -27,5 +29,15 @@ def test_every_batch_is_scored_once_with_the_parameters():
 
 
 def test_an_empty_split_is_refused():
-    with pytest.raises(ValueError, match="at least one batch, got none"):
+    with pytest.raises(UserError, match="at least one batch, got none"):
         sum_statistics(lambda params, carry, batch: (carry, {}), (), [])
+
+
+def test_targets_that_all_have_weight_0_are_refused():
+    with pytest.raises(UserError, match="need a target that counts"):
+        sum_statistics(lambda params, carry, batch: (carry, {"loss": 0.0, "weight": 0.0}), (), [1, 2])
+
+
+def test_no_translation_has_no_bleu():
+    with pytest.raises(UserError, match="at least one translation, got none"):
+        translation_scores([], [])

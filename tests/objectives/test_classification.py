@@ -1,15 +1,23 @@
 """The classification objective: sums over texts, filler rows left out, a confusion matrix that adds up."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.classifier import Classifier
-from transformer.objectives.classification import classification
+from transformer.objectives.classification import balanced_weights, classification
+from transformer.parallel.mesh import make_mesh, mesh_runner
+from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.training.metrics import derive
+from transformer.training.state import create_state
+from transformer.training.step import make_eval_step, make_train_step
 from transformer.types import LabelledBatch
 
 
@@ -47,7 +55,8 @@ def batch():
 def statistics(model, params, batch, *, train=False, config=ObjectiveConfig(kind="classification")):  # noqa: B008
     objective = classification(model, config, mask_token=6)
     (loss_sum, weight_sum), (_, found) = objective.loss(params, (), batch, jax.random.key(0), train)
-    np.testing.assert_array_equal(weight_sum, objective.weight(batch))
+    if train or config.class_weights == "none":
+        np.testing.assert_array_equal(weight_sum, objective.weight(batch))
     np.testing.assert_array_equal(loss_sum, found["objective"])
     return found
 
@@ -107,3 +116,70 @@ def test_token_dropout_hides_some_tokens_of_training_and_nothing_else():
     assert (hidden != (second == 6)).any()
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(evaluated, batch.inputs)
+
+
+WEIGHTED = ObjectiveConfig(kind="classification", class_weights=(0.5, 1.0, 8.0), label_smoothing=0.1, z_loss=0.01)
+
+
+def test_class_weights_make_a_weighted_mean(model, params, batch):
+    """`sum_i w_i loss_i / sum_i w_i` in training; evaluation, accuracy and the plain loss count every text alike."""
+    found = statistics(model, params, batch, train=True, config=WEIGHTED)
+    w = np.array([0.5, 1.0, 8.0])[np.asarray(batch.labels)] * np.asarray(batch.weights)
+    unweighted = dataclasses.replace(WEIGHTED, class_weights="none")
+    single = [
+        statistics(model, params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), config=unweighted)["objective"]
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(found["objective"], np.dot(w[:4], single), rtol=1e-5)
+    np.testing.assert_allclose(found["objective_weight"], w.sum(), rtol=1e-6)
+    metrics = derive({name: float(value) for name, value in found.items()})
+    assert metrics["objective"] == pytest.approx(np.dot(w[:4], single) / w.sum(), rel=1e-5)
+    plain = statistics(model, params, batch, config=unweighted)
+    for name in ("loss", "correct", "weight"):
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-6)
+    evaluated = statistics(model, params, batch, config=WEIGHTED)
+    np.testing.assert_array_equal(evaluated["objective"], plain["objective"])
+    assert "objective_weight" not in evaluated
+
+
+def test_a_weighted_step_does_not_depend_on_how_rows_are_divided(model, params, batch):
+    """Each part of the batch has other classes, hence another sum of weights."""
+    batch = jax.tree.map(lambda x: np.concatenate([np.asarray(x)[:4]] * 2), batch)
+    batch = batch._replace(labels=np.array([2, 0, 2, 0, 2, 1, 0, 0], np.int32))
+    objective, optimizer = classification(model, WEIGHTED, mask_token=6), optax.sgd(1.0)
+
+    def step(parts=1, axis_name=None):
+        options = {"accumulate_steps": parts, "axis_name": axis_name}
+        train_step = make_train_step(objective, optimizer, lambda _: 1.0, **options)
+        return train_step, make_eval_step(objective, axis_name=axis_name)
+
+    def after(runner):
+        state = runner.init_state(
+            lambda params: create_state(params, optimizer, jax.random.key(1)), jax.device_get(params)
+        )
+        state, found = runner.step(state, runner.place_batch(batch))
+        return jax.device_get((runner.gather(runner.fetch_state(state)).params, found))
+
+    whole = after(mesh_runner(make_mesh(1), *step()))
+    divided = {
+        "micro-batches on a mesh": mesh_runner(make_mesh(2), *step(parts=2)),
+        "pmap": pmap_runner(4, *step(axis_name=AXIS_NAME)),
+    }
+    for name, runner in divided.items():
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name),
+            after(runner),
+            whole,
+        )
+
+
+def test_balanced_weights_are_scikit_learns():
+    # compute_class_weight("balanced", classes=[0, 1, 2], y=[0] * 90 + [1] * 7 + [2] * 3), scikit-learn 1.9.
+    expected = (0.37037037037037035, 4.761904761904762, 11.11111111111111)
+    assert balanced_weights([0] * 90 + [1] * 7 + [2] * 3, 3) == pytest.approx(expected, rel=1e-12)
+    assert balanced_weights([0, 0, 2, 2], 3) == (1.0, 1.0, 1.0)  # the second does not occur
+
+
+def test_balanced_is_a_number_before_it_trains(model, params, batch):
+    with pytest.raises(ValueError, match="must be made numbers before training"):
+        statistics(model, params, batch, train=True, config=dataclasses.replace(WEIGHTED, class_weights="balanced"))

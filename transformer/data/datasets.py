@@ -47,6 +47,10 @@ class Dataset(Protocol):
         """The texts of a split, whole and in order."""
         ...
 
+    def labels(self, split: str) -> Iterator[int]:
+        """The class of each labelled text of a split, in order."""
+        ...
+
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer that the config asks for, trained on the training split if it is to be trained."""
         ...
@@ -122,6 +126,11 @@ class TextData:
         for source in self.sources:
             yield from split_text(source, split)
 
+    def labels(self, split: str) -> Iterator[int]:
+        """None: running text has no classes."""
+        del split
+        return iter(())
+
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
         return make_tokenizer(self.config, self.texts("train"))
@@ -181,6 +190,10 @@ class ExampleData:
         """The texts of a split; of pairs, the targets."""
         for example in self.source.examples(split):
             yield example.text if self.source.kind == "labelled" else example.target
+
+    def labels(self, split: str) -> Iterator[int]:
+        """The class of each text of a split; of pairs, 0."""
+        return (example.label for example in self.source.examples(split))
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""

@@ -181,7 +181,13 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     def to_example(example: Example) -> TextExample:
         first = example[needed[0]].decode("utf-8", "replace")
         if kind == "labelled":
-            return TextExample(first, label=int(example[needed[1]]))
+            label = int(example[needed[1]])
+            require(
+                0 <= label < len(class_names),
+                f"A labelled text must have one of the {len(class_names)} classes of {name!r}, got label {label}, as in splits "
+                "without labels; choose another split.",
+            )
+            return TextExample(first, label=label)
         return TextExample(first, target=example[needed[1]].decode("utf-8", "replace"))
 
     def open_split(split: str) -> Sequence[TextExample]:

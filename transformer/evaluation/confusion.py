@@ -4,16 +4,35 @@ import numpy as np
 from jaxtyping import Float
 
 
-def macro_f1(confusion_CC: Float[np.ndarray, "C C"]) -> float:
-    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN); a class that neither occurs nor is given counts 0.
+def class_scores(confusion_CC: Float[np.ndarray, "C C"]) -> list[dict[str, float]]:
+    """Precision, recall, F1 and support of each class, in order, as `sklearn.metrics.precision_recall_fscore_support`.
+
+    Precision is TP / (TP + FP), recall TP / (TP + FN), F1 = 2 TP / (2 TP + FP + FN), support TP + FN. A ratio of nothing (the
+    precision of a class that was never predicted) is 0.
 
     Args:
         confusion_CC: how many examples of the row's class were given the column's.
+    """
+    hits_C, support_C, predicted_C = np.diag(confusion_CC), confusion_CC.sum(axis=1), confusion_CC.sum(axis=0)
+
+    def share(whole_C: np.ndarray) -> np.ndarray:
+        return hits_C / np.where(whole_C > 0, whole_C, 1)
+
+    columns = (share(predicted_C), share(support_C), share((support_C + predicted_C) / 2), support_C)
+    names = ("precision", "recall", "f1", "support")
+    return [dict(zip(names, map(float, values), strict=True)) for values in zip(*columns, strict=True)]
+
+
+def macro_f1(confusion_CC: Float[np.ndarray, "C C"]) -> float:
+    """The mean F1 of the classes that occur, as truth or as prediction (`sklearn.metrics.f1_score(average="macro")`).
+
+    Args:
+        confusion_CC: how many examples of the row's class were given the column's; 0 where there are none at all.
 
     Example:
-        >>> round(macro_f1(np.array([[8.0, 2.0], [4.0, 6.0]])), 4)
+        >>> round(macro_f1(np.array([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [0.0, 0.0, 0.0]])), 4)
         0.697
     """
-    hits_C = np.diag(confusion_CC)
-    both_C = confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1)
-    return float(np.mean(2 * hits_C / np.where(both_C > 0, both_C, 1)))
+    occurs_C = confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1) > 0
+    f1_C = np.array([scores["f1"] for scores in class_scores(confusion_CC)])
+    return float(f1_C[occurs_C].mean()) if occurs_C.any() else 0.0

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from transformer.types import PyTree, Statistics
+from transformer.validation import require
 
 
 def sum_statistics(
@@ -24,17 +25,17 @@ def sum_statistics(
         carry: the objective's before the first batch.
 
     Raises:
-        ValueError: there was no batch.
+        UserError: there was nothing to score.
     """
     # All steps are dispatched before the first result is waited for.
     results = []
     for batch in batches:
         carry, statistics = evaluate_step(params, carry, batch)
         results.append(statistics)
-    if not results:
-        raise ValueError("Scores need at least one batch, got none.")
+    require(len(results) > 0, "Scores need at least one batch, got none; choose a split that holds something.")
     sums: dict[str, Any] = {}
     for statistics in jax.device_get(results):
         for name, value in statistics.items():
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+    require(bool(sums.get("weight", 1) > 0), "Scores need a target that counts, all have weight 0; choose another split.")
     return {name: float(value) if value.ndim == 0 else value for name, value in sums.items()}

@@ -6,6 +6,8 @@ from typing import Any
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from transformer.validation import require
+
 
 def translation_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Corpus scores of decoded text against one reference each.
@@ -14,10 +16,14 @@ def translation_scores(hypotheses: Sequence[str], references: Sequence[str]) -> 
         `bleu` (Papineni et al. 2002; cased, detokenised, tokenised anew by 13a) and `chrf` (Popović 2015), 0 to 100, and the
         signatures that make them comparable (Post 2018).
 
+    Raises:
+        UserError: there is nothing to score.
+
     Example:
         >>> translation_scores(["Ein Hund läuft im Gras."], ["Ein Hund läuft im Gras."])["bleu"]
         100.0
     """
+    require(len(hypotheses) > 0, "BLEU and chrF need at least one translation, got none; choose another split.")
     bleu, chrf = BLEU(tokenize="13a"), CHRF()
     return {
         "bleu": round(bleu.corpus_score(list(hypotheses), [list(references)]).score, 2),

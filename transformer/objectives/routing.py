@@ -29,6 +29,8 @@ def add_routing(statistics: Statistics, variables: Any, config: ObjectiveConfig)
     # A scanned stack has an array of layers, a loop a scalar for each.
     layers: RoutingStatistics = jax.tree.map(lambda *parts: jnp.concatenate([x.reshape(-1) for x in parts]), *routed)
     weight = statistics["weight"]
+    # What the step divides by, which class weights make another number than that of examples.
+    divided_by = statistics.get("objective_weight", weight)
     penalty = config.load_balance * jnp.sum(layers.load_balance) + config.router_z * jnp.sum(layers.router_z)
     reported = {name: weight * jnp.mean(value) for name, value in layers._asdict().items()}
-    return {**statistics, **reported, "objective": statistics["objective"] + weight * penalty}
+    return {**statistics, **reported, "objective": statistics["objective"] + divided_by * penalty}

@@ -1,5 +1,6 @@
 """A `Config` becomes the parts of a run: data, tokenizer, model, steps, evaluators."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from transformer.config_io import resume_conflicts, to_dict
 from transformer.data.datasets import Dataset, open_data
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.evaluation.scores import sum_statistics
+from transformer.objectives.classification import balanced_weights
 from transformer.parallel.runner import Runner
 from transformer.runs.directory import CHECKPOINTS, read_config
 from transformer.steps import check_devices, make_steps
@@ -22,6 +24,7 @@ from transformer.training.checkpoint import load_params
 from transformer.training.state import TrainState
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
+from transformer.validation import require
 
 
 class Run(NamedTuple):
@@ -59,7 +62,12 @@ def make_run(
     elif tokenizer is None:
         tokenizer = data.make_tokenizer()
     given, config = to_dict(config), resolve(config, tokenizer, data.class_names)
-    steps, notes, init_state = make_steps(config, tokenizer), "", None
+    notes: list[str] = []
+    if config.objective.class_weights != "none":
+        config = weigh_classes(config, data)
+        weights = zip(data.class_names, config.objective.class_weights, strict=True)
+        notes.append("class weights: " + ", ".join(f"{name} {float(weight):.4g}" for name, weight in weights))
+    steps, init_state = make_steps(config, tokenizer), None
     if config.training.init_from and not begun:
         donor = epath.Path(config.training.init_from)
         step, donor_params = load_params(donor / CHECKPOINTS)
@@ -70,8 +78,21 @@ def make_run(
             own = make_params(steps.model, jax.random.key(config.training.seed))
             transferred = transfer(own, donor_params, pattern_length=len(config.model.pattern))
         init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
-        notes = "\n  differs: ".join([f"from {donor}, step {step}: {transferred.report()}", *differs])
-    return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state or steps.init_state, notes)
+        notes.append("\n  differs: ".join([f"from {donor}, step {step}: {transferred.report()}", *differs]))
+    init_state = init_state or steps.init_state
+    return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
+
+
+def weigh_classes(config: Config, data: Dataset) -> Config:
+    """The config with `objective.class_weights` as numbers, one a class of the data."""
+    weights = config.objective.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(data.labels("train"), len(data.class_names))
+    require(
+        len(weights) == len(data.class_names),
+        f"objective.class_weights must be one a class ({', '.join(data.class_names)}), got {len(weights)} numbers.",
+    )
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:

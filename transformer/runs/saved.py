@@ -12,6 +12,7 @@ from transformer.config import Config
 from transformer.data.datasets import open_data
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
+from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
 from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
@@ -107,5 +108,7 @@ def evaluate(
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:
-        scores |= {"classes": list(data.class_names), "confusion": sums["confusion"].astype(int).tolist()}
+        per_class = dict(zip(data.class_names, class_scores(sums["confusion"]), strict=True))
+        scores |= {"classes": list(data.class_names), "per_class": per_class}
+        scores |= {"confusion": sums["confusion"].astype(int).tolist()}
     return scores

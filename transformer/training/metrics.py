@@ -15,7 +15,8 @@ TIMINGS = ("tokens_per_second", "mfu")
 def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
 
-    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight, and the means of what
+    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (where
+    classes have weights, / objective_weight), and the means of what
     routers report (`ops.experts.RoutingStatistics`), micro-batches by weight and layers alike.
     With no weight at all (nothing but padding) there is nothing to report but zeros.
     """
@@ -26,7 +27,7 @@ def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     if "correct" in sums:
         metrics["accuracy"] = sums["correct"] / weight
     if sums.get("objective", sums["loss"]) != sums["loss"]:
-        metrics["objective"] = sums["objective"] / weight
+        metrics["objective"] = sums["objective"] / (sums.get("objective_weight", 0.0) or weight)
     metrics |= {name: sums[name] / weight for name in RoutingStatistics._fields if name in sums}
     return metrics
 
