@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 
 import pytest
 
@@ -72,10 +73,16 @@ def remembering(kind="rotary", **changes):
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
         (lambda: ObjectiveConfig(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
-        (lambda: ObjectiveConfig(class_weights="balanced"), "is for classification, got balanced for next_token; leave"),
+        (
+            lambda: ObjectiveConfig(class_weights="balanced"),
+            "is for classification, got balanced for next_token; leave",
+        ),
         (lambda: ObjectiveConfig("classification", class_weights=()), "a positive number a class, got"),
         (lambda: ObjectiveConfig("classification", class_weights=(1.0, 0.0)), "a positive number a class, got"),
-        (lambda: ObjectiveConfig("classification", class_weights=(1.0, float("nan"))), "a positive number a class, got"),
+        (
+            lambda: ObjectiveConfig("classification", class_weights=(1.0, float("nan"))),
+            "a positive number a class, got",
+        ),
         (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
         (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
         (
@@ -144,6 +151,30 @@ def test_unknown_field_in_json_is_named():
     values["model"]["depth"] = 3
     with pytest.raises(UserError, match="ModelConfig has no field depth; it has architecture"):
         from_dict(Config, values)
+
+
+def test_values_of_another_type_in_json_are_refused():
+    """Every field of every config, given each value that JSON can hold and the field cannot."""
+    values, refused = to_dict(CUSTOM), 0
+
+    def fields(kind, there):
+        for name, hint in typing.get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                yield from fields(hint, there[name])
+            elif name == "pattern" and kind is ModelConfig:
+                yield from fields(BlockConfig, there[name][0])
+            yield kind.__name__, name, there
+
+    for owner, name, there in fields(Config, values):
+        before = there[name]
+        for value in (None, True, 1, 1.5, "?", ["?"], [[1]], {"?": 1}, 10**400):
+            there[name] = value
+            try:  # a value that the field can have comes back as it is; anything else is refused, never another error
+                assert to_dict(from_dict(Config, json.loads(json.dumps(values)))) == values, (owner, name, value)
+            except UserError:
+                refused += 1
+        there[name] = before
+    assert refused > 400
 
 
 def test_configs_are_frozen_and_hashable():

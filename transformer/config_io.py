@@ -41,17 +41,43 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def from_dict(kind: Any, values: Any) -> Any:
-    """The inverse of `to_dict`: a value of type `kind` from nested dictionaries; unknown fields are refused."""
+def from_dict(kind: Any, values: Any, name: str = "") -> Any:
+    """The inverse of `to_dict`: a value of type `kind` from nested dictionaries.
+
+    Args:
+        kind: a config, or the type of a field.
+        values: as `json.loads` gives them.
+        name: of the field, for messages.
+
+    Raises:
+        UserError: a field is unknown, or its value is not of its type.
+    """
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        require(isinstance(values, dict), f"{name or kind.__name__} must be an object of fields, got {values!r:.80}.")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(values) - set(hints))
         require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
-        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
-    if typing.get_origin(kind) is typing.Union and isinstance(values, (list, tuple)):
-        kind = next(member for member in typing.get_args(kind) if typing.get_origin(member) is tuple)
-    if typing.get_origin(kind) is tuple:
-        return tuple(from_dict(typing.get_args(kind)[0], value) for value in values)
+        return kind(**{n: from_dict(hints[n], value, f"{kind.__name__}.{n}") for n, value in values.items()})
+    if origin is typing.Union:
+        sequence = isinstance(values, (list, tuple))
+        chosen = next(member for member in members if (typing.get_origin(member) is tuple) == sequence)
+        return from_dict(chosen, values, name)
+    if origin is tuple:
+        kinds = members[:1] * len(values) if members[-1] is Ellipsis and isinstance(values, (list, tuple)) else members
+        valid = isinstance(values, (list, tuple)) and len(kinds) == len(values)
+        require(
+            valid,
+            f"{name} must be a list{'' if members[-1] is Ellipsis else f' of {len(members)}'}, got {values!r:.80}.",
+        )
+        return tuple(from_dict(kind, value, name) for kind, value in zip(kinds, values, strict=True))
+    if origin is typing.Literal:
+        require(values in members, f"{name} must be one of {', '.join(map(str, members))}, got {values!r:.80}.")
+        return values
+    allowed: Any = (int, float) if kind is float else kind
+    valid = isinstance(values, allowed) and (kind is bool or not isinstance(values, bool))
+    require(valid, f"{name} must be of type {getattr(kind, '__name__', kind)}, got {values!r:.80}.")
+    require(not isinstance(values, int) or abs(values) < 2**63, f"{name} must be below 2^63, got more.")
     return float(values) if kind is float else values
 
 

@@ -37,5 +37,7 @@ def sum_statistics(
     for statistics in jax.device_get(results):
         for name, value in statistics.items():
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
-    require(bool(sums.get("weight", 1) > 0), "Scores need a target that counts, all have weight 0; choose another split.")
+    require(
+        bool(sums.get("weight", 1) > 0), "Scores need a target that counts, all have weight 0; choose another split."
+    )
     return {name: float(value) if value.ndim == 0 else value for name, value in sums.items()}

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from etils import epath
 
-from transformer.config import Config
+from transformer.config import Config, ObjectiveConfig
 from transformer.config_io import resume_conflicts, to_dict
 from transformer.data.datasets import Dataset, open_data
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -64,9 +64,10 @@ def make_run(
     given, config = to_dict(config), resolve(config, tokenizer, data.class_names)
     notes: list[str] = []
     if config.objective.class_weights != "none":
-        config = weigh_classes(config, data)
-        weights = zip(data.class_names, config.objective.class_weights, strict=True)
-        notes.append("class weights: " + ", ".join(f"{name} {float(weight):.4g}" for name, weight in weights))
+        weights = class_weights(config.objective, data)
+        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))
+        named = zip(data.class_names, weights, strict=True)
+        notes.append("class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in named))
     steps, init_state = make_steps(config, tokenizer), None
     if config.training.init_from and not begun:
         donor = epath.Path(config.training.init_from)
@@ -83,16 +84,15 @@ def make_run(
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
 
 
-def weigh_classes(config: Config, data: Dataset) -> Config:
-    """The config with `objective.class_weights` as numbers, one a class of the data."""
-    weights = config.objective.class_weights
-    if weights == "balanced":
-        weights = balanced_weights(data.labels("train"), len(data.class_names))
+def class_weights(config: ObjectiveConfig, data: Dataset) -> tuple[float, ...]:
+    """The weights that the config gives the classes of the data, as numbers."""
+    if isinstance(config.class_weights, str):
+        return balanced_weights(data.labels("train"), len(data.class_names))
     require(
-        len(weights) == len(data.class_names),
-        f"objective.class_weights must be one a class ({', '.join(data.class_names)}), got {len(weights)} numbers.",
+        len(config.class_weights) == len(data.class_names),
+        f"objective.class_weights must be one a class ({', '.join(data.class_names)}), got {len(config.class_weights)} numbers.",
     )
-    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))
+    return config.class_weights
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
