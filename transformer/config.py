@@ -254,8 +254,8 @@ class ParallelConfig:
     dcn: int = 1
     """Slices (groups of devices with a fast network inside) that share the batch over the data-centre network."""
     coordinator: str = ""
-    """HOST:PORT of process 0, or auto; empty starts several processes only where the environment tells of them (Cloud TPU,
-    SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
+    """HOST:PORT of process 0, which listens there without authentication, or auto; empty starts several processes only where the
+    environment tells of them (Cloud TPU, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
     num_processes: int = 0
     """With HOST:PORT: processes of the run; 0 means that the environment tells."""
     process_id: int = -1
@@ -271,8 +271,9 @@ class ParallelConfig:
             f"{self.num_processes} and {self.process_id} with {self.coordinator!r}.",
         )
         require(
-            self.coordinator in ("", "auto") or re.fullmatch(r".+:\d+", self.coordinator) is not None,
-            f"parallel.coordinator must be HOST:PORT or auto, got {self.coordinator!r}.",
+            self.coordinator in ("", "auto")
+            or re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+):\d+", self.coordinator) is not None,
+            f"parallel.coordinator must be HOST:PORT or auto (an IPv6 address in brackets), got {self.coordinator!r}.",
         )
         require(
             self.num_processes == 0 or self.process_id < self.num_processes,

@@ -1,7 +1,9 @@
 """One run in several processes: how they find each other, and how all of them leave when one is gone."""
 
 import contextlib
+import ipaddress
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -33,6 +35,39 @@ def several_processes(environment: Mapping[str, str]) -> bool:
     )
 
 
+def bind_address(coordinator: str) -> str | None:
+    """`IP:PORT` that process 0 listens on, so that no other interface of its machine does.
+
+    A name stands for the first of its addresses that is one of this machine; its loopback address is passed over (a machine often
+    calls itself 127.0.1.1), except for `localhost`.
+
+    Args:
+        coordinator: `HOST:PORT`, an IPv6 address in brackets.
+
+    Returns:
+        None where HOST is not an address of this machine, or stands for all (`0.0.0.0`); then it listens on all interfaces.
+
+    Example:
+        >>> bind_address("127.0.0.1:1234"), bind_address("192.0.2.1:1234")
+        ('127.0.0.1:1234', None)
+    """
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return None
+    for family, *_, address in found:
+        ip = ipaddress.ip_address(address[0])
+        named = str(ip) != host and host != "localhost"
+        if ip.is_unspecified or (ip.is_loopback and named):
+            continue
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+            return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
+    return None
+
+
 def start(config: ParallelConfig) -> bool:
     """Join the other processes of the run, if the config or the environment says that there are any; before JAX starts.
 
@@ -46,6 +81,16 @@ def start(config: ParallelConfig) -> bool:
         return False
     explicit = config.coordinator not in ("", "auto")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = config.coordinator if explicit else os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or bind_address(address)
+    if bound is None and _process_number(config) == 0:
+        reason = f"{address} is not an address of its own" if address else "the environment names the address"
+        print(
+            f"note: process 0 listens on all interfaces of its machine, because {reason}. Whoever reaches the port can take part "
+            "in the run (docs/scaling.md).",
+            file=sys.stderr,
+            flush=True,
+        )
     who = f"process {config.process_id}" if explicit and config.process_id >= 0 else "this process"
     missing = (
         f"All processes of the run must start within parallel.start_timeout={config.start_timeout} seconds; {who} of "
@@ -63,6 +108,7 @@ def start(config: ParallelConfig) -> bool:
             num_processes=config.num_processes or None,
             process_id=config.process_id if config.process_id >= 0 else None,
             initialization_timeout=config.start_timeout + 60,
+            coordinator_bind_address=bound,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except Exception as error:
@@ -70,6 +116,13 @@ def start(config: ParallelConfig) -> bool:
     finally:
         watch.cancel()
     return True
+
+
+def _process_number(config: ParallelConfig) -> int:
+    """This process's number as the config or the environment has it; -1 where neither does in a way known here."""
+    names = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+    numbers = [str(config.process_id), *(os.environ.get(name, "") for name in names)]
+    return next((int(number) for number in numbers if number.isdecimal()), -1)
 
 
 def _give_up(message: str) -> None:
