@@ -2,6 +2,7 @@
 # make test    the same for the tests
 # make test-all  and all combinations of which that has a covering few
 # make test-gpu  compiles attention and a training step for a GPU that need not be there: installs JAX's CUDA plugin (5 GB)
+# make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: train test test-all test-gpu check bench clean
+.PHONY: train test test-all test-gpu prove check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -26,6 +27,9 @@ test-all: $(VENV)/installed-dev
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
 	$(BIN)/python -m pytest -m gpu -rs tests/ops tests/planning
+
+prove: $(VENV)/installed
+	$(BIN)/python -m transformer prove
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

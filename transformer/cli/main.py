@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "turn text into a dataset on disk",
     "plan": "compile the step for hardware that is not there",
     "inspect": "show batches and parameters of a config, without training",
+    "prove": "kill, damage and move a small run, and show that it ends the same",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
 

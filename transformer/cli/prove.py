@@ -1,0 +1,196 @@
+"""`transformer prove`: a model is trained, killed, damaged and moved to other devices, and ends as if nothing had happened."""
+
+import dataclasses
+import email
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import tyro
+
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.runs.compare import compare, read_outcome
+from transformer.runs.directory import CHECKPOINTS
+from transformer.storage import expand
+from transformer.training.checkpoint import committed_steps
+from transformer.types import UserError
+from transformer.validation import require
+
+STEPS, LOG_EVERY, SAVE_EVERY = 160, 3, 20
+TOLERANCE = 1e-5
+"""Of parameters on another number of devices, where sums are taken in another order."""
+
+
+def get_config() -> Config:
+    """The run; this file is its config file. Adam's large epsilon keeps the rounding of another mesh small."""
+    block = BlockConfig(AttentionConfig(num_heads=2, dropout=0.1))
+    return Config(
+        model=ModelConfig(num_layers=2, embed_dim=64, dropout=0.1, pattern=(block,)),
+        data=DataConfig(source=("text",), data_dir="prepared", sequence_length=64, batch_size=8, record_bytes=2048),
+        optimizer=OptimizerConfig(accumulate_steps=2, schedule="constant", eps=1e-2, ema_decay=0.9),
+        training=TrainingConfig(
+            steps=STEPS,
+            log_every=LOG_EVERY,  # a row is begun before a checkpoint and written after it
+            eval_every=50,
+            checkpoint_every=SAVE_EVERY,
+            keep_checkpoints=3,
+            sample_length=0,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProveArguments:
+    """Train a small model on the CPU four times: undisturbed, killed, with a damaged checkpoint, and on two devices; compare."""
+
+    keep: str = ""
+    """A new directory for the runs, which stay there; empty means a temporary one."""
+
+
+class Trial(NamedTuple):
+    """What was done to the runs of a directory."""
+
+    killed_at: int
+    """Last step with a metric row when the kill came."""
+    saved_at: int
+    """Newest checkpoint then."""
+    damaged: str
+    """The file of that checkpoint in which a bit was flipped."""
+
+
+def main(arguments: list[str]) -> None:
+    """Make the runs and print how they compare; exit with 1 if one is not as it should be."""
+    options = tyro.cli(ProveArguments, prog="transformer prove", args=arguments)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="transformer-prove-") as temporary:
+        directory = pathlib.Path(expand(options.keep or temporary)).absolute()
+        require(not options.keep or not directory.exists(), f"--keep must be a new directory, {directory} exists.")
+        text, equal = judge(directory, make_runs(directory))
+    print(f"\n{text}\n\n{'Proven' if equal else 'NOT EQUAL'} in {time.monotonic() - start:.0f} s.")
+    sys.exit(0 if equal else 1)
+
+
+def make_runs(directory: pathlib.Path, steps: int = STEPS) -> Trial:
+    """Train `undisturbed`, `killed`, `damaged` and `devices` below `directory`; what they print is in `NAME.log`."""
+    (directory / "text").mkdir(parents=True)
+    for path in sorted(pathlib.Path(email.__file__).parent.glob("*.py")):
+        shutil.copy(path, directory / "text" / f"{path.stem}.txt")
+    chance = random.Random()
+    _say(f"1/4  train {steps} steps, undisturbed")
+    finish(directory, "undisturbed", steps)
+    _say("2/4  the same, killed with SIGKILL at a random moment, then started again")
+    kill(directory, "killed", steps, after=chance.uniform(2 * SAVE_EVERY + 5, steps - 15))
+    for name in ("damaged", "devices"):
+        shutil.copytree(directory / "killed", directory / name)
+    killed_at = read_outcome(directory / "killed").rows[-1]["step"]
+    saved_at = max(committed_steps(directory / "killed" / CHECKPOINTS))
+    finish(directory, "killed", steps)
+    damaged = flip_a_bit(directory / "damaged" / CHECKPOINTS / str(saved_at), chance)
+    _say("3/4  the killed run again, a bit of its newest checkpoint flipped")
+    finish(directory, "damaged", steps)
+    _say("4/4  the killed run again, on two devices")
+    finish(directory, "devices", steps, "--parallel.fsdp", "2", devices=2)
+    return Trial(killed_at, saved_at, damaged)
+
+
+def judge(directory: pathlib.Path, trial: Trial) -> tuple[str, bool]:
+    """How the runs compare, as text of 80 columns at most, and whether all is as it should be."""
+    reference = read_outcome(directory / "undisturbed")
+    total = 8 * sum(x.nbytes for x in reference.arrays.values())
+    lines = [
+        f"{'run':<32}{'step':>6}{'bits that differ':>20}{'rows':>11}{'':>6}",
+        f"{'undisturbed':<32}{reference.step:>6}{f'of {total:,}':>20}{f'of {len(reference.rows)}':>11}",
+    ]
+    named = f"{trial.damaged} is damaged" in (directory / "damaged.log").read_text()
+    all_equal = True
+    for name, title in (
+        ("killed", f"killed at step {trial.killed_at}, resumed"),
+        ("damaged", f"checkpoint {trial.saved_at} damaged"),
+        ("devices", "resumed on two devices"),
+    ):
+        found = read_outcome(directory / name)
+        difference = compare(found, reference)
+        equal = found.step == reference.step
+        if name == "devices":
+            equal &= difference.largest <= TOLERANCE
+            bits, rows = f"at most {difference.largest:.0e} *", ""
+        else:
+            equal &= difference.bits == difference.rows == 0 and (name != "damaged" or named)
+            bits, rows = f"{difference.bits:,}", f"{difference.rows}"
+        lines.append(f"{title:<32}{found.step:>6}{bits:>20}{rows:>11}{'ok' if equal else 'FAIL':>6}")
+        all_equal &= equal
+    lines += [
+        "",
+        "Bits are those of parameters, optimizer state and random key; rows those of",
+        "metrics.jsonl, timings apart.",
+        f"* Sums have another order there; parameters may differ by {TOLERANCE:.0e}.",
+        f"The damaged file was {'found, and the checkpoint before used' if named else 'NOT FOUND'}:",
+        f"  {trial.damaged}",
+    ]
+    return "\n".join(line.rstrip() for line in lines), all_equal
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def start(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> subprocess.Popen[bytes]:
+    """The command line, in a process of its own with so many CPU devices."""
+    command = [sys.executable, "-m", "transformer", "train", __file__, "--workdir", name, *options]
+    package = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | {
+        "COLUMNS": "1000",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    with (directory / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            [*command, "--training.steps", str(steps)],
+            cwd=directory,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> None:
+    """Run to the end."""
+    status = start(directory, name, steps, *options, devices=devices).wait()
+    end = (directory / f"{name}.log").read_text()[-2000:]
+    require(status == 0, f"Training must end with status 0, {name} ended with {status}:\n{end}")
+
+
+def kill(directory: pathlib.Path, name: str, steps: int, *, after: float) -> None:
+    """Kill a run that has at least two checkpoints, at a moment after so many steps (a fraction is one of a step)."""
+    process = start(directory, name, steps)
+    metrics, mark = directory / name / "metrics.jsonl", f'"step": {int(after) // LOG_EVERY * LOG_EVERY},'
+    while process.poll() is None and not (
+        metrics.exists() and mark in metrics.read_text() and len(committed_steps(directory / name / CHECKPOINTS)) > 1
+    ):
+        time.sleep(0.005)
+    time.sleep(after % 1 / 20)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        end = (directory / f"{name}.log").read_text()[-2000:]
+        raise UserError(f"A run to kill must be under way at step {after:.0f}, it had ended:\n{end}")
+
+
+def flip_a_bit(checkpoint: pathlib.Path, chance: random.Random) -> str:
+    """Flip one bit anywhere in a checkpoint; returns the path of the file from there."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+    (path,) = chance.choices(files, weights=[file.stat().st_size for file in files])
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+    return path.relative_to(checkpoint).as_posix()
