@@ -67,6 +67,24 @@ def test_package_is_small():
     assert sum(len(p.read_text().splitlines()) for p in FILES) < 17_000
 
 
+RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}
+# A config file is a program of the user's own; a command is imported by its name; a plugin is only looked for.
+MAY_RUN_CODE = {"transformer/cli/arguments.py", "transformer/cli/main.py", "transformer/ops/cudnn.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_runs_what_it_reads(path):
+    """Run directories, datasets and weights are data: no unpickling, no evaluation, no import by a name that was read."""
+    tree = ast.parse(path.read_text())
+    modules = {module.split(".")[0] for module, _ in imports(path)}
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    loads = {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) in ("np.load", "numpy.load")
+    }
+    found = (modules & RUNS_CODE) | (called & {"eval", "exec", "__import__", "compile"}) | loads
+    assert not found or str(path.relative_to(ROOT)) in MAY_RUN_CODE, f"{path} uses {', '.join(found)}"
+
+
 def test_loop_is_short():
     tree = ast.parse((ROOT / "transformer/training/loop.py").read_text())
     (loop,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]

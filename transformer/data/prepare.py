@@ -21,12 +21,12 @@ from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
+from transformer.data.stored import NAME, find_stored, open_stored
 from transformer.types import UserError
 from transformer.validation import require
 
 _FORMAT = 1  # of the prepared records; a change prepares every corpus anew
 _FEW_RECORDS = 64  # a TFDS split with fewer records is cut into pieces, so that there is something to shuffle
-_TFDS_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 
 class Record(NamedTuple):
@@ -81,7 +81,7 @@ def open_source(source: str, config: DataConfig) -> Source:
             raise UserError(f"A source must be readable, {source} is not: {error}.") from error
         return _open_local(corpus, config)
     require(
-        _TFDS_NAME.fullmatch(source) is not None,
+        NAME.fullmatch(source) is not None,
         f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; there is no file or folder "
         f"{source!r} (looked in {os.getcwd()}), and a TFDS name is written name, name/config or name:1.0.0.",
     )
@@ -136,23 +136,23 @@ def tfds_builder(name: str, config: DataConfig) -> Any:
     Raises:
         UserError: TFDS does not know it, or it has not been prepared.
     """
-    data_dir = str(data_directory(config))
-    try:
-        with quiet():
-            builder: Any = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
+    data_dir = data_directory(config)
+    directory = find_stored(name, data_dir)
+    if directory is None:
+        base = re.split("[/:]", name)[0]
+        require(
+            base in tfds.list_builders(with_community_datasets=False),
             f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file "
-            f"or folder in {os.getcwd()} nor a dataset that TFDS knows or finds in {data_dir}."
-        ) from None
-    except (ValueError, ImportError, AssertionError) as error:
-        raise UserError(f"The TFDS dataset {name!r} cannot be opened in {data_dir}: {error}") from error
-    require(
-        builder.data_path.exists() and len(builder.info.splits) > 0,
-        f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
-        f"this name in {os.getcwd()}): prepare it once with {_how_to_prepare(name, config)}, or point data.data_dir at "
-        "where it is.",
-    )
+            f"or folder in {os.getcwd()} nor a dataset that TFDS knows or finds in {data_dir}.",
+        )
+        raise UserError(
+            f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
+            f"this name in {os.getcwd()}): prepare it once with {_how_to_prepare(name, config)}, or point data.data_dir at "
+            "where it is."
+        )
+    with quiet():
+        builder = open_stored(directory)
+    require(len(builder.info.splits) > 0, f"A stored dataset must have splits, {directory} has none.")
     return builder
 
 
@@ -205,7 +205,7 @@ def _open_tfds(name: str, config: DataConfig) -> Source:
     keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     require(
         config.text_key in keys,
-        f"data.text_key must be a feature of {name!r}, got {config.text_key!r}; it has {', '.join(keys)}.",
+        f"data.text_key must be a feature of {name!r}, got {config.text_key!r}; it has {', '.join(sorted(keys))}.",
     )
 
     def open_split(split: str) -> Sequence[Record]:
@@ -244,7 +244,7 @@ def _open_local(corpus: Corpus, config: DataConfig) -> Source:
         _prepare(corpus, label, root, pointer, config)
     prepared = json.loads(pointer.read_text())
     with quiet():
-        builder: Any = tfds.builder_from_directory(root / prepared["directory"])
+        builder: Any = open_stored(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
         return Converted(builder.as_data_source(split), _piece)

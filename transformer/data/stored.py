@@ -1,0 +1,140 @@
+"""Datasets that TFDS left on disk, found by name and opened without running or importing anything they name.
+
+TFDS itself imports what it is told to: the code of a dataset, and the module of each feature's class in `features.json`.
+Here a dataset is data. Its description is checked against the kinds of features below before TFDS reads it.
+"""
+
+import json
+import re
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from transformer.types import UserError
+from transformer.validation import require
+
+NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?")
+"""How a dataset is named: `name`, `name/config`, either with `:1.0.0`, where a number may be `*`."""
+
+_MOST_CLASSES = 1_000_000
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_CONTENT = {
+    tfds.features.FeaturesDict: "featuresDict",
+    tfds.features.Text: "text",
+    tfds.features.ClassLabel: "classLabel",
+    tfds.features.Tensor: "tensor",
+    tfds.features.Scalar: "tensor",
+    tfds.features.Sequence: "sequence",
+    tfds.features.Dataset: "sequence",
+    tfds.features.Translation: "translation",
+    tfds.features.TranslationVariableLanguages: "translation",
+}
+_TYPES = ("string", "bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
+_TYPES += ("float16", "bfloat16", "float32", "float64")  # of others TFDS asks TensorFlow, which it would import
+_KINDS = {f"{kind.__module__}.{kind.__name__}": field for kind, field in _CONTENT.items()}
+"""The class names that a description may have, and the field that describes each; no other class is looked up."""
+
+
+def find_stored(name: str, data_dir: epath.Path) -> epath.Path | None:
+    """The directory of a dataset's latest version (or the one that is named) in `data_dir`; None if there is none.
+
+    Raises:
+        UserError: it is not the name of a dataset, or it has several configurations and none is named.
+    """
+    parts = NAME.fullmatch(name)
+    if parts is None:
+        raise UserError(f"The name of a TFDS dataset must be written name, name/config or name:1.0.0, got {name!r}.")
+    # TFDS takes a class's name too.
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts["name"]).lower()
+    for folder in dict.fromkeys((data_dir / parts["name"], data_dir / snake_case)):
+        if (folder / (parts["config"] or "") / _INFO).exists():  # the version stands where a configuration does
+            return folder / (parts["config"] or "")
+        if parts["config"]:
+            found = _latest(folder / parts["config"], parts["version"])
+        else:
+            found = _latest(folder, parts["version"]) or _only_config(name, folder, parts["version"])
+        if found is not None:
+            return found
+    return None
+
+
+def open_stored(directory: epath.Path) -> Any:
+    """The TFDS builder of a stored dataset, for reading.
+
+    Raises:
+        UserError: the description is damaged, or has features of other kinds than text, classes, numbers and nests of them.
+    """
+    info, features = (_read_json(directory / file) for file in (_INFO, _FEATURES))
+    require("features" not in info, f"Features must be described in {_FEATURES}, {directory / _INFO} has some too.")
+    _check_feature(features, str(directory / _FEATURES), "the features")
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # whatever a parser of foreign files may raise
+        raise UserError(f"A stored dataset must be whole, {directory} cannot be opened: {error}") from error
+
+
+def _latest(folder: epath.Path, version: str | None) -> epath.Path | None:
+    wanted = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
+    there = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    fitting = [name for name in there if _VERSION.fullmatch(name) and wanted.fullmatch(name)]
+    stored = [name for name in fitting if (folder / name / _INFO).exists()]
+    return folder / max(stored, key=lambda name: tuple(map(int, name.split(".")))) if stored else None
+
+
+def _only_config(name: str, folder: epath.Path, version: str | None) -> epath.Path | None:
+    children = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    found = {child.name: latest for child in children if (latest := _latest(child, version)) is not None}
+    require(
+        len(found) <= 1,
+        f"A dataset with several configurations must be named with one, {name!r} has {', '.join(found)}: "
+        f"for example {name.partition(':')[0]}/{next(iter(found), '')}.",
+    )
+    return next(iter(found.values()), None)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"A stored dataset must be whole, {path} cannot be read: {error}.") from None
+    require(isinstance(content, dict), f"A stored dataset must be described by a JSON object, {path} is none.")
+    return content
+
+
+def _check_feature(feature: Any, path: str, place: str) -> None:
+    """Refuse what is not exactly the form that TFDS writes for a known kind."""
+    require(isinstance(feature, dict), f"A feature must be described by a JSON object, {path} has another for {place}.")
+    name = feature.get("pythonClassName")
+    field = _KINDS.get(name) if isinstance(name, str) else None
+    require(
+        field is not None,
+        f"A feature must be of a known kind ({', '.join(kind.__name__ for kind in _CONTENT)}), {path} has {name!r} for {place}; "
+        "the code that a dataset names is never imported.",
+    )
+    content = feature.get(field, {})
+    strange = sorted(set(feature) - {"pythonClassName", "description", "valueRange", field})
+    require(
+        isinstance(content, dict) and not strange,
+        f"A feature must be described as TFDS does, {path} has {', '.join(strange) or 'no object'} for {place}.",
+    )
+    match field:
+        case "featuresDict":
+            parts = content.get("features", {})
+            require(isinstance(parts, dict), f"Features must have names, {path} has none for {place}.")
+            for key, part in parts.items():
+                _check_feature(part, path, repr(key))
+        case "sequence":
+            _check_feature(content.get("feature"), path, f"the elements of {place}")
+        case "tensor":
+            require(
+                content.get("dtype") in _TYPES,
+                f"A feature must have a known type, {path} has {content.get('dtype')!r} for {place}.",
+            )
+        case "classLabel":
+            count = str(content.get("numClasses", 0))
+            require(
+                count.isdecimal() and len(count) < 19 and int(count) <= _MOST_CLASSES,
+                f"A dataset must have at most {_MOST_CLASSES:,} classes, {path} has {count} for {place}.",
+            )
