@@ -30,10 +30,11 @@ class DataConfig:
     """Feature that holds the source of a pair."""
     target_key: str = "target"
     """Feature that holds the target of a pair."""
-    tokenizer: Literal["bytes", "characters", "bpe", "wordpiece", "words"] = "bytes"
-    """Bytes of UTF-8; or trained on the training split: its characters, byte pairs, word pieces, or words."""
-    tokenizer_size: int = 4096
-    """Entries of a trained vocabulary (bpe, wordpiece, words), at most."""
+    tokenizer: Literal["auto", "bytes", "characters", "bpe", "wordpiece", "words"] = "auto"
+    """Bytes of UTF-8; or trained on the training split: its characters, byte pairs, word pieces, or words; auto: that of the run
+    in training.init_from, else bytes."""
+    tokenizer_size: int = 0
+    """Entries of a trained vocabulary (bpe, wordpiece, words), at most; 0: as in training.init_from, else 4096."""
     share_vocabulary: bool = True
     """Pairs: one vocabulary for sources and targets, or one for each."""
     sequence_length: int = 256
@@ -78,7 +79,10 @@ class DataConfig:
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
-        require_at_least(self, 257, "tokenizer_size")
+        require(
+            self.tokenizer_size == 0 or self.tokenizer_size >= 257,
+            f"DataConfig.tokenizer_size must be at least 257, or 0 for the default, got {self.tokenizer_size}.",
+        )
         require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
         require(
             self.stride <= self.sequence_length,

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from transformer.config import Config
 from transformer.validation import require
 
 # What a resumed run may change; everything else would make it another run.
@@ -28,6 +29,9 @@ RESUMABLE = (
     "training.cpu_kernels",
     "training.profile_steps",
 )
+
+LEFT_OPEN = {"data.tokenizer": "auto", "data.tokenizer_size": 0}
+"""Fields and the values that ask for nothing: a run records what was used in their place, and goes on with that."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -92,6 +96,13 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, values
 
 
+def fill_open(config: Config, recorded: Config) -> Config:
+    """A config that goes on with a run, with what the run recorded where the config asks for nothing (`LEFT_OPEN`)."""
+    data, names = config.data, [path.removeprefix("data.") for path in LEFT_OPEN]
+    filled = {name: getattr(recorded.data, name) for name in names if getattr(data, name) == LEFT_OPEN[f"data.{name}"]}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **filled))
+
+
 def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences between two configs (as dictionaries) that a resumed run may not have, one line each."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
@@ -101,5 +112,7 @@ def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"
         for path in sorted(set(before) | set(after))
-        if before.get(path, "absent") != after.get(path, "absent") and not path.startswith(resumable)
+        if before.get(path, "absent") != after.get(path, "absent")
+        and not path.startswith(resumable)
+        and LEFT_OPEN.get(path, "absent") != after.get(path, "missing")
     ]

@@ -132,12 +132,24 @@ def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
 def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, capsys):
     donor = place / "donor"
     shutil.copytree(pretrained, donor)
-    train(place, "orphan", "--training.init-from", str(donor), "--training.steps", "1")
-    shutil.rmtree(donor)
+    options = ("--training.init-from", str(donor), "--data.tokenizer", "auto", "--data.tokenizer-size", "0")
     capsys.readouterr()
-    workdir = train(place, "orphan", "--training.init-from", str(donor), "--training.steps", "2")
+    train(place, "orphan", *options, "--training.steps", "1")
+    assert f"tokenizer from {donor}: words, 12 entries" in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(donor)
+    workdir = train(place, "orphan", *options, "--training.steps", "2")
+    recorded = json.loads((workdir / "config.json").read_text())["data"]
+    assert (recorded["tokenizer"], recorded["tokenizer_size"]) == ("words", 300)
     assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
     assert load(workdir).step == 2
+
+
+def test_another_tokenizer_than_that_of_the_run_it_starts_from_is_refused(place, pretrained, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train(place, "refused", "--training.init-from", str(pretrained), "--data.tokenizer", "bpe")
+    assert exit_info.value.code == 2
+    assert "has that run's tokenizer, got data.tokenizer=bpe (there words); ask for" in capsys.readouterr().err
+    assert not (place / "refused").exists()
 
 
 def test_classes_have_weights_from_the_training_split(place, capsys):

@@ -1,5 +1,6 @@
 """Text to token ids and back: UTF-8 bytes, or characters, byte pairs, word pieces or words of a corpus."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,9 @@ from transformer.types import UserError
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+TRAINED = ("bpe", "wordpiece", "words")
+"""Kinds with a `tokenizer_size`."""
+_DEFAULT_SIZE = 4096
 _UNKNOWN = "<|unknown|>"
 _SOURCE = "source_tokenizer"
 
@@ -39,6 +43,11 @@ class Vocabulary(Protocol):
 @runtime_checkable
 class Tokenizer(Vocabulary, Protocol):
     """What the pipeline, the trainer and generation need to know of a tokenizer."""
+
+    @property
+    def kind(self) -> str:
+        """As `data.tokenizer` names it; of a pair, that for targets."""
+        ...
 
     @property
     def end_of_text(self) -> int:
@@ -72,6 +81,7 @@ def _write(directory: epath.PathLike, text: str) -> None:
 class ByteTokenizer:
     """The 256 bytes of UTF-8, then end-of-text."""
 
+    kind = "bytes"
     vocab_size = 257
     end_of_text = 256
 
@@ -94,6 +104,7 @@ class ByteTokenizer:
 class CharacterTokenizer:
     """End-of-text (0), unknown (1), then the characters of the training split in code point order."""
 
+    kind = "characters"
     end_of_text = 0
     unknown = 1
 
@@ -155,6 +166,8 @@ class _Trained:
 class BpeTokenizer(_Trained):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), end-of-text last."""
 
+    kind = "bpe"
+
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         super().__init__(model)
         end_of_text = model.token_to_id(END_OF_TEXT)
@@ -193,6 +206,7 @@ class WordTokenizer(_Trained):
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         super().__init__(model)
+        self.kind = "wordpiece" if isinstance(model.model, tokenizers.models.WordPiece) else "words"
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
 
     @classmethod
@@ -217,7 +231,7 @@ class PairTokenizer:
     """A tokenizer of targets that has another one, for sources, beside it."""
 
     def __init__(self, source: Tokenizer, target: Tokenizer) -> None:
-        self.source, self._target = source, target
+        self.source, self._target, self.kind = source, target, target.kind
         self.vocab_size, self.end_of_text, self.token_bytes = target.vocab_size, target.end_of_text, target.token_bytes
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
@@ -241,15 +255,22 @@ def source_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 
 def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer `config` asks for, trained on `texts`, the documents of the training split."""
+    size = config.tokenizer_size or _DEFAULT_SIZE
     match config.tokenizer:
-        case "bytes":
+        case "auto" | "bytes":
             return ByteTokenizer()
         case "characters":
             return CharacterTokenizer.train(texts)
         case "bpe":
-            return BpeTokenizer.train(texts, config.tokenizer_size)
+            return BpeTokenizer.train(texts, size)
         case "wordpiece" | "words":
-            return WordTokenizer.train(texts, config.tokenizer_size, pieces=config.tokenizer == "wordpiece")
+            return WordTokenizer.train(texts, size, pieces=config.tokenizer == "wordpiece")
+
+
+def with_tokenizer(config: DataConfig, tokenizer: Tokenizer) -> DataConfig:
+    """The config with what it left open filled in: the kind that is used, and the size of one that is trained."""
+    size = config.tokenizer_size or (_DEFAULT_SIZE if tokenizer.kind in TRAINED else 0)
+    return dataclasses.replace(config, tokenizer=tokenizer.kind, tokenizer_size=size)
 
 
 def load_tokenizer(directory: epath.PathLike) -> Tokenizer:

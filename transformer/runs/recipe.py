@@ -7,22 +7,18 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from etils import epath
 
 from transformer.config import Config, ObjectiveConfig
-from transformer.config_io import resume_conflicts, to_dict
 from transformer.data.datasets import Dataset, open_data
-from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.data.tokenizers import Tokenizer, with_tokenizer
 from transformer.evaluation.scores import sum_statistics
 from transformer.objectives.classification import balanced_weights
 from transformer.parallel.runner import Runner
-from transformer.runs.directory import CHECKPOINTS, read_config
+from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
 from transformer.steps import check_devices, make_steps
-from transformer.tasks import generation_scores, make_objective, make_params, resolve, split_metrics
+from transformer.tasks import generation_scores, make_objective, resolve, split_metrics
 from transformer.training import loop
-from transformer.training.checkpoint import load_params
 from transformer.training.state import TrainState
-from transformer.training.transfer import transfer
 from transformer.types import PyTree
 from transformer.validation import require
 
@@ -31,7 +27,7 @@ class Run(NamedTuple):
     """A config made real: everything the training loop needs."""
 
     config: Config
-    """With vocab_size, max_length and num_classes resolved."""
+    """With vocab_size, max_length, num_classes, class weights and the tokenizer resolved."""
     data: Dataset
     tokenizer: Tokenizer
     model: nn.Module
@@ -57,30 +53,26 @@ def make_run(
     """
     check_devices(config)
     data = data or open_data(config.data, config.objective)
-    if tokenizer is None and config.training.init_from:
-        tokenizer = load_tokenizer(config.training.init_from)
+    donor = read_donor(config.training.init_from) if config.training.init_from and not begun else None
+    notes: list[str] = []
+    if tokenizer is None and donor is not None:
+        config, note = inherit_tokenizer(config, donor)
+        tokenizer, notes = donor.tokenizer, [note]
     elif tokenizer is None:
         tokenizer = data.make_tokenizer()
-    given, config = to_dict(config), resolve(config, tokenizer, data.class_names)
-    notes: list[str] = []
+    given = config = dataclasses.replace(config, data=with_tokenizer(config.data, tokenizer))
+    config = resolve(config, tokenizer, data.class_names)
     if config.objective.class_weights != "none":
         weights = class_weights(config.objective, data)
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))
         named = zip(data.class_names, weights, strict=True)
         notes.append("class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in named))
-    steps, init_state = make_steps(config, tokenizer), None
-    if config.training.init_from and not begun:
-        donor = epath.Path(config.training.init_from)
-        step, donor_params = load_params(donor / CHECKPOINTS)
-        # What shapes need not show: an activation, a window, the distances of position buckets.
-        differs = [line for line in resume_conflicts(to_dict(read_config(donor)), given) if line.startswith("model.")]
-        # On the host: each device is given its part only.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            own = make_params(steps.model, jax.random.key(config.training.seed))
-            transferred = transfer(own, donor_params, pattern_length=len(config.model.pattern))
-        init_state = functools.partial(steps.init_state, jax.device_get(transferred.params))
-        notes.append("\n  differs: ".join([f"from {donor}, step {step}: {transferred.report()}", *differs]))
-    init_state = init_state or steps.init_state
+    steps = make_steps(config, tokenizer)
+    init_state = steps.init_state
+    if donor is not None:
+        params, note = inherit_params(given, steps.model, donor, data.class_names)
+        init_state = functools.partial(steps.init_state, params)
+        notes.append(note)
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
 
 

@@ -1,5 +1,6 @@
 """Training a config in its directory, from the latest checkpoint there if there is one."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,14 +10,14 @@ from etils import epath
 from rich.console import Console
 
 from transformer.config import Config
-from transformer.config_io import to_dict
+from transformer.config_io import fill_open, to_dict
 from transformer.data.datasets import open_data
 from transformer.data.tokenizers import load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.models.decoder import Decoder
-from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir
+from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir, read_config
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import write_whole
 from transformer.tasks import count_parameters, describe_attention, measure_work
@@ -87,7 +88,9 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     data = open_data(config.data, config.objective)
     console.print(data.description)
     old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
+    config = fill_open(config, read_config(workdir)) if old else config
     run = make_run(config, data=data, tokenizer=old, begun=done > 0)
+    config = dataclasses.replace(config, data=run.config.data)
     if run.notes:
         console.print(run.notes)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))

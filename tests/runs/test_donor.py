@@ -1,0 +1,107 @@
+"""A run that starts from another has its tokenizer, and asks for no other one; a head for other classes is not taken."""
+
+import dataclasses
+import itertools
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.config import Config, DataConfig, ObjectiveConfig
+from transformer.config_io import LEFT_OPEN, fill_open, resume_conflicts, to_dict
+from transformer.data.tokenizers import TRAINED, PairTokenizer, load_tokenizer, make_tokenizer, with_tokenizer
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.runs import donor as module
+from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
+from transformer.tasks import make_model, make_params
+from transformer.types import UserError
+
+KINDS = [kind for kind in typing.get_args(typing.get_type_hints(DataConfig)["tokenizer"]) if kind != "auto"]
+TEXTS = ["one two three", "two three four"]
+
+
+def donor_of(data, *, separate=False, class_names=()):
+    tokenizer = make_tokenizer(data, TEXTS)
+    tokenizer = PairTokenizer(tokenizer, make_tokenizer(data, TEXTS[:1])) if separate else tokenizer
+    data = dataclasses.replace(with_tokenizer(data, tokenizer), share_vocabulary=not separate)
+    return Donor("there", Config(data=data), tokenizer, class_names)
+
+
+@pytest.mark.parametrize(("kind", "asked"), list(itertools.product(KINDS, ["auto", *KINDS])))
+def test_the_kind_is_the_donors_or_refused(kind, asked):
+    donor = donor_of(DataConfig(tokenizer=kind))
+    config = Config(data=DataConfig(tokenizer=asked))
+    if asked not in ("auto", kind):
+        with pytest.raises(UserError, match=rf"has that run's tokenizer, got data.tokenizer={asked} \(there {kind}\)"):
+            inherit_tokenizer(config, donor)
+        return
+    resolved, note = inherit_tokenizer(config, donor)
+    assert note == f"tokenizer from there: {kind}, {donor.tokenizer.vocab_size:,} entries"
+    # What is recorded is what was used, and all that was left open is filled in.
+    for path, nothing in LEFT_OPEN.items():
+        name = path.removeprefix("data.")
+        assert getattr(resolved.data, name) == getattr(donor.config.data, name)
+        assert getattr(resolved.data, name) != nothing or (name == "tokenizer_size" and kind not in TRAINED)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize(("size", "fits"), [(0, True), (300, True), (301, False)])
+def test_the_size_is_the_donors_or_refused(kind, size, fits):
+    donor = donor_of(DataConfig(tokenizer=kind, tokenizer_size=300))
+    config = Config(data=DataConfig(tokenizer_size=size))
+    if fits:
+        assert inherit_tokenizer(config, donor)[0].data.tokenizer_size == 300
+    else:
+        with pytest.raises(UserError, match=r"data.tokenizer_size=301 \(there 300\)"):
+            inherit_tokenizer(config, donor)
+
+
+@pytest.mark.parametrize(("separate", "shared"), list(itertools.product([False, True], repeat=2)))
+def test_one_vocabulary_or_two_as_the_donor_has(separate, shared):
+    donor = donor_of(DataConfig(), separate=separate)
+    config = Config(data=DataConfig(share_vocabulary=shared), objective=ObjectiveConfig("seq2seq"))
+    if shared != separate:
+        assert "257 entries" in inherit_tokenizer(config, donor)[1]
+    else:
+        with pytest.raises(UserError, match=rf"data.share_vocabulary={shared} \(there {not shared}\)"):
+            inherit_tokenizer(config, donor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_tokenizer_knows_its_kind(kind, tmp_path):
+    make_tokenizer(DataConfig(tokenizer=kind), TEXTS).save(tmp_path)
+    assert load_tokenizer(tmp_path).kind == kind
+
+
+def test_a_run_goes_on_with_what_it_recorded_where_nothing_is_asked_for():
+    recorded = Config(data=DataConfig(tokenizer="bpe", tokenizer_size=300))
+    for data in (DataConfig(), DataConfig(tokenizer="bpe"), DataConfig(tokenizer_size=300)):
+        assert resume_conflicts(to_dict(recorded), to_dict(Config(data=data))) == []
+        assert fill_open(Config(data=data), recorded) == recorded
+    conflicts = resume_conflicts(to_dict(recorded), to_dict(Config(data=DataConfig(tokenizer="bytes"))))
+    assert conflicts == ["data.tokenizer: bpe -> bytes"]
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"), [(("neg", "pos"), True), (("pos", "neg"), False), (("no", "yes"), False), ((), True)]
+)
+def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
+    """Of as many classes, so that the shapes fit."""
+    block = BlockConfig(AttentionConfig(num_heads=1))
+    config = Config(
+        model=ModelConfig(
+            architecture="encoder", vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2
+        ),
+        objective=ObjectiveConfig("classification"),
+    )
+    model = make_model(config.model)
+    given = jax.tree.map(lambda x: x + 1, make_params(model, jax.random.key(7)))
+    monkeypatch.setattr(module, "load_params", lambda directory: (5, given))
+    donor = donor_of(DataConfig(), class_names=there)._replace(path=module.epath.Path("there"), config=config)
+    params, notes = inherit_params(config, model, donor, ("neg", "pos") if there else ())
+    kernel = np.asarray(params["classifier"]["kernel"])
+    assert np.array_equal(kernel, given["classifier"]["kernel"]) == taken
+    assert ("fresh: classifier/kernel" in notes) != taken
+    assert (f"differs: classes: {', '.join(there)} -> neg, pos" in notes) != taken
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], given["token_embedding"]["embedding"])

@@ -1,0 +1,91 @@
+"""What a run takes from the run that it starts from (`training.init_from`): its tokenizer, and the parameters that fit."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from etils import epath
+
+from transformer.config import Config
+from transformer.config_io import LEFT_OPEN, resume_conflicts, to_dict
+from transformer.data.tokenizers import TRAINED, PairTokenizer, Tokenizer, load_tokenizer
+from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
+from transformer.storage import expand
+from transformer.tasks import make_params
+from transformer.training.checkpoint import load_params
+from transformer.training.transfer import transfer
+from transformer.types import PyTree
+from transformer.validation import require
+
+_HEAD = "classifier"
+
+
+class Donor(NamedTuple):
+    """The run that another one starts from."""
+
+    path: epath.Path
+    config: Config
+    tokenizer: Tokenizer
+    class_names: tuple[str, ...]
+
+
+def read_donor(directory: str) -> Donor:
+    """The run in a directory, but for its parameters."""
+    path = epath.Path(expand(directory))
+    return Donor(path, read_config(path), load_tokenizer(path), read_class_names(path))
+
+
+def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
+    """The config with the donor's tokenizer, whose ids its embeddings are of, and a line that says so.
+
+    Raises:
+        UserError: the config asks for another one.
+    """
+    tokenizer = donor.tokenizer
+    theirs: dict[str, Any] = {"tokenizer": tokenizer.kind}
+    if tokenizer.kind in TRAINED:
+        theirs["tokenizer_size"] = donor.config.data.tokenizer_size
+    if config.objective.kind == "seq2seq":
+        theirs["share_vocabulary"] = not isinstance(tokenizer, PairTokenizer)
+    asked = {name: getattr(config.data, name) for name in theirs}
+    conflicts = [
+        f"data.{name}={asked[name]} (there {value})"
+        for name, value in theirs.items()
+        if asked[name] != value and asked[name] != LEFT_OPEN.get(f"data.{name}")
+    ]
+    require(
+        not conflicts,
+        f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; ask for the same or leave it "
+        "out, or leave out training.init_from.",
+    )
+    entries = f"{tokenizer.vocab_size:,} entries"
+    if isinstance(tokenizer, PairTokenizer):
+        entries = f"{tokenizer.source.vocab_size:,} entries for sources, {entries} for targets"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **theirs))
+    return config, f"tokenizer from {donor.path}: {tokenizer.kind}, {entries}"
+
+
+def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:
+    """Initial parameters on the host, the donor's where they fit, and lines that say which, and where the models differ.
+
+    Args:
+        config: of the run, as it was given.
+        model: of the run.
+        donor: whose latest checkpoint is read.
+        class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
+    """
+    step, params = load_params(donor.path / CHECKPOINTS)
+    if donor.class_names != class_names:
+        params = {name: part for name, part in params.items() if name != _HEAD}
+    # On the host: each device is given its part only.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        own = make_params(model, jax.random.key(config.training.seed))
+        transferred = transfer(own, params, pattern_length=len(config.model.pattern))
+    # What shapes need not show: an activation, a window, the distances of position buckets.
+    conflicts = resume_conflicts(to_dict(donor.config), to_dict(config))
+    differs = [line for line in conflicts if line.startswith("model.")]
+    if donor.class_names and class_names and donor.class_names != class_names:
+        differs.append(f"classes: {', '.join(donor.class_names)} -> {', '.join(class_names)}")
+    lines = [f"from {donor.path}, step {step}: {transferred.report()}", *differs]
+    return jax.device_get(transferred.params), "\n  differs: ".join(lines)
