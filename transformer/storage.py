@@ -10,6 +10,11 @@ from etils import epath
 
 from transformer.types import UserError
 
+
+class WriteError(UserError):
+    """A file could not be written; the message has the cause and the remedy."""
+
+
 ASIDE = ".tmp"
 """Ends the name of a file that is being written; what a kill left under such a name is nobody's."""
 
@@ -89,8 +94,10 @@ def sync_directory(path: epath.PathLike) -> None:
             os.close(descriptor)
 
 
-def explain(error: BaseException, what: str) -> UserError | None:
+def explain(error: BaseException, what: str, done: str = "written") -> WriteError | None:
     """What the user should know of a failed write of `what`: cause, path and remedy; None if it was no such failure.
+
+    `done` is what could not be done; "read or written" where an error may be of either.
 
     Takes an `OSError`, an error of TensorStore or Orbax that carries one, or an exception that was raised from either.
 
@@ -105,8 +112,8 @@ def explain(error: BaseException, what: str) -> UserError | None:
             cause, remedy = _CAUSES.get(number, (f"{seen}".splitlines()[0] if f"{seen}" else "it failed", "Mend that"))
             name = getattr(seen, "filename", None)
             where = f" ({name})" if name and number in _CAUSES else ""
-            return UserError(
-                f"{what} could not be written: {cause}{where}. {remedy}, then start the same command again."
+            return WriteError(
+                f"{what} could not be {done}: {cause}{where}. {remedy}, then start the same command again."
             )
         seen = seen.__cause__
     return None
@@ -122,7 +129,7 @@ def _number(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn a failed write inside into the `UserError` of `explain`; other exceptions pass.
+    """Turn a failed write inside into the `WriteError` of `explain`; other exceptions pass.
 
     Example:
         `with explained(f"{path}"): write_whole(path, text)`

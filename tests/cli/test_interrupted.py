@@ -57,13 +57,13 @@ def test_each_moment_of_a_run(config, tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr("transformer.cli.train.main", command)
     with monkeypatch.context() as patch:
         patch.setattr(runs_train, "make_run", lambda *_, **__: kill(number))
-        assert "nothing was saved yet, and the same command goes on" in main_exits()
+        assert "stopped at once. No step was saved yet. The same command goes on" in main_exits()
     assert not workdir.exists()
     assert "stopped at step 2 of 3 and saved" in main_exits()
     assert committed_steps(workdir / "checkpoints") == [2]
     with monkeypatch.context() as patch:
         patch.setattr(runs_train, "compressed_bits_per_byte", lambda _: kill(number))
-        assert "stopped at once; step 3 of 3 is saved" in main_exits()
+        assert "stopped at once. Step 3 of 3 is saved." in main_exits()
 
 
 def config_at(config, workdir):

@@ -1,8 +1,9 @@
 """Training a config in its directory, from the latest checkpoint there if there is one."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from transformer.generation.sampling import SamplingConfig
 from transformer.models.decoder import Decoder
 from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir, read_config
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
-from transformer.storage import write_whole
+from transformer.storage import WriteError, explain, explained, write_whole
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps
@@ -61,15 +62,9 @@ def train(
     Raises:
         Interrupted: a `KeyboardInterrupt`; SIGINT, SIGTERM or SIGHUP came. Between two steps the run is saved first, before them
             there is nothing to save.
-        UserError: the config, the data or the directory cannot be trained with, or training diverged.
+        UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
-
-    def where() -> str:
-        done = max(committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
-        saved = f"step {done} of {config.training.steps} is saved" if done else "nothing was saved yet"
-        return f"stopped at once; {saved}, and the same command goes on from there."
-
-    with interruptible(where):
+    with interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."), _explained(config):
         return _train(config, writers, hooks, console or Console(highlight=False))
 
 
@@ -148,6 +143,29 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     return Reached(str(workdir), int(state.step), last)
 
 
+@contextlib.contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    """Every failed write of a run, wherever it is, ends in a `WriteError` that says what is saved."""
+    try:
+        yield
+    except BrokenPipeError:  # of the terminal
+        raise
+    except Exception as error:
+        told = error if isinstance(error, WriteError) else explain(error, "A file of the run", "read or written")
+        if told is None:
+            raise
+        raise WriteError(f"{told} {_saved(config)}") from error
+
+
+def _saved(config: Config) -> str:
+    """A sentence on the last checkpoint."""
+    try:
+        done = max(committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
+    except OSError:
+        return "Its checkpoints cannot be read now."
+    return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
+
+
 class _Latest:
     """A writer that keeps the last row of the validation split, in every process."""
 
@@ -200,7 +218,7 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
         console.print(text, markup=False)
         console.rule()
         if jax.process_index() == 0:
-            with path.open("a") as file:
+            with explained(f"{path}"), path.open("a") as file:
                 file.write(f"---- step {step}\n{text}\n")
 
     return sample

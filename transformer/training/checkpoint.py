@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from transformer.storage import explained
 from transformer.training import manifest
 from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
@@ -21,6 +22,8 @@ from transformer.types import PyTree, UserError
 _DESCRIPTION = "checkpoint.json"
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _log = logging.getLogger(__name__)
+# What goes wrong in Orbax's threads is raised by the save, and need not be logged with a traceback of each thread.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 
 class Restored(NamedTuple):
@@ -71,15 +74,17 @@ class Checkpointer:
             "loop": loop,
         }
         text = json.dumps(description, indent=1)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        response = ocp.save_checkpointables_async(path, _to_parts(state))
+        with explained(f"Checkpoint {path}"), _folders_first():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            response = ocp.save_checkpointables_async(path, _to_parts(state))
 
         def commit() -> None:
-            response.result()
-            if jax.process_index() == 0:
-                (path / _DESCRIPTION).write_text(text)
-                manifest.write_manifest(path)
-                self._retire()
+            with explained(f"Checkpoint {path}"):
+                response.result()
+                if jax.process_index() == 0:
+                    (path / _DESCRIPTION).write_text(text)
+                    manifest.write_manifest(path)
+                    self._retire()
 
         self._pending = self._worker.submit(commit)
 
@@ -88,6 +93,11 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def check(self) -> None:
+        """Raise what went wrong with the last save, if it has ended; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def close(self) -> None:
         """Finish the last save and stop."""
@@ -143,6 +153,13 @@ class Checkpointer:
         for step in steps[: -self._keep]:
             if step != best or math.isinf(losses[step]):
                 _remove(self._directory / str(step))
+
+
+def _folders_first() -> ocp.Context:
+    """Made in the background, a folder that cannot be made leaves Orbax's thread, and so the process, waiting for minutes."""
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def committed_steps(directory: epath.PathLike) -> list[int]:

@@ -96,6 +96,7 @@ def train(
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
             batch = next(batches)
             state, statistics = runner.step(state, runner.place_batch(batch))
+            checkpointer.check()
             report.settle()
             report.in_flight = (step, statistics, measure_work(batch))
             for hook in hooks:
@@ -208,14 +209,13 @@ def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer]) -> Iterato
     """Whatever happens inside, let the checkpoint under way become valid, and close the writers."""
     try:
         yield
-    except BaseException as error:
-        try:
-            checkpointer.wait()
-        except Exception as second:
-            error.add_note(f"The last checkpoint could not be finished either: {second!r}")
-        raise
-    else:
         checkpointer.wait()
-    finally:
         for writer in writers:
             writer.close()
+    except BaseException as error:
+        for what, finish in (("last checkpoint", checkpointer.wait), *(("rows", writer.close) for writer in writers)):
+            try:
+                finish()
+            except Exception as second:
+                error.add_note(f"The {what} could not be finished either: {second!r}")
+        raise

@@ -1,6 +1,8 @@
 """Where metric rows go: a file of JSON lines, TensorBoard, the terminal."""
 
 import json
+import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -8,7 +10,12 @@ from typing import Protocol, runtime_checkable
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
+
+from transformer.storage import explained, is_local, write_whole
 
 Metrics = Mapping[str, float]
 
@@ -38,12 +45,13 @@ class JsonlWriter:
 
     def __init__(self, path: epath.PathLike) -> None:
         self._path = epath.Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with explained(f"{self._path}"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Append a row."""
         row = json.dumps({"step": step, "split": split, **metrics})
-        with self._path.open("a") as file:
+        with explained(f"{self._path}"), self._path.open("a") as file:
             file.write(row + "\n")
 
     def resume(self, step: int) -> None:
@@ -51,10 +59,8 @@ class JsonlWriter:
         if not self._path.exists():
             return
         kept = [row for row in read_jsonl(self._path) if row["step"] <= step]
-        # Written aside and renamed: a kill in here leaves the old file or the new one.
-        aside = self._path.parent / f"{self._path.name}.tmp"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(self._path)
+        with explained(f"{self._path}"):
+            write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -77,31 +83,46 @@ def read_jsonl(path: epath.PathLike) -> list[dict]:
 
 
 class TensorBoardWriter:
-    """Scalars named `split/metric`."""
+    """Scalars named `split/metric`, in a file of events for each start.
+
+    Written in the caller's thread: with a thread of its own, tensorboardX loses what cannot be written, and then waits for ever.
+    """
 
     def __init__(self, directory: epath.PathLike) -> None:
         self._directory = str(directory)
-        self._writer: SummaryWriter | None = None
+        self._writer: EventsWriter | None = None
+        self._flushed = -math.inf
 
-    def _open(self, purge_step: int | None) -> SummaryWriter:
-        if self._writer is None:
-            self._writer = SummaryWriter(self._directory, purge_step=purge_step)
-        return self._writer
+    def _add(self, *events: Event) -> None:
+        with explained(self._directory):
+            if self._writer is None:
+                directory_check(self._directory)
+                # Of two starts within a second, too, each has a file.
+                self._writer = EventsWriter(f"{self._directory}/events", f".{os.getpid()}.{time.time_ns()}")
+            for event in events:
+                event.wall_time = time.time()
+                self._writer.write_event(event)
+            # To a bucket, the whole file is sent anew.
+            if is_local(self._directory) or time.monotonic() - self._flushed > 120:
+                self._flushed = time.monotonic()
+                self._writer.flush()
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """One scalar for each metric."""
-        writer = self._open(None)
-        for name, value in metrics.items():
-            writer.add_scalar(f"{split}/{name}", value, step)
+        values = [Summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in metrics.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
 
     def resume(self, step: int) -> None:
         """Have TensorBoard hide what earlier runs wrote after `step`."""
-        self._open(step + 1 if step > 0 else None)
+        restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add(*[restart] if step > 0 else [])
 
     def close(self) -> None:
         """Flush."""
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with explained(self._directory):
+                writer.close()
 
 
 class ConsoleWriter:
