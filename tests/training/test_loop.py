@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from transformer.config import TrainingConfig
+from transformer.storage import WriteError
 from transformer.training import checkpoint, manifest
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loop import train
@@ -355,7 +356,7 @@ def test_an_exception_is_not_hidden_by_trouble_with_the_checkpoint(toy, tmp_path
     with pytest.raises(Accident) as error:
         run.start(hooks=[at(6, fail)])
     assert "disk full" in error.value.__notes__[0]
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         run.start(steps=6)
 
 
