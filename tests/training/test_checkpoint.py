@@ -113,7 +113,7 @@ def test_trouble_in_the_background_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "write_manifest", fail)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(make_state(5), LOOP)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         checkpointer.save(make_state(6), LOOP)
     assert checkpointer.steps() == []
     checkpointer.close()
