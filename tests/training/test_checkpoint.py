@@ -304,7 +304,7 @@ def test_death_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, momen
             else:
                 patch.setattr(type(manifest.epath.Path("/")), "replace", die)
             checkpointer.save(make_state(20), LOOP)
-            with pytest.raises((Death, FileNotFoundError)):
+            with pytest.raises((Death, UserError)):
                 checkpointer.wait()
     again = Checkpointer(tmp_path, report=lambda _: None)
     assert again.steps() == [10]
