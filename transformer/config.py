@@ -1,6 +1,7 @@
 """A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
 
 import dataclasses
+import itertools
 import re
 from typing import Literal
 
@@ -194,6 +195,9 @@ class OptimizerConfig:
     """Learning rate at the last step, as a share of the peak (cosine, linear, wsd)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
+    restarts: tuple[int, ...] = ()
+    """Steps after which the schedule begins anew, warm-up and decay, over the steps to the next or the last (warm restarts,
+    Loshchilov and Hutter 2017). A finished run of N steps goes on so with more training.steps and N here."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only (not on norms, biases or embeddings' positions)."""
     clip_norm: float = 1.0
@@ -219,6 +223,10 @@ class OptimizerConfig:
         require_at_least(self, 1, "accumulate_steps")
         require_range(self, 0, 1, "b1", "b2", "ema_decay")
         require_range(self, 0, 1 + 1e-9, "final_fraction", "decay_fraction")
+        require(
+            all(a < b for a, b in itertools.pairwise((0, *self.restarts))),
+            f"OptimizerConfig.restarts must be rising steps above 0, got {self.restarts}.",
+        )
         self.groups()
 
     def groups(self) -> tuple[tuple[re.Pattern[str], float], ...]:
@@ -386,4 +394,12 @@ class Config:
             self.optimizer.warmup_steps <= self.training.steps,
             f"optimizer.warmup_steps must not exceed training.steps={self.training.steps}, "
             f"got {self.optimizer.warmup_steps}.",
+        )
+        bounds = (0, *self.optimizer.restarts, self.training.steps)
+        shortest = min(b - a for a, b in itertools.pairwise(bounds))
+        require(
+            shortest >= max(1, self.optimizer.warmup_steps),
+            f"Between optimizer.restarts={self.optimizer.restarts} and training.steps={self.training.steps} must be steps, "
+            f"at least optimizer.warmup_steps={self.optimizer.warmup_steps}, got {shortest}; raise training.steps or "
+            "change these.",
         )

@@ -18,6 +18,7 @@ RESUMABLE = (
     "data.data_dir",
     "data.stride",
     "data.limit",
+    "optimizer.restarts",
     "training.steps",
     "training.log_every",
     "training.eval_every",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -94,6 +95,21 @@ def test_a_finished_run_says_so_and_more_steps_go_on(workdir, arguments, capsys,
     before = (workdir / "metrics.jsonl").read_text()
     main([*command, "--training.steps", "6"])
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_goes_on_with_a_new_schedule(workdir, arguments, capsys, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    command = ["train", *arguments, "--workdir", str(tmp_path / "run")]
+    main(command)
+    assert "--optimizer.restarts 6" in " ".join(capsys.readouterr().out.split())
+    main([*command, "--training.steps", "8", "--optimizer.restarts", "6"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "learning rate 0.0001 at step 6, 0.001 at step 7: a new schedule begins." in out
+    rates = [
+        json.loads(line).get("learning_rate") for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert rates[-2] == pytest.approx(1e-4)
+    assert "before step 8, which this run has taken" in refused([*command, "--training.steps", "9"], capsys)
 
 
 def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):

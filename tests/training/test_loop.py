@@ -325,6 +325,28 @@ def test_a_longer_run_goes_on(toy, tmp_path):
     assert [row["step"] for row in run.rows if row["split"] == "train"] == [4, 6, 8, 9]
 
 
+def test_a_restarted_schedule_resumes_to_the_bit(toy, tmp_path):
+    """A finished run goes on with a new warm-up, and is killed twice on the way."""
+
+    def run(name):
+        found = Run(toy, tmp_path / name)
+        found.runner, found.make_state = toy.runner(steps=6, ema_decay=0.9)
+        found.start(steps=6, log_every=1, evaluators={})
+        found.runner, found.make_state = toy.runner(steps=14, ema_decay=0.9, restarts=(6,))
+        return found, {"steps": 14, "log_every": 1, "evaluators": {}, "checkpoint_every": 3}
+
+    (whole, changes), (killed, _) = run("whole"), run("killed")
+    expected = whole.start(**changes)
+    for step in (8, 13):
+        with pytest.raises(Accident):
+            killed.start(hooks=[at(step, fail)], **changes)
+    assert_same_bits(killed.start(**changes), expected)
+    assert untimed(killed.rows) == untimed(whole.rows)
+    rates = [row["learning_rate"] for row in whole.rows]
+    assert rates[6:9] == rates[:3]  # the same warm-up
+    assert rates[5] == pytest.approx(rates[-1]) == pytest.approx(0.003)
+
+
 def test_an_exception_lets_the_checkpoint_under_way_finish(toy, tmp_path, monkeypatch):
     write, written = manifest.write_manifest, []
     monkeypatch.setattr(manifest, "write_manifest", lambda path: (written.append(path), write(path)))

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import OptimizerConfig
-from transformer.training.schedules import make_schedule
+from transformer.config import Config, OptimizerConfig, TrainingConfig
+from transformer.training.schedules import describe_change, make_schedule
+from transformer.types import UserError
 
 STEPS, WARMUP, PEAK = 101, 10, 2.0
 NAMES = ["cosine", "linear", "inverse_sqrt", "constant", "wsd"]
@@ -75,3 +76,60 @@ def test_same_under_jit_for_traced_counts(name):
 
 def test_a_stage_of_no_decay_steps_stays_up():
     assert float(schedule("wsd", decay_fraction=0.0)(STEPS - 2)) == pytest.approx(PEAK)
+
+
+# ---- Restarts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_a_restart_the_schedule_is_a_new_runs(name):
+    """And before it the one that was, to the bit: a run that went on has the schedule of its config from its first step."""
+    rate, first, second, third = (
+        schedule(name, 301, restarts=(STEPS, 240)),
+        *(schedule(name, steps) for steps in (STEPS, 240 - STEPS, 301 - 240)),
+    )
+    counts = np.arange(301)
+    expected = [*first(counts[:STEPS]), *second(counts[: 240 - STEPS]), *third(counts[: 301 - 240])]
+    np.testing.assert_array_equal(rate(counts), np.asarray(expected))
+    np.testing.assert_array_equal(jax.jit(rate)(counts[:STEPS]), jax.jit(first)(counts[:STEPS]))
+
+
+def run_of(steps, *restarts, **optimizer):
+    return Config(optimizer=OptimizerConfig(restarts=restarts, **optimizer), training=TrainingConfig(steps=steps))
+
+
+def test_what_becomes_of_the_learning_rate_is_said():
+    before = run_of(1800, final_fraction=0.0, learning_rate=0.02)
+    longer = run_of(3600, final_fraction=0.0, learning_rate=0.02)
+    anew = run_of(3600, 1800, final_fraction=0.0, learning_rate=0.02, warmup_steps=0)
+    assert describe_change(before, longer, 1800) == (
+        "learning rate 0 at step 1800, 0.01 at step 1801, as a schedule over 3600 steps has it; --optimizer.restarts 1800 begins "
+        "a new one, with warm-up and decay, over the added steps."
+    )
+    assert (
+        describe_change(before, anew, 1800) == "learning rate 0 at step 1800, 0.02 at step 1801: a new schedule begins."
+    )
+    assert "--optimizer.restarts 1800 3600 begins" in describe_change(anew, run_of(5000, 1800), 3600)
+    assert describe_change(anew, anew, 2000) == describe_change(before, longer, 0) == ""
+
+
+def test_a_schedule_that_was_trained_with_stays():
+    describe_change(run_of(100, 50), run_of(100), 50)  # not there yet
+    with pytest.raises(
+        UserError, match=r"before step 51, .* must stay as they were, \(50,\); got \(\). A restart at 51 or later"
+    ):
+        describe_change(run_of(100, 50), run_of(100), 51)
+    with pytest.raises(UserError, match="got \\(20,\\)"):
+        describe_change(run_of(100), run_of(200, 20), 100)
+
+
+@pytest.mark.parametrize("restarts", [(0,), (5, 5), (7, 3), (-1,)])
+def test_restarts_rise(restarts):
+    with pytest.raises(UserError, match="must be rising steps above 0"):
+        OptimizerConfig(restarts=restarts)
+
+
+@pytest.mark.parametrize(("restarts", "warmup"), [((100,), 0), ((150,), 0), ((95,), 6), ((5,), 6)])
+def test_each_schedule_has_room_for_its_warm_up(restarts, warmup):
+    with pytest.raises(UserError, match="raise training"):
+        run_of(100, *restarts, warmup_steps=warmup)

@@ -26,6 +26,7 @@ from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.profile import trace_steps
+from transformer.training.schedules import describe_change
 from transformer.training.signals import interruptible
 from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
 from transformer.types import PyTree
@@ -72,7 +73,11 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     workdir = epath.Path(config.workdir)
     done = check_workdir(config)
     if done >= config.training.steps:
-        console.print(f"{workdir} is finished: step {done} of {config.training.steps}. More --training.steps goes on.")
+        restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
+        console.print(
+            f"{workdir} is finished: step {done} of {config.training.steps}. It goes on with more --training.steps, and with "
+            f"--optimizer.restarts {restarts} warms up and decays anew over them."
+        )
         return Reached(str(workdir), done, _scores_at(workdir, done))
     use_compilation_cache()
     keep_freed_memory()
@@ -83,11 +88,13 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     data = open_data(config.data, config.objective)
     console.print(data.description)
     old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
-    config = fill_open(config, read_config(workdir)) if old else config
+    before = read_config(workdir) if old else config
+    config = fill_open(config, before) if old else config
+    change = describe_change(before, config, done)
     run = make_run(config, data=data, tokenizer=old, begun=done > 0)
     config = dataclasses.replace(config, data=run.config.data)
-    if run.notes:
-        console.print(run.notes)
+    for note in filter(None, (run.notes, change)):
+        console.print(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
