@@ -1,0 +1,69 @@
+"""How a step is spread over devices and processes, as a frozen dataclass, validated when it is made."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from transformer.validation import require, require_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the step is spread over devices."""
+
+    strategy: Literal["mesh", "pmap"] = "mesh"
+    """jit over a mesh (main path), or pmap (data parallel)."""
+    data: int = -1
+    """Devices that have rows of the batch each, and a whole copy of the state between them; -1: as many as the others leave."""
+    fsdp: int = 1
+    """Devices that have rows of the batch each, and share the state (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Devices that share heads, hidden units and the vocabulary, for the same rows."""
+    context: int = 1
+    """Devices that share the places of each row; next_token only."""
+    expert: int = 1
+    """Devices that share the experts, and have rows of the batch each."""
+    dcn: int = 1
+    """Slices (groups of devices with a fast network inside) that share the batch over the data-centre network."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, which listens there without authentication, or auto; empty starts several processes only where the
+    environment tells of them (Cloud TPU, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
+    num_processes: int = 0
+    """With HOST:PORT: processes of the run; 0 means that the environment tells."""
+    process_id: int = -1
+    """With HOST:PORT: this process's number, from 0; -1 means that the environment tells."""
+    start_timeout: int = 300
+    """Seconds that processes wait for each other at the start."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "start_timeout")
+        require(
+            self.coordinator not in ("", "auto") or (self.num_processes, self.process_id) == (0, -1),
+            "parallel.num_processes and process_id need parallel.coordinator=HOST:PORT, got "
+            f"{self.num_processes} and {self.process_id} with {self.coordinator!r}.",
+        )
+        require(
+            self.coordinator in ("", "auto")
+            or re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+):\d+", self.coordinator) is not None,
+            f"parallel.coordinator must be HOST:PORT or auto (an IPv6 address in brackets), got {self.coordinator!r}.",
+        )
+        require(
+            self.num_processes == 0 or self.process_id < self.num_processes,
+            f"parallel.process_id must be below num_processes={self.num_processes}, got {self.process_id}.",
+        )
+        sizes = self.sizes
+        require(
+            all(size >= 1 or size == -1 for size in sizes.values()),
+            f"The axes of ParallelConfig must be at least 1, or -1 for what the others leave, got {sizes}.",
+        )
+        spread = [name for name, size in sizes.items() if name != "data" and size != 1]
+        require(
+            self.strategy == "mesh" or not spread,
+            f"parallel.strategy=pmap has data parallelism only, got {spread}; set strategy=mesh, or leave them at 1.",
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis of the mesh. A `data` of 0, as older configs have it, is taken for -1."""
+        names = ("dcn", "fsdp", "expert", "context", "tensor")
+        return {"data": self.data or -1, **{name: getattr(self, name) for name in names}}
