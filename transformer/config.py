@@ -19,7 +19,8 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
     validation_fraction: float = 0.1
-    """Share of a local source's text held out for validation: whole files of a folder where they fit, else the end of one."""
+    """Share of a local source's text held out for validation: whole files of a folder where they fit, else the end of one. Of
+    labelled texts and pairs without a validation split, the share of each class that is taken from training."""
     test_fraction: float = 0.0
     """Share of a local source's text held out for testing, after the validation part."""
     text_key: str = "text"

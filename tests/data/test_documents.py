@@ -28,9 +28,12 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert list(_texts(tmp_path)) == ["a/y.txt", "a/z.md", "a.txt", "b.txt"]
 
 
-def test_line_endings_and_the_byte_order_mark_are_kept(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
-    assert _texts(tmp_path / "a.txt") == {"a.txt": "\ufeffone\r\ntwo\r"}
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_line_endings_are_kept_and_a_byte_order_mark_is_not(tmp_path, pack):
+    (tmp_path / "a.txt").write_bytes(pack(b"\xef\xbb\xbfone\r\ntwo\r\xef\xbb\xbf"))
+    assert _texts(tmp_path / "a.txt") == {"a.txt": "one\r\ntwo\r\ufeff"}
+    (tmp_path / "a.jsonl").write_bytes(pack(b'\xef\xbb\xbf{"text": "one"}\n'))
+    assert list(_texts(tmp_path / "a.jsonl").values()) == ["one"]
 
 
 def test_the_fingerprint_follows_contents_only(tmp_path, write_folder):
@@ -90,11 +93,12 @@ def test_a_jsonl_has_texts_and_prompts_under_the_names_of_the_config(write_jsonl
         (b"", "must hold text"),
         (b" \n\n", "must hold text"),
         (b"text\0text", "is binary .NUL at byte 4"),
+        ("text".encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (b"caf\xe9 au lait", "must be UTF-8, .*byte 3: 0xe9.*iconv"),
         (b"PK\x03\x04rest", "is zip data: unpack it first"),
         (gzip.compress(b"text" * 100)[:-9], "must be whole"),
     ],
-    ids=["empty", "blank", "binary", "latin1", "zip", "torn"],
+    ids=["empty", "blank", "binary", "utf16", "latin1", "zip", "torn"],
 )
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_what_is_not_text_is_refused(tmp_path, content, message, in_folder):

@@ -74,8 +74,39 @@ def test_pairs_of_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("json_label", "text"),
+    [("0", "0"), ("0.0", "0.0"), ("1.5", "1.5"), ("-1", "-1"), ("true", "true"), ('"null"', "null"), ('"1"', "1")],
+)
+def test_a_label_is_the_same_text_in_every_kind_of_file(tmp_path, json_label, text):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": {json_label}}}\n')
+    (tmp_path / "a.csv").write_text(f"text,label\na,{text}\n")
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\na\t{text}\n")
+    (tmp_path / "folder" / text).mkdir(parents=True)
+    (tmp_path / "folder" / text / "1.txt").write_text("a")
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "a.csv", "a.tsv", "folder")]
+    assert set(read_labelled(paths)) == {LabelledText("a", text)}
+
+
+def test_a_byte_order_mark_is_dropped_everywhere(tmp_path):
+    files = {"a.jsonl": '{"text": "a", "label": "x"}', "a.csv": "text,label\na,x", "a.tsv": "text\tlabel\na\tx"}
+    for name, content in files.items():
+        (tmp_path / name).write_text("\ufeff" + content)
+    assert set(read_labelled([str(tmp_path / name) for name in files])) == {LabelledText("a", "x")}
+    for name in ("a.en", "a.de"):
+        (tmp_path / name).write_text("\ufefftext\n")
+    assert list(read_pairs([str(tmp_path / "a.en"), str(tmp_path / "a.de")])) == [TextPair("text", "text")]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", '{"text": "a", "label": NaN}', "'label' must be the name or number of a class, .* has nan"),
+        ("a.jsonl", '{"text": "a", "label": []}', r"'label' must be the name or number of a class, .* has \[\]"),
+        ("a.jsonl", '{"text": "a", "label": "\\n"}', "'label' must be the name or number of a class"),
+        ("a.jsonl", "[" * 100_000, "must be a JSON object; .*line 1"),
+        ("a.jsonl", '{"label": ' + "1" * 5000 + "}", "must be a JSON object; .*line 1"),
+        ("a.csv", "text,label\na,\n", "'label' must be the name or number of a class, .*line 2 has ''"),
+        ("a.csv", "text,label,label\na,x,y\n", r"different names, .*a\.csv has 'label' as columns 2 and 3"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "a"}', r"must have 'label', .*a\.jsonl, line 2 has 'text'"),
         ("a.jsonl", '{"text": 3, "label": "x"}', "'text' must be text, .*line 1 has int"),
         ("a.jsonl", '{"text": "a", "label": null}', "'label' must be the name or number of a class, .* has None"),

@@ -1,10 +1,18 @@
 """Datasets made of files: read back exactly, by TFDS too; splits that do not overlap; names that are not clobbered."""
 
+import doctest
+import json
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import given
+from hypothesis import strategies as st
 
-from transformer.config import DataConfig
+from transformer.config import DataConfig, ObjectiveConfig
+from transformer.data import example_files, examples, stored
+from transformer.data.datasets import open_data
+from transformer.data.example_files import clean_label
 from transformer.data.examples import TextExample, open_examples, prepare_examples
 from transformer.types import UserError
 
@@ -61,6 +69,119 @@ def test_pairs_come_back(config, tmp_path):
     assert sorted(everything) == [TextExample("one", target="eins"), TextExample("two", target="zwei")]
 
 
+# ---- Labels and texts that are stored otherwise than they look -------------------------------------------------------
+
+LABELS = [
+    "neg\nclass",
+    "pos\nclass",
+    " a",
+    "a",
+    "a ",
+    "b\r\nc",
+    "d\re",
+    "f\tg",
+    "h\x85i",
+    "j  k",
+    "\xa0l",
+    "m\x00n",
+    "ö",
+]
+LABELS += ["\x1b[1mo", "[/bold]", "p\u2028q", "\x1cr", "0.0", "0", "-1", "#", '"', ","]
+
+
+def _jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"train": [str(path)]}
+
+
+def test_labels_come_back_trimmed_and_joined_and_it_is_said(config, tmp_path):
+    files = _jsonl(tmp_path / "a.jsonl", [{"text": str(i), "label": label} for i, label in enumerate(LABELS)])
+    described = prepare_examples("labelled", "mine", files, config)
+    for data in (open_examples("mine", "labelled", config), tfds.data_source("mine", data_dir=config.data_dir)):
+        if isinstance(data, dict):
+            names = tfds.builder("mine", data_dir=config.data_dir).info.features["label"].names
+            found = {int(example["text"]): names[example["label"]] for example in data["train"]}
+        else:
+            names, found = data.class_names, {}
+            for split in data.split_names:
+                found |= {int(example.text): data.class_names[example.label] for example in data.examples(split)}
+        assert len(set(names)) == len(names)
+        assert found == {i: clean_label(label) for i, label in enumerate(LABELS)}
+    assert "class 'a': ' a', 'a', 'a ' in the files" in described
+    assert r"class 'neg class': 'neg\nclass' in the files" in described
+    assert "j  k" not in described.split("\n", 1)[1]
+
+
+@given(st.text())
+def test_a_clean_label_is_one_line_of_a_file_of_names(label):
+    clean = clean_label(label)
+    assert clean_label(clean) == clean
+    # As TFDS writes and reads them.
+    assert [name.strip() for name in f"{clean}\n".replace("\r", "\n").split("\n") if name.strip()] == [clean][
+        : len(clean)
+    ]
+    assert "".join(clean.split()) == "".join(label.split())
+
+
+def test_docstring_examples():
+    assert doctest.testmod(example_files).failed == 0
+
+
+TEXTS = ["\r", "a\r\nb", "\x00", "lone \ud800", "\ufeffa", "  a  ", "\u2028", "é", ""]
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("labelled", ("text", "label")), ("pairs", ("source", "target"))])
+def test_texts_come_back_to_the_byte(config, tmp_path, kind, fields):
+    seconds = TEXTS if kind == "pairs" else ["class"] * len(TEXTS)
+    values = [(f"{text}{i}", f"{second}{i}") for i, (text, second) in enumerate(zip(TEXTS, seconds, strict=True))]
+    records = [dict(zip(fields, value, strict=True)) for value in values]
+    prepare_examples(kind, "mine", _jsonl(tmp_path / "a.jsonl", records), config)
+    source = open_examples("mine", kind, DataConfig(data_dir=config.data_dir, validation_fraction=0.0))
+    for record, example in zip(records, source.examples("train"), strict=True):
+        second = source.class_names[example.label] if kind == "labelled" else example.target
+        assert (example.text, second) == tuple(value.replace("\ud800", "?") for value in record.values())
+
+
+@pytest.mark.parametrize("kind", ["labelled", "pairs"])
+def test_what_does_not_come_back_as_it_was_given_leaves_nothing(config, tmp_path, monkeypatch, kind):
+    fields = {"labelled": ("text", "label"), "pairs": ("source", "target")}[kind]
+    files = _jsonl(tmp_path / "a.jsonl", [dict(zip(fields, (f"{i}", f"l\n{i % 2}"), strict=True)) for i in range(4)])
+    if kind == "labelled":
+        monkeypatch.setattr(examples, "clean_label", str)
+    else:
+        read = stored.in_order
+        monkeypatch.setattr(stored, "in_order", lambda data: list(read(data))[:-1])
+    with pytest.raises(
+        UserError, match=r"must come back as it was given, (the classes|example 4 of train) came back as"
+    ):
+        prepare_examples(kind, "mine", files, config)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_blank_pairs_are_left_out_and_counted(config, tmp_path):
+    (tmp_path / "a").write_text("one\n\n \nfour\n")
+    (tmp_path / "b").write_text("eins\nzwei\n\n\t\n")
+    described = prepare_examples("pairs", "numbers", {"train": [str(tmp_path / "a"), str(tmp_path / "b")]}, config)
+    assert described.splitlines() == [
+        "numbers/1.0.0: train 1 examples",
+        "train: 3 pairs with an empty side are left out",
+    ]
+
+
+def test_a_share_for_testing_is_refused_instead_of_ignored(config, labelled):
+    prepare_examples("labelled", "mine", labelled, config)
+    asked_for = DataConfig(source=("mine",), data_dir=config.data_dir, test_fraction=0.1)
+    with pytest.raises(UserError, match=r"files of its own .*, got data\.test_fraction=0\.1"):
+        open_data(asked_for, ObjectiveConfig(kind="classification"))
+
+
+def test_fields_of_one_name_are_refused(config, labelled):
+    with pytest.raises(
+        UserError, match=r"names of their own, data\.text_key and data\.label_key are 'label' and 'label'"
+    ):
+        prepare_examples("labelled", "mine", labelled, DataConfig(data_dir=config.data_dir, text_key="label"))
+
+
 def test_the_same_again_is_kept_and_another_is_refused(config, labelled, tmp_path):
     first = prepare_examples("labelled", "mine", labelled, config)
     assert prepare_examples("labelled", "mine", labelled, config) == first
@@ -109,3 +230,14 @@ def test_a_share_is_held_out_at_random_and_not_by_order(config, tmp_path):
     labels = [example.label for example in open_examples("ordered", "labelled", config).examples("validation")]
     assert len(labels) == 250
     assert 0.4 < np.mean(labels) < 0.6
+
+
+def test_every_class_is_held_out(config, tmp_path):
+    """Of 1,000 texts with 10 positives, 20 drawn at random have none eight times in ten."""
+    path = tmp_path / "rare.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{int(i % 100 == 7)}\n" for i in range(1000)))
+    prepare_examples("labelled", "rare", {"train": [str(path)]}, config)
+    source = open_examples("rare", "labelled", DataConfig(data_dir=config.data_dir, validation_fraction=0.02))
+    held_out = [example.label for example in source.examples("validation")]
+    assert (len(held_out), sum(held_out)) == (20, 1)
+    assert sum(example.label for example in source.examples("train")) == 9

@@ -142,6 +142,20 @@ def test_a_preparation_that_fails_cleans_up(tmp_path, make_config, write_folder,
     assert list(tmp_path.glob("prepared/text_records/*/*")) == []
 
 
+def test_text_that_does_not_come_back_is_an_error_and_nothing_is_kept(tmp_path, make_config, write_folder, monkeypatch):
+    folder = write_folder()
+    generate = Examples._generate_examples
+
+    def alter(self, examples):
+        for number, example in generate(self, examples):
+            yield number, example | ({"text": example["text"].upper()} if number == 3 else {})
+
+    monkeypatch.setattr(Examples, "_generate_examples", alter)
+    with pytest.raises(UserError, match=r"must come back as it was given, example 4 of train came back as .*FOLDER"):
+        open_source(str(folder), make_config(folder))
+    assert list(tmp_path.glob("prepared/text_records/*/*")) == []
+
+
 def test_a_new_process_needs_no_tensorflow_makes_no_noise_and_ends_quietly(tmp_path, write_folder):
     folder = write_folder(files=40)
     script = textwrap.dedent(

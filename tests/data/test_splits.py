@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from transformer.data import splits
 from transformer.data.documents import Corpus, Document
-from transformer.data.splits import SPLITS, assign, cut, divide, split_documents
+from transformer.data.splits import SPLITS, assign, cut, divide, hold_out, split_documents
 
 
 def _corpus(*texts):
@@ -79,6 +79,36 @@ def test_a_stride_gives_each_split_its_share_of_the_documents(count, validation,
     assert len(assigned) == count
     for split, fraction in ((1, validation), (2, test)):
         assert abs(assigned.count(split) - fraction * count) <= 2
+
+
+# ---- Classes ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    counts=st.lists(st.one_of(st.integers(1, 5), st.integers(1, 400)), min_size=1, max_size=20),
+    fraction=st.sampled_from([0.01, 0.02, 0.1, 0.3, 0.5]),
+    seed=st.integers(0, 5),
+)
+@example([990, 10], 0.02, 0)
+@example([2] * 20, 0.02, 0)
+@example([1, 1, 1], 0.1, 0)
+def test_a_share_of_each_class_is_held_out(counts, fraction, seed):
+    classes = np.random.RandomState(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    taken = hold_out(classes, fraction)
+    assert taken.tolist() == sorted(set(taken.tolist())) == hold_out(classes, fraction).tolist()
+    total, held_out = sum(counts), np.bincount(classes[taken], minlength=len(counts))
+    if max(counts) == 1:
+        assert len(taken) == min(total - 1, max(1, round(fraction * total)))
+        return
+    assert np.all(held_out < np.array(counts))  # training knows every class
+    able = sum(count > 1 for count in counts)
+    room = sum(count - 1 for count in counts)
+    assert min(room, fraction * total - 0.5) <= len(taken) <= max(1, 1.5 * fraction * total, round(fraction * total))
+    if able <= 1.5 * fraction * total:  # the share allows an example of each
+        assert all(held > 0 for held, count in zip(held_out, counts, strict=True) if count > 1)
+        if able < fraction * total:
+            # Others give at most what the small classes take too much, and what the single ones do not give.
+            assert np.all(held_out <= np.maximum(fraction * np.array(counts) + 2 + sum(c == 1 for c in counts), 1))
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------

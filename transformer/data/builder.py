@@ -34,7 +34,7 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         config_name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self._features, self._splits, self._metadata = features, splits, metadata
+        self._features, self.splits, self._metadata = features, splits, metadata
         config = tfds.core.BuilderConfig(name=config_name, version=version) if config_name else None
         if not config:
             self.VERSION = tfds.core.Version(version)
@@ -50,7 +50,7 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Example]]]:
         del dl_manager  # nothing to download
-        return {split: self._generate_examples(examples) for split, examples in self._splits.items()}
+        return {split: self._generate_examples(examples) for split, examples in self.splits.items()}
 
     def _generate_examples(self, examples: Callable[[], Iterator[Example]]) -> Iterator[tuple[int, Example]]:
         yield from enumerate(examples())

@@ -81,6 +81,11 @@ def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
         )
         return TextData(config, objective, open_sources(config))
     require(
+        config.test_fraction == 0,
+        f"A test split of labelled texts or pairs has files of its own (transformer prepare --test), got data.test_fraction="
+        f"{config.test_fraction}; set it to 0.",
+    )
+    require(
         len(config.source) == 1,
         f"The {objective.kind} objective learns from one dataset, got data.source={', '.join(config.source)}.",
     )

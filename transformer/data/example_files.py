@@ -3,6 +3,9 @@
 import csv
 import io
 import itertools
+import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from transformer.types import UserError
 from transformer.validation import require
 
 _LONGEST_FIELD = 1 << 30
+_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
 class LabelledText(NamedTuple):
@@ -35,7 +39,11 @@ def read_labelled(paths: Sequence[str], *, text_key: str = "text", label_key: st
     Args:
         paths: read one after the other; compressed or not.
         text_key: field or column of the text.
-        label_key: field or column of the class, text or an integer.
+        label_key: field or column of the class: text, or a number or truth value of JSON, which is the text that JSON has for it
+            (`0.0`, `1`, `true`), as in a table.
+
+    Yields:
+        Texts with labels as they are written; `clean_label` makes a class's name of one.
     """
     for path in map(_existing, paths):
         if path.is_dir():
@@ -44,11 +52,29 @@ def read_labelled(paths: Sequence[str], *, text_key: str = "text", label_key: st
         for place, record in _records(path, "labelled texts"):
             text, label = (_field(record, key, place) for key in (text_key, label_key))
             require(isinstance(text, str), f"{text_key!r} must be text, {place} has {type(text).__name__}.")
-            require(
-                isinstance(label, str | int) and str(label).strip() != "",
-                f"{label_key!r} must be the name or number of a class, {place} has {label!r}.",
-            )
-            yield LabelledText(without_surrogates(text), without_surrogates(str(label)))
+            yield LabelledText(without_surrogates(text), _label(label, label_key, place))
+
+
+def _label(value: Any, key: str, place: str) -> str:
+    """A label as text, whatever kind of file it comes from."""
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    label = json.dumps(value) if number else value
+    require(
+        isinstance(label, str) and clean_label(label) != "",
+        f"{key!r} must be the name or number of a class, {place} has {value!r}.",
+    )
+    return without_surrogates(str(label))
+
+
+def clean_label(label: str) -> str:
+    """A class's name: newlines and tabs within are a space, and there is no white space at its ends.
+
+    TFDS stores names one a line, and without white space at their ends.
+
+    >>> clean_label(" two\\nlines ")
+    'two lines'
+    """
+    return _BREAKS.sub(" ", label).strip()
 
 
 def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: str = "target") -> Iterator[TextPair]:
@@ -96,8 +122,15 @@ def _records(path: epath.Path, what: str) -> Iterator[tuple[str, dict[str, Any]]
 def _table(path: epath.Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        text = decode_text(read_file(path), str(path)).removeprefix("\ufeff")
+        text = decode_text(read_file(path), str(path))
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = list(rows.fieldnames or ())
+        twice = next((key for index, key in enumerate(header) if key in header[:index]), None)
+        require(
+            twice is None,
+            f"The columns of a table must have different names, {path} has {twice!r} as columns "
+            f"{' and '.join(str(1 + index) for index, key in enumerate(header) if key == twice)}: rename or remove one.",
+        )
         for row in rows:
             place = f"{path}, line {rows.line_num}"
             require(
@@ -124,7 +157,9 @@ def _folder(path: epath.Path) -> Iterator[LabelledText]:
         files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
         require(len(files) > 0, f"The folder of a class must hold its texts, {folder} has no files.")
         for file in files:
-            yield LabelledText(decode_text(read_file(file), str(file)), folder.name)
+            yield LabelledText(
+                decode_text(read_file(file), str(file)), _label(folder.name, "The folder's name", str(folder))
+            )
 
 
 def _aligned(first: epath.Path, second: epath.Path) -> Iterator[TextPair]:

@@ -1,7 +1,9 @@
 """Datasets of labelled texts and of text pairs: prepared from files, and opened by name with TFDS."""
 
 import dataclasses
+import math
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from transformer.config import DataConfig
 from transformer.data.builder import Example, builder_class
-from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
+from transformer.data.example_files import LabelledText, TextPair, clean_label, read_labelled, read_pairs
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import (
     Converted,
@@ -21,7 +23,9 @@ from transformer.data.prepare import (
     tfds_sizes,
     tfds_split,
 )
-from transformer.data.splits import SPLITS
+from transformer.data.splits import SPLIT_RULE, SPLITS, hold_out
+from transformer.data.stored import check_stored, in_order
+from transformer.storage import explained
 from transformer.validation import require
 
 Kind = Literal["labelled", "pairs"]
@@ -88,53 +92,96 @@ def prepare_examples(kind: Kind, name: str, files: Mapping[str, Sequence[str]], 
         _NAME.fullmatch(name) is not None,
         f"A dataset's name must be lower-case letters, digits and underscores, got {name!r}.",
     )
+    keys = [getattr(config, option) for option in _KEYS[kind]]
+    require(
+        len(set(keys)) == len(keys) and "" not in keys,
+        f"Fields must have names of their own, data.{' and data.'.join(_KEYS[kind])} are {' and '.join(map(repr, keys))}.",
+    )
     splits: dict[str, list[Any]] = {}
+    notes: list[str] = []
     for split in SPLITS:
         if files.get(split):
             splits[split] = list(_read(kind, files[split], config))
+            if kind == "pairs":
+                splits[split] = _without_blanks(splits[split], split, notes)
             require(
                 len(splits[split]) > 0, f"A split must hold examples, {split} from {', '.join(files[split])} has none."
             )
     require("train" in splits, "A dataset must have a training split, got no file for it.")
+    if kind == "labelled":
+        splits = _with_clean_labels(splits, notes)
     content = ContentHash()
     for split, examples in splits.items():
         for example in examples:
             content.add(split, *example)
     fingerprint = content.hexdigest()
 
-    text = tfds.features.Text()
+    features: dict[str, Any] = dict.fromkeys(keys, tfds.features.Text())
     if kind == "labelled":
         names = sorted({example.label for example in splits["train"]}, key=_numbers_first)
         for split, examples in splits.items():
             unknown = sorted({example.label for example in examples} - set(names))
             require(not unknown, f"Every class must occur in the training split, {split} has {', '.join(unknown)} too.")
         require(len(names) > 1, f"There must be at least two classes, the training split has {', '.join(names)}.")
-        features = {config.text_key: text, config.label_key: tfds.features.ClassLabel(names=names)}
-    else:
-        features = {config.source_key: text, config.target_key: text}
+        features[config.label_key] = tfds.features.ClassLabel(names=names)
 
     def rows(examples: list[Any]) -> Callable[[], Iterator[Example]]:
         return lambda: (dict(zip(features, example, strict=True)) for example in examples)
 
     directory = data_directory(config)
-    if (directory / name / VERSION).exists():
+    target = directory / name / VERSION
+    if target.exists():
         there = tfds_builder(name, config).info.metadata or {}
         require(
             there.get("fingerprint") == fingerprint,
-            f"A dataset's name must be new, {directory / name / VERSION} holds other examples; choose another name, or "
-            "remove it.",
+            f"A dataset's name must be new, {target} holds other examples; choose another name, or remove it.",
         )
     else:
-        with quiet():
-            builder = builder_class(name)(
-                features=features,
-                splits={split: rows(examples) for split, examples in splits.items()},
-                version=VERSION,
-                data_dir=str(directory),
-                metadata={"fingerprint": fingerprint, "kind": kind},
-            )
-            builder.download_and_prepare()
-    return open_examples(name, kind, dataclasses.replace(config, validation_fraction=0.0)).description
+        aside = directory / f".{name}-{uuid.uuid4().hex}"
+        try:
+            with explained(f"The dataset {name} in {directory}"), quiet():
+                builder = builder_class(name)(
+                    features=features,
+                    splits={split: rows(examples) for split, examples in splits.items()},
+                    version=VERSION,
+                    data_dir=str(aside),
+                    metadata={"fingerprint": fingerprint, "kind": kind},
+                )
+                builder.download_and_prepare()
+                check_stored(builder.data_path, features, builder.splits)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                builder.data_path.rename(target)
+        finally:
+            if aside.exists():
+                aside.rmtree()
+    return "\n".join(
+        [open_examples(name, kind, dataclasses.replace(config, validation_fraction=0.0)).description, *notes]
+    )
+
+
+def _with_clean_labels(splits: dict[str, list[Any]], notes: list[str]) -> dict[str, list[Any]]:
+    """The same examples with `clean_label`; a note for each class that was written otherwise too."""
+    spellings: dict[str, set[str]] = {}
+    for examples in splits.values():
+        for example in examples:
+            spellings.setdefault(clean_label(example.label), set()).add(example.label)
+    notes += [
+        f"class {label!r}: {', '.join(map(repr, sorted(written)))} in the files"
+        for label, written in sorted(spellings.items())
+        if written != {label}
+    ]
+    return {
+        split: [example._replace(label=clean_label(example.label)) for example in examples]
+        for split, examples in splits.items()
+    }
+
+
+def _without_blanks(pairs: list[TextPair], split: str, notes: list[str]) -> list[TextPair]:
+    """The pairs with text on both sides; a note of how many others there were."""
+    full = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
+    if len(full) < len(pairs):
+        notes.append(f"{split}: {len(pairs) - len(full):,} pairs with an empty side are left out")
+    return full
 
 
 def _read(kind: Kind, paths: Sequence[str], config: DataConfig) -> Iterator[LabelledText | TextPair]:
@@ -143,8 +190,12 @@ def _read(kind: Kind, paths: Sequence[str], config: DataConfig) -> Iterator[Labe
     return read_pairs(paths, source_key=config.source_key, target_key=config.target_key)
 
 
-def _numbers_first(name: str) -> tuple[bool, int, str]:
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+def _numbers_first(name: str) -> tuple[bool, float, str]:
+    try:
+        number = float(name)
+    except ValueError:
+        number = math.nan
+    return (not math.isfinite(number), number if math.isfinite(number) else 0.0, name)
 
 
 # ---- From a dataset's name to examples -------------------------------------------------------------------------------
@@ -175,7 +226,8 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     sizes = tfds_sizes(builder)
     carved = "train" in sizes and "validation" not in sizes and config.validation_fraction > 0
     if carved:
-        taken = _taken(sizes["train"], config.validation_fraction)
+        classes = _labels(builder, "train", config) if kind == "labelled" else np.zeros(sizes["train"], np.int64)
+        taken = hold_out(classes, config.validation_fraction)
         sizes |= {"train": sizes["train"] - len(taken), "validation": len(taken)}
 
     def to_example(example: Example) -> TextExample:
@@ -205,13 +257,15 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     content = ContentHash()
     content.add(kind, *class_names)
     content.add((builder.info.metadata or {}).get("fingerprint", ""))
-    content.add(*(part for size in sizes.items() for part in size))  # how much is held out
-    hash_tfds(content, builder, config, lambda example: tuple(to_example(example)))
+    content.add(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
+    hash_tfds(content, builder, config, lambda example: [example[key] for key in needed])
     return ExampleSource(
         full_name, content.hexdigest(), kind, tuple(sizes), description, class_names, open_split, sizes
     )
 
 
-def _taken(count: int, fraction: float) -> np.ndarray:
-    """Which training examples are held out: always the same ones, spread over the whole."""
-    return np.sort(np.random.RandomState(0).permutation(count)[: max(1, round(count * fraction))])
+def _labels(builder: Any, split: str, config: DataConfig) -> np.ndarray:
+    """The class of each example, without decoding the texts."""
+    label: Any = tfds.features.FeaturesDict({config.label_key: builder.info.features[config.label_key]})
+    raw = tfds_split(builder, split, config, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return np.array([int(label.deserialize_example_np(example)[config.label_key]) for example in in_order(raw)])

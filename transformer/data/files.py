@@ -1,6 +1,7 @@
 """Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2 or xz; what is no text is refused."""
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import json
@@ -21,7 +22,7 @@ _SUFFIXES = (".gz", ".bz2", ".xz")
 
 @contextlib.contextmanager
 def open_file(path: epath.Path) -> Iterator[Any]:
-    """The bytes of a file, unpacked if it is compressed, whatever its name says.
+    """The bytes of a file, unpacked if it is compressed, whatever its name says; without the byte order mark of UTF-8.
 
     Raises:
         UserError: on reading, if compressed data ends too early or is damaged.
@@ -31,11 +32,10 @@ def open_file(path: epath.Path) -> Iterator[Any]:
             start = file.read(8)
             file.seek(0)
             opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-            if opener is None:
-                yield file
-            else:
-                with opener(file) as unpacked:
-                    yield unpacked
+            with contextlib.nullcontext(file) if opener is None else opener(file) as unpacked:
+                if unpacked.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                    unpacked.seek(0)
+                yield unpacked
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
 
@@ -66,6 +66,10 @@ def decode_text(data: bytes, name: str) -> str:
         require(
             not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
         )
+    require(
+        not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+        f"A text source must be UTF-8, {name} is UTF-16: save it as UTF-8, or convert it with `iconv -f UTF-16 -t UTF-8`.",
+    )
     zero = data.find(b"\0")
     require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
     try:
@@ -83,9 +87,13 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
+        text = decode_text(line, place)
         try:
-            record = json.loads(decode_text(line, place))
-        except json.JSONDecodeError as error:
+            record = json.loads(text)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # not JSON, a number of thousands of digits, or brackets without end
             raise UserError(f"Each line of a .jsonl source must be a JSON object; {place}: {error}.") from None
         require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {place} is not.")
         yield place, record

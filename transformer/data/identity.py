@@ -9,16 +9,16 @@ _SAMPLED_EXAMPLES = 1024
 
 
 class ContentHash:
-    """SHA-256 of a sequence of tuples of strings and numbers, each told from its neighbours."""
+    """SHA-256 of a sequence of tuples of strings, bytes and numbers, each told from its neighbours."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, *parts: str | int | float) -> None:
+    def add(self, *parts: str | bytes | int | float) -> None:
         """Append a tuple."""
         self._digest.update(len(parts).to_bytes(8, "big"))
         for part in parts:
-            data = str(part).encode("utf-8", "surrogatepass")
+            data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
             self._digest.update(len(data).to_bytes(8, "big") + data)
 
     def hexdigest(self) -> str:

@@ -21,7 +21,7 @@ from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
-from transformer.data.stored import NAME, find_stored, open_stored
+from transformer.data.stored import NAME, check_stored, find_stored, open_stored
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -156,15 +156,15 @@ def tfds_builder(name: str, config: DataConfig) -> Any:
     return builder
 
 
-def tfds_split(builder: Any, split: str, config: DataConfig) -> Sequence[Example]:
-    """The examples of a split, read at random.
+def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> Sequence[Any]:
+    """The examples of a split, read at random; `options` are those of TFDS's `as_data_source`.
 
     Raises:
         UserError: they are not stored as ArrayRecord.
     """
     try:
         with quiet():
-            return builder.as_data_source(split)
+            return builder.as_data_source(split, **options)
     except NotImplementedError:
         name = builder.info.full_name
         raise UserError(
@@ -303,6 +303,7 @@ def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, 
                 config_name=label,
             )
             builder.download_and_prepare(download_dir=attempt / "downloads")
+            check_stored(builder.data_path, TEXT_FEATURES, splits)
         directory = builder.data_path.relative_to(root).as_posix()
         draft = attempt / pointer.name
         draft.write_text(json.dumps({"directory": directory, "splits": sizes}, indent=2))

@@ -95,6 +95,40 @@ def _fill(parts: Parts, column: int, size: int, slack: float) -> None:
         parts[index, column] += cut_off
 
 
+def hold_out(classes: Int[np.ndarray, " n"], fraction: float) -> Int[np.ndarray, " m"]:
+    """Which examples are held out: a share of each class, drawn at random but always alike; ascending.
+
+    A class of two or more has an example on either side, the largest classes first, as far as one and a half times the share
+    allows. The only example of a class stays in training.
+
+    Args:
+        classes: of the examples; all alike for examples without classes.
+        fraction: share of all examples; at least one is held out where there are two.
+
+    >>> hold_out(np.array([0] * 18 + [1] * 2), 0.1).tolist()
+    [1, 18]
+    """
+    _, of_class, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    if len(counts) == len(classes):  # one example of each
+        of_class, counts = np.zeros_like(of_class), np.array([len(classes)])
+    total, available = len(classes), counts - 1
+    largest_first = np.argsort(-counts, kind="stable")
+    several = largest_first[available[largest_first] > 0]
+    wanted = max(1, round(fraction * total), min(len(several), int(1.5 * fraction * total)))
+    wanted = min(wanted, available.sum())
+    taken = np.zeros_like(counts)
+    taken[several[:wanted]] = 1
+    missing = np.maximum(fraction * counts - taken, 0)
+    spread = np.floor(missing * (wanted - taken.sum()) / max(missing.sum(), 1e-9)).astype(int)
+    taken = np.minimum(taken + spread, available)
+    while taken.sum() < wanted:
+        taken[np.argmax(np.where(taken < available, fraction * counts - taken, -np.inf))] += 1
+    random = np.random.RandomState(0)
+    members = np.split(np.argsort(of_class, kind="stable"), np.cumsum(counts)[:-1])
+    drawn = [part[random.permutation(len(part))[:count]] for part, count in zip(members, taken, strict=True)]
+    return np.sort(np.concatenate(drawn))
+
+
 def assign(count: int, validation_fraction: float, test_fraction: float) -> list[int]:
     """The split (a place in `SPLITS`) of each of `count` documents, spread evenly by error diffusion, the first to validation.
 

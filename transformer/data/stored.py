@@ -4,19 +4,23 @@ TFDS itself imports what it is told to: the code of a dataset, and the module of
 Here a dataset is data. Its description is checked against the kinds of features below before TFDS reads it.
 """
 
+import itertools
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
+from transformer.data.builder import Splits
 from transformer.types import UserError
 from transformer.validation import require
 
 NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?")
 """How a dataset is named: `name`, `name/config`, either with `:1.0.0`, where a number may be `*`."""
 
+_READ_AT_ONCE = 1024
 _MOST_CLASSES = 1_000_000
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -73,6 +77,50 @@ def open_stored(directory: epath.Path) -> Any:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # whatever a parser of foreign files may raise
         raise UserError(f"A stored dataset must be whole, {directory} cannot be opened: {error}") from error
+
+
+def check_stored(directory: epath.Path, features: Mapping[str, Any], splits: Splits) -> None:
+    """Read a dataset back and compare class names and every example with what was to be stored.
+
+    Raises:
+        UserError: something has changed; the dataset must not be used.
+    """
+    builder = open_stored(directory)
+
+    def as_given(key: str, value: Any) -> Any:
+        feature = builder.info.features[key]
+        if isinstance(feature, tfds.features.ClassLabel):
+            return feature.names[value]
+        return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else int(value)
+
+    for key, feature in features.items():
+        if isinstance(feature, tfds.features.ClassLabel):
+            _require_same(list(feature.names), list(builder.info.features[key].names), "the classes")
+    for split, examples in splits.items():
+        stored = in_order(builder.as_data_source(split))
+        for number, (given, found) in enumerate(itertools.zip_longest(examples(), stored), 1):
+            found = found and {key: as_given(key, found[key]) for key in features}
+            _require_same(given, found, f"example {number:,} of {split}")
+
+
+def _require_same(given: Any, found: Any, place: str) -> None:
+    require(
+        given == found,
+        f"What was stored must come back as it was given, {place} came back as {_short(found)} for {_short(given)}. Nothing is "
+        "kept: prepare it again; should this last, the files change while they are read, or have what cannot be stored.",
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def in_order(stored: Sequence[Any]) -> Iterator[Any]:
+    """All examples of a TFDS data source; many are read at once, which takes a tenth of the time."""
+    for start in range(0, len(stored), _READ_AT_ONCE):
+        indices = range(start, min(start + _READ_AT_ONCE, len(stored)))
+        yield from stored.__getitems__(list(indices))  # type: ignore[attr-defined]
 
 
 def _latest(folder: epath.Path, version: str | None) -> epath.Path | None:
