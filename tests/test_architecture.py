@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "transformer").rglob("*.py"))
 STAIRS = [
-    {"types", "validation", "model_config", "parallel_config", "config", "config_io", "storage", "terminal"},
+    {"types", "validation", "model_config", "parallel_config", "config", "config_io", "storage", "terminal", "memory"},
     {"ops", "parallel"},
     {"layers"},
     {"models"},

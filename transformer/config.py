@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformer.model_config import ModelConfig
 from transformer.parallel_config import ParallelConfig as ParallelConfig
-from transformer.validation import require, require_at_least, require_range
+from transformer.validation import require, require_at_least, require_int32, require_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ class DataConfig:
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
         require(
             len(self.weights) in (0, len(self.source)),
@@ -83,8 +84,8 @@ class DataConfig:
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
         require(
-            self.tokenizer_size == 0 or self.tokenizer_size >= 257,
-            f"DataConfig.tokenizer_size must be at least 257, or 0 for the default, got {self.tokenizer_size}.",
+            self.tokenizer_size == 0 or 257 <= self.tokenizer_size <= 2**24,
+            f"DataConfig.tokenizer_size must be from 257 to 2^24, or 0 for the default, got {self.tokenizer_size}.",
         )
         require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
         require(
@@ -109,8 +110,8 @@ class DataConfig:
             f"DataConfig.continue_rows needs a stream for each of {b} rows, got num_streams={n}; set it to 0.",
         )
         require(
-            n == 0 or n % b == 0 or b % n == 0,
-            f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it, got {n}.",
+            n == 0 or (n % b == 0 and n <= max(b, 2**16)) or b % n == 0,
+            f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it up to 65,536, got {n}.",
         )
 
 
@@ -148,6 +149,7 @@ class ObjectiveConfig:
     """span_corruption: tokens of a hidden span, on average."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_range(self, 0, 1, "label_smoothing", "token_dropout")
         require(0 < self.mask_rate < 1, f"ObjectiveConfig.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
         require(
@@ -220,6 +222,7 @@ class OptimizerConfig:
     """REGEX=SCALE: learning-rate factor of parameters whose path matches, 0 freezes; the first match counts."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require(self.learning_rate > 0, f"OptimizerConfig.learning_rate must be positive, got {self.learning_rate}.")
         require_at_least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "eps")
         require_at_least(self, 1, "accumulate_steps")
@@ -279,6 +282,7 @@ class TrainingConfig:
     """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length")
         first, last = self.profile_steps
@@ -303,6 +307,7 @@ class Config:
     """Directory of the run (may be remote, gs://...); empty means runs/NAME-OF-CONFIG."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require(
             self.data.batch_size % self.optimizer.accumulate_steps == 0,
             f"data.batch_size must be divisible by optimizer.accumulate_steps={self.optimizer.accumulate_steps}, "

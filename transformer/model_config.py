@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from transformer.validation import require, require_at_least, require_range
+from transformer.validation import require, require_at_least, require_int32, require_range
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu_squared"]
@@ -42,6 +42,7 @@ class AttentionConfig:
     NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 1, "num_heads", "pattern_block", "pattern_stride", "pattern_summary")
         require(
             self.pattern_summary <= self.pattern_stride,
@@ -88,6 +89,7 @@ class FeedForwardConfig:
     """Experts that a token goes to: 2 as Mixtral does (Jiang et al. 2024), 1 as the Switch Transformer (Fedus et al. 2022)."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 0, "hidden_dim", "num_experts")
         require_at_least(self, 1, "experts_per_token")
         require(
@@ -119,6 +121,7 @@ class NormConfig:
     """A learned offset (LayerNorm only)."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require(self.epsilon > 0, f"NormConfig.epsilon must be positive, got {self.epsilon}.")
         require(
             not (self.use_bias and self.kind == "rms_norm"),
@@ -160,6 +163,7 @@ class PositionConfig:
     """t5: distances from here on share the last bucket."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require(self.theta > 0, f"PositionConfig.theta must be positive, got {self.theta}.")
         require_at_least(self, 1, "scaling_factor", "original_length")
         require(
@@ -220,6 +224,7 @@ class ModelConfig:
     the memory of the host."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "memory_length")
         require_at_least(self, 0, "logits_soft_cap", "init_std")
         require_at_least(self, 1, "num_layers", "embed_dim")

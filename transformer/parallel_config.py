@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from transformer.validation import require, require_at_least
+from transformer.validation import require, require_at_least, require_int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ParallelConfig:
     """Seconds that processes wait for each other at the start."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 1, "start_timeout")
         require(
             self.coordinator not in ("", "auto") or (self.num_processes, self.process_id) == (0, -1),

@@ -1,5 +1,6 @@
 """Checks that raise `UserError` with the invariant and the value."""
 
+import dataclasses
 from typing import Any
 
 from transformer.types import UserError
@@ -19,6 +20,17 @@ def require_range(config: Any, low: float, high: float, *names: str) -> None:
             low <= value < high,
             f"{type(config).__name__}.{name} must be at least {low:g} and below {high:g}, got {value}.",
         )
+
+
+def require_int32(config: Any) -> None:
+    """Every integer of a config, in tuples too, is of JAX's default type: between -2^31 and 2^31 - 1."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            require(
+                not isinstance(number, int) or -(2**31) <= number < 2**31,
+                f"{type(config).__name__}.{field.name} must be below 2^31 = 2,147,483,648, got {number}.",
+            )
 
 
 def require_at_least(config: Any, low: float, *names: str) -> None:

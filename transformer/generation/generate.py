@@ -13,6 +13,7 @@ from transformer.generation.prepare import loop_model, panels_for
 from transformer.generation.sampling import SamplingConfig, sample_tokens
 from transformer.layers.cache import cache_overflow, check_capacity
 from transformer.layers.stack import StackCache
+from transformer.memory import check_cache
 from transformer.models.decoder import Decoder
 from transformer.types import PyTree
 
@@ -120,6 +121,7 @@ class Generator:
         limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
         check_capacity(limit, longest, max_new_tokens)
         capacity = min(-(-(longest + max_new_tokens) // _CAPACITY_UNIT) * _CAPACITY_UNIT, limit)
+        check_cache(self._model.config, len(rows), capacity)
         num_padded = min(max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length()), capacity)
         tokens_BT = np.zeros((len(rows), num_padded), np.int32)
         for index, row in enumerate(rows):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.validation import require, require_at_least
+from transformer.validation import require, require_at_least, require_int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SamplingConfig:
     """Draw among the fewest most likely tokens that together reach this probability (equals as for top_k)."""
 
     def __post_init__(self) -> None:
+        require_int32(self)
         require_at_least(self, 0, "temperature", "top_k")
         require(0 < self.top_p <= 1, f"SamplingConfig.top_p must be above 0 and at most 1, got {self.top_p}.")
 

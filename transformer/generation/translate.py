@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from transformer.memory import check_cache
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.types import PyTree
 
@@ -55,6 +56,7 @@ def translate(
     limit = model.config.max_length or max_new_tokens
     if not 1 <= max_new_tokens <= limit:
         raise ValueError(f"max_new_tokens must be at least 1 and at most max_length={limit}, got {max_new_tokens}.")
+    check_cache(model.config, batch_size, max_new_tokens)
     empty = [index for index, row in enumerate(rows) if len(row) == 0]
     if empty:
         raise ValueError(f"Every source must have a token, source {empty[0]} has none; end it with end-of-text.")

@@ -29,6 +29,7 @@ def sum_over_chunks(
         others: arrays [B, T] of the places, without a gradient. Places that fill up the last part have zeros in them.
         num_chunks: parts.
     """
+    num_chunks = min(num_chunks, hidden_BTD.shape[1])  # one place a part, at the least
     padding = -hidden_BTD.shape[1] % num_chunks
 
     def parts(x: Array) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import Config
+from transformer.memory import check_model, device_bytes
 from transformer.parallel.mesh import make_mesh, num_row_shards
 from transformer.parallel.rules import axes_in, mesh_axes, parameter_shardings
 from transformer.planning.chips import NODE_DEVICES, Topology
@@ -218,6 +219,7 @@ def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
     )
     # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
+    check_model(config.model)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
     tokenizer = StandIn(config.model.vocab_size)
     return mesh, make_steps(resolve(config, tokenizer), tokenizer, mesh)
@@ -230,7 +232,7 @@ def _compile(work: _Work) -> Plan:
         compiled = work.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         peak, capacity = _memory_error(str(error))
-        arguments = min(peak, _device_bytes(work.operands))
+        arguments = min(peak, device_bytes(work.operands))
         program = Program([], 0.0, 0.0, {})
         fits = False
     else:
@@ -337,17 +339,6 @@ def _links(group: list[Any], everything: list[Any], torus_dims: int) -> int:
     spans = [len({coords[axis] for coords in group}) for axis in range(torus_dims)]
     closed = [span == side and (cubes or side == 16) for span, side in zip(spans, sides, strict=True)]
     return sum(2 if closed[axis] else 1 for axis, span in enumerate(spans) if span > 1)
-
-
-def _device_bytes(tree: Any) -> float:
-    """Of one device's part of arrays that carry their shardings."""
-    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.number)]
-    return float(
-        sum(
-            math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * jnp.dtype(x.dtype).itemsize
-            for x in arrays
-        )
-    )
 
 
 def _memory_error(message: str) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from etils import epath
 from transformer.config import Config
 from transformer.config_io import LEFT_OPEN, resume_conflicts, to_dict
 from transformer.data.tokenizers import TRAINED, PairTokenizer, Tokenizer, load_tokenizer
+from transformer.memory import check_params
 from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
 from transformer.storage import expand
 from transformer.tasks import make_params
@@ -75,6 +76,7 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
         donor: whose latest checkpoint is read.
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
+    check_params(config.model)
     step, params = load_params(donor.path / CHECKPOINTS)
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}

@@ -12,6 +12,7 @@ from transformer.config import Config, ObjectiveConfig
 from transformer.data.datasets import Dataset, open_data
 from transformer.data.tokenizers import Tokenizer, with_tokenizer
 from transformer.evaluation.scores import sum_statistics
+from transformer.memory import check_batch, check_model
 from transformer.objectives.classification import balanced_weights
 from transformer.parallel.runner import Runner
 from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
@@ -62,6 +63,8 @@ def make_run(
         tokenizer = data.make_tokenizer()
     given = config = dataclasses.replace(config, data=with_tokenizer(config.data, tokenizer))
     config = resolve(config, tokenizer, data.class_names)
+    check_model(config.model)
+    check_batch(config, jax.process_count())
     if config.objective.class_weights != "none":
         weights = class_weights(config.objective, data)
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))

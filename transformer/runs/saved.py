@@ -14,6 +14,7 @@ from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
+from transformer.memory import check_batch, check_params
 from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
 from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
 from transformer.training.checkpoint import load_params
@@ -46,6 +47,7 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
     config = read_config(directory)
     tokenizer = load_tokenizer(directory)
     config = resolve(config, tokenizer, read_class_names(directory))
+    check_params(config.model)
     model = make_model(config.model)
     shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
     step, params = load_params(directory / CHECKPOINTS, shapes)
@@ -81,10 +83,10 @@ def evaluate(
         changes["continue_rows"] = memory_length > 0
         if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
             changes |= {"pack": True, "num_streams": 0}
-        model_config = dataclasses.replace(config.model, memory_length=memory_length)
-        model = make_model(model_config)
-        config = dataclasses.replace(config, model=model_config, data=dataclasses.replace(config.data, **changes))
-    data = open_data(dataclasses.replace(config.data, **changes), config.objective)
+        model = make_model(dataclasses.replace(config.model, memory_length=memory_length))
+    config = dataclasses.replace(config, model=model.config, data=dataclasses.replace(config.data, **changes))
+    check_batch(config)
+    data = open_data(config.data, config.objective)
     learned = read_class_names(epath.Path(workdir))
     require(
         data.class_names == learned,

@@ -17,6 +17,7 @@ from transformer.data.tokenizers import load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
+from transformer.memory import check_state
 from transformer.models.decoder import Decoder
 from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir, read_config
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
@@ -93,6 +94,7 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     change = describe_change(before, config, done)
     run = make_run(config, data=data, tokenizer=old, begun=done > 0)
     config = dataclasses.replace(config, data=run.config.data)
+    check_state(run.state, run.runner.num_devices // jax.process_count())
     for note in filter(None, (run.notes, change)):
         console.print(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,13 +14,18 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from transformer.memory import check_bytes, device_bytes, host_memory
 from transformer.storage import explained
 from transformer.training import manifest
 from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
+from transformer.validation import require
 
 _DESCRIPTION = "checkpoint.json"
+_ARRAY = re.compile(
+    r"(?P<dtype>bfloat16|float(16|32|64)|u?int(8|16|32|64))\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]"
+)  # of `describe`
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _log = logging.getLogger(__name__)
 # What goes wrong in Orbax's threads is raised by the save, and need not be logged with a traceback of each thread.
@@ -214,6 +220,7 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
         target = _from_description(
             {n.removeprefix(f"{field}/"): t for n, t in arrays.items() if n.startswith(f"{field}/")}
         )
+        check_bytes(device_bytes(target), host_memory(), f"the parameters of {path}", "Start from a smaller model.")
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), target)
     description, parts = _load(path, {field: target}, {field: target}, of="the model", within=f"{field}/")
@@ -242,8 +249,14 @@ def _from_description(arrays: dict[str, str]) -> PyTree:
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-        dtype, _, shape = text.partition("[")
-        node[last] = jax.ShapeDtypeStruct(tuple(json.loads(f"[{shape}")), jnp.dtype(dtype))
+            require(
+                isinstance(node, dict), f"A checkpoint's description must be of a tree, {name} is below another array."
+            )
+        match = _ARRAY.fullmatch(text)
+        require(match is not None, f"A checkpoint's description must give types and shapes, {name} has {text!r:.80}.")
+        assert match is not None
+        shape = tuple(map(int, filter(None, match["shape"].split(","))))
+        node[last] = jax.ShapeDtypeStruct(shape, jnp.dtype(match["dtype"]))
     return tree
 
 

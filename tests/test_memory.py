@@ -1,0 +1,200 @@
+"""Sizes that nothing holds are a short error before anything is traced or allocated, whichever field they come from."""
+
+import dataclasses
+import json
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from transformer import memory
+from transformer.config import Config, DataConfig
+from transformer.data.tokenizers import ByteTokenizer
+from transformer.memory import check_batch, check_bytes, check_cache, check_model, check_params, device_bytes
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.ops.chunks import sum_over_chunks
+from transformer.steps import make_steps
+from transformer.tasks import count_parameters, make_model, make_params, resolve
+from transformer.training import checkpoint, manifest
+from transformer.training.checkpoint import load_params
+from transformer.types import UserError
+
+BLOCK = BlockConfig(AttentionConfig(num_heads=2, head_dim=4), FeedForwardConfig(num_experts=2))
+SMALL = Config(
+    model=ModelConfig(num_layers=1, embed_dim=8, pattern=(BLOCK,)), data=DataConfig(sequence_length=8, batch_size=8)
+)
+T5 = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=PositionConfig("t5")))
+ROOM = 10**9  # of the machine and of the device, here
+
+
+def integer_paths(kind, path=()):
+    """The path of every integer field, in tuples too, of a config and the configs in it."""
+    for name, hint in typing.get_type_hints(kind).items():
+        kinds = [hint, *typing.get_args(hint)]
+        nested = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+        if nested:
+            yield from integer_paths(nested, (*path, name))
+        elif int in kinds:
+            yield *path, name
+
+
+def changed(config, path, value):
+    """The config with another value, of the right form, at a path."""
+    name, *rest = path
+    old = getattr(config, name)
+    if isinstance(old, tuple) and rest:
+        new = (changed(old[0], rest, value),)
+    elif rest:
+        new = changed(old, rest, value)
+    else:
+        new = tuple(value for _ in old) or (value,) if isinstance(old, tuple) else value
+    return dataclasses.replace(config, **{name: new})
+
+
+PATHS = list(integer_paths(Config))
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: ROOM)
+
+
+def test_the_fields_are_found():
+    assert {("model", "num_layers"), ("model", "pattern", "feed_forward", "num_experts"), ("data", "buckets")} <= set(
+        PATHS
+    )
+    assert len(PATHS) > 45
+
+
+def refusal(base, path, value):
+    """What the user is told, or else the config."""
+    try:
+        config = resolve(changed(base, path, value), ByteTokenizer())
+        check_model(config.model)
+        check_batch(config)
+        check_params(config.model)
+    except UserError as error:
+        return str(error), None
+    return "", config
+
+
+@pytest.mark.parametrize("value", [10**9, 10**12])
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_a_field_is_refused_or_harmless(path, value):
+    """Where it is taken, what a run then holds is no larger: shapes of the state and of a batch."""
+    base = T5 if path[:2] == ("model", "positions") else SMALL
+    message, config = refusal(base, path, value)
+    if message:
+        assert len(message) < 500
+        assert path[-1] in message, "it does not name the field"
+        return
+    assert value == 10**9, "no integer of a config needs 64 bits"
+    if path[0] == "parallel":
+        return  # devices that are not there, which making the mesh refuses
+    rows, length = config.data.batch_size, config.data.sequence_length
+    assert rows * length < 1000
+    if path[0] in ("model", "optimizer"):
+        steps = make_steps(config, ByteTokenizer())
+        assert device_bytes(steps.state) < 10**6
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "t5"])
+def test_parameters_by_arithmetic_are_those_of_the_model(architecture, positions):
+    """At most as many, so that what fits is never refused; all but norms and biases, so that little is missed."""
+    config = ModelConfig(
+        architecture,
+        vocab_size=300,
+        max_length=64,
+        num_layers=4,
+        embed_dim=32,
+        pattern=(BLOCK, BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(50, gated=True))),
+        positions=PositionConfig(positions),
+        tie_embeddings=architecture != "decoder",
+    )
+    found = memory.num_parameters(config)
+    model = make_model(config)
+    exact = count_parameters(jax.eval_shape(lambda: make_params(model, jax.random.key(0))))
+    assert 0.97 * exact < found <= exact
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            ModelConfig(num_layers=10**9),
+            "traced one by one, got 1,000,000,000; set model.scan_layers=True, or a smaller",
+        ),
+        (
+            ModelConfig(num_layers=10**9, scan_layers=True),
+            "at least 7.9e.14 bytes; this process has|at most 1e.14",
+        ),
+        (
+            ModelConfig(vocab_size=2**31 - 1, embed_dim=2**20),
+            "at most 1e.14 parameters, got 2.3e.15 .vocab_size=2,147,",
+        ),
+        (ModelConfig(vocab_size=10**8), r"num_layers=4, embed_dim=128.*takes at least 51.2 GB"),
+    ],
+)
+def test_a_model_too_large_is_named(model, message):
+    with pytest.raises(UserError, match=message):
+        check_params(model)
+
+
+def test_a_model_of_70_billion_parameters_may_be_planned():
+    block = BlockConfig(AttentionConfig(num_heads=64, num_kv_heads=8), FeedForwardConfig(28672, gated=True))
+    check_model(ModelConfig(vocab_size=128_256, num_layers=80, embed_dim=8192, pattern=(block,)))
+
+
+def test_a_cache_too_large_names_the_flag():
+    with pytest.raises(UserError, match=r"8 rows of 1,000,000,000 tokens.*--max-new-tokens"):
+        check_cache(SMALL.model, 8, 10**9)
+    check_cache(SMALL.model, 8, 1000)
+
+
+def test_a_step_shares_its_state_among_devices():
+    config = dataclasses.replace(resolve(SMALL, ByteTokenizer()), parallel=dataclasses.replace(SMALL.parallel, fsdp=8))
+    state = make_steps(config, ByteTokenizer()).state
+    whole = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert device_bytes(state) < 0.25 * whole
+    memory.check_state(state, 8)
+    with pytest.raises(UserError, match=r"parallel\.fsdp"):
+        memory.check_state(state, 10**9)
+
+
+def test_the_machine_has_memory(monkeypatch):
+    monkeypatch.undo()
+    assert 10**8 < memory.host_memory() < 10**14
+    check_bytes(10**6, memory.device_memory(), "a megabyte", "")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"params/a": "float32[1000000,1000000]"}, "takes at least 4,000.0 GB"),
+        ({"params/a": "float32[1e9]"}, r"params/a|a has 'float32\[1e9\]'|types and shapes"),
+        ({"params/a": "object[3]"}, "types and shapes"),
+        ({"params/a": "float32[2]", "params/a/b": "float32[2]"}, "below another array"),
+    ],
+)
+def test_a_checkpoint_that_describes_too_much_is_refused(arrays, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "host_memory", lambda: ROOM)
+    step = tmp_path / "3"
+    step.mkdir()
+    (step / "checkpoint.json").write_text(json.dumps({"step": 3, "arrays": arrays}))
+    manifest.write_manifest(epath.Path(step))
+    with pytest.raises(UserError, match=message):
+        load_params(tmp_path)
+
+
+def test_more_chunks_than_tokens_are_one_a_token():
+    hidden, targets = jnp.ones((1, 3, 2)), jnp.ones((1, 3))
+
+    def sums_of(params, hidden_BTD, targets_BT):
+        return jnp.sum(hidden_BTD) * params + jnp.sum(targets_BT), {}
+
+    total, _ = sum_over_chunks(sums_of, jnp.float32(2), hidden, (targets,), 10**9)
+    assert total == 15

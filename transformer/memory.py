@@ -1,0 +1,194 @@
+"""What a process would hold, by arithmetic on a config, and what it has: refused before anything is traced or allocated."""
+
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from transformer.config import Config
+from transformer.model_config import ModelConfig
+from transformer.types import PyTree, UserError
+from transformer.validation import require
+
+MOST_LOOPED_LAYERS = 1024
+"""Layers that are traced one by one; of scanned ones, a period is."""
+_MOST_PARAMETERS = 10**14
+"""Beyond what any set of machines holds, and below what overflows in the shapes of arrays."""
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BATCH_BYTES = 20  # of a position: inputs, targets, weights, segment ids and positions
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory that its processes may have (the container's limit, where there is one)."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in _CGROUPS:
+        path = pathlib.Path(name)
+        text = path.read_text().strip() if path.exists() else ""
+        sizes += [int(text)] if text.isdecimal() else []
+    return min(sizes)
+
+
+def device_memory() -> int:
+    """Bytes of one device: of a CPU, the machine's."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else host_memory()
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
+    D, stacks = config.embed_dim, 2 if config.architecture == "encoder_decoder" else 1
+    period = 0
+    for block in config.pattern:
+        attention, network = block.attention, block.feed_forward
+        head_dim = attention.head_dim or D // attention.num_heads
+        projections = 2 * D * head_dim * (attention.num_heads + attention.kv_heads)
+        # The decoder of an encoder-decoder has cross-attention too.
+        period += projections * (3 if stacks == 2 else 1)
+        matrices = (2 + network.gated) * D * network.resolved_hidden_dim(D)
+        period += stacks * (max(1, network.num_experts) * matrices + network.num_experts * D)
+    tables = config.vocab_size + config.source_vocab_size + config.num_classes
+    tables += 0 if config.tie_embeddings or config.num_classes else config.vocab_size
+    if config.positions.kind == "learned":
+        tables += stacks * config.max_length
+    biases = config.positions.num_buckets * config.pattern[0].attention.num_heads
+    return (
+        config.num_layers // len(config.pattern) * period
+        + tables * D
+        + (stacks * biases if config.positions.kind == "t5" else 0)
+    )
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that could not even be traced, as `plan` and `inspect` do, which hold no parameters.
+
+    Raises:
+        UserError: too many looped layers, or numbers that no set of machines holds.
+    """
+    looped = len(config.pattern) if config.scan_layers else config.num_layers
+    require(
+        looped <= MOST_LOOPED_LAYERS,
+        f"At most {MOST_LOOPED_LAYERS:,} layers are traced one by one, got {looped:,}; set model.scan_layers=True, or a smaller "
+        "model.num_layers.",
+    )
+    count = num_parameters(config)
+    require(
+        count <= _MOST_PARAMETERS,
+        f"A model must have at most {_MOST_PARAMETERS:.0e} parameters, got {count:.3g} ({_dimensions(config)}); choose smaller "
+        "ones.",
+    )
+
+
+def check_params(config: ModelConfig, copies: int = 1) -> None:
+    """Refuse a model whose parameters one device cannot hold, to load it or to start from it.
+
+    Raises:
+        UserError: as `check_model`, or the parameters are too large.
+    """
+    check_model(config)
+    check_bytes(
+        copies * num_parameters(config) * _BYTES[config.param_dtype],
+        device_memory(),
+        f"the parameters of a model of {_dimensions(config)}",
+        "Load a smaller model.",
+    )
+
+
+def check_state(state: PyTree, local_devices: int) -> None:
+    """Refuse a state of training that this process cannot hold its part of.
+
+    Args:
+        state: shapes with shardings (`Runner.abstract_state`).
+        local_devices: of this process, that take part; those of a CPU share its memory.
+
+    Raises:
+        UserError: it is too large.
+    """
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    check_bytes(
+        device_bytes(state) * (local_devices if jax.local_devices()[0].platform == "cpu" else 1),
+        device_memory(),
+        f"the state of {count:,} parameters",
+        "Choose a smaller model, or share it among more devices (parallel.fsdp).",
+    )
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Of one device's part of arrays that carry their shardings."""
+    arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.number)]
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * jnp.dtype(x.dtype).itemsize
+        for x in arrays
+    )
+
+
+def check_batch(config: Config, processes: int = 1) -> None:
+    """Refuse a config whose batches, or what is remembered from batch to batch, this process cannot hold.
+
+    Args:
+        config: with its model's width known.
+        processes: that share the rows.
+
+    Raises:
+        UserError: they are too large.
+    """
+    data, model = config.data, config.model
+    width = model.embed_dim * _BYTES[model.dtype]
+    of_hidden = width // config.optimizer.accumulate_steps if jax.local_devices()[0].platform == "cpu" else 0
+    a_row = data.sequence_length * (_BATCH_BYTES + of_hidden) + model.num_layers * model.memory_length * width
+    check_bytes(
+        -(-data.batch_size // processes) * a_row,
+        host_memory(),
+        f"a batch of data.batch_size={data.batch_size:,}, data.sequence_length={data.sequence_length:,} and "
+        f"model.memory_length={model.memory_length:,}",
+        "Choose smaller ones.",
+    )
+
+
+def check_cache(config: ModelConfig, rows: int, capacity: int) -> None:
+    """Refuse a KV cache that one device cannot hold.
+
+    Raises:
+        UserError: it is too large.
+    """
+    widths = [b.attention.kv_heads * b.attention.resolved_head_dim(config.embed_dim) for b in config.pattern]
+    a_token = 2 * config.num_layers // len(config.pattern) * sum(widths) * _BYTES[config.dtype]
+    check_bytes(
+        rows * capacity * a_token,
+        device_memory(),
+        f"a cache of {rows:,} rows of {capacity:,} tokens",
+        "Ask for fewer (--max-new-tokens).",
+    )
+
+
+def check_bytes(needed: int, room: int, what: str, remedy: str) -> None:
+    """Refuse what takes more bytes than there are.
+
+    Raises:
+        UserError: with both numbers and the remedy.
+    """
+    if needed > room:
+        raise UserError(
+            f"Memory must hold {what}, which takes at least {_amount(needed)}; this process has {_amount(room)}. {remedy}"
+        )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size < 1e13 else f"{size:.1e} bytes"
+
+
+def _dimensions(config: ModelConfig) -> str:
+    """The numbers that a model's size comes from, as the config has them."""
+    names = ("vocab_size", "source_vocab_size", "max_length", "num_classes", "num_layers", "embed_dim")
+    named = {name: getattr(config, name) for name in names}
+    for block in config.pattern:
+        named |= {
+            "num_heads": max(named.get("num_heads", 0), block.attention.num_heads),
+            "head_dim": max(named.get("head_dim", 0), block.attention.head_dim),
+            "hidden_dim": max(named.get("hidden_dim", 0), block.feed_forward.hidden_dim),
+            "num_experts": max(named.get("num_experts", 0), block.feed_forward.num_experts),
+        }
+    return ", ".join(f"{name}={value:,}" for name, value in named.items() if value > 1)
