@@ -111,7 +111,7 @@ class DataConfig:
         )
         require(
             n == 0 or (n % b == 0 and n <= max(b, 2**16)) or b % n == 0,
-            f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it up to 65,536, got {n}.",
+            f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it, got {n} (at most 65,536).",
         )
 
 
