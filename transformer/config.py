@@ -278,13 +278,16 @@ class TrainingConfig:
     """Tokens of a sample; 0 means no samples."""
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step that a trace in WORKDIR/profile covers (TensorBoard, XProf and Perfetto open it); 0 0 means none."""
+    hang_timeout: int = 0
+    """Seconds after which a step that does not end ends the process, with a traceback, so that the others of a run end too; 0
+    means 1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""
     cpu_kernels: bool = True
     """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
         require_int32(self)
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
-        require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length")
+        require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
         first, last = self.profile_steps
         require(
             (first, last) == (0, 0) or 2 <= first <= last <= self.steps,

@@ -29,6 +29,7 @@ RESUMABLE = (
     "training.sample_length",
     "training.cpu_kernels",
     "training.profile_steps",
+    "training.hang_timeout",
 )
 
 LEFT_OPEN = {"data.tokenizer": "auto", "data.tokenizer_size": 0}

@@ -17,6 +17,7 @@ from transformer.training.processes import largest_over_processes, merged_over_p
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
 from transformer.training.step import PER_STEP
+from transformer.training.watchdog import Watchdog
 from transformer.training.writers import Writer
 from transformer.types import Array, CheckpointableIterator, Interrupted, PyTree, Statistics, UserError
 
@@ -76,25 +77,28 @@ def train(
             it goes); checkpoints of earlier steps stay.
     """
     # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
-    restored = checkpointer.restore(state)
-    start = restored.step if restored else 0
-    if restored:
-        batches.set_state(restored.loop["batches"])
-    checkpointer.clean(start)
-    for writer in writers:
-        writer.resume(start)
-    if restored or init_state is None:
-        state = runner.place_state(restored.state if restored else state)
-    else:
-        state = init_state()
+    watchdog = Watchdog(config.hang_timeout)
+    with watchdog.watching():
+        restored = checkpointer.restore(state)
+        start = restored.step if restored else 0
+        if restored:
+            batches.set_state(restored.loop["batches"])
+        checkpointer.clean(start)
+        for writer in writers:
+            writer.resume(start)
+        if restored or init_state is None:
+            state = runner.place_state(restored.state if restored else state)
+        else:
+            state = init_state()
     window = Window(restored.loop["window"] if restored else {})
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 
     step = start
-    with StopRequest() as stop, _finishing(checkpointer, writers):
+    with watchdog.watching(), StopRequest() as stop, _finishing(checkpointer, writers, watchdog):
         for step in range(start + 1, config.steps + 1):
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
             batch = next(batches)
+            watchdog.step(batch)
             state, statistics = runner.step(state, runner.place_batch(batch))
             checkpointer.check()
             report.settle()
@@ -111,6 +115,7 @@ def train(
             saving = last or stopping or _due(step, config.checkpoint_every)
             if not (evaluating or sampling or saving):
                 continue
+            watchdog.long()
             report.settle()  # this step's own row comes before what follows
 
             validation_loss = None
@@ -205,7 +210,7 @@ def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) ->
 
 
 @contextlib.contextmanager
-def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer]) -> Iterator[None]:
+def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer], watchdog: Watchdog) -> Iterator[None]:
     """Whatever happens inside, let the checkpoint under way become valid, and close the writers."""
     try:
         yield
@@ -213,6 +218,7 @@ def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer]) -> Iterato
         for writer in writers:
             writer.close()
     except BaseException as error:
+        watchdog.long()
         for what, finish in (("last checkpoint", checkpointer.wait), *(("rows", writer.close) for writer in writers)):
             try:
                 finish()
