@@ -8,7 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "transformer").rglob("*.py"))
 STAIRS = [
-    {"types", "validation", "model_config", "parallel_config", "config", "config_io", "storage", "terminal", "memory"},
+    {
+        "types",
+        "validation",
+        "model_config",
+        "parallel_config",
+        "config",
+        "config_io",
+        "overrides",
+        "storage",
+        "terminal",
+        "memory",
+    },
     {"ops", "parallel"},
     {"layers"},
     {"models"},

@@ -48,7 +48,7 @@ def remembering(kind="rotary", **changes):
         (lambda: NormConfig(kind="rms_norm", use_bias=True), "RMSNorm has no offset"),
         (lambda: NormConfig(epsilon=0), "epsilon must be positive, got 0"),
         (lambda: PositionConfig(theta=0), "theta must be positive, got 0"),
-        (lambda: ModelConfig(embed_dim=130), "got embed_dim=130 and num_heads=4; change one of them or set head_dim"),
+        (lambda: ModelConfig(embed_dim=130), "num_heads must divide ModelConfig.embed_dim=130, got 4"),
         (lambda: ModelConfig(embed_dim=12), "Rotary positions need an even head_dim, got 3"),
         (lambda: ModelConfig(pattern=()), "at least one BlockConfig"),
         (lambda: ModelConfig(num_layers=3, pattern=(BlockConfig(),) * 2), "multiple of the pattern's 2 blocks, got 3"),

@@ -13,7 +13,7 @@ for layer in (Attention(AttentionConfig(num_heads=2)), FeedForward(FeedForwardCo
     assert y.shape == x.shape
 logits, _ = Decoder(ModelConfig(vocab_size=7)).init_with_output(jax.random.key(0), jnp.ones((2, 8), jnp.int32))
 assert logits.shape == (2, 8, 7)
-heavy = {"grain", "tensorflow_datasets", "orbax", "tyro", "tokenizers", "tensorboardX", "tensorflow", "optax"}
+heavy = {"grain", "tensorflow_datasets", "orbax", "tokenizers", "tensorboardX", "tensorflow", "optax"}
 print(sorted(heavy & set(sys.modules)))
 """
 

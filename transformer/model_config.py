@@ -65,8 +65,8 @@ class AttentionConfig:
         """Width of a head, with 0 resolved against `embed_dim`."""
         require(
             self.head_dim > 0 or embed_dim % self.num_heads == 0,
-            f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={self.num_heads}; "
-            "change one of them or set head_dim.",
+            f"AttentionConfig.num_heads must divide ModelConfig.embed_dim={embed_dim}, got {self.num_heads}; change one of them, "
+            "or set AttentionConfig.head_dim.",
         )
         return self.head_dim or embed_dim // self.num_heads
 
@@ -252,7 +252,7 @@ class ModelConfig:
                 self.architecture == "decoder" and self.positions.kind not in ("learned", "sinusoidal"),
                 "ModelConfig.memory_length is for decoders that see distances, not places, got "
                 f"memory_length={self.memory_length}, a {self.architecture} and {self.positions.kind} positions; "
-                "set positions.kind=transformer_xl, or memory_length=0.",
+                "set PositionConfig.kind=transformer_xl, or ModelConfig.memory_length=0.",
             )
             require(
                 all(block.attention.pattern == "dense" for block in self.pattern),
@@ -272,5 +272,6 @@ class ModelConfig:
             head_dim = block.attention.resolved_head_dim(self.embed_dim)
             require(
                 self.positions.kind != "rotary" or head_dim % 2 == 0,
-                f"Rotary positions need an even head_dim, got {head_dim}; change embed_dim, num_heads or head_dim.",
+                f"Rotary positions need an even head_dim, got {head_dim}; change ModelConfig.embed_dim, "
+                "AttentionConfig.num_heads or AttentionConfig.head_dim.",
             )

@@ -36,9 +36,16 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
+class _Console(Console):
+    """Leaves it to the command line to end quietly where a reader has gone (`2>&1 | head`)."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def make_console(*, stderr: bool = True) -> Console:
     """A console that takes text as it is: no markup, no names of emoji, no colours by pattern."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -4,11 +4,16 @@ import pathlib
 
 import pytest
 
-from transformer.cli.arguments import default_workdir, expand_aliases, load_config, parse_config
+from transformer.cli.arguments import default_workdir, load_config, parse_config
+from transformer.cli.fields import flags
+from transformer.cli.fields import parse as parse_flags
 from transformer.cli.main import main, run
+from transformer.config import Config
+from transformer.model_config import BlockConfig, ModelConfig
 from transformer.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
+NAMES = {"command": "transformer train", "usage": "", "about": ""}
 CONFIG = str(ROOT / "configs" / "python_stdlib.py")
 
 
@@ -30,37 +35,51 @@ def test_workdir_is_named_after_config_and_variant():
 
 
 def test_alias_sets_every_block():
-    assert expand_aliases(["--model.attention.num-heads", "8", "--x", "1"], 2) == [
-        "--model.pattern.0.attention.num-heads",
-        "8",
-        "--model.pattern.1.attention.num-heads",
-        "8",
-        "--x",
-        "1",
-    ]
-    assert expand_aliases(["--model.norm.kind=rms_norm"], 1) == ["--model.pattern.0.norm.kind=rms_norm"]
-    assert parse("--model.attention.num-heads", "8", "--model.feed-forward.gated").model.pattern[0].feed_forward.gated
+    two = Config(model=ModelConfig(pattern=(BlockConfig(), BlockConfig())))
+    given, _ = parse_flags(
+        flags(two), ["--model.attention.num-heads", "8", "--model.pattern.1.norm.kind=rms_norm"], **NAMES
+    )
+    assert given == {
+        "model.pattern.0.attention.num_heads": 8,
+        "model.pattern.1.attention.num_heads": 8,
+        "model.pattern.1.norm.kind": "rms_norm",
+    }
+    assert parse("--model.attention.num-heads", "8", "--model.feed_forward.gated").model.pattern[0].feed_forward.gated
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.num-layerz", "2"], "--model.num-layers"),
-        (["--model.num-layers", "two"], "invalid literal for int() with base 10: 'two'"),
-        (["--model.num-layers"], "--model.num-layers"),
-        (["--optimizer.name", "sgd"], "'adamw', 'lion', 'adafactor', 'muon'"),
-        (["--model.embed-dim", "130"], "embed_dim must be divisible by num_heads, got embed_dim=130"),
-        (["--optimizer.accumulate-steps", "7"], "must be divisible by optimizer.accumulate_steps=7"),
+        (
+            ["--model.num-layerz", "2"],
+            "--model.num-layerz is no option of transformer train; did you mean --model.num-layers?",
+        ),
+        (["--num-layers", "2"], "--num-layers is no option of transformer train; did you mean --model.num-layers?"),
+        (["--model.num-layers", "two"], "--model.num-layers must be a whole number, got 'two'."),
+        (["--model.num-layers"], "--model.num-layers needs a value, a whole number."),
+        (["--model.num-layers", "--training.steps", "3"], "--model.num-layers needs a value, a whole number."),
+        (["--data.source", "a", "--trainig.steps", "3"], "--trainig.steps is no option"),
+        (["--training.profile-steps", "3"], "--training.profile-steps takes 2 values, got 3."),
+        (
+            ["--optimizer.name", "adam"],
+            "--optimizer.name must be one of adamw, lion, adafactor, muon, got 'adam'; did you",
+        ),
+        (["--data.no-pack=true"], "--data.no-pack takes no value"),
+        (["--data.no-batch-size"], "--data.no-batch-size is no option"),
+        (["more.py"], "takes one config file, got 'more.py' too"),
+        (["--training.steps", "0"], "--training.steps must be at least 1, got 0."),
+        (["--data.stride", "999"], "--data.stride must not exceed --data.sequence-length=256, got 999."),
+        (["--model.embed-dim", "130"], "--model.attention.num-heads must divide --model.embed-dim=130, got 4"),
+        (["--optimizer.accumulate-steps", "7"], "must be divisible by --optimizer.accumulate-steps=7"),
     ],
 )
-def test_bad_arguments_exit_with_2(arguments, message, capsys):
+def test_bad_arguments_are_one_line_that_names_the_flag(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse(*arguments)
+        run("train", [CONFIG, *arguments])
     assert exit_info.value.code == 2
-    # The message is set in a box: join its lines.
-    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in text
-    assert "Traceback" not in text
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error and "Config." not in error
 
 
 def test_help_documents_every_field(capsys):

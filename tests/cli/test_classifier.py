@@ -115,7 +115,7 @@ def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
         "--model.dropout",
         "0.1",
     )
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert "parameters taken" in printed
     assert "fresh: classifier/kernel" in printed
     assert "reshaped" not in printed
@@ -135,12 +135,12 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     options = ("--training.init-from", str(donor), "--data.tokenizer", "auto", "--data.tokenizer-size", "0")
     capsys.readouterr()
     train(place, "orphan", *options, "--training.steps", "1")
-    assert f"tokenizer from {donor}: words, 12 entries" in " ".join(capsys.readouterr().out.split())
+    assert f"tokenizer from {donor}: words, 12 entries" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(donor)
     workdir = train(place, "orphan", *options, "--training.steps", "2")
     recorded = json.loads((workdir / "config.json").read_text())["data"]
     assert (recorded["tokenizer"], recorded["tokenizer_size"]) == ("words", 300)
-    assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
+    assert "going on from step 1" in " ".join(capsys.readouterr().err.split())
     assert load(workdir).step == 2
 
 
@@ -156,16 +156,16 @@ def test_classes_have_weights_from_the_training_split(place, capsys):
     weights = "--objective.class-weights"
     capsys.readouterr()
     train(place, "balanced", weights, "balanced", "--training.steps", "1")
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     # 180 of 200 texts train: 59 bad, 63 good, 58 so-so.
     (named,) = re.findall(r"class weights: bad ([\d.]+), good ([\d.]+), so-so ([\d.]+)", printed)
     counts = [180 / (3 * float(weight)) for weight in named]
     assert sum(counts) == pytest.approx(180, rel=1e-3) and counts == pytest.approx([round(n) for n in counts], rel=1e-3)
     train(place, "balanced", weights, "balanced", "--training.steps", "2")
-    assert "going on from step 1" in " ".join(capsys.readouterr().out.split())
+    assert "going on from step 1" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         train(place, "balanced", weights, "1", "2", "3", "--training.steps", "3")
-    assert "objective.class_weights: balanced -> [1.0, 2.0, 3.0]" in capsys.readouterr().err
+    assert "--objective.class-weights: balanced -> [1.0, 2.0, 3.0]" in capsys.readouterr().err
     main(["evaluate", str(place / "balanced")])
     rows = [json.loads(line) for line in (place / "balanced" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["split"] == "validation"
@@ -198,10 +198,10 @@ def test_inspect_shows_classes(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.architecture", "decoder"], "needs model.architecture=encoder, got 'decoder'"),
-        (["--model.num-classes", "5"], "model.num_classes must be the data's 3, got 5"),
+        (["--model.architecture", "decoder"], "needs --model.architecture=encoder, got 'decoder'"),
+        (["--model.num-classes", "5"], "--model.num-classes must be the data's 3, got 5"),
         (["--objective.class-weights", "1", "2"], "one a class (bad, good, so-so), got 2 numbers"),
-        (["--objective.class-weights", "some"], "does not match choices"),
+        (["--objective.class-weights", "some"], "must be one of none, balanced, or numbers, got 'some'"),
         (["--data.source", "mine", "mine"], "learns from one dataset"),
         (["--data.source", "unknown_name"], "unknown_name"),
         (["--data.label-key", "text"], "must name a ClassLabel"),

@@ -114,7 +114,7 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
     capsys.readouterr()
     options = ("--data.source", "sayings", "--training.init-from", str(spans_run), "--training.steps", "5")
     workdir = train(place, "seq2seq", *options, "--optimizer.learning-rate", "1e-9")
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert "reshaped: token_embedding/embedding (the first 257 of 257 rows)" in printed
     assert "fresh" not in printed and "skipped" not in printed
     donor, own = load(spans_run), load(workdir)
@@ -127,14 +127,14 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("prefix_lm", ["--model.architecture", "encoder"], "needs model.architecture=decoder, got 'encoder'"),
+        ("prefix_lm", ["--model.architecture", "encoder"], "needs --model.architecture=decoder, got 'encoder'"),
         ("prefix_lm", ["--data.stride", "8"], "Windows that move on are for next_token"),
         (
             "prefix_lm",
             ["--model.bidirectional-prefix", "--objective.kind", "next_token"],
-            "bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind=next_token",
+            "--model.bidirectional-prefix is for the prefix_lm objective, which sets it, got --objective.kind=next_token",
         ),
-        ("span_corruption", ["--model.architecture", "decoder"], "needs model.architecture=encoder_decoder"),
+        ("span_corruption", ["--model.architecture", "decoder"], "needs --model.architecture=encoder_decoder"),
         ("span_corruption", ["--model.vocab-size", "258"], "at least the tokenizer's 259, got 258; 0 takes"),
     ],
 )

@@ -168,7 +168,7 @@ def test_bfloat16(small):
 @pytest.mark.parametrize(
     ("config", "positions", "arguments", "message"),
     [
-        ({"num_heads": 3}, {}, {}, "embed_dim must be divisible by num_heads, got embed_dim=8 and num_heads=3"),
+        ({"num_heads": 3}, {}, {}, "num_heads must divide ModelConfig.embed_dim=8, got 3"),
         ({}, {"kind": "rotary"}, {"memory_BSD": 0}, "Cross-attention has no common positions .* got kind='rotary'"),
         ({}, {}, {"memory_BSD": 0, "cache": 0}, "Cross-attention needs a MemoryCache, got a KVCache"),
         ({}, {}, {"positions_BT": 0, "cache": 0}, "With a cache, positions are its next slots; leave positions_BT out"),

@@ -340,7 +340,7 @@ def test_vocabulary_must_be_resolved(tiny):
 
 
 def test_heads_must_divide(tiny):
-    with pytest.raises(ValueError, match="embed_dim must be divisible by num_heads, got embed_dim=18 and num_heads=4"):
+    with pytest.raises(ValueError, match=r"num_heads must divide ModelConfig\.embed_dim=18, got 4"):
         tiny.config(embed_dim=18, pattern=(BlockConfig(),))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from transformer.cli import plan as command
 from transformer.cli.arguments import parse_config
+from transformer.cli.options import OPTIONS
 from transformer.parallel.mesh import make_mesh
 from transformer.planning.chips import CHIPS, Topology, find_topology
 from transformer.planning.plan import StandIn, _links, _memory_error, least_network_bytes
@@ -30,6 +31,11 @@ def at_root(monkeypatch, request):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
 
+def plan(arguments):
+    """The command, without what `run` does about errors."""
+    command.main(*OPTIONS["plan"].parse(arguments))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -38,13 +44,14 @@ def at_root(monkeypatch, request):
         ([CONFIG, "--topology", "v5e"], "got 'v5e'"),
         ([CONFIG, "--topology=v5e"], "got 'v5e'"),
         ([CONFIG, "--topology", "h100:2x2"], "The shape of h100 is a number of devices, got '2x2'"),
-        ([CONFIG, "--topology", "v5e:2x2", "--decode", "4"], "two positive numbers, got 4"),
+        ([CONFIG, "--topology", "v5e:2x2", "--decode", "4"], "--decode takes 2 values, got 4"),
+        ([CONFIG, "--topology", "v5e:2x2", "--decode", "4", "0"], "two positive numbers, got 4 0"),
         ([CONFIG, "--topology", "v5e:2x2", "--decode", "4", "8", "--search"], "leave out --decode"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        command.main(arguments)
+        plan(arguments)
 
 
 def test_every_chip_has_a_peak():
@@ -53,10 +60,10 @@ def test_every_chip_has_a_peak():
 
 def planned(capsys, *arguments, code=None):
     if code is None:
-        command.main([CONFIG, "--topology", "v5e:2x2", "--model.vocab-size", "512", "--json", *arguments])
+        plan([CONFIG, "--topology", "v5e:2x2", "--model.vocab-size", "512", "--json", *arguments])
     else:
         with pytest.raises(SystemExit) as exit_info:
-            command.main([CONFIG, "--topology", "v5e:2x2", "--model.vocab-size", "512", "--json", *arguments])
+            plan([CONFIG, "--topology", "v5e:2x2", "--model.vocab-size", "512", "--json", *arguments])
         assert exit_info.value.code == code
     return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
@@ -212,7 +219,7 @@ def test_a_small_step_for_absent_gpus(capsys):
 @needs_libtpu
 def test_a_vocabulary_must_be_known():
     with pytest.raises(UserError, match="A plan reads no data"):
-        command.main([CONFIG, "--topology", "v5e:2x2"])
+        plan([CONFIG, "--topology", "v5e:2x2"])
 
 
 def test_a_topology_without_its_compiler_says_what_to_install():

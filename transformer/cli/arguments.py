@@ -4,15 +4,19 @@ import dataclasses
 import importlib.util
 import inspect
 import pathlib
-import re
+import sys
+from typing import Any
 
-import tyro
-
+from transformer.cli.fields import as_flags, flags, parse
 from transformer.config import Config
+from transformer.overrides import override
+from transformer.terminal import printable
 from transformer.types import UserError
 
-# `--model.attention.num-heads 8` sets the field in every block of the pattern.
-_BLOCK_ALIAS = re.compile(r"^--model\.((?:no-)?(?:attention|feed-forward|feed_forward|norm)\..*)$")
+_ABOUT = """\
+CONFIG is a Python file with get_config(), such as configs/python_stdlib.py. Each has a small variant to try things with:
+configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and --model.norm.*
+set all blocks. What the file says for a larger job follows what is set here, unless it is set too."""
 
 
 def load_config(reference: str) -> Config:
@@ -54,46 +58,42 @@ def default_workdir(reference: str) -> str:
     return f"runs/{pathlib.Path(name).stem}" + (f"-{variant}" if variant else "")
 
 
-def expand_aliases(arguments: list[str], num_blocks: int) -> list[str]:
-    """`--model.attention.X V` as `--model.pattern.I.attention.X V` for every block I of the pattern."""
-    expanded: list[str] = []
-    index = 0
-    while index < len(arguments):
-        flag, equals, inline = arguments[index].partition("=")
-        index += 1
-        match = _BLOCK_ALIAS.match(flag)
-        if not match:
-            expanded.append(flag + equals + inline)
-            continue
-        values = [equals + inline] if equals else []
-        while not equals and index < len(arguments) and not arguments[index].startswith("--"):
-            values.append(arguments[index])
-            index += 1
-        for block in range(num_blocks):
-            name = f"--model.pattern.{block}.{match.group(1)}"
-            expanded += [name + values[0]] if equals else [name, *values]
-    return expanded
-
-
 def parse_config(arguments: list[str], *, command: str) -> Config:
-    """The config of `FILE.py[:VARIANT] [--section.field value ...]`; exits with 2 on anything it cannot take.
+    """The config of `FILE.py[:VARIANT] [--section.field value ...]`."""
+    return parse_config_and(None, arguments, command=command)[0]
+
+
+def parse_config_and(own: Any, arguments: list[str], *, command: str) -> tuple[Config, dict[str, Any]]:
+    """The config of `FILE.py[:VARIANT] [--section.field value ...]`, and the given ones of a command's own options.
+
+    Settings of the file that do not fit those of the command line follow them (`transformer.overrides`); a note on standard
+    error says which.
 
     Args:
+        own: a dataclass instance whose fields are flags besides those of the config, or None.
         arguments: the command line after the command's name.
         command: the command's name, for messages.
+
+    Raises:
+        UserError: a file, flag or value that cannot be taken.
+        SystemExit: the help was asked for; it is printed.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    reference = arguments[0] if named else ""
-    asks_for_help = bool({"-h", "--help"} & set(arguments))
-    if not reference and not asks_for_help:
-        raise UserError(f"`{command}` needs a config file, got none; for example `{command} configs/python_stdlib.py`.")
+    reference, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
+    if not reference and not {"-h", "--help"} & set(arguments):
+        raise UserError(
+            f"`{command}` needs a config file, got none; for example `{command} configs/python_stdlib.py:debug`."
+        )
     config = load_config(reference) if reference else Config()
-    overrides = expand_aliases(arguments[1:] if named else arguments, len(config.model.pattern))
-    config = tyro.cli(
-        Config,
-        prog=f"{command} {reference or '[CONFIG]'}",
-        description="Every field of the run; --model.attention.*, --model.feed-forward.* and --model.norm.* set all blocks.",
-        args=overrides,
-        default=config,
-    )
-    return config if config.workdir else dataclasses.replace(config, workdir=default_workdir(reference))
+    table, own_table = flags(config), flags(own) if own is not None else {}
+    given, words = parse(own_table | table, rest, command=command, usage=f"{command} CONFIG[:VARIANT]", about=_ABOUT)
+    if words:
+        raise UserError(
+            f"`{command}` takes one config file, got {words[0]!r} too; put quotes around a value with spaces."
+        )
+    own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
+    notes: list[str] = []
+    config = override(config, given, notes.append)
+    for note in notes:
+        print(printable(f"note: {as_flags(note, table)}"), file=sys.stderr)
+    return config if config.workdir else dataclasses.replace(config, workdir=default_workdir(reference)), own_given

@@ -1,89 +1,124 @@
 """`transformer generate DIR --prompt TEXT`: continue a prompt with a run's model as it comes, or translate it."""
 
-import dataclasses
+import itertools
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import tyro
+import numpy as np
 
+from transformer.cli.options import GenerateOptions, Given, refuse
 from transformer.data.example_batches import source_tokens
-from transformer.data.tokenizers import source_tokenizer
+from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.generation.generate import stream
 from transformer.generation.sampling import SamplingConfig
+from transformer.generation.text import stream_text
 from transformer.generation.translate import translate
 from transformer.models.decoder import Decoder
 from transformer.models.encoder_decoder import EncoderDecoder
-from transformer.runs.saved import load
+from transformer.runs.saved import Loaded, load
+from transformer.terminal import printable
+from transformer.types import UserError
 from transformer.validation import require
 
 
-@dataclasses.dataclass(frozen=True)
-class GenerateArguments:
-    """Continue a prompt with a run's language model, or translate it with a run's translator."""
+def main(options: GenerateOptions, given: Given) -> None:
+    """Print the prompt as the model read it and its continuation, a character as soon as it is whole; or a translation.
 
-    workdir: tyro.conf.Positional[str]
-    """Directory of the run."""
-    prompt: str = ""
-    """The text to continue; empty starts a new document."""
-    max_new_tokens: int = 0
-    """Tokens to add at most; 0 means as many as the model's length has room for."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token each time."""
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0 means all."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together reach this probability."""
-    seed: int = 0
-    """The same seed gives the same text."""
-
-
-def main(arguments: list[str]) -> None:
-    """Print the prompt and its continuation, a character as soon as it is whole."""
-    options = tyro.cli(GenerateArguments, prog="transformer generate", args=arguments)
+    A terminal is shown nothing that it would obey; a file or a pipe gets the text as it is.
+    """
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    model, params, tokenizer, config, _ = load(options.workdir)
-    if isinstance(model, EncoderDecoder):
+    prompt = options.prompt if options.prompt is not None else _piped()
+    run = load(options.workdir)
+    if isinstance(run.model, EncoderDecoder):
+        _refuse_unused(given, "a translator takes the most likely token each time")
+        pieces: Iterable[str] = [_translate(run, prompt, options.max_new_tokens)]
+    else:
         require(
-            sampling == SamplingConfig(),
-            "A translator takes the most likely token each time; leave out --temperature, --top-k and --top-p.",
+            isinstance(run.model, Decoder),
+            f"A run that generates must be a language model or a translator, {options.workdir} is one of "
+            f"{run.config.objective.kind}; `transformer evaluate` scores it.",
         )
-        source = source_tokens(source_tokenizer(tokenizer), options.prompt, config.data)
-        room = config.data.sequence_length
-        length = options.max_new_tokens or room
-        require(0 < length <= room, f"--max-new-tokens must be at most the model's {room}, got {length}.")
-        (target,) = translate(model, params, [source], end_of_text=tokenizer.end_of_text, max_new_tokens=length)
-        print(tokenizer.decode(target))
-        return
+        if sampling.greedy:
+            _refuse_unused(given, "the most likely token is taken each time")
+        pieces = _continue(run, prompt, options, sampling)
+    for piece in itertools.chain(pieces, "\n"):
+        sys.stdout.write(printable(piece, lines=True) if sys.stdout.isatty() else piece)
+        sys.stdout.flush()
+
+
+def _piped() -> str:
+    """What is piped in, without its last newline; nothing where a person sits at the keyboard."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on standard input must be text in UTF-8: {error}; or give --prompt.") from error
+
+
+def _refuse_unused(given: Given, because: str) -> None:
+    """Where nothing is drawn: refuse flags that say how to draw, and take those that say that nothing is drawn."""
+    fine = {"temperature": (0.0,), "top_k": (0, 1), "top_p": (1.0,), "seed": ()}
+    if given.get("top_k") == 1:
+        fine["temperature"] = (given.get("temperature"),)
+    unused = {name: given[name] for name in fine if name in given and given[name] not in fine[name]}
+    refuse(unused, lambda name: f"{given[name]} means nothing here: {because}; leave it out.")
+
+
+def _translate(run: Loaded, prompt: str, max_new_tokens: int) -> str:
+    """The translation of a text; a note says what of it was not read."""
+    reader, room = source_tokenizer(run.tokenizer), run.config.data.sequence_length
+    tokens = reader.encode(prompt)
     require(
-        isinstance(model, Decoder),
-        f"A run that generates must be a language model or a translator, {options.workdir} is one of "
-        f"{config.objective.kind}; `transformer evaluate` scores it.",
+        prompt.strip() != "" and len(tokens) > 0,
+        f"A translator needs a text to translate, got {prompt!r}; give --prompt, or pipe it in.",
     )
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(options.prompt).tolist()]
-    room = config.model.max_length - len(prompt)
+    _note_unknown(reader, tokens)
+    source = source_tokens(reader, prompt, run.config.data)
+    if len(source) - 1 < len(tokens):
+        parts = {"head": "the first", "tail": "the last", "head_tail": "the first and last"}[run.config.data.truncate]
+        _note(
+            f"the model reads {len(source) - 1} of the text's {len(tokens)} tokens, {parts} ones; the others were cut."
+        )
+    length = max_new_tokens or room
+    require(0 < length <= room, f"--max-new-tokens must be at most the model's {room}, got {length}.")
+    (target,) = translate(run.model, run.params, [source], end_of_text=run.tokenizer.end_of_text, max_new_tokens=length)
+    return run.tokenizer.decode(target)
+
+
+def _continue(run: Loaded, text: str, options: GenerateOptions, sampling: SamplingConfig) -> Iterator[str]:
+    """The pieces of a prompt and its continuation."""
+    tokenizer = run.tokenizer
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(text).tolist()]
+    room = run.config.model.max_length - len(prompt)
     require(
         0 <= options.max_new_tokens <= room and room > 0,
         f"A prompt of {len(prompt)} tokens (with the one that starts a document) leaves room for {max(room, 0)} of the "
-        f"model's {config.model.max_length}, --max-new-tokens is {options.max_new_tokens}; shorten the prompt or ask for fewer.",
+        f"model's {run.config.model.max_length}, --max-new-tokens is {options.max_new_tokens}; shorten the prompt or ask for "
+        "fewer.",
     )
-    sys.stdout.write(options.prompt)
-    ids: list[int] = []
-    written = ""
-    for token in stream(
-        model,
-        params,
+    _note_unknown(tokenizer, prompt)
+    tokens = stream(
+        run.model,
+        run.params,
         prompt,
         max_new_tokens=options.max_new_tokens or room,
         sampling=sampling,
         seed=options.seed,
         end_of_text=tokenizer.end_of_text,
-    ):
-        if token == tokenizer.end_of_text:
-            break
-        ids.append(token)
-        # The last character may still lack bytes: it is shown as U+FFFD until they come.
-        text = tokenizer.decode(ids)
-        whole = text.rstrip("�")
-        sys.stdout.write(whole[len(written) :])
-        sys.stdout.flush()
-        written = whole
-    sys.stdout.write(tokenizer.decode(ids)[len(written) :] + "\n")
+    )
+    return stream_text(tokenizer.decode, prompt, tokens)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _note_unknown(tokenizer: Tokenizer, tokens: Any) -> None:
+    """Words or characters that training did not see all look alike to the model."""
+    unknown = int(np.sum(np.asarray(tokens) == getattr(tokenizer, "unknown", -1)))
+    if unknown:
+        _note(
+            f"{unknown} of the prompt's {len(tokens)} tokens are not in the model's vocabulary, and are read as unknown."
+        )

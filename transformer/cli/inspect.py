@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from transformer.cli.arguments import parse_config
+from transformer.config import Config
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.objectives.prefix_lm import prefix_tokens
 from transformer.ops.masks import AttentionMask
@@ -60,9 +60,8 @@ def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
     return f"attention among tokens {start} to {start + part.shape[1] - 1} of row {row}\n" + "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
+def main(config: Config) -> None:
     """Print the first batch and the parameters of a config."""
-    config = parse_config(arguments, command="transformer inspect")
     console = Console(highlight=False)
     run = make_run(config)
     tokenizer = run.tokenizer

@@ -5,7 +5,12 @@ import os
 import signal
 import sys
 
+from transformer.cli.fields import as_flags
+from transformer.cli.options import OPTIONS
+from transformer.terminal import printable
 from transformer.types import Interrupted, UserError
+
+_SIGPIPE = 13  # a constant: Windows has no such signal
 
 COMMANDS = {
     "train": "train a model, or go on with an interrupted run",
@@ -17,13 +22,16 @@ COMMANDS = {
     "prove": "kill, damage and move a small run, and show that it ends the same",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
+_MORE = """
+`transformer COMMAND --help` tells more. A config has a small variant to try things with: configs/python_stdlib.py:debug.
+Results go to standard output, progress and notes to standard error."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a user's error is one line on stderr and exit code 2, a signal one line and 128 + its number."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n`transformer COMMAND --help` tells more.")
+        print(USAGE + _MORE)
         return
     name, *rest = arguments
     if name not in COMMANDS:
@@ -33,18 +41,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Import the command's module (some need a second to load) and call it."""
+    """Read the arguments, then import the command's module, which may take seconds, and call it."""
     # The C++ side of JAX, TensorStore and ArrayRecord writes notes that are not for users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    options = OPTIONS[name]
     try:
-        importlib.import_module(f"transformer.cli.{name}").main(arguments)
+        try:
+            parsed = options.parse(arguments)
+            importlib.import_module(f"transformer.cli.{name}").main(*parsed)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(as_flags(str(error), options.flags()), lines=True)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(printable(str(stop), lines=True), file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("SIGINT: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # `transformer generate RUN | head -c 4` ends as other tools do, and the interpreter does not try to write again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + _SIGPIPE)

@@ -9,83 +9,36 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from transformer.cli.arguments import parse_config
+from transformer.cli.options import PlanOptions
 from transformer.config import Config
 from transformer.planning.chips import find_topology
 from transformer.planning.plan import Plan, plan_decoding, plan_training
 from transformer.planning.search import search
-from transformer.types import UserError
-
-USAGE = """usage: transformer plan CONFIG --topology NAME [--search] [--decode ROWS CAPACITY] [--json] [--section.field value ...]
-
-  --topology NAME         v5e:4x4, v5p:8x8x8, v6e-256, h100:8, ... (kinds: v4, v5e, v5p, v6e, tpu7x, h100)
-  --search                try meshes, remat and micro-batches, compile the best dozen, and rank them
-  --decode ROWS CAPACITY  a step of decoding instead of training: so many rows, caches of so many tokens
-  --json                  print one JSON object (with --search a line each) and nothing else
-"""
 
 
-def main(arguments: list[str]) -> None:
+def main(config: Config, options: PlanOptions) -> None:
     """Print the plan of a config."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    rest, topology_name, decode, flags = _own(arguments)
-    config = parse_config(rest, command="transformer plan")
     # Programs are compiled for absent devices; nothing may look for present ones, which can take minutes.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = find_topology(topology_name, max(config.parallel.dcn, 1))
-    console = Console(highlight=False, stderr="--json" in flags)
-    if "--search" in flags:
+    topology = find_topology(options.topology, max(config.parallel.dcn, 1))
+    console = Console(highlight=False, stderr=options.json)
+    if options.search:
         plans = search(config, topology, report=console.print)
-    elif decode:
-        plans = [(config, plan_decoding(config, topology, rows=decode[0], capacity=decode[1]))]
+    elif options.decode != (0, 0):
+        plans = [(config, plan_decoding(config, topology, rows=options.decode[0], capacity=options.decode[1]))]
     else:
         plans = [(config, plan_training(config, topology))]
-    if "--json" in flags:
+    if options.json:
         for _, plan in plans:
             print(json.dumps(plan._asdict()))
-    elif "--search" in flags:
+    elif options.search:
         console.print(_ranking(plans))
     else:
         console.print(_table(plans[0][1]))
     if not any(plan.fits for _, plan in plans):
         sys.exit(1)
-
-
-def _own(arguments: list[str]) -> tuple[list[str], str, tuple[int, int] | None, set[str]]:
-    """The arguments of a config, and this command's own."""
-    rest: list[str] = []
-    flags: set[str] = set()
-    topology, decode, index = "", None, 0
-    arguments = [part for argument in arguments for part in _parted(argument)]
-    while index < len(arguments):
-        argument, values = arguments[index], arguments[index + 1 : index + 3]
-        index += 1
-        if argument in ("--search", "--json"):
-            flags.add(argument)
-        elif argument == "--topology" and values:
-            topology, index = values[0], index + 1
-        elif argument == "--decode":
-            if len(values) < 2 or not all(value.isdigit() and int(value) > 0 for value in values):
-                raise UserError(
-                    f"--decode takes rows and capacity, two positive numbers, got {' '.join(values) or 'none'}."
-                )
-            decode, index = (int(values[0]), int(values[1])), index + 2
-        else:
-            rest.append(argument)
-    if not topology:
-        raise UserError("plan needs --topology NAME, such as v5e:4x4; `transformer plan --help` lists the kinds.")
-    if decode and "--search" in flags:
-        raise UserError("--search is for training; leave out --decode.")
-    return rest, topology, decode, flags
-
-
-def _parted(argument: str) -> list[str]:
-    """`--topology=NAME` as two arguments."""
-    return argument.split("=", 1) if argument.startswith("--topology=") else [argument]
 
 
 def _gigabytes(number: float) -> str:

@@ -1,6 +1,5 @@
 """`transformer prove`: a model is trained, killed, damaged and moved to other devices, and ends as if nothing had happened."""
 
-import dataclasses
 import email
 import os
 import pathlib
@@ -13,8 +12,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-import tyro
-
+from transformer.cli.options import Given, ProveOptions
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.runs.compare import compare, read_outcome
@@ -47,14 +45,6 @@ def get_config() -> Config:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ProveArguments:
-    """Train a small model on the CPU four times: undisturbed, killed, with a damaged checkpoint, and on two devices; compare."""
-
-    keep: str = ""
-    """A new directory for the runs, which stay there; empty means a temporary one."""
-
-
 class Trial(NamedTuple):
     """What was done to the runs of a directory."""
 
@@ -66,9 +56,9 @@ class Trial(NamedTuple):
     """The file of that checkpoint in which a bit was flipped."""
 
 
-def main(arguments: list[str]) -> None:
+def main(options: ProveOptions, given: Given) -> None:
     """Make the runs and print how they compare; exit with 1 if one is not as it should be."""
-    options = tyro.cli(ProveArguments, prog="transformer prove", args=arguments)
+    del given
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="transformer-prove-") as temporary:
         directory = pathlib.Path(expand(options.keep or temporary)).absolute()

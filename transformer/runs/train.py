@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, c
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import WriteError, explain, explained, write_whole
 from transformer.tasks import count_parameters, describe_attention, measure_work
+from transformer.terminal import make_console, say
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer, committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
@@ -56,7 +58,7 @@ def train(
         config: with a workdir.
         writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
         hooks: called after every step.
-        console: where progress is printed.
+        console: where progress and scores are printed; without, progress goes to standard error, scores to standard output.
 
     Returns:
         What was reached; a finished run is left as it is.
@@ -67,15 +69,18 @@ def train(
         UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
     with interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."), _explained(config):
-        return _train(config, writers, hooks, console or Console(highlight=False))
+        return _train(config, writers, hooks, console or make_console(), console or make_console(stderr=False))
 
 
-def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console) -> Reached:
+def _train(
+    config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console, results: Console
+) -> Reached:
+    report = functools.partial(say, console)
     workdir = epath.Path(config.workdir)
     done = check_workdir(config)
     if done >= config.training.steps:
         restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
-        console.print(
+        report(
             f"{workdir} is finished: step {done} of {config.training.steps}. It goes on with more --training.steps, and with "
             f"--optimizer.restarts {restarts} warms up and decays anew over them."
         )
@@ -87,7 +92,7 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     data = open_data(config.data, config.objective)
-    console.print(data.description)
+    report(data.description)
     old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
     before = read_config(workdir) if old else config
     config = fill_open(config, before) if old else config
@@ -96,7 +101,7 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     config = dataclasses.replace(config, data=run.config.data)
     check_state(run.state, run.runner.num_devices // jax.process_count())
     for note in filter(None, (run.notes, change)):
-        console.print(note)
+        report(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
@@ -110,7 +115,7 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
     peak = peak_flops(config.model.dtype, run.runner.num_devices)
     devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
     devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
-    console.print(
+    report(
         f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
         f"peak {peak / 1e12:.2f} TFLOP/s" + (f"; going on from step {done}" if done else "")
     )
@@ -124,16 +129,14 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
             JsonlWriter(workdir / METRICS_FILE),
             TensorBoardWriter(workdir / "tensorboard"),
         ]
-    with trace_steps(config.training.profile_steps, workdir / "profile", console.print) as trace_hooks:
+    with trace_steps(config.training.profile_steps, workdir / "profile", report) as trace_hooks:
         state = loop.train(
             run.state,
             config=config.training,
             runner=run.runner,
             init_state=run.init_state,
             batches=batches,
-            checkpointer=Checkpointer(
-                workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=console.print
-            ),
+            checkpointer=Checkpointer(workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=report),
             measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
             peak_flops=peak,
             writers=[*own_writers, *writers],
@@ -148,7 +151,7 @@ def _train(config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook]
             scored: Any = data.evaluation_batches(run.tokenizer, "validation")
             others = compressed_bits_per_byte(scored.texts())
             scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
-        console.print(f"validation {', '.join(scores)}")
+        say(results, f"validation {', '.join(scores)}")
     return Reached(str(workdir), int(state.step), last)
 
 
@@ -222,9 +225,9 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
             seed=training.seed,
             end_of_text=run.tokenizer.end_of_text,
         )
-        text = training.sample_prompt + run.tokenizer.decode(output.tokens[0][: output.lengths[0]])
+        text = run.tokenizer.decode([*prompt, *output.tokens[0][: output.lengths[0]].tolist()])
         console.rule(f"sample at step {step}")
-        console.print(text, markup=False)
+        say(console, text)
         console.rule()
         if jax.process_index() == 0:
             with explained(f"{path}"), path.open("a") as file:

@@ -1,0 +1,144 @@
+"""A job made smaller by one change is a job: what the config said for the larger one follows, unless it is changed too."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from transformer.cli.arguments import load_config
+from transformer.cli.fields import flags
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.overrides import override
+from transformer.types import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+# What a person shrinks to fit a small machine or a short trial. Other fields may contradict the rest of a config.
+SIZES = {
+    "training.steps": (1, 3, 20),
+    "data.batch_size": (1, 2, 3, 6),
+    "data.sequence_length": (16, 24, 100),
+    "model.max_length": (16, 24, 100),
+    "model.attention.num_heads": (1, 2),
+    "model.feed_forward.num_experts": (1,),
+    "model.memory_length": (0, 8),
+    "model.positions.max_distance": (4, 8, 64),
+    "data.tokenizer_size": (257, 300),
+}
+BIG = Config(
+    model=ModelConfig(
+        vocab_size=4096,
+        pattern=(
+            BlockConfig(
+                AttentionConfig(num_heads=8, num_kv_heads=4, pattern_stride=8, pattern_summary=4),
+                FeedForwardConfig(num_experts=8, experts_per_token=4),
+                NormConfig(use_bias=True),
+            ),
+        ),
+    ),
+    data=DataConfig(
+        source=("a", "b"),
+        weights=(1, 2),
+        sequence_length=256,
+        buckets=(32, 64, 256),
+        stride=128,
+        batch_size=32,
+        num_streams=8,
+    ),
+    optimizer=OptimizerConfig(warmup_steps=100, accumulate_steps=8),
+    training=TrainingConfig(steps=1000, profile_steps=(10, 20)),
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_made_smaller_by_one_change(path):
+    config = load_config(str(path))
+    table = flags(config)
+    for name, values in SIZES.items():
+        for value in values:
+            flag = table[f"--{name.replace('_', '-')}"]
+            if not (
+                flag.default == 0 and name in ("model.memory_length", "model.feed_forward.num_experts")
+            ):  # another job
+                override(config, dict.fromkeys(flag.paths, value))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_whole_number_that_cannot_be_is_refused_by_its_own_name(path):
+    """Every whole number of a config set to 1: it works, or the message names it; never another field alone."""
+    config = load_config(str(path))
+    for flag in flags(config).values():
+        if flag.hint is int:
+            assert refusal(config, dict.fromkeys(flag.paths, 1)) in ("", flag.paths[-1].rpartition(".")[2])
+
+
+def refusal(config, changes):
+    """The name of the changed field, if changes are refused by it; another message if they are refused otherwise."""
+    try:
+        override(config, changes)
+    except UserError as error:
+        name = next(iter(changes)).rpartition(".")[2]
+        return name if name in str(error) else str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "followed"),
+    [
+        ({"training.steps": 20}, {"optimizer.warmup_steps": 2, "training.profile_steps": (10, 20)}),
+        ({"training.steps": 15}, {"optimizer.warmup_steps": 1, "training.profile_steps": (10, 15)}),
+        ({"training.steps": 5}, {"optimizer.warmup_steps": 0, "training.profile_steps": (0, 0)}),
+        ({"training.steps": 100}, {"optimizer.warmup_steps": 100}),
+        ({"data.sequence_length": 64}, {"data.buckets": (32, 64), "data.stride": 64}),
+        ({"data.sequence_length": 48}, {"data.buckets": (32, 48), "data.stride": 48}),
+        ({"data.sequence_length": 512}, {"data.buckets": (32, 64, 256, 512), "data.stride": 128}),
+        ({"model.max_length": 64}, {"data.sequence_length": 64, "data.buckets": (32, 64), "data.stride": 64}),
+        ({"data.batch_size": 6}, {"optimizer.accumulate_steps": 6, "data.num_streams": 0}),
+        ({"data.batch_size": 4}, {"optimizer.accumulate_steps": 4, "data.num_streams": 8}),
+        ({"data.source": ("c",)}, {"data.weights": ()}),
+        ({"data.source": ("c", "d")}, {"data.weights": (1, 2)}),
+        ({"data.tokenizer_size": 300}, {"model.vocab_size": 300}),
+        ({"model.pattern.0.attention.num_heads": 2}, {"model.pattern.0.attention.num_kv_heads": 1}),
+        ({"model.pattern.0.attention.num_heads": 4}, {"model.pattern.0.attention.num_kv_heads": 4}),
+        ({"model.pattern.0.attention.pattern_stride": 2}, {"model.pattern.0.attention.pattern_summary": 2}),
+        ({"model.pattern.0.feed_forward.num_experts": 2}, {"model.pattern.0.feed_forward.experts_per_token": 2}),
+        ({"model.pattern.0.norm.kind": "rms_norm"}, {"model.pattern.0.norm.use_bias": False}),
+    ],
+    ids=lambda value: " ".join(f"{name}={new}" for name, new in value.items()) if isinstance(value, dict) else None,
+)
+def test_what_follows_and_how_far(changes, followed):
+    lines: list[str] = []
+    config = override(BIG, changes, lines.append)
+    for path, value in {**changes, **followed}.items():
+        assert flags(config)[f"--{path.replace('_', '-')}"].default == value
+    # What it reports is what changed, and nothing else changed.
+    assert {line.split()[0] for line in lines} == different(config, BIG) - set(changes)
+
+
+def different(one, other):
+    """The fields in which two configs differ."""
+    one, other = ({flag.paths[0]: flag.default for flag in flags(config).values()} for config in (one, other))
+    return {path for path in one if one[path] != other[path]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.steps": 20, "optimizer.warmup_steps": 50}, "warmup_steps must not exceed"),
+        ({"data.sequence_length": 64, "data.buckets": (32, 128)}, "buckets must rise to"),
+        ({"data.batch_size": 6, "optimizer.accumulate_steps": 4}, "accumulate_steps"),
+        ({"optimizer.warmup_steps": 2000}, "warmup_steps must not exceed"),
+        ({"data.sequence_length": 64, "data.stride": 128}, "stride must not exceed"),
+        ({"training.stepz": 3}, "no field"),
+        ({"trainin.steps": 3}, "no field"),
+        ({"model.pattern.3.norm.kind": "rms_norm"}, "no field"),
+    ],
+)
+def test_contradictions_among_the_changes_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        override(BIG, changes)
+
+
+def test_python_users_are_refused_as_before():
+    with pytest.raises(UserError, match="warmup_steps must not exceed"):
+        dataclasses.replace(BIG, training=TrainingConfig(steps=20))

@@ -1,0 +1,287 @@
+"""A dataclass from a command line: every field a flag, `--section.field VALUE`, documented by the string below it."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from transformer.config import Config
+from transformer.terminal import printable
+from transformer.types import UserError
+from transformer.validation import require
+
+_KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "a text")}
+
+
+class Flag(NamedTuple):
+    """A flag, and the fields that it sets: several where it stands for every block of a pattern."""
+
+    paths: tuple[str, ...]
+    """Fields, as `model.pattern.0.attention.window`; none means help."""
+    hint: Any
+    """The field's type."""
+    default: Any
+    document: str
+
+
+def positional(default: Any) -> Any:
+    """A field of a command that is given without a flag."""
+    return dataclasses.field(default=default, metadata={"positional": True})
+
+
+def flags(options: Any) -> dict[str, Flag]:
+    """All flags of a dataclass instance, by name; dataclasses within it are sections."""
+    table: dict[str, Flag] = {}
+    for name, flag in _leaves(options, ""):
+        known = table.get(name)
+        table[name] = known._replace(paths=known.paths + flag.paths) if known else flag
+    return table
+
+
+def parse(
+    table: dict[str, Flag], arguments: list[str], *, command: str, usage: str, about: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What a command line says: values by field (`training.steps`), and the words that stand without a flag.
+
+    A word is a flag if it is the name of one, or begins with two dashes where no value is expected: values may begin with a
+    dash. `--flag=VALUE` is the same as `--flag VALUE`, `_` as `-`; everything after `--` is a word.
+
+    Args:
+        table: the flags.
+        arguments: the command line after the command.
+        command: its name, for messages.
+        usage: the help's first line; its flags are added.
+        about: what the help says before the flags.
+
+    Raises:
+        UserError: an unknown flag, or a value that is none of its type.
+        SystemExit: the help was asked for; it is printed.
+    """
+    values, words = dict[str, Any](), list[str]()
+    if {"-h", "--help"} & set(arguments):
+        print(_help(table, usage, about))
+        raise SystemExit(0)
+    rest = list(arguments)
+    while rest:
+        name, equals, inline = rest.pop(0).partition("=")
+        if name == "--":
+            words += rest
+            break
+        flag, negated = _find(table, name)
+        if flag is None:
+            if not name.startswith("--"):
+                words.append(name + equals + inline)
+                continue
+            near = difflib.get_close_matches(_dashed(name), table, 1)
+            ending = [other for other in table if other.endswith("." + _dashed(name)[2:])]
+            hint = "".join(f"; did you mean {other}?" for other in (ending or near)[:1]) or "."
+            raise UserError(f"{name} is no option of {command}{hint} `{command} --help` lists them.")
+        given = [inline] if equals else _take(flag.hint, rest, table)
+        if flag.hint is bool:
+            given = given or ["true"]
+            require(not (negated and equals), f"{name} takes no value, got {inline!r}.")
+        value = _value(flag.hint, given, name)
+        values.update(dict.fromkeys(flag.paths, not value if negated else value))
+    return values, words
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _find(table: dict[str, Flag], word: str) -> tuple[Flag | None, bool]:
+    """The flag of a word, and whether it is the negation of one (`--data.no-pack`)."""
+    name = _dashed(word)
+    if name in table:
+        return table[name], False
+    section, dot, last = name.rpartition(".") if "." in name else ("--", "", name.removeprefix("--"))
+    flag = table.get(section + dot + last.removeprefix("no-")) if last.startswith("no-") else None
+    return (flag, True) if flag and flag.hint is bool else (None, False)
+
+
+def _take(hint: Any, rest: list[str], table: dict[str, Flag]) -> list[str]:
+    """Remove a flag's values from the words after it, and return them."""
+    if hint is bool:
+        wanted = 1 if rest and rest[0].lower() in ("true", "false") else 0
+    else:
+        wanted = max(_width(kind) or len(rest) for kind in _alternatives(hint))
+    taken: list[str] = []
+    while rest and len(taken) < wanted:
+        # After the first of several, every word with two dashes ends them, so that a misspelt flag is seen.
+        if _find(table, rest[0].partition("=")[0])[0] or (taken and rest[0].startswith("--")):
+            break
+        taken.append(rest.pop(0))
+    return taken
+
+
+def _width(kind: Any) -> int:
+    """Words of a value; 0 means as many as there are."""
+    if typing.get_origin(kind) is not tuple:
+        return 1
+    return 0 if typing.get_args(kind)[-1] is Ellipsis else len(typing.get_args(kind))
+
+
+def _value(hint: Any, words: list[str], name: str) -> Any:
+    """A value of type `hint` from the words given for it."""
+    widths = {_width(kind) for kind in _alternatives(hint)}
+    require(len(words) > 0 or 0 in widths, f"{name} needs a value, {_described(hint)}.")
+    for kind in _alternatives(hint):
+        try:
+            return _read(kind, words)
+        except (ValueError, KeyError):
+            continue
+    if 0 not in widths and len(words) not in widths:
+        raise UserError(f"{name} takes {' or '.join(map(str, widths))} values, got {' '.join(words)}.")
+    near = difflib.get_close_matches(words[0], _choices(hint), 1)
+    hint_of_near = f"; did you mean {near[0]}?" if near else "."
+    raise UserError(f"{name} must be {_described(hint)}, got {' '.join(words)!r}{hint_of_near}")
+
+
+def _read(kind: Any, words: list[str]) -> Any:
+    """A value of a type that is no union; ValueError or KeyError if the words are none."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        kinds = [kinds[0]] * len(words) if kinds[-1] is Ellipsis else kinds
+        return tuple(_read(part, [word]) for part, word in zip(kinds, words, strict=True))
+    (word,) = words
+    if kind is bool:
+        return {"true": True, "false": False}[word.lower()]
+    if typing.get_origin(kind) is Literal:
+        return {str(choice): choice for choice in typing.get_args(kind)}[word]
+    return kind(word)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union but None, or the one type."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return (hint,)
+
+
+def _choices(hint: Any) -> list[str]:
+    literals = (kind for kind in _alternatives(hint) if typing.get_origin(kind) is Literal)
+    return [str(choice) for kind in literals for choice in typing.get_args(kind)]
+
+
+def _described(hint: Any) -> str:
+    """What a value is, for messages."""
+    kinds = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is Literal:
+            kinds.append(f"one of {', '.join(_choices(kind))}")
+        elif typing.get_origin(kind) is tuple:
+            kinds.append(f"{_KINDS[typing.get_args(kind)[0]][1].removeprefix('a ')}s")
+        else:
+            kinds.append("true or false" if kind is bool else _KINDS[kind][1])
+    return ", or ".join(kinds)
+
+
+def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, Flag]]:
+    """The flags of a dataclass instance: of each field, or of the fields of the dataclasses that it holds.
+
+    The blocks of `model.pattern` have a flag each (`--model.pattern.0.norm.kind`), and one for all (`--model.norm.kind`).
+    """
+    documents, hints = documentation(type(options)), typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        if field.metadata.get("positional"):
+            continue
+        value, path = getattr(options, field.name), prefix + field.name
+        other = alias and alias + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, path + ".", other and other + ".")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, element in enumerate(value):
+                yield from _leaves(element, f"{path}.{index}.", prefix)
+        else:
+            flag = Flag((path,), hints[field.name], value, documents.get(field.name, ""))
+            for name in filter(None, (other, path)):
+                yield f"--{_dashed(name)}", flag
+
+
+@functools.cache
+def documentation(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass, by field."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
+    return found
+
+
+def _help(table: dict[str, Flag], usage: str, about: str) -> str:
+    """Usage, then every flag with its values, what it does and its default; a section for each dataclass."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    sections: dict[str, list[str]] = {}
+    for name, flag in table.items():
+        lines = sections.setdefault(name.removeprefix("--").rpartition(".")[0], [])
+        lines.append(f"  {name} {_metavar(flag.hint)}".rstrip())
+        text = f"{flag.document} (default: {_shown(flag.default)})"
+        lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    blocks = [f"usage: {usage} [OPTION ...]", about.strip()]
+    blocks += ["\n".join([f"{section or 'its own'} options:", *lines]) for section, lines in sections.items()]
+    return printable("\n\n".join(blocks), lines=True)
+
+
+def _metavar(hint: Any) -> str:
+    """The values of a flag, for the help."""
+    shown = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is tuple:
+            *kinds, last = typing.get_args(kind)
+            shown.append(f"[{_metavar(kinds[0])} ...]" if last is Ellipsis else " ".join(map(_metavar, (*kinds, last))))
+        elif kind is not bool:
+            shown.append("{" + ",".join(_choices(kind)) + "}" if _choices(kind) else _KINDS[kind][0])
+    return " | ".join(shown)
+
+
+def _shown(value: Any) -> str:
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
+
+
+def as_flags(message: str, table: dict[str, Flag]) -> str:
+    """A message for someone who types flags: `TrainingConfig.steps` and `training.steps` become `--training.steps`.
+
+    So do the other fields of the class that it names (one without an underscore, as `seed`, is left as a word). A field that
+    the command has no flag for keeps its name, without the class: `model.embed_dim`.
+    """
+    named = _CLASS.search(message)
+    section = _SECTIONS.get(named[1], "") if named else ""
+
+    def flag(match: re.Match[str]) -> str:
+        kind, dot, field = match.group().rpartition(".")
+        if kind.endswith("Config") and kind not in _SECTIONS:
+            return match.group()
+        path = f"{_SECTIONS.get(kind, kind)}.{field}" if dot else f"{section}.{field}"
+        names = (f"--{_dashed(path.removeprefix('.'))}", f"--{_dashed(field)}")
+        return next((name for name in names if name in table), path.removeprefix(".") if dot else field)
+
+    return _FIELD.sub(flag, message)
+
+
+def _sections(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Names of the config classes, with the section of the command line that holds their fields."""
+    for name, hint in typing.get_type_hints(kind).items():
+        within = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        if isinstance(within, type):
+            # All blocks of a pattern are set as one.
+            section = path if within is not hint else f"{path}.{name}".removeprefix(".")
+            yield within.__name__, section
+            yield from _sections(within, section)
+
+
+_SECTIONS = {**dict(_sections(Config)), "SamplingConfig": ""}
+_CLASS = re.compile(r"\b(\w+Config)\.")
+_FIELD = re.compile(
+    rf"(?<![\w./'\"-])(?:(?:\w+Config|{'|'.join(field.name for field in dataclasses.fields(Config))})(?:\.\w+)+|[a-z]+_[a-z_]+)"
+)

@@ -1,0 +1,257 @@
+"""What each command can be told, read and checked before anything heavy is imported."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from transformer.cli.arguments import parse_config, parse_config_and
+from transformer.cli.fields import Flag, flags, parse, positional
+from transformer.config import Config, DataConfig
+from transformer.types import UserError
+from transformer.validation import require
+
+T = TypeVar("T")
+Given = dict[str, Any]
+"""What the command line says, by field; what it does not say has its default and is not here."""
+
+
+# ---- evaluate ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateData:
+    """Other data than the run's own."""
+
+    source: tuple[str, ...] = ()
+    """Corpora to score instead of those the run was trained on."""
+    data_dir: str = ""
+    """Where prepared datasets live; empty means where the run's do."""
+    stride: int | None = None
+    """Score windows of running text that move on by so many tokens; 0 means packed documents."""
+    limit: int | None = None
+    """Score no more than so many tokens of running text; 0 means all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateModel:
+    """Another way to run the model than in training."""
+
+    memory_length: int | None = None
+    """Vectors that each layer remembers of the rows before; 0 means that rows are scored without what precedes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Score a run's model over a whole split, and print one JSON object."""
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    split: str = "validation"
+    """Which split: train, validation or test."""
+    data: EvaluateData = EvaluateData()
+    model: EvaluateModel = EvaluateModel()
+
+
+# ---- generate ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a prompt with a run's language model, or translate it with a run's translator.
+
+    Without --prompt, what is piped in is the prompt: echo ROMEO: | transformer generate RUN
+    """
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    prompt: str | None = None
+    """The text to continue, or to translate; an empty one starts a new document."""
+    max_new_tokens: int = 0
+    """Tokens to add at most; 0 means as many as the model's length has room for."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token each time, as a translator always does."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together reach this probability."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+# ---- prepare -----------------------------------------------------------------------------------------------------------
+
+_OF_KINDS = {
+    "text": ("text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes"),
+    "labelled": ("name", "validation", "test", "text_key", "label_key"),
+    "pairs": ("name", "validation", "test", "source_key", "target_key"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    """Turn text into a TFDS dataset (ArrayRecord) on disk.
+
+    Running text is also prepared by training itself. Labelled texts (.jsonl, .csv, .tsv, or a folder with one folder for
+    each class) and pairs (.jsonl, .csv, .tsv, or two files that belong together line by line) are prepared here, under a
+    name that --data.source then takes. Files may be compressed (.gz, .bz2, .xz).
+    """
+
+    files: tuple[str, ...] = positional(())
+    """The text (a file, a folder, a .jsonl file, or python_stdlib), or the files of the training split."""
+    kind: Literal["text", "labelled", "pairs"] = "text"
+    """Running text, texts with a class, or pairs of texts."""
+    name: str = ""
+    """Labelled texts and pairs: name of the dataset."""
+    validation: tuple[str, ...] = ()
+    """Labelled texts and pairs: files of the validation split; without, training holds out a part."""
+    test: tuple[str, ...] = ()
+    """Labelled texts and pairs: files of the test split."""
+    text_key: str = DataConfig.text_key
+    """Running and labelled text: field of the text."""
+    prompt_key: str = DataConfig.prompt_key
+    """Running text: field of a .jsonl record that holds a prompt."""
+    label_key: str = DataConfig.label_key
+    """Labelled texts: field of the class."""
+    source_key: str = DataConfig.source_key
+    """Pairs: field of the source."""
+    target_key: str = DataConfig.target_key
+    """Pairs: field of the target."""
+    validation_fraction: float = DataConfig.validation_fraction
+    """Running text: part held out for validation."""
+    test_fraction: float = DataConfig.test_fraction
+    """Running text: part held out for testing."""
+    record_bytes: int = DataConfig.record_bytes
+    """Running text: longer documents are stored in pieces of about this size."""
+    data_dir: str = DataConfig.data_dir
+    """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+
+
+def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
+    options, given = read(PrepareOptions(), arguments, "transformer prepare")
+    require(len(options.files) > 0, "There must be something to prepare, got no file.")
+    of_some = {name for names in _OF_KINDS.values() for name in names}
+    refuse(
+        {name: given[name] for name in given if name in of_some.difference(_OF_KINDS[options.kind])},
+        lambda name: (
+            f"is for --kind {' or '.join(kind for kind, names in _OF_KINDS.items() if name in names)}, got --kind "
+            f"{options.kind}; leave it out, or say which kind it is."
+        ),
+    )
+    require(
+        options.kind == "text" or options.name != "",
+        f"A dataset of {options.kind} needs a name that training can ask for; give --name.",
+    )
+    return options, given
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Compile the step of a config for hardware that is not there, and say what it takes."""
+
+    topology: str = ""
+    """v5e:4x4, v5p:8x8x8, v6e-256, h100:8, ... (kinds: v4, v5e, v5p, v6e, tpu7x, h100)"""
+    search: bool = False
+    """Try meshes, remat and micro-batches, compile the best dozen, and rank them."""
+    decode: tuple[int, int] = (0, 0)
+    """A step of decoding instead of training: so many rows, caches of so many tokens; 0 0 means training."""
+    json: bool = False
+    """Print one JSON object (with --search a line each) on standard output and nothing else there."""
+
+
+def _plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
+    config, own = parse_config_and(PlanOptions(), arguments, command="transformer plan")
+    options = PlanOptions(**own)
+    require(
+        options.topology != "",
+        "plan needs --topology NAME, such as v5e:4x4; `transformer plan --help` lists the kinds.",
+    )
+    require(
+        "decode" not in own or min(options.decode) > 0,
+        f"--decode takes rows and capacity, two positive numbers, got {' '.join(map(str, options.decode))}.",
+    )
+    require("decode" not in own or not options.search, "--search is for training; leave out --decode.")
+    return config, options
+
+
+# ---- prove -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ProveOptions:
+    """Train a small model on the CPU four times: undisturbed, killed, with a damaged checkpoint, and on two devices; compare."""
+
+    keep: str = ""
+    """A new directory for the runs, which stay there; empty means a temporary one."""
+
+
+# ---- all ---------------------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """How a command line of one command is read."""
+
+    parse: Callable[[list[str]], tuple[Any, ...]]
+    """Its arguments become those of the command's `main`."""
+    flags: Callable[[], dict[str, Flag]]
+    """For messages that name a field."""
+
+
+def read(default: T, arguments: list[str], command: str) -> tuple[T, Given]:
+    """The options of a command, and which of them were given.
+
+    Words without a flag go to the positional field; one that takes a single word must have it.
+    """
+    kind: Any = type(default)
+    (place,) = [f for f in dataclasses.fields(kind) if f.metadata.get("positional")] or (None,)
+    about = "\n".join(line.strip() for line in (kind.__doc__ or "").splitlines())
+    usage = command + (f" {place.name.upper()}" if place else "")
+    given, words = parse(flags(default), arguments, command=command, usage=usage, about=about)
+    if place is not None and isinstance(place.default, tuple):
+        given[place.name], words = tuple(words), []
+    elif place is not None:
+        require(len(words) > 0, f"`{command}` needs {place.name.upper()}, got none; `{command} --help` tells more.")
+        given[place.name], *words = words
+    refuse_words(words, command)
+    return _replaced(default, given), given
+
+
+def refuse_words(words: list[str], command: str) -> None:
+    """Words that belong to no flag and no field are an error."""
+    require(not words, f"`{command}` takes no {words[0] if words else ''!r} there; quote a value that has spaces.")
+
+
+def refuse(given: Given, reason: Callable[[str], str]) -> None:
+    """Flags that were given but mean nothing here are an error: `reason` completes the sentence that begins with the flag."""
+    for name in given:
+        raise UserError(f"--{name.replace('_', '-')} {reason(name)}")
+
+
+def _replaced(value: Any, given: Given) -> Any:
+    """A dataclass with the fields in `given`, whose names have a dot for each level."""
+    changes = {name: new for name, new in given.items() if "." not in name}
+    for section in {name.partition(".")[0] for name in given if "." in name}:
+        inner = {name.partition(".")[2]: new for name, new in given.items() if name.startswith(section + ".")}
+        changes[section] = _replaced(getattr(value, section), inner)
+    return dataclasses.replace(value, **changes)
+
+
+def _of_config(name: str) -> Command:
+    return Command(lambda arguments: (parse_config(arguments, command=f"transformer {name}"),), lambda: flags(Config()))
+
+
+def _of_options(name: str, default: Any) -> Command:
+    return Command(lambda arguments: read(default, arguments, f"transformer {name}"), lambda: flags(default))
+
+
+OPTIONS = {
+    "train": _of_config("train"),
+    "inspect": _of_config("inspect"),
+    "plan": Command(_plan, lambda: flags(Config()) | flags(PlanOptions())),
+    "evaluate": _of_options("evaluate", EvaluateOptions()),
+    "generate": _of_options("generate", GenerateOptions()),
+    "prove": _of_options("prove", ProveOptions()),
+    "prepare": Command(_prepare, lambda: flags(PrepareOptions())),
+}

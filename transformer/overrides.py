@@ -1,0 +1,185 @@
+"""A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from transformer.config import Config
+from transformer.config_io import from_dict, to_dict
+from transformer.types import UserError
+
+_Values = dict[str, Any]
+
+
+class _Rule(NamedTuple):
+    """`field` follows when one of `after` has changed: it becomes `fit(new, old)`, of the section that holds it."""
+
+    field: str
+    after: tuple[str, ...]
+    fit: Callable[[_Values, _Values], Any]
+
+
+def _divisor(number: int, limit: float) -> int:
+    """The largest divisor of `number` that is at most `limit`, and at least 1."""
+    return max(part for part in range(1, number + 1) if number % part == 0 and part <= max(1, limit))
+
+
+def _at_most_length(new: _Values, old: _Values) -> int:
+    return min(new["data"]["sequence_length"], max(2, new["model"]["max_length"] or new["data"]["sequence_length"]))
+
+
+def _at_least_length(new: _Values, old: _Values) -> int:
+    return new["model"]["max_length"] and max(new["model"]["max_length"], new["data"]["sequence_length"])
+
+
+def _buckets(new: _Values, old: _Values) -> list[int]:
+    length, buckets = new["data"]["sequence_length"], new["data"]["buckets"]
+    return [*(bucket for bucket in buckets if bucket < length), length] if buckets else []
+
+
+def _continue_rows(new: _Values, old: _Values) -> bool:
+    data = new["data"]
+    return new["model"]["memory_length"] > 0 and data["pack"] and data["stride"] == 0 and len(data["source"]) == 1
+
+
+def _streams(new: _Values, old: _Values) -> int:
+    streams, batch = new["data"]["num_streams"], new["data"]["batch_size"]
+    if streams == 0 or batch < 1:
+        return streams
+    fits = streams == batch if new["data"]["continue_rows"] else streams % batch == 0 or batch % streams == 0
+    return streams if fits else 0
+
+
+def _accumulate(new: _Values, old: _Values) -> int:
+    return _divisor(max(1, new["data"]["batch_size"]), new["optimizer"]["accumulate_steps"])
+
+
+def _warmup(new: _Values, old: _Values) -> int:
+    warmup, steps = new["optimizer"]["warmup_steps"], max(0, new["training"]["steps"])
+    return warmup if warmup <= steps else warmup * steps // old["training"]["steps"]
+
+
+def _profile(new: _Values, old: _Values) -> list[int]:
+    first, last = new["training"]["profile_steps"]
+    return [first, min(last, new["training"]["steps"])] if first <= new["training"]["steps"] else [0, 0]
+
+
+def _vocabulary(new: _Values, old: _Values) -> int:
+    same = old["model"]["vocab_size"] == old["data"]["tokenizer_size"]
+    return new["data"]["tokenizer_size"] if same else new["model"]["vocab_size"]
+
+
+def _kv_heads(new: _Values, old: _Values) -> int:
+    heads, kv_heads = new["attention"]["num_heads"], new["attention"]["num_kv_heads"]
+    if kv_heads == 0 or heads < 1 or heads % kv_heads == 0:
+        return kv_heads
+    return _divisor(heads, heads * kv_heads / old["attention"]["num_heads"])
+
+
+def _summary(new: _Values, old: _Values) -> int:
+    return min(new["attention"]["pattern_summary"], max(1, new["attention"]["pattern_stride"]))
+
+
+def _experts_per_token(new: _Values, old: _Values) -> int:
+    chosen, experts = new["feed_forward"]["experts_per_token"], new["feed_forward"]["num_experts"]
+    return min(chosen, experts) if experts > 0 else chosen
+
+
+def _distance_buckets(new: _Values, old: _Values) -> int:
+    buckets, distance = new["model"]["positions"]["num_buckets"], new["model"]["positions"]["max_distance"]
+    return buckets if distance > buckets // 2 else max(4, (2 * distance - 1) // 4 * 4)
+
+
+# In this order: what one rule changes may set off a later one.
+_RULES = (
+    _Rule("data.weights", ("data.source",), lambda new, old: (
+        new["data"]["weights"] if len(new["data"]["weights"]) == len(new["data"]["source"]) else [])),
+    _Rule("data.sequence_length", ("model.max_length",), _at_most_length),
+    _Rule("model.max_length", ("data.sequence_length",), _at_least_length),
+    _Rule("data.buckets", ("data.sequence_length",), _buckets),
+    _Rule("data.stride", ("data.sequence_length",), lambda new, old: (
+        min(new["data"]["stride"], max(0, new["data"]["sequence_length"])))),
+    _Rule("data.continue_rows", ("model.memory_length",), _continue_rows),
+    _Rule("model.memory_length", ("data.continue_rows",), lambda new, old: (
+        new["model"]["memory_length"] if new["data"]["continue_rows"] else 0)),
+    _Rule("data.num_streams", ("data.batch_size", "data.continue_rows"), _streams),
+    _Rule("optimizer.accumulate_steps", ("data.batch_size",), _accumulate),
+    _Rule("optimizer.warmup_steps", ("training.steps",), _warmup),
+    _Rule("training.profile_steps", ("training.steps",), _profile),
+    _Rule("objective.loss_chunks", ("objective.kind",), lambda new, old: (
+        1 if new["objective"]["kind"] == "classification" else new["objective"]["loss_chunks"])),
+    _Rule("model.vocab_size", ("data.tokenizer_size",), _vocabulary),
+    _Rule("model.positions.num_buckets", ("model.positions.max_distance",), _distance_buckets),
+)  # fmt: skip
+_BLOCK_RULES = (
+    _Rule("attention.num_kv_heads", ("attention.num_heads",), _kv_heads),
+    _Rule("attention.pattern_summary", ("attention.pattern_stride",), _summary),
+    _Rule("feed_forward.experts_per_token", ("feed_forward.num_experts",), _experts_per_token),
+    _Rule("norm.use_bias", ("norm.kind",), lambda new, old: new["norm"]["use_bias"] and new["norm"]["kind"] != "rms_norm"),
+)  # fmt: skip
+
+
+def override(config: Config, changes: Mapping[str, Any], report: Callable[[str], None] = lambda line: None) -> Config:
+    """`config` with the fields in `changes`, and with those that no longer fit them fitted.
+
+    Where `config` says what suits a larger job (a warm-up longer than the new run, buckets longer than the new rows, more
+    micro-batches than rows), that follows, as little as it takes. What is in `changes` never follows: a contradiction
+    among the changes is an error, as it is in the constructor.
+
+    Args:
+        config: from a config file, say.
+        changes: values by field: `{"training.steps": 20, "model.pattern.0.attention.num_heads": 2}`.
+        report: called with a line for each field that followed.
+
+    Raises:
+        UserError: a field does not exist, or a value cannot work.
+
+    Example:
+        >>> from transformer.config import OptimizerConfig
+        >>> override(Config(optimizer=OptimizerConfig(warmup_steps=100)), {"training.steps": 20}).optimizer.warmup_steps
+        2
+    """
+    old, new, changed = to_dict(config), to_dict(config), set(changes)
+    for path, value in changes.items():
+        try:
+            section, name = _section(new, path)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise UserError(
+                f"A config has no field {path!r}; config.json of a run shows those that there are."
+            ) from error
+        section[name] = list(value) if isinstance(value, tuple) else value
+    for prefix, rule in _rules(len(old["model"]["pattern"])):
+        path, base = prefix + rule.field, prefix.removesuffix(".")
+        if path in changes or not any(prefix + name in changed for name in rule.after):
+            continue
+        section, name = _section(new, path)
+        fitting = rule.fit(_part(new, base), _part(old, base))
+        if fitting != section[name]:
+            report(f"{path} {_shown(section[name])} -> {_shown(fitting)}, to fit {_causes(prefix, rule, changed)}")
+            section[name] = fitting
+            changed.add(path)
+    return from_dict(Config, new)
+
+
+def _rules(num_blocks: int) -> Iterator[tuple[str, _Rule]]:
+    yield from (("", rule) for rule in _RULES)
+    yield from ((f"model.pattern.{block}.", rule) for block in range(num_blocks) for rule in _BLOCK_RULES)
+
+
+def _part(values: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        values = values[int(name) if isinstance(values, list) else name]
+    return values
+
+
+def _section(values: _Values, path: str) -> tuple[_Values, str]:
+    """The dictionary that holds a field, and the field's name there. A name that is new is refused when read."""
+    section, _, name = path.rpartition(".")
+    return _part(values, section), name
+
+
+def _causes(prefix: str, rule: _Rule, changed: Collection[str]) -> str:
+    return " and ".join(prefix + name for name in rule.after if prefix + name in changed)
+
+
+def _shown(value: Any) -> str:
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
