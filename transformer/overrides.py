@@ -1,5 +1,6 @@
 """A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -53,9 +54,15 @@ def _accumulate(new: _Values, old: _Values) -> int:
     return _divisor(max(1, new["data"]["batch_size"]), new["optimizer"]["accumulate_steps"])
 
 
+def _restarts(new: _Values, old: _Values) -> list[int]:
+    return [step for step in new["optimizer"]["restarts"] if step < new["training"]["steps"]]
+
+
 def _warmup(new: _Values, old: _Values) -> int:
+    """As long as it was, or its share of the steps where the shortest period has not so many."""
     warmup, steps = new["optimizer"]["warmup_steps"], max(0, new["training"]["steps"])
-    return warmup if warmup <= steps else warmup * steps // old["training"]["steps"]
+    shortest = min(b - a for a, b in itertools.pairwise((0, *new["optimizer"]["restarts"], steps)))
+    return warmup if warmup <= shortest else max(0, min(shortest, warmup * steps // old["training"]["steps"]))
 
 
 def _profile(new: _Values, old: _Values) -> list[int]:
@@ -64,7 +71,7 @@ def _profile(new: _Values, old: _Values) -> list[int]:
 
 
 def _vocabulary(new: _Values, old: _Values) -> int:
-    same = old["model"]["vocab_size"] == old["data"]["tokenizer_size"]
+    same = old["model"]["vocab_size"] == old["data"]["tokenizer_size"] > 0
     return new["data"]["tokenizer_size"] if same else new["model"]["vocab_size"]
 
 
@@ -103,7 +110,8 @@ _RULES = (
         new["model"]["memory_length"] if new["data"]["continue_rows"] else 0)),
     _Rule("data.num_streams", ("data.batch_size", "data.continue_rows"), _streams),
     _Rule("optimizer.accumulate_steps", ("data.batch_size",), _accumulate),
-    _Rule("optimizer.warmup_steps", ("training.steps",), _warmup),
+    _Rule("optimizer.restarts", ("training.steps",), _restarts),
+    _Rule("optimizer.warmup_steps", ("training.steps", "optimizer.restarts"), _warmup),
     _Rule("training.profile_steps", ("training.steps",), _profile),
     _Rule("objective.loss_chunks", ("objective.kind",), lambda new, old: (
         1 if new["objective"]["kind"] == "classification" else new["objective"]["loss_chunks"])),
