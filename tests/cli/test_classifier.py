@@ -148,7 +148,7 @@ def test_another_tokenizer_than_that_of_the_run_it_starts_from_is_refused(place,
     with pytest.raises(SystemExit) as exit_info:
         train(place, "refused", "--training.init-from", str(pretrained), "--data.tokenizer", "bpe")
     assert exit_info.value.code == 2
-    assert "has that run's tokenizer, got data.tokenizer=bpe (there words); ask for" in capsys.readouterr().err
+    assert "has that run's tokenizer, got --data.tokenizer=bpe (there words); ask for" in capsys.readouterr().err
     assert not (place / "refused").exists()
 
 

@@ -101,9 +101,9 @@ def test_a_finished_run_goes_on_with_a_new_schedule(workdir, arguments, capsys, 
     shutil.copytree(workdir, tmp_path / "run")
     command = ["train", *arguments, "--workdir", str(tmp_path / "run")]
     main(command)
-    assert "--optimizer.restarts 6" in " ".join(capsys.readouterr().out.split())
+    assert "--optimizer.restarts 6" in " ".join(capsys.readouterr().err.split())
     main([*command, "--training.steps", "8", "--optimizer.restarts", "6"])
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().err.split())
     assert "learning rate 0.0001 at step 6, 0.001 at step 7: a new schedule begins." in out
     rates = [
         json.loads(line).get("learning_rate") for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
