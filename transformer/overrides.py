@@ -1,6 +1,7 @@
 """A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ class _Rule(NamedTuple):
 
 def _divisor(number: int, limit: float) -> int:
     """The largest divisor of `number` that is at most `limit`, and at least 1."""
-    return max(part for part in range(1, number + 1) if number % part == 0 and part <= max(1, limit))
+    small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
+    return max(part for part in (*small, *(number // part for part in small)) if part <= max(1, limit))
 
 
 def _at_most_length(new: _Values, old: _Values) -> int:
