@@ -278,6 +278,9 @@ class TrainingConfig:
     """Tokens of a sample; 0 means no samples."""
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step that a trace in WORKDIR/profile covers (TensorBoard, XProf and Perfetto open it); 0 0 means none."""
+    skip_spikes: float = 0.0
+    """Skip a step whose gradient's norm exceeds so many times the median of the 128 before, as one that overflows in float16 is;
+    rows count them (skipped_spikes). 0 means off."""
     hang_timeout: int = 0
     """Seconds after which a step that does not end ends the process, with a traceback, so that the others of a run end too; 0
     means 1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""
@@ -288,6 +291,10 @@ class TrainingConfig:
         require_int32(self)
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
+        require(
+            self.skip_spikes == 0 or self.skip_spikes > 1,
+            f"TrainingConfig.skip_spikes must be 0 (off) or above 1, in medians of the norm, got {self.skip_spikes}.",
+        )
         first, last = self.profile_steps
         require(
             (first, last) == (0, 0) or 2 <= first <= last <= self.steps,

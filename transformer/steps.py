@@ -19,6 +19,7 @@ from transformer.parallel.runner import Runner, check_divisible, choose_devices
 from transformer.tasks import init_method, init_shapes, make_model, make_objective
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import check_scanned_groups, freeze_objective, make_optimizer
+from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import TrainStep, make_eval_step, make_train_step
 from transformer.types import Objective, PyTree
@@ -113,6 +114,7 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
             carry=objective.init_carry(config.data.batch_size),
             ema=config.optimizer.ema_decay > 0,
             loss_scale=make_loss_scale(config.model),
+            spikes=make_spikes(config.training.skip_spikes),
         )
 
     train_step, runner = make_runner(config, objective, optimizer, schedule, mesh=mesh, axes=axes)
@@ -146,6 +148,7 @@ def make_runner(
         schedule,
         accumulate_steps=config.optimizer.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
+        skip_spikes=config.training.skip_spikes,
         axis_name=axis_name,
     )
     evaluate_step = make_eval_step(objective, axis_name=axis_name)

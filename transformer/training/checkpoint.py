@@ -299,7 +299,7 @@ def _validation_loss(path: epath.Path) -> float:
 
 def _to_parts(state: TrainState) -> dict[str, PyTree]:
     """A state as separately loadable parts; empty ones are left out, Orbax refuses them."""
-    parts = {name: getattr(state, name) for name in ("params", "ema_params", "carry", "loss_scale")}
+    parts = {name: getattr(state, name) for name in ("params", "ema_params", "carry", "loss_scale", "spikes")}
     parts["rest"] = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 

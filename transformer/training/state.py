@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
     key: Any  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
     loss_scale: Any = ()  # a `LossScale` in float16, else ()
+    spikes: Any = ()  # a `Spikes` where they are skipped, else ()
 
 
 def create_state(
@@ -32,6 +33,7 @@ def create_state(
     carry: PyTree = (),
     ema: bool = False,
     loss_scale: Any = (),
+    spikes: Any = (),
 ) -> TrainState:
     """The state before the first step.
 
@@ -42,6 +44,7 @@ def create_state(
         carry: the objective's initial carry.
         ema: keep a moving average of the parameters, starting from `params`.
         loss_scale: as `make_loss_scale` gives it.
+        spikes: as `make_spikes` gives it.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -52,6 +55,7 @@ def create_state(
         # A copy: the step donates its state, and a buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params) if ema else (),
         loss_scale=loss_scale,
+        spikes=spikes,
     )
 
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from transformer.training.loss_scale import keep_if_finite
+from transformer.training.spikes import skip_spike, updates_done
 from transformer.training.state import TrainState
 from transformer.types import Array, Objective, PyTree, Statistics
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
 EvaluateStep = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
 
-PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps")
+PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skipped_spikes")
 """Statistics that do not add: they describe one step."""
 
 
@@ -25,6 +26,7 @@ def make_train_step(
     *,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    skip_spikes: float = 0.0,
     axis_name: str | None = None,
 ) -> TrainStep:
     """One optimizer step, `(state, batch) -> (state, statistics)`, to be compiled by a runner of `parallel`.
@@ -39,12 +41,14 @@ def make_train_step(
         accumulate_steps: micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch
             r % accumulate_steps, which keeps every row on the device that has it.
         ema_decay: decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off.
+        skip_spikes: `training.skip_spikes`, for a state with `spikes`.
         axis_name: the axis to sum over when each device runs the step on its own rows (`pmap`).
 
     Returns:
         The step. Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch,
         and the norm of the gradient before clipping and the learning rate, which are of this step and do not add.
-        A state with a `loss_scale` has its scale and the number of skipped steps among them.
+        A state with a `loss_scale` has its scale and the number of skipped steps among them, one with `spikes`
+        that of skipped spikes.
     """
 
     def total(tree: PyTree) -> PyTree:
@@ -82,10 +86,10 @@ def make_train_step(
         weight = total(objective.weight(batch))
         # A batch of nothing but padding has gradient 0, not 0 / 0.
         weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
-        updates_done, scaling = state.step, state.loss_scale
+        updates, scaling = updates_done(state), state.loss_scale
         if scaling:
-            # Of the loss times the scale, which the gradient is then divided by; skipped steps updated nothing.
-            weight, updates_done = weight / scaling.scale, state.step - scaling.skipped_steps
+            # Of the loss times the scale, which the gradient is then divided by.
+            weight = weight / scaling.scale
         compute = gradient if accumulate_steps == 1 else accumulated_gradient
         grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
         grads, statistics = total((grads, statistics))
@@ -93,15 +97,15 @@ def make_train_step(
             grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, changes)
         with jax.named_scope("average"):
-            ema_params = (
-                update_ema(state.ema_params, params, updates_done, ema_decay) if ema_decay > 0 else state.ema_params
-            )
+            ema_params = update_ema(state.ema_params, params, updates, ema_decay) if ema_decay > 0 else state.ema_params
         statistics["grad_norm"] = optax.tree.norm(grads)
-        statistics["learning_rate"] = jnp.asarray(schedule(updates_done), jnp.float32)
-        new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling)
+        statistics["learning_rate"] = jnp.asarray(schedule(updates), jnp.float32)
+        new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling, state.spikes)
+        if state.spikes:
+            new_state, statistics = skip_spike(state, new_state, statistics, skip_spikes)
         return keep_if_finite(state, new_state, statistics) if scaling else (new_state, statistics)
 
     return step
