@@ -178,7 +178,7 @@ class _Report:
             if scale < SMALLEST:
                 raise UserError(_not_finite(bad[0], found, step, self._checkpointer))
             # The step was skipped, and adds nothing to the row.
-            values = {name: values[name] for name in PER_STEP if name not in bad}
+            values = {name: values[name] for name in PER_STEP if name in values and name not in bad}
         self.stopwatch.lap(work)
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:
