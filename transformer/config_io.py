@@ -15,6 +15,7 @@ RESUMABLE = (
     "model.scan_layers",
     "model.remat",
     "objective.loss_chunks",
+    "data.source",  # where it lies; that it is the same corpus is told by its content
     "data.data_dir",
     "data.stride",
     "data.limit",
@@ -109,7 +110,7 @@ def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences between two configs (as dictionaries) that a resumed run may not have, one line each."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     # Adafactor bounds and scales the update of each parameter by its root mean square: of a layer, or of a whole stack.
-    stacked = old["optimizer"]["name"] == new["optimizer"]["name"] == "adafactor"
+    stacked = before.get("optimizer.name") == after.get("optimizer.name") == "adafactor"
     resumable = tuple(path for path in RESUMABLE if not (stacked and path == "model.scan_layers"))
     return [
         f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"

@@ -152,17 +152,6 @@ def test_another_runs_directory_is_refused(workdir, arguments, capsys, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_of_before_a_field_existed_goes_on(workdir, arguments, capsys):
-    path = workdir / "config.json"
-    whole = path.read_text()
-    description = json.loads(whole)
-    del description["data"]["truncate"]
-    path.write_text(json.dumps(description))
-    main(["train", *arguments, "--workdir", str(workdir)])
-    assert "is finished" in capsys.readouterr().err.replace("\n", "")
-    path.write_text(whole)
-
-
 # ---- load, evaluate, generate ----------------------------------------------------------------------------------------
 
 
@@ -224,8 +213,8 @@ def test_generate_repeats_by_seed(workdir, capsys):
         (["generate", "{run}", "--prompt", "x" * 40], "leaves room for 0"),
         (["generate", "{run}", "--prompt", "", "--max-new-tokens", "32"], "leaves room for 31"),
         (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "--top-p must be above 0"),
-        (["generate", "{place}", "--prompt", "x"], "must hold config.json"),
-        (["evaluate", "{place}/nowhere"], "must hold config.json"),
+        (["generate", "{place}", "--prompt", "x"], "must have a checkpoint, there is none in"),
+        (["evaluate", "{place}/nowhere"], "must have a checkpoint, there is none in"),
         (["evaluate", "{run}", "--split", "validaton"], "validaton"),
         (["prepare", "{place}/nowhere"], "nowhere"),
         (

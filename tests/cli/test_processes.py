@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from transformer.parallel.distributed import EXIT_CODE, leaving, several_processes
-from transformer.training.checkpoint import committed_steps
+from transformer.training.folders import committed_steps
 from transformer.training.writers import read_jsonl
 from transformer.types import UserError
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified on load, kept by rule, read by other runners."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -13,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.training import checkpoint, manifest
-from transformer.training.checkpoint import Checkpointer, committed_steps, latest_undamaged, load_params
+from transformer.training import checkpoint, folders, manifest
+from transformer.training.checkpoint import Checkpointer, load_params
+from transformer.training.folders import committed_steps, latest_undamaged
 from transformer.training.state import create_state
 from transformer.types import UserError
 
@@ -247,28 +249,60 @@ def test_without_a_manifest_it_does_not_count(directory):
 # ---- A run that starts -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["local", "bucket"])
+def storage(request, monkeypatch):
+    """Where a rename is one act, and where it is not: a save in a bucket is written in its place, beside a mark."""
+    if request.param == "bucket":
+        monkeypatch.setattr(folders, "is_local", lambda path: False)
+    return request.param
+
+
 def test_clean_removes_what_a_kill_left(directory):
-    (directory / "20" / manifest.NAME).rename(directory / "20" / f"{manifest.NAME}.tmp")
-    (directory / "30.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+    (directory / "20").rename(directory / "20.unfinished")
+    for name in ("30.orbax-checkpoint-tmp", "40.unfinished.orbax-checkpoint-tmp"):
+        (directory / name / "d").mkdir(parents=True)
+    (directory / "50").mkdir()  # in a bucket
+    (directory / "50.unfinished").write_text("")
+    (directory / "10.unfinished").write_text("")  # killed between the manifest and the removal of the mark
     (directory / "notes.txt").write_text("a user's own file")
     messages = []
     Checkpointer(directory, report=messages.append).clean(10)
-    assert sorted(messages) == [
-        f"Checkpoint {directory}/{name} was never finished (it has no {manifest.NAME}). It is removed."
-        for name in ("20", "30.orbax-checkpoint-tmp")
+    names = (
+        "10.unfinished",
+        "20.unfinished",
+        "30.orbax-checkpoint-tmp",
+        "40.unfinished.orbax-checkpoint-tmp",
+        "50.unfinished",
+    )
+    assert messages == [
+        f"{directory}/{name} was left by a save that an end of the run cut short. It is removed." for name in names
     ]
     assert sorted(p.name for p in directory.iterdir()) == ["10", "notes.txt"]
 
 
-def test_clean_sets_a_later_damaged_checkpoint_aside(directory):
-    """So that the run can save at that step again, and retention does not count it."""
+def test_a_folder_without_a_manifest_is_somebodys_training_and_stays(directory):
+    """A save never leaves one: it has its number only when it is whole."""
+    (directory / "20" / manifest.NAME).unlink()
+    (directory / "30.unfinished").mkdir()
+    before = files(directory), sorted(directory.iterdir())
+    with pytest.raises(UserError, match=rf"{directory}/20 has no {manifest.NAME}.*Nothing was changed.*from step 10\."):
+        Checkpointer(directory).clean(10)
+    assert before == (files(directory), sorted(directory.iterdir()))
+    # Where the run goes on after it, it is no hindrance.
+    save(directory, 40, keep=1)
+    Checkpointer(directory, report=lambda _: None).clean(40)
+    assert sorted(p.name for p in directory.iterdir()) == ["20", "40"]
+
+
+def test_clean_sets_later_damaged_checkpoints_aside(directory):
+    """So that the run can save at that step again, and retention does not count it; none is overwritten."""
     flip(directory / "20" / "checkpoint.json")
     checkpointer = Checkpointer(directory, keep=1, report=lambda _: None)
-    for source in ("20", "20.damaged"):  # the second time, in place of the first
-        if source != "20":
-            shutil.copytree(directory / source, directory / "20")
+    for names in (["10", "20.damaged"], ["10", "20.damaged", "20.damaged.2"]):
+        if len(names) == 3:
+            shutil.copytree(directory / "20.damaged", directory / "20")
         checkpointer.clean(checkpointer.restore(make_state()).step)
-        assert sorted(p.name for p in directory.iterdir()) == ["10", "20.damaged"]
+        assert sorted(p.name for p in directory.iterdir()) == names
     checkpointer.save(make_state(15), LOOP)
     checkpointer.wait()
     assert checkpointer.steps() == [15]
@@ -281,39 +315,125 @@ def test_clean_of_a_directory_that_is_not_there(tmp_path):
     Checkpointer(tmp_path / "new").clean(0)
 
 
-@pytest.mark.parametrize("moment", ["before Orbax", "before the description", "before the manifest", "in the manifest"])
-def test_death_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    "moment", ["in Orbax", "before the description", "before the manifest", "in the manifest", "after it"]
+)
+def test_death_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, moment, storage):
     """Whatever had been written when the process died; the next run cleans up and saves at that step."""
 
     class Death(BaseException):
         pass
 
-    def die(*_):
+    def die(*_, **__):
         raise Death
+
+    path = type(manifest.epath.Path("/"))
+
+    def dying(name, method):
+        act = getattr(path, method)
+        return lambda self, *rest, **named: die() if self.name == name else act(self, *rest, **named)
 
     save(tmp_path, 10)
     checkpointer = Checkpointer(tmp_path)
     with monkeypatch.context() as patch:
-        if moment == "before Orbax":
-            (tmp_path / "20.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-        else:
-            if moment == "before the description":
-                patch.setattr(checkpoint, "_DESCRIPTION", "no such directory/checkpoint.json")
-            elif moment == "before the manifest":
+        match moment:
+            case "in Orbax":
+                patch.setattr(checkpoint.ocp, "save_checkpointables_async", die)
+            case "before the description":
+                patch.setattr(path, "write_bytes", dying("checkpoint.json", "write_bytes"))
+            case "before the manifest":
                 patch.setattr(manifest, "write_manifest", die)
-            else:
-                patch.setattr(type(manifest.epath.Path("/")), "replace", die)
+            case "in the manifest":
+                patch.setattr(manifest, "write_whole", die)
+            case _:
+                method = "rename" if storage == "local" else "unlink"
+                patch.setattr(path, method, dying("20.unfinished", method))
+        with contextlib.suppress(Death):
             checkpointer.save(make_state(20), LOOP)
-            with pytest.raises((Death, UserError)):
-                checkpointer.wait()
+            checkpointer.wait()
+            pytest.fail("it lived")
+    whole = storage == "bucket" and moment == "after it"
     again = Checkpointer(tmp_path, report=lambda _: None)
-    assert again.steps() == [10]
-    assert again.restore(make_state()).step == 10
-    again.clean(10)
-    assert [p.name for p in tmp_path.iterdir()] == ["10"]
-    again.save(make_state(20), LOOP)
+    assert again.steps() == ([10, 20] if whole else [10])
+    assert again.restore(make_state()).step == (20 if whole else 10)
+    again.clean(20 if whole else 10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["10", "20"] if whole else ["10"])
+    again.save(make_state(30 if whole else 20), LOOP)
     again.wait()
+    assert again.restore(make_state()).step == (30 if whole else 20)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_death_while_removing_a_checkpoint(tmp_path, monkeypatch, moment, storage):
+    """The oldest is removed in several acts; a death before any of them leaves the others, and the next run cleans up."""
+
+    class Death(BaseException):
+        pass
+
+    save(tmp_path, 10)
+    acts = iter(range(1, 100))
+    path = type(manifest.epath.Path("/"))
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink", "rmtree"):
+            act = getattr(path, name)
+
+            def dying(self, *arguments, act=act, **named):
+                if self.name.startswith("10") and next(acts) == moment:
+                    raise Death
+                return act(self, *arguments, **named)
+
+            patch.setattr(path, name, dying)
+        checkpointer = Checkpointer(tmp_path, keep=1)
+        checkpointer.save(make_state(20), LOOP)
+        with contextlib.suppress(Death):
+            checkpointer.wait()
+    again = Checkpointer(tmp_path, report=lambda _: None)
     assert again.restore(make_state()).step == 20
+    again.clean(20)
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == again.steps()
+
+
+def test_a_run_that_never_saved_is_told_from_one_that_lost_its_checkpoints(tmp_path):
+    root = manifest.epath.Path(tmp_path)
+    assert not folders.never_saved(root)
+    folders.begin(root)
+    assert folders.never_saved(root)
+    save(tmp_path, 5)
+    assert not folders.never_saved(root)
+    assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
+# ---- The run's record ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_record_of_its_run_under_its_manifest(tmp_path):
+    checkpointer = Checkpointer(tmp_path, record={"run/config.json": b"{}", "run/deeper/tokenizer.json": b"\xff"})
+    checkpointer.save(make_state(5), LOOP)
+    checkpointer.wait()
+    assert (tmp_path / "5" / "run" / "deeper" / "tokenizer.json").read_bytes() == b"\xff"
+    assert checkpointer.restore(make_state()).step == 5
+    flip(tmp_path / "5" / "run" / "config.json")
+    with pytest.raises(UserError, match=r"run/config\.json is damaged"):
+        latest_undamaged(tmp_path)
+    assert latest_undamaged(tmp_path, only=("checkpoint.json",)).name == "5"
+
+
+@pytest.mark.parametrize("number", [None, 0, 2, "1"])
+def test_another_format_is_refused_in_one_sentence(directory, number):
+    path = directory / "20" / "checkpoint.json"
+    description = json.loads(path.read_text())
+    description["format"] = number
+    if number is None:
+        del description["format"]
+    path.write_text(json.dumps(description))
+    manifest.write_manifest(manifest.epath.Path(directory / "20"))
+    for read in (
+        lambda: Checkpointer(directory).restore(make_state()),
+        lambda: load_params(directory),
+        lambda: load_params(directory, make_state().params),
+    ):
+        with pytest.raises(UserError, match=r"must be of format 1, .*/20 has .*: it is of another version"):
+            read()
 
 
 # ---- Retention -------------------------------------------------------------------------------------------------------

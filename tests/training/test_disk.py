@@ -15,7 +15,7 @@ import pytest
 
 from transformer.config import TrainingConfig
 from transformer.storage import WriteError, explain
-from transformer.training import checkpoint, manifest
+from transformer.training import folders, manifest
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loop import train
 from transformer.training.metrics import TIMINGS
@@ -220,4 +220,4 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(toy, tm
                 hooks=[hook],
             )
     assert seen == [1, 2, 3]
-    assert checkpoint.committed_steps(tmp_path / "checkpoints") == []
+    assert folders.committed_steps(tmp_path / "checkpoints") == []

@@ -13,7 +13,7 @@ import pytest
 
 from transformer.config import TrainingConfig
 from transformer.storage import WriteError
-from transformer.training import checkpoint, manifest
+from transformer.training import folders, manifest
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loop import train
 from transformer.training.metrics import TIMINGS, Work, derive
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def saved(self):
-        return checkpoint.committed_steps(self.directory / "checkpoints")
+        return folders.committed_steps(self.directory / "checkpoints")
 
 
 def at(step, action):
@@ -267,7 +267,7 @@ def test_a_signal_between_two_steps_is_not_lost(toy, uninterrupted, tmp_path, pl
     write = manifest.write_manifest
     if "save" in place:
         monkeypatch.setattr(
-            manifest, "write_manifest", lambda path: (path.name == str(step) and interrupt(), write(path))
+            manifest, "write_manifest", lambda path: (path.name == f"{step}.unfinished" and interrupt(), write(path))
         )
     sampler = (lambda params, now: now == step and interrupt()) if place == "sample" else None
     reached = rf"at step {step} " if place != "save" else r"at step \d+ "  # it is saved beside the next steps

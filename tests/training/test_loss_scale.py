@@ -19,7 +19,8 @@ from transformer.objectives.next_token import next_token
 from transformer.ops.losses import cross_entropy
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
-from transformer.training.checkpoint import Checkpointer, committed_steps, describe
+from transformer.training.checkpoint import Checkpointer, describe
+from transformer.training.folders import committed_steps
 from transformer.training.loop import train
 from transformer.training.loss_scale import INITIAL, LARGEST, PERIOD, LossScale, keep_if_finite, make_loss_scale
 from transformer.training.metrics import TIMINGS

@@ -76,3 +76,19 @@ def test_is_in_the_format_of_sha256sum(directory):
 
 def test_nothing_is_left_aside(directory):
     assert sorted(p.name for p in pathlib.Path(directory).iterdir()) == sorted([NAME, "a", "deep", "empty"])
+
+
+@pytest.mark.parametrize("name", ["a link", "deep/link"])
+def test_a_link_that_leads_back_is_named(directory, name):
+    (directory / name).symlink_to(directory, target_is_directory=True)
+    (directory / f"{name} too").symlink_to(directory, target_is_directory=True)
+    with pytest.raises(DamagedError, match="leads back to a folder above it"):
+        verify(directory)
+
+
+def test_some_of_the_files_can_be_compared(directory):
+    (directory / "a").write_bytes(b"changed")
+    verify_manifest(epath.Path(directory), only=("deep/", "empty"))
+    (directory / "deep" / "new").write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"^deep/new was added$"):
+        verify_manifest(epath.Path(directory), only=("deep/", "empty"))

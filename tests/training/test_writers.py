@@ -94,7 +94,7 @@ def test_jsonl_resume_of_a_new_run(tmp_path):
 
 def test_jsonl_that_is_none_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"must hold one JSON object a line, line 2 is 'hello'"):
+    with pytest.raises(ValueError, match=r"must hold one JSON object with a step a line, line 2 is 'hello'"):
         read_jsonl(tmp_path / "metrics.jsonl")
 
 

@@ -18,7 +18,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.runs.compare import compare, read_outcome
 from transformer.runs.directory import CHECKPOINTS
 from transformer.storage import expand
-from transformer.training.checkpoint import committed_steps
+from transformer.training.folders import committed_steps
 from transformer.types import UserError
 from transformer.validation import require
 

@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from transformer.runs.directory import CHECKPOINTS
-from transformer.training.checkpoint import latest_undamaged
+from transformer.training.folders import latest_undamaged
 from transformer.training.metrics import TIMINGS
 from transformer.training.writers import read_jsonl
 from transformer.validation import require

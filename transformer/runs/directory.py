@@ -1,50 +1,266 @@
-"""The files of a run's directory besides its checkpoints, and what it takes for a run to go on there."""
+"""What a run's directory holds besides arrays, and what it takes for a run to go on there.
+
+Each checkpoint has the record of its run (config, tokenizer, class names, corpus) under its own manifest. The files of the same
+names at the top of the directory are copies, for people.
+"""
 
 import json
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from transformer.config import Config
 from transformer.config_io import from_dict, resume_conflicts, to_dict
-from transformer.training.checkpoint import committed_steps
+from transformer.data.datasets import Dataset, describe_data
+from transformer.data.prepare import data_directory
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.runs.lock import LOCK_FILE
+from transformer.storage import ASIDE, expand, write_whole
+from transformer.training import folders
+from transformer.training.checkpoint import DESCRIPTION, read_description
+from transformer.training.manifest import files_below
 from transformer.types import UserError
+from transformer.validation import require
 
-CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.txt"
+CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"  # their names, of a classifier
+DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
+RECORD_FILE = "run.json"
+"""The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
+
+T = TypeVar("T")
 
 
-def check_workdir(config: Config) -> int:
-    """The step up to which `config.workdir` holds a finished or interrupted run of this config; 0 for a new one.
+class Record(NamedTuple):
+    """What a checkpoint says of its run."""
+
+    path: epath.Path
+    """Of the checkpoint."""
+    step: int
+    config: Config
+    """As it was given: vocab_size, max_length and num_classes are not resolved."""
+    class_names: tuple[str, ...]
+    """Of a classifier; none for other runs."""
+    data: list[dict[str, Any]]
+    """The corpus, as `describe_data` gives it."""
+    files: dict[str, bytes]
+    """All of it: name -> content."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The run's."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in self.files.items():
+                path = epath.Path(directory) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+            return load_tokenizer(directory)
+
+
+# ---- Read ------------------------------------------------------------------------------------------------------------
+
+
+def read_run(workdir: epath.PathLike, read: Callable[[Record], T]) -> T:
+    """What `read` makes of the latest undamaged checkpoint; of the next one if a run that goes on removes it meanwhile.
 
     Raises:
-        UserError: the directory is another run's, or holds something that is no run.
+        UserError: there is no run, no undamaged checkpoint, or one of another format.
+    """
+    directory = epath.Path(expand(workdir))
+    while True:
+        path = folders.latest_undamaged(directory / CHECKPOINTS)
+        if path is None:
+            raise UserError(
+                f"A run to load must have a checkpoint, there is none in {directory / CHECKPOINTS}; train it first, or copy all "
+                "its files."
+            )
+        try:
+            return read(_read_record(path))
+        except Exception:
+            if path.exists():
+                raise
+
+
+def _read_record(path: epath.Path) -> Record:
+    step = read_description(path)["step"]
+    stored = path / RECORD_FILE
+    require(stored.exists(), f"A run's checkpoint must hold {RECORD_FILE}, {path} does not.")
+    files: dict[str, bytes] = {name: text.encode() for name, text in json.loads(stored.read_bytes()).items()}
+    classes = json.loads(files.get(CLASSES_FILE, b"[]"))
+    config = from_dict(Config, json.loads(files[CONFIG_FILE]))
+    return Record(path, step, config, tuple(classes), json.loads(files[DATA_FILE]), files)
+
+
+# ---- Go on -----------------------------------------------------------------------------------------------------------
+
+
+def open_workdir(config: Config, report: folders.Report) -> Record | None:
+    """The record of the latest checkpoint in `config.workdir`; None where the run begins. Nothing is written.
+
+    Raises:
+        UserError: the directory is another run's, lacks files of a run, or holds something that is no run.
     """
     workdir = epath.Path(config.workdir)
-    if not workdir.exists() or not any(workdir.iterdir()):
-        return 0
-    if not (workdir / CONFIG_FILE).exists():
-        raise UserError(
-            f"A run directory must be new or hold a run ({CONFIG_FILE}), {workdir} holds other files; choose another workdir."
+    require(config.workdir != "", "A run needs a directory; set workdir.")
+    require(not workdir.exists() or workdir.is_dir(), f"A run directory must be a folder, {workdir} is a file.")
+    checkpoints = workdir / CHECKPOINTS
+    # Before the mark is looked for: process 0 may be beginning here, and writes it first.
+    names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
+    steps = folders.committed_steps(checkpoints)
+    if not steps:
+        folders.require_whole(checkpoints, 0)
+        if folders.never_saved(checkpoints):
+            _compare_config(workdir, to_dict(config))
+        else:
+            _require_empty(workdir, names, config)
+        return None
+    # A run that goes on compares all files when it restores; one that is finished would not.
+    only = ("",) if steps[-1] >= config.training.steps else (DESCRIPTION, RECORD_FILE)
+    path = folders.latest_undamaged(checkpoints, report, only=only)
+    assert path is not None
+    record = _read_record(path)
+    conflicts = resume_conflicts(to_dict(record.config), to_dict(config))
+    require(
+        not conflicts,
+        f"A run goes on with the config it began with; {workdir} differs in\n  "
+        + "\n  ".join(conflicts)
+        + "\nUndo that, or choose another workdir.",
+    )
+    folders.require_whole(checkpoints, record.step)
+    _compare_copies(workdir, record)
+    return record
+
+
+def _require_empty(workdir: epath.Path, names: set[str], config: Config) -> None:
+    """Refuse a directory in which something lies that a first start does not leave."""
+    prepared = data_directory(config.data)
+    names = names - {LOCK_FILE, *(prepared.relative_to(workdir).parts[:1] if prepared.is_relative_to(workdir) else ())}
+    if names == {CHECKPOINTS} and all(path.name.endswith(ASIDE) for path in (workdir / CHECKPOINTS).iterdir()):
+        return
+    require(
+        not names & {CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, CHECKPOINTS},
+        f"A run directory must be new or hold a run with a checkpoint; {workdir} holds {', '.join(sorted(names))}, but no whole "
+        "checkpoint: it may be a copy that lacks files. Nothing was changed. Copy the run again with all its files, or choose "
+        "another workdir.",
+    )
+    require(
+        not names, f"A run directory must be new or hold a run, {workdir} holds other files; choose another workdir."
+    )
+
+
+def _parsed(path: epath.Path) -> Any:
+    """The JSON of a file; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _compare_config(workdir: epath.Path, expected: dict[str, Any]) -> None:
+    copy = _parsed(workdir / CONFIG_FILE)
+    conflicts = resume_conflicts(expected, copy) if isinstance(copy, dict) else []
+    require(
+        not conflicts,
+        f"{workdir / CONFIG_FILE} must be the config of the run in that directory, but differs (run -> file) in\n  "
+        + "\n  ".join(conflicts)
+        + "\nPut it back; or remove the file, and it is written anew; or choose another workdir.",
+    )
+
+
+def _compare_copies(workdir: epath.Path, record: Record) -> None:
+    """Refuse a whole copy that says something else than the record; one that is missing or damaged will be written anew."""
+    _compare_config(workdir, to_dict(record.config))
+    for name, content in record.files.items():
+        path = workdir / name
+        copy = _parsed(path) if name not in (CONFIG_FILE, DATA_FILE) else None
+        require(
+            copy is None or copy == json.loads(content),
+            f"{path} must be as the checkpoint {record.path} has it, but differs; put it back, or remove it, and it is written "
+            "anew.",
         )
-    conflicts = resume_conflicts(to_dict(read_config(workdir)), to_dict(config))
-    if conflicts:
-        raise UserError(
-            f"A run goes on with the config it began with; {workdir} differs in\n  "
-            + "\n  ".join(conflicts)
-            + "\nUndo that, or choose another workdir."
-        )
-    return max(committed_steps(workdir / CHECKPOINTS), default=0)
 
 
-def read_config(directory: epath.Path) -> Config:
-    """The config of a run; a field that did not exist when it began has its default."""
-    if not (directory / CONFIG_FILE).exists():
-        raise UserError(f"A run directory must hold {CONFIG_FILE}, which training writes; {directory} does not.")
-    return from_dict(Config, json.loads((directory / CONFIG_FILE).read_text()))
+def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
+    """Refuse data other than the run's: other texts, labels or splits, whatever they are called and wherever they lie.
+
+    Raises:
+        UserError: what differs, and the remedy.
+    """
+    found = describe_data(data)
+    lines = [
+        f"{was['name']}: {_sizes(was)} -> {now['name']}: {_sizes(now)}"
+        for was, now in zip(record.data, found, strict=False)
+        if was["fingerprint"] != now["fingerprint"]
+    ]
+    if len(found) != len(record.data):
+        lines.append(f"{len(record.data)} sources -> {len(found)}")
+    require(
+        not lines,
+        "The data must be what the run was trained on, but its content or its split has changed\n  "
+        + "\n  ".join(lines)
+        + f"\n{remedy}",
+    )
+    compare_classes(record, data, " and ".join(source["name"] for source in found))
 
 
-def read_class_names(directory: epath.Path) -> tuple[str, ...]:
-    """The names of a classifier's classes; none for other runs."""
-    classes = directory / CLASSES_FILE
-    return tuple(json.loads(classes.read_text())) if classes.exists() else ()
+def _sizes(source: dict[str, Any]) -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in source["splits"].items())
+
+
+def compare_classes(record: Record, data: Dataset, name: str) -> None:
+    """Refuse data with other classes than the run's.
+
+    Raises:
+        UserError: they differ, or their order does.
+    """
+    require(
+        data.class_names == record.class_names,
+        f"The classes of {name} must be those of {record.path.parent.parent}, {', '.join(record.class_names)}, in that order, "
+        f"got {', '.join(data.class_names)}; prepare it with these labels.",
+    )
+
+
+# ---- Write -----------------------------------------------------------------------------------------------------------
+
+
+def make_record(config: Config, tokenizer: Tokenizer, data: Dataset, old: Record | None) -> dict[str, bytes]:
+    """The files of a run's record, name -> content; those that never change are as `old` has them."""
+    files: dict[str, bytes] = dict(old.files) if old else {}
+    if not old:
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save(directory)
+            files |= {name: f.read_bytes() for name, f in files_below(epath.Path(directory)).items()}
+        if data.class_names:
+            files[CLASSES_FILE] = json.dumps(data.class_names).encode()
+    files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
+    files[DATA_FILE] = json.dumps(describe_data(data), indent=2).encode()
+    return files
+
+
+def stored_record(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A record as the one file that a checkpoint takes."""
+    return {RECORD_FILE: json.dumps({name: content.decode() for name, content in files.items()}, indent=1).encode()}
+
+
+def write_copies(workdir: epath.Path, files: dict[str, bytes], *, begun: bool) -> None:
+    """Write the copies at the top that are missing, damaged or of another config; remove what a kill left of them.
+
+    Args:
+        workdir: of the run; no other run may be at work in it.
+        files: of the record.
+        begun: it has a checkpoint; else it is marked as a run without one first.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        folders.begin(workdir / CHECKPOINTS)
+    copies = {name: content for name, content in files.items() if name != DATA_FILE}
+    for name in (*copies, METRICS_FILE, SAMPLES_FILE):
+        (workdir / f"{name}{ASIDE}").unlink(missing_ok=True)
+    for name, content in copies.items():
+        if _parsed(workdir / name) != json.loads(content):
+            (workdir / name).parent.mkdir(exist_ok=True)
+            write_whole(workdir / name, content)

@@ -5,16 +5,14 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from etils import epath
 
 from transformer.config import Config
 from transformer.config_io import LEFT_OPEN, resume_conflicts, to_dict
-from transformer.data.tokenizers import TRAINED, PairTokenizer, Tokenizer, load_tokenizer
+from transformer.data.tokenizers import TRAINED, PairTokenizer, Tokenizer
 from transformer.memory import check_params
-from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
-from transformer.storage import expand
+from transformer.runs.directory import read_run
 from transformer.tasks import make_params
-from transformer.training.checkpoint import load_params
+from transformer.training.checkpoint import load_step_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
 from transformer.validation import require
@@ -25,7 +23,7 @@ _HEAD = "classifier"
 class Donor(NamedTuple):
     """The run that another one starts from."""
 
-    path: epath.Path
+    path: str
     config: Config
     tokenizer: Tokenizer
     class_names: tuple[str, ...]
@@ -33,8 +31,7 @@ class Donor(NamedTuple):
 
 def read_donor(directory: str) -> Donor:
     """The run in a directory, but for its parameters."""
-    path = epath.Path(expand(directory))
-    return Donor(path, read_config(path), load_tokenizer(path), read_class_names(path))
+    return read_run(directory, lambda run: Donor(directory, run.config, run.load_tokenizer(), run.class_names))
 
 
 def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
@@ -77,7 +74,7 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
     check_params(config.model)
-    step, params = load_params(donor.path / CHECKPOINTS)
+    step, params = read_run(donor.path, lambda run: load_step_params(run.path))
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}
     # On the host: each device is given its part only.

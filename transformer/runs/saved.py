@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 
 from transformer.config import Config
 from transformer.data.datasets import open_data
-from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.data.tokenizers import Tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
-from transformer.runs.directory import CHECKPOINTS, read_class_names, read_config
+from transformer.runs.directory import Record, compare_classes, compare_data, read_run
 from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
-from transformer.training.checkpoint import load_params
+from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
 from transformer.types import PyTree
-from transformer.validation import require
 
 
 class Loaded(NamedTuple):
@@ -43,14 +41,16 @@ def load(workdir: str | os.PathLike[str]) -> Loaded:
     Example:
         `model, params, tokenizer, config, step = load("runs/python_stdlib")`
     """
-    directory = epath.Path(workdir)
-    config = read_config(directory)
-    tokenizer = load_tokenizer(directory)
-    config = resolve(config, tokenizer, read_class_names(directory))
+    return read_run(workdir, _load)
+
+
+def _load(record: Record) -> Loaded:
+    tokenizer = record.load_tokenizer()
+    config = resolve(record.config, tokenizer, record.class_names)
     check_params(config.model)
     model = make_model(config.model)
     shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
-    step, params = load_params(directory / CHECKPOINTS, shapes)
+    step, params = load_step_params(record.path, shapes)
     return Loaded(model, params, tokenizer, config, step)
 
 
@@ -75,7 +75,7 @@ def evaluate(
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
     """
-    model, params, tokenizer, config, step = load(workdir)
+    (model, params, tokenizer, config, step), record = read_run(workdir, lambda found: (_load(found), found))
     changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
     changes |= {"data_dir": data_dir} if data_dir else {}
     changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
@@ -87,12 +87,10 @@ def evaluate(
     config = dataclasses.replace(config, model=model.config, data=dataclasses.replace(config.data, **changes))
     check_batch(config)
     data = open_data(config.data, config.objective)
-    learned = read_class_names(epath.Path(workdir))
-    require(
-        data.class_names == learned,
-        f"The classes of {', '.join(source or config.data.source)} must be those of {workdir}, {', '.join(learned)}, in that "
-        f"order, got {', '.join(data.class_names)}; prepare it with these labels.",
-    )
+    if source:
+        compare_classes(record, data, ", ".join(source))
+    else:
+        compare_data(record, data, remedy="Restore it, or name what is to be scored with --data.source.")
     objective = make_objective(config, model, tokenizer)
     batches: Any = data.evaluation_batches(tokenizer, split)
     carry = objective.init_carry(config.data.batch_size)

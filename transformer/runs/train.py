@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,30 +11,46 @@ from etils import epath
 from rich.console import Console
 
 from transformer.config import Config
-from transformer.config_io import fill_open, to_dict
+from transformer.config_io import fill_open
 from transformer.data.datasets import open_data
-from transformer.data.tokenizers import load_tokenizer
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_state
 from transformer.models.decoder import Decoder
-from transformer.runs.directory import CHECKPOINTS, CLASSES_FILE, CONFIG_FILE, check_workdir, read_config
+from transformer.runs.directory import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    compare_data,
+    make_record,
+    open_workdir,
+    stored_record,
+    write_copies,
+)
+from transformer.runs.lock import locked
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
-from transformer.storage import WriteError, explain, explained, write_whole
+from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
 from transformer.training import loop
-from transformer.training.checkpoint import Checkpointer, committed_steps
+from transformer.training.checkpoint import Checkpointer
+from transformer.training.folders import committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.profile import trace_steps
 from transformer.training.schedules import describe_change
 from transformer.training.signals import interruptible
-from transformer.training.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer, read_jsonl
+from transformer.training.writers import (
+    ConsoleWriter,
+    JsonlWriter,
+    SamplesWriter,
+    TensorBoardWriter,
+    Writer,
+    read_jsonl,
+)
 from transformer.types import PyTree
 from transformer.validation import require
 
-METRICS_FILE = "metrics.jsonl"
 _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
 
 
@@ -75,9 +90,20 @@ def train(
 def _train(
     config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console, results: Console
 ) -> Reached:
+    if jax.process_index() > 0:
+        console.quiet = results.quiet = True
+        return _train_locked(config, writers, hooks, console, results)
+    with locked(config.workdir, functools.partial(say, console)):
+        return _train_locked(config, writers, hooks, console, results)
+
+
+def _train_locked(
+    config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console, results: Console
+) -> Reached:
     report = functools.partial(say, console)
     workdir = epath.Path(config.workdir)
-    done = check_workdir(config)
+    old = open_workdir(config, report)
+    done = old.step if old else 0
     if done >= config.training.steps:
         restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
         report(
@@ -87,17 +113,16 @@ def _train(
         return Reached(str(workdir), done, _scores_at(workdir, done))
     use_compilation_cache()
     keep_freed_memory()
-    if jax.process_index() > 0:
-        console.quiet = True
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     data = open_data(config.data, config.objective)
     report(data.description)
-    old = load_tokenizer(workdir) if (workdir / CONFIG_FILE).exists() else None
-    before = read_config(workdir) if old else config
+    if old:
+        compare_data(old, data, remedy="Restore it to go on, or start a new run in another workdir.")
+    before = old.config if old else config
     config = fill_open(config, before) if old else config
     change = describe_change(before, config, done)
-    run = make_run(config, data=data, tokenizer=old, begun=done > 0)
+    run = make_run(config, data=data, tokenizer=old.load_tokenizer() if old else None, begun=old is not None)
     config = dataclasses.replace(config, data=run.config.data)
     check_state(run.state, run.runner.num_devices // jax.process_count())
     for note in filter(None, (run.notes, change)):
@@ -105,13 +130,11 @@ def _train(
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
-    sampler = make_sampler(run, console) if continues else None
+    samples = SamplesWriter(workdir / SAMPLES_FILE)
+    sampler = make_sampler(run, console, samples) if continues else None
+    record = make_record(config, run.tokenizer, data, old)
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        run.tokenizer.save(workdir)
-        if data.class_names:
-            write_whole(workdir / CLASSES_FILE, json.dumps(data.class_names))
-        write_whole(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2))
+        write_copies(workdir, record, begun=old is not None)
     peak = peak_flops(config.model.dtype, run.runner.num_devices)
     devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
     devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
@@ -127,6 +150,7 @@ def _train(
         own_writers += [
             ConsoleWriter(config.training.steps, console),
             JsonlWriter(workdir / METRICS_FILE),
+            samples,
             TensorBoardWriter(workdir / "tensorboard"),
         ]
     with trace_steps(config.training.profile_steps, workdir / "profile", report) as trace_hooks:
@@ -136,7 +160,12 @@ def _train(
             runner=run.runner,
             init_state=run.init_state,
             batches=batches,
-            checkpointer=Checkpointer(workdir / CHECKPOINTS, keep=config.training.keep_checkpoints, report=report),
+            checkpointer=Checkpointer(
+                workdir / CHECKPOINTS,
+                keep=config.training.keep_checkpoints,
+                record=stored_record(record),
+                report=report,
+            ),
             measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
             peak_flops=peak,
             writers=[*own_writers, *writers],
@@ -201,12 +230,12 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
     return {name: value for row in found for name, value in row.items() if name not in ("step", "split")}
 
 
-def make_sampler(run: Run, console: Console) -> loop.Sampler:
-    """Prints a continuation of `training.sample_prompt`, and appends it to samples.txt."""
+def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
+    """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
     model = run.model
     if not isinstance(model, Decoder):
         raise ValueError(f"Only a decoder continues a text, got {type(model).__name__}.")
-    training, path = run.config.training, epath.Path(run.config.workdir) / "samples.txt"
+    training = run.config.training
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
     require(
@@ -230,7 +259,6 @@ def make_sampler(run: Run, console: Console) -> loop.Sampler:
         say(console, text)
         console.rule()
         if jax.process_index() == 0:
-            with explained(f"{path}"), path.open("a") as file:
-                file.write(f"---- step {step}\n{text}\n")
+            samples.add(step, text)
 
     return sample

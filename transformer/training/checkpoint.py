@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,17 +16,18 @@ from orbax.checkpoint import v1 as ocp
 
 from transformer.memory import check_bytes, device_bytes, host_memory
 from transformer.storage import explained
-from transformer.training import manifest
+from transformer.training import folders
 from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require
 
-_DESCRIPTION = "checkpoint.json"
+FORMAT = 1
+"""Of a checkpoint's files; what has another number is refused."""
+DESCRIPTION = "checkpoint.json"
 _ARRAY = re.compile(
     r"(?P<dtype>bfloat16|float(16|32|64)|u?int(8|16|32|64))\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]"
 )  # of `describe`
-_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _log = logging.getLogger(__name__)
 # What goes wrong in Orbax's threads is raised by the save, and need not be logged with a traceback of each thread.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
@@ -44,20 +45,27 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores `DIRECTORY/STEP/`, keeping the latest ones and the best one.
 
-    A step's directory is written by Orbax (which makes it appear whole), then gets a description, then its manifest.
-    Without a manifest it does not count, so that a kill at any moment leaves either a whole checkpoint or none.
+    A step is written beside its place: by Orbax, then the files of the run's record, a description, and a manifest. Then it is
+    renamed, so that a kill at any moment leaves either a whole checkpoint or none.
 
     Args:
         directory: where; may be remote.
         keep: latest checkpoints kept, besides the one with the lowest validation loss.
+        record: files that each checkpoint holds too, path -> content; what a model needs besides its arrays.
         report: takes a sentence for the user about damage found; by default a logged warning.
     """
 
     def __init__(
-        self, directory: epath.PathLike, *, keep: int = 2, report: Callable[[str], object] = _log.warning
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int = 2,
+        record: Mapping[str, bytes] | None = None,
+        report: folders.Report = _log.warning,
     ) -> None:
-        self._directory = _absolute(directory)
+        self._directory = folders.absolute(directory)
         self._keep = keep
+        self._record = dict(record or {})
         self._report = report
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -72,24 +80,30 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        path = self._directory / str(step)
         description = {
+            "format": FORMAT,
             "step": step,
             "validation_loss": None if validation_loss is None or math.isnan(validation_loss) else validation_loss,
             "arrays": describe(state),
             "loop": loop,
         }
         text = json.dumps(description, indent=1)
-        with explained(f"Checkpoint {path}"), _folders_first():
+        path = folders.draft(self._directory, step)
+        what = f"Checkpoint {self._directory / str(step)}"
+        with explained(what), _folders_first():
             self._directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                folders.mark(self._directory, step)
             response = ocp.save_checkpointables_async(path, _to_parts(state))
 
         def commit() -> None:
-            with explained(f"Checkpoint {path}"):
+            with explained(what):
                 response.result()
                 if jax.process_index() == 0:
-                    (path / _DESCRIPTION).write_text(text)
-                    manifest.write_manifest(path)
+                    for name, content in {**self._record, DESCRIPTION: text.encode()}.items():
+                        (path / name).parent.mkdir(parents=True, exist_ok=True)
+                        (path / name).write_bytes(content)
+                    folders.commit(self._directory, step)
                     self._retire()
 
         self._pending = self._worker.submit(commit)
@@ -114,7 +128,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the valid checkpoints, as far as that can be told without reading them; ascending."""
-        return committed_steps(self._directory)
+        return folders.committed_steps(self._directory)
 
     def restore(self, target: TrainState) -> Restored | None:
         """The latest checkpoint whose files are all as they were written; None if there are no checkpoints.
@@ -126,30 +140,20 @@ class Checkpointer:
         Raises:
             UserError: checkpoints exist but all are damaged, or the latest good one is of another model or optimizer.
         """
-        path = latest_undamaged(self._directory, self._report)
+        path = folders.latest_undamaged(self._directory, self._report)
         if path is None:
             return None
         description, parts = _load(path, _to_parts(target), _by_field(target), of="the model and optimizer")
         return Restored(description["step"], _from_parts(parts, target), description["loop"])
 
     def clean(self, step: int) -> None:
-        """Make room for a run that starts from `step`.
+        """Make room for a run that starts from `step`; `folders.clean` says how.
 
-        What a killed run left unfinished is removed. A later checkpoint, damaged or else it would have been restored,
-        is set aside as `STEP.damaged`: the run will come to that step again.
+        Raises:
+            UserError: a later folder may be somebody's training.
         """
-        if jax.process_index() != 0 or not self._directory.exists():
-            return
-        for path in list(self._directory.iterdir()):
-            stem = path.name.removesuffix(_ORBAX_TEMPORARY)
-            if stem.isdigit() and not (path / manifest.NAME).exists():
-                self._report(f"Checkpoint {path} was never finished (it has no {manifest.NAME}). It is removed.")
-                path.rmtree()
-            elif stem.isdigit() and int(stem) > step:
-                aside = self._directory / f"{path.name}.damaged"
-                if aside.exists():
-                    aside.rmtree()
-                path.rename(aside)
+        if jax.process_index() == 0:
+            folders.clean(self._directory, step, self._report)
 
     def _retire(self) -> None:
         """Remove checkpoints that are neither among the latest nor the best."""
@@ -158,7 +162,7 @@ class Checkpointer:
         best = min(steps, key=lambda step: losses[step])
         for step in steps[: -self._keep]:
             if step != best or math.isinf(losses[step]):
-                _remove(self._directory / str(step))
+                folders.discard(self._directory, step)
 
 
 def _folders_first() -> ocp.Context:
@@ -166,38 +170,6 @@ def _folders_first() -> ocp.Context:
     context = ocp.Context()
     context.asynchronous.create_directories_asynchronously = False
     return context
-
-
-def committed_steps(directory: epath.PathLike) -> list[int]:
-    """Steps that have a manifest, ascending."""
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / manifest.NAME).exists())
-
-
-def latest_undamaged(directory: epath.PathLike, report: Callable[[str], object] = _log.warning) -> epath.Path | None:
-    """The latest checkpoint that agrees with its manifest; None if there is no checkpoint at all.
-
-    Raises:
-        UserError: there are checkpoints, and all are damaged.
-    """
-    directory = _absolute(directory)
-    problems = []
-    for step in reversed(committed_steps(directory)):
-        try:
-            manifest.verify_manifest(directory / str(step))
-        except manifest.DamagedError as error:
-            problems.append(f"Checkpoint {directory / str(step)}: {error}.")
-            report(f"{problems[-1]} It is not used.")
-        else:
-            return directory / str(step)
-    if problems:
-        raise UserError(
-            f"At least one checkpoint must be undamaged. {' '.join(problems)} "
-            f"Put back a copy, or remove {directory} to start afresh."
-        )
-    return None
 
 
 def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tuple[int, PyTree]:
@@ -211,10 +183,15 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
     Raises:
         UserError: no checkpoint, only damaged ones, or one of another model.
     """
-    path = latest_undamaged(directory)
+    path = folders.latest_undamaged(directory)
     if path is None:
         raise UserError(f"A run to load must have a checkpoint, there is none in {directory}; train it first.")
-    arrays: dict[str, str] = json.loads((path / _DESCRIPTION).read_text())["arrays"]
+    return load_step_params(path, target)
+
+
+def load_step_params(path: epath.Path, target: PyTree | None = None) -> tuple[int, PyTree]:
+    """`load_params` of one checkpoint, known to be undamaged."""
+    arrays: dict[str, str] = read_description(path)["arrays"]
     field = "ema_params" if any(name.startswith("ema_params/") for name in arrays) else "params"
     if target is None:
         target = _from_description(
@@ -232,13 +209,29 @@ def _load(
 ) -> tuple[dict[str, Any], dict[str, PyTree]]:
     """A checkpoint's description, and parts of it, of which `fields` has the names that the description has."""
     parts = jax.tree.map(_abstract, parts)
-    found: dict[str, str] = json.loads((path / _DESCRIPTION).read_text())["arrays"]
+    found: dict[str, str] = read_description(path)["arrays"]
     found = {name: text for name, text in found.items() if name.startswith(within)}
     layout = stored_layout(found, jax.tree.map(_abstract, fields), describe)
     description = _check_fit(path, describe(fields if layout is None else layout.stored(fields)), of=of, within=within)
     if layout is None:
         return description, ocp.load_checkpointables(path, parts)
     return description, layout.read(ocp.load_checkpointables(path, layout.stored(parts)), parts)
+
+
+def read_description(path: epath.Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        UserError: it is of another format.
+    """
+    description = json.loads((path / DESCRIPTION).read_text())
+    found = description.get("format", "none")
+    require(
+        found == FORMAT,
+        f"A checkpoint must be of format {FORMAT}, {path} has {found}: it is of another version of this library; use that "
+        "version, or train anew in another workdir.",
+    )
+    return description
 
 
 def _from_description(arrays: dict[str, str]) -> PyTree:
@@ -275,7 +268,7 @@ def describe(tree: Any) -> dict[str, str]:
 
 def _check_fit(path: epath.Path, expected: dict[str, str], *, of: str, within: str = "") -> dict[str, Any]:
     """The checkpoint's description, if its arrays (those `within` a path) are the expected ones."""
-    description = json.loads((path / _DESCRIPTION).read_text())
+    description = read_description(path)
     found = {name: text for name, text in description["arrays"].items() if name.startswith(within)}
     names = [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]
     if names:
@@ -291,7 +284,7 @@ def _check_fit(path: epath.Path, expected: dict[str, str], *, of: str, within: s
 def _validation_loss(path: epath.Path) -> float:
     """As saved; infinite where none was measured, or where damage hides it."""
     try:
-        loss = json.loads((path / _DESCRIPTION).read_text())["validation_loss"]
+        loss = json.loads((path / DESCRIPTION).read_text())["validation_loss"]
         return math.inf if loss is None else float(loss)
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
@@ -313,14 +306,3 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     # Without a sharding Orbax would want the devices of the run that saved.
     sharding = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only."""
-    return epath.Path(directory).expanduser().resolve()
-
-
-def _remove(path: epath.Path) -> None:
-    """Remove a checkpoint, its manifest first: a half-removed one does not count."""
-    (path / manifest.NAME).unlink(missing_ok=True)
-    path.rmtree()

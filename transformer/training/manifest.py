@@ -1,8 +1,11 @@
 """A list of a directory's files with their SHA-256, so that damage is found and named."""
 
 import hashlib
+import os
 
 from etils import epath
+
+from transformer.storage import is_local, write_whole
 
 NAME = "MANIFEST.sha256"
 _CHUNK = 1 << 20
@@ -13,19 +16,21 @@ class DamagedError(Exception):
 
 
 def write_manifest(directory: epath.Path) -> None:
-    """List every file in `directory`; the list appears all at once, when it is complete.
+    """List every file in `directory`; the list appears all at once, when it is complete and they have reached the disk.
 
     The first line is the checksum of the rest, which is in the format of `sha256sum`.
     """
-    files = _files(directory)
-    text = "".join(f"{_checksum(files[name])}  {name}\n" for name in sorted(files))
-    aside = directory / f"{NAME}.tmp"
-    aside.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
-    aside.replace(directory / NAME)
+    files = files_below(directory)
+    text = "".join(f"{_checksum(files[name], sync=True)}  {name}\n" for name in sorted(files))
+    write_whole(directory / NAME, hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
 
 
-def verify_manifest(directory: epath.Path) -> None:
-    """Compare every file with the manifest.
+def verify_manifest(directory: epath.Path, *, only: tuple[str, ...] = ("",)) -> None:
+    """Compare the files with the manifest.
+
+    Args:
+        directory: that has one.
+        only: files whose path begins so; by default all.
 
     Raises:
         DamagedError: a file is missing, changed or not in the list, or the manifest itself is damaged.
@@ -33,8 +38,9 @@ def verify_manifest(directory: epath.Path) -> None:
     checksum, _, text = (directory / NAME).read_bytes().partition(b"\n")
     if hashlib.sha256(text).hexdigest().encode() != checksum:
         raise DamagedError(f"{NAME} is damaged")
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in text.decode().splitlines())}
-    files = _files(directory)
+    lines = (line.partition("  ") for line in text.decode().splitlines())
+    expected = {name: digest for digest, _, name in lines if name.startswith(only)}
+    files = {name: path for name, path in files_below(directory).items() if name.startswith(only)}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
     problems += [f"{name} was added" for name in sorted(set(files) - set(expected))]
     problems += [
@@ -44,20 +50,29 @@ def verify_manifest(directory: epath.Path) -> None:
         raise DamagedError(", ".join(problems))
 
 
-def _files(directory: epath.Path) -> dict[str, epath.Path]:
-    """Every file below `directory` but the manifest, by its path from there."""
+def files_below(directory: epath.Path, above: frozenset[str] = frozenset()) -> dict[str, epath.Path]:
+    """Every file below `directory` but the manifest, by its path from there.
+
+    Raises:
+        DamagedError: a link leads back to a folder above it.
+    """
+    here = os.path.realpath(os.fspath(directory)) if is_local(directory) else os.fspath(directory)
+    if here in above:
+        raise DamagedError(f"{directory.name} leads back to a folder above it")
     files: dict[str, epath.Path] = {}
     for path in directory.iterdir():
         if path.is_dir():
-            files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
+            files |= {f"{path.name}/{name}": file for name, file in files_below(path, above | {here}).items()}
         elif path.name != NAME:
             files[path.name] = path
     return files
 
 
-def _checksum(path: epath.Path) -> str:
+def _checksum(path: epath.Path, *, sync: bool = False) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        if sync and is_local(path):
+            os.fsync(file.fileno())
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import directory_check
 
 from transformer.storage import explained, is_local, write_whole
+from transformer.types import UserError
 
 Metrics = Mapping[str, float]
 
@@ -70,16 +72,61 @@ def read_jsonl(path: epath.PathLike) -> list[dict]:
     """The rows of a metrics file; an unfinished last line is left out.
 
     Raises:
-        ValueError: a line other than the last is not JSON.
+        UserError: a line other than the last is no row.
     """
-    lines = epath.Path(path).read_text().split("\n")
+    lines = epath.Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} must hold one JSON object a line, line {number} is {line[:80]!r}.") from error
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(
+                f"{path} must hold one JSON object with a step a line, line {number} is {line[:80].decode(errors='replace')!r}; "
+                "put a copy back, or move the file away."
+            )
+        rows.append(row)
     return rows
+
+
+class SamplesWriter:
+    """Samples of text: `---- step STEP, N bytes`, and the text on lines of its own.
+
+    Their length is told, because a text may hold such a line too.
+    """
+
+    _HEADER = re.compile(rb"---- step (\d+), (\d+) bytes\n")
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = epath.Path(path)
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """Rows of metrics have no place here."""
+        del step, split, metrics
+
+    def add(self, step: int, text: str) -> None:
+        """Append a sample."""
+        content = text.encode("utf-8", "replace")
+        with explained(f"{self._path}"), self._path.open("ab") as file:
+            file.write(b"---- step %d, %d bytes\n%b\n" % (step, len(content), content))
+
+    def resume(self, step: int) -> None:
+        """Drop samples after `step`, and a last one that a kill left unfinished."""
+        if not self._path.exists():
+            return
+        content, end = self._path.read_bytes(), 0
+        while (header := self._HEADER.match(content, end)) and int(header[1]) <= step:
+            after = header.end() + int(header[2]) + 1
+            if content[after - 1 : after] != b"\n":
+                break
+            end = after
+        if end < len(content):
+            with explained(f"{self._path}"):
+                write_whole(self._path, content[:end])
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 class TensorBoardWriter:
@@ -115,7 +162,8 @@ class TensorBoardWriter:
     def resume(self, step: int) -> None:
         """Have TensorBoard hide what earlier runs wrote after `step`."""
         restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._add(*[restart] if step > 0 else [])
+        begun = step > 0 or epath.Path(self._directory).exists()
+        self._add(*[restart] if begun else [])
 
     def close(self) -> None:
         """Flush."""

@@ -1,0 +1,193 @@
+"""The folders of a run's checkpoints: which are whole, which are a save in progress, and which are not ours to touch."""
+
+import logging
+from collections.abc import Callable
+
+from etils import epath
+
+from transformer.storage import expand, is_local, sync_directory, write_whole
+from transformer.training import manifest
+from transformer.types import UserError
+
+UNFINISHED = ".unfinished"
+_NEVER_SAVED = "NO_CHECKPOINT_YET"
+_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+_log = logging.getLogger(__name__)
+
+Report = Callable[[str], object]
+"""Takes a sentence for the user."""
+
+
+def absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    return epath.Path(expand(directory)).resolve()
+
+
+# ---- What is there ---------------------------------------------------------------------------------------------------
+
+
+def committed_steps(directory: epath.PathLike) -> list[int]:
+    """Steps that have a manifest, ascending."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / manifest.NAME).exists())
+
+
+def latest_undamaged(
+    directory: epath.PathLike, report: Report = _log.warning, *, only: tuple[str, ...] = ("",)
+) -> epath.Path | None:
+    """The latest checkpoint that agrees with its manifest; None if there is no checkpoint at all.
+
+    Args:
+        directory: of the checkpoints.
+        report: is told of each damaged one.
+        only: files whose path begins so are compared; by default all.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    directory = absolute(directory)
+    problems = []
+    for step in reversed(committed_steps(directory)):
+        path = directory / str(step)
+        try:
+            manifest.verify_manifest(path, only=only)
+        except manifest.DamagedError as error:
+            problems.append(f"Checkpoint {path}: {error}.")
+            report(f"{problems[-1]} It is not used.")
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            return latest_undamaged(directory, report, only=only)  # the run, which goes on, has just removed it
+        else:
+            return path
+    if problems:
+        raise UserError(
+            f"At least one checkpoint must be undamaged. {' '.join(problems)} "
+            "Put back a copy, or start afresh in another workdir."
+        )
+    return None
+
+
+def never_saved(directory: epath.Path) -> bool:
+    """Whether a run has begun here that never finished a save."""
+    return (directory / _NEVER_SAVED).exists() and not committed_steps(directory)
+
+
+def require_whole(directory: epath.Path, step: int) -> None:
+    """Refuse to start from `step` where a later folder of a checkpoint has lost its manifest.
+
+    A save appears under its number when it is whole, so that such a folder is never what a kill left: it is part of a copy.
+
+    Raises:
+        UserError: there is such a folder.
+    """
+    if not directory.exists():
+        return
+    partial = [
+        path
+        for path in directory.iterdir()
+        if path.name.isdigit() and int(path.name) > step and not (path / manifest.NAME).exists() and not _is_draft(path)
+    ]
+    if partial:
+        raise UserError(
+            f"A checkpoint must be whole, {', '.join(sorted(str(path) for path in partial))} has no {manifest.NAME}: this may "
+            "be a copy of a run that lacks files. Nothing was changed. Copy the run again with all its files, or move that "
+            f"folder away to start from {f'step {step}' if step else 'the beginning'}."
+        )
+
+
+# ---- A save ----------------------------------------------------------------------------------------------------------
+
+
+def begin(directory: epath.Path) -> None:
+    """Mark a new run's directory: until its first save is whole, there is nothing to lose in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / _NEVER_SAVED, "No checkpoint has been saved yet: the next start begins anew.\n")
+
+
+def draft(directory: epath.Path, step: int) -> epath.Path:
+    """Where the checkpoint of `step` is written until `commit`; every process gets the same.
+
+    Beside its place, to be renamed. In a bucket a rename would copy every file: it is written in its place, which counts as
+    unfinished by its mark (`mark`) as long as it has no manifest.
+    """
+    return directory / (f"{step}{UNFINISHED}" if is_local(directory) else str(step))
+
+
+def mark(directory: epath.Path, step: int) -> None:
+    """Say, where a save is written in its place, that it is one; before its first file."""
+    if not is_local(directory):
+        write_whole(directory / f"{step}{UNFINISHED}", "")
+
+
+def commit(directory: epath.Path, step: int) -> None:
+    """Make a draft a checkpoint, its manifest last."""
+    manifest.write_manifest(draft(directory, step))
+    if is_local(directory):
+        (directory / f"{step}{UNFINISHED}").rename(directory / str(step))
+        sync_directory(directory)
+    else:
+        (directory / f"{step}{UNFINISHED}").unlink()
+    (directory / _NEVER_SAVED).unlink(missing_ok=True)
+
+
+def discard(directory: epath.Path, step: int) -> None:
+    """Remove a checkpoint; a kill on the way leaves what `clean` removes."""
+    mark(directory, step)
+    aside = draft(directory, step)
+    if is_local(directory):
+        (directory / str(step)).rename(aside)
+    (aside / manifest.NAME).unlink(missing_ok=True)
+    aside.rmtree()
+    (directory / f"{step}{UNFINISHED}").unlink(missing_ok=True)
+
+
+def clean(directory: epath.Path, step: int, report: Report) -> None:
+    """Make room for a run that starts from `step`.
+
+    What a killed run left unfinished is removed. A later checkpoint, damaged or else it would have been restored, is set
+    aside as `STEP.damaged`: the run will come to that step again.
+
+    Raises:
+        UserError: a later folder may be somebody's training (`require_whole`); nothing is removed then.
+    """
+    if not directory.exists():
+        return
+    require_whole(directory, step)
+    for path in sorted(directory.iterdir()):
+        number = path.name.removesuffix(_ORBAX_TEMPORARY).removesuffix(UNFINISHED)
+        if not number.isdigit():
+            continue
+        if path.name != number:
+            _remove_unfinished(path, directory / number, report)
+        elif int(number) > step and (path / manifest.NAME).exists():
+            path.rename(_free(directory / f"{number}.damaged"))
+    if step > 0:
+        (directory / _NEVER_SAVED).unlink(missing_ok=True)
+
+
+def _remove_unfinished(path: epath.Path, place: epath.Path, report: Report) -> None:
+    """Remove a draft beside its place, or a mark and the draft in that place."""
+    if path.is_dir():
+        path.rmtree()
+    else:
+        if place.exists() and not (place / manifest.NAME).exists():
+            place.rmtree()
+        path.unlink()
+    report(f"{path} was left by a save that an end of the run cut short. It is removed.")
+
+
+def _is_draft(path: epath.Path) -> bool:
+    """Whether a mark stands beside the folder of a step."""
+    return (path.parent / f"{path.name}{UNFINISHED}").exists()
+
+
+def _free(path: epath.Path) -> epath.Path:
+    """The path, or with a number after it the first that is not taken."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.parent / f"{path.name}.{number}"
+    return free
