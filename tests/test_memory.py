@@ -184,7 +184,7 @@ def test_a_checkpoint_that_describes_too_much_is_refused(arrays, message, tmp_pa
     monkeypatch.setattr(checkpoint, "host_memory", lambda: ROOM)
     step = tmp_path / "3"
     step.mkdir()
-    (step / "checkpoint.json").write_text(json.dumps({"step": 3, "arrays": arrays}))
+    (step / "checkpoint.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 3, "arrays": arrays}))
     manifest.write_manifest(epath.Path(step))
     with pytest.raises(UserError, match=message):
         load_params(tmp_path)
