@@ -2,11 +2,14 @@
 
 import os
 import sys
+import tempfile
 import types
 
 # Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What training remembers of its user is the user's, not the tests'.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")
 
 import beartype
 import jax

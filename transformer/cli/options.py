@@ -25,7 +25,8 @@ class EvaluateData:
     source: tuple[str, ...] = ()
     """Corpora to score instead of those the run was trained on."""
     data_dir: str = ""
-    """Where prepared datasets live; empty means where the run's do."""
+    """Where prepared datasets live; empty means where the run's do, if you have trained with that, else ~/tensorflow_datasets (or
+    TFDS_DATA_DIR)."""
     stride: int | None = None
     """Score windows of running text that move on by so many tokens; 0 means packed documents."""
     limit: int | None = None

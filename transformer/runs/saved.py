@@ -10,6 +10,7 @@ import jax
 from transformer.config import Config
 from transformer.data.datasets import open_data
 from transformer.data.tokenizers import Tokenizer
+from transformer.data.trust import trusted
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
@@ -70,21 +71,25 @@ def evaluate(
         workdir: of the run.
         split: train, validation or test.
         source: corpora to score instead of the run's own.
-        data_dir: where prepared datasets live, instead of where the run's do.
+        data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
+
+    Raises:
+        UserError: there is no run, the split is not there, or the run names data that this user has not trained on.
     """
     (model, params, tokenizer, config, step), record = read_run(workdir, lambda found: (_load(found), found))
-    changes: dict[str, Any] = {"source": tuple(source), "weights": ()} if source else {}
-    changes |= {"data_dir": data_dir} if data_dir else {}
-    changes |= {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
+    changes: dict[str, Any] = {
+        name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None
+    }
     if memory_length is not None:
         changes["continue_rows"] = memory_length > 0
         if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
             changes |= {"pack": True, "num_streams": 0}
         model = make_model(dataclasses.replace(config.model, memory_length=memory_length))
-    config = dataclasses.replace(config, model=model.config, data=dataclasses.replace(config.data, **changes))
+    named = trusted(config.data, str(workdir), source=source, data_dir=data_dir)
+    config = dataclasses.replace(config, model=model.config, data=dataclasses.replace(named, **changes))
     check_batch(config)
     data = open_data(config.data, config.objective)
     if source:

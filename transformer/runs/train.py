@@ -13,6 +13,7 @@ from rich.console import Console
 from transformer.config import Config
 from transformer.config_io import fill_open
 from transformer.data.datasets import open_data
+from transformer.data.trust import remember
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
@@ -117,6 +118,8 @@ def _train_locked(
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     data = open_data(config.data, config.objective)
     report(data.description)
+    if jax.process_index() == 0:
+        remember(config.data)
     if old:
         compare_data(old, data, remedy="Restore it to go on, or start a new run in another workdir.")
     before = old.config if old else config

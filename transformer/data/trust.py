@@ -1,0 +1,85 @@
+"""Which files and folders a run's directory may send its reader to: those that this user has trained on.
+
+A run's directory may come from anybody, and says which data it was trained on. Training remembers the paths that its user
+gave, in a file of the user's own; scoring a run reads no other path unless it is given again.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data.documents import PYTHON_STDLIB
+from transformer.data.stored import NAME
+from transformer.storage import expand, is_local
+from transformer.validation import require
+
+
+def remember(config: DataConfig) -> None:
+    """Note the paths of a config that the user trains with: its sources and its `data_dir`.
+
+    Where there is no home to note them in, nothing is: the user gives them again.
+    """
+    paths = {_absolute(path) for path in (*filter(_is_path, config.source), config.data_dir) if path}
+    new = sorted(paths - _remembered())
+    with contextlib.suppress(OSError):
+        if new:
+            _file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _file().open("a") as file:
+                file.write("".join(f"{path}\n" for path in new if "\n" not in path))
+
+
+def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_dir: str = "") -> DataConfig:
+    """The data config of a run's directory, with what the user gave; safe to open.
+
+    Datasets by name are read in the user's own `data_dir`: the one given, the run's if this user has trained with it, else the
+    default. `python_stdlib` is this interpreter's.
+
+    Args:
+        config: as the directory has it.
+        run: the directory, for messages.
+        source: as given on the command line; empty for the run's.
+        data_dir: as given on the command line; empty for the run's or the default.
+
+    Raises:
+        UserError: the directory names a file or a folder that this user has not trained on.
+    """
+    known = _remembered()
+    if not data_dir and config.data_dir and _absolute(config.data_dir) in known:
+        data_dir = config.data_dir
+    config = dataclasses.replace(config, data_dir=data_dir)
+    if source:
+        return dataclasses.replace(config, source=tuple(source), weights=())
+    for path in filter(_is_path, config.source):
+        require(
+            _absolute(path) in known,
+            f"A run's directory may name only data that you have trained on; {run} names {path!r}, which is not read. If it is "
+            f"yours to score, give it: --data.source {path}.",
+        )
+    return config
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source is read as a file or a folder, not as a dataset's name."""
+    return source != PYTHON_STDLIB and (NAME.fullmatch(source) is None or epath.Path(expand(source)).exists())
+
+
+def _absolute(path: str) -> str:
+    return os.path.realpath(expand(path)) if is_local(path) else path
+
+
+def _file() -> pathlib.Path:
+    """Of paths, one a line; in the folder for what programs remember (XDG base directories)."""
+    home = os.environ.get("XDG_STATE_HOME") or expand("~/.local/state")
+    return pathlib.Path(home) / "transformer" / "trained_on"
+
+
+def _remembered() -> set[str]:
+    try:
+        return set(_file().read_text().splitlines())
+    except (OSError, UnicodeDecodeError):
+        return set()
