@@ -9,6 +9,7 @@ from etils import epath
 from transformer.cli.main import main
 from transformer.config import DataConfig
 from transformer.data.trust import remember, trusted
+from transformer.runs.directory import CONFIG_FILE, RECORD_FILE
 from transformer.training import manifest
 from transformer.types import UserError
 
@@ -56,10 +57,11 @@ def edited(place, tmp_path, edit):
     """A copy of the run whose config says something else, wherever the run has it, whole as far as manifests go."""
     run = tmp_path / "edited"
     shutil.copytree(place / "run", run)
-    for path in run.rglob("config.json"):
-        values = json.loads(path.read_text())
+    for path in run.rglob(RECORD_FILE):
+        files = json.loads(path.read_text())
+        values = json.loads(files[CONFIG_FILE])
         edit(values)
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps({**files, CONFIG_FILE: json.dumps(values)}))
     for path in run.rglob(manifest.NAME):
         path.unlink()
         manifest.write_manifest(epath.Path(path.parent))
