@@ -12,11 +12,17 @@ from transformer.types import UserError
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("~", "/home/u"), ("~/a b", "/home/u/a b"), ("a/~/b", "a/~/b"), ("", ""), ("gs://b/~", "gs://b/~"), ("/x", "/x")],
+    [("~", "/home/u"), ("~/a b", "/home/u/a b"), ("a/~/b", "a/~/b"), ("gs://b/~", "gs://b/~"), ("/x", "/x")],
 )
 def test_home_is_expanded_where_a_shell_would(path, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/u")
     assert expand(path) == expected
+
+
+@pytest.mark.parametrize("path", ["", " ", "\t\n"])
+def test_an_empty_path_is_not_the_current_folder(path):
+    with pytest.raises(UserError, match=r"must not be empty, got .*the current folder is called '\.'"):
+        expand(path)
 
 
 @pytest.mark.parametrize("content", ["ä\n", b"\x00\xff", ""])

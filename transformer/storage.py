@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from transformer.types import UserError
+from transformer.validation import require
 
 
 class WriteError(UserError):
@@ -45,16 +46,26 @@ _CAUSES: dict[int, tuple[str, str]] = {
 def expand(path: str | os.PathLike[str]) -> str:
     """A path that a user gave, with `~` and `~NAME` as home directories; every such path passes through here.
 
+    Raises:
+        UserError: it is empty or blank, which would mean the current folder.
+
     Example:
-        >>> expand("gs://bucket/run"), expand("")
-        ('gs://bucket/run', '')
+        >>> expand("gs://bucket/run")
+        'gs://bucket/run'
     """
-    return os.path.expanduser(os.fspath(path))
+    name = os.fspath(path)
+    require(name.strip() != "", f"A path must not be empty, got {name!r}; the current folder is called '.'.")
+    return os.path.expanduser(name)
 
 
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is of this machine's file system (network mounts included), not of a bucket."""
     return "://" not in os.fspath(path)
+
+
+def is_file(path: epath.PathLike) -> bool:
+    """Whether there is a file, or a link to one: no folder, and no pipe or device, which `epath` takes for files."""
+    return os.path.isfile(path) if is_local(path) else epath.Path(path).is_file()
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

@@ -1,6 +1,7 @@
 """Local corpora: what is read of files, folders and .jsonl, and what is refused with its reason."""
 
 import gzip
+import os
 import sys
 import sysconfig
 
@@ -131,3 +132,40 @@ def test_a_malformed_jsonl_is_refused_with_its_line(tmp_path, lines, message):
     path.write_text(lines)
     with pytest.raises(UserError, match=message):
         read_local(str(path), CONFIG)
+
+
+# ---- Links and things that are no files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "links", [{"a": ".", "b": "."}, {"a": "..", "b": "."}, {"sub/a": "..", "sub/b": "../.."}, {"a": "/"}]
+)
+def test_links_that_lead_back_are_not_followed(tmp_path, links):
+    """With two links to the folder itself, a walk that follows them has 2^n paths of length n."""
+    folder = tmp_path / "above" / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "above" / "other.txt").write_text("not of the folder")
+    (folder / "sub" / "text.txt").write_text("text")
+    before = _texts(folder), read_local(str(folder), CONFIG).fingerprint
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    assert (
+        (_texts(folder), read_local(str(folder), CONFIG).fingerprint) == before == ({"sub/text.txt": "text"}, before[1])
+    )
+
+
+def test_a_linked_folder_is_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "text.txt").write_text("text")
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / name).symlink_to(tmp_path / "elsewhere")
+    assert _texts(tmp_path / "texts") == {"a/text.txt": "text"}
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_has_no_end_is_not_read(tmp_path, in_folder):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    with pytest.raises(UserError, match=r"must be a file, .*pipe is a folder, a pipe or a device"):
+        read_local(str(tmp_path / "folder" if in_folder else tmp_path / "folder" / "pipe"), CONFIG)

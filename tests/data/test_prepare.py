@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import tensorflow_datasets as tfds
 
+from transformer.cli.main import main
 from transformer.data import prepare
 from transformer.data.builder import Examples
 from transformer.data.documents import read_local
@@ -251,6 +252,34 @@ def test_a_dataset_that_is_not_on_disk_comes_with_the_command_that_prepares_it(s
     with pytest.raises(UserError, match="`tfds build tiny_shakespeare --file_format=array_record --data_dir="):
         open_source(source, make_config(source))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{blank}"],
+        ["{file}", "{blank}"],
+        ["{blank}", "--kind", "labelled", "--name", "x"],
+        ["{file}", "--kind", "labelled", "--name", "x", "--validation", "{blank}"],
+        ["{file}", "--kind", "labelled", "--name", "x", "--test", "{blank}"],
+        ["{blank}", "{file}", "--kind", "pairs", "--name", "x"],
+    ],
+)
+def test_an_empty_path_does_not_mean_the_current_folder(tmp_path, monkeypatch, capsys, arguments, blank):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text,label\na,x\nb,y\n")
+    before = sorted(tmp_path.rglob("*"))
+    filled = [argument.format(blank=blank, file="a.csv") for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", *filled, "--data-dir", "data"])
+    assert "must not be empty" in capsys.readouterr().err
+    assert [path for path in sorted(tmp_path.rglob("*")) if "data" not in path.relative_to(tmp_path).parts] == before
+
+
+def test_a_blank_data_directory_is_refused(make_config, write_folder):
+    with pytest.raises(UserError, match="must not be empty"):
+        open_sources(make_config(write_folder(), data_dir=" "))
 
 
 # ---- TFDS datasets ---------------------------------------------------------------------------------------------------

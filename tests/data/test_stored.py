@@ -84,6 +84,10 @@ BAD_FEATURES = {
             "tensor": {"dtype": "half_float"},
         }
     ),
+    "a name that is a path": lambda content: {
+        **content,
+        "featuresDict": {"features": {"../mine": {**TEXT}}},
+    },
     "no class": with_feature({}),
     "no object": with_feature("text"),
     "a list": lambda content: [content],

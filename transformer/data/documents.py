@@ -1,6 +1,7 @@
 """Local corpora as documents: Python's standard library, a text file, a folder of text files, a .jsonl file."""
 
 import dataclasses
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.files import decode_text, json_objects, kind_of, read_file, without_surrogates
 from transformer.data.identity import ContentHash
+from transformer.storage import expand, is_local
 from transformer.validation import require
 
 PYTHON_STDLIB = "python_stdlib"
@@ -47,7 +49,7 @@ def read_local(source: str, config: DataConfig) -> Corpus:
     """The corpus at a local (or gs://) path, or of the running interpreter."""
     if source == PYTHON_STDLIB:
         return _files(PYTHON_STDLIB, ".".join(map(str, sys.version_info[:3])), *_stdlib_files())
-    path = epath.Path(source).expanduser().resolve()
+    path = epath.Path(expand(source)).resolve()
     if path.is_dir():
         return _files(path.name, "1.0.0", path, _visible_files(path))
     if kind_of(path) == ".jsonl":
@@ -69,17 +71,32 @@ def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
 
 
 def _visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> list[epath.Path]:
-    """Files under `root`, sorted, without hidden ones and without what lies in hidden or `skipped` folders."""
-    files = []
-    for path in sorted(root.iterdir(), key=lambda path: path.name):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if path.name not in skipped:
-                files.extend(_visible_files(path, skipped))
-        else:
-            files.append(path)
-    return files
+    """Files under `root`, sorted, without hidden ones and without what lies in hidden or `skipped` folders.
+
+    Links are followed. Each real folder is read once, and none that holds `root`: links may lead back.
+    """
+    seen = set[str]()
+    above = os.path.realpath(root) if is_local(root) else ""
+
+    def is_new(folder: epath.Path) -> bool:
+        if not is_local(folder):  # no links there
+            return True
+        real = os.path.realpath(folder)
+        if real in seen or os.path.commonpath([real, above]) == real:
+            return False
+        seen.add(real)
+        return True
+
+    def below(folder: epath.Path) -> Iterator[epath.Path]:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif path.name not in skipped and is_new(path):
+                yield from below(path)
+
+    return list(below(root))
 
 
 def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -> Corpus:

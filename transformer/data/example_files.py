@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from transformer.data.files import decode_text, file_lines, json_objects, kind_of, read_file, without_surrogates
+from transformer.storage import expand
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -100,7 +101,7 @@ def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: 
 
 
 def _existing(name: str) -> epath.Path:
-    path = epath.Path(name).expanduser()
+    path = epath.Path(expand(name))
     require(path.exists(), f"A file or folder of examples must exist, {name!r} does not.")
     return path
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from transformer.storage import is_file
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -25,8 +26,13 @@ def open_file(path: epath.Path) -> Iterator[Any]:
     """The bytes of a file, unpacked if it is compressed, whatever its name says; without the byte order mark of UTF-8.
 
     Raises:
-        UserError: on reading, if compressed data ends too early or is damaged.
+        UserError: it is no file, which may have no end or come once only; or on reading, if compressed data ends too early or is
+            damaged.
     """
+    require(
+        is_file(path) or not path.exists(),
+        f"What is read must be a file, {path} is a folder, a pipe or a device: save it as a file.",
+    )
     try:
         with path.open("rb") as file:
             start = file.read(8)

@@ -22,6 +22,7 @@ from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
 from transformer.data.stored import NAME, check_stored, find_stored, open_stored
+from transformer.storage import expand
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -74,7 +75,7 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
 
 def open_source(source: str, config: DataConfig) -> Source:
     """A TFDS name, `python_stdlib`, a text file, a folder of text files or a .jsonl file, ready to be read."""
-    if source == PYTHON_STDLIB or epath.Path(source).expanduser().exists():
+    if source == PYTHON_STDLIB or epath.Path(expand(source)).exists():
         try:
             corpus = read_local(source, config)
         except OSError as error:
@@ -331,7 +332,7 @@ def _pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
 def data_directory(config: DataConfig) -> epath.Path:
     """Where prepared datasets live."""
     chosen = config.data_dir or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
-    return epath.Path(chosen).expanduser()
+    return epath.Path(expand(chosen))
 
 
 @contextlib.contextmanager

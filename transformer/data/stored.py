@@ -172,6 +172,11 @@ def _check_feature(feature: Any, path: str, place: str) -> None:
             parts = content.get("features", {})
             require(isinstance(parts, dict), f"Features must have names, {path} has none for {place}.")
             for key, part in parts.items():
+                # TFDS makes a file's name of it.
+                require(
+                    "/" not in key,
+                    f"A feature's name must have no slash, {path} has {key!r} in {place}: rename the field.",
+                )
                 _check_feature(part, path, repr(key))
         case "sequence":
             _check_feature(content.get("feature"), path, f"the elements of {place}")

@@ -5,7 +5,7 @@ import os
 
 from etils import epath
 
-from transformer.storage import is_local, write_whole
+from transformer.storage import is_file, is_local, write_whole
 
 NAME = "MANIFEST.sha256"
 _CHUNK = 1 << 20
@@ -50,19 +50,20 @@ def verify_manifest(directory: epath.Path, *, only: tuple[str, ...] = ("",)) -> 
         raise DamagedError(", ".join(problems))
 
 
-def files_below(directory: epath.Path, above: frozenset[str] = frozenset()) -> dict[str, epath.Path]:
+def files_below(directory: epath.Path) -> dict[str, epath.Path]:
     """Every file below `directory` but the manifest, by its path from there.
 
     Raises:
-        DamagedError: a link leads back to a folder above it.
+        DamagedError: there is a link to a folder, which may lead back or anywhere, or what is neither file nor folder.
     """
-    here = os.path.realpath(os.fspath(directory)) if is_local(directory) else os.fspath(directory)
-    if here in above:
-        raise DamagedError(f"{directory.name} leads back to a folder above it")
     files: dict[str, epath.Path] = {}
     for path in directory.iterdir():
         if path.is_dir():
-            files |= {f"{path.name}/{name}": file for name, file in files_below(path, above | {here}).items()}
+            if is_local(path) and os.path.islink(path):
+                raise DamagedError(f"{path.name} is a link to a folder, which is not followed")
+            files |= {f"{path.name}/{name}": file for name, file in files_below(path).items()}
+        elif not is_file(path):
+            raise DamagedError(f"{path.name} is neither a file nor a folder")
         elif path.name != NAME:
             files[path.name] = path
     return files
