@@ -231,3 +231,42 @@ def test_a_damaged_description_is_a_short_error(data_dir, file, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"stored dataset must be|feature must be|features"):
         open_stored(epath.Path(path.parent))
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:],
+    "other": lambda data: b"x" * 1000,
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("objective", ["next_token", "classification"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_examples_are_a_short_error(data_dir, damage, objective):
+    (shard,) = (data_dir / "mine" / "1.0.0").glob("*.array_record*")
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage is not None:
+        shard.write_bytes(damage(content))
+    with pytest.raises(UserError, match=r"must be whole|must name text features"):
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind=objective))
+
+
+@pytest.mark.parametrize("count", ["1000000000000", "9", "-1"])
+@pytest.mark.parametrize("objective", ["next_token", "classification"])
+def test_more_examples_than_there_are_is_a_short_error(data_dir, count, objective):
+    def change(content):
+        content["splits"][0]["shardLengths"] = [count]
+        return content
+
+    rewrite(data_dir, "dataset_info.json", change)
+    with pytest.raises(UserError, match="must be whole"):
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind=objective))
+
+
+def test_classes_of_one_name_are_refused(data_dir):
+    (data_dir / "mine" / "1.0.0" / "label.labels.txt").write_text("a\na \n")
+    with pytest.raises(UserError, match="Classes must have different names, 'mine' has a, a"):
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind="classification"))

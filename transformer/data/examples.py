@@ -223,6 +223,14 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
             f"data.label_key must name a ClassLabel of {name!r}, {config.label_key!r} is {type(label).__name__}.",
         )
         class_names = tuple(label.names)
+        require(
+            len(set(class_names)) == len(class_names),
+            f"Classes must have different names, {name!r} has {', '.join(class_names)}; prepare it again.",
+        )
+    content = ContentHash()
+    content.add(kind, *class_names)
+    content.add((builder.info.metadata or {}).get("fingerprint", ""))
+    hash_tfds(content, builder, config, lambda example: [_present(example[key]) for key in needed])
     sizes = tfds_sizes(builder)
     carved = "train" in sizes and "validation" not in sizes and config.validation_fraction > 0
     if carved:
@@ -254,14 +262,18 @@ def open_examples(name: str, kind: Kind, config: DataConfig) -> ExampleSource:
     description = f"{full_name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
     if class_names:
         description += f"; classes {', '.join(class_names)}"
-    content = ContentHash()
-    content.add(kind, *class_names)
-    content.add((builder.info.metadata or {}).get("fingerprint", ""))
     content.add(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
-    hash_tfds(content, builder, config, lambda example: [example[key] for key in needed])
     return ExampleSource(
         full_name, content.hexdigest(), kind, tuple(sizes), description, class_names, open_split, sizes
     )
+
+
+def _present(value: Any) -> Any:
+    require(
+        value is not None,
+        "A stored dataset must be whole, one example has no value. Remove it and prepare it again.",
+    )
+    return value
 
 
 def _labels(builder: Any, split: str, config: DataConfig) -> np.ndarray:

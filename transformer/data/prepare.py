@@ -21,7 +21,7 @@ from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
-from transformer.data.stored import NAME, check_stored, find_stored, open_stored
+from transformer.data.stored import NAME, check_stored, find_stored, in_order, open_stored, readable
 from transformer.storage import expand
 from transformer.types import UserError
 from transformer.validation import require
@@ -125,7 +125,9 @@ class Converted(Sequence[Any]):
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
-        return self._convert(self._stored[int(self._chosen[index])])
+        with readable():
+            example = self._stored[int(self._chosen[index])]
+        return self._convert(example)
 
 
 # ---- TFDS datasets by name -------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> 
         UserError: they are not stored as ArrayRecord.
     """
     try:
-        with quiet():
+        with quiet(), readable():
             return builder.as_data_source(split, **options)
     except NotImplementedError:
         name = builder.info.full_name
@@ -188,9 +190,8 @@ def hash_tfds(
     """
     for split, count in sorted(tfds_sizes(builder).items()):
         content.add(split, count, builder.info.splits[split].num_bytes)
-        examples = tfds_split(builder, split, config)
-        for index in sampled(count):
-            content.add(*convert(examples[index]))
+        for example in in_order(tfds_split(builder, split, config), sampled(count)):
+            content.add(*convert(example))
 
 
 def _how_to_prepare(name: str, config: DataConfig) -> str:

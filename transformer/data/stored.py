@@ -4,6 +4,7 @@ TFDS itself imports what it is told to: the code of a dataset, and the module of
 Here a dataset is data. Its description is checked against the kinds of features below before TFDS reads it.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -116,11 +117,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def in_order(stored: Sequence[Any]) -> Iterator[Any]:
-    """All examples of a TFDS data source; many are read at once, which takes a tenth of the time."""
-    for start in range(0, len(stored), _READ_AT_ONCE):
-        indices = range(start, min(start + _READ_AT_ONCE, len(stored)))
-        yield from stored.__getitems__(list(indices))  # type: ignore[attr-defined]
+def in_order(stored: Any, indices: Sequence[int] | None = None) -> Iterator[Any]:
+    """All examples of a TFDS data source, or some; many are read at once, which takes a tenth of the time."""
+    indices = range(len(stored)) if indices is None else indices
+    for start in range(0, len(indices), _READ_AT_ONCE):
+        with readable():
+            examples = stored.__getitems__(list(indices[start : start + _READ_AT_ONCE]))
+        yield from examples
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Turn a failed read of stored examples into a `UserError`."""
+    try:
+        yield
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # what ArrayRecord raises of files that are damaged or too short
+        raise UserError(
+            f"A stored dataset must be whole, its examples cannot be read: {error}. Prepare it again."
+        ) from error
 
 
 def _latest(folder: epath.Path, version: str | None) -> epath.Path | None:
