@@ -34,7 +34,7 @@ STAIRS = [
 ]
 LEVEL = {package: level for level, packages in enumerate(STAIRS) for package in packages}
 # One import inside a function: the heavy `load` of the top-level package.
-LAZY = {"transformer/__init__.py": {"transformer.runs.saved"}}
+LAZY = {"transformer/training/progress.py": {"IPython.display"}}
 
 
 def imports(path):

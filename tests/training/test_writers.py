@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
 import struct
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -192,17 +195,73 @@ def test_long_lines_are_not_broken():
     assert out.file.getvalue().count("\n") == 1
 
 
-def test_a_progress_line_on_a_terminal():
-    out = console(True)
+def drawn(width, environment=None, step=250):
+    """What a terminal of so many columns shows in the end, a line a string."""
+    out = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, _environ=environment or {})
     writer = ConsoleWriter(500, out)
     writer.resume(100)
-    writer.write(250, "train", ROW)
-    writer.write(250, "validation", {"loss": 1.0})
+    writer.write(step - 50, "train", ROW)
+    writer.write(step, "train", ROW)
+    writer.write(step, "validation", ROW)
     writer.close()
     text = out.file.getvalue()
-    assert "250/500" in text
-    assert "bpb 1.7811" in text
-    assert "step 250/500  validation  loss 1.0000" in text
+    # Each drawing begins by erasing the one before: "erase, carriage return".
+    assert text.startswith("\r\x1b[J") and text.endswith("\n")
+    shown = [re.sub(r"\x1b\[[0-9;]*m", "", part) for part in text.split("\r\x1b[J")]
+    return text, [line for part in shown for line in part.split("\r")[0].splitlines()]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 160])
+def test_a_line_on_a_terminal_keeps_step_and_time_left(width, monkeypatch):
+    now = iter([0.0, 60.0])
+    monkeypatch.setattr(writers.time, "monotonic", lambda: next(now))
+    _, lines = drawn(width)
+    assert all(len(line) <= width for line in lines)
+    last = lines[-1]
+    if width >= 40:
+        assert last.startswith("step 250/500  loss 1.2346") and last.endswith("  5:00 left")
+    assert {60: "bpb 1.7811", 80: "acc 0.654", 100: "mfu 43.2%", 160: "grad 0.98"}.get(width, "step") in last
+    assert ("━" in last) == (width == 160)
+    assert any(line.startswith("step 250/500  validation"[: width - 1]) for line in lines)
+
+
+def test_no_colour_where_none_is_wanted(monkeypatch):
+    now = iter([0.0, 60.0] * 2)
+    monkeypatch.setattr(writers.time, "monotonic", lambda: next(now))
+    assert "\x1b[32m" in drawn(160)[0]
+    text, lines = drawn(160, {"NO_COLOR": "1"})
+    assert not re.search(r"\x1b\[[0-9;]*m", text)
+    assert "━──" in lines[-1]  # the bar is read without colours too
+
+
+def test_a_terminal_that_cannot_go_back_gets_lines():
+    out = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
+    ConsoleWriter(500, out).write(10, "train", ROW)
+    assert out.file.getvalue().startswith("step  10/500  train       loss 1.2346")
+    assert "\x1b" not in out.file.getvalue()
+
+
+def test_a_notebook_has_one_output_that_is_updated(monkeypatch):
+    shown = []
+
+    class Cell:
+        def update(self, content, raw):
+            shown.append(("update", content["text/plain"]))
+
+    def display(content, raw, display_id):
+        shown.append(("display", content["text/plain"]))
+        return Cell()
+
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr(sys.modules["IPython"], "display", sys.modules["IPython.display"], raising=False)
+    out = Console(file=io.StringIO(), force_jupyter=True, width=80)
+    writer = ConsoleWriter(500, out)
+    for step in (10, 20, 30):
+        writer.write(step, "train", ROW)
+    writer.close()
+    assert [kind for kind, _ in shown] == ["display", "update", "update"]
+    assert shown[-1][1].startswith("step  30/500  loss 1.2346")
 
 
 # ---- Contract of every writer ----------------------------------------------------------------------------------------

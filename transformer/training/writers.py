@@ -10,16 +10,19 @@ from typing import Protocol, runtime_checkable
 
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import directory_check
 
 from transformer.storage import explained, is_local, write_whole
+from transformer.terminal import make_console, say
+from transformer.training.progress import FootLine
 from transformer.types import UserError
 
 Metrics = Mapping[str, float]
+_BAR = 20  # columns
 
 
 @runtime_checkable
@@ -174,49 +177,85 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """A progress line on a terminal (step, loss, bits per byte, tokens/s, MFU, time left); elsewhere a line a row."""
+    """A line on a terminal or in a notebook (step, metrics, time left) that training moves; elsewhere a line a row.
+
+    Where there is little room, the step and the time left stay, and metrics leave from the right.
+    """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
-        self._steps = steps
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps)
+        self._console = console or make_console()
+        self._steps, self._step, self._parts = steps, 0, list[str]()
+        self._left: float | None = None
         self._first: tuple[int, float] | None = None
+        in_place = self._console.is_jupyter or (self._console.is_terminal and not self._console.is_dumb_terminal)
+        self._foot = FootLine(self._console, self._fitted) if in_place else None
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Show a row: training moves the progress line, other splits get a line that stays."""
-        text = format_metrics(metrics)
-        if self._console.is_terminal and split == "train":
-            self._progress.start()
-            self._progress.update(self._task, completed=step, description=text)
-        else:
-            left = self._left(step) if split == "train" else ""
-            line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {split:<10}  {text}{left}"
-            self._console.print(line, soft_wrap=True)
+        """Show a row: training moves the line, other splits get one that stays."""
+        if split == "train":
+            self._step, self._left, self._parts = step, self._seconds_left(step), metric_parts(metrics)
+        if self._foot and split == "train":
+            self._foot.draw()
+            return
+        head = f"{self._head(step)}  {split:<10}"
+        if self._foot:
+            self._console.print(_with_parts(head, metric_parts(metrics), self._console.width - 1))
+            return
+        left = f"  eta {self._left:.0f} s" if split == "train" and self._left is not None else ""
+        say(self._console, f"{head}  {format_metrics(metrics)}{left}")
 
-    def _left(self, step: int) -> str:
-        """Time left, by the time since the first row (which is late by the compilation)."""
+    def _head(self, step: int) -> str:
+        return f"step {step:>{len(str(self._steps))}}/{self._steps}"
+
+    def _fitted(self, columns: int) -> Text:
+        """The line for so many columns: step, metrics while they fit, a bar in what is left, time left."""
+        left = "" if self._left is None else f"  {clock(self._left)} left"
+        line = _with_parts(self._head(self._step), self._parts, columns - len(left))
+        if columns - len(line) - len(left) >= _BAR + 2:
+            done, (full, empty) = (
+                round(_BAR * self._step / self._steps),
+                "━─" if self._console.encoding == "utf-8" else "#-",
+            )
+            line.append("  ").append(full * done, "green").append(empty * (_BAR - done), "bright_black")
+        return line.append(left)
+
+    def _seconds_left(self, step: int) -> float | None:
+        """Time left, by the time since the first row (which is late by the compilation); None if there is no telling."""
         now = time.monotonic()
         first_step, first_time = self._first = self._first or (step, now)
         if step == first_step or step == self._steps:
-            return ""
-        return f"  eta {(self._steps - step) * (now - first_time) / (step - first_step):.0f} s"
+            return None
+        return (self._steps - step) * (now - first_time) / (step - first_step)
 
     def resume(self, step: int) -> None:
-        """Move the progress line to where the run goes on."""
-        self._progress.update(self._task, completed=step)
+        """Begin where the run goes on."""
+        self._step = step
 
     def close(self) -> None:
-        """Leave the last progress line standing."""
-        self._progress.stop()
+        """Leave the last line standing."""
+        if self._foot:
+            self._foot.close()
+
+
+def _with_parts(head: str, parts: list[str], columns: int) -> Text:
+    """A line that begins with `head`, and as many of the parts, from the first, as columns allow."""
+    for part in parts:
+        if len(head) + 2 + len(part) > columns:
+            break
+        head += f"  {part}"
+    return Text(head, no_wrap=True, overflow="crop")
+
+
+def clock(seconds: float) -> str:
+    """A time as a clock shows it.
+
+    Example:
+        >>> clock(65), clock(7265)
+        ('1:05', '2:01:05')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def format_metrics(metrics: Metrics) -> str:
@@ -226,6 +265,11 @@ def format_metrics(metrics: Metrics) -> str:
         >>> format_metrics({"loss": 1.25, "mfu": 0.5, "unknown": 3.0})
         'loss 1.2500  mfu 50.0%'
     """
+    return "  ".join(metric_parts(metrics))
+
+
+def metric_parts(metrics: Metrics) -> list[str]:
+    """The parts of `format_metrics`, the most followed first."""
     parts = []
     for name, label, form in (
         ("loss", "loss", "{:.4f}"),
@@ -239,4 +283,4 @@ def format_metrics(metrics: Metrics) -> str:
     ):
         if name in metrics:
             parts.append(f"{label} {form.format(metrics[name])}")
-    return "  ".join(parts)
+    return parts

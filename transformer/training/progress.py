@@ -1,0 +1,80 @@
+"""One line at the foot of a terminal, or in a cell of a notebook, that is redrawn in place."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.control import Control
+from rich.segment import ControlType, Segment
+from rich.text import Text
+
+_ERASE_DOWN = "\r\x1b[J"
+
+
+class _Code(Control):
+    """A code that terminals obey: rich has none that erases what is below."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.segment = Segment(code, None, [(ControlType.CARRIAGE_RETURN,)])
+
+
+class _Fitted:
+    """A line as wide as the console is when it is drawn."""
+
+    def __init__(self, draw: Callable[[int], Text]) -> None:
+        self.draw = draw
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        # One column is left free: a line that fills the last one would move the cursor on some terminals.
+        line = self.draw(max(1, console.width - 1))
+        line.no_wrap, line.overflow, line.end = True, "crop", ""
+        yield line
+
+
+class FootLine(RenderHook):
+    """A line that stays below everything else that its console prints.
+
+    The cursor waits at the line's first column. A terminal that is made narrower breaks the line into several, and the cursor
+    stays at the first: erasing from there downwards leaves nothing behind, where going up by a number of lines would.
+
+    Args:
+        console: of a terminal or a notebook.
+        draw: the line for a number of columns.
+    """
+
+    def __init__(self, console: Console, draw: Callable[[int], Text]) -> None:
+        self._console, self._line, self._drawn = console, _Fitted(draw), False
+        self._cell: Any = None
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """What the console is about to print, between erasing the line and drawing it again."""
+        return [_Code(_ERASE_DOWN), *renderables, self._line, _Code("\r")]  # pyright: ignore[reportReturnType]
+
+    def draw(self) -> None:
+        """Draw the line, or draw it anew."""
+        if self._console.is_jupyter:
+            self._draw_in_notebook()
+            return
+        if not self._drawn:
+            self._console.push_render_hook(self)
+        self._drawn = True
+        self._console.print(Control())
+
+    def close(self) -> None:
+        """Leave the line standing as it is, and go to the next."""
+        if self._drawn:
+            self._console.pop_render_hook()
+            self._console.print(_Code(_ERASE_DOWN), self._line, Text())
+            self._drawn = False
+
+    def _draw_in_notebook(self) -> None:
+        """One output, updated; it needs no widgets."""
+        import IPython.display  # noqa: PLC0415 (there in a notebook only)
+
+        (line,) = self._line.__rich_console__(self._console, self._console.options)
+        content = {"text/plain": str(line)}
+        if self._cell is None:
+            self._cell = IPython.display.display(content, raw=True, display_id=True)
+        else:
+            self._cell.update(content, raw=True)
