@@ -4,6 +4,7 @@ import json
 
 from transformer.cli.options import EvaluateOptions, Given
 from transformer.runs.saved import evaluate
+from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 
 
@@ -11,6 +12,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
     """Score and print."""
     del given
     use_compilation_cache()
+    say(make_console(), f"scoring the {options.split} split with {options.workdir} ...")
     scores = evaluate(
         options.workdir,
         split=options.split,

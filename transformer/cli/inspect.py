@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from transformer.config import Config
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
@@ -16,25 +16,25 @@ from transformer.parallel.rules import parameter_shardings
 from transformer.runs.recipe import Run, make_run
 from transformer.steps import make_steps
 from transformer.tasks import count_parameters
+from transformer.terminal import make_console, printable
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
 _MASK_SIZE = 24
 
 
-def _row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
+def _row(batch: Batch, row: int, tokenizer: Tokenizer) -> Text:
     """The text of a row: a colour for each document, dim where the loss does not count, escapes made visible."""
-    parts = []
+    line = Text()
     segments, weights = batch.segment_ids[row], batch.weights[row] > 0
     starts = np.flatnonzero(np.diff(segments, prepend=-1) | np.diff(weights.astype(int), prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):
         if segments[start] == 0:
-            parts.append(f"[dim]({end - start} tokens of padding)[/dim]")
+            line.append(f"({end - start} tokens of padding)", "dim")
             continue
-        text = escape(repr(tokenizer.decode(batch.inputs[row, start:end]))[1:-1])
         style = _COLOURS[segments[start] % len(_COLOURS)] + ("" if weights[start] else " dim")
-        parts.append(f"[{style}]{text}[/{style}]")
-    return "".join(parts)
+        line.append(printable(tokenizer.decode(batch.inputs[row, start:end])), style)
+    return line
 
 
 def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -42,8 +42,12 @@ def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     parts = []
     for part in np.split(tokens, np.flatnonzero(tokens >= tokenizer.vocab_size)):
         sentinel = f"<{part[0] - tokenizer.vocab_size}>" if len(part) and part[0] >= tokenizer.vocab_size else ""
-        parts.append(sentinel + repr(tokenizer.decode(part))[1:-1])
-    return escape("".join(parts))
+        parts.append(sentinel + printable(tokenizer.decode(part)))
+    return "".join(parts)
+
+
+def _heading(row: int, text: str) -> Text:
+    return Text.assemble((f"row {row}", "bold"), f": {text}")
 
 
 def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
@@ -62,7 +66,7 @@ def _mask_picture(batch: Batch, row: int, *, prefix: bool) -> str:
 
 def main(config: Config) -> None:
     """Print the first batch and the parameters of a config."""
-    console = Console(highlight=False)
+    console = make_console(stderr=False)
     run = make_run(config)
     tokenizer = run.tokenizer
     batch = next(run.data.train_batches(tokenizer))
@@ -70,9 +74,9 @@ def main(config: Config) -> None:
     if isinstance(batch, LabelledBatch):
         for row in range(min(4, len(batch.inputs))):
             tokens = batch.inputs[row][batch.segment_ids[row] > 0]
-            label = escape(run.data.class_names[batch.labels[row]])
-            console.print(f"[bold]row {row}[/bold]: class {label}, {len(tokens)} of {len(batch.inputs[row])} tokens")
-            console.print(escape(repr(tokenizer.decode(tokens))[1:-1]) + "\n", style="green")
+            label = printable(run.data.class_names[batch.labels[row]])
+            console.print(_heading(row, f"class {label}, {len(tokens)} of {len(batch.inputs[row])} tokens"))
+            console.print(printable(tokenizer.decode(tokens)) + "\n", style="green")
     elif isinstance(batch, PairBatch):
         reader = source_tokenizer(tokenizer)
         for row in range(min(4, len(batch.inputs))):
@@ -81,7 +85,7 @@ def main(config: Config) -> None:
                 for tokens, segments in ((batch.source, batch.source_segment_ids), (batch.targets, batch.segment_ids))
             )
             lengths = f"{len(source)} of {batch.source.shape[1]} and {len(target)} of {batch.inputs.shape[1]} tokens"
-            console.print(f"[bold]row {row}[/bold]: {lengths}")
+            console.print(_heading(row, lengths))
             console.print(_with_sentinels(source, reader), style="green")
             console.print(_with_sentinels(target, tokenizer) + "\n", style="cyan")
     else:
@@ -94,10 +98,8 @@ def _print_rows(console: Console, batch: Batch, tokenizer: Tokenizer, *, prefix:
         counted = int(np.sum(batch.weights[row] > 0))
         documents = len(set(batch.segment_ids[row].tolist()) - {0})
         noun = "document" if documents == 1 else "documents"
-        console.print(
-            f"[bold]row {row}[/bold]: {documents} {noun}, {counted} of {len(batch.inputs[row])} targets count"
-        )
-        console.print(_row(batch, row, tokenizer) + "\n")
+        console.print(_heading(row, f"{documents} {noun}, {counted} of {len(batch.inputs[row])} targets count"))
+        console.print(_row(batch, row, tokenizer).append("\n"))
     console.print(_mask_picture(batch, 0, prefix=prefix) + "\n")
 
 

@@ -1,19 +1,21 @@
 """`transformer plan CONFIG --topology NAME`: compile the step for hardware that is not there, and say what it takes."""
 
+import functools
 import json
 import os
 import sys
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from transformer.cli.options import PlanOptions
 from transformer.config import Config
 from transformer.planning.chips import find_topology
 from transformer.planning.plan import Plan, plan_decoding, plan_training
 from transformer.planning.search import search
+from transformer.terminal import make_console, say
 
 
 def main(config: Config, options: PlanOptions) -> None:
@@ -23,9 +25,12 @@ def main(config: Config, options: PlanOptions) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = find_topology(options.topology, max(config.parallel.dcn, 1))
-    console = Console(highlight=False, stderr=options.json)
+    console = make_console(stderr=False)
+    notes = make_console()
+    what = "decoding" if options.decode != (0, 0) else "training"
+    say(notes, f"compiling the {what} step for {options.topology}: seconds to minutes ...")
     if options.search:
-        plans = search(config, topology, report=console.print)
+        plans = search(config, topology, report=functools.partial(say, notes))
     elif options.decode != (0, 0):
         plans = [(config, plan_decoding(config, topology, rows=options.decode[0], capacity=options.decode[1]))]
     else:
@@ -49,13 +54,13 @@ def _table(plan: Plan) -> Table:
     table = Table(
         "what", "how much", title=f"{plan.step} step on {plan.topology}", title_justify="left", show_header=False
     )
-    rows: list[tuple[str, str]] = [
+    rows: list[tuple[str, str | Text]] = [
         ("devices", f"{plan.devices} ({plan.chips:g} chips), mesh {_mesh(plan)}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in plan.settings.items())),
         ("parameters", f"{plan.parameters:,}"),
         ("memory a device", f"{_gigabytes(plan.peak_bytes)} of {_gigabytes(plan.capacity_bytes)}: "
             f"arguments {_gigabytes(plan.argument_bytes)}, temporaries {_gigabytes(plan.temporary_bytes)}"),
-        ("fits", "[green]yes[/green]" if plan.fits else f"[red]no[/red]. {plan.advice}"),
+        ("fits", Text("yes", "green") if plan.fits else Text.assemble(("no", "red"), f". {plan.advice}")),
     ]  # fmt: skip
     if plan.fits:
         rows += [

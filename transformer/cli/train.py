@@ -1,14 +1,49 @@
 """`transformer train CONFIG`: train a model, or go on with an interrupted run."""
 
+import os
+import pathlib
+import shlex
+import sys
+
+import jax
+
 from transformer.config import Config
 from transformer.parallel import distributed
 from transformer.runs.train import train
+from transformer.tasks import ARCHITECTURES
+from transformer.terminal import make_console, say
 
 
 def main(config: Config) -> None:
-    """Train the config that the arguments describe."""
+    """Train the config that the arguments describe, and say what to type next."""
     if not distributed.start(config.parallel):
         train(config)
-        return
-    with distributed.leaving():
-        train(config)
+    else:
+        with distributed.leaving():
+            train(config)
+    if jax.process_index() == 0:
+        say(make_console(), "\n".join(["next:", *next_lines(config)]))
+
+
+def next_lines(config: Config) -> list[str]:
+    """What to type to use the model: the activation of the virtual environment, where it is needed, and a command."""
+    workdir = shlex.quote(str(config.workdir))
+    match ARCHITECTURES[config.objective.kind], config.objective.kind:
+        case "decoder", _:
+            prompt = shlex.quote(config.training.sample_prompt or "Once upon a time")
+            command = f"transformer generate {workdir} --prompt {prompt}"
+        case _, "seq2seq":
+            command = f"transformer generate {workdir} --prompt {shlex.quote('a text to translate')}"
+        case _:
+            command = f"transformer evaluate {workdir}"
+    return [*_activation(), f"  {command}"]
+
+
+def _activation() -> list[str]:
+    """The line that puts `transformer` on the path; none where it is there, or where no virtual environment is in use."""
+    activate = pathlib.Path(sys.prefix) / "bin" / "activate"
+    active = os.environ.get("VIRTUAL_ENV", "")
+    if sys.prefix == sys.base_prefix or not activate.exists() or (active and os.path.samefile(active, sys.prefix)):
+        return []
+    near = os.path.relpath(activate)
+    return [f"  source {shlex.quote(str(activate) if near.startswith('..') else near)}"]

@@ -77,9 +77,15 @@ def evaluate(
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
 
     Raises:
-        UserError: there is no run, the split is not there, or the run names data that this user has not trained on.
+        UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
+            means nothing for this kind of run.
     """
     (model, params, tokenizer, config, step), record = read_run(workdir, lambda found: (_load(found), found))
+    require(
+        config.objective.kind not in ("classification", "seq2seq") or not (stride or limit),
+        f"data.stride and data.limit are for running text, got stride={stride} and limit={limit} for the "
+        f"{config.objective.kind} run {workdir}; leave them out.",
+    )
     changes: dict[str, Any] = {
         name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None
     }

@@ -199,7 +199,8 @@ class ConsoleWriter:
             return
         head = f"{self._head(step)}  {split:<10}"
         if self._foot:
-            self._console.print(_with_parts(head, metric_parts(metrics), self._console.width - 1))
+            line = _with_parts(head, metric_parts(metrics), self._console.width - 1)
+            self._console.print(line, no_wrap=True, overflow="crop")
             return
         left = f"  eta {self._left:.0f} s" if split == "train" and self._left is not None else ""
         say(self._console, f"{head}  {format_metrics(metrics)}{left}")
@@ -243,7 +244,7 @@ def _with_parts(head: str, parts: list[str], columns: int) -> Text:
         if len(head) + 2 + len(part) > columns:
             break
         head += f"  {part}"
-    return Text(head, no_wrap=True, overflow="crop")
+    return Text(head)
 
 
 def clock(seconds: float) -> str:

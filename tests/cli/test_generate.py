@@ -1,0 +1,209 @@
+"""`generate` on models that know nothing: what is printed, where to, and what is refused."""
+
+import io
+import json
+import subprocess
+import sys
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.cli import generate as command
+from transformer.cli.fields import parse
+from transformer.cli.main import COMMANDS, main
+from transformer.cli.options import OPTIONS
+from transformer.config import Config, DataConfig, ObjectiveConfig
+from transformer.data.tokenizers import make_tokenizer
+from transformer.generation.text import stream_text
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.runs.saved import Loaded
+from transformer.tasks import ARCHITECTURES, make_model, make_params, resolve
+
+CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
+KINDS = [kind for kind in typing.get_args(typing.get_type_hints(DataConfig)["tokenizer"]) if kind != "auto"]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """A run by objective and tokenizer, as `load` gives it."""
+    made = {}
+
+    def get(kind, tokenizer_kind):
+        if (kind, tokenizer_kind) not in made:
+            tokenizer = make_tokenizer(DataConfig(tokenizer=tokenizer_kind, tokenizer_size=300), CORPUS)
+            block = BlockConfig(AttentionConfig(num_heads=2))
+            config = Config(
+                model=ModelConfig(architecture=ARCHITECTURES[kind], num_layers=1, embed_dim=8, pattern=(block,)),
+                data=DataConfig(sequence_length=24),
+                objective=ObjectiveConfig(kind=kind),
+            )
+            config = resolve(config, tokenizer)
+            model = make_model(config.model)
+            made[kind, tokenizer_kind] = Loaded(model, make_params(model, jax.random.key(0)), tokenizer, config, 1)
+        return made[kind, tokenizer_kind]
+
+    return get
+
+
+@pytest.fixture
+def generate(runs, monkeypatch, capsys):
+    """Run the command on a model; what it printed, and its notes."""
+
+    def run(*arguments, kind="next_token", tokenizer="bytes", code=None):
+        monkeypatch.setattr(command, "load", lambda _: runs(kind, tokenizer))
+        capsys.readouterr()
+        if code is None:
+            main(["generate", "run", *arguments])
+        else:
+            with pytest.raises(SystemExit) as exit_info:
+                main(["generate", "run", *arguments])
+            assert exit_info.value.code == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_text_make_the_text_of_all_tokens(kind):
+    tokenizer = make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=300), CORPUS)
+    draws = np.random.default_rng(0)
+    for _ in range(20):
+        ids = draws.integers(0, tokenizer.vocab_size, 30).tolist()
+        for split in (0, 1, 13, 30):
+            pieces = list(stream_text(tokenizer.decode, ids[:split], ids[split:]))
+            assert "".join(pieces) == tokenizer.decode(ids)
+    whole = tokenizer.encode(CORPUS[0]).tolist()
+    assert len(list(stream_text(tokenizer.decode, [], whole))) > len(whole) / 4  # as they come
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_and_continuation_are_decoded_together(generate, runs, kind):
+    printed = generate("--prompt", "the cat", "--max-new-tokens", "5", "--temperature", "0", tokenizer=kind).out
+    tokenizer = runs("next_token", kind).tokenizer
+    ids = [tokenizer.end_of_text, *tokenizer.encode("the cat").tolist()]
+    assert printed.startswith(tokenizer.decode(ids)) and printed.endswith("\n")
+    if kind in ("words", "wordpiece"):
+        assert all(word in CORPUS[0].lower() or word == "" for word in printed.split()[:2])
+        assert printed.split()[:2] == ["the", "cat"]
+
+
+def test_what_the_model_does_not_know_is_said(generate):
+    captured = generate("--prompt", "the zebra", "--max-new-tokens", "2", tokenizer="words")
+    assert captured.err == (
+        "note: 1 of the prompt's 3 tokens are not in the model's vocabulary, and are read as unknown.\n"
+    )
+    assert captured.out.startswith("the")
+
+
+def test_a_prompt_is_piped_in(generate, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ROMEO:\n\n"))
+    assert generate("--max-new-tokens", "1").out.startswith("ROMEO:\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("not read"))
+    assert generate("--prompt", "JULIET:", "--max-new-tokens", "1").out.startswith("JULIET:")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert "must be text in UTF-8" in generate(code=2)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert generate("--max-new-tokens", "1").out.endswith("\n")
+
+
+def test_a_terminal_is_shown_no_codes_and_a_pipe_gets_them(generate, monkeypatch):
+    monkeypatch.setattr(command, "stream", lambda *_, **__: iter(b"\x1b]0;x\x07"))
+    assert generate("--prompt", "a").out == "a\x1b]0;x\x07\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert generate("--prompt", "a").out == "a\\x1b]0;x\\x07\n"
+
+
+@pytest.mark.parametrize("value", ["-foo", "--foo", "-", "-1", "--", "--foo=bar"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values_may_begin_with_a_dash(name, value):
+    """Every text of every command."""
+    from_python = OPTIONS[name]
+    texts = [(flag, found) for flag, found in from_python.flags().items() if found.hint in (str, str | None)]
+    for flag, found in texts:
+        for arguments in ([flag, value], [f"{flag}={value}"]):
+            given, words = parse_of(name)(arguments)
+            assert given == dict.fromkeys(found.paths, value) and words == []
+
+
+def parse_of(name):
+    table = OPTIONS[name].flags()
+    return lambda arguments: parse(table, arguments, command=name, usage="", about="")
+
+
+# ---- Flags that mean nothing, and those that mean what happens --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (["--temperature", "0"], ""),
+        (["--top-k", "1"], ""),
+        (["--temperature", "0", "--top-k", "0", "--top-p", "1"], ""),
+        (["--temperature", "0", "--seed", "0"], "--seed 0 means nothing here"),
+        (["--temperature", "0", "--top-k", "5"], "--top-k 5 means nothing here"),
+        (["--temperature", "0", "--top-p", "0.5"], "--top-p 0.5 means nothing here"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
+def test_where_nothing_is_drawn(generate, kind, flags, refused):
+    printed = generate("--prompt", "the cat", "--max-new-tokens", "2", *flags, kind=kind, code=2 if refused else None)
+    assert refused in (printed if refused else printed.out)
+
+
+@pytest.mark.parametrize("flags", [["--seed", "0"], ["--top-k", "3"], ["--temperature", "1"], ["--top-p", "0.9"]])
+def test_a_translator_draws_nothing(generate, flags):
+    assert "a translator takes the most likely token" in generate("--prompt", "a", *flags, kind="seq2seq", code=2)
+    assert generate("--prompt", "a", "--max-new-tokens", "2", *flags)  # a language model draws
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", None])
+def test_a_translator_needs_a_text(generate, monkeypatch, prompt):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    arguments = [] if prompt is None else ["--prompt", prompt]
+    assert "A translator needs a text to translate" in generate(*arguments, kind="seq2seq", code=2)
+
+
+def test_a_translator_says_what_it_does_not_read(generate):
+    cut = generate("--prompt", "x" * 1500, "--max-new-tokens", "2", kind="seq2seq")
+    assert cut.err == "note: the model reads 23 of the text's 1500 tokens, the first ones; the others were cut.\n"
+    assert generate("--prompt", "x" * 23, "--max-new-tokens", "2", kind="seq2seq").err == ""
+
+
+# ---- Pipes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_reader_that_has_gone_is_no_error(name, monkeypatch, capfd):
+    """As a shell reports a tool that SIGPIPE ended, for every command."""
+
+    def write():
+        raise BrokenPipeError
+
+    monkeypatch.setitem(OPTIONS, name, OPTIONS[name]._replace(parse=lambda _: ()))
+    monkeypatch.setattr(f"transformer.cli.{name}.main", write)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    monkeypatch.setattr("sys.stdout", sys.__stdout__)
+    with pytest.raises(SystemExit) as exit_info:
+        main([name])
+    assert exit_info.value.code == 141
+    assert capfd.readouterr() == ("", "")
+
+
+def test_help_into_head():
+    shell = f"{sys.executable} -m transformer train --help | head -c 5; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert (result.stdout.splitlines()[0][:5], result.stderr) == ("usage", "")
+
+
+def test_results_on_standard_output_are_json(monkeypatch, capsys):
+    """Labels are safe there because JSON writes what is not ASCII as escapes; progress is elsewhere."""
+    monkeypatch.setattr("transformer.cli.evaluate.evaluate", lambda *_, **__: {"classes": ["[/bold]", "\x1b]0;x\x07"]})
+    main(["evaluate", "a\x1b[31m"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"classes": ["[/bold]", "\x1b]0;x\x07"]}
+    assert "\x1b" not in captured.out + captured.err
+    assert captured.err == "scoring the validation split with a\\x1b[31m ...\n"
