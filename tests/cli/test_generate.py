@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 import typing
@@ -14,7 +15,8 @@ from transformer.cli import generate as command
 from transformer.cli.fields import parse
 from transformer.cli.main import COMMANDS, main
 from transformer.cli.options import OPTIONS
-from transformer.config import Config, DataConfig, ObjectiveConfig
+from transformer.cli.train import next_lines
+from transformer.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from transformer.data.tokenizers import make_tokenizer
 from transformer.generation.text import stream_text
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -22,6 +24,7 @@ from transformer.runs.saved import Loaded
 from transformer.tasks import ARCHITECTURES, make_model, make_params, resolve
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
+SAID = [9, 7, 8, 5]
 KINDS = [kind for kind in typing.get_args(typing.get_type_hints(DataConfig)["tokenizer"]) if kind != "auto"]
 
 
@@ -49,9 +52,12 @@ def runs():
 
 @pytest.fixture
 def generate(runs, monkeypatch, capsys):
-    """Run the command on a model; what it printed, and its notes."""
+    """Run the command on a model that always says the same, or really; what it printed, and its notes."""
+    real = command.stream
 
-    def run(*arguments, kind="next_token", tokenizer="bytes", code=None):
+    def run(*arguments, kind="next_token", tokenizer="bytes", code=None, really=False):
+        monkeypatch.setattr(command, "stream", real if really else lambda *_, **__: iter(SAID))
+        monkeypatch.setattr(command, "translate", lambda *_, **__: [np.array(SAID)])
         monkeypatch.setattr(command, "load", lambda _: runs(kind, tokenizer))
         capsys.readouterr()
         if code is None:
@@ -81,13 +87,14 @@ def test_pieces_of_text_make_the_text_of_all_tokens(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_continuation_are_decoded_together(generate, runs, kind):
-    printed = generate("--prompt", "the cat", "--max-new-tokens", "5", "--temperature", "0", tokenizer=kind).out
     tokenizer = runs("next_token", kind).tokenizer
     ids = [tokenizer.end_of_text, *tokenizer.encode("the cat").tolist()]
-    assert printed.startswith(tokenizer.decode(ids)) and printed.endswith("\n")
-    if kind in ("words", "wordpiece"):
-        assert all(word in CORPUS[0].lower() or word == "" for word in printed.split()[:2])
-        assert printed.split()[:2] == ["the", "cat"]
+    assert generate("--prompt", "the cat", tokenizer=kind).out == tokenizer.decode(ids + SAID) + "\n"
+
+
+def test_a_model_continues_with_a_space(generate):
+    printed = generate("--prompt", "The cat", "--max-new-tokens", "5", tokenizer="words", really=True).out
+    assert printed.split()[:2] == ["the", "cat"] and printed.endswith("\n")
 
 
 def test_what_the_model_does_not_know_is_said(generate):
@@ -111,10 +118,10 @@ def test_a_prompt_is_piped_in(generate, monkeypatch):
 
 
 def test_a_terminal_is_shown_no_codes_and_a_pipe_gets_them(generate, monkeypatch):
-    monkeypatch.setattr(command, "stream", lambda *_, **__: iter(b"\x1b]0;x\x07"))
-    assert generate("--prompt", "a").out == "a\x1b]0;x\x07\n"
+    code = "\x1b]0;x\x07"
+    assert generate("--prompt", code).out.startswith(code)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert generate("--prompt", "a").out == "a\\x1b]0;x\\x07\n"
+    assert generate("--prompt", code).out.startswith("\\x1b]0;x\\x07")
 
 
 @pytest.mark.parametrize("value", ["-foo", "--foo", "-", "-1", "--", "--foo=bar"])
@@ -207,3 +214,26 @@ def test_results_on_standard_output_are_json(monkeypatch, capsys):
     assert json.loads(captured.out) == {"classes": ["[/bold]", "\x1b]0;x\x07"]}
     assert "\x1b" not in captured.out + captured.err
     assert captured.err == "scoring the validation split with a\\x1b[31m ...\n"
+
+
+# ---- What train ends with ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
+    """For every kind of run; the environment's activation comes first where it is not active."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv") if active else "")
+    config = Config(
+        workdir="runs/a b", objective=ObjectiveConfig(kind=kind), training=TrainingConfig(sample_prompt="it's")
+    )
+    *activation, line = next_lines(config)
+    assert activation == ([] if active else ["  source .venv/bin/activate"])
+    name, *arguments = shlex.split(line)[1:]
+    options, _ = OPTIONS[name].parse(arguments)
+    assert options.workdir == "runs/a b"
+    assert name == ("evaluate" if kind in ("masked_lm", "classification", "span_corruption") else "generate")
