@@ -20,6 +20,7 @@ from transformer.tasks import generation_scores, make_model, make_objective, mak
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
 from transformer.types import PyTree
+from transformer.validation import require
 
 
 class Loaded(NamedTuple):

@@ -70,7 +70,7 @@ class FootLine(RenderHook):
 
     def _draw_in_notebook(self) -> None:
         """One output, updated; it needs no widgets."""
-        import IPython.display  # noqa: PLC0415 (there in a notebook only)
+        import IPython.display  # noqa: PLC0415 (there in a notebook only) # pyright: ignore[reportMissingImports]
 
         (line,) = self._line.__rich_console__(self._console, self._console.options)
         content = {"text/plain": str(line)}
