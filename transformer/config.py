@@ -67,7 +67,7 @@ class DataConfig:
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
+        require_int32(self, exempt=("shuffle_seed",))  # hashed, never an array
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
         require(
             len(self.weights) in (0, len(self.source)),

@@ -22,9 +22,11 @@ def require_range(config: Any, low: float, high: float, *names: str) -> None:
         )
 
 
-def require_int32(config: Any) -> None:
-    """Every integer of a config, in tuples too, is of JAX's default type: between -2^31 and 2^31 - 1."""
+def require_int32(config: Any, *, exempt: tuple[str, ...] = ()) -> None:
+    """Every integer of a config, in tuples too, is of JAX's default type, between -2^31 and 2^31 - 1, but for exempt fields."""
     for field in dataclasses.fields(config):
+        if field.name in exempt:
+            continue
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             require(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformer.data import splits
 from transformer.data.documents import Corpus, Document
 from transformer.data.splits import SPLITS, assign, cut, divide, hold_out, split_documents
+from transformer.types import UserError
 
 
 def _corpus(*texts):
@@ -24,6 +25,13 @@ def _split(corpus, validation_fraction, test_fraction):
 
 def test_docstring_examples():
     assert doctest.testmod(splits).failed == 0
+
+
+@pytest.mark.parametrize("now", [["one"], ["one", "two", "three"]], ids=["fewer", "more"])
+def test_texts_that_come_or_go_meanwhile_are_an_error(now):
+    before, after = _corpus("one", "two"), _corpus(*now)
+    with pytest.raises(UserError, match="must stay as it is while it is prepared"):
+        list(split_documents(after, divide(before.sizes, 0.1, 0.0), "train"))
 
 
 # ---- Shares ----------------------------------------------------------------------------------------------------------

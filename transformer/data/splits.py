@@ -1,11 +1,13 @@
 """Which text is for training, validation and testing, and how long documents are cut into pieces."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from transformer.data.documents import Corpus, Document
+from transformer.validation import require
 
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = 2  # part of a corpus's identity: another rule gives other splits of the same text
@@ -20,7 +22,11 @@ Parts = Int[np.ndarray, "documents 3"]
 def split_documents(corpus: Corpus, parts: Parts, split: str) -> Iterator[Document]:
     """Documents of a split, in order, whole or the part of them that `parts` gives it; the prompt is the first part's."""
     column = SPLITS.index(split)
-    for document, of_document in zip(corpus.documents(), parts, strict=True):
+    for document, of_document in itertools.zip_longest(corpus.documents(), parts):
+        require(
+            document is not None and of_document is not None,
+            f"A source must stay as it is while it is prepared, the number of texts in {corpus.name} has changed; start again.",
+        )
         if of_document[column] == of_document.sum():
             yield document
         elif of_document[column] > 0:
