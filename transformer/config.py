@@ -1,20 +1,40 @@
 """A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
 
 import dataclasses
+import functools
 import itertools
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from transformer.model_config import ModelConfig
 from transformer.parallel_config import ParallelConfig as ParallelConfig
+from transformer.storage import expand
 from transformer.validation import require, require_at_least, require_int32, require_range
+
+UserPath = Annotated[str, "a path, in which ~ is a home directory"]
+"""A field that holds one is expanded when its config is made."""
+
+
+def _expand_paths(config: Any) -> None:
+    """Expand every `UserPath` of a config, which is being made."""
+    for name, kind in _hints(type(config)).items():
+        value = getattr(config, name)
+        if kind == UserPath:
+            object.__setattr__(config, name, expand(value))
+        elif kind == tuple[UserPath, ...]:
+            object.__setattr__(config, name, tuple(map(expand, value)))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What to read, and how it becomes batches."""
 
-    source: tuple[str, ...] = ("python_stdlib",)
+    source: tuple[UserPath, ...] = ("python_stdlib",)
     """Corpora: a TFDS name, a text file, a folder of text files, a .jsonl file, or python_stdlib."""
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
@@ -63,11 +83,12 @@ class DataConfig:
     """Seed of the order of documents."""
     record_bytes: int = 16_384
     """Longer documents of local sources are stored in pieces of about this size."""
-    data_dir: str = ""
+    data_dir: UserPath = ""
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
     def __post_init__(self) -> None:
         require_int32(self, exempt=("shuffle_seed",))  # hashed, never an array
+        _expand_paths(self)
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
         require(
             len(self.weights) in (0, len(self.source)),
@@ -260,7 +281,7 @@ class TrainingConfig:
     """Optimizer steps."""
     seed: int = 0
     """Seed of initialisation and dropout."""
-    init_from: str = ""
+    init_from: UserPath = ""
     """Directory of a run whose parameters this one starts from, where their names and shapes agree."""
     log_every: int = 10
     """Steps between metric rows."""
@@ -288,6 +309,7 @@ class TrainingConfig:
     """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
+        _expand_paths(self)
         require_int32(self)
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
@@ -313,10 +335,11 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
-    workdir: str = ""
+    workdir: UserPath = ""
     """Directory of the run (may be remote, gs://...); empty means runs/NAME-OF-CONFIG."""
 
     def __post_init__(self) -> None:
+        _expand_paths(self)
         require_int32(self)
         require(
             self.data.batch_size % self.optimizer.accumulate_steps == 0,

@@ -10,6 +10,7 @@ from typing import Any
 from transformer.cli.fields import as_flags, flags, parse
 from transformer.config import Config
 from transformer.overrides import override
+from transformer.storage import expand
 from transformer.terminal import printable
 from transformer.types import UserError
 
@@ -25,7 +26,7 @@ def load_config(reference: str) -> Config:
     An empty workdir becomes `runs/FILE[-VARIANT]`.
     """
     name, _, variant = reference.partition(":")
-    path = pathlib.Path(name)
+    path = pathlib.Path(expand(name))
     if not path.is_file():
         near = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))) or "none here"
         raise UserError(f"A config must be a Python file, got {name!r}, which does not exist; in configs/: {near}.")

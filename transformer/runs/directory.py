@@ -108,6 +108,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
     require(config.workdir != "", "A run needs a directory; set workdir.")
     require(not workdir.exists() or workdir.is_dir(), f"A run directory must be a folder, {workdir} is a file.")
     checkpoints = workdir / CHECKPOINTS
+    folders.require_plain(checkpoints)
     # Before the mark is looked for: process 0 may be beginning here, and writes it first.
     names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
     steps = folders.committed_steps(checkpoints)
@@ -193,6 +194,7 @@ def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
     found = describe_data(data)
     lines = [
         f"{was['name']}: {_sizes(was)} -> {now['name']}: {_sizes(now)}"
+        + (", of other content" if was["splits"] == now["splits"] else "")
         for was, now in zip(record.data, found, strict=False)
         if was["fingerprint"] != now["fingerprint"]
     ]

@@ -88,6 +88,7 @@ class Checkpointer:
             "loop": loop,
         }
         text = json.dumps(description, indent=1)
+        folders.require_plain(self._directory)
         path = folders.draft(self._directory, step)
         what = f"Checkpoint {self._directory / str(step)}"
         with explained(what), _folders_first():

@@ -8,6 +8,7 @@ from etils import epath
 from transformer.storage import expand, is_local, sync_directory, write_whole
 from transformer.training import manifest
 from transformer.types import UserError
+from transformer.validation import require
 
 UNFINISHED = ".unfinished"
 _NEVER_SAVED = "NO_CHECKPOINT_YET"
@@ -21,6 +22,19 @@ Report = Callable[[str], object]
 def absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
     return epath.Path(expand(directory)).resolve()
+
+
+def require_plain(directory: epath.PathLike) -> None:
+    """Refuse a path in which Orbax would look for patterns: it would save checkpoints without their arrays, in silence.
+
+    Raises:
+        UserError: it has one of `*?[` in it.
+    """
+    path = absolute(directory)
+    require(
+        not any(letter in str(path) for letter in "*?["),
+        f"The path of a run must be without *, ? and [, which are patterns to Orbax, got {path}; choose another workdir.",
+    )
 
 
 # ---- What is there ---------------------------------------------------------------------------------------------------

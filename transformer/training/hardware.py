@@ -10,6 +10,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from transformer.storage import expand
+
 PEAK_FLOPS = {
     # Dense bfloat16, per device as JAX counts them, from the manufacturers' data sheets.
     "TPU v4": 275e12,
@@ -109,5 +111,5 @@ def keep_freed_memory() -> None:
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless JAX was told where (or not to) already."""
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        home = pathlib.Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "transformer" / "compiled"))
