@@ -20,7 +20,7 @@ def _expand_paths(config: Any) -> None:
     for name, kind in _hints(type(config)).items():
         value = getattr(config, name)
         if kind == UserPath:
-            object.__setattr__(config, name, expand(value))
+            object.__setattr__(config, name, expand(value) if value else "")
         elif kind == tuple[UserPath, ...]:
             object.__setattr__(config, name, tuple(map(expand, value)))
 

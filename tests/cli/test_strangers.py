@@ -10,6 +10,7 @@ from transformer.cli.main import main
 from transformer.config import DataConfig
 from transformer.data.trust import remember, trusted
 from transformer.runs.directory import CONFIG_FILE, RECORD_FILE
+from transformer.storage import expand
 from transformer.training import manifest
 from transformer.types import UserError
 
@@ -94,7 +95,7 @@ def test_no_kind_of_path_is_read(source, tmp_path, another_user, monkeypatch):
     run = DataConfig(source=(source,))
     with pytest.raises(UserError, match="which is not read"):
         trusted(run, "runs/theirs")
-    assert trusted(run, "runs/theirs", source=(source,)).source == (source,)
+    assert trusted(run, "runs/theirs", source=(source,)).source == (expand(source),)
     remember(run)
     assert trusted(run, "runs/theirs").source == (source,)
 
