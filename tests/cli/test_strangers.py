@@ -10,7 +10,6 @@ from transformer.cli.main import main
 from transformer.config import DataConfig
 from transformer.data.trust import remember, trusted
 from transformer.runs.directory import CONFIG_FILE, RECORD_FILE
-from transformer.storage import expand
 from transformer.training import manifest
 from transformer.types import UserError
 
@@ -95,9 +94,9 @@ def test_no_kind_of_path_is_read(source, tmp_path, another_user, monkeypatch):
     run = DataConfig(source=(source,))
     with pytest.raises(UserError, match="which is not read"):
         trusted(run, "runs/theirs")
-    assert trusted(run, "runs/theirs", source=(source,)).source == (expand(source),)
+    assert trusted(run, "runs/theirs", source=(source,)).source == run.source
     remember(run)
-    assert trusted(run, "runs/theirs").source == (source,)
+    assert trusted(run, "runs/theirs").source == run.source
 
 
 def test_datasets_by_name_are_read_in_the_users_own_data_dir(tmp_path, another_user):
