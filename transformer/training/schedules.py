@@ -72,7 +72,7 @@ def describe_change(before: Config, after: Config, done: int) -> str:
     old, new = (make_schedule(c.optimizer, c.training.steps) for c in (before, after))
     if done == 0 or (before.optimizer, before.training.steps) == (after.optimizer, after.training.steps):
         return ""
-    last, following = float(old(done - 1)), float(new(done))
+    last, following = float(jnp.asarray(old(done - 1))), float(jnp.asarray(new(done)))
     text = f"learning rate {last:.3g} at step {done}, {following:.3g} at step {done + 1}"
     if done in after.optimizer.restarts:
         return f"{text}: a new schedule begins."
