@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from transformer.config import Config, ParallelConfig
+from transformer.config import Config
 from transformer.model_config import ModelConfig
 from transformer.models.init import init_params
 from transformer.planning.chips import Topology
 from transformer.planning.flops import formula_flops
 from transformer.planning.plan import Plan, plan_training
 from transformer.tasks import count_parameters, make_model
+from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -78,7 +79,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
         chosen = dataclasses.replace(config.parallel, **parallel)
-        if config.data.batch_size % (accumulate * _row_shards(chosen)) != 0:
+        if config.data.batch_size % (accumulate * row_shards(chosen)) != 0:
             continue
         changed = dataclasses.replace(
             config,
@@ -107,10 +108,6 @@ def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
             yield {"data": devices // shared, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert}
 
 
-def _row_shards(parallel: ParallelConfig) -> int:
-    return max(parallel.dcn, 1) * parallel.data * parallel.fsdp * parallel.expert
-
-
 def _micro_batches(config: Config) -> list[int]:
     return sorted({n for n in (1, 2, 4, 8, 16, config.optimizer.accumulate_steps) if config.data.batch_size % n == 0})
 
@@ -119,7 +116,7 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     """Memory and time of a step by arithmetic alone.
 
     State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: what the blocks
-    keep (`_kept_widths`). The output layer: its logits and their gradient, and its matrix gathered and that one's gradient.
+    keep (`kept_widths`). The output layer: its logits and their gradient, and its matrix gathered and that one's gradient.
     Time: the formula's operations at the peak, and the parameters' way over the wires, tensor parallelism's four exchanges of
     the stream a block among it.
     """
@@ -128,11 +125,9 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     shapes = _shapes(dataclasses.replace(model, remat="none"))
     number, itemsize = count_parameters(shapes), jnp.dtype(model.dtype).itemsize
     state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor * parallel.expert)
-    rows = config.data.batch_size / accumulate / _row_shards(parallel)
+    rows = config.data.batch_size / accumulate / row_shards(parallel)
     places = config.data.sequence_length / parallel.context
-    activations = rows * places * _kept_widths(model, parallel.tensor) * model.embed_dim * itemsize * model.num_layers
-    logits = 2 * rows * places * model.vocab_size * 4 / parallel.tensor / config.objective.loss_chunks
-    logits += 2 * model.vocab_size * model.embed_dim * itemsize / parallel.tensor
+    activations, logits = activation_bytes(config), output_bytes(config)
     flops = formula_flops(
         config, shapes, rows=config.data.batch_size, length=config.data.sequence_length, causal_half=True
     )
@@ -147,26 +142,6 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     )
     network = (gathered + exchanged + around) / links if links else 0.0
     return Candidate(config, state + activations + logits, max(compute, network) + 0.1 * min(compute, network))
-
-
-def _kept_widths(model: ModelConfig, tensor: int) -> float:
-    """What a block keeps of a place for the backward pass, in widths of the stream.
-
-    `full` keeps the stream alone, and while a block is computed again all of that one; `dots` its products too; `none` also
-    what lies between, most of it float32 in and around the norms, which `tensor` does not share. Counted from the layers,
-    and set right by what programs of Llama 3.1 8B compiled for TPUs hold.
-    """
-    products = between = 0.0
-    for block in model.pattern:
-        attention, network = block.attention, block.feed_forward
-        heads = attention.num_heads + 2 * attention.kv_heads
-        projected = heads * attention.resolved_head_dim(model.embed_dim) / model.embed_dim
-        copies = network.experts_per_token if network.num_experts else 1
-        hidden = copies * (1 + network.gated) * network.resolved_hidden_dim(model.embed_dim) / model.embed_dim
-        products += (projected + hidden) / len(model.pattern)
-        between += (2 * projected + 3 * hidden) / len(model.pattern)
-    everything = 16 + between / tensor
-    return {"none": everything, "dots": 2 + products / tensor, "full": 1 + everything / model.num_layers}[model.remat]
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.runs.directory import Record, compare_classes, compare_data, read_run
 from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
+from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
 from transformer.types import PyTree
@@ -34,6 +35,7 @@ class Loaded(NamedTuple):
     step: int
 
 
+@out_of_memory.explained(what="Loading this run")
 def load(workdir: str | os.PathLike[str]) -> Loaded:
     """The model of a run, from the latest undamaged checkpoint (the moving average where there is one).
 
@@ -56,6 +58,7 @@ def _load(record: Record) -> Loaded:
     return Loaded(model, params, tokenizer, config, step)
 
 
+@out_of_memory.explained(what="Evaluating this run")
 def evaluate(
     workdir: str | os.PathLike[str],
     *,

@@ -34,10 +34,11 @@ from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
-from transformer.training import loop
+from transformer.training import loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.folders import committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
+from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
 from transformer.training.schedules import describe_change
 from transformer.training.signals import interruptible
@@ -84,7 +85,11 @@ def train(
             there is nothing to save.
         UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
-    with interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."), _explained(config):
+    with (
+        interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."),
+        _explained(config),
+        out_of_memory.explained(what="Building this run"),
+    ):
         return _train(config, writers, hooks, console or make_console(), console or make_console(stderr=False))
 
 
@@ -128,7 +133,10 @@ def _train_locked(
     run = make_run(config, data=data, tokenizer=old.load_tokenizer() if old else None, begun=old is not None)
     config = dataclasses.replace(config, data=run.config.data)
     check_state(run.state, run.runner.num_devices // jax.process_count())
-    for note in filter(None, (run.notes, change)):
+    # The devices of a host share its memory.
+    local = run.runner.num_devices // jax.process_count() if jax.devices()[0].platform == "cpu" else 1
+    needs = Needs(run.config, run.state, run.runner.num_devices, local)
+    for note in filter(None, (run.notes, change, out_of_memory.warning(needs))):
         report(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
@@ -156,7 +164,8 @@ def _train_locked(
             samples,
             TensorBoardWriter(workdir / "tensorboard"),
         ]
-    with trace_steps(config.training.profile_steps, workdir / "profile", report) as trace_hooks:
+    traced = trace_steps(config.training.profile_steps, workdir / "profile", report)
+    with traced as trace_hooks, out_of_memory.explained(needs):
         state = loop.train(
             run.state,
             config=config.training,
