@@ -29,6 +29,7 @@ from transformer.runs.directory import (
     stored_record,
     write_copies,
 )
+from transformer.runs.divergence import located
 from transformer.runs.lock import locked
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import WriteError, explain
@@ -165,7 +166,7 @@ def _train_locked(
             TensorBoardWriter(workdir / "tensorboard"),
         ]
     traced = trace_steps(config.training.profile_steps, workdir / "profile", report)
-    with traced as trace_hooks, out_of_memory.explained(needs):
+    with traced as trace_hooks, out_of_memory.explained(needs), located(run, report):
         state = loop.train(
             run.state,
             config=config.training,

@@ -30,6 +30,14 @@ Hook = Callable[[int, TrainState, Statistics], object]
 the state."""
 
 
+class NotFinite(UserError):
+    """A run diverged; `step` is the first whose loss, gradient or result was not finite."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 def train(
     state: TrainState,
     *,
@@ -73,7 +81,7 @@ def train(
 
     Raises:
         Interrupted: a signal came; the step that it names is saved, be it the last.
-        UserError: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has fallen as low as
+        NotFinite: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has fallen as low as
             it goes); checkpoints of earlier steps stay.
     """
     # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
@@ -135,7 +143,7 @@ def train(
                 if saving or stopping:
                     one_copy = runner.fetch_state(state)
                     if not _all_finite(one_copy.params):
-                        raise UserError(_not_finite("parameters", "they are not", step, checkpointer))
+                        raise NotFinite(_not_finite("parameters", "they are not", step, checkpointer), step)
                     loop = {"batches": merged_over_processes(batches.get_state()), "window": report.window.sums}
                     checkpointer.save(one_copy, loop, validation_loss=validation_loss)
             report.stopwatch.skip()
@@ -176,7 +184,7 @@ class _Report:
             if "loss_scale" in values:
                 found += f" with a loss scale that fell to {scale:g}, below {SMALLEST:g} (try model.dtype=bfloat16),"
             if scale < SMALLEST:
-                raise UserError(_not_finite(bad[0], found, step, self._checkpointer))
+                raise NotFinite(_not_finite(bad[0], found, step, self._checkpointer), step)
             # The step was skipped, and adds nothing to the row.
             values = {name: values[name] for name in PER_STEP if name in values and name not in bad}
         self.stopwatch.lap(work)

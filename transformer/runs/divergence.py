@@ -1,0 +1,83 @@
+"""Where a run diverged: its steps since the last checkpoint are repeated, and the one that was not finite is looked into."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from transformer.layers.scan_params import loop_params
+from transformer.runs.directory import CHECKPOINTS
+from transformer.runs.recipe import Run, own_part
+from transformer.tasks import make_model, make_objective
+from transformer.training import loop
+from transformer.training.checkpoint import Checkpointer
+from transformer.training.divergence import first_not_finite, split
+from transformer.training.optimizer import freeze_objective
+from transformer.types import UserError
+
+
+@contextlib.contextmanager
+def located(run: Run, report: Callable[[str], object]) -> Iterator[None]:
+    """Where training diverges inside, its error says in which layer.
+
+    Args:
+        run: that trains in its directory.
+        report: takes a sentence for the user, as the search may take as long as the steps since the last checkpoint took.
+    """
+    try:
+        yield
+    except loop.NotFinite as error:
+        directory = epath.Path(run.config.workdir) / CHECKPOINTS
+        with contextlib.closing(Checkpointer(directory, report=report)) as checkpointer:
+            found = locate(run, checkpointer, error.step, report)
+        raise UserError(f"{error} {found}".strip()) from error
+
+
+def locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[str], object]) -> str:
+    """A sentence on the first layer that was not finite at a step; empty where it cannot be found.
+
+    Steps are deterministic, so that the state before the step is had by repeating those since the last checkpoint; nothing is
+    kept for it while a run goes well. With several processes, none of which has the whole batch, nothing is looked for.
+    """
+    if jax.process_count() > 1:
+        return ""
+    try:
+        return _locate(run, checkpointer, step, report)
+    except Exception as error:  # What is known of the run must be said in any case.
+        return f"The layer was looked for, without success: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[str], object]) -> str:
+    batches: Any = run.data.train_batches(run.tokenizer, **own_part(run.runner))
+    restored = checkpointer.restore(run.state)
+    if restored:
+        batches.set_state(restored.loop["batches"])
+    done = restored.step if restored else 0
+    state = run.runner.place_state(restored.state) if restored else run.init_state()
+    report(f"Looking for the first layer that is not finite at step {step}; steps from {done + 1} on are repeated.")
+    for _ in range(done + 1, step):
+        state, _ = run.runner.step(state, run.runner.place_batch(next(batches)))
+    state = run.runner.fetch_state(state)
+
+    # Of a looped stack without recomputation, every module's output can be seen.
+    config = run.config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, scan_layers=False, remat="none"),
+        objective=dataclasses.replace(config.objective, loss_chunks=1),
+    )
+    params = loop_params(state.params) if run.config.model.scan_layers else state.params
+    model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
+    objective = freeze_objective(make_objective(config, model, run.tokenizer), config.optimizer, params)
+    parts = split(
+        jax.device_get(state.carry),
+        jax.device_get(next(batches)),
+        jax.random.fold_in(state.key, state.step),
+        devices=run.runner.num_devices if config.parallel.strategy == "pmap" else 1,
+        accumulate_steps=config.optimizer.accumulate_steps,
+    )
+    scale = state.loss_scale.scale if state.loss_scale else 1.0
+    return first_not_finite(objective, params, list(parts), scale=scale)

@@ -1,0 +1,94 @@
+"""Which layer is the first whose activations or gradients are not finite: one more pass over a batch, when a run has diverged."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from transformer.training.optimizer import parameter_path
+from transformer.types import Array, Objective, PyTree
+
+
+def first_not_finite(objective: Objective, params: PyTree, parts: list[tuple], *, scale: Any = 1.0) -> str:
+    """A sentence that names the first parameter, module or gradient that is not finite; layers must be looped, without remat.
+
+    Args:
+        objective: of the run.
+        params: before the step.
+        parts: `(carry, batch, key)` of each part of the batch that is computed by itself, as `split` gives them.
+        scale: of the loss (float16).
+    """
+    weight = sum(objective.weight(batch) for _, batch, _ in parts)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(_finite(x)):
+            return f"The parameter {parameter_path(path)} was not finite before that step."
+    found = [_first(objective, params, *part, scale / weight) for part in parts]
+    # What is not finite in the forward pass explains what is not in the backward pass.
+    return next((text for _, text in sorted(filter(None, found))), "")
+
+
+def _first(objective: Objective, params: PyTree, carry: PyTree, batch: Any, key: Array, factor: Any) -> Any:
+    names: list[str] = []
+
+    def loss(params: PyTree, carry: PyTree, batch: Any) -> tuple[Array, list[Array]]:
+        names.clear()
+        flags: list[Array] = []
+
+        def watch(function: Any, arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
+            output = function(*arguments, **options)
+            if context.method_name != "setup" and any(isinstance(x, jax.Array) for x in jax.tree.leaves(output)):
+                names.append("/".join(context.module.path))
+                flags.append(_finite(output))
+            return output
+
+        with nn.intercept_methods(watch):
+            (loss_sum, _), _ = objective.loss(params, carry, batch, key, True)
+        return loss_sum * factor, [*flags, _finite(loss_sum)]
+
+    def run(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, list[Array]]:
+        grads, flags = jax.grad(loss, has_aux=True)(params, carry, batch)
+        return jax.tree.map(_finite, grads), flags
+
+    grads, flags = jax.jit(run)(params, carry, batch)
+    finite = [bool(flag) for flag in flags]
+    if not all(finite):
+        at = finite.index(False)
+        if at == len(names):
+            return 0, "All activations of that step are finite, its loss is not: look at the targets and weights."
+        return 0, f"The first activations of that step that are not finite are those of {names[at] or 'the model'}."
+    order = {name: index for index, name in enumerate(names)}  # the last call of each
+    bad = [parameter_path(path) for path, flag in jax.tree_util.tree_leaves_with_path(grads) if not bool(flag)]
+    if not bad:
+        return None
+    # The backward pass begins where the forward pass ends.
+    name = max(bad, key=lambda path: order.get(path.rpartition("/")[0], -1))
+    return 1, f"All activations of that step are finite; the first gradient that is not is that of {name}."
+
+
+def _finite(tree: PyTree) -> Array:
+    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays])) if arrays else jnp.bool_(True)
+
+
+def split(carry: PyTree, batch: Any, key: Array, *, devices: int = 1, accumulate_steps: int = 1) -> Iterator[tuple]:
+    """The parts of a batch that a step computes by themselves, with their keys.
+
+    Args:
+        carry: of the whole batch.
+        batch: all its rows.
+        key: of the step.
+        devices: that run the step on rows of their own (pmap), else 1.
+        accumulate_steps: micro-batches.
+    """
+    for device in range(devices):
+        own = jax.random.fold_in(key, device) if devices > 1 else key
+
+        def rows(tree: PyTree, first: int, device: int = device) -> PyTree:
+            share = jax.tree.map(lambda x: x[device * len(x) // devices : (device + 1) * len(x) // devices], tree)
+            return jax.tree.map(lambda x: x[first::accumulate_steps], share)
+
+        for index in range(accumulate_steps):
+            micro = jax.random.fold_in(own, index) if accumulate_steps > 1 else own
+            yield rows(carry, index), rows(batch, index), micro
