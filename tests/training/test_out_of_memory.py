@@ -92,7 +92,7 @@ def test_a_saved_run_that_does_not_fit(name, monkeypatch, tmp_path):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(saved, "read_config", fail)
+    monkeypatch.setattr(saved, "read_run", fail)
     with pytest.raises(OutOfMemory, match="this run needs more memory than there is"):
         getattr(saved, name)(tmp_path)
 

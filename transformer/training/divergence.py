@@ -11,7 +11,9 @@ from transformer.training.optimizer import parameter_path
 from transformer.types import Array, Objective, PyTree
 
 
-def first_not_finite(objective: Objective, params: PyTree, parts: list[tuple], *, scale: Any = 1.0) -> str:
+def first_not_finite(
+    objective: Objective, params: PyTree, parts: list[tuple[PyTree, Any, Array]], *, scale: Any = 1.0
+) -> str:
     """A sentence that names the first parameter, module or gradient that is not finite; layers must be looped, without remat.
 
     Args:
@@ -24,7 +26,7 @@ def first_not_finite(objective: Objective, params: PyTree, parts: list[tuple], *
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         if not bool(_finite(x)):
             return f"The parameter {parameter_path(path)} was not finite before that step."
-    found = [_first(objective, params, *part, scale / weight) for part in parts]
+    found = [_first(objective, params, carry, batch, key, scale / weight) for carry, batch, key in parts]
     # What is not finite in the forward pass explains what is not in the backward pass.
     return next((text for _, text in sorted(filter(None, found))), "")
 
