@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.ops import blockwise
+from transformer.layers import spread_attention
+from transformer.ops import attention, blockwise, ring
 from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
 from transformer.ops.bias import AlibiBias, T5Bias
 from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -288,6 +290,68 @@ def test_rows_without_keys_are_zeros_with_zero_gradients(attend, bias):
     if bias is None:
         assert (np.asarray(key_gradient)[empty] == 0).all()
         assert (np.asarray(value_gradient)[empty] == 0).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """A described bias that hides every key from every third query, as other libraries do: by a finite number."""
+
+    amount: float
+
+    def block(self, query_positions, key_positions):
+        hidden = (query_positions % 3 == 0)[:, None, :, None] & (key_positions >= 0)[:, None, None, :]
+        return jnp.where(hidden, jnp.float32(self.amount), 0)
+
+
+jax.tree_util.register_static(Hidden)
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize("amount", [-1e9, LOWEST])
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("backend", BLOCKS)
+def test_rows_hidden_by_a_finite_bias_are_those_of_the_reference(backend, described, amount, monkeypatch):
+    """Such a row is the mean of its values; the normaliser of its softmax has no digits left beside -1e9."""
+    monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: BLOCKS[backend])
+    bias = Hidden(amount) if described else Hidden(amount).block(jnp.arange(T)[None], jnp.arange(S)[None])
+    blocks = functools.partial(dot_product_attention, implementation="blockwise")
+    found, expected = (values_and_gradients(f, *qkv(), bias=bias) for f in (blocks, REFERENCE))
+    np.testing.assert_allclose(expected[0][:, 0, 0], qkv()[2].mean(axis=1)[:, 0], atol=1e-6)
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=5e-6)
+
+
+def entries_that_take_a_bias():
+    """Every function of the modules of attention with queries and an argument of that name."""
+    for module in (attention, blockwise, ring, spread_attention):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            takes = inspect.signature(function).parameters
+            if function.__module__ == module.__name__ and {"query_BTHK", "bias"} <= set(takes) and name[0] != "_":
+                yield pytest.param(function, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("entry", list(entries_that_take_a_bias()))
+def test_a_bias_that_is_a_mask_is_refused_by_name(entry, described, dtype):
+    query, key, value = qkv(queries=S, heads=G)
+    bias = AlibiBias(jnp.ones(G, dtype)) if described else jnp.ones((1, 1, S, S), dtype)
+    settings = {"mask": AttentionMask(), "bias": bias, "scale": 1.0, "axis_name": "context", "soft_cap": 0.0}
+    wanted = inspect.signature(entry).parameters
+    operands = (query, key, value) if "value_BSGK" in wanted else (query, key)
+    with pytest.raises(UserError, match=rf"bias .* must be floating-point, got {np.dtype(dtype).name}; .* with `mask`"):
+        entry(*operands, **{name: value for name, value in settings.items() if name in wanted})
+
+
+def test_a_described_bias_gives_floating_point_numbers():
+    class Sees:
+        def block(self, query_positions, key_positions):
+            return query_positions[:, None, :, None] >= key_positions[:, None, None, :]
+
+    jax.tree_util.register_static(Sees)
+    for implementation in ("xla", "blockwise"):
+        with pytest.raises(UserError, match="must be floating-point, got bool"):
+            dot_product_attention(*qkv(), bias=Sees(), implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])

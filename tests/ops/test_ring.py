@@ -54,6 +54,7 @@ CASES = {
         T5Bias(jnp.asarray(np.random.default_rng(6).normal(size=(8, H)), jnp.float32), False, 16),
         0.0,
     ),
+    "hidden by a finite bias": (AttentionMask(causal=True), T5Bias(jnp.full((8, H), -1e9), False, 16), 0.0),
 }
 
 

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from transformer.ops.bias import BiasDescription
+from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.blockwise import blockwise_attention
 from transformer.ops.cudnn import cudnn_attention, cudnn_refusal
 from transformer.ops.masks import AttentionMask
 from transformer.ops.splash import splash_attention, splash_refusal
 
 Implementation = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
-Bias = Float[jax.Array, "#B #H T S"] | BiasDescription
 
 # Below every logit, so that a row that sees no key subtracts something finite from its -inf.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -51,8 +50,9 @@ def dot_product_attention(
       key_BSGK: Keys, of the same dtype.
       value_BSGK: Values, of the same dtype; their width W may be another than that of the keys.
       mask: Who may attend to whom.
-      bias: Added to the logits after scale and cap: an array [B|1, H|1, T, S], or a description such as `AlibiBias`,
-        which sees the places that the mask compares (positions where given, else indices).
+      bias: Added to the logits after scale and cap: a floating-point array [B|1, H|1, T, S], or a description such as
+        `AlibiBias`, which sees the places that the mask compares (positions where given, else indices). Booleans are refused:
+        who may attend to whom is the mask's affair.
       scale: Multiplies the logits; None means 1 / sqrt(K).
       logits_soft_cap: Bounds scaled logits by `cap * tanh(logits / cap)`; None or 0 means off.
       dropout_rate: Probability of dropping a weight; the others are divided by 1 - rate.
@@ -62,7 +62,7 @@ def dot_product_attention(
         the one that a program is lowered for, which need not be there; others leave no trace in it.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or the implementation cannot honour what is asked.
+      ValueError: if shapes or dtypes do not fit, the bias does not hold floating-point numbers, or the implementation cannot honour what is asked.
       NotImplementedError: from JAX, if a program with splash or cudnn is lowered for a platform that has none. (One program for
         several platforms, as `jax.export` makes, needs xla or blockwise.)
 
@@ -155,6 +155,7 @@ def attention_weights(
     logits_soft_cap: float = 0.0,
 ) -> Float[jax.Array, "B H T S"]:
     """The reference's float32 weights: each row sums to one, or is zeros where a query sees no key."""
+    check_bias(bias)
     B, T, H, _ = query_BTHK.shape
     _, S, G, _ = key_BSGK.shape
     query_BTGRK = query_BTHK.reshape(B, T, G, H // G, -1)
@@ -163,7 +164,7 @@ def attention_weights(
     if logits_soft_cap > 0:
         logits_BHTS = logits_soft_cap * jnp.tanh(logits_BHTS / logits_soft_cap)
     if isinstance(bias, BiasDescription):
-        logits_BHTS += bias.block(mask.query_places(0, T), mask.key_places(0, S))
+        logits_BHTS += bias_block(bias, mask.query_places(0, T), mask.key_places(0, S))
     elif bias is not None:
         logits_BHTS += bias.astype(jnp.float32)
     logits_BHTS = jnp.where(mask.to_bool(T, S), logits_BHTS, -jnp.inf)
@@ -239,6 +240,7 @@ def _check(
             f"{value_BSGK.dtype}; cast them first (a cache to the dtype of the query)."
         )
     mask.check(B, T, S)
+    check_bias(bias)
     if bias is not None and not isinstance(bias, BiasDescription):
         fits = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape[:2], (B, H), strict=True))
         if not fits or bias.shape[2:] != (T, S):

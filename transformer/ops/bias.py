@@ -7,7 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
+
+from transformer.validation import require
 
 
 @runtime_checkable
@@ -17,6 +19,33 @@ class BiasDescription(Protocol):
     def block(self, query_positions: Any, key_positions: Any) -> Any:
         """The float32 bias [B|1, H, t, s] of queries at [B|1, t] and keys at [B|1, s]."""
         ...
+
+
+Bias = Shaped[jax.Array, "#B #H T S"] | BiasDescription
+"""Floating-point numbers (`check_bias`), dense or described."""
+
+
+def check_bias(bias: Any) -> None:
+    """Raise UserError unless a bias, dense or described, or a block of one, holds floating-point numbers: it is added to logits.
+
+    Booleans and integers that say who may attend to whom would be added as 0 and 1.
+    """
+    for leaf in jax.tree.leaves(bias):
+        dtype = jnp.result_type(leaf)
+        require(
+            jnp.issubdtype(dtype, jnp.floating),
+            f"Attention bias is added to the logits and must be floating-point, got {dtype}; say who may attend to whom with "
+            "`mask`, an AttentionMask, or give bias=jnp.where(allowed, 0.0, -jnp.inf).",
+        )
+
+
+def bias_block(
+    bias: BiasDescription, query_places: Int[jax.Array, "#B t"], key_places: Int[jax.Array, "#B s"]
+) -> Float[jax.Array, "B H t s"]:
+    """The float32 bias of some queries and keys, by the places that the mask compares."""
+    block = bias.block(query_places, key_places)
+    check_bias(block)
+    return block.astype(jnp.float32)
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from transformer.ops.bias import BiasDescription
+from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.masks import AttentionMask, BlockPattern
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -47,17 +47,18 @@ def blockwise_attention(
     value_BSGK: Float[jax.Array, "B S G W"],
     *,
     mask: AttentionMask,
-    bias: Float[jax.Array, "#B #H T S"] | BiasDescription | None,
+    bias: Bias | None,
     scale: float,
     logits_soft_cap: float = 0.0,
     blocks: Blocks | None = None,
 ) -> Float[jax.Array, "B T H W"]:
     """The same as the reference without its [T, S] arrays (Rabe and Staats 2021; Dao et al. 2022, algorithms 1 and 4).
 
-    The forward pass keeps the output and the logarithm of each softmax's denominator; the backward pass recomputes
-    the weights from them, block by block. Blocks that `mask.key_blocks` leaves out are never computed. Gradients are
+    The forward pass keeps the output, and the peak and the total of each softmax; the backward pass recomputes the weights
+    from them, block by block. Blocks that `mask.key_blocks` leaves out are never computed. Gradients are
     reverse-mode only (`jax.custom_vjp`).
     """
+    check_bias(bias)
     B, T, H, K = query_BTHK.shape
     _, S, G, _ = key_BSGK.shape
     blocks = choose_blocks(T, S, mask.pattern) if blocks is None else blocks
@@ -92,6 +93,24 @@ class Settings(NamedTuple):
     num_keys: int  # without padding
 
 
+class Softmax(NamedTuple):
+    """The normaliser of each query's softmax, `exp(peak) * total`, float32 [B, G, R, T].
+
+    Apart, because the logarithm of both in one number loses `log(total)` where the peak is large: float32 numbers next to -1e9,
+    to which masks of other libraries set logits, are 64 apart.
+    """
+
+    peak: Any
+    """The largest logit, or `LOWEST` if the query sees no key."""
+    total: Any
+    """The sum of `exp(logit - peak)`, 0 if the query sees no key."""
+
+    @property
+    def inverse(self) -> Any:
+        """1 / total, or 0, with an axis for keys or for the width of values."""
+        return jnp.where(self.total == 0, 0.0, 1.0 / jnp.where(self.total == 0, 1.0, self.total))[..., None]
+
+
 class _Block(NamedTuple):
     """Where a block lies; the starts may be traced."""
 
@@ -108,11 +127,8 @@ def _attend(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mas
 
 def attend_forward(
     settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask
-) -> tuple[Any, Any]:
-    """The output [B, G, R, T, W], in the query's dtype, and the logarithm of each softmax's denominator [B, G, R, T].
-
-    A query that sees nothing has zeros and, as its logarithm, `LOWEST`.
-    """
+) -> tuple[Any, Softmax]:
+    """The output [B, G, R, T, W], in the query's dtype, and the softmax it was made with; zeros where a query sees nothing."""
 
     def attend_keys(carry: Any, block: _Block) -> Any:
         peak, total, out = carry
@@ -130,15 +146,15 @@ def attend_forward(
         zeros = jnp.zeros(shape, jnp.float32)
         empty = (zeros + LOWEST, zeros, jnp.zeros((*shape, value.shape[-1]), jnp.float32))
         peak, total, out = key_blocks(attend_keys, empty)
-        total = jnp.where(total == 0, 1, total)
-        return carry, ((out / total[..., None]).astype(query.dtype), peak + jnp.log(total))
+        return carry, ((out * Softmax(peak, total).inverse).astype(query.dtype), peak, total)
 
-    return _over_blocks(settings, mask, query.shape[3], attend_queries, ())[1]
+    out, *softmax = _over_blocks(settings, mask, query.shape[3], attend_queries, ())[1]
+    return out, Softmax(*softmax)
 
 
 def _forward(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
-    out, log_total = attend_forward(settings, query, key, value, bias, mask)
-    return out, (query, key, value, bias, mask, out, log_total)
+    out, softmax = attend_forward(settings, query, key, value, bias, mask)
+    return out, (query, key, value, bias, mask, out, softmax)
 
 
 def _backward(settings: Settings, saved: Any, out_gradient: Any) -> Any:
@@ -146,14 +162,14 @@ def _backward(settings: Settings, saved: Any, out_gradient: Any) -> Any:
 
 
 def attend_backward(settings: Settings, saved: Any, out_gradient: Any) -> tuple[Any, Any, Any, Any]:
-    """Gradients of query, key, value and bias; output and logarithm may be of more keys than these, of which the query sees all.
+    """Gradients of query, key, value and bias; output and softmax may be of more keys than these, of which the query sees all.
 
     Args:
         settings: of the forward pass.
         saved: query, key, value, bias, mask, and what `attend_forward` returned.
         out_gradient: of the output.
     """
-    query, key, value, bias, mask, out, log_total = saved
+    query, key, value, bias, mask, out, softmax = saved
     # The mean of the weights' gradients under the weights themselves (Dao et al. 2022, equation 4).
     mean = _einsum("BGRTK,BGRTK->BGRT", out_gradient.astype(jnp.float32), out.astype(jnp.float32))
 
@@ -162,7 +178,8 @@ def attend_backward(settings: Settings, saved: Any, out_gradient: Any) -> tuple[
         rows = functools.partial(_slice, axis=3, start=block.query_start, size=block.query_size)
         columns = functools.partial(_slice, axis=2, start=block.key_start, size=block.key_size)
         logits, cap_slope = _logits(settings, block, query, key, bias, mask)
-        weights = jnp.exp(logits - rows(log_total)[..., None])
+        rows_softmax = Softmax(*(rows(x) for x in softmax))
+        weights = jnp.exp(logits - rows_softmax.peak[..., None]) * rows_softmax.inverse
         out_gradient_rows = rows(out_gradient)
         value_added = _einsum("BGRTS,BGRTK->BGSK", weights.astype(value.dtype), out_gradient_rows)
         weights_gradient = _einsum("BGRTK,BGSK->BGRTS", out_gradient_rows, columns(value))
@@ -210,7 +227,7 @@ def _logits(
 def _bias_block(bias: Any, mask: AttentionMask, block: _Block) -> jax.Array:
     if isinstance(bias, BiasDescription):
         query_places = mask.query_places(block.query_start, block.query_size)
-        return bias.block(query_places, mask.key_places(block.key_start, block.key_size))
+        return bias_block(bias, query_places, mask.key_places(block.key_start, block.key_size))
     rows = _slice(bias, 2, block.query_start, block.query_size)
     return _slice(rows, 3, block.key_start, block.key_size).astype(jnp.float32)
 

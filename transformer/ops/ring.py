@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.ops.bias import BiasDescription
-from transformer.ops.blockwise import LOWEST, Blocks, Settings, attend_backward, attend_forward
+from transformer.ops.bias import Bias, BiasDescription, check_bias
+from transformer.ops.blockwise import LOWEST, Blocks, Settings, Softmax, attend_backward, attend_forward
 from transformer.ops.masks import AttentionMask
 from transformer.ops.places import balanced_order
 from transformer.validation import require
@@ -28,7 +28,7 @@ def ring_attention(
     *,
     mask: AttentionMask,
     axis_name: str,
-    bias: Float[Array, "#B #H T S"] | BiasDescription | None = None,
+    bias: Bias | None = None,
     scale: float,
     logits_soft_cap: float = 0.0,
 ) -> Float[Array, "B T H W"]:
@@ -74,6 +74,7 @@ def check_blocks(length: int, devices: int) -> None:
 
 
 def _check(mask: AttentionMask, bias: Any, num_queries: int, num_keys: int) -> None:
+    check_bias(bias)
     refused = {
         "mask.pattern": mask.pattern,
         "mask.key_prefix": mask.key_prefix,
@@ -154,45 +155,51 @@ def _attend(ring: _Ring, query: Any, key: Any, value: Any, bias: Any, mask: Atte
 def _forward(ring: _Ring, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask) -> Any:
     index, half = jax.lax.axis_index(ring.axis_name), query.shape[3] // 2
 
-    def attend(part: tuple[Any, Any, Any, AttentionMask]) -> tuple[Any, Any]:
+    def attend(part: tuple[Any, Any, Any, AttentionMask]) -> tuple[Any, Softmax]:
         rows, columns, values, part_mask = part
         settings = ring.settings(rows.shape[3], columns.shape[2])
-        out, log_total = attend_forward(settings, rows, columns, values, bias, part_mask)
-        return out.astype(jnp.float32), log_total
+        out, softmax = attend_forward(settings, rows, columns, values, bias, part_mask)
+        return out.astype(jnp.float32), softmax
 
-    def early_keys(keys: _Keys) -> tuple[Any, Any]:
+    def early_keys(keys: _Keys) -> tuple[Any, Softmax]:
         return attend(_part(query, keys, _seen_whole(mask), early_keys=True))
 
-    def late_queries(keys: _Keys) -> tuple[Any, Any]:
-        out, log_total = attend(_part(query, keys, _seen_whole(mask), late_queries=True))
-        nothing = jnp.full((*log_total.shape[:3], half), LOWEST, jnp.float32)
-        none = jnp.zeros((*out.shape[:3], half, out.shape[4]), jnp.float32)
-        return jnp.concatenate([none, out], axis=3), jnp.concatenate([nothing, log_total], axis=3)
+    def late_queries(keys: _Keys) -> tuple[Any, Softmax]:
+        out, softmax = attend(_part(query, keys, _seen_whole(mask), late_queries=True))
+
+        def behind(early: float, late: Any) -> Any:
+            return jnp.concatenate(
+                [jnp.full((*late.shape[:3], half, *late.shape[4:]), early, jnp.float32), late], axis=3
+            )
+
+        return behind(0, out), Softmax(behind(LOWEST, softmax.peak), behind(0, softmax.total))
 
     keys = _own_keys(key, value, mask)
-    out, log_total = attend(_part(query, keys, mask))
+    out, softmax = attend(_part(query, keys, mask))
     for exchange in range(1, ring.devices):
         keys = ring.pass_on(keys)
         if ring.causal:
             # Of an earlier device, the early half is before all queries here; of a later one, all is before the late half.
-            added, added_log = jax.lax.cond(index >= exchange, early_keys, late_queries, keys)
+            added, added_softmax = jax.lax.cond(index >= exchange, early_keys, late_queries, keys)
         else:
-            added, added_log = attend(_part(query, keys, mask))
-        both = jnp.logaddexp(log_total, added_log)
-        out = out * jnp.exp(log_total - both)[..., None] + added * jnp.exp(added_log - both)[..., None]
-        log_total = both
+            added, added_softmax = attend(_part(query, keys, mask))
+        peak = jnp.maximum(softmax.peak, added_softmax.peak)
+        share, added_share = (part.total * jnp.exp(part.peak - peak) for part in (softmax, added_softmax))
+        softmax = Softmax(peak, share + added_share)
+        out = (out * share[..., None] + added * added_share[..., None]) * softmax.inverse
     out = out.astype(query.dtype)
-    return out, (query, key, value, bias, mask, out, log_total)
+    return out, (query, key, value, bias, mask, out, softmax)
 
 
 def _backward(ring: _Ring, saved: Any, out_gradient: Any) -> Any:
-    query, key, value, bias, mask, out, log_total = saved
+    query, key, value, bias, mask, out, softmax = saved
     index, half = jax.lax.axis_index(ring.axis_name), query.shape[3] // 2
 
     def pull_back(part: tuple[Any, Any, Any, AttentionMask]) -> Any:
         rows, columns, values, part_mask = part
         last = slice(query.shape[3] - rows.shape[3], None)
-        kept = (rows, columns, values, bias, part_mask, out[:, :, :, last], log_total[:, :, :, last])
+        part_softmax = Softmax(*(x[:, :, :, last] for x in softmax))
+        kept = (rows, columns, values, bias, part_mask, out[:, :, :, last], part_softmax)
         settings = ring.settings(rows.shape[3], columns.shape[2])
         gradients = attend_backward(settings, kept, out_gradient[:, :, :, last])
         return jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
