@@ -16,7 +16,7 @@ from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
-from transformer.tasks import init_method, init_shapes, make_model, make_objective
+from transformer.tasks import check_batch_ids, init_method, init_shapes, make_model, make_objective
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import check_scanned_groups, freeze_objective, make_optimizer
 from transformer.training.spikes import make_spikes
@@ -118,6 +118,8 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
         )
 
     train_step, runner = make_runner(config, objective, optimizer, schedule, mesh=mesh, axes=axes)
+    place = runner.place_batch
+    runner = runner._replace(place_batch=lambda batch: place(check_batch_ids(config.model, batch)))
     state = runner.abstract_state(jax.eval_shape(make_state))
     return Steps(model, objective, runner, train_step, axes, state, make_state)
 

@@ -33,6 +33,14 @@ def test_an_empty_split_is_refused():
         sum_statistics(lambda params, carry, batch: (carry, {}), (), [])
 
 
+def test_nan_is_an_error_that_says_where():
+    def step(params, carry, batch):
+        return carry, {"loss": np.float32(batch), "confusion": np.zeros((2, 2))}
+
+    with pytest.raises(UserError, match="the loss of batch 2 of 3 of the test split is NaN"):
+        sum_statistics(step, (), [1.0, np.nan, 2.0], split="test")
+
+
 def test_targets_that_all_have_weight_0_are_refused():
     with pytest.raises(UserError, match="need a target that counts"):
         sum_statistics(lambda params, carry, batch: (carry, {"loss": 0.0, "weight": 0.0}), (), [1, 2])

@@ -11,11 +11,13 @@ import pytest
 
 from transformer.generation import generate as module
 from transformer.generation.generate import Generator, generate, stream
-from transformer.generation.prepare import panels_for
+from transformer.generation.prepare import prepare
 from transformer.generation.sampling import SamplingConfig
 from transformer.layers.scan_params import scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.decoder import Decoder
+from transformer.ops.panels import Panels
+from transformer.types import UserError
 
 GREEDY = SamplingConfig(temperature=0)
 DRAWN = SamplingConfig(temperature=0.9, top_k=9, top_p=0.9)
@@ -216,20 +218,68 @@ def test_fills_the_model_to_its_last_position():
     assert_greedy(config, [7] * 12, output.tokens[0])
 
 
-def test_panels_are_cut_for_every_kernel_and_used():
+def is_panels(leaf):
+    return isinstance(leaf, Panels)
+
+
+def test_prepared_parameters_are_another_tree_with_panels_for_every_kernel():
     model, params = make(make_config(tie_embeddings=True))
-    panels = panels_for(model, params, 1)
-    kernels = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0] if path[-1].key == "kernel"]
-    assert len(jax.tree.leaves(panels)) == len(kernels) + 1  # and the embedding, as output projection
-    apply = jax.jit(lambda variables: model.apply(variables, jnp.array([[4, 7]])))
-    expected = apply({"params": params})
-    np.testing.assert_allclose(apply({"params": params, **panels}), expected, atol=1e-4)
-    for index in range(len(jax.tree.leaves(panels))):
-        leaves, tree = jax.tree.flatten(panels)
-        leaves[index] = jnp.zeros_like(leaves[index])
-        other = apply({"params": params, **jax.tree.unflatten(tree, leaves)})
-        assert np.abs(other - expected).max() > 1e-3
-    assert panels_for(model, params, 64) == {}
+    prepared = prepare(model, params, 1)
+    leaves, tree = jax.tree.flatten_with_path(prepared, is_leaf=is_panels)
+    cut = {jax.tree_util.keystr(path) for path, leaf in leaves if is_panels(leaf)}
+    kernels = [path for path, _ in jax.tree.leaves_with_path(params) if path[-1].key in ("kernel", "embedding")]
+    unused = {"['decoder']['position_embedding']['embedding']"}
+    assert cut == {jax.tree_util.keystr(path) for path in kernels} - unused
+    assert not any(is_panels(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_panels))
+    apply = jax.jit(lambda params: model.apply({"params": params}, jnp.array([[4, 7]])))
+    expected = apply(params)
+    np.testing.assert_allclose(apply(prepared), expected, atol=1e-4)
+    for index, (_, panels) in enumerate(leaves):
+        if is_panels(panels):
+            changed = [leaf for _, leaf in leaves]
+            changed[index] = dataclasses.replace(panels, panels=jnp.zeros_like(panels.panels))
+            assert np.abs(apply(jax.tree.unflatten(tree, changed)) - expected).max() > 1e-3
+    assert prepare(model, params, 64) is params
+
+
+def test_prepared_parameters_have_gradients_of_their_own():
+    """There is one copy of each weight in them, which is used and differentiated."""
+    model, params = make(make_config(tie_embeddings=True))
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, jnp.array([[4, 7]])) ** 2)
+
+    expected, gradients = (jax.jit(jax.grad(loss))(tree) for tree in (params, prepare(model, params, 1)))
+    whole = jax.tree.leaves(expected)
+    panels = jax.tree.leaves(gradients, is_leaf=is_panels)
+    for path, (gradient, cut) in enumerate(zip(whole, panels, strict=True)):
+        total = np.sum(cut.panels if is_panels(cut) else cut)
+        np.testing.assert_allclose(total, np.sum(gradient), rtol=1e-3, atol=1e-2, err_msg=str(path))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, SamplingConfig()])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_logits_that_are_no_numbers_are_an_error_that_says_where(sampling, bad):
+    """A token that the third step reads has no vector."""
+    config = make_config(dtype="float32", num_layers=1)
+    model, params = make(config)
+    table = params["token_embedding"]["embedding"]
+    good = generate(model, params, PROMPTS, max_new_tokens=8, sampling=sampling, seed=3)
+    read = {*PROMPTS[0], *good.tokens[0, :2].tolist()}
+    token = next((t for t in good.tokens[0, 2:7].tolist() if t not in read), None)
+    if token is None:
+        pytest.skip("this draw repeats what it read")
+    column = good.tokens[0].tolist().index(token) + 1
+    broken = {**params, "token_embedding": {"embedding": table.at[token].set(bad)}}
+    with pytest.raises(
+        UserError, match=rf"those of prompt 0 are NaN or infinite after {len(PROMPTS[0]) + column} tokens"
+    ):
+        generate(model, broken, PROMPTS[:1], max_new_tokens=8, sampling=sampling, seed=3)
+    streamed = []
+    with pytest.raises(
+        UserError, match=rf"those of prompt 0 are NaN or infinite after {len(PROMPTS[0]) + column} tokens"
+    ):
+        streamed.extend(stream(model, broken, PROMPTS[0], max_new_tokens=8, sampling=sampling, seed=3))
 
 
 def test_overflow_is_noticed(monkeypatch):
@@ -245,6 +295,8 @@ def test_overflow_is_noticed(monkeypatch):
         ([], 4, r"at least one prompt, got none"),
         ([[1], []], 4, r"one token or more, prompt 1 has shape \(0,\); start it with the end-of-text token"),
         ([[1, 2], [3, 13]], 4, r"below vocab_size=13, prompt 1 holds 3 to 13; encode it with the model's own"),
+        (np.array([[2.5]]), 4, r"Tokens must be integers, prompt 0 holds float64"),
+        (np.array([[2**32 + 1]]), 4, r"below vocab_size=13, prompt 0 holds 4294967297 to 4294967297"),
         ([[-1]], 4, r"Tokens must be at least 0 and below vocab_size=13, prompt 0 holds -1 to -1"),
         ([[1]], 0, r"max_new_tokens must be at least 1, got 0"),
         ([[1] * 30, [2]], 3, r"prompt and new tokens, 30 \+ 3, but its capacity is 32"),

@@ -73,7 +73,7 @@ def test_a_target_is_the_same_however_long_it_may_be(model, sources):
 
 
 def test_bad_requests(model):
-    with pytest.raises(ValueError, match="source 1 has none"):
+    with pytest.raises(ValueError, match=r"sequence of one token or more, source 1 has shape \(0,\)"):
         translate(*model, [[1], []], end_of_text=END, max_new_tokens=3)
     with pytest.raises(ValueError, match="at most max_length=23, got 24"):
         translate(*model, [[1]], end_of_text=END, max_new_tokens=24)

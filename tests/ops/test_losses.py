@@ -1,5 +1,6 @@
 """Cross-entropy against its definition, written out in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,3 +41,27 @@ def test_half_precision_logits_are_scored_in_float32(logits_and_targets):
     loss, nll = cross_entropy(half, jnp.asarray(targets), z_loss=1e-3)
     assert loss.dtype == nll.dtype == jnp.float32
     np.testing.assert_array_equal(nll, cross_entropy(half.astype(jnp.float32), jnp.asarray(targets))[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"label_smoothing": 1.0, "z_loss": 0.1}]
+)
+def test_an_impossible_token_is_as_if_it_were_not_there(settings):
+    logits, targets = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([2])
+    longer = jnp.array([[1.0, -jnp.inf, 3.0, 2.0]])
+
+    def loss(logits, targets):
+        return cross_entropy(logits, targets, **settings)[0].sum()
+
+    np.testing.assert_allclose(loss(longer, targets + 1), loss(logits, targets), rtol=1e-6)
+    gradient = jax.grad(loss)(longer, targets + 1)
+    np.testing.assert_allclose(gradient[0, jnp.array([0, 2, 3])], jax.grad(loss)(logits, targets)[0], rtol=1e-6)
+    assert gradient[0, 1] == 0
+    assert cross_entropy(longer, jnp.array([1]), **settings)[1] == jnp.inf
+
+
+@pytest.mark.parametrize("target", [-1, -100, 3, 1000])
+def test_a_target_outside_the_logits_is_nan(target):
+    for settings in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+        loss, nll = jax.jit(lambda t, s=settings: cross_entropy(jnp.zeros((1, 3)), t, **s))(jnp.array([target]))
+        assert np.isnan(loss).all() and np.isnan(nll).all()

@@ -15,6 +15,8 @@ def sum_statistics(
     params: PyTree,
     batches: Iterable[Any],
     carry: PyTree = (),
+    *,
+    split: str = "",
 ) -> dict[str, Any]:
     """Add the statistics of every batch in float64, in order.
 
@@ -23,6 +25,7 @@ def sum_statistics(
         params: as `evaluate_step` takes them.
         batches: the split, as `evaluate_step` takes them.
         carry: the objective's before the first batch.
+        split: their name, for errors.
 
     Raises:
         UserError: there was nothing to score.
@@ -34,8 +37,14 @@ def sum_statistics(
         results.append(statistics)
     require(len(results) > 0, "Scores need at least one batch, got none; choose a split that holds something.")
     sums: dict[str, Any] = {}
-    for statistics in jax.device_get(results):
+    for number, statistics in enumerate(jax.device_get(results), 1):
         for name, value in statistics.items():
+            require(
+                not np.any(np.isnan(value)),
+                f"Scores must be numbers, the {name} of batch {number} of {len(results)} of the {split or 'given'} split is NaN; "
+                "the parameters are not finite, or overflow in half precision: take an earlier checkpoint, or "
+                "model.dtype=float32.",
+            )
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
     require(
         bool(sums.get("weight", 1) > 0), "Scores need a target that counts, all have weight 0; choose another split."

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.generation.prepare import loop_model, panels_for
-from transformer.generation.sampling import SamplingConfig, sample_tokens
+from transformer.generation.prepare import loop_model, prepare
+from transformer.generation.sampling import NO_TOKEN, SamplingConfig, check_drawn, sample_tokens
 from transformer.layers.cache import cache_overflow, check_capacity
 from transformer.layers.stack import StackCache
 from transformer.memory import check_cache
 from transformer.models.decoder import Decoder
+from transformer.ops.ids import token_rows
 from transformer.types import PyTree
+from transformer.validation import require
 
 # Prompts are padded to a power of two and the cache to a multiple, so that few programs are compiled.
 _SHORTEST_PROMPT, _CAPACITY_UNIT = 16, 32
@@ -66,7 +68,7 @@ class Generator:
     def __init__(self, model: Decoder, params: PyTree) -> None:
         self._model, params = loop_model(model, params)
         self._params = jax.tree.map(jnp.asarray, params)
-        self._panels: dict[int, dict[str, Any]] = {}
+        self._prepared: dict[int, PyTree] = {}
 
     def generate(
         self,
@@ -81,8 +83,9 @@ class Generator:
         state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text)
         state = self._extend(state, max_new_tokens, sampling, draw)
         steps_N = np.arange(max_new_tokens)
-        places_BN = np.array([len(prompt) for prompt in prompts])[:, None] + steps_N
-        tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), places_BN, axis=1)
+        read_B = np.array([len(prompt) for prompt in prompts])
+        tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), read_B[:, None] + steps_N, axis=1)
+        check_drawn(tokens_BN, read_B)
         tokens_BN = np.where(steps_N < int(state.num_new), tokens_BN, end_of_text)
         ended_BN = tokens_BN == end_of_text
         lengths_B = np.where(ended_BN.any(axis=1), ended_BN.argmax(axis=1), max_new_tokens)
@@ -102,11 +105,12 @@ class Generator:
         given = 0
         while True:
             available = int(state.num_new)
-            for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available].tolist():
+            for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available]:
+                check_drawn(token[None, None], np.array([len(prompt) + given]))
                 if token == end_of_text:
                     return
-                yield token
-            given = available
+                given += 1
+                yield int(token)
             if given == max_new_tokens:
                 return
             state = self._extend(state, min(given + _CHUNK, max_new_tokens), sampling, draw)
@@ -115,8 +119,16 @@ class Generator:
         self, prompts: Any, max_new_tokens: int, sampling: SamplingConfig, seed: int, end_of_text: int
     ) -> tuple[_State, _Draw]:
         """Read the prompts and draw the first token of each row."""
-        rows = [np.asarray(prompt, np.int32) for prompt in prompts]
-        self._check(rows, max_new_tokens)
+        vocab_size = self._model.config.vocab_size
+        rows = token_rows(prompts, vocab_size, "prompt")
+        require(
+            len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing."
+        )
+        require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        require(
+            -1 <= end_of_text < vocab_size,
+            f"end_of_text must be a token below vocab_size={vocab_size}, or -1 for none, got {end_of_text}.",
+        )
         longest = max(len(row) for row in rows)
         limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
         check_capacity(limit, longest, max_new_tokens)
@@ -134,31 +146,13 @@ class Generator:
     def _extend(self, state: _State, num_new: int, sampling: SamplingConfig, draw: _Draw) -> _State:
         """Rows with `num_new` new tokens, fewer if all have ended."""
         batch_size = len(state.tokens_BP)
-        if batch_size not in self._panels:
-            self._panels = {batch_size: panels_for(self._model, self._params, batch_size)}
-        variables = {"params": self._params, **self._panels[batch_size]}
-        state, overflow = _decode(self._model, variables, state, np.int32(num_new), draw, sampling=sampling)
+        if batch_size not in self._prepared:
+            self._prepared = {batch_size: prepare(self._model, self._params, batch_size)}
+        params = self._prepared[batch_size]
+        state, overflow = _decode(self._model, params, state, np.int32(num_new), draw, sampling=sampling)
         if overflow:
             raise RuntimeError("The cache must hold every token, but some were dropped; what was generated is wrong.")
         return state
-
-    def _check(self, rows: list[np.ndarray], max_new_tokens: int) -> None:
-        vocab_size = self._model.config.vocab_size
-        if not rows:
-            raise ValueError("There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing.")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        for index, row in enumerate(rows):
-            if row.ndim != 1 or len(row) == 0:
-                raise ValueError(
-                    f"Every prompt must be a sequence of one token or more, prompt {index} has shape {row.shape}; "
-                    "start it with the end-of-text token."
-                )
-            if row.min() < 0 or row.max() >= vocab_size:
-                raise ValueError(
-                    f"Tokens must be at least 0 and below vocab_size={vocab_size}, prompt {index} holds {row.min()} to "
-                    f"{row.max()}; encode it with the model's own tokenizer."
-                )
 
 
 def generate(
@@ -184,7 +178,7 @@ def generate(
         end_of_text: the token at which a row ends; -1 if none does.
 
     Raises:
-        ValueError: if a prompt is empty, holds a token beyond the vocabulary, or is too long.
+        ValueError: if a prompt is empty, holds a token outside the vocabulary, or is too long; or if a row's logits are NaN.
     """
     return Generator(model, params).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
@@ -238,7 +232,7 @@ def _prefill(
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def _decode(
     model: Decoder,
-    variables: PyTree,
+    params: PyTree,
     state: _State,
     num_new: Any,
     draw: _Draw,
@@ -252,7 +246,7 @@ def _decode(
 
     def step(state: _State) -> _State:
         last_B1 = jnp.take_along_axis(state.tokens_BP, state.lengths_B[:, None] - 1, axis=1)
-        logits_B1V, cache = model.apply(variables, last_B1, cache=state.cache)
+        logits_B1V, cache = model.apply({"params": params}, last_B1, cache=state.cache)
         return _append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
 
     state = jax.lax.while_loop(goes_on, step, state)
@@ -260,7 +254,7 @@ def _decode(
 
 
 def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling: SamplingConfig) -> _State:
-    """Draw the next token of each row; a row that has ended repeats end-of-text."""
+    """Draw the next token of each row; one that has ended repeats end-of-text, one without usable logits ends."""
     rows_B = jnp.arange(len(logits_BV))
     keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
         rows_B, state.lengths_B
@@ -270,6 +264,6 @@ def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling
         tokens_BP=state.tokens_BP.at[rows_B, state.lengths_B].set(tokens_B),
         lengths_B=state.lengths_B + 1,
         num_new=state.num_new + 1,
-        ended_B=state.ended_B | (tokens_B == draw.end_of_text),
+        ended_B=state.ended_B | (tokens_B == draw.end_of_text) | (tokens_B == NO_TOKEN),
         cache=state.cache,
     )

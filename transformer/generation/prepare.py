@@ -4,13 +4,17 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from transformer.layers.embedding import Embed
+from transformer.layers.linear import Linear
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
-from transformer.ops.panels import panel_width
+from transformer.ops.panels import Panels, panel_width
 from transformer.types import PyTree
 
 
@@ -22,19 +26,34 @@ def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
     return model.clone(config=config), jax.jit(loop_params)(params)
 
 
-def panels_for(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any]:
-    """Variables beside the parameters with which `model.apply` decodes `batch_size` rows faster; none but on CPU."""
+def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
+    """Parameters with which `model.apply` decodes `batch_size` rows faster: on CPU `Panels` stand for kernels.
+
+    Another tree, to be made anew when the parameters change; elsewhere, and for many rows, it is `params` itself.
+    """
     if not (_on_cpu(params) and panel_width(batch_size) > 0):
-        return {}
-    return _in_large_pages(_cut(model, params, batch_size))
+        return params
+    return unflatten_dict({**flatten_dict(params), **_in_large_pages(_cut(model, params, batch_size))})
 
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
-def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[str, Any]:
-    """Each linear layer cuts its own kernel; what else the model computes is not used and so not compiled."""
-    tokens_B1 = jnp.zeros((batch_size, 1), jnp.int32)
-    _, variables = model.apply({"params": params}, tokens_B1, mutable=["panels"])
-    return dict(variables)
+def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Panels]:
+    """By their paths, the parameters that a step of decoding multiplies with, each cut by the layer whose it is."""
+    owners: dict[tuple[str, ...], Linear | Embed] = {}
+
+    def look(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.method_name
+        if isinstance(module, Linear) and method == "__call__":
+            owners[*module.path, "kernel"] = module
+        if isinstance(module, Embed) and method == "attend":
+            owners[*module.path, "embedding"] = module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        tokens_B1 = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+        jax.eval_shape(lambda params, tokens: model.apply({"params": params}, tokens), params, tokens_B1)
+    flat: Any = flatten_dict(params)
+    return {path: owner.cut(flat[path], panel_width(batch_size)) for path, owner in owners.items()}
 
 
 def _in_large_pages(tree: PyTree) -> PyTree:

@@ -5,9 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from transformer.validation import require, require_at_least, require_int32
+
+NO_TOKEN = -2
+"""Stands for a token that could not be drawn; -1, an end-of-text that never comes, is another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +40,36 @@ class SamplingConfig:
 
 
 def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, " B"]:
-    """One token for each row.
+    """One token for each row; `NO_TOKEN` where logits have NaN or +inf among them, or are all -inf.
 
     Args:
         logits_BV: float32.
         keys_B: a PRNG key for each row, so that a row's draw does not depend on the others; unused if greedy.
         config: how to draw.
     """
+    is_distribution_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
     if config.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = filter_logits(logits_BV, config)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+        tokens_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BV, config))
+    return jnp.where(is_distribution_B, tokens_B, NO_TOKEN).astype(jnp.int32)
+
+
+def check_drawn(tokens_BN: Int[np.ndarray, "B N"], read_B: Int[np.ndarray, " B"], what: str = "") -> None:
+    """Raise UserError if a token could not be drawn.
+
+    Args:
+        tokens_BN: as drawn.
+        read_B: tokens of each row before these, read or drawn.
+        what: has them, where rows are not prompts.
+    """
+    for row, column in np.argwhere(tokens_BN == NO_TOKEN)[:1]:
+        what = what or f"prompt {row}"
+        require(
+            False,
+            f"Logits must be numbers, those of {what} are NaN or infinite after {read_B[row] + column} tokens; the "
+            "parameters are not finite, or overflow in half precision: take an earlier checkpoint, or dtype=float32.",
+        )
 
 
 def filter_logits(logits_BV: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from transformer.generation.sampling import NO_TOKEN, SamplingConfig, check_drawn, sample_tokens
 from transformer.memory import check_cache
 from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.ops.ids import check_ids, token_rows
 from transformer.types import PyTree
+from transformer.validation import require
 
 # Sources are padded to a multiple, so that few programs are compiled.
 _LENGTH_UNIT = 16
+_GREEDY = SamplingConfig(temperature=0)
 
 
 class _State(NamedTuple):
@@ -50,22 +54,23 @@ def translate(
         The tokens of each target, in the order of the sources, without end-of-text.
 
     Raises:
-        ValueError: if a source is empty, or too much is asked for.
+        ValueError: if a source is empty, holds a token outside the vocabulary, or too much is asked for; or if logits are NaN.
     """
-    rows = [np.asarray(source, np.int32) for source in sources]
-    limit = model.config.max_length or max_new_tokens
-    if not 1 <= max_new_tokens <= limit:
-        raise ValueError(f"max_new_tokens must be at least 1 and at most max_length={limit}, got {max_new_tokens}.")
-    check_cache(model.config, batch_size, max_new_tokens)
-    empty = [index for index, row in enumerate(rows) if len(row) == 0]
-    if empty:
-        raise ValueError(f"Every source must have a token, source {empty[0]} has none; end it with end-of-text.")
+    config = model.config
+    rows = token_rows(sources, config.source_vocab_size or config.vocab_size, "source")
+    check_ids(end_of_text, config.vocab_size, "end_of_text")
+    limit = config.max_length or max_new_tokens
+    require(
+        1 <= max_new_tokens <= limit,
+        f"max_new_tokens must be at least 1 and at most max_length={limit}, got {max_new_tokens}.",
+    )
+    check_cache(config, batch_size, max_new_tokens)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     targets: list[np.ndarray] = [np.empty(0, np.int32)] * len(rows)
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         longest = max(len(rows[index]) for index in chosen)
-        length = max(longest, min(-(-longest // _LENGTH_UNIT) * _LENGTH_UNIT, model.config.max_length or sys.maxsize))
+        length = max(longest, min(-(-longest // _LENGTH_UNIT) * _LENGTH_UNIT, config.max_length or sys.maxsize))
         source_BS, segment_ids_BS = np.zeros((2, batch_size, length), np.int32)
         for row, index in enumerate(chosen):
             source_BS[row, : len(rows[index])], segment_ids_BS[row, : len(rows[index])] = rows[index], 1
@@ -73,6 +78,7 @@ def translate(
             model, params, source_BS, segment_ids_BS, np.int32(end_of_text), max_new_tokens=max_new_tokens
         )
         for index, tokens in zip(chosen, np.asarray(tokens_BN), strict=False):
+            check_drawn(tokens[None], np.array([0]), f"the target of source {index}")
             ended = np.flatnonzero(tokens == end_of_text)
             targets[index] = tokens[: ended[0]] if len(ended) else tokens
     return targets
@@ -97,10 +103,10 @@ def _translate(
         )
 
     def append(state: _State, logits_B1V: Array, cache: Any) -> _State:
-        best_B = jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
-        best_B = jnp.where(state.ended_B, end_of_text, best_B)
+        best_B = jnp.where(state.ended_B, end_of_text, sample_tokens(logits_B1V[:, 0], None, _GREEDY))
         tokens_BP = jax.lax.dynamic_update_slice(state.tokens_BP, best_B[:, None], (0, state.count))
-        return _State(tokens_BP, state.count + 1, state.ended_B | (best_B == end_of_text), cache)
+        ended_B = state.ended_B | (best_B == end_of_text) | (best_B == NO_TOKEN)
+        return _State(tokens_BP, state.count + 1, ended_B, cache)
 
     def goes_on(state: _State) -> Bool[Array, ""]:
         return (state.count <= max_new_tokens) & ~jnp.all(state.ended_B)

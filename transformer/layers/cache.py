@@ -4,7 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
+
+from transformer.validation import require
 
 
 class KVCache(NamedTuple):
@@ -45,10 +49,33 @@ def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: 
     return MemoryCache(empty, empty)
 
 
+def check_right_padded(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
+    """Which rows have padding before a token, a place that a cache has not: slots of a row are filled without gaps.
+
+    Raises:
+        UserError: there is such a row in an array that is not traced.
+    """
+    padded_first_B = jnp.any(valid_BT[:, 1:] & ~valid_BT[:, :-1], axis=1)
+    if not isinstance(padded_first_B, Tracer) and padded_first_B.is_fully_addressable:
+        rows = np.flatnonzero(padded_first_B)
+        require(
+            len(rows) == 0,
+            "With a cache, padding must follow the tokens of a row, where its segment ids are 0; row "
+            f"{rows[0] if len(rows) else 0} has padding before a token: pad prompts on the right.",
+        )
+    return padded_first_B
+
+
 def next_slots(
     lengths_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
 ) -> Int[Array, "B T"]:
-    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
+    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity.
+
+    Raises:
+        UserError: padding that is not traced stands before a token.
+    """
+    if valid_BT is not None:
+        check_right_padded(valid_BT)
     slots_BT = lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
     return slots_BT if valid_BT is None else jnp.where(valid_BT, slots_BT, 0)
 
@@ -73,13 +100,19 @@ def write_cache(
         key_BTGK: keys of the new tokens.
         value_BTGK: their values.
         valid_BT: which tokens count; those that do not must come last in their row. None means all.
+
+    Raises:
+        UserError: padding that is not traced stands before a token. In compiled code such a row's keys become NaN, and so all
+            that attends to them.
     """
     B, T = key_BTGK.shape[:2]
     capacity = cache.key_BGPK.shape[2]
     slots_BT = next_slots(cache.lengths_B, T)
     added_B = jnp.full((B,), T, jnp.int32)
     if valid_BT is not None:
-        slots_BT = jnp.where(valid_BT, slots_BT, capacity)
+        refused_B = check_right_padded(valid_BT)
+        key_BTGK = jnp.where(refused_B[:, None, None, None], jnp.nan, key_BTGK)
+        slots_BT = jnp.where(valid_BT | refused_B[:, None], slots_BT, capacity)
         added_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
     wanted_B = cache.lengths_B + added_B
     rows_B1 = jnp.arange(B)[:, None]

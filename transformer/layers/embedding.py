@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral, kernel_product, normal_initializer, with_axes
+from transformer.layers.linear import DotGeneral, kernel_product, normal_initializer, stored, with_axes
 from transformer.model_config import PositionConfig
 from transformer.ops.bias import T5Bias
+from transformer.ops.ids import look_up
+from transformer.ops.panels import Panels, cut_panels, panel_columns
 from transformer.ops.positions import sinusoidal
 
 
@@ -35,22 +37,29 @@ class Embed(nn.Module):
     def setup(self) -> None:
         """Make the table."""
         init = normal_initializer(self.init_std, self.embed_dim)
-        self.embedding = self.param(
-            "embedding",
-            with_axes(init, ("vocab", "embed")),
-            (self.num_embeddings, self.embed_dim),
-            self.param_dtype,
+        self.embedding = stored(
+            self, "embedding", with_axes(init, ("vocab", "embed")), (self.num_embeddings, self.embed_dim)
         )
 
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """The rows at `indices`; NaN beyond the table, which no loss or sample can hide."""
+        """The rows at `indices`; of one outside the table NaN, or UserError where it is known (`ops.ids`)."""
+        if isinstance(self.embedding, Panels):
+            rows = panel_columns(self.embedding, indices)
+        else:
+            rows = look_up(self.embedding, indices)
         # Rows are cast after the look-up: less to cast, and the gradient adds up in the parameter's dtype.
-        rows = jnp.take(self.embedding, indices, axis=0, mode="fill").astype(self.dtype)
+        rows = rows.astype(self.dtype)
         return rows * math.sqrt(self.embed_dim) if self.scale else rows
 
     def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product of each vector with every row, accumulated and returned in float32."""
-        return kernel_product(self, hidden.astype(self.dtype), self.embedding.astype(self.dtype).T, 1, jnp.float32)
+        kernel = self.embedding if isinstance(self.embedding, Panels) else self.embedding.astype(self.dtype).T
+        return kernel_product(self, hidden.astype(self.dtype), kernel, 1, jnp.float32)
+
+    @nn.nowrap
+    def cut(self, table: Float[Array, "V D"], width: int) -> Panels:
+        """The table in panels of so many rows, from which they are looked up and multiplied."""
+        return Panels(cut_panels(table.astype(self.dtype).T, width), (self.num_embeddings,))
 
 
 class PositionEmbedding(nn.Module):
@@ -81,7 +90,7 @@ class PositionEmbedding(nn.Module):
                 (self.max_length, embed_dim),
                 self.param_dtype,
             )
-            vectors = jnp.take(table, positions_BT, axis=0, mode="fill").astype(self.dtype)
+            vectors = look_up(table, positions_BT, kind="Positions", limit="max_length").astype(self.dtype)
         elif self.config.kind == "sinusoidal":
             vectors = sinusoidal(positions_BT, embed_dim, theta=self.config.theta).astype(self.dtype)
         else:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.ops.panels import cut_panels, panel_product, panel_width
+from transformer.ops.panels import Panels, cut_panels, panel_product
 from transformer.ops.wide_product import wide_product
 
 DotGeneral = Callable[..., jax.Array]
@@ -26,24 +26,24 @@ def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, 
     return nn.with_logical_partitioning(initializer, axes)
 
 
-def kernel_product(
-    module: Any, inputs: Float[Array, "..."], kernel: Float[Array, "..."], num_contracted: int, dtype: Any
-) -> Float[Array, "..."]:
-    """Contract the last axes of the inputs with the first of the kernel, by `module.dot_general` or with panels.
+def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> Any:
+    """A parameter of a module: made, given, or in the panels that `generation.prepare` put in its place."""
+    if module.has_variable("params", name):
+        given = module.get_variable("params", name)
+        if isinstance(given, Panels):
+            return given
+    return module.param(name, initializer, shape, module.param_dtype)
 
-    Panels (`ops.panels`) are for decoding on CPU: an `apply` with `mutable=["panels"]` cuts them from the kernels, one
-    that is given this collection multiplies with them.
-    """
+
+def kernel_product(
+    module: Any, inputs: Float[Array, "..."], kernel: Float[Array, "..."] | Panels, num_contracted: int, dtype: Any
+) -> Float[Array, "..."]:
+    """Contract the last axes of the inputs with the first of the kernel, by `module.dot_general` or with panels."""
     first = inputs.ndim - num_contracted
-    fan_in, num_rows = math.prod(inputs.shape[first:]), math.prod(inputs.shape[:first])
-    features = kernel.shape[num_contracted:]
-    if module.is_mutable_collection("panels") and not module.is_initializing():
-        matrix_DF = kernel.reshape(fan_in, math.prod(features))
-        module.put_variable("panels", "kernel", cut_panels(matrix_DF, panel_width(num_rows)))
-    if module.has_variable("panels", "kernel"):
-        panels = module.get_variable("panels", "kernel")
-        out_NF = panel_product(inputs.reshape(num_rows, fan_in), panels, math.prod(features), dtype)
-        return out_NF.reshape(*inputs.shape[:first], *features)
+    if isinstance(kernel, Panels):
+        rows_ND = inputs.reshape(-1, math.prod(inputs.shape[first:]))
+        out_NF = panel_product(rows_ND, kernel.panels, kernel.num_columns, dtype)
+        return out_NF.reshape(*inputs.shape[:first], *kernel.features)
     dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
     if module.dot_general is jax.lax.dot_general and inputs.dtype == jnp.bfloat16 and dtype == jnp.float32:
         return wide_product(num_contracted, inputs, kernel)
@@ -88,14 +88,26 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last axes of `inputs` with the first of the kernel."""
-        num_inputs = len(self.axes) - len(self.features)
+        num_inputs = self._num_inputs
         contracted = inputs.shape[-num_inputs:]
         init = normal_initializer(self.init_std, math.prod(contracted), self.init_scale)
-        kernel = self.param("kernel", with_axes(init, self.axes), (*contracted, *self.features), self.param_dtype)
+        kernel = stored(self, "kernel", with_axes(init, self.axes), (*contracted, *self.features))
+        if not isinstance(kernel, Panels):
+            kernel = kernel.astype(self.dtype)
         dtype = jnp.dtype(self.output_dtype or self.dtype)
-        out = kernel_product(self, inputs.astype(self.dtype), kernel.astype(self.dtype), num_inputs, dtype)
+        out = kernel_product(self, inputs.astype(self.dtype), kernel, num_inputs, dtype)
         if self.use_bias:
             init = with_axes(nn.initializers.zeros, self.axes[num_inputs:])
             bias = self.param("bias", init, self.features, self.param_dtype).astype(dtype)
             out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
         return out
+
+    @nn.nowrap
+    def cut(self, kernel: Float[Array, "..."], width: int) -> Panels:
+        """A kernel of this layer in panels of so many columns, for `generation.prepare`."""
+        fan_in = math.prod(kernel.shape[: self._num_inputs])
+        return Panels(cut_panels(kernel.astype(self.dtype).reshape(fan_in, -1), width), self.features)
+
+    @property
+    def _num_inputs(self) -> int:
+        return len(self.axes) - len(self.features)

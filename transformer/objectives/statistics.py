@@ -9,18 +9,19 @@ from jaxtyping import Array, Float, Int
 
 from transformer.config import ObjectiveConfig
 from transformer.ops.chunks import sum_over_chunks
-from transformer.ops.losses import cross_entropy
+from transformer.ops.losses import counted_only, cross_entropy
 from transformer.types import PyTree, Statistics
 
 
 def token_statistics(
     logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], config: ObjectiveConfig
 ) -> Statistics:
-    """Sums over targets, float32.
+    """Sums over targets, float32; a target of weight 0 counts for nothing, whatever it and its logits hold.
 
     `loss` (negative log-likelihood, nats), `weight` (targets), `correct` (targets that were the most likely), and
     `objective` (what is minimised: the loss with label smoothing and z-loss).
     """
+    logits, targets = counted_only(weights, logits, targets)
     objective, nll = cross_entropy(logits, targets, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return {
@@ -58,6 +59,8 @@ def predicted_statistics(
         statistics = token_statistics(logits_BTV, targets_BT, weights_BT, config)
         return statistics.pop("objective"), statistics
 
+    # Before they are projected: the gradient of a kernel has a term for every hidden state, times 0 or not.
+    predicted_BTX, targets_BT = counted_only(weights_BT, predicted_BTX, targets_BT)
     # What projects, and nothing else, gets a gradient here.
     head = {name: params[name] for name in ("output",) if name in params} or {
         "token_embedding": params["token_embedding"]

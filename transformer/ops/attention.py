@@ -62,7 +62,8 @@ def dot_product_attention(
         the one that a program is lowered for, which need not be there; others leave no trace in it.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, the bias does not hold floating-point numbers, or the implementation cannot honour what is asked.
+      ValueError: if shapes or dtypes do not fit, the bias does not hold floating-point numbers, or the implementation cannot
+        honour what is asked.
       NotImplementedError: from JAX, if a program with splash or cudnn is lowered for a platform that has none. (One program for
         several platforms, as `jax.export` makes, needs xla or blockwise.)
 

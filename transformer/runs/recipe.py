@@ -99,7 +99,7 @@ def make_evaluator(run: Run, split: str) -> loop.Evaluator:
         placed = (run.runner.place_batch(batch) for batch in batches)
         # Numpy: rows of this process, as those of a batch.
         carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // run.runner.feeds[1])))
-        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry))
+        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry, split=split))
         one_copy = run.runner.gather(run.runner.fetch_state(params))
         generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}

@@ -16,7 +16,15 @@ from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.runs.directory import Record, compare_classes, compare_data, read_run
-from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
+from transformer.tasks import (
+    check_batch_ids,
+    generation_scores,
+    make_model,
+    make_objective,
+    make_params,
+    resolve,
+    split_metrics,
+)
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
@@ -109,7 +117,8 @@ def evaluate(
     objective = make_objective(config, model, tokenizer)
     batches: Any = data.evaluation_batches(tokenizer, split)
     carry = objective.init_carry(config.data.batch_size)
-    sums = sum_statistics(jax.jit(make_eval_step(objective)), params, batches, carry)
+    checked = (check_batch_ids(config.model, batch) for batch in batches)
+    sums = sum_statistics(jax.jit(make_eval_step(objective)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
         "step": step,
