@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from transformer.config import Config
 from transformer.data.tokenizers import Vocabulary
 from transformer.models.init import init_params
+from transformer.ops.ids import check_batch_ids
 from transformer.ops.places import balanced_order
 from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
-from transformer.tasks import check_batch_ids, init_method, init_shapes, make_model, make_objective
+from transformer.tasks import init_method, init_shapes, make_model, make_objective
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import check_scanned_groups, freeze_objective, make_optimizer
 from transformer.training.spikes import make_spikes

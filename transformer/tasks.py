@@ -30,11 +30,10 @@ from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu
 from transformer.ops.attention import select_implementation
 from transformer.ops.bias import AlibiBias
-from transformer.ops.ids import check_ids
 from transformer.ops.masks import AttentionMask
 from transformer.training.hardware import model_flops
 from transformer.training.metrics import Work, derive
-from transformer.types import Batch, LabelledBatch, Objective, PairBatch, PyTree
+from transformer.types import Objective, PairBatch, PyTree
 from transformer.validation import require
 
 ARCHITECTURES = {
@@ -129,28 +128,6 @@ def make_objective(config: Config, model: nn.Module, tokenizer: Vocabulary) -> O
             return classification(model, config.objective, mask_token(tokenizer))
         case "seq2seq" | "span_corruption":
             return seq2seq(model, config.objective)
-
-
-def check_batch_ids(config: ModelConfig, batch: Any) -> Any:
-    """The batch, on the host; what is no batch is left alone.
-
-    Raises:
-        UserError: it holds a token, or a target whose weight is not 0, that the model does not have. A compiled step cannot
-            refuse, and gives NaN.
-    """
-    if not isinstance(batch, Batch | LabelledBatch | PairBatch):
-        return batch
-    vocab_size = config.vocab_size
-    check_ids(batch.inputs, vocab_size, "the batch's inputs")
-    if isinstance(batch, PairBatch):
-        check_ids(batch.source, config.source_vocab_size or vocab_size, "the batch's source")
-    counted = np.asarray(batch.weights) != 0
-    if isinstance(batch, LabelledBatch):
-        labels = np.asarray(batch.labels)[counted]
-        check_ids(labels, config.num_classes, "the batch", kind="Labels with a weight", limit="num_classes")
-    else:
-        check_ids(np.asarray(batch.targets)[counted], vocab_size, "the batch's targets with a weight")
-    return batch
 
 
 def count_parameters(params: PyTree) -> int:

@@ -271,14 +271,10 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(sampling, bad):
         pytest.skip("this draw repeats what it read")
     column = good.tokens[0].tolist().index(token) + 1
     broken = {**params, "token_embedding": {"embedding": table.at[token].set(bad)}}
-    with pytest.raises(
-        UserError, match=rf"those of prompt 0 are NaN or infinite after {len(PROMPTS[0]) + column} tokens"
-    ):
+    with pytest.raises(UserError, match=rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + column} tokens"):
         generate(model, broken, PROMPTS[:1], max_new_tokens=8, sampling=sampling, seed=3)
     streamed = []
-    with pytest.raises(
-        UserError, match=rf"those of prompt 0 are NaN or infinite after {len(PROMPTS[0]) + column} tokens"
-    ):
+    with pytest.raises(UserError, match=rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + column} tokens"):
         streamed.extend(stream(model, broken, PROMPTS[0], max_new_tokens=8, sampling=sampling, seed=3))
 
 

@@ -12,9 +12,9 @@ from transformer.data.tokenizers import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.init import init_params
 from transformer.objectives.statistics import predicted_statistics, token_statistics
+from transformer.ops.ids import check_batch_ids
 from transformer.tasks import (
     ARCHITECTURES,
-    check_batch_ids,
     init_method,
     init_shapes,
     make_model,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from transformer.types import UserError
 from transformer.validation import require, require_at_least, require_int32
 
 NO_TOKEN = -2
@@ -56,19 +57,11 @@ def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingC
 
 
 def check_drawn(tokens_BN: Int[np.ndarray, "B N"], read_B: Int[np.ndarray, " B"], what: str = "") -> None:
-    """Raise UserError if a token could not be drawn.
-
-    Args:
-        tokens_BN: as drawn.
-        read_B: tokens of each row before these, read or drawn.
-        what: has them, where rows are not prompts.
-    """
-    for row, column in np.argwhere(tokens_BN == NO_TOKEN)[:1]:
-        what = what or f"prompt {row}"
-        require(
-            False,
-            f"Logits must be numbers, those of {what} are NaN or infinite after {read_B[row] + column} tokens; the "
-            "parameters are not finite, or overflow in half precision: take an earlier checkpoint, or dtype=float32.",
+    """Raise UserError if a token could not be drawn, after `read_B` tokens of each row, of a prompt or of `what`."""
+    for row, column in np.argwhere(tokens_BN == NO_TOKEN):
+        raise UserError(
+            f"Logits must be numbers, those of {what or f'prompt {row}'} are NaN or inf after {read_B[row] + column} tokens; "
+            "the parameters are not finite, or overflow in half precision: take an earlier checkpoint, or dtype=float32."
         )
 
 

@@ -50,30 +50,19 @@ def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: 
 
 
 def check_right_padded(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
-    """Which rows have padding before a token, a place that a cache has not: slots of a row are filled without gaps.
-
-    Raises:
-        UserError: there is such a row in an array that is not traced.
-    """
+    """Which rows have padding before a token, for which a cache has no slot; UserError if there is one, and it is known."""
     padded_first_B = jnp.any(valid_BT[:, 1:] & ~valid_BT[:, :-1], axis=1)
     if not isinstance(padded_first_B, Tracer) and padded_first_B.is_fully_addressable:
-        rows = np.flatnonzero(padded_first_B)
-        require(
-            len(rows) == 0,
-            "With a cache, padding must follow the tokens of a row, where its segment ids are 0; row "
-            f"{rows[0] if len(rows) else 0} has padding before a token: pad prompts on the right.",
-        )
+        rule = "With a cache, padding (segment ids of 0) must follow the tokens of a row"
+        row = int(np.argmax(padded_first_B))
+        require(not padded_first_B[row], f"{rule}; row {row} has padding before a token: pad prompts on the right.")
     return padded_first_B
 
 
 def next_slots(
     lengths_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
 ) -> Int[Array, "B T"]:
-    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity.
-
-    Raises:
-        UserError: padding that is not traced stands before a token.
-    """
+    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
     if valid_BT is not None:
         check_right_padded(valid_BT)
     slots_BT = lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
@@ -99,11 +88,8 @@ def write_cache(
         cache: what was there.
         key_BTGK: keys of the new tokens.
         value_BTGK: their values.
-        valid_BT: which tokens count; those that do not must come last in their row. None means all.
-
-    Raises:
-        UserError: padding that is not traced stands before a token. In compiled code such a row's keys become NaN, and so all
-            that attends to them.
+        valid_BT: which tokens count; those that do not must come last in their row (else UserError, or in compiled code NaN in
+            all keys of the row). None means all.
     """
     B, T = key_BTGK.shape[:2]
     capacity = cache.key_BGPK.shape[2]

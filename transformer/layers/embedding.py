@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from transformer.layers.linear import DotGeneral, kernel_product, normal_initializer, stored, with_axes
 from transformer.model_config import PositionConfig
 from transformer.ops.bias import T5Bias
-from transformer.ops.ids import look_up
+from transformer.ops.ids import check_ids, look_up
 from transformer.ops.panels import Panels, cut_panels, panel_columns
 from transformer.ops.positions import sinusoidal
 
@@ -37,23 +37,20 @@ class Embed(nn.Module):
     def setup(self) -> None:
         """Make the table."""
         init = normal_initializer(self.init_std, self.embed_dim)
-        self.embedding = stored(
-            self, "embedding", with_axes(init, ("vocab", "embed")), (self.num_embeddings, self.embed_dim)
-        )
+        shape = (self.num_embeddings, self.embed_dim)
+        self.embedding = stored(self, "embedding", with_axes(init, ("vocab", "embed")), shape)
 
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """The rows at `indices`; of one outside the table NaN, or UserError where it is known (`ops.ids`)."""
-        if isinstance(self.embedding, Panels):
-            rows = panel_columns(self.embedding, indices)
-        else:
-            rows = look_up(self.embedding, indices)
+        check_ids(indices, self.num_embeddings)
+        find = panel_columns if isinstance(self.embedding, Panels) else look_up
         # Rows are cast after the look-up: less to cast, and the gradient adds up in the parameter's dtype.
-        rows = rows.astype(self.dtype)
+        rows = find(self.embedding, indices).astype(self.dtype)
         return rows * math.sqrt(self.embed_dim) if self.scale else rows
 
     def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product of each vector with every row, accumulated and returned in float32."""
-        kernel = self.embedding if isinstance(self.embedding, Panels) else self.embedding.astype(self.dtype).T
+        kernel = self.embedding if isinstance(self.embedding, Panels) else self.embedding.T
         return kernel_product(self, hidden.astype(self.dtype), kernel, 1, jnp.float32)
 
     @nn.nowrap
@@ -90,7 +87,7 @@ class PositionEmbedding(nn.Module):
                 (self.max_length, embed_dim),
                 self.param_dtype,
             )
-            vectors = look_up(table, positions_BT, kind="Positions", limit="max_length").astype(self.dtype)
+            vectors = look_up(table, positions_BT).astype(self.dtype)
         elif self.config.kind == "sinusoidal":
             vectors = sinusoidal(positions_BT, embed_dim, theta=self.config.theta).astype(self.dtype)
         else:

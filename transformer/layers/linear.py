@@ -42,8 +42,9 @@ def kernel_product(
     first = inputs.ndim - num_contracted
     if isinstance(kernel, Panels):
         rows_ND = inputs.reshape(-1, math.prod(inputs.shape[first:]))
-        out_NF = panel_product(rows_ND, kernel.panels, kernel.num_columns, dtype)
+        out_NF = panel_product(rows_ND, kernel.panels, math.prod(kernel.features), dtype)
         return out_NF.reshape(*inputs.shape[:first], *kernel.features)
+    kernel = kernel.astype(module.dtype)
     dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
     if module.dot_general is jax.lax.dot_general and inputs.dtype == jnp.bfloat16 and dtype == jnp.float32:
         return wide_product(num_contracted, inputs, kernel)
@@ -88,12 +89,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last axes of `inputs` with the first of the kernel."""
-        num_inputs = self._num_inputs
+        num_inputs = len(self.axes) - len(self.features)
         contracted = inputs.shape[-num_inputs:]
         init = normal_initializer(self.init_std, math.prod(contracted), self.init_scale)
         kernel = stored(self, "kernel", with_axes(init, self.axes), (*contracted, *self.features))
-        if not isinstance(kernel, Panels):
-            kernel = kernel.astype(self.dtype)
         dtype = jnp.dtype(self.output_dtype or self.dtype)
         out = kernel_product(self, inputs.astype(self.dtype), kernel, num_inputs, dtype)
         if self.use_bias:
@@ -105,9 +104,5 @@ class Linear(nn.Module):
     @nn.nowrap
     def cut(self, kernel: Float[Array, "..."], width: int) -> Panels:
         """A kernel of this layer in panels of so many columns, for `generation.prepare`."""
-        fan_in = math.prod(kernel.shape[: self._num_inputs])
-        return Panels(cut_panels(kernel.astype(self.dtype).reshape(fan_in, -1), width), self.features)
-
-    @property
-    def _num_inputs(self) -> int:
-        return len(self.axes) - len(self.features)
+        matrix_DF = kernel.astype(self.dtype).reshape(-1, math.prod(self.features))
+        return Panels(cut_panels(matrix_DF, width), self.features)

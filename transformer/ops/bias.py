@@ -26,10 +26,7 @@ Bias = Shaped[jax.Array, "#B #H T S"] | BiasDescription
 
 
 def check_bias(bias: Any) -> None:
-    """Raise UserError unless a bias, dense or described, or a block of one, holds floating-point numbers: it is added to logits.
-
-    Booleans and integers that say who may attend to whom would be added as 0 and 1.
-    """
+    """Raise UserError unless a bias holds floating-point numbers: booleans of a mask would be added to logits as 0 and 1."""
     for leaf in jax.tree.leaves(bias):
         dtype = jnp.result_type(leaf)
         require(

@@ -8,63 +8,63 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from transformer.model_config import ModelConfig
+from transformer.types import Batch, LabelledBatch, PairBatch
 from transformer.validation import require
 
 
 def check_ids(ids: Any, size: int, what: str = "the input", *, kind: str = "Tokens", limit: str = "vocab_size") -> None:
     """Raise UserError if an id is known, in Python or in an array that is not traced, and outside 0 ... size - 1.
 
-    Args:
-        ids: integers in any shape; nothing is checked of a tracer, nor of an array of which other processes hold a part.
-        size: of the table.
-        what: holds them, such as "prompt 3".
-        kind: of ids they are.
-        limit: name of the setting that is the size.
+    A tracer is not checked, nor an array of which other processes hold a part. `what` holds the ids, such as "prompt 3"; `limit`
+    is the name of the setting that is the size.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     known = np.asarray(ids)
-    if known.size == 0:
-        return
-    require(
-        np.issubdtype(known.dtype, np.integer),
-        f"{kind} must be integers, {what} holds {known.dtype}.",
-    )
-    low, high = int(known.min()), int(known.max())
+    require(np.issubdtype(known.dtype, np.integer), f"{kind} must be integers, {what} holds {known.dtype}.")
+    low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
+    rule = f"{kind} must be at least 0 and below {limit}={size}, {what} holds {low} to {high}"
     remedy = "; encode it with the model's own tokenizer" if kind == "Tokens" else ""
-    require(
-        low >= 0 and high < size,
-        f"{kind} must be at least 0 and below {limit}={size}, {what} holds {low} to {high}{remedy}.",
-    )
+    require(low >= 0 and high < size, f"{rule}{remedy}.")
 
 
-def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"], **names: str) -> Float[Array, "*B D"]:
+def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """The rows of a table; of an id outside it, negative ones too, NaN, which no loss or sample can hide.
 
-    The gradient of such a row is dropped. The names are those of `check_ids`.
-
-    Raises:
-        UserError: an id that is not traced is outside the table.
+    The gradient of such a row is dropped.
 
     >>> jax.jit(lambda ids: look_up(jnp.array([[1.0], [2.0]]), ids))(jnp.array([1, -1, 2]))[:, 0].tolist()
     [2.0, nan, nan]
     """
-    check_ids(ids, len(table), **names)
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n"]]:
-    """Sequences of tokens as int32 rows, for a model with a vocabulary of `size`.
-
-    Raises:
-        UserError: one is empty, or holds anything but ids below `size`.
-    """
+    """Sequences of tokens as int32 rows; UserError if one is empty, or holds anything but ids below `size`."""
     rows = [np.asarray(sequence) for sequence in sequences]
     for index, row in enumerate(rows):
-        require(
-            row.ndim == 1 and len(row) > 0,
-            f"Every {what} must be a sequence of one token or more, {what} {index} has shape {row.shape}; start it with the "
-            "end-of-text token.",
-        )
+        rule = f"Every {what} must be a sequence of one token or more, {what} {index} has shape {row.shape}"
+        require(row.ndim == 1 and len(row) > 0, f"{rule}; start it with the end-of-text token.")
         check_ids(row, size, f"{what} {index}")
     return [row.astype(np.int32) for row in rows]
+
+
+def check_batch_ids(config: ModelConfig, batch: Any) -> Any:
+    """What is given; UserError if it is a batch with a token, or a target whose weight is not 0, that the model does not have.
+
+    For the host: a compiled step cannot refuse, and gives NaN.
+    """
+    if not isinstance(batch, Batch | LabelledBatch | PairBatch):
+        return batch
+    vocab_size = config.vocab_size
+    check_ids(batch.inputs, vocab_size, "the batch's inputs")
+    if isinstance(batch, PairBatch):
+        check_ids(batch.source, config.source_vocab_size or vocab_size, "the batch's source")
+    counted = np.asarray(batch.weights) != 0
+    if isinstance(batch, LabelledBatch):
+        labels = np.asarray(batch.labels)[counted]
+        check_ids(labels, config.num_classes, "the batch", kind="Labels with a weight", limit="num_classes")
+    else:
+        check_ids(np.asarray(batch.targets)[counted], vocab_size, "the batch's targets with a weight")
+    return batch

@@ -46,9 +46,7 @@ def cross_entropy(
 def counted_only(
     weights: Float[Array, "*B"], predicted: Float[Array, "*B X"], targets: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B X"], Int[Array, "*B"]]:
-    """Logits (or hidden states) and targets, zeros where the weight is 0: whatever is there, a sum and its gradient ignore it.
-
-    To multiply a loss by 0 is not enough: 0 times NaN is NaN.
+    """Logits (or hidden states) and targets, zeros where the weight is 0: to multiply a loss by 0 is not enough if it is NaN.
 
     >>> counted_only(jnp.array([1.0, 0.0]), jnp.array([[2.0], [jnp.nan]]), jnp.array([0, -100]))[1].tolist()
     [0, 0]

@@ -45,22 +45,11 @@ class Panels:
     features: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     """Sizes of the axes that its columns are of, such as heads and their width."""
 
-    @property
-    def num_columns(self) -> int:
-        """Columns of the matrix."""
-        return math.prod(self.features)
-
 
 def panel_columns(matrix: Panels, indices: Int[jax.Array, "*B"]) -> Float[jax.Array, "*B D"]:
-    """The columns at `indices`; NaN outside the matrix.
-
-    >>> matrix = Panels(cut_panels(jnp.arange(6.0).reshape(2, 3), width=2), (3,))
-    >>> panel_columns(matrix, jnp.array([2, 3])).tolist()
-    [[2.0, 5.0], [nan, nan]]
-    """
+    """The columns at `indices`; NaN outside the matrix, whose last panel may be filled up."""
     count, _, width = matrix.panels.shape
-    # The last panel may hold columns of nothing.
-    inside = (indices >= 0) & (indices < matrix.num_columns)
+    inside = (indices >= 0) & (indices < math.prod(matrix.features))
     panel, column = jnp.where(inside, indices // width, count), indices % width
     return matrix.panels.at[panel, :, column].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 

@@ -15,16 +15,9 @@ from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
+from transformer.ops.ids import check_batch_ids
 from transformer.runs.directory import Record, compare_classes, compare_data, read_run
-from transformer.tasks import (
-    check_batch_ids,
-    generation_scores,
-    make_model,
-    make_objective,
-    make_params,
-    resolve,
-    split_metrics,
-)
+from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
