@@ -140,3 +140,24 @@ def test_unknown_command_and_usage(capsys):
     assert "unknown command 'dance'" in capsys.readouterr().err
     main([])
     assert "evaluate" in capsys.readouterr().out
+
+
+def test_callbacks_of_a_failed_save_print_nothing(monkeypatch):
+    """TensorStore reports to the event loop that Orbax has closed; Python hands such errors to `sys.unraisablehook`."""
+
+    class Late:
+        def __init__(self, text):
+            self.text = text
+
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    def command(*_):
+        for text in ("Event loop is closed", "something else"):
+            Late(text)
+
+    seen = []
+    monkeypatch.setattr("sys.unraisablehook", lambda found: seen.append(str(found.exc_value)))
+    monkeypatch.setattr("transformer.cli.prove.main", command)
+    main(["prove"])
+    assert seen == ["something else"]

@@ -1,9 +1,12 @@
 """The command line: `transformer COMMAND ...`, also `python -m transformer COMMAND ...`."""
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from transformer.cli.fields import as_flags
 from transformer.cli.options import OPTIONS
@@ -49,7 +52,8 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         try:
             parsed = options.parse(arguments)
-            importlib.import_module(f"transformer.cli.{name}").main(*parsed)
+            with _quiet_callbacks():
+                importlib.import_module(f"transformer.cli.{name}").main(*parsed)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except UserError as error:
@@ -65,3 +69,19 @@ def run(name: str, arguments: list[str]) -> None:
         # `transformer generate RUN | head -c 4` ends as other tools do, and the interpreter does not try to write again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + _SIGPIPE)
+
+
+@contextlib.contextmanager
+def _quiet_callbacks() -> Iterator[None]:
+    """Leave out what TensorStore reports to Orbax's event loop after a failed save has closed it; the save's error is told."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
