@@ -27,7 +27,7 @@ import jax
 from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.runs.compare import compare, read_outcome
-from transformer.training.checkpoint import committed_steps
+from transformer.training.folders import committed_steps
 
 KINDS = ("pmap", "fsdp", "classifier", "translator", "transformer_xl", "muon_float16")
 STEPS = 150
@@ -171,14 +171,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="in all; shared among the kinds")
     default = pathlib.Path(tempfile.gettempdir()) / "transformer-kills"
     parser.add_argument("--directory", type=pathlib.Path, default=default, help="of the runs")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="several processes may share a directory"
+    )
     options = parser.parse_args()
     directory = options.directory.absolute()
     if not (directory / LIVES).exists():
         make_data(directory)
         (directory / LIVES).touch()
     lives = [json.loads(line) for line in (directory / LIVES).read_text().splitlines()]
-    kinds = {kind: attack(directory, kind, -(-options.kills // len(KINDS)), lives) for kind in KINDS}
-    killed = [life for life in lives if life["status"] == -signal.SIGKILL]
+    kinds = {kind: attack(directory, kind, -(-options.kills // len(KINDS)), lives) for kind in options.kinds}
+    killed = [life for life in lives if life["status"] == -signal.SIGKILL and life["kind"] in options.kinds]
     result = {
         "benchmark": "kills",
         "jax": jax.__version__,
