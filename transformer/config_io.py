@@ -107,7 +107,10 @@ def fill_open(config: Config, recorded: Config) -> Config:
 
 
 def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences between two configs (as dictionaries) that a resumed run may not have, one line each."""
+    """Differences between two configs (as dictionaries) that a resumed run may not have, one line each.
+
+    What either of them leaves open (`LEFT_OPEN`) is no difference.
+    """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     # Adafactor bounds and scales the update of each parameter by its root mean square: of a layer, or of a whole stack.
     stacked = before.get("optimizer.name") == after.get("optimizer.name") == "adafactor"
@@ -117,5 +120,5 @@ def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for path in sorted(set(before) | set(after))
         if before.get(path, "absent") != after.get(path, "absent")
         and not path.startswith(resumable)
-        and LEFT_OPEN.get(path, "absent") != after.get(path, "missing")
+        and LEFT_OPEN.get(path, "absent") not in (before.get(path, "missing"), after.get(path, "missing"))
     ]

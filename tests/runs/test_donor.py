@@ -79,6 +79,7 @@ def test_a_run_goes_on_with_what_it_recorded_where_nothing_is_asked_for():
     for data in (DataConfig(), DataConfig(tokenizer="bpe"), DataConfig(tokenizer_size=300)):
         assert resume_conflicts(to_dict(recorded), to_dict(Config(data=data))) == []
         assert fill_open(Config(data=data), recorded) == recorded
+        assert resume_conflicts(to_dict(Config(data=data)), to_dict(recorded)) == []  # a kill before the first save
     conflicts = resume_conflicts(to_dict(recorded), to_dict(Config(data=DataConfig(tokenizer="bytes"))))
     assert conflicts == ["data.tokenizer: bpe -> bytes"]
 
