@@ -107,10 +107,7 @@ def fill_open(config: Config, recorded: Config) -> Config:
 
 
 def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences between two configs (as dictionaries) that a resumed run may not have, one line each.
-
-    What either of them leaves open (`LEFT_OPEN`) is no difference.
-    """
+    """Differences of two configs (dictionaries) that a resumed run may not have, a line each; what one leaves open is none."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     # Adafactor bounds and scales the update of each parameter by its root mean square: of a layer, or of a whole stack.
     stacked = before.get("optimizer.name") == after.get("optimizer.name") == "adafactor"

@@ -1,6 +1,7 @@
 """`transformer prove`: a model is trained, killed, damaged and moved to other devices, and ends as if nothing had happened."""
 
 import email
+import functools
 import os
 import pathlib
 import random
@@ -73,10 +74,10 @@ def make_runs(directory: pathlib.Path, steps: int = STEPS) -> Trial:
     (directory / "text").mkdir(parents=True)
     for path in sorted(pathlib.Path(email.__file__).parent.glob("*.py")):
         shutil.copy(path, directory / "text" / f"{path.stem}.txt")
-    chance = random.Random()
-    _say(f"1/4  train {steps} steps, undisturbed")
+    chance, say = random.Random(), functools.partial(print, file=sys.stderr, flush=True)
+    say(f"1/4  train {steps} steps, undisturbed")
     finish(directory, "undisturbed", steps)
-    _say("2/4  the same, killed with SIGKILL at a random moment, then started again")
+    say("2/4  the same, killed with SIGKILL at a random moment, then started again")
     kill(directory, "killed", steps, after=chance.uniform(2 * SAVE_EVERY + 5, steps - 15))
     for name in ("damaged", "devices"):
         shutil.copytree(directory / "killed", directory / name)
@@ -84,9 +85,9 @@ def make_runs(directory: pathlib.Path, steps: int = STEPS) -> Trial:
     saved_at = max(committed_steps(directory / "killed" / CHECKPOINTS))
     finish(directory, "killed", steps)
     damaged = flip_a_bit(directory / "damaged" / CHECKPOINTS / str(saved_at), chance)
-    _say("3/4  the killed run again, a bit of its newest checkpoint flipped")
+    say("3/4  the killed run again, a bit of its newest checkpoint flipped")
     finish(directory, "damaged", steps)
-    _say("4/4  the killed run again, on two devices")
+    say("4/4  the killed run again, on two devices")
     finish(directory, "devices", steps, "--parallel.fsdp", "2", devices=2)
     return Trial(killed_at, saved_at, damaged)
 
@@ -114,13 +115,11 @@ def judge(directory: pathlib.Path, trial: Trial) -> tuple[str, bool]:
             bits, rows = f"at most {difference.largest:.0e} *", ""
         else:
             equal &= difference.bits == difference.rows == 0 and (name != "damaged" or named)
-            bits, rows = f"{difference.bits:,}", f"{difference.rows}"
+            bits, rows = f"{difference.bits:,}", str(difference.rows)
         lines.append(f"{title:<32}{found.step:>6}{bits:>20}{rows:>11}{'ok' if equal else 'FAIL':>6}")
         all_equal &= equal
     lines += [
-        "",
-        "Bits are those of parameters, optimizer state and random key; rows those of",
-        "metrics.jsonl, timings apart.",
+        "\nBits: of parameters, optimizer state and random key. Rows: timings left out.",
         f"* Sums have another order there; parameters may differ by {TOLERANCE:.0e}.",
         f"The damaged file was {'found, and the checkpoint before used' if named else 'NOT FOUND'}:",
         f"  {trial.damaged}",
@@ -128,13 +127,9 @@ def judge(directory: pathlib.Path, trial: Trial) -> tuple[str, bool]:
     return "\n".join(line.rstrip() for line in lines), all_equal
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def start(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> subprocess.Popen[bytes]:
     """The command line, in a process of its own with so many CPU devices."""
-    command = [sys.executable, "-m", "transformer", "train", __file__, "--workdir", name, *options]
+    run = ["train", __file__, "--workdir", name, "--training.steps", str(steps), *options]
     package = str(pathlib.Path(__file__).parents[2])
     environment = os.environ | {
         "COLUMNS": "1000",
@@ -145,13 +140,8 @@ def start(directory: pathlib.Path, name: str, steps: int, *options: str, devices
         "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     with (directory / f"{name}.log").open("a") as log:
-        return subprocess.Popen(
-            [*command, "--training.steps", str(steps)],
-            cwd=directory,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        command = [sys.executable, "-m", "transformer", *run]
+        return subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> None:
