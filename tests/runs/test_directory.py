@@ -197,6 +197,15 @@ def test_any_part_may_be_missing(place, finished):
     assert len(refused) > 5
 
 
+def test_what_a_kill_left_of_a_removed_checkpoint_goes_when_a_finished_run_is_started(place, copy):
+    newest = max((copy / "checkpoints").iterdir(), key=lambda path: path.name)
+    before = snapshot(copy)
+    shutil.copytree(newest, copy / "checkpoints" / "1.unfinished")
+    (copy / "checkpoints" / "1.unfinished" / "MANIFEST.sha256").unlink()
+    start(config_of(place, copy))
+    assert snapshot(copy) == before
+
+
 def test_a_kill_in_the_first_start_leaves_what_the_same_command_starts_in(place, finished):
     class Death(BaseException):
         pass

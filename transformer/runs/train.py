@@ -35,9 +35,8 @@ from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
 from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
-from transformer.training import loop, out_of_memory
+from transformer.training import folders, loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer
-from transformer.training.folders import committed_steps
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
@@ -112,6 +111,8 @@ def _train_locked(
     old = open_workdir(config, report)
     done = old.step if old else 0
     if done >= config.training.steps:
+        if jax.process_index() == 0:  # a kill may have come while the last save removed an older checkpoint
+            folders.clean(workdir / CHECKPOINTS, done, report)
         restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
         report(
             f"{workdir} is finished: step {done} of {config.training.steps}. It goes on with more --training.steps, and with "
@@ -214,7 +215,7 @@ def _explained(config: Config) -> Iterator[None]:
 def _saved(config: Config) -> str:
     """A sentence on the last checkpoint."""
     try:
-        done = max(committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
+        done = max(folders.committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
     except OSError:
         return "Its checkpoints cannot be read now."
     return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
