@@ -463,6 +463,18 @@ def test_damage_to_an_old_description_does_not_stop_the_run(directory):
     assert save(directory, 30, keep=2).steps() == [20, 30]
 
 
+def test_a_folder_that_is_removed_after_a_save_is_no_defect_of_ours(tmp_path, monkeypatch):
+    commit = folders.commit
+
+    def commit_then_remove(directory, step):
+        commit(directory, step)
+        (tmp_path / "run").rename(tmp_path / "removed")
+
+    monkeypatch.setattr(folders, "commit", commit_then_remove)
+    assert save(tmp_path / "run" / "checkpoints", 1).steps() == []
+    assert not (tmp_path / "run").exists()
+
+
 def test_description_is_readable(directory):
     description = json.loads((directory / "20" / "checkpoint.json").read_text())
     assert description["step"] == 20

@@ -102,7 +102,7 @@ class Checkpointer:
                 response.result()
                 if jax.process_index() == 0:
                     for name, content in {**self._record, DESCRIPTION: text.encode()}.items():
-                        (path / name).parent.mkdir(parents=True, exist_ok=True)
+                        (path / name).parent.mkdir(exist_ok=True)  # not its parents: a folder that was removed stays so
                         (path / name).write_bytes(content)
                     folders.commit(self._directory, step)
                     self._retire()
@@ -160,7 +160,7 @@ class Checkpointer:
         """Remove checkpoints that are neither among the latest nor the best."""
         steps = self.steps()
         losses = {step: _validation_loss(self._directory / str(step)) for step in steps}
-        best = min(steps, key=lambda step: losses[step])
+        best = min(steps, key=lambda step: losses[step], default=None)  # none: the folder has been removed
         for step in steps[: -self._keep]:
             if step != best or math.isinf(losses[step]):
                 folders.discard(self._directory, step)
