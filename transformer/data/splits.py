@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.data.documents import Corpus, Document
-from transformer.validation import require
+from transformer.types import UserError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = 2  # part of a corpus's identity: another rule gives other splits of the same text
@@ -23,10 +23,10 @@ def split_documents(corpus: Corpus, parts: Parts, split: str) -> Iterator[Docume
     """Documents of a split, in order, whole or the part of them that `parts` gives it; the prompt is the first part's."""
     column = SPLITS.index(split)
     for document, of_document in itertools.zip_longest(corpus.documents(), parts):
-        require(
-            document is not None and of_document is not None,
-            f"A source must stay as it is while it is prepared, the number of texts in {corpus.name} has changed; start again.",
-        )
+        if document is None or of_document is None:
+            raise UserError(
+                f"A source must stay as it is while it is prepared, the number of texts in {corpus.name} changed; start again."
+            )
         if of_document[column] == of_document.sum():
             yield document
         elif of_document[column] > 0:

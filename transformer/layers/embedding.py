@@ -43,7 +43,7 @@ class Embed(nn.Module):
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """The rows at `indices`; of one outside the table NaN, or UserError where it is known (`ops.ids`)."""
         check_ids(indices, self.num_embeddings)
-        find = panel_columns if isinstance(self.embedding, Panels) else look_up
+        find: Any = panel_columns if isinstance(self.embedding, Panels) else look_up
         # Rows are cast after the look-up: less to cast, and the gradient adds up in the parameter's dtype.
         rows = find(self.embedding, indices).astype(self.dtype)
         return rows * math.sqrt(self.embed_dim) if self.scale else rows
