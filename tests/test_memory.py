@@ -91,7 +91,7 @@ def test_a_field_is_refused_or_harmless(path, value):
         assert len(message) < 500
         assert path[-1] in message, "it does not name the field"
         return
-    assert value == 10**9, "no integer of a config needs 64 bits"
+    assert value == 10**9 or path == ("data", "shuffle_seed"), "no integer of a config needs 64 bits, but a hashed seed"
     if path[0] == "parallel":
         return  # devices that are not there, which making the mesh refuses
     rows, length = config.data.batch_size, config.data.sequence_length
