@@ -63,6 +63,8 @@ def test_every_config_can_be_made_smaller_by_one_change(path):
                 flag.default == 0 and name in ("model.memory_length", "model.feed_forward.num_experts")
             ):  # another job
                 override(config, dict.fromkeys(flag.paths, value))
+    if config.data.tokenizer == "words":
+        assert override(config, {"data.tokenizer_size": 20}).data.tokenizer_size == 20
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -104,9 +104,11 @@ class DataConfig:
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
+        fewest = 257 if self.tokenizer == "bpe" else 3  # every byte and end-of-text; end-of-text, unknown and a word
         require(
-            self.tokenizer_size == 0 or 257 <= self.tokenizer_size <= 2**24,
-            f"DataConfig.tokenizer_size must be from 257 to 2^24, or 0 for the default, got {self.tokenizer_size}.",
+            self.tokenizer_size == 0 or fewest <= self.tokenizer_size <= 2**24,
+            f"DataConfig.tokenizer_size must be from {fewest} to 2^24 for the tokenizer {self.tokenizer!r}, or 0 for the "
+            f"default, got {self.tokenizer_size}.",
         )
         require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
         require(

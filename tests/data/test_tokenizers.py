@@ -119,6 +119,21 @@ def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_asked_for():
     assert make_tokenizer(DataConfig(tokenizer="bpe", tokenizer_size=4096), ["ab"]).vocab_size == 258
 
 
+@pytest.mark.parametrize("kind", ["words", "wordpiece"])
+def test_a_vocabulary_of_words_may_be_small(kind):
+    texts = ["to be or not to be"]
+    least = 3
+    if kind == "wordpiece":  # a piece for each character at the beginning of a word and one for each within
+        with pytest.raises(UserError, match=r"at least (\d+) for the characters of these texts, got 3") as refused:
+            make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=3), texts)
+        least = int(str(refused.value).split("at least ")[1].split()[0])
+    tokenizer = make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=least), texts)
+    assert tokenizer.vocab_size == least
+    assert "be" in tokenizer.decode(tokenizer.encode("be"))
+    with pytest.raises(UserError, match=f"from 3 to 2\\^24 for the tokenizer '{kind}', or 0 for the default, got 2"):
+        DataConfig(tokenizer=kind, tokenizer_size=2)
+
+
 def test_the_byte_pair_file_is_the_librarys(tmp_path):
     TOKENIZERS["bpe"].save(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())

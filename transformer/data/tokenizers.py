@@ -13,6 +13,7 @@ from jaxtyping import Int
 from transformer.config import DataConfig
 from transformer.data.files import without_surrogates
 from transformer.types import UserError
+from transformer.validation import require
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -211,7 +212,11 @@ class WordTokenizer(_Trained):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, pieces: bool) -> "WordTokenizer":
-        """The most frequent words, or the pieces most frequently merged."""
+        """The most frequent words, or the pieces most frequently merged.
+
+        Raises:
+            UserError: there is no room for each character as a piece that begins a word and one that goes on with it.
+        """
         model: Any
         special: Any = {"special_tokens": [END_OF_TEXT, _UNKNOWN], "show_progress": False}
         if pieces:
@@ -224,6 +229,12 @@ class WordTokenizer(_Trained):
         model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
         model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         model.train_from_iterator(texts, trainer)
+        needed = model.get_vocab_size()
+        require(
+            needed <= vocab_size,
+            f"DataConfig.tokenizer_size must be at least {needed} for the characters of these texts, got {vocab_size}; "
+            "data.tokenizer=words can have fewer.",
+        )
         return cls(model)
 
 

@@ -36,7 +36,7 @@ from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
 from transformer.training import folders, loop, out_of_memory
-from transformer.training.checkpoint import Checkpointer
+from transformer.training.checkpoint import Checkpointer, retire
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
@@ -111,8 +111,9 @@ def _train_locked(
     old = open_workdir(config, report)
     done = old.step if old else 0
     if done >= config.training.steps:
-        if jax.process_index() == 0:  # a kill may have come while the last save removed an older checkpoint
+        if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
             folders.clean(workdir / CHECKPOINTS, done, report)
+            retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
         restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
         report(
             f"{workdir} is finished: step {done} of {config.training.steps}. It goes on with more --training.steps, and with "

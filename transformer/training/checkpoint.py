@@ -105,7 +105,7 @@ class Checkpointer:
                         (path / name).parent.mkdir(exist_ok=True)  # not its parents: a folder that was removed stays so
                         (path / name).write_bytes(content)
                     folders.commit(self._directory, step)
-                    self._retire()
+                    retire(self._directory, self._keep)
 
         self._pending = self._worker.submit(commit)
 
@@ -156,14 +156,16 @@ class Checkpointer:
         if jax.process_index() == 0:
             folders.clean(self._directory, step, self._report)
 
-    def _retire(self) -> None:
-        """Remove checkpoints that are neither among the latest nor the best."""
-        steps = self.steps()
-        losses = {step: _validation_loss(self._directory / str(step)) for step in steps}
-        best = min(steps, key=lambda step: losses[step], default=None)  # none: the folder has been removed
-        for step in steps[: -self._keep]:
-            if step != best or math.isinf(losses[step]):
-                folders.discard(self._directory, step)
+
+def retire(directory: epath.PathLike, keep: int) -> None:
+    """Remove checkpoints that are neither among the latest `keep` nor the best."""
+    directory = folders.absolute(directory)
+    steps = folders.committed_steps(directory)
+    losses = {step: _validation_loss(directory / str(step)) for step in steps}
+    best = min(steps, key=lambda step: losses[step], default=None)  # none: the folder has been removed
+    for step in steps[:-keep]:
+        if step != best or math.isinf(losses[step]):
+            folders.discard(directory, step)
 
 
 def _folders_first() -> ocp.Context:
