@@ -64,6 +64,11 @@ def train(place, name, *options, variant=""):
     return place / name
 
 
+def words(capsys):
+    """What was said on the way, whatever the width of its lines."""
+    return " ".join(capsys.readouterr().err.split())
+
+
 @pytest.fixture(scope="module")
 def pretrained(place):
     return train(place, "mlm", "--data.source", str(place / "train.jsonl"), variant="mlm")
@@ -71,13 +76,17 @@ def pretrained(place):
 
 def test_a_classifier_learns_and_is_scored(place, capsys):
     workdir = train(place, "scratch")
-    capsys.readouterr()
+    cut = re.search(r"(\d+) of (\d+) texts of the training split are longer than a row \(31 tokens\)", words(capsys))
+    assert cut is not None
+    assert 0.1 < int(cut[1]) / int(cut[2]) < 0.5
     main(["evaluate", str(workdir), "--split", "test"])
     scores = json.loads(capsys.readouterr().out)
     confusion = np.array(scores["confusion"])
     assert scores["classes"] == ["bad", "good", "so-so"]
     assert confusion.sum(axis=1).tolist() == [14, 14, 13]
     assert scores["targets"] == 41
+    texts = [json.loads(line)["text"] for line in (place / "test.jsonl").read_text().splitlines()]
+    assert scores["cut_texts"] == sum(len(text.split()) > 31 for text in texts) > 0
     assert scores["accuracy"] == pytest.approx(np.trace(confusion) / 41)
     assert scores["accuracy"] > 0.8
     assert 0.5 < scores["macro_f1"] <= 1

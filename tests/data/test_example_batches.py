@@ -8,7 +8,7 @@ import pytest
 
 from transformer.config import DataConfig
 from transformer.data.datasets import ExampleData
-from transformer.data.example_batches import ExampleEvaluationBatches, buckets, labelled_form, pairs_form
+from transformer.data.example_batches import ExampleEvaluationBatches, buckets, count_cut, labelled_form, pairs_form
 from transformer.data.examples import ExampleSource, TextExample
 from transformer.data.tokenizers import ByteTokenizer, load_tokenizer
 from transformer.types import UserError
@@ -127,6 +127,16 @@ def test_long_texts_are_cut(truncate, kept):
     assert TOKENIZER.decode(tokens[1:]) == kept
     assert (tokens[0], label) == (256, 5)
     assert TOKENIZER.decode(encode(TextExample("abcdefg"))[0]) == "abcdefg"
+
+
+def test_what_is_cut_is_counted():
+    pairs = [TextExample("a" * 7, 0, "b" * 8), TextExample("a" * 8, 0, "b" * 9), TextExample("", 0, "b")]
+    config = DataConfig(sequence_length=8)
+    assert count_cut(pairs_form(TOKENIZER, TOKENIZER, config), config, pairs) == {"sources": 1, "targets": 2}
+    assert count_cut(labelled_form(TOKENIZER, config), config, pairs) == {"texts": 1}
+    for example, fits in zip(pairs, (True, False, True), strict=True):  # as the rows themselves have it
+        tokens, _ = labelled_form(TOKENIZER, config).encode(example)
+        assert (tokens[1:].tolist() == TOKENIZER.encode(example.text).tolist()) == fits
 
 
 def test_an_empty_text_is_its_end():

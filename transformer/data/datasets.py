@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from transformer.config import DataConfig, ObjectiveConfig
-from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches, Form, labelled_form, pairs_form
+from transformer.data.example_batches import (
+    ExampleBatches,
+    ExampleEvaluationBatches,
+    Form,
+    count_cut,
+    labelled_form,
+    pairs_form,
+)
 from transformer.data.examples import ExampleSource, Kind, open_examples
 from transformer.data.masking import masking
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
@@ -65,6 +72,13 @@ class Dataset(Protocol):
         self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
         """This process's rows of the batches that cover a split, to be iterated as often as needed."""
+        ...
+
+    def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
+        """How many texts of each kind are longer than a row and so are cut, and of how many: all, or `at_most` spread evenly.
+
+        Running text is never cut.
+        """
         ...
 
 
@@ -150,6 +164,11 @@ class TextData:
             self.config, tokenizer, split, sources=self.sources, **self._changes(tokenizer), **process
         )
 
+    def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
+        """Nothing: a document goes on in the next row."""
+        del tokenizer, split, at_most
+        return {}, 0
+
     def _changes(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What the objective does to rows of text."""
         objective, seed = self.objective, self.config.shuffle_seed
@@ -224,6 +243,13 @@ class ExampleData:
         self.source.examples(split)  # a missing split is an error now, not at the first evaluation
         examples = functools.partial(self.source.examples, split)
         return ExampleEvaluationBatches(self.config, self._form(tokenizer), examples, rows)
+
+    def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
+        """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""
+        examples = self.source.examples(split)
+        count = min(len(examples), at_most or len(examples))
+        chosen = [examples[i * len(examples) // count] for i in range(count)]
+        return count_cut(self._form(tokenizer), self.config, chosen), count
 
     def _form(self, tokenizer: Tokenizer) -> Form:
         if self.source.kind == "labelled":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ class Form(NamedTuple):
     """Positions that an encoded example needs."""
     collate: Callable[[Sequence[Any], int, int], Any]
     """`(encoded examples, rows, length)`: a batch, whose rows beyond the examples are filler."""
+    lengths: Callable[[TextExample], dict[str, int]]
+    """Tokens of each text of an example before it is cut: of what a row has room for `config.sequence_length - 1`."""
 
 
 def labelled_form(tokenizer: Tokenizer, config: DataConfig) -> Form:
@@ -43,7 +46,9 @@ def labelled_form(tokenizer: Tokenizer, config: DataConfig) -> Form:
         labels[: len(encoded)], weights[: len(encoded)] = [label for _, label in encoded], 1
         return LabelledBatch(*_padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
 
-    return Form(encode, lambda encoded: len(encoded[0]), collate)
+    return Form(
+        encode, lambda encoded: len(encoded[0]), collate, lambda example: {"texts": len(tokenizer.encode(example.text))}
+    )
 
 
 def pairs_form(source_tokenizer: Tokenizer, tokenizer: Tokenizer, config: DataConfig) -> Form:
@@ -62,7 +67,19 @@ def pairs_form(source_tokenizer: Tokenizer, tokenizer: Tokenizer, config: DataCo
         weights_BT = segment_ids_BT.astype(np.float32)
         return PairBatch(*_padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
 
-    return Form(encode, lambda encoded: max(len(encoded[0]), len(encoded[1]) - 1), collate)
+    def lengths(example: TextExample) -> dict[str, int]:
+        source, target = source_tokenizer.encode(example.text), tokenizer.encode(example.target)
+        return {"sources": len(source), "targets": len(target)}
+
+    return Form(encode, lambda encoded: max(len(encoded[0]), len(encoded[1]) - 1), collate, lengths)
+
+
+def count_cut(form: Form, config: DataConfig, examples: Sequence[TextExample]) -> dict[str, int]:
+    """How many texts of each kind (`texts`, or `sources` and `targets`) are longer than a row has room for, and so are cut."""
+    cut: Counter[str] = Counter()
+    for example in examples:
+        cut.update({name: int(n > config.sequence_length - 1) for name, n in form.lengths(example).items()})
+    return dict(cut)
 
 
 def source_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:

@@ -118,6 +118,7 @@ def evaluate(
         "split": split,
         "source": list(source or config.data.source),
         "targets": int(sums["weight"]),
+        **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
         **split_metrics(sums),
         **generation_scores(model, params, tokenizer, data, split, config),
     }

@@ -139,7 +139,7 @@ def _train_locked(
     # The devices of a host share its memory.
     local = run.runner.num_devices // jax.process_count() if jax.devices()[0].platform == "cpu" else 1
     needs = Needs(run.config, run.state, run.runner.num_devices, local)
-    for note in filter(None, (run.notes, change, out_of_memory.warning(needs))):
+    for note in filter(None, (run.notes, _describe_cut(run), change, out_of_memory.warning(needs))):
         report(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
@@ -220,6 +220,16 @@ def _saved(config: Config) -> str:
     except OSError:
         return "Its checkpoints cannot be read now."
     return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
+
+
+def _describe_cut(run: Run) -> str:
+    """How many training texts are longer than a row, by up to a thousand of them; empty if none is."""
+    cut, count = run.data.count_cut(run.tokenizer, "train", at_most=1000)
+    longer = " and ".join(f"{n} of {count} {name}" for name, n in cut.items() if n)
+    return longer and (
+        f"{longer} of the training split are longer than a row ({run.config.data.sequence_length - 1} tokens) and are cut; "
+        "a longer data.sequence_length has room for more."
+    )
 
 
 class _Latest:
