@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,23 +34,24 @@ CHANGES = {"open", "os.mkdir", "os.rename"}
 
 
 class Faults:
-    """Python's changes to files below a directory, counted; from one of them on, all fail."""
+    """Python's changes to files below a directory, by event and name without numbers; from one of them on, all fail."""
 
     def __init__(self):
-        self.directory, self.count, self.first, self.number = "", 0, 0, 0
+        self.directory, self.changes, self.first, self.number = "", [], 0, 0
 
     def __call__(self, event, arguments):
         if not self.directory or event not in CHANGES or not str(arguments[0]).startswith(self.directory):
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        self.count += 1
-        if self.first and self.count >= self.first:
+        name = re.sub(r"\.\d[\w.]*", "", str(arguments[0]).removeprefix(self.directory))
+        self.changes.append((event, re.sub(r"\d+", "N", name)))
+        if self.first and len(self.changes) >= self.first:
             raise OSError(self.number, os.strerror(self.number), str(arguments[0]))
 
     @contextlib.contextmanager
     def within(self, directory, first=0, number=errno.ENOSPC):
-        self.directory, self.count, self.first, self.number = str(directory), 0, first, number
+        self.directory, self.changes, self.first, self.number = str(directory), [], first, number
         try:
             yield self
         finally:
@@ -112,19 +114,30 @@ def assert_whole(toy, directory, expected):
 
 @pytest.fixture(scope="module")
 def undisturbed(toy, tmp_path_factory, faults):
-    """The last state, the rows, and how often Python changes a file on the way there."""
+    """The last state, the rows, and what Python changes on the way there."""
     directory = tmp_path_factory.mktemp("undisturbed")
     with faults.within(directory) as counted:
         state = run(toy, directory)
-    return (state, rows(directory)), counted.count
+    return (state, rows(directory)), counted.changes
 
 
-def test_every_write_may_be_the_one_that_fails(toy, tmp_path, faults, undisturbed):
-    """Each in turn, and all after it, as on a full disk; the causes take turns."""
-    expected, count = undisturbed
-    assert count > 20
+def moments(changes):
+    """The place of one change of each kind, from 1: in turn the first of its kind, in the first save, and the last."""
+    kinds = dict.fromkeys(changes)
+    firsts = {kind: number for number, kind in reversed([*enumerate(changes, 1)])}
+    lasts = {kind: number for number, kind in enumerate(changes, 1)}
+    return sorted((firsts, lasts)[index % 2][kind] for index, kind in enumerate(kinds))
+
+
+@pytest.mark.parametrize(
+    "choose", [moments, pytest.param(lambda c: range(1, len(c) + 1), marks=pytest.mark.exhaustive)]
+)
+def test_every_write_may_be_the_one_that_fails(toy, tmp_path, faults, undisturbed, choose):
+    """One of each kind in turn, and all after it, as on a full disk; the causes take turns."""
+    expected, changes = undisturbed
+    assert len(moments(changes)) > 20
     causes = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT]
-    for first in range(1, count + 1):
+    for first in choose(changes):
         directory, number = tmp_path / str(first), causes[first % len(causes)]
         cause = str(explain(OSError(number, ""), "x")).split(": ")[1].split(".")[0]
         with faults.within(directory, first, number), pytest.raises(WriteError) as error:
