@@ -266,16 +266,16 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(sampling, bad):
     table = params["token_embedding"]["embedding"]
     good = generate(model, params, PROMPTS, max_new_tokens=8, sampling=sampling, seed=3)
     read = {*PROMPTS[0], *good.tokens[0, :2].tolist()}
-    token = next((t for t in good.tokens[0, 2:7].tolist() if t not in read), None)
-    if token is None:
-        pytest.skip("this draw repeats what it read")
-    column = good.tokens[0].tolist().index(token) + 1
+    token = next(t for t in good.tokens[0, 2:7].tolist() if t not in read)
+    count = good.tokens[0].tolist().index(token) + 1
     broken = {**params, "token_embedding": {"embedding": table.at[token].set(bad)}}
-    with pytest.raises(UserError, match=rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + column} tokens"):
+    message = rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + count} tokens"
+    with pytest.raises(UserError, match=message):
         generate(model, broken, PROMPTS[:1], max_new_tokens=8, sampling=sampling, seed=3)
     streamed = []
-    with pytest.raises(UserError, match=rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + column} tokens"):
+    with pytest.raises(UserError, match=message):
         streamed.extend(stream(model, broken, PROMPTS[0], max_new_tokens=8, sampling=sampling, seed=3))
+    assert streamed == good.tokens[0, :count].tolist()
 
 
 def test_overflow_is_noticed(monkeypatch):
@@ -301,3 +301,9 @@ def test_overflow_is_noticed(monkeypatch):
 def test_refuses(prompts, count, message):
     with pytest.raises(ValueError, match=message):
         generate(*make(make_config()), prompts, max_new_tokens=count)
+
+
+@pytest.mark.parametrize("end", [-2, 13])
+def test_an_end_of_text_that_is_no_token_is_refused(end):
+    with pytest.raises(UserError, match=f"end_of_text must be a token below vocab_size=13, .* got {end}"):
+        generate(*make(make_config()), PROMPTS, max_new_tokens=1, end_of_text=end)

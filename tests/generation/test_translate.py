@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from transformer.generation.translate import translate
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.types import UserError
 
 END, LENGTH = 0, 9
 
@@ -72,9 +74,22 @@ def test_a_target_is_the_same_however_long_it_may_be(model, sources):
     assert [target.tolist() for target in cut] == [target[:2].tolist() for target in whole]
 
 
+@pytest.mark.parametrize("model", ["own vocabulary"], indirect=True)
+def test_logits_that_are_no_numbers_are_an_error_that_says_where(model):
+    """Of one source only; a batch is in the order of lengths, the message in that of the sources."""
+    model, params = model
+    params = nn.unbox(params)
+    table = params["source_embedding"]["embedding"]
+    broken = {**params, "source_embedding": {"embedding": table.at[16].set(jnp.nan)}}
+    with pytest.raises(UserError, match="those of the target of source 0 are NaN or inf after 0 tokens"):
+        translate(model, broken, [[4, 16, 5], [3], [1, 2]], end_of_text=END, max_new_tokens=3)
+
+
 def test_bad_requests(model):
     with pytest.raises(ValueError, match=r"sequence of one token or more, source 1 has shape \(0,\)"):
         translate(*model, [[1], []], end_of_text=END, max_new_tokens=3)
     with pytest.raises(ValueError, match="at most max_length=23, got 24"):
         translate(*model, [[1]], end_of_text=END, max_new_tokens=24)
+    with pytest.raises(UserError, match=r"below vocab_size=11, end_of_text holds 11 to 11"):
+        translate(*model, [[1]], end_of_text=11, max_new_tokens=3)
     assert translate(*model, [], end_of_text=END, max_new_tokens=3) == []
