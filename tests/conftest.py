@@ -1,5 +1,7 @@
 """Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors."""
 
+import dataclasses
+import importlib
 import os
 import sys
 import tempfile
@@ -25,6 +27,24 @@ sys.modules["numeric_tower"] = types.SimpleNamespace(
 )
 _hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
 _hook.__enter__()
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """The runs of a module share their compiled steps where their configs differ in directories only."""
+    recipe = importlib.import_module("transformer.runs.recipe")
+    make, kept = recipe.make_steps, {}
+
+    def make_once(config, tokenizer):
+        data = dataclasses.replace(config.data, source=("text",), data_dir="")
+        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size
+        if key not in kept:
+            kept[key] = make(config, tokenizer)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "make_steps", make_once)
+        yield
 
 
 @pytest.fixture

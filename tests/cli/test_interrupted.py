@@ -38,7 +38,7 @@ def kill(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "compiled_once", "obeyed")
 def test_each_moment_of_a_run(config, tmp_path, monkeypatch, capsys, number):
     """While it is built, between two steps, while the run is scored at its end; at the command line and from Python."""
     workdir = tmp_path / "run"
@@ -77,11 +77,19 @@ def config_at(config, workdir):
 
 
 @pytest.fixture
+def obeyed(number):
+    """A suite in the background, or under nohup, is started with signals ignored, and a run leaves it at that."""
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
+@pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(runs_train, "peak_flops", lambda *_: 0.0)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "compiled_once")
 def test_a_run_says_what_it_reached(config):
     """When it trains, and when it is finished already."""
     reached = train(config)

@@ -26,6 +26,7 @@ from transformer.training.metrics import TIMINGS
 from transformer.training.writers import read_jsonl
 from transformer.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 STEPS = 4
 ROOT = pathlib.Path(__file__).parents[2]
 
