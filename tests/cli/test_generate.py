@@ -44,7 +44,9 @@ def runs():
             )
             config = resolve(config, tokenizer)
             model = make_model(config.model)
-            made[kind, tokenizer_kind] = Loaded(model, make_params(model, jax.random.key(0)), tokenizer, config, 1)
+            shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
+            params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            made[kind, tokenizer_kind] = Loaded(model, params, tokenizer, config, 1)
         return made[kind, tokenizer_kind]
 
     return get
