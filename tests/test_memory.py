@@ -16,6 +16,7 @@ from transformer.data.tokenizers import ByteTokenizer
 from transformer.memory import check_batch, check_bytes, check_cache, check_model, check_params, device_bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.ops.chunks import sum_over_chunks
+from transformer.overrides import override
 from transformer.steps import make_steps
 from transformer.tasks import count_parameters, make_model, make_params, resolve
 from transformer.training import checkpoint, manifest
@@ -26,6 +27,8 @@ BLOCK = BlockConfig(AttentionConfig(num_heads=2, head_dim=4), FeedForwardConfig(
 SMALL = Config(
     model=ModelConfig(num_layers=1, embed_dim=8, pattern=(BLOCK,)), data=DataConfig(sequence_length=8, batch_size=8)
 )
+XL = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=PositionConfig("transformer_xl")))
+XL = override(XL, {"model.memory_length": 8})
 T5 = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=PositionConfig("t5")))
 ROOM = 10**9  # of the machine and of the device, here
 
@@ -85,7 +88,7 @@ def refusal(base, path, value):
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
 def test_a_field_is_refused_or_harmless(path, value):
     """Where it is taken, what a run then holds is no larger: shapes of the state and of a batch."""
-    base = T5 if path[:2] == ("model", "positions") else SMALL
+    base = T5 if path[:2] == ("model", "positions") else XL if path[-1] == "memory_length" else SMALL
     message, config = refusal(base, path, value)
     if message:
         assert len(message) < 500
@@ -171,6 +174,15 @@ def test_the_machine_has_memory(monkeypatch):
     check_bytes(10**6, memory.device_memory(), "a megabyte", "")
 
 
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    whole, limit = memory.host_memory(), tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CGROUPS", (str(limit), str(tmp_path / "absent")))
+    for text, expected in (("1000000", 10**6), ("max", None)):
+        limit.write_text(f"{text}\n")
+        assert memory.host_memory() == expected or (expected is None and memory.host_memory() >= whole)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -196,5 +208,8 @@ def test_more_chunks_than_tokens_are_one_a_token():
     def sums_of(params, hidden_BTD, targets_BT):
         return jnp.sum(hidden_BTD) * params + jnp.sum(targets_BT), {}
 
-    total, _ = sum_over_chunks(sums_of, jnp.float32(2), hidden, (targets,), 10**9)
-    assert total == 15
+    def total():
+        return sum_over_chunks(sums_of, jnp.float32(2), hidden, (targets,), 10**9)[0]
+
+    assert total() == 15
+    assert "length=3" in str(jax.make_jaxpr(total)())

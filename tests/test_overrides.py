@@ -112,12 +112,39 @@ def refusal(config, changes):
     ids=lambda value: " ".join(f"{name}={new}" for name, new in value.items()) if isinstance(value, dict) else None,
 )
 def test_what_follows_and_how_far(changes, followed):
+    assert_followed(BIG, changes, followed)
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "followed"),
+    [
+        ({"model.max_length": 256}, {"data.sequence_length": 512}, {"model.max_length": 512}),
+        ({"model.max_length": 256}, {"data.sequence_length": 128}, {"model.max_length": 256}),
+        ({"optimizer.restarts": (300, 600)}, {"training.steps": 500}, {"optimizer.restarts": (300,)}),
+        ({"objective.loss_chunks": 4}, {"objective.kind": "classification"}, {"objective.loss_chunks": 1}),
+        (
+            {"data.source": ("a",), "data.stride": 0, "data.buckets": ()},
+            {"model.memory_length": 8},
+            {"data.continue_rows": True, "data.num_streams": 0},
+        ),
+        (
+            {"data.source": ("a",), "data.stride": 0, "data.buckets": (), "model.memory_length": 8},
+            {"data.continue_rows": False},
+            {"model.memory_length": 0},
+        ),
+    ],
+)
+def test_what_follows_in_another_job(before, changes, followed):
+    assert_followed(override(BIG, before), changes, followed)
+
+
+def assert_followed(before, changes, followed):
     lines: list[str] = []
-    config = override(BIG, changes, lines.append)
+    config = override(before, changes, lines.append)
     for path, value in {**changes, **followed}.items():
         assert flags(config)[f"--{path.replace('_', '-')}"].default == value
     # What it reports is what changed, and nothing else changed.
-    assert {line.split()[0] for line in lines} == different(config, BIG) - set(changes)
+    assert {line.split()[0] for line in lines} == different(config, before) - set(changes)
 
 
 def different(one, other):
