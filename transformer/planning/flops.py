@@ -73,16 +73,17 @@ def formula_flops(config: Config, params: PyTree, *, rows: int, length: int, cau
         length: T.
         causal_half: count T / 2 keys for a query instead of T.
     """
-    attention = attention_flops(config, length=length, causal_half=causal_half)
+    attention = attention_flops(config, length=length, memory=config.model.memory_length, causal_half=causal_half)
     return rows * length * (6.0 * product_parameters(config, params) + attention)
 
 
-def attention_flops(config: Config, *, length: int, causal_half: bool, products: int = 6) -> float:
+def attention_flops(config: Config, *, length: int, memory: int = 0, causal_half: bool, products: int = 6) -> float:
     """Operations of all layers' attention for one token, projections left out.
 
     Args:
         config: of the run.
         length: T.
+        memory: vectors before the row that each query attends to besides.
         causal_half: count T / 2 keys for a query instead of T.
         products: over the pairs of places: 2 forward; 4 backward, 5 in a fused kernel, which computes the logits again; and 2
             for a forward pass that is computed again.
@@ -91,7 +92,7 @@ def attention_flops(config: Config, *, length: int, causal_half: bool, products:
     pairs = sum(
         block.attention.num_heads
         * block.attention.resolved_head_dim(model.embed_dim)
-        * _keys(block, length, causal_half)
+        * _keys(block, length, memory, causal_half)
         for block in model.pattern
     )
     return 2.0 * products * pairs * model.num_layers / len(model.pattern)
@@ -107,6 +108,7 @@ def product_parameters(config: Config, params: PyTree) -> float:
     return total - idle_parameters(config.model)
 
 
-def _keys(block: BlockConfig, length: int, causal_half: bool) -> float:
-    keys = min(length, block.attention.window or length)
-    return keys - keys * keys / (2 * length) if causal_half else keys
+def _keys(block: BlockConfig, length: int, memory: int, causal_half: bool) -> float:
+    keys = min(memory + length, block.attention.window or memory + length)
+    of_row = max(0, keys - memory)  # the others are there for the first query already
+    return keys - of_row * of_row / (2 * length) if causal_half else keys

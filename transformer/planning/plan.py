@@ -139,7 +139,10 @@ def plan_training(config: Config, topology: Topology) -> Plan:
             params=steps.state.params,
             operands=steps.state,
             lower=functools.partial(steps.runner.lower, steps.state, batch),
-            traced=traced + rows * length * attention_flops(config, length=length, causal_half=True, products=products),
+            traced=traced
+            + rows
+            * length
+            * attention_flops(config, length=length, memory=model.memory_length, causal_half=True, products=products),
             formulas=(formulas[0], formulas[1]),
             tokens=rows * length,
             least=least_network_bytes(config, steps, dict(mesh.shape)),
