@@ -86,3 +86,17 @@ def test_evaluation_hides_the_same_tokens_each_time(data):
     halves = [list(data.evaluation_batches(TOKENIZER, "validation", process_index=i, process_count=2)) for i in (0, 1)]
     for batch, *parts in zip(first, *halves, strict=True):
         np.testing.assert_array_equal(batch.inputs, np.concatenate([part.inputs for part in parts]))
+
+
+class TwoTokens(ByteTokenizer):
+    vocab_size, end_of_text = 2, 1
+
+
+def test_a_random_token_is_one_of_the_tokenizers():
+    """With few of them it shows: the mask stands in no more places than its share of 80 %."""
+    batch = empty_batch(1, 40_000)
+    batch.segment_ids[0] = 1
+    masking(ObjectiveConfig(kind="masked_lm", mask_rate=0.5), TwoTokens(), 0)(batch, 0, (0,))
+    chosen = batch.weights[0] > 0
+    shares = [np.mean(batch.inputs[0][chosen] == token) for token in range(3)]
+    np.testing.assert_allclose(shares, [0.15, 0.05, 0.8], atol=0.012)

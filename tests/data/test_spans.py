@@ -184,3 +184,19 @@ def test_evaluation_has_the_whole_split_the_same_each_time(config, data):
     halves = [list(data.evaluation_batches(BYTES, "validation", process_index=i, process_count=2)) for i in (0, 1)]
     for batch, *parts in zip(first, *halves, strict=True):
         assert_equal([np.concatenate(fields) for fields in zip(*parts, strict=True)], batch)
+
+
+def test_padding_is_zeros_on_both_sides():
+    """A row that is shorter than the others, and one without tokens: ids of no word, segment 0, weight 0."""
+    batch = empty_batch(3, 40)
+    for index, length in enumerate((40, 12, 0)):
+        batch.inputs[index, :length], batch.segment_ids[index, :length] = 7, 1
+        hide_spans(OBJECTIVE, 0)(batch, index, (0, index))
+    made = pairs(batch)
+    assert (made.segment_ids[0] == 1).all() and (made.source_segment_ids[0] == 1).all()
+    assert 0 < made.segment_ids[1].sum() < made.segment_ids.shape[1]
+    for ids, valid in ((made.source, made.source_segment_ids), (made.inputs, made.segment_ids)):
+        assert not ids[valid == 0].any()
+        assert not valid[2].any()
+    assert not made.targets[made.segment_ids == 0].any()
+    np.testing.assert_array_equal(made.weights, made.segment_ids)

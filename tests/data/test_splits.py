@@ -166,3 +166,51 @@ def test_pieces_join_to_the_text_and_are_not_too_long(text, size):
 @pytest.mark.parametrize("character", ["a", "é", "日", "😀"])
 def test_a_piece_is_never_cut_inside_a_character(character):
     assert "".join(cut(character * 100, 66)) == character * 100
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("ab\ncd\nefgh", ["ab\ncd\n", "efgh"]),  # the last newline that fits
+        ("a\nb\nc\nd\ne", ["a\nb\nc\nd\n", "e"]),
+        ("a\nbcdefghij", ["a\nbcdefg", "hij"]),  # none in the second half
+        ("abcdefg\nij", ["abcdefg\n", "ij"]),  # the last byte of a piece
+        ("abcdefgh\nj", ["abcdefgh", "\nj"]),  # just behind it
+        ("abcd\nfghij", ["abcd\n", "fghij"]),  # the first byte of the second half
+        ("abc\nefghij", ["abc\nefgh", "ij"]),  # just before it
+        ("ab\ncd\nef", ["ab\ncd\nef"]),  # short enough
+    ],
+)
+def test_a_piece_ends_behind_the_last_newline_of_its_second_half(text, pieces):
+    assert list(cut(text, 8)) == pieces
+
+
+# ---- Rounding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "validation", "test", "expected"),
+    [
+        ([101], 0.1, 0.0, [[90, 11, 0]]),
+        ([106], 0.1, 0.0, [[95, 11, 0]]),
+        ([109], 0.05, 0.05, [[98, 5, 6]]),
+        ([1007], 0.1, 0.2, [[704, 101, 202]]),
+        ([9], 0.01, 0.01, [[7, 1, 1]]),
+    ],
+)
+def test_training_is_rounded_down_to_whole_bytes(sizes, validation, test, expected):
+    assert divide(sizes, validation, test).tolist() == expected
+
+
+@pytest.mark.parametrize("every", [3, 5, 7, 10, 20, 30, 50])
+def test_rounding_of_shares_does_not_drift(every):
+    """The sum of ten times 0.1 is less than 1 in float64."""
+    held_out = np.flatnonzero(assign(20 * every, 1 / every, 0.0))
+    assert held_out.tolist() == list(range(0, 20 * every, every))
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held_out"), [(24, 0.1, 2), (26, 0.1, 3), (29, 0.1, 3), (7, 0.3, 2), (2, 0.1, 1)]
+)
+def test_as_many_examples_as_the_nearest_number_are_held_out(count, fraction, held_out):
+    assert len(hold_out(np.zeros(count, int), fraction)) == held_out

@@ -9,6 +9,7 @@ from transformer.layers.attention import Attention
 from transformer.layers.cache import init_cache, init_memory_cache
 from transformer.model_config import AttentionConfig, PositionConfig
 from transformer.ops.masks import AttentionMask
+from transformer.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 CAUSAL = AttentionMask(causal=True)
@@ -194,3 +195,19 @@ def test_refusals(small, config, positions, arguments, message):
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: layer.init(keys, small.normal(1, 2, 8), **{name: values[name] for name in arguments}))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_attention_dropout_over_a_mesh(small, sizes):
+    """What is dropped does not depend on the devices, and something is."""
+    layer, inputs = Attention(AttentionConfig(num_heads=2, dropout=0.5)), small.normal(2, 5, 8)
+    params = small.random_params(layer, inputs)
+
+    def run(train):
+        return small.apply(layer, params, inputs, train=train, rngs={"dropout": jax.random.key(0)})
+
+    dropped, plain = run(True), run(False)
+    with jax.set_mesh(make_mesh(sizes)):
+        np.testing.assert_allclose(run(True), dropped, atol=1e-5)
+        np.testing.assert_allclose(run(False), plain, atol=1e-5)
+    assert np.abs(dropped - plain).max() > 1e-2

@@ -96,3 +96,22 @@ def test_classes_must_be_known():
         Classifier(ModelConfig(architecture="encoder", vocab_size=3)).init(
             jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
         )
+
+
+def test_the_pooled_vector_is_dropped_in_training():
+    model, variables = make(dropout=0.5)
+    tokens, segments = rows(TEXTS, 10)
+    read = []
+
+    def look(call, args, kwargs, context):
+        if context.module.name == "classifier" and context.method_name == "__call__":
+            read.append(np.asarray(args[0]))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        for train in (True, False):
+            model.apply(variables, tokens, segment_ids_BT=segments, train=train, rngs={"dropout": jax.random.key(0)})
+    dropped, whole = read
+    assert dropped.shape == whole.shape == (len(tokens), 16)
+    assert 0.2 < np.mean(dropped == 0) < 0.8
+    assert not np.any(whole == 0)

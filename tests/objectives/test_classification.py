@@ -183,3 +183,24 @@ def test_balanced_weights_are_scikit_learns():
 def test_balanced_is_a_number_before_it_trains(model, params, batch):
     with pytest.raises(ValueError, match="must be made numbers before training"):
         statistics(model, params, batch, train=True, config=dataclasses.replace(WEIGHTED, class_weights="balanced"))
+
+
+def test_token_dropout_and_dropout_draw_from_keys_of_their_own():
+    """Else the tokens that are hidden would be those whose vectors are dropped."""
+    read = {}
+
+    class Reader(nn.Module):
+        def apply(self, variables, inputs, *, rngs, **others):
+            read.update(inputs=inputs, key=rngs["dropout"])
+            return jnp.zeros((len(inputs), 3)), {}
+
+    ones = jnp.ones((16, 64), jnp.int32)
+    batch = LabelledBatch(ones, ones, jnp.zeros(16, jnp.int32), jnp.ones(16))
+    config = ObjectiveConfig(kind="classification", token_dropout=0.5)
+    key = jax.random.key(3)
+    classification(Reader(), config, mask_token=6).loss({}, (), batch, key, True)
+    hidden = np.asarray(read["inputs"] == 6)
+    for used in (read["key"], key):
+        alike = np.mean(hidden == np.asarray(jax.random.bernoulli(used, 0.5, ones.shape)))
+        assert 0.4 < alike < 0.6
+    assert not np.array_equal(jax.random.key_data(read["key"]), jax.random.key_data(key))

@@ -142,3 +142,21 @@ def test_gradients_at_a_vocabulary_of_4096():
     plain = jax.jit(jax.grad(lambda *x: sums(*x, targets)[0], argnums=(0, 1)))(table, hidden)
     parts = jax.jit(jax.grad(lambda *x: sum_over_chunks(sums, *x, (targets,), 4)[0], argnums=(0, 1)))(table, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, plain)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks", "parts"),
+    [(6, 2, [[0, 2, 4], [1, 3, 5]]), (6, 3, [[0, 3], [1, 4], [2, 5]]), (5, 2, [[0, 2, 4], [1, 3]]), (2, 8, [[0], [1]])],
+)
+def test_a_place_is_in_the_part_of_its_remainder(length, chunks, parts):
+    """Not in one with its neighbours: where T is spread over devices, each must have something of every part."""
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (1, length))
+
+    def sums(params, hidden, places):
+        members = jnp.sum(2.0 ** hidden[..., 0] * (hidden[..., 1] > 0))  # a set as a number
+        return jnp.sum(places), members**2
+
+    hidden = jnp.stack([places, jnp.ones_like(places)], axis=-1)
+    total, squares = sum_over_chunks(sums, {}, hidden, (places,), chunks)
+    assert float(total) == sum(range(length))
+    assert float(squares) == sum(sum(2**place for place in part) ** 2 for part in parts)

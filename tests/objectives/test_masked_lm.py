@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transformer.config import ObjectiveConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.models.encoder import Encoder
 from transformer.objectives.masked_lm import masked_lm
 from transformer.types import Batch
@@ -70,3 +70,40 @@ def test_equals_a_full_pass_in_value_and_gradient(model, batch):
     assert "bytes" not in statistics
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_are_those_of_the_batch(batch):
+    """Of each document of a row: rotary positions would not tell, whose distances are those of indices."""
+    config = ModelConfig(
+        architecture="encoder",
+        vocab_size=9,
+        num_layers=1,
+        embed_dim=8,
+        max_length=10,
+        pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
+        positions=PositionConfig(kind="learned"),
+        init_std=0.7,
+    )
+    model = Encoder(config)
+    params = jax.jit(lambda key: model.init(key, batch.inputs, method="logits"))(jax.random.key(0))["params"]
+    loss = jax.jit(masked_lm(model, CONFIG).loss, static_argnums=4)
+    (value, _), _ = loss(params, (), batch, jax.random.key(0), False)
+    expected, _ = jax.jit(lambda params: full_pass(model, params, batch))(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    elsewhere = batch._replace(positions=jnp.broadcast_to(jnp.arange(10, dtype=jnp.int32), (3, 10)))
+    (other, _), _ = loss(params, (), elsewhere, jax.random.key(0), False)
+    assert abs(float(other - value)) > 1e-2
+
+
+def test_dropout_is_drawn_from_the_steps_key(batch):
+    model = Encoder(
+        ModelConfig(architecture="encoder", vocab_size=9, num_layers=1, embed_dim=8, dropout=0.5, init_std=0.7)
+    )
+    params = jax.jit(lambda key: model.init(key, batch.inputs, method="logits"))(jax.random.key(0))["params"]
+    loss = jax.jit(masked_lm(model, CONFIG).loss, static_argnums=4)
+    first, again, other, plain, still = (
+        float(loss(params, (), batch, jax.random.key(seed), train)[0][0])
+        for seed, train in ((1, True), (1, True), (2, True), (1, False), (2, False))
+    )
+    assert first == again != other
+    assert plain == still != first

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer.config import ObjectiveConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.models.decoder import Decoder
 from transformer.objectives.prefix_lm import prefix_lm, prefix_tokens
 from transformer.types import Batch
@@ -71,3 +71,38 @@ def test_sums_are_over_what_follows_the_prefix(model):
     assert float(weight_sum) == float(objective.weight(batch)) == 7
     np.testing.assert_allclose(loss_sum, (nll * WEIGHTS).sum(), rtol=1e-5)
     assert set(statistics) == {"loss", "weight", "correct", "objective"}
+
+
+def test_positions_are_those_of_the_batch():
+    """Of each document of a row: rotary positions would not tell, whose distances are those of indices."""
+    block = BlockConfig(AttentionConfig(num_heads=2))
+    model = Decoder(
+        ModelConfig(
+            vocab_size=7,
+            num_layers=1,
+            embed_dim=8,
+            max_length=8,
+            pattern=(block,),
+            positions=PositionConfig(kind="learned"),
+            bidirectional_prefix=True,
+            init_std=0.7,
+        )
+    )
+    batch = make_batch()
+    params = jax.jit(model.init)(jax.random.key(0), batch.inputs)["params"]
+    sums = jax.jit(prefix_lm(model, ObjectiveConfig(kind="prefix_lm")).loss, static_argnums=4)
+
+    def loss(batch):
+        return float(sums(params, (), batch, jax.random.key(0), False)[0][0])
+
+    logits = jax.jit(model.apply)(
+        {"params": params},
+        batch.inputs,
+        positions_BT=batch.positions,
+        segment_ids_BT=batch.segment_ids,
+        prefix_BT=jnp.asarray(PREFIX),
+    )
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch.targets[..., None], -1)[..., 0]
+    assert loss(batch) == pytest.approx((nll * WEIGHTS).sum(), rel=1e-5)
+    indices = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+    assert abs(loss(batch._replace(positions=indices)) - loss(batch)) > 1e-2
