@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +41,7 @@ def make_config(kind="learned", window=0, **changes):
 def make(config):
     """A model with random parameters, large enough for clear choices."""
     model = Decoder(dataclasses.replace(config, scan_layers=False))
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     generator = np.random.default_rng(2)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.8 * generator.standard_normal(leaf.shape), leaf.dtype), shapes)
     return Decoder(config), scan_params(params) if config.scan_layers else params

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +77,6 @@ def test_a_target_is_the_same_however_long_it_may_be(model, sources):
 def test_logits_that_are_no_numbers_are_an_error_that_says_where(model):
     """Of one source only; a batch is in the order of lengths, the message in that of the sources."""
     model, params = model
-    params = nn.unbox(params)
     table = params["source_embedding"]["embedding"]
     broken = {**params, "source_embedding": {"embedding": table.at[16].set(jnp.nan)}}
     with pytest.raises(UserError, match="those of the target of source 0 are NaN or inf after 0 tokens"):

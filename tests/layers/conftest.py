@@ -2,7 +2,6 @@
 
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ def normal(*shape, seed=0):
 
 def random_params(layer, *args, **kwargs):
     """Parameters large enough that every part matters (fresh biases are zeros, fresh scales ones)."""
-    shapes = nn.unbox(jax.eval_shape(lambda: layer.init(jax.random.key(0), *args, **kwargs)))
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), *args, **kwargs))
     generator = np.random.default_rng(1)
 
     def draw(path, leaf):

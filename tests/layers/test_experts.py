@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
+from transformer.layers.linear import named_axes
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.layers.stack import Stack
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
@@ -125,7 +125,8 @@ def test_statistics_are_for_those_who_ask(small):
 
 def test_parameters_have_their_axes_and_scales(small):
     layer = MixtureOfExperts(config(hidden_dim=64), init_std=0.0, residual_init_scale=0.5)
-    params = layer.init(jax.random.key(0, impl="unsafe_rbg"), small.normal(1, 2, 32))["params"]
+    with named_axes():
+        params = layer.init(jax.random.key(0, impl="unsafe_rbg"), small.normal(1, 2, 32))["params"]
     found = {role: (leaf["kernel"].value.shape, leaf["kernel"].names) for role, leaf in params.items()}
     assert found == {
         "router": ((32, E), ("embed", None)),
@@ -219,7 +220,7 @@ def test_remat_recomputes_products_of_experts_only_when_full(small, scan):
     counts = {}
     for remat in ("none", "dots", "full"):
         form = dataclasses.replace(BASE, num_layers=2, remat=remat, scan_layers=scan)
-        params = nn.unbox(jax.eval_shape(Stack(form).init, jax.random.key(0), small.normal(2, 5, 8))["params"])
+        params = jax.eval_shape(Stack(form).init, jax.random.key(0), small.normal(2, 5, 8))["params"]
         gradient = jax.grad(functools.partial(loss, form), has_aux=True)
         jaxpr = jax.make_jaxpr(gradient)(params, small.normal(2, 5, 8), small.normal(2, 5, 8)).jaxpr
         counts[remat] = primitives(jaxpr, collections.Counter())["ragged_dot_general"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.layers.linear import named_axes
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.layers.stack import Stack, init_stack_cache
 from transformer.model_config import (
@@ -149,7 +150,8 @@ def test_layers_drop_differently(small, scan):
 
 def test_initial_scale_of_residual_outputs():
     base = ModelConfig(num_layers=8, embed_dim=64, scan_layers=True)
-    params = jax.jit(Stack(base).init)(jax.random.key(0, impl="unsafe_rbg"), jnp.ones((1, 2, 64)))["params"]
+    with named_axes():
+        params = jax.jit(Stack(base).init)(jax.random.key(0, impl="unsafe_rbg"), jnp.ones((1, 2, 64)))["params"]
     blocks = params["blocks"]["block_0"]
     np.testing.assert_allclose(np.std(blocks["attention"]["out"]["kernel"].value), 0.02 / math.sqrt(16), rtol=0.05)
     assert blocks["attention"]["out"]["kernel"].names == ("layers", "heads", "head_dim", "embed")

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +42,7 @@ def params(config):
     model = build(dataclasses.replace(config, scan_layers=False))
     tokens = [jax.ShapeDtypeStruct((1, 2), np.int32)] * (2 if config.architecture == "encoder_decoder" else 1)
     method = "logits" if config.architecture == "encoder" else "__call__"
-    shapes = nn.unbox(jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *tokens))
+    shapes = jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *tokens)
     generator = np.random.default_rng(0)
 
     def draw(path, leaf):

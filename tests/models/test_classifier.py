@@ -1,6 +1,5 @@
 """A text's class does not depend on what lies beside it: alone, in a batch, padded to any length, for every pooling."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +29,7 @@ def make(pooling="mean", kind="rotary", implementation="xla", **changes):
         **changes,
     )
     model = Classifier(config)
-    return model, nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
 def rows(texts, length):
@@ -70,7 +69,7 @@ def test_every_pooling_reads_the_whole_text(pooling):
 def test_parameters_are_those_of_an_encoder_and_a_head():
     model, variables = make("attention")
     encoder = Encoder(model.config)
-    of_encoder = nn.unbox(encoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    of_encoder = encoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     of_classifier = dict(variables["params"])
     assert set(of_classifier.pop("pooling")) == {"kernel"}
     head = of_classifier.pop("classifier")

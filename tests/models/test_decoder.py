@@ -317,7 +317,7 @@ def test_dropout_needs_train_and_a_key(tiny):
 def test_initial_parameters_do_not_depend_on_train(tiny):
     model = Decoder(tiny.config(dropout=0.1, attention={"dropout": 0.1}, num_layers=1))
     tokens, keys = tiny.tokens((2, 5)), {name: cheap_key(seed) for seed, name in enumerate(("params", "dropout"))}
-    trained = nn.unbox(jax.jit(lambda: model.init(keys, tokens, train=True))())["params"]
+    trained = jax.jit(lambda: model.init(keys, tokens, train=True))()["params"]
     params, _ = init_params(model, cheap_key(0))
     assert jax.tree.structure(trained) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, trained, params)

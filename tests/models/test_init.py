@@ -1,14 +1,19 @@
 """The parameter tree: names, shapes, types and logical axes as golden files, and its initial values."""
 
+import concurrent.futures
 import dataclasses
 import math
 import os
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from transformer.layers.linear import Linear, named_axes
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -141,3 +146,61 @@ def test_key_decides_and_shapes_do_not(initial):
     jax.tree.map(np.testing.assert_array_equal, params, again)
     other, _ = init_params(Decoder(config), key(1))
     assert not np.array_equal(other["token_embedding"]["embedding"], params["token_embedding"]["embedding"])
+
+
+def is_box(node):
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
+@pytest.mark.parametrize("name", ["decoder_untied_pattern", "decoder_scanned", "decoder_experts_scanned"])
+def test_init_gives_plain_arrays_before_and_after_names_were_wanted(name):
+    """What linen remembers of a trace must not hold the names, or lack them."""
+    model, tokens = MODELS[name], jax.ShapeDtypeStruct((1, 2), np.int32)
+    init = jax.jit(model.init)
+    before = jax.eval_shape(init, key(0), tokens)
+    first, names = init_params(model, None, (1, 2))
+    after = jax.eval_shape(init, key(0), tokens)
+    second, names_again = init_params(model, None, (1, 2))
+    trees = before["params"], first, after["params"], second
+    assert not any(is_box(leaf) for tree in trees for leaf in jax.tree.leaves(tree, is_leaf=is_box))
+    assert before["params"] == first == after["params"] == second
+    assert names == names_again
+    assert jax.tree.leaves(names)
+
+
+def test_names_first_then_plain():
+    model, tokens = Decoder(ModelConfig(**SIZES, scan_layers=True)), jax.ShapeDtypeStruct((1, 2), np.int32)
+    _, names = init_params(model, None)
+    assert names["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"][0] == "layers"
+    params = jax.eval_shape(model.init, key(0), tokens)["params"]
+    assert params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"].shape == (2, 8, 4, 2)
+
+
+def test_names_do_not_leak_from_a_failed_init():
+    with pytest.raises(ValueError, match="needs the size of its vocabulary"):
+        init_params(Decoder(ModelConfig()), None)
+    layer = Linear((3,), ("embed", "hidden"))
+    assert layer.init(key(0), jnp.ones((1, 2)))["params"]["kernel"].shape == (2, 3)
+
+
+def test_names_stay_in_the_thread_that_wants_them():
+    layer, inputs = Linear((3,), ("embed", "hidden")), jnp.ones((1, 2))
+    with named_axes(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert is_box(layer.init(key(0), inputs)["params"]["kernel"])
+        assert not is_box(pool.submit(layer.init, key(0), inputs).result()["params"]["kernel"])
+    assert not is_box(layer.init(key(0), inputs)["params"]["kernel"])
+
+
+def test_init_under_jit_equals_init_params():
+    """The same arrays to the bit, however they are asked for."""
+    model, tokens = MODELS["decoder_scanned"], jnp.zeros((1, 1), jnp.int32)
+    params, _ = init_params(model, key(0))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(model.init)(key(0), tokens)["params"], params)
+
+
+def test_initial_parameters_go_to_a_file(tmp_path):
+    params = Decoder(ModelConfig(**SIZES)).init(key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    flat = traverse_util.flatten_dict(params, sep="/")
+    np.savez(tmp_path / "params.npz", **flat)
+    with np.load(tmp_path / "params.npz") as stored:  # without pickle: numbers only
+        assert {name: stored[name].shape for name in stored} == {name: leaf.shape for name, leaf in flat.items()}

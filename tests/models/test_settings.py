@@ -115,7 +115,7 @@ def build(name, config):
 @functools.cache
 def shapes(name, config):
     model, tokens, arguments = build(name, config)
-    return nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), *tokens, **arguments)))["params"]
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *tokens, **arguments))["params"]
 
 
 @functools.cache

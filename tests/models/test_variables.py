@@ -37,7 +37,7 @@ def make(name):
     )
     model, names = MODELS[name](config), ("source", "target") if name == "encoder_decoder" else ("target",)
     tokens = [jnp.zeros((1, 1), jnp.int32)] * len(names)
-    shapes = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), *tokens)))["params"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *tokens))["params"]
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * generator.normal(size=leaf.shape), leaf.dtype), shapes)
     return model, params, [SIZES[name] for name in names]
@@ -61,7 +61,7 @@ def test_mutable_is_the_ordinary_idiom(name, rows):
 )
 def test_updated_variables_are_those_that_are_used(layer, method, shape, rows):
     inputs = jnp.ones((rows, *shape))
-    variables = nn.unbox(layer.init(jax.random.key(0), inputs, method=method))
+    variables = layer.init(jax.random.key(0), inputs, method=method)
     _, updated = layer.apply(variables, inputs, method=method, mutable=True)
     doubled = jax.tree.map(lambda leaf: 2 * leaf, updated)
     out = layer.apply(updated, inputs, method=method)

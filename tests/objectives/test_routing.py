@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +84,7 @@ def make(kind, weights, networks=(EXPERTS,)):
             )
     tokens = (batch.inputs[:1],) * (2 if kind == "seq2seq" else 1)
     method = "logits" if kind == "masked_lm" else "__call__"
-    params = jit(lambda key: nn.unbox(model.init(key, *tokens, method=method))["params"])(jax.random.key(0))
+    params = jit(lambda key: model.init(key, *tokens, method=method)["params"])(jax.random.key(0))
     return objective(model, weights), params, batch
 
 

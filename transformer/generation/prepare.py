@@ -23,7 +23,7 @@ def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
     if not (model.config.scan_layers and _on_cpu(params)):
         return model, params
     config = dataclasses.replace(model.config, scan_layers=False)
-    return model.clone(config=config), jax.jit(loop_params)(nn.meta.unbox(params))
+    return model.clone(config=config), jax.jit(loop_params)(params)
 
 
 def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
@@ -33,7 +33,6 @@ def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
     """
     if not (_on_cpu(params) and panel_width(batch_size) > 0):
         return params
-    params = nn.meta.unbox(params)  # `model.init` gives them with the names of their axes
     return unflatten_dict({**flatten_dict(params), **_in_large_pages(_cut(model, params, batch_size))})
 
 

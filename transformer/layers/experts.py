@@ -50,7 +50,7 @@ class MixtureOfExperts(nn.Module):
     Example:
         >>> layer = MixtureOfExperts(FeedForwardConfig(hidden_dim=16, num_experts=4))
         >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))
-        >>> sorted(variables["params"]), variables["params"]["up"]["kernel"].value.shape
+        >>> sorted(variables["params"]), variables["params"]["up"]["kernel"].shape
         (['down', 'router', 'up'], (4, 8, 16))
     """
 

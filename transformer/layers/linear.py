@@ -1,7 +1,9 @@
 """A linear map between named axes."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -16,14 +18,27 @@ DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
 
 
+_named = contextvars.ContextVar("named", default=False)
+
+
+@contextlib.contextmanager
+def named_axes() -> Iterator[None]:
+    """Within, `init` gives each parameter with the logical names of its axes (`nn.LogicallyPartitioned`)."""
+    before = _named.set(True)
+    try:
+        yield
+    finally:
+        _named.reset(before)
+
+
 def normal_initializer(std: float, fan_in: int, scale: float = 1.0) -> nn.initializers.Initializer:
     """Normal with standard deviation `scale * std`, a `std` of 0 meaning 1 / sqrt(fan_in)."""
     return nn.initializers.normal(scale * (std or 1.0 / math.sqrt(fan_in)))
 
 
 def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
-    """The initializer of a parameter that carries logical axis names."""
-    return nn.with_logical_partitioning(initializer, axes)
+    """The initializer of a parameter, which carries logical axis names within `named_axes`, and is a plain array elsewhere."""
+    return nn.with_logical_partitioning(initializer, axes) if _named.get() else initializer
 
 
 def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> Any:

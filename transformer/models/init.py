@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from transformer.layers.linear import named_axes
 from transformer.types import PyTree
 
 
@@ -29,6 +30,7 @@ def init_params(
         tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)]
         return model.init(key, *tokens, method=method)["params"]
 
-    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
-    params = nn.unbox(boxed) if key is None else jax.jit(lambda key: nn.unbox(init(key)))(key)
+    with named_axes():
+        boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
+    params = nn.unbox(boxed) if key is None else jax.jit(init)(key)
     return params, nn.get_partition_spec(boxed)
