@@ -31,8 +31,9 @@ from transformer.ops import dense_cpu
 from transformer.ops.attention import select_implementation
 from transformer.ops.bias import AlibiBias
 from transformer.ops.masks import AttentionMask
-from transformer.training.hardware import model_flops
+from transformer.training.flops import Flops, step_flops
 from transformer.training.metrics import Work, derive
+from transformer.training.optimizer import freeze_objective
 from transformer.types import Objective, PairBatch, PyTree
 from transformer.validation import require
 
@@ -179,46 +180,46 @@ def describe_attention(config: Config, platform: str) -> str:
     return " and ".join(dict.fromkeys(names))
 
 
-def idle_parameters(config: ModelConfig) -> int:
-    """Parameters in experts that a token does not go to: `(E - A) (2 + gated) D F` a mixture of E, of which A are chosen."""
-    networks = [block.feed_forward for block in config.pattern if block.feed_forward.num_experts > 0]
-    width = config.embed_dim
-    of_pattern = sum(
-        (n.num_experts - n.experts_per_token) * (2 + n.gated) * width * n.resolved_hidden_dim(width) for n in networks
+class StandIn:
+    """The vocabulary of a tokenizer that is not there: only its size is known."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.token_bytes = np.ones(vocab_size, np.int32)
+
+
+def count_step(config: Config, params: PyTree, batch: PyTree) -> Flops:
+    """Operations of a training step of a resolved config; of parameters and batch, shapes are enough.
+
+    Traced is the plain model: what is saved by computing a part at a time, or again, changes no count, and a fused kernel would
+    only take longer to trace. Frozen parameters have no gradient.
+    """
+    pattern = tuple(
+        dataclasses.replace(block, attention=dataclasses.replace(block.attention, implementation="xla"))
+        for block in config.model.pattern
     )
-    stacks = 2 if config.architecture == "encoder_decoder" else 1
-    return stacks * config.num_layers // len(config.pattern) * of_pattern
+    plain = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, pattern=pattern, remat="none"),
+        objective=dataclasses.replace(config.objective, loss_chunks=1),
+    )
+    objective = make_objective(plain, make_model(plain.model), StandIn(config.model.vocab_size))
+    return step_flops(freeze_objective(objective, config.optimizer, params), params, batch)
 
 
 def measure_work(config: Config, params: PyTree, parts: int = 1) -> Callable[[Any], Work]:
     """What a training step amounts to, of which a process sees one of so many parts of the batch.
 
-    Position tables, and an embedding that is only looked up, take part in no matrix product; nor do a token's idle experts.
+    Counted once for each shape of a batch, when the first comes (`training.flops`).
     """
-    looked_up: list[Any] = [
-        params[stack].get("position_embedding", {}) for stack in ("encoder", "decoder") if stack in params
-    ]
-    if config.objective.kind == "classification" or not config.model.tie_embeddings:
-        looked_up.append(params["token_embedding"])
-    num_parameters = count_parameters(params) - count_parameters(looked_up) - idle_parameters(config.model)
-    attention = config.model.pattern[0].attention
-    head_dim = attention.resolved_head_dim(config.model.embed_dim)
+    counted: dict[Any, float] = {}
 
     def work(batch: Any) -> Work:
         read = (batch.source, batch.inputs) if isinstance(batch, PairBatch) else (batch.inputs,)
-        flops = sum(
-            model_flops(
-                num_parameters,
-                num_layers=config.model.num_layers,
-                num_heads=attention.num_heads,
-                head_dim=head_dim,
-                rows=parts * len(tokens),
-                length=tokens.shape[1],
-                memory=config.model.memory_length,
-            )
-            for tokens in read
-        )
-        return Work(parts * sum(tokens.size for tokens in read), flops)
+        shapes = tuple(tokens.shape for tokens in read)
+        if shapes not in counted:
+            counted[shapes] = parts * count_step(config, params, batch).total
+        return Work(parts * sum(tokens.size for tokens in read), counted[shapes])
 
     return work
 

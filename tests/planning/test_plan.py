@@ -159,7 +159,7 @@ def test_the_compiled_program_does_what_was_traced(capsys):
         *("--model.embed-dim", "256", "--model.attention.num-heads", "4"),
     )
     # Splash: two products forward, five backward, over half of all pairs; the program's own count leaves kernels out.
-    attention = 16 * 512 * 2 * (2 * 7 * 256 * 256)
+    attention = 16 * 2 * (2 * 7 * 256 * (512 * 513 / 2))
     assert plan["program_flops"] * 4 == plan["traced_flops"] - attention
 
 

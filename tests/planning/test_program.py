@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.parallel.mesh import make_mesh
-from transformer.planning.flops import attention_flops, formula_flops, traced_flops
 from transformer.planning.plan import StandIn
 from transformer.planning.program import Collective, read_program
 from transformer.steps import make_steps
-from transformer.tasks import measure_work
+from transformer.tasks import count_step
+from transformer.training.flops import traced_flops
 from transformer.types import Batch
 
 LOOP = """HloModule m
@@ -218,15 +218,12 @@ def shapes(length=32):
     return Batch(tokens, tokens, jax.ShapeDtypeStruct((8, length), np.float32), tokens, tokens)
 
 
-def test_the_formula_is_that_of_the_metrics_and_of_the_trace():
+def test_products_of_the_step_are_those_of_the_count():
     config, steps = steps_of()
-    formula = formula_flops(config, steps.state.params, rows=8, length=32, causal_half=False)
-    # A training step's norms are of vectors: no products, but parameters that the metrics' formula counts.
-    norms = 5 * 16
-    measured = measure_work(config, steps.state.params)(Batch(*(np.zeros((8, 32), np.int32),) * 5)).flops
-    assert measured - formula == 6 * norms * 8 * 32
-    attention = 8 * 32 * attention_flops(config, length=32, causal_half=False)
-    assert traced_flops(steps.train_step, steps.state, shapes()) + attention == formula
+    assert (
+        traced_flops(steps.train_step, steps.state, shapes())
+        == count_step(config, steps.state.params, shapes()).products
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -237,21 +234,6 @@ def test_what_is_traced_leaves_attention_out_however_it_is_done(implementation, 
         return traced_flops(steps.train_step, steps.state, shapes(512))
 
     assert traced(implementation) == traced("xla")
-
-
-def test_a_window_and_causality_leave_fewer_pairs():
-    config, steps = steps_of(window=8)
-
-    def attention(causal_half, window):
-        whole = formula_flops(
-            steps_of(window=window)[0], steps.state.params, rows=1, length=32, causal_half=causal_half
-        )
-        return whole / (32 * 2 * 12 * 16) - rest
-
-    rest = formula_flops(config, steps.state.params, rows=1, length=32, causal_half=False) / (32 * 2 * 12 * 16) - 8
-    assert attention(False, 0) == pytest.approx(32)
-    assert attention(True, 0) == pytest.approx(16)
-    assert attention(True, 8) == pytest.approx(8 - 64 / 64)
 
 
 def test_a_scanned_program_does_not_grow_with_its_depth():

@@ -64,7 +64,7 @@ def _table(plan: Plan) -> Table:
     ]  # fmt: skip
     if plan.fits:
         rows += [
-            ("operations a step", f"{plan.traced_flops:.3e} as computed; by formula {plan.formula_flops:.3e}"
+            ("operations a step", f"{plan.traced_flops:.3e} as computed; of the model {plan.formula_flops:.3e}"
                 + (f" (causal halved), {plan.formula_flops_whole:.3e} (not halved)" if plan.step == "train" else "")),
             ("operations a device", f"{plan.program_flops:.3e} in the compiled program, kernels left out"),
             *((f"  {kind}", f"{values['count']:g} times, {_gigabytes(values['bytes'])} sent by a device")

@@ -7,15 +7,13 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from transformer.ops.attention import dot_product_attention
+from transformer.ops.attention import ATTENTION_SCOPE, dot_product_attention
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.ring import ring_attention
 from transformer.parallel.rules import axes_in, mesh_axes, spread_axes
 
 RING_AXIS = "context"
-ATTENTION_SCOPE = "dot_product_attention"
-"""In the names of all operations of attention, projections left out."""
 
 
 def context_size() -> int:
@@ -23,7 +21,6 @@ def context_size() -> int:
     return spread_axes().get(RING_AXIS, 1)
 
 
-@jax.named_scope(ATTENTION_SCOPE)
 def spread_attention(
     query_BTHK: Float[Array, "B T H K"],
     key_BSGK: Float[Array, "B S G K"],
@@ -81,9 +78,11 @@ def spread_attention(
     whole = PartitionSpec(rows, places, heads)
     # The last axis of a description's arrays are heads.
     of_bias = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * (leaf.ndim - 1), heads), bias)
-    return jax.shard_map(
+    spread_attend = jax.shard_map(
         attend,
         in_specs=(whole, whole, whole, jax.tree.map(of_mask, mask), of_bias),
         out_specs=whole,
         check_vma=False,
-    )(query_BTHK, key_BSGK, value_BSGK, mask, bias)
+    )
+    with jax.named_scope(ATTENTION_SCOPE):
+        return spread_attend(query_BTHK, key_BSGK, value_BSGK, mask, bias)

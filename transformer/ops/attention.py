@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
@@ -13,6 +14,7 @@ from transformer.ops.blockwise import blockwise_attention
 from transformer.ops.cudnn import cudnn_attention, cudnn_refusal
 from transformer.ops.masks import AttentionMask
 from transformer.ops.splash import splash_attention, splash_refusal
+from transformer.ops.visible import mark_attention
 
 Implementation = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 
@@ -26,7 +28,11 @@ _LONG = 256
 _FUSED_LENGTH = 512
 _FUSED = {"tpu": "splash", "cuda": "cudnn"}
 
+ATTENTION_SCOPE = "dot_product_attention"
+"""In the names of all operations of attention, projections left out."""
 
+
+@jax.named_scope(ATTENTION_SCOPE)
 def dot_product_attention(
     query_BTHK: Float[jax.Array, "B T H K"],
     key_BSGK: Float[jax.Array, "B S G K"],
@@ -72,8 +78,35 @@ def dot_product_attention(
     (1, 3, 2, 4)
     """
     _check(query_BTHK, key_BSGK, value_BSGK, mask, bias, dropout_rate, dropout_key)
-    scale = 1 / math.sqrt(query_BTHK.shape[-1]) if scale is None else scale
-    logits_soft_cap = logits_soft_cap or 0.0
+    out_BTHW = _attend(
+        query_BTHK,
+        key_BSGK,
+        value_BSGK,
+        mask=mask,
+        bias=bias,
+        scale=1 / math.sqrt(query_BTHK.shape[-1]) if scale is None else scale,
+        logits_soft_cap=logits_soft_cap or 0.0,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+    # A name is no operation: it is read where those of attention are counted (`training.flops`).
+    return checkpoint_name(out_BTHW, mark_attention(mask, query_BTHK, key_BSGK, value_BSGK))
+
+
+def _attend(
+    query_BTHK: Any,
+    key_BSGK: Any,
+    value_BSGK: Any,
+    *,
+    mask: AttentionMask,
+    bias: Any,
+    scale: float,
+    logits_soft_cap: float,
+    dropout_rate: float,
+    dropout_key: Any,
+    implementation: str,
+) -> Float[jax.Array, "B T H W"]:
     request: dict[str, Any] = {"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate}
     operands = (query_BTHK, key_BSGK, value_BSGK, mask, bias)
 

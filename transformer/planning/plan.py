@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import Config
@@ -18,20 +17,12 @@ from transformer.memory import check_model, device_bytes
 from transformer.parallel.mesh import make_mesh, num_row_shards
 from transformer.parallel.rules import axes_in, mesh_axes, parameter_shardings
 from transformer.planning.chips import NODE_DEVICES, Topology
-from transformer.planning.flops import attention_flops, formula_flops, product_parameters, traced_flops
 from transformer.planning.program import COLLECTIVES, Collective, Program, read_program
 from transformer.steps import Steps, check_devices, make_steps
-from transformer.tasks import count_parameters, resolve
+from transformer.tasks import StandIn, count_parameters, count_step, resolve
+from transformer.training.flops import Flops, count_flops, traced_flops
 from transformer.types import Batch, UserError
 from transformer.validation import require
-
-
-class StandIn:
-    """The vocabulary of a tokenizer that is not there, for no data have been read: only its size is known."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.token_bytes = np.ones(vocab_size, np.int32)
 
 
 class Plan(NamedTuple):
@@ -55,11 +46,11 @@ class Plan(NamedTuple):
     advice: str
     """If it does not fit: by how much, and what would make it fit."""
     traced_flops: float
-    """Of all devices, recomputation included; attention's by formula, without the pairs of places that masks skip."""
+    """Of all devices, recomputation included; attention's by formula, without the pairs of positions that masks hide."""
     formula_flops: float
-    """Of all devices, in training with the attention of causal models halved; without recomputation."""
+    """Of all devices, without recomputation, and of attention the pairs that masks leave: what training's MFU counts."""
     formula_flops_whole: float
-    """The same, with every pair of places counted."""
+    """The same, with every pair of positions counted."""
     program_flops: float
     """Of one device's program, custom kernels left out."""
     collectives: dict[str, dict[str, float]]
@@ -94,7 +85,7 @@ class _Work(NamedTuple):
     """Shapes with shardings of what the step takes."""
     lower: Callable[[], Any]
     traced: float
-    formulas: tuple[float, float]
+    flops: Flops
     tokens: int
     least: float
 
@@ -105,23 +96,16 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     Raises:
         UserError: the config leaves its vocabulary to the data, or does not fit the devices by its numbers.
     """
-    model = config.model
-    require(
-        config.objective.kind == "next_token",
-        f"plan knows the rows of the next_token objective, got {config.objective.kind}.",
-    )
+    model, batch = config.model, batch_shapes(config)
+    rows, length = batch.inputs.shape
     mesh, steps = _make_steps(config, topology)
     check_devices(config, mesh)
-    rows, length = shape = (config.data.batch_size, config.data.sequence_length)
-    tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
-    batch = Batch(tokens, tokens, weights, tokens, tokens)
     with jax.set_mesh(mesh):
         traced = traced_flops(steps.train_step, steps.state, batch)
-    # Two products forward, five backward in a fused kernel, and two when the layer is computed again.
-    products = 7 + (0 if model.remat == "none" else 2)
-    formulas = [
-        formula_flops(config, steps.state.params, rows=rows, length=length, causal_half=half) for half in (True, False)
-    ]
+    flops = count_step(resolve_size(config), steps.state.params, batch)
+    # Of attention, the count has two products forward and four backward. A fused kernel has five, for it computes the logits
+    # again, and two more where the layer is computed again.
+    kernel = flops.attention / 6 * (7 + (0 if model.remat == "none" else 2))
     return _compile(
         _Work(
             step="train",
@@ -139,11 +123,8 @@ def plan_training(config: Config, topology: Topology) -> Plan:
             params=steps.state.params,
             operands=steps.state,
             lower=functools.partial(steps.runner.lower, steps.state, batch),
-            traced=traced
-            + rows
-            * length
-            * attention_flops(config, length=length, memory=model.memory_length, causal_half=True, products=products),
-            formulas=(formulas[0], formulas[1]),
+            traced=traced + kernel,
+            flops=flops,
             tokens=rows * length,
             least=least_network_bytes(config, steps, dict(mesh.shape)),
         )
@@ -189,10 +170,9 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         with jax.set_mesh(mesh):
             return jax.jit(step, donate_argnums=2).lower(params, token, cache)
 
-    attention = rows * attention_flops(config, length=capacity, causal_half=False, products=2)
     with jax.set_mesh(mesh):
         traced = traced_flops(step, params, token, cache)
-    formula = 2.0 * rows * product_parameters(config, params) + attention
+    flops = count_flops(lambda _, *arguments: step(*arguments), (), params, token, cache)
     return _compile(
         _Work(
             step="decode",
@@ -203,19 +183,36 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
             params=params,
             operands=(params, cache),
             lower=lower,
-            traced=traced + attention,
-            formulas=(formula, formula),
+            traced=traced + flops.attention,
+            flops=flops,
             tokens=rows,
             least=0.0,
         )
     )
 
 
-def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
+def batch_shapes(config: Config) -> Batch:
+    """Shapes of a training batch."""
+    require(
+        config.objective.kind == "next_token",
+        f"plan knows the rows of the next_token objective, got {config.objective.kind}.",
+    )
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+    return Batch(tokens, tokens, weights, tokens, tokens)
+
+
+def resolve_size(config: Config) -> Config:
+    """`tasks.resolve` without a tokenizer, for a config that names the size of its vocabulary."""
     require(
         config.model.vocab_size > 0,
         "A plan reads no data: model.vocab_size must be set, got 0; for example --model.vocab-size 32000.",
     )
+    return resolve(config, StandIn(config.model.vocab_size))
+
+
+def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
+    config = resolve_size(config)
     require(
         config.parallel.strategy == "mesh",
         f"plan compiles for a mesh, got parallel.strategy={config.parallel.strategy}; set it to mesh.",
@@ -224,8 +221,7 @@ def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
     check_model(config.model)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
-    tokenizer = StandIn(config.model.vocab_size)
-    return mesh, make_steps(resolve(config, tokenizer), tokenizer, mesh)
+    return mesh, make_steps(config, StandIn(config.model.vocab_size), mesh)
 
 
 def _compile(work: _Work) -> Plan:
@@ -269,8 +265,8 @@ def _compile(work: _Work) -> Plan:
         capacity_bytes=capacity,
         advice="" if fits else _advice(work, peak - capacity, arguments > capacity),
         traced_flops=work.traced,
-        formula_flops=work.formulas[0],
-        formula_flops_whole=work.formulas[1],
+        formula_flops=work.flops.total,
+        formula_flops_whole=work.flops.products + work.flops.attention_whole,
         program_flops=program.flops,
         collectives=_by_kind(program.collectives),
         least_network_bytes=work.least,
@@ -279,7 +275,7 @@ def _compile(work: _Work) -> Plan:
         network_seconds=times["network"],
         step_seconds=seconds,
         bottleneck=max(times, key=lambda name: times[name]),
-        mfu_bound=work.formulas[0] / devices / chip.peak_flops / seconds,
+        mfu_bound=work.flops.total / devices / chip.peak_flops / seconds,
         tokens_per_second=work.tokens / seconds,
         chip_hours=seconds * steps * work.topology.chips / 3600,
         days=seconds * steps / 86_400,

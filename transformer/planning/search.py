@@ -12,9 +12,8 @@ from transformer.config import Config
 from transformer.model_config import ModelConfig
 from transformer.models.init import init_params
 from transformer.planning.chips import Topology
-from transformer.planning.flops import formula_flops
-from transformer.planning.plan import Plan, plan_training
-from transformer.tasks import count_parameters, make_model
+from transformer.planning.plan import Plan, batch_shapes, plan_training, resolve_size
+from transformer.tasks import count_parameters, count_step, make_model
 from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
 from transformer.validation import require
@@ -75,6 +74,8 @@ def search(
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
     """All choices that divide rows, heads and widths, estimated."""
     found = []
+    resolved = resolve_size(config)
+    flops = count_step(resolved, _shapes(dataclasses.replace(resolved.model, remat="none")), batch_shapes(config)).total
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
@@ -87,7 +88,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
             model=dataclasses.replace(config.model, remat=remat),
             optimizer=dataclasses.replace(config.optimizer, accumulate_steps=accumulate),
         )
-        found.append(estimate(changed, topology))
+        found.append(estimate(changed, topology, flops))
     return found
 
 
@@ -112,13 +113,13 @@ def _micro_batches(config: Config) -> list[int]:
     return sorted({n for n in (1, 2, 4, 8, 16, config.optimizer.accumulate_steps) if config.data.batch_size % n == 0})
 
 
-def estimate(config: Config, topology: Topology) -> Candidate:
+def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
     """Memory and time of a step by arithmetic alone.
 
     State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: what the blocks
     keep (`kept_widths`). The output layer: its logits and their gradient, and its matrix gathered and that one's gradient.
-    Time: the formula's operations at the peak, and the parameters' way over the wires, tensor parallelism's four exchanges of
-    the stream a block among it.
+    Time: the step's operations (`flops`) at the peak, and the parameters' way over the wires, tensor parallelism's four
+    exchanges of the stream a block among it.
     """
     parallel, model, chip = config.parallel, config.model, topology.chip
     devices, accumulate = len(topology.devices), config.optimizer.accumulate_steps
@@ -128,9 +129,6 @@ def estimate(config: Config, topology: Topology) -> Candidate:
     rows = config.data.batch_size / accumulate / row_shards(parallel)
     places = config.data.sequence_length / parallel.context
     activations, logits = activation_bytes(config), output_bytes(config)
-    flops = formula_flops(
-        config, shapes, rows=config.data.batch_size, length=config.data.sequence_length, causal_half=True
-    )
     compute = flops * {"none": 1, "dots": 1.05, "full": 4 / 3}[model.remat] / devices / chip.peak_flops
     links = chip.link_bandwidth * 2 * max(1, chip.torus_dims)
     whole = number * itemsize / (parallel.tensor * parallel.expert)

@@ -1,4 +1,4 @@
-"""How fast the hardware could be: peak of matrix products, and what a model asks for per token."""
+"""How fast the hardware could be: its peak of matrix products; and memory and programs kept for the next step."""
 
 import ctypes
 import functools
@@ -64,30 +64,6 @@ def measured_peak_flops(dtype: str) -> float:
             product(left, right).block_until_ready()
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start))
     return best
-
-
-def model_flops(
-    num_parameters: int, *, num_layers: int, num_heads: int, head_dim: int, rows: int, length: int, memory: int = 0
-) -> float:
-    """Operations of a training step on rows of a length T: `6 N + 12 L H K T` a token (Chowdhery et al. 2022, appendix B).
-
-    With a memory of M vectors a token attends to T + M.
-
-    Two for each multiply-add, three times the forward pass for forward and backward. The attention term counts the
-    whole T x T matrix, causal or not; recomputation (remat) is not counted.
-
-    Args:
-        num_parameters: N, those in a token's matrix products: not position tables, nor an embedding that is only looked up,
-            and of experts only those that it goes to.
-        num_layers: L.
-        num_heads: H.
-        head_dim: K.
-        rows: of the batch.
-        length: T.
-        memory: M.
-    """
-    per_token = 6.0 * num_parameters + 12.0 * num_layers * num_heads * head_dim * (length + memory)
-    return rows * length * per_token
 
 
 def keep_freed_memory() -> None:

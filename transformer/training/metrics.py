@@ -61,7 +61,7 @@ class Work(NamedTuple):
     tokens: int = 0
     """Positions of the batch, padding included."""
     flops: float = 0.0
-    """Operations of forward and backward (`hardware.model_flops`)."""
+    """Operations of forward and backward (`training.flops`)."""
 
 
 class Stopwatch:

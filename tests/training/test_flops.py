@@ -1,0 +1,327 @@
+"""Operations of a step against arithmetic on the config, written out here, and against JAX's own gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.models.init import init_params
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.masks import AttentionMask
+from transformer.parallel.mesh import make_mesh
+from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model, make_objective
+from transformer.training.flops import count_flops, step_flops, traced_flops
+from transformer.training.optimizer import freeze_objective
+from transformer.types import Batch, LabelledBatch, PairBatch
+
+ROWS, LENGTH, SOURCE, VOCAB, CLASSES = 3, 40, 28, 97, 5
+WIDE = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2), FeedForwardConfig(96, gated=True))
+NARROW = BlockConfig(AttentionConfig(num_heads=2, head_dim=8, window=6), FeedForwardConfig(48))
+SPARSE = BlockConfig(
+    AttentionConfig(num_heads=4, pattern="fixed", pattern_block=4, pattern_stride=2), FeedForwardConfig()
+)
+EXPERTS = BlockConfig(
+    AttentionConfig(num_heads=4), FeedForwardConfig(24, gated=True, num_experts=6, experts_per_token=2)
+)
+XL = {"memory_length": 24, "positions": PositionConfig(kind="transformer_xl")}
+
+MODELS = {
+    "causal": ("next_token", {}),
+    "untied": ("next_token", {"tie_embeddings": False}),
+    "windows": ("next_token", {"pattern": (NARROW,)}),
+    "patterns": ("next_token", {"pattern": (SPARSE,)}),
+    "experts": ("next_token", {"pattern": (EXPERTS,)}),
+    "unequal": ("next_token", {"pattern": (WIDE, NARROW, EXPERTS, SPARSE)}),
+    "memory": ("next_token", {"memory_length": 24}),
+    "transformer_xl": ("next_token", XL),
+    "transformer_xl, unequal, experts": ("next_token", {**XL, "pattern": (WIDE, NARROW, EXPERTS)}),
+    "prefix": ("prefix_lm", {}),
+    "prefix, experts": ("prefix_lm", {"pattern": (EXPERTS, WIDE)}),
+    "masked": ("masked_lm", {}),
+    "masked, experts": ("masked_lm", {"pattern": (WIDE, EXPERTS)}),
+    "classes": ("classification", {}),
+    "classes, attention pooling": ("classification", {"pooling": "attention"}),
+    "classes, experts": ("classification", {"pattern": (EXPERTS,)}),
+    "pairs": ("seq2seq", {}),
+    "pairs, two vocabularies": ("seq2seq", {"source_vocab_size": 51, "tie_embeddings": False}),
+    "pairs, unequal": ("seq2seq", {"pattern": (WIDE, NARROW)}),
+    "pairs, experts": ("seq2seq", {"pattern": (EXPERTS,)}),
+    "spans": ("span_corruption", {"pattern": (WIDE, NARROW)}),
+}
+ARCHITECTURES = {
+    "masked_lm": "encoder",
+    "classification": "encoder",
+    "seq2seq": "encoder_decoder",
+    "span_corruption": "encoder_decoder",
+}
+
+
+def make(kind, *, objective=None, optimizer=None, **settings):
+    """A config, the shapes of its parameters and of a batch."""
+    settings = {"embed_dim": 32, "pattern": (WIDE,), **settings}
+    settings = {"num_layers": max(2, len(settings["pattern"])), **settings}
+    model = ModelConfig(
+        ARCHITECTURES.get(kind, "decoder"),
+        vocab_size=VOCAB,
+        max_length=LENGTH + settings.get("memory_length", 0),
+        num_classes=CLASSES if kind == "classification" else 0,
+        bidirectional_prefix=kind == "prefix_lm",
+        **settings,
+    )
+    config = Config(
+        model=model,
+        data=DataConfig(sequence_length=LENGTH, batch_size=ROWS, continue_rows=model.memory_length > 0),
+        objective=ObjectiveConfig(kind=kind, **(objective or {})),
+        optimizer=optimizer or OptimizerConfig(),
+    )
+    module = make_model(model)
+    params, _ = init_params(module, None, *init_shapes(module), method=init_method(module))
+
+    def ids(*shape, dtype=np.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    row, weights = ids(ROWS, LENGTH), ids(ROWS, LENGTH, dtype=np.float32)
+    if model.architecture == "encoder_decoder":
+        return config, params, PairBatch(ids(ROWS, SOURCE), ids(ROWS, SOURCE), row, row, weights, row)
+    if kind == "classification":
+        return config, params, LabelledBatch(row, row, ids(ROWS), ids(ROWS, dtype=np.float32))
+    return config, params, Batch(row, row, weights, row, row)
+
+
+def pairs(attention, queries, earlier, *, causal, prefix):
+    """Pairs of a row that see each other, one after another."""
+    total = 0.0
+    for query in range(earlier, earlier + queries):
+        for key in range(earlier + queries):
+            if attention.window and abs(query - key) >= attention.window:
+                continue
+            if attention.pattern == "fixed":
+                unit, stride = attention.pattern_block, attention.pattern_stride
+                same = query // unit // stride == key // unit // stride
+                if not same and (key // unit) % stride < stride - attention.pattern_summary:
+                    continue
+            if not causal or key <= query:
+                total += 1
+            elif prefix:  # of every length below the row's: the share of those that reach beyond the key
+                total += (queries - 1 - key) / queries
+    return total
+
+
+def stack_flops(model, length, *, causal, cross=0, prefix=False):
+    """Of one row through a stack, forward: each block's matrices, then its pairs."""
+    D, total, earlier = model.embed_dim, 0.0, model.memory_length
+    relative = D if model.positions.kind == "transformer_xl" else 0
+    for block in model.pattern * (model.num_layers // len(model.pattern)):
+        attention, network = block.attention, block.feed_forward
+        H, G, K = (
+            attention.num_heads,
+            attention.num_kv_heads or attention.num_heads,
+            attention.head_dim or D // attention.num_heads,
+        )
+        total += 2 * length * D * H * K * 2  # query, out
+        total += 2 * (earlier + length) * D * G * K * 2  # key, value
+        total += 2 * length * H * K * relative  # distances
+        seen = pairs(attention, length, earlier, causal=causal, prefix=prefix)
+        total += 2 * seen * H * (K + relative + K)
+        if cross:
+            total += 2 * length * D * H * K * 2 + 2 * cross * D * G * K * 2 + 2 * length * cross * H * 2 * K
+        F = network.hidden_dim or 4 * D
+        experts = network.experts_per_token if network.num_experts else 1
+        total += 2 * length * D * network.num_experts  # router
+        total += 2 * length * experts * D * F * (3 if network.gated else 2)
+    return total
+
+
+def expected_flops(config):
+    model, kind = config.model, config.objective.kind
+    D = model.embed_dim
+    if model.architecture == "decoder":
+        row = stack_flops(model, LENGTH, causal=True, prefix=kind == "prefix_lm") + 2 * LENGTH * D * VOCAB
+    elif kind == "masked_lm":
+        row = stack_flops(model, LENGTH, causal=False) + 2 * round(0.15 * LENGTH) * D * VOCAB
+    elif kind == "classification":
+        pooling = 2 * LENGTH * D * 2 if model.pooling == "attention" else 0
+        row = stack_flops(model, LENGTH, causal=False) + pooling + 2 * D * CLASSES
+    else:
+        decoded = stack_flops(model, LENGTH, causal=True, cross=SOURCE) + 2 * LENGTH * D * VOCAB
+        row = stack_flops(model, SOURCE, causal=False) + decoded
+    return 3 * ROWS * row
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_those_of_arithmetic(name):
+    kind, settings = MODELS[name]
+    config, params, batch = make(kind, **settings)
+    assert count_step(config, params, batch).total == pytest.approx(expected_flops(config), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
+def test_unequal_blocks_count_in_any_order(kind):
+    counts = {count_step(*make(kind, pattern=pattern)).total for pattern in ((WIDE, NARROW), (NARROW, WIDE))}
+    assert len(counts) == 1
+
+
+def gradient(objective, key):
+    def function(params, carry, batch):
+        def loss(params):
+            (loss, weight), rest = objective.loss(params, carry, batch, key, True)
+            return loss, (weight, rest)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "groups", [(), ("block_0/=0",), ("(token_embedding|blocks)/=0",)], ids=["all", "a block", "blocks"]
+)
+@pytest.mark.parametrize("name", ["unequal", "transformer_xl", "masked, experts", "classes", "pairs, two vocabularies"])
+def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
+    kind, settings = MODELS[name]
+    config, params, batch = make(kind, optimizer=OptimizerConfig(parameter_groups=groups), **settings)
+    objective = make_objective(config, make_model(config.model), StandIn(VOCAB))
+    objective = freeze_objective(objective, config.optimizer, params)
+    carry = jax.eval_shape(lambda: objective.init_carry(ROWS))
+    traced = traced_flops(gradient(objective, jax.random.key(0)), params, carry, batch)
+    assert count_step(config, params, batch).products == traced
+
+
+SAVED = {
+    "remat": {"remat": "full"},
+    "scan": {"scan_layers": True},
+    "both": {"remat": "dots", "scan_layers": True},
+    "offload": {"remat": "offload"},
+}
+
+
+@pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED)
+def test_saving_memory_changes_no_count_of_any_objective(settings):
+    """Of the objective that is trained, not only of the plain one that `count_step` makes of it."""
+    config, params, batch = make(
+        "next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings
+    )
+    model = make_model(config.model, cpu_kernels=True)
+    counted = step_flops(make_objective(config, model, StandIn(VOCAB)), params, batch)
+    assert counted == count_step(config, params, batch)
+    plain = make("next_token", num_layers=4, pattern=(WIDE, EXPERTS))
+    assert counted == count_step(*plain)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise", "splash", "auto"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_attention_counts_alike_however_it_is_done(implementation, remat):
+    mask = AttentionMask(causal=True, window=100)
+
+    def attend(kernel, x):
+        def layer(kernel, x):
+            heads = (x @ kernel).reshape(2, 512, 4, 8)
+            pair = heads[:, :, :2]
+            return dot_product_attention(heads, pair, pair, mask=mask, implementation=implementation)
+
+        return jnp.sum((jax.checkpoint(layer) if remat else layer)(kernel, x))
+
+    counted = count_flops(attend, shape(32, 32), shape(2, 512, 32))
+    visible = 100 * 101 / 2 + 412 * 100
+    assert counted == (2 * 2 * 2 * 512 * 32 * 32, 3 * 2 * 2 * 2 * 32 * visible, 3 * 2 * 2 * 2 * 32 * 512 * 512)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, np.float32)
+
+
+PRODUCT = 2 * 8 * 8 * 8
+
+
+def scanned(w, x):
+    # Only in the second round does what is carried depend on the parameters.
+    def body(carry, _):
+        x, y = carry
+        return (y @ w, x), None
+
+    return jnp.sum(jax.lax.scan(body, (x, x), None, length=6)[0][0])
+
+
+def counted_up(w, x):
+    return jnp.sum(jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] + 1, s[1] @ w), (2, x))[1])
+
+
+def own_kernel(w, x):
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    product.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+    return jnp.sum(product(w, jnp.tanh(x @ w)))
+
+
+def convolution(w, x):
+    kernel_WIO = w[None, :, :]
+    return jnp.sum(
+        jax.lax.conv_general_dilated(x[None], kernel_WIO, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    )
+
+
+FUNCTIONS = {
+    "a product": (lambda w, x: jnp.sum(x @ w), 2),
+    "two": (lambda w, x: jnp.sum(x @ w @ w), 2 + 3),
+    "transposed": (lambda w, x: jnp.sum((x @ w).T @ w), 2 + 3),
+    "jit": (lambda w, x: jnp.sum(jax.jit(lambda w, x: x @ w)(w, x) @ w), 2 + 3),
+    "einsum": (lambda w, x: jnp.sum(jnp.einsum("ab,cb->ac", x, w)), 2),
+    "vmap": (lambda w, x: jnp.sum(jax.vmap(lambda row: row @ w)(x)), 2),
+    "a target": (lambda w, x: jnp.sum(x @ w + jax.lax.stop_gradient(x @ w @ w)), 2 + 1 + 1),
+    "beside the loss": (lambda w, x: (jnp.sum(x @ w), x @ w @ w), 2 + 1 + 1),
+    "whole numbers": (lambda w, x: jnp.sum(x @ w) + jnp.argmax(x @ w), 2 + 1),
+    "the dearer branch": (
+        lambda w, x: jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda w, x: x @ w @ w, lambda w, x: x @ w, w, x)),
+        2 + 3,
+    ),
+    "for": (lambda w, x: jnp.sum(jax.lax.fori_loop(0, 5, lambda _, x: x @ w, x)), 5 * 3),
+    "scan": (scanned, 6 * 3),
+    "map": (lambda w, x: jnp.sum(jax.lax.map(lambda row: x @ w, x)), 8 * 2),
+    "while": (counted_up, 5 * 3),
+    "remat": (jax.checkpoint(lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)), 2 + 3),
+    "custom gradient": (own_kernel, 2 + 3),
+    "convolution": (convolution, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_product_counts_for_its_result_and_each_gradient(name):
+    function, products = FUNCTIONS[name]
+    assert count_flops(function, shape(8, 8), shape(8, 8)) == (products * PRODUCT, 0, 0)
+
+
+def test_nothing_to_differentiate_is_a_forward_pass():
+    assert count_flops(lambda _, w, x: jnp.sum(x @ w @ w), (), shape(8, 8), shape(8, 8)).total == 2 * PRODUCT
+
+
+def test_devices_of_a_shard_map_count_together():
+    mesh = make_mesh({"data": 4}, jax.devices()[:4])
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    product = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(whole, rows), out_specs=rows)
+    assert count_flops(lambda w, x: jnp.sum(product(w, x)), shape(8, 8), shape(8, 8)).total == 2 * PRODUCT
+
+
+def test_a_model_of_ones_own_counts_too():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(16)(x)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(x)
+            return nn.Dense(4)(nn.Conv(16, (3,))(x))
+
+    model, x = Model(), shape(2, 10, 8)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.sum(model.apply(params, x) ** 2)
+
+    first, places = 2 * 20 * 8 * 16, 20
+    # Flax's attention says nothing of what is visible: its products count whole.
+    others = 2 * places * (4 * 16 * 16 + 3 * 16 * 16 + 16 * 4) + 2 * 2 * 2 * 10 * 10 * 16
+    assert count_flops(loss, params, x).total == 2 * first + 3 * others
+    cost = jax.jit(loss).lower(params, x).compile().cost_analysis()
+    assert cost["flops"] == pytest.approx(first + others, rel=0.1), "all that XLA counts in the forward pass"

@@ -1,0 +1,75 @@
+"""How many pairs of a query and a key a mask leaves, from what is known before any data are."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from transformer.ops.masks import AttentionMask, BlockPattern
+
+_MARK = re.compile(r"attention of a row: (\S+) of (\d+) pairs, (\d+) queries, widths (\d+) and (\d+)")
+
+
+def mark_attention(mask: AttentionMask, query_BTHK: Any, key_BSGK: Any, value_BSGK: Any) -> str:
+    """A name for the result of attention, which says in a traced program what it was (`read_mark`)."""
+    T, S = query_BTHK.shape[1], key_BSGK.shape[1]
+    widths = f"{key_BSGK.shape[-1]} and {value_BSGK.shape[-1]}"
+    return f"attention of a row: {visible_pairs(mask, T, S)} of {T * S} pairs, {T} queries, widths {widths}"
+
+
+def read_mark(equation: Any) -> tuple[float, float] | None:
+    """Operations of attention's two products over the pairs that the mask leaves, and over all; None for other equations."""
+    found = _MARK.fullmatch(equation.params["name"]) if equation.primitive.name == "name" else None
+    if found is None:
+        return None
+    pairs, whole, queries, key_width, value_width = map(float, found.groups())
+    heads = math.prod(equation.outvars[0].aval.shape) / max(queries * value_width, 1)  # of all rows
+    each = 2.0 * heads * (key_width + value_width)
+    return each * pairs, each * whole
+
+
+def visible_pairs(mask: AttentionMask, num_queries: int, num_keys: int) -> float:
+    """Pairs of one row in which the query sees the key, by the mask's static fields.
+
+    What only the data say is taken to hide nothing: segments, padding and lengths. Where positions depend on them
+    (`query_offset`: a memory, a cache), the queries are the last of the keys, so that all of the memory counts. A prefix
+    is one of every length below the row's with the same probability, which is how `prefix_lm` draws it: of a long row, two thirds
+    of the pairs.
+
+    >>> visible_pairs(AttentionMask(causal=True), 4, 4), visible_pairs(AttentionMask(causal=True, window=2), 4, 4)
+    (10.0, 7.0)
+    """
+    offset = num_keys - num_queries if mask.query_offset is not None else 0
+    has_prefix = mask.key_prefix is not None
+    return _count(mask.causal, mask.window, mask.pattern, has_prefix, num_queries, num_keys, offset)
+
+
+@functools.lru_cache(maxsize=1024)
+def _count(
+    causal: bool,
+    window: int,
+    pattern: BlockPattern | None,
+    has_prefix: bool,
+    num_queries: int,
+    num_keys: int,
+    offset: int,
+) -> float:
+    places_T, keys_S = np.arange(num_queries) + offset, np.arange(num_keys)
+    low_T, high_T = np.zeros(num_queries, np.int64), np.full(num_queries, num_keys)
+    if window > 0:
+        low_T = np.clip(places_T - window + 1, 0, num_keys)
+        high_T = np.clip(places_T + window, 0, num_keys)
+    # Keys up to here are seen; later ones where they are of the prefix.
+    now_T = np.clip(places_T + 1, low_T, high_T) if causal else high_T
+    in_prefix_S = (num_keys - 1 - keys_S) / num_keys if has_prefix else np.zeros(num_keys)
+    unit = max(1, num_queries + offset) if pattern is None else pattern.block_size
+    total = 0.0
+    for block in np.unique(places_T // unit):
+        rows = places_T // unit == block
+        seen_S = np.ones(num_keys, bool) if pattern is None else pattern.sees(block, keys_S // unit)
+        keys, prefix = (np.concatenate([[0], np.cumsum(seen_S * share)]) for share in (np.ones(num_keys), in_prefix_S))
+        low, now, high = low_T[rows], now_T[rows], high_T[rows]
+        total += float(np.sum(keys[now] - keys[low]) + np.sum(prefix[high] - prefix[now]))
+    return total
