@@ -1,5 +1,6 @@
 """A text's class does not depend on what lies beside it: alone, in a batch, padded to any length, for every pooling."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
