@@ -210,6 +210,11 @@ def test_saving_memory_changes_no_count_of_any_objective(settings):
     assert counted == count_step(*plain)
 
 
+def test_parts_that_are_filled_up_do_not_count():
+    whole, parts = (make("masked_lm", objective={"loss_chunks": chunks}) for chunks in (1, 4))
+    assert count_step(*parts) == count_step(*whole), "6 hidden tokens in 4 parts are 8"
+
+
 @pytest.mark.parametrize("implementation", ["xla", "blockwise", "splash", "auto"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_attention_counts_alike_however_it_is_done(implementation, remat):
@@ -242,6 +247,15 @@ def scanned(w, x):
         return (y @ w, x), None
 
     return jnp.sum(jax.lax.scan(body, (x, x), None, length=6)[0][0])
+
+
+def beside_in_a_loop(w, x):
+    # The loop's second product reaches no loss, nor does what it starts from.
+    def body(carry, _):
+        loss, other = carry
+        return (loss + 1.0, other @ w), None
+
+    return jax.lax.scan(body, (jnp.sum(x @ w), x @ w), None, length=4)[0][0]
 
 
 def counted_up(w, x):
@@ -280,6 +294,7 @@ FUNCTIONS = {
     ),
     "for": (lambda w, x: jnp.sum(jax.lax.fori_loop(0, 5, lambda _, x: x @ w, x)), 5 * 3),
     "scan": (scanned, 6 * 3),
+    "beside the loss, in a loop": (beside_in_a_loop, 2 + 1 + 4),
     "map": (lambda w, x: jnp.sum(jax.lax.map(lambda row: x @ w, x)), 8 * 2),
     "while": (counted_up, 5 * 3),
     "remat": (jax.checkpoint(lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)), 2 + 3),
