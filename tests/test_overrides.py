@@ -8,8 +8,9 @@ import pytest
 from transformer.cli.arguments import load_config
 from transformer.cli.fields import flags
 from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config_io import RESUMABLE, resume_conflicts, to_dict
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
-from transformer.overrides import override
+from transformer.overrides import _RULES, override
 from transformer.types import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -174,3 +175,37 @@ def test_contradictions_among_the_changes_are_refused(changes, message):
 def test_python_users_are_refused_as_before():
     with pytest.raises(UserError, match="warmup_steps must not exceed"):
         dataclasses.replace(BIG, training=TrainingConfig(steps=20))
+
+
+def test_a_run_that_goes_on_keeps_what_it_may_not_change():
+    """Whatever its steps are now, and also where the file says otherwise."""
+    begun = override(BIG, {"training.steps": 20})
+    assert begun.optimizer.warmup_steps == 2
+    lines = []
+    for changes in (
+        {"training.steps": 40},
+        {"training.steps": 1000},
+        {},
+        {"training.steps": 25, "optimizer.restarts": (20,)},
+    ):
+        longer = override(BIG, changes, lines.append, recorded=begun)
+        assert resume_conflicts(to_dict(begun), to_dict(longer)) == []
+    assert set(lines) == {"optimizer.warmup_steps 100 -> 2, as the run that goes on has it"}
+    # What is given stays, to be refused.
+    assert override(BIG, {"optimizer.warmup_steps": 3}, recorded=begun).optimizer.warmup_steps == 3
+    # What follows a change that makes another run follows as ever.
+    assert override(BIG, {"data.batch_size": 4}, recorded=begun).optimizer.accumulate_steps == 4
+
+
+def test_a_run_that_goes_on_for_too_few_steps_is_refused_by_the_flag_to_give():
+    begun = override(BIG, {"optimizer.warmup_steps": 20, "training.steps": 20})
+    with pytest.raises(UserError, match=r"at least optimizer\.warmup_steps=20, got 10; raise training\.steps"):
+        override(BIG, {"training.steps": 30, "optimizer.restarts": (20,)}, recorded=begun)
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in _RULES if not rule.field.startswith(RESUMABLE)], ids=lambda rule: rule.field
+)
+def test_no_rule_changes_what_a_run_may_not_because_of_what_it_may(rule):
+    """Each rule follows fields of one sort: those that a run may change, or those that make it another."""
+    assert len({after.startswith(RESUMABLE) for after in rule.after}) == 1

@@ -8,6 +8,9 @@ from typing import Any
 from transformer.config import Config
 from transformer.validation import require
 
+CONFIG_FILE = "config.json"
+"""A run's config, in its record and at the top of its directory."""
+
 # What a resumed run may change; everything else would make it another run.
 RESUMABLE = (
     "workdir",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from transformer.config import Config
-from transformer.config_io import from_dict, to_dict
+from transformer.config_io import RESUMABLE, from_dict, to_dict
 from transformer.types import UserError
 
 _Values = dict[str, Any]
@@ -128,7 +128,13 @@ _BLOCK_RULES = (
 )  # fmt: skip
 
 
-def override(config: Config, changes: Mapping[str, Any], report: Callable[[str], None] = lambda line: None) -> Config:
+def override(
+    config: Config,
+    changes: Mapping[str, Any],
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    recorded: Config | None = None,
+) -> Config:
     """`config` with the fields in `changes`, and with those that no longer fit them fitted.
 
     Where `config` says what suits a larger job (a warm-up longer than the new run, buckets longer than the new rows, more
@@ -139,6 +145,8 @@ def override(config: Config, changes: Mapping[str, Any], report: Callable[[str],
         config: from a config file, say.
         changes: values by field: `{"training.steps": 20, "model.pattern.0.attention.num_heads": 2}`.
         report: called with a line for each field that followed.
+        recorded: the config of the run that goes on. A field that follows only what such a run may change (its steps) has its
+            recorded value, because the run may not change the field itself.
 
     Raises:
         UserError: a field does not exist, or a value cannot work.
@@ -149,6 +157,7 @@ def override(config: Config, changes: Mapping[str, Any], report: Callable[[str],
         2
     """
     old, new, changed = to_dict(config), to_dict(config), set(changes)
+    kept = to_dict(recorded) if recorded else None
     for path, value in changes.items():
         try:
             section, name = _section(new, path)
@@ -159,12 +168,17 @@ def override(config: Config, changes: Mapping[str, Any], report: Callable[[str],
         section[name] = list(value) if isinstance(value, tuple) else value
     for prefix, rule in _rules(len(old["model"]["pattern"])):
         path, base = prefix + rule.field, prefix.removesuffix(".")
-        if path in changes or not any(prefix + name in changed for name in rule.after):
+        if path in changes:
             continue
         section, name = _section(new, path)
-        fitting = rule.fit(_part(new, base), _part(old, base))
+        if kept and not path.startswith(RESUMABLE) and all(after.startswith(RESUMABLE) for after in rule.after):
+            fitting, reason = _part(kept, path), "as the run that goes on has it"
+        elif any(prefix + after in changed for after in rule.after):
+            fitting, reason = rule.fit(_part(new, base), _part(old, base)), f"to fit {_causes(prefix, rule, changed)}"
+        else:
+            continue
         if fitting != section[name]:
-            report(f"{path} {_shown(section[name])} -> {_shown(fitting)}, to fit {_causes(prefix, rule, changed)}")
+            report(f"{path} {_shown(section[name])} -> {_shown(fitting)}, {reason}")
             section[name] = fitting
             changed.add(path)
     return from_dict(Config, new)

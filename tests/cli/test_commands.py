@@ -112,6 +112,38 @@ def test_a_finished_run_goes_on_with_a_new_schedule(workdir, arguments, capsys, 
     assert "before step 8, which this run has taken" in refused([*command, "--training.steps", "9"], capsys)
 
 
+def test_the_hint_of_a_finished_run_can_be_followed(place, arguments, capsys, tmp_path):
+    """Its warm-up is as it was, and so are the restarts that it has had, whatever the command line says of them."""
+    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "warmup_steps=4"))
+    command = ["train", str(tmp_path / "config.py"), *arguments[1:], "--training.sample-length", "0"]
+    command += ["--workdir", str(tmp_path / "run")]
+    main(command)
+    for done, restarts in ((6, "6"), (10, "6 10")):
+        capsys.readouterr()
+        main([*command, "--training.steps", str(done)])
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"With --optimizer.restarts {restarts} it warms up" in said
+        assert f"(--training.steps {done + 4} or more)" in said
+        longer = [*command, "--optimizer.restarts", *restarts.split(), "--training.steps"]
+        error = " ".join(refused([*longer, str(done + 3)], capsys).split())
+        assert "at least --optimizer.warmup-steps=4, got 3; raise --training.steps" in error
+        main([*longer, str(done + 4)])
+        assert "a new schedule begins" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_of_fewer_steps_goes_on_with_the_files(place, arguments, capsys, tmp_path):
+    """The warm-up that followed the first steps stays when they are the file's again; with the command typed once more, too."""
+    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "warmup_steps=4"))
+    command = ["train", str(tmp_path / "config.py"), *arguments[1:], "--training.sample-length", "0"]
+    command += ["--workdir", str(tmp_path / "run")]
+    main([*command, "--training.steps", "3"])
+    capsys.readouterr()
+    for _ in range(2):
+        main(command)
+        assert "note: --optimizer.warmup-steps 4 -> 2, as the run that goes on has it" in capsys.readouterr().err
+    assert load(tmp_path / "run").step == 6
+
+
 def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
     """Three steps over a mesh and three under pmap come as close to six over a mesh as rounding lets Adam."""
     sgd_like = ["--optimizer.eps", "1e-3", "--training.sample-length", "0"]

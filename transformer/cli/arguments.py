@@ -3,12 +3,16 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 import pathlib
 import sys
 from typing import Any
 
+from etils import epath
+
 from transformer.cli.fields import as_flags, flags, parse
 from transformer.config import Config
+from transformer.config_io import CONFIG_FILE, from_dict
 from transformer.overrides import override
 from transformer.storage import expand
 from transformer.terminal import printable
@@ -59,12 +63,14 @@ def default_workdir(reference: str) -> str:
     return f"runs/{pathlib.Path(name).stem}" + (f"-{variant}" if variant else "")
 
 
-def parse_config(arguments: list[str], *, command: str) -> Config:
+def parse_config(arguments: list[str], *, command: str, trains: bool = False) -> Config:
     """The config of `FILE.py[:VARIANT] [--section.field value ...]`."""
-    return parse_config_and(None, arguments, command=command)[0]
+    return parse_config_and(None, arguments, command=command, trains=trains)[0]
 
 
-def parse_config_and(own: Any, arguments: list[str], *, command: str) -> tuple[Config, dict[str, Any]]:
+def parse_config_and(
+    own: Any, arguments: list[str], *, command: str, trains: bool = False
+) -> tuple[Config, dict[str, Any]]:
     """The config of `FILE.py[:VARIANT] [--section.field value ...]`, and the given ones of a command's own options.
 
     Settings of the file that do not fit those of the command line follow them (`transformer.overrides`); a note on standard
@@ -74,6 +80,7 @@ def parse_config_and(own: Any, arguments: list[str], *, command: str) -> tuple[C
         own: a dataclass instance whose fields are flags besides those of the config, or None.
         arguments: the command line after the command's name.
         command: the command's name, for messages.
+        trains: it goes on with the run in the workdir, if there is one: what that run may not change is as it has it.
 
     Raises:
         UserError: a file, flag or value that cannot be taken.
@@ -94,7 +101,16 @@ def parse_config_and(own: Any, arguments: list[str], *, command: str) -> tuple[C
         )
     own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
     notes: list[str] = []
-    config = override(config, given, notes.append)
+    workdir = given.get("workdir") or config.workdir or default_workdir(reference)
+    config = override(config, given, notes.append, recorded=_recorded(workdir) if trains else None)
     for note in notes:
         print(printable(f"note: {as_flags(note, table)}"), file=sys.stderr)
-    return config if config.workdir else dataclasses.replace(config, workdir=default_workdir(reference)), own_given
+    return dataclasses.replace(config, workdir=workdir), own_given
+
+
+def _recorded(workdir: str) -> Config | None:
+    """The config of the run in a directory, by the copy at its top; None where there is none, or one that cannot be read."""
+    try:
+        return from_dict(Config, json.loads((epath.Path(expand(workdir)) / CONFIG_FILE).read_bytes()))
+    except Exception:  # of a bucket, of any kind; where there is a run, its checkpoint is compared in any case
+        return None

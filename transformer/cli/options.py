@@ -240,7 +240,10 @@ def _replaced(value: Any, given: Given) -> Any:
 
 
 def _of_config(name: str) -> Command:
-    return Command(lambda arguments: (parse_config(arguments, command=f"transformer {name}"),), lambda: flags(Config()))
+    def parsed(arguments: list[str]) -> tuple[Config]:
+        return (parse_config(arguments, command=f"transformer {name}", trains=name == "train"),)
+
+    return Command(parsed, lambda: flags(Config()))
 
 
 def _of_options(name: str, default: Any) -> Command:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from transformer.config import Config
-from transformer.config_io import from_dict, resume_conflicts, to_dict
+from transformer.config_io import CONFIG_FILE, from_dict, resume_conflicts, to_dict
 from transformer.data.datasets import Dataset, describe_data
 from transformer.data.prepare import data_directory
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -27,7 +27,6 @@ from transformer.validation import require
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
-CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"  # their names, of a classifier
 DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
 RECORD_FILE = "run.json"

@@ -23,6 +23,7 @@ from transformer.runs.directory import (
     CHECKPOINTS,
     METRICS_FILE,
     SAMPLES_FILE,
+    Record,
     compare_data,
     make_record,
     open_workdir,
@@ -114,11 +115,7 @@ def _train_locked(
         if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
             folders.clean(workdir / CHECKPOINTS, done, report)
             retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
-        restarts = " ".join(map(str, (*config.optimizer.restarts, done)))
-        report(
-            f"{workdir} is finished: step {done} of {config.training.steps}. It goes on with more --training.steps, and with "
-            f"--optimizer.restarts {restarts} warms up and decays anew over them."
-        )
+        report(f"{workdir} is finished: step {done} of {config.training.steps}. {_how_to_go_on(config, old, done)}")
         return Reached(str(workdir), done, _scores_at(workdir, done))
     use_compilation_cache()
     keep_freed_memory()
@@ -220,6 +217,17 @@ def _saved(config: Config) -> str:
     except OSError:
         return "Its checkpoints cannot be read now."
     return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
+
+
+def _how_to_go_on(config: Config, old: Record | None, done: int) -> str:
+    """What a finished run takes to go on: the restarts that it has had stay."""
+    optimizer = old.config.optimizer if old else config.optimizer
+    restarts = " ".join(map(str, (*(step for step in optimizer.restarts if step < done), done)))
+    least = done + max(1, optimizer.warmup_steps)
+    return (
+        f"It goes on with more --training.steps. With --optimizer.restarts {restarts} it warms up and decays anew over the added "
+        f"steps (--training.steps {least} or more)."
+    )
 
 
 def _describe_cut(run: Run) -> str:

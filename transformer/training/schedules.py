@@ -64,10 +64,17 @@ def describe_change(before: Config, after: Config, done: int) -> str:
         UserError: restarts before that step differ, so that the schedule would not be the one that was trained with.
     """
     changed = {step for step in {*before.optimizer.restarts} ^ {*after.optimizer.restarts} if step < done}
+    taken = " ".join(str(step) for step in before.optimizer.restarts if step < done)
     require(
         not changed,
-        f"optimizer.restarts before step {done}, which this run has taken, must stay as they were, {before.optimizer.restarts}; "
-        f"got {after.optimizer.restarts}. A restart at {done} or later begins a new schedule.",
+        f"optimizer.restarts before step {done}, which this run has taken, must stay as they were, {taken or 'none'}; "
+        f"got {' '.join(map(str, after.optimizer.restarts)) or 'none'}. "
+        + (
+            f"Give --optimizer.restarts {taken} to keep the schedule"
+            if taken
+            else "Leave them out to keep the schedule"
+        )
+        + f", or --optimizer.restarts {f'{taken} {done}'.strip()} to begin a new one now.",
     )
     old, new = (make_schedule(c.optimizer, c.training.steps) for c in (before, after))
     if done == 0 or (before.optimizer, before.training.steps) == (after.optimizer, after.training.steps):
