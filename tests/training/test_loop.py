@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,25 @@ def test_statistics_are_read_one_step_late(toy, tmp_path):
 
     Run(toy, tmp_path, runner=spy).start(steps=4, log_every=1, checkpoint_every=0, evaluators={})
     assert log == ["step 1", "step 2", "read 1", "step 3", "read 2", "step 4", "read 3", "read 4"]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_no_row_has_a_speed_that_cannot_be(toy, tmp_path, every):
+    """Of steps that run while they are dispatched, and take 50 ms, none is counted without its time; the first has no speed."""
+
+    def slow(runner):
+        def step(state, batch):
+            time.sleep(0.05)
+            return jax.block_until_ready(runner.step(state, batch))
+
+        return runner._replace(step=step)
+
+    run = Run(toy, tmp_path, runner=slow)
+    run.start(steps=5, log_every=every, eval_every=3, checkpoint_every=0)
+    speeds = {row["step"]: row.get("tokens_per_second", 0.0) for row in run.rows if row["split"] == "train"}
+    assert all(speed <= toy.batch(0).inputs.size / 0.05 for speed in speeds.values())
+    assert speeds.pop(1, 0.0) == 0.0
+    assert all(speed > 0.0 for speed in speeds.values())
 
 
 # ---- Interruptions ---------------------------------------------------------------------------------------------------

@@ -76,14 +76,18 @@ def test_stopwatch_leaves_out_compilation_and_pauses(clock):
     assert watch.close() == {"tokens_per_second": 2.5, "mfu": 0.0}
 
 
-def test_stopwatch_with_nothing_but_a_compiling_step(clock):
-    watch = Stopwatch()
+def test_stopwatch_without_a_whole_step_says_nothing(clock):
+    """The compiling step has no rate, nor has an interval that a clock cannot measure."""
+    watch = Stopwatch(peak_flops=1.0)
     clock[0] = 10.0
-    watch.lap(Work(5))
-    assert watch.close() == {"tokens_per_second": 0.5}
+    watch.lap(Work(5, 5.0))
+    assert watch.close() == {}
+    assert watch.close() == {}
+    watch.lap(Work(5, 5.0))
+    assert watch.close() == {}
     clock[0] = 11.0
-    watch.lap(Work(5))
-    assert watch.close() == {"tokens_per_second": 5.0}
+    watch.lap(Work(5, 0.5))
+    assert watch.close() == {"tokens_per_second": 5.0, "mfu": 0.5}
 
 
 def test_what_routers_report_is_a_mean_by_weight():

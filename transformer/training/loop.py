@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ def train(
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
             batch = next(batches)
             watchdog.step(batch)
+            report.note_end()
             state, statistics = runner.step(state, runner.place_batch(batch))
             checkpointer.check()
             report.settle()
@@ -170,7 +172,13 @@ class _Report:
         self.window = window
         self.stopwatch = stopwatch
         self.in_flight: tuple[int, Statistics, Work] | None = None
+        self._ended: float | None = None
         self._writers, self._config, self._checkpointer = writers, config, checkpointer
+
+    def note_end(self) -> None:
+        """Take the time if the step in flight has ended: where a dispatch runs the step, as on a CPU, the next one would be in it."""
+        arrays = [x for x in jax.tree.leaves(self.in_flight) if isinstance(x, jax.Array)]
+        self._ended = time.perf_counter() if arrays and all(x.is_ready() for x in arrays) else None
 
     def settle(self) -> None:
         """Wait for the step in flight; add its statistics, and write a row where one is due."""
@@ -187,7 +195,8 @@ class _Report:
                 raise NotFinite(_not_finite(bad[0], found, step, self._checkpointer), step)
             # The step was skipped, and adds nothing to the row.
             values = {name: values[name] for name in PER_STEP if name in values and name not in bad}
-        self.stopwatch.lap(work)
+        self.stopwatch.lap(work, self._ended)
+        self._ended = None
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:
             self.write(step, "train", {**self.window.close(), **self.stopwatch.close()})

@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 
 class Stopwatch:
-    """Work a second, pauses (evaluation, checkpoints) left out, and the first step, which compiles, where possible."""
+    """Work a second, without pauses (evaluation, checkpoints) and without the first step, which compiles."""
 
     def __init__(self, peak_flops: float = 0.0) -> None:
         """`peak_flops` of all devices together; 0, unknown, leaves MFU out."""
@@ -74,9 +74,9 @@ class Stopwatch:
         self._laps: list[tuple[float, Work]] = []
         self._compiling = True
 
-    def lap(self, work: Work) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
+    def lap(self, work: Work, at: float | None = None) -> None:
+        """A step has ended, now or at a time of `time.perf_counter`."""
+        now = time.perf_counter() if at is None else at
         self._laps.append((now - self._last, work))
         self._last = now
 
@@ -85,10 +85,15 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def close(self) -> dict[str, float]:
-        """Tokens a second, and MFU, model FLOPs utilisation (Chowdhery et al. 2022, section 4.1), since the last call."""
-        laps = self._laps[1:] if self._compiling and len(self._laps) > 1 else self._laps
+        """Tokens a second, and MFU, model FLOPs utilisation (Chowdhery et al. 2022, section 4.1), since the last call.
+
+        Empty where no whole step was timed.
+        """
+        laps = self._laps[1:] if self._compiling else self._laps
         self._laps, self._compiling = [], False
         seconds = sum(lap for lap, _ in laps)
+        if seconds <= 0.0:
+            return {}
         metrics = {"tokens_per_second": sum(work.tokens for _, work in laps) / seconds}
         if self._peak_flops > 0:
             metrics["mfu"] = sum(work.flops for _, work in laps) / seconds / self._peak_flops
