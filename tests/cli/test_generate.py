@@ -112,11 +112,23 @@ def test_a_prompt_is_piped_in(generate, monkeypatch):
     assert generate("--max-new-tokens", "1").out == f"ROMEO:\n{bytes(SAID).decode()}\n"  # without its last newline
     monkeypatch.setattr("sys.stdin", io.StringIO("not read"))
     assert generate("--prompt", "JULIET:", "--max-new-tokens", "1").out.startswith("JULIET:")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
-    assert "must be text in UTF-8" in generate(code=2)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert generate("--max-new-tokens", "1").out.endswith("\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_that_is_no_text_is_refused(generate, monkeypatch, errors):
+    """As a text to train on is; Python puts surrogates for such bytes in arguments, and in input where the locale is C."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), encoding="utf-8", errors=errors))
+    error = generate(code=2)
+    assert "A prompt must be text in UTF-8, that on standard input is not (byte 1: 0xff): convert it" in error
+    assert "UTF-8, --prompt is not (byte 2: 0xe9): convert it" in generate("--prompt", "Ca\udce9", code=2)
+    # In a locale without an encoding, UTF-8 comes as surrogates too.
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO("é".encode()), encoding="ascii", errors="surrogateescape")
+    )
+    assert generate("--max-new-tokens", "1").out.startswith("é")
 
 
 def test_a_terminal_is_shown_no_codes_and_a_pipe_gets_them(generate, monkeypatch):

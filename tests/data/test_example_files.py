@@ -137,6 +137,15 @@ def test_bad_folders_and_missing_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no files"):
         list(read_labelled([str(tmp_path)]))
+    # A class or a text less would be no error otherwise.
+    (tmp_path / "empty" / "text").write_text("text")
+    for link in ("empty/link", "link"):
+        (tmp_path / link).symlink_to("nowhere")
+        with pytest.raises(UserError, match=f"{link} is a link to nowhere, which does not: remove the link"):
+            list(read_labelled([str(tmp_path)]))
+        with pytest.raises(UserError, match=f"{link} is a link to nowhere"):
+            list(read_labelled([str(tmp_path / link)]))
+        (tmp_path / link).unlink()
 
 
 def test_files_of_unequal_length_are_refused(tmp_path):

@@ -180,8 +180,15 @@ def test_a_new_process_needs_no_tensorflow_makes_no_noise_and_ends_quietly(tmp_p
 def test_a_source_that_cannot_be_read_is_refused(make_config, write_folder):
     folder = write_folder()
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
-    with pytest.raises(UserError, match=r"A source must be readable, .*folder is not: .*dangling\.txt"):
+    with pytest.raises(
+        UserError, match=r"exist, .*/dangling\.txt is a link to .*/nowhere, which does not: remove the link"
+    ):
         open_source(str(folder), make_config(folder))
+    for source in (folder / "dangling.txt", folder / "dangling.jsonl"):
+        source.unlink(missing_ok=True)
+        source.symlink_to(folder / "nowhere")
+        with pytest.raises(UserError, match=r"is a link to .*/nowhere, which does not"):
+            open_source(str(source), make_config(folder))
 
 
 def test_the_data_directory_falls_back_to_that_of_tfds(tmp_path, make_config, write_folder, monkeypatch):

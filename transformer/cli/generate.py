@@ -9,6 +9,7 @@ import numpy as np
 
 from transformer.cli.options import GenerateOptions, Given, refuse
 from transformer.data.example_batches import source_tokens
+from transformer.data.files import decode_utf8
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.generation.generate import stream
 from transformer.generation.sampling import SamplingConfig
@@ -18,8 +19,9 @@ from transformer.models.decoder import Decoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.runs.saved import Loaded, load
 from transformer.terminal import printable
-from transformer.types import UserError
 from transformer.validation import require
+
+_NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "that on standard input"
 
 
 def main(options: GenerateOptions, given: Given) -> None:
@@ -28,7 +30,7 @@ def main(options: GenerateOptions, given: Given) -> None:
     A terminal is shown nothing that it would obey; a file or a pipe gets the text as it is.
     """
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    prompt = options.prompt if options.prompt is not None else _piped()
+    prompt = _text(options.prompt, "--prompt") if options.prompt is not None else _piped()
     run = load(options.workdir)
     if isinstance(run.model, EncoderDecoder):
         _refuse_unused(given, "a translator takes the most likely token each time")
@@ -52,9 +54,14 @@ def _piped() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return _text(sys.stdin.read(), _ON_INPUT).removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on standard input must be text in UTF-8: {error}; or give --prompt.") from error
+        return decode_utf8(error.object, _NO_TEXT + _ON_INPUT)
+
+
+def _text(prompt: str, name: str) -> str:
+    """A prompt; one with bytes that are no UTF-8, for which Python puts surrogates, is refused."""
+    return decode_utf8(prompt.encode("utf-8", "surrogateescape"), _NO_TEXT + name)
 
 
 def _refuse_unused(given: Given, because: str) -> None:

@@ -64,7 +64,7 @@ def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
         if path.suffix == ".py":
             try:
                 path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:  # a codec's fixture, say
+            except (UnicodeDecodeError, FileNotFoundError):  # a codec's fixture, say; a link of the distribution's
                 continue
             files.append(path)
     return root, files

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from transformer.data.files import decode_text, file_lines, json_objects, kind_of, read_file, without_surrogates
+from transformer.data.files import (
+    decode_text,
+    file_lines,
+    json_objects,
+    kind_of,
+    read_file,
+    refuse_dangling,
+    without_surrogates,
+)
 from transformer.storage import expand
 from transformer.types import UserError
 from transformer.validation import require
@@ -102,6 +110,7 @@ def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: 
 
 def _existing(name: str) -> epath.Path:
     path = epath.Path(expand(name))
+    refuse_dangling(path)
     require(path.exists(), f"A file or folder of examples must exist, {name!r} does not.")
     return path
 
@@ -151,11 +160,18 @@ def _field(record: dict[str, Any], key: str, place: str) -> Any:
     return record[key]
 
 
+def _visible(folder: epath.Path) -> list[epath.Path]:
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    for child in children:
+        refuse_dangling(child)
+    return children
+
+
 def _folder(path: epath.Path) -> Iterator[LabelledText]:
-    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    classes = [child for child in _visible(path) if child.is_dir()]
     require(len(classes) > 0, f"A folder of labelled texts must hold one folder for each class, {path} holds none.")
     for folder in classes:
-        files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
+        files = [child for child in _visible(folder) if child.is_file()]
         require(len(files) > 0, f"The folder of a class must hold its texts, {folder} has no files.")
         for file in files:
             yield LabelledText(

@@ -6,13 +6,14 @@ import contextlib
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from transformer.storage import is_file
+from transformer.storage import is_file, is_local
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -29,6 +30,7 @@ def open_file(path: epath.Path) -> Iterator[Any]:
         UserError: it is no file, which may have no end or come once only; or on reading, if compressed data ends too early or is
             damaged.
     """
+    refuse_dangling(path)
     require(
         is_file(path) or not path.exists(),
         f"What is read must be a file, {path} is a folder, a pipe or a device: save it as a file.",
@@ -44,6 +46,16 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                 yield unpacked
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
+
+
+def refuse_dangling(path: epath.Path) -> None:
+    """A link to what does not exist is an error: without it, a corpus would be smaller than its folder says."""
+    dangling = is_local(path) and os.path.islink(path) and not os.path.exists(path)
+    require(
+        not dangling,
+        f"What is read must exist, {path} is a link to {os.readlink(path) if dangling else ''}, which does not: remove the link, "
+        "or put back what it names.",
+    )
 
 
 def read_file(path: epath.Path) -> bytes:
@@ -78,12 +90,17 @@ def decode_text(data: bytes, name: str) -> str:
     )
     zero = data.find(b"\0")
     require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
+    return decode_utf8(data, f"A text source must be UTF-8, {name}")
+
+
+def decode_utf8(data: bytes, sentence: str) -> str:
+    """The text of bytes in UTF-8; other bytes are refused by `sentence`, which ends before "is not"."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"A text source must be UTF-8, {name} is not (byte {error.start}: {data[error.start]:#04x}): "
-            f"convert it, for example with `iconv -f LATIN1 -t UTF-8`."
+            f"{sentence} is not (byte {error.start}: {data[error.start]:#04x}): convert it, for example with "
+            "`iconv -f LATIN1 -t UTF-8`."
         ) from None
 
 

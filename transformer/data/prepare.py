@@ -19,6 +19,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import PYTHON_STDLIB, Corpus, read_local
+from transformer.data.files import refuse_dangling
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
 from transformer.data.stored import NAME, check_stored, find_stored, in_order, open_stored, readable
@@ -75,6 +76,7 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
 
 def open_source(source: str, config: DataConfig) -> Source:
     """A TFDS name, `python_stdlib`, a text file, a folder of text files or a .jsonl file, ready to be read."""
+    refuse_dangling(epath.Path(expand(source)))
     if source == PYTHON_STDLIB or epath.Path(expand(source)).exists():
         try:
             corpus = read_local(source, config)

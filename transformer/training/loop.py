@@ -176,7 +176,7 @@ class _Report:
         self._writers, self._config, self._checkpointer = writers, config, checkpointer
 
     def note_end(self) -> None:
-        """Take the time if the step in flight has ended: where a dispatch runs the step, as on a CPU, the next one would be in it."""
+        """Take the time if the step in flight has ended: a dispatch that runs its step, as on a CPU, would be counted too."""
         arrays = [x for x in jax.tree.leaves(self.in_flight) if isinstance(x, jax.Array)]
         self._ended = time.perf_counter() if arrays and all(x.is_ready() for x in arrays) else None
 
