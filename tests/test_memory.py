@@ -137,9 +137,9 @@ def test_parameters_by_arithmetic_are_those_of_the_model(architecture, positions
         ),
         (
             ModelConfig(vocab_size=2**31 - 1, embed_dim=2**20),
-            "at most 1e.14 parameters, got 2.3e.15 .vocab_size=2,147,",
+            "at most 1e.14 parameters, got 2.3e.15 .model.vocab_size=2,147,",
         ),
-        (ModelConfig(vocab_size=10**8), r"num_layers=4, embed_dim=128.*takes at least 51.2 GB"),
+        (ModelConfig(vocab_size=10**8), r"model.num_layers=4, model.embed_dim=128.*takes at least 51.2 GB"),
     ],
 )
 def test_a_model_too_large_is_named(model, message):

@@ -82,6 +82,25 @@ def check_model(config: ModelConfig) -> None:
     )
 
 
+def check_config(config: Config) -> None:
+    """Refuse a run that this process could not hold, as far as its config says; before any data is prepared.
+
+    Raises:
+        UserError: as `check_model` and `check_batch`, or even the least part of the parameters is too large.
+    """
+    check_model(config.model)
+    check_batch(config, jax.process_count())
+    shares = jax.process_count() if jax.local_devices()[0].platform == "cpu" else jax.device_count()
+    check_bytes(
+        num_parameters(config.model)
+        * _BYTES[config.model.param_dtype]
+        // (shares if config.parallel.strategy == "mesh" else 1),
+        device_memory(),
+        f"the parameters of a model of {_dimensions(config.model)}",
+        "Choose a smaller model, or share it among more devices (parallel.fsdp).",
+    )
+
+
 def check_params(config: ModelConfig, copies: int = 1) -> None:
     """Refuse a model whose parameters one device cannot hold, to load it or to start from it.
 
@@ -184,11 +203,9 @@ def _dimensions(config: ModelConfig) -> str:
     """The numbers that a model's size comes from, as the config has them."""
     names = ("vocab_size", "source_vocab_size", "max_length", "num_classes", "num_layers", "embed_dim")
     named = {name: getattr(config, name) for name in names}
-    for block in config.pattern:
-        named |= {
-            "num_heads": max(named.get("num_heads", 0), block.attention.num_heads),
-            "head_dim": max(named.get("head_dim", 0), block.attention.head_dim),
-            "hidden_dim": max(named.get("hidden_dim", 0), block.feed_forward.hidden_dim),
-            "num_experts": max(named.get("num_experts", 0), block.feed_forward.num_experts),
-        }
-    return ", ".join(f"{name}={value:,}" for name, value in named.items() if value > 1)
+    for section, name in (
+        *(("attention", name) for name in ("num_heads", "head_dim")),
+        *(("feed_forward", name) for name in ("hidden_dim", "num_experts")),
+    ):
+        named[f"{section}.{name}"] = max(getattr(getattr(block, section), name) for block in config.pattern)
+    return ", ".join(f"model.{name}={value:,}" for name, value in named.items() if value > 1)

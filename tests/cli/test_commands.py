@@ -144,6 +144,22 @@ def test_a_run_of_fewer_steps_goes_on_with_the_files(place, arguments, capsys, t
     assert load(tmp_path / "run").step == 6
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--model.num-layers", 10**9), ("--model.embed-dim", 10**9), ("--model.embed-dim", 200_000)),
+        *(("--data.batch-size", 8 * 10**9), ("--data.batch-size", 3), ("--model.feed-forward.hidden-dim", 10**11)),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_data_is_prepared(flag, value, place, capsys, tmp_path):
+    data = ("--data.source", str(place / "text"), "--data.data-dir", str(tmp_path / "prepared"))
+    command = ["train", str(place / "config.py"), *data, flag, str(value), "--workdir", str(tmp_path / "run")]
+    error = " ".join(refused(command, capsys).split())
+    assert flag in error
+    assert "documents" not in error
+    assert not any(tmp_path.iterdir())
+
+
 def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
     """Three steps over a mesh and three under pmap come as close to six over a mesh as rounding lets Adam."""
     sgd_like = ["--optimizer.eps", "1e-3", "--training.sample-length", "0"]
@@ -247,7 +263,10 @@ def test_generate_repeats_by_seed(workdir, capsys):
         (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "--top-p must be above 0"),
         (["generate", "{place}", "--prompt", "x"], "must have a checkpoint, there is none in"),
         (["evaluate", "{place}/nowhere"], "must have a checkpoint, there is none in"),
-        (["evaluate", "{run}", "--split", "validaton"], "validaton"),
+        (
+            ["evaluate", "{run}", "--split", "validaton"],
+            "A split to score (--split) must be one of train, validation, test for {place}/text, got 'validaton'.",
+        ),
         (["prepare", "{place}/nowhere"], "nowhere"),
         (
             ["prepare", "{place}/text", "--validation", "x"],
@@ -261,7 +280,9 @@ def test_generate_repeats_by_seed(workdir, capsys):
 )
 def test_bad_requests_are_named(workdir, place, arguments, message, capsys):
     arguments = [argument.format(run=workdir, place=place) for argument in arguments]
-    assert message in refused(arguments, capsys)
+    error = refused(arguments, capsys)
+    assert message.format(place=place) in error
+    assert "scoring" not in error, "before it was known that it could be scored"
 
 
 # ---- inspect, prepare ------------------------------------------------------------------------------------------------

@@ -222,12 +222,17 @@ def test_help_into_head():
 
 def test_results_on_standard_output_are_json(monkeypatch, capsys):
     """Labels are safe there because JSON writes what is not ASCII as escapes; progress is elsewhere."""
-    monkeypatch.setattr("transformer.cli.evaluate.evaluate", lambda *_, **__: {"classes": ["[/bold]", "\x1b]0;x\x07"]})
+
+    def score(workdir, *, report, **_):
+        report(f"scoring {workdir}")
+        return {"classes": ["[/bold]", "\x1b]0;x\x07"]}
+
+    monkeypatch.setattr("transformer.cli.evaluate.evaluate", score)
     main(["evaluate", "a\x1b[31m"])
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"classes": ["[/bold]", "\x1b]0;x\x07"]}
     assert "\x1b" not in captured.out + captured.err
-    assert captured.err == "scoring the validation split with a\\x1b[31m ...\n"
+    assert captured.err == "scoring a\\x1b[31m\n"
 
 
 # ---- What train ends with ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`transformer evaluate DIR`: one JSON object of scores of a run's model over a whole split."""
 
+import functools
 import json
 
 from transformer.cli.options import EvaluateOptions, Given
@@ -12,7 +13,6 @@ def main(options: EvaluateOptions, given: Given) -> None:
     """Score and print."""
     del given
     use_compilation_cache()
-    say(make_console(), f"scoring the {options.split} split with {options.workdir} ...")
     scores = evaluate(
         options.workdir,
         split=options.split,
@@ -21,5 +21,6 @@ def main(options: EvaluateOptions, given: Given) -> None:
         stride=options.data.stride,
         limit=options.data.limit,
         memory_length=options.model.memory_length,
+        report=functools.partial(say, make_console()),
     )
     print(json.dumps(scores))

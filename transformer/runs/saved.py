@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +69,7 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     memory_length: int | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
 
@@ -80,6 +81,7 @@ def evaluate(
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
+        report: called with a line for the user before the split is scored, once nothing is left to refuse.
 
     Raises:
         UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
@@ -107,10 +109,16 @@ def evaluate(
         compare_classes(record, data, ", ".join(source))
     else:
         compare_data(record, data, remedy="Restore it, or name what is to be scored with --data.source.")
+    require(
+        split in data.split_names,
+        f"A split to score (--split) must be one of {', '.join(data.split_names)} for {', '.join(config.data.source)}, "
+        f"got {split!r}.",
+    )
     objective = make_objective(config, model, tokenizer)
     batches: Any = data.evaluation_batches(tokenizer, split)
     carry = objective.init_carry(config.data.batch_size)
     checked = (check_batch_ids(config.model, batch) for batch in batches)
+    report(f"scoring the {split} split with {workdir} ...")
     sums = sum_statistics(jax.jit(make_eval_step(objective)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "workdir": str(workdir),

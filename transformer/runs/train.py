@@ -17,7 +17,7 @@ from transformer.data.trust import remember
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
-from transformer.memory import check_state
+from transformer.memory import check_config, check_state
 from transformer.models.decoder import Decoder
 from transformer.runs.directory import (
     CHECKPOINTS,
@@ -33,6 +33,7 @@ from transformer.runs.directory import (
 from transformer.runs.divergence import located
 from transformer.runs.lock import locked
 from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
+from transformer.steps import check_devices
 from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
@@ -121,6 +122,8 @@ def _train_locked(
     keep_freed_memory()
 
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
+    check_devices(config)
+    check_config(config)
     data = open_data(config.data, config.objective)
     report(data.description)
     if jax.process_index() == 0:
