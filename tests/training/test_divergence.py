@@ -32,8 +32,32 @@ class Model(nn.Module):
         return x
 
 
-def find(wrong, *, params=lambda p: p, weight=1.0):
-    model = Model(wrong)
+class Tied(nn.Module):
+    """As a language model whose embedding is its last layer, too; the gradient goes wrong after one of its layers."""
+
+    wrong: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        def spoil(x, name):
+            return x * 0 + jnp.sqrt(x * 0) if name == self.wrong else x
+
+        embedding = nn.Embed(3, 4, name="embedding")
+        x = spoil(embedding(jnp.int32(x[:, 0])), "embedding")
+        for name in ("first", "second", "third"):
+            x = spoil(nn.Dense(4, name=name)(x), name)
+        return spoil(embedding.attend(x), "logits")
+
+
+@pytest.mark.parametrize("wrong", ["embedding", "first", "second", "third", "logits"])
+def test_a_tied_embedding_is_not_named_for_what_goes_wrong_before_it(wrong):
+    assert f"the first gradient that is not is that of {wrong.replace('logits', 'embedding')}" in find(
+        wrong, model=Tied
+    )
+
+
+def find(wrong, *, model=Model, params=lambda p: p, weight=1.0):
+    model = model(wrong)
     made = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
 
     def loss(params, carry, batch, key, train):
@@ -48,7 +72,7 @@ def find(wrong, *, params=lambda p: p, weight=1.0):
 def test_what_is_named():
     assert find("") == ""
     assert find("activation") == "The first activations of that step that are not finite are those of third."
-    assert "finite; the first gradient that is not is that of third/" in find("gradient")
+    assert "finite; the first gradient that is not is that of third (its output)." in find("gradient")
     assert (
         find("", weight=np.inf)
         == "All activations of that step are finite, its loss is not: look at the targets and weights."

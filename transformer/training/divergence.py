@@ -34,13 +34,14 @@ def first_not_finite(
 def _first(objective: Objective, params: PyTree, carry: PyTree, batch: Any, key: Array, factor: Any) -> Any:
     names: list[str] = []
 
-    def loss(params: PyTree, carry: PyTree, batch: Any) -> tuple[Array, list[Array]]:
+    def loss(params: PyTree, taps: Array | None, carry: PyTree, batch: Any) -> tuple[Array, list[Array]]:
         names.clear()
         flags: list[Array] = []
 
         def watch(function: Any, arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
             output = function(*arguments, **options)
             if context.method_name != "setup" and any(isinstance(x, jax.Array) for x in jax.tree.leaves(output)):
+                output = output if taps is None else _tap(output, taps[len(names)])
                 names.append("/".join(context.module.path))
                 flags.append(_finite(output))
             return output
@@ -49,24 +50,40 @@ def _first(objective: Objective, params: PyTree, carry: PyTree, batch: Any, key:
             (loss_sum, _), _ = objective.loss(params, carry, batch, key, True)
         return loss_sum * factor, [*flags, _finite(loss_sum)]
 
-    def run(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, list[Array]]:
-        grads, flags = jax.grad(loss, has_aux=True)(params, carry, batch)
-        return jax.tree.map(_finite, grads), flags
+    def run(params: PyTree, taps: Array, carry: PyTree, batch: Any) -> tuple[PyTree, Array, list[Array]]:
+        (grads, tapped), flags = jax.grad(loss, (0, 1), has_aux=True)(params, taps, carry, batch)
+        return jax.tree.map(_finite, grads), tapped, flags
 
-    grads, flags = jax.jit(run)(params, carry, batch)
+    jax.eval_shape(loss, params, None, carry, batch)  # which counts the calls
+    grads, tapped, flags = jax.jit(run)(params, jnp.zeros(len(names)), carry, batch)
     finite = [bool(flag) for flag in flags]
     if not all(finite):
         at = finite.index(False)
         if at == len(names):
             return 0, "All activations of that step are finite, its loss is not: look at the targets and weights."
         return 0, f"The first activations of that step that are not finite are those of {names[at] or 'the model'}."
-    order = {name: index for index, name in enumerate(names)}  # the last call of each
-    bad = [parameter_path(path) for path, flag in jax.tree_util.tree_leaves_with_path(grads) if not bool(flag)]
-    if not bad:
-        return None
+    bad = {call: f"{names[call] or 'the model'} (its output)" for call, flag in enumerate(tapped) if flag}
+    explained = {names[call] for call in bad}  # of a shared parameter, any of its calls may be the one
+    for path in (parameter_path(path) for path, flag in jax.tree_util.tree_leaves_with_path(grads) if not bool(flag)):
+        module = path.rpartition("/")[0]
+        if module not in explained:
+            bad[max((call for call, name in enumerate(names) if name == module), default=-1)] = path
     # The backward pass begins where the forward pass ends.
-    name = max(bad, key=lambda path: order.get(path.rpartition("/")[0], -1))
-    return 1, f"All activations of that step are finite; the first gradient that is not is that of {name}."
+    return (
+        (1, f"All activations of that step are finite; the first gradient that is not is that of {bad[max(bad)]}.")
+        if bad
+        else None
+    )
+
+
+@jax.custom_vjp
+def _tap(tree: PyTree, flag: Array) -> PyTree:
+    """The tree; the gradient of `flag` is 1 where that of the tree is not finite."""
+    del flag
+    return tree
+
+
+_tap.defvjp(lambda tree, _: (tree, None), lambda _, grads: (grads, 1.0 - _finite(grads).astype(jnp.float32)))
 
 
 def _finite(tree: PyTree) -> Array:
