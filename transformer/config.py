@@ -78,7 +78,7 @@ class DataConfig:
     continue_rows: bool = False
     """Row i of a batch continues row i of the batch before, and positions go on counting (for model.memory_length)."""
     num_streams: int = 0
-    """Virtual streams the corpus is dealt into; 0 means the largest divisor of batch_size up to 64."""
+    """Parts that the corpus is divided into, each shuffled and read by itself; 0: the largest divisor of batch_size up to 64."""
     shuffle_seed: int = 0
     """Seed of the order of documents."""
     record_bytes: int = 16_384
@@ -302,8 +302,8 @@ class TrainingConfig:
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step that a trace in WORKDIR/profile covers (TensorBoard, XProf and Perfetto open it); 0 0 means none."""
     skip_spikes: float = 0.0
-    """Skip a step whose gradient's norm exceeds so many times the median of the 128 before, as one that overflows in float16 is;
-    rows count them (skipped_spikes). 0 means off."""
+    """Skip a step whose gradient's norm exceeds so many times the median of the 128 before (as is done for a step
+    that overflows in float16); rows count them (skipped_spikes). 0 means off."""
     hang_timeout: int = 0
     """Seconds after which a step that does not end ends the process, with a traceback, so that the others of a run end too; 0
     means 1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""

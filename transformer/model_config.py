@@ -220,8 +220,8 @@ class ModelConfig:
     scan_layers: bool = False
     """Compile one period and scan over it: compile time independent of depth."""
     remat: Literal["none", "full", "dots", "offload"] = "none"
-    """Recompute in the backward pass: nothing, all of each block, all but its matrix products, or all but these, which wait in
-    the memory of the host."""
+    """Recompute in the backward pass: nothing; all of each block (full); all but its matrix products (dots); or as dots, with the
+    products that are kept moved to the memory of the host (offload)."""
 
     def __post_init__(self) -> None:
         require_int32(self)

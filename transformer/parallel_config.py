@@ -14,7 +14,7 @@ class ParallelConfig:
     strategy: Literal["mesh", "pmap"] = "mesh"
     """jit over a mesh (main path), or pmap (data parallel)."""
     data: int = -1
-    """Devices that have rows of the batch each, and a whole copy of the state between them; -1: as many as the others leave."""
+    """Groups of devices; each reads its part of the batch and holds one copy of the state. -1: as many as the others leave."""
     fsdp: int = 1
     """Devices that have rows of the batch each, and share the state (fully sharded data parallelism)."""
     tensor: int = 1

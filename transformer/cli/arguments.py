@@ -21,7 +21,7 @@ from transformer.types import UserError
 _ABOUT = """\
 CONFIG is a Python file with get_config(), such as configs/python_stdlib.py. Each has a small variant to try things with:
 configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and --model.norm.*
-set all blocks. What the file says for a larger job follows what is set here, unless it is set too."""
+set all blocks. Settings of the file that do not fit your flags are adjusted, unless you set them yourself."""
 
 
 def load_config(reference: str) -> Config:
