@@ -27,7 +27,7 @@ from transformer.objectives.masked_lm import masked_lm
 from transformer.objectives.next_token import next_token
 from transformer.objectives.prefix_lm import prefix_lm
 from transformer.objectives.seq2seq import seq2seq
-from transformer.ops import dense_cpu
+from transformer.ops import dense_cpu, wide_product
 from transformer.ops.attention import select_implementation
 from transformer.ops.bias import AlibiBias
 from transformer.ops.masks import AttentionMask
@@ -90,9 +90,10 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
     return dataclasses.replace(config, model=model)
 
 
-def make_model(config: ModelConfig, *, cpu_kernels: bool = False) -> nn.Module:
-    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`."""
-    dot_general = dense_cpu.dot_general if cpu_kernels else jax.lax.dot_general
+def make_model(config: ModelConfig, *, cpu_kernels: bool | None = None) -> nn.Module:
+    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`, None has every derivative."""
+    products = {True: dense_cpu.dot_general, False: wide_product.dot_general, None: jax.lax.dot_general}
+    dot_general = products[cpu_kernels]
     if config.architecture == "decoder":
         return Decoder(config, dot_general=dot_general)
     if config.architecture == "encoder_decoder":

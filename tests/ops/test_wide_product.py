@@ -8,7 +8,7 @@ from jax import lax
 
 from transformer.layers.embedding import Embed
 from transformer.layers.linear import Linear
-from transformer.ops.wide_product import wide_product
+from transformer.ops.wide_product import dot_general, wide_product
 
 SHAPES = {"logits": ((2, 5, 8), (8, 16), 1), "two axes": ((3, 2, 4), (2, 4, 8), 2)}
 
@@ -43,9 +43,10 @@ def test_values_equal_and_gradients_are_rounded_once(name):
 def test_an_output_layer_has_no_float32_gradient_of_its_size(tied):
     hidden = jnp.ones((2, 5, 8), jnp.bfloat16)
     if tied:
-        layer, method = Embed(24, 8, dtype=jnp.bfloat16), "attend"
+        layer, method = Embed(24, 8, dtype=jnp.bfloat16, dot_general=dot_general), "attend"
     else:
-        layer, method = Linear((24,), ("embed", "vocab"), dtype=jnp.bfloat16, output_dtype=jnp.float32), "__call__"
+        kinds = {"dtype": jnp.bfloat16, "output_dtype": jnp.float32, "dot_general": dot_general}
+        layer, method = Linear((24,), ("embed", "vocab"), **kinds), "__call__"
     variables = layer.init(jax.random.key(0), hidden, method=method)
 
     def loss(variables):
@@ -56,3 +57,14 @@ def test_an_output_layer_has_no_float32_gradient_of_its_size(tied):
     assert any("tensor<2x5x24xf32>" in result for result in results)
     assert any("tensor<8x24xbf16>" in result for result in results)
     assert not any("tensor<8x24xf32>" in result for result in results)
+
+
+def test_other_products_are_those_of_lax():
+    x, batched = jnp.ones((3, 3, 3), jnp.bfloat16), (((2,), (1,)), ((0,), (0,)))
+    for operand, numbers, result in (
+        (x, batched, jnp.float32),
+        (x, (((2,), (0,)), ((), ())), jnp.bfloat16),
+        (x.astype(jnp.float32), (((2,), (0,)), ((), ())), jnp.float32),
+    ):
+        jaxpr = jax.make_jaxpr(lambda a, n=numbers, r=result: dot_general(a, a, n, preferred_element_type=r))(operand)
+        assert "custom_vjp" not in str(jaxpr)

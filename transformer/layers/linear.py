@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.ops.panels import Panels, cut_panels, panel_product
-from transformer.ops.wide_product import wide_product
 
 DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
@@ -61,8 +60,6 @@ def kernel_product(
         return out_NF.reshape(*inputs.shape[:first], *kernel.features)
     kernel = kernel.astype(module.dtype)
     dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
-    if module.dot_general is jax.lax.dot_general and inputs.dtype == jnp.bfloat16 and dtype == jnp.float32:
-        return wide_product(num_contracted, inputs, kernel)
     return module.dot_general(inputs, kernel, dimensions, preferred_element_type=jnp.dtype(dtype))
 
 

@@ -11,6 +11,7 @@ from transformer.layers.linear import DotGeneral, Linear
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
 from transformer.models.head import capped, token_embedding
+from transformer.ops import wide_product
 from transformer.ops.masks import AttentionMask
 from transformer.ops.pooling import pool
 
@@ -76,6 +77,8 @@ class Classifier(nn.Module):
             use_bias=True,
             init_std=config.init_std,
             output_dtype=jnp.dtype(jnp.float32),
+            # A head of a few columns gains nothing from kernels for CPUs; a trainer's has the gradients of its type.
+            dot_general=self.dot_general if self.dot_general is jax.lax.dot_general else wide_product.dot_general,
             name="classifier",
             **kinds,
         )(pooled_BD)

@@ -8,6 +8,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def dot_general(
+    lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
+) -> Array:
+    """Stands in for `lax.dot_general` in dense layers: `wide_product` for bfloat16 operands and a float32 result.
+
+    Like `ops.dense_cpu` it has no forward-mode derivative: a trainer injects it, and no layer has it by default.
+    """
+    (lhs_axes, rhs_axes), batch = dimension_numbers
+    is_dense = (
+        not any(batch)
+        and tuple(lhs_axes) == tuple(range(lhs.ndim - len(lhs_axes), lhs.ndim))
+        and tuple(rhs_axes) == tuple(range(len(rhs_axes)))
+    )
+    wide = lhs.dtype == rhs.dtype == jnp.bfloat16 and preferred_element_type == jnp.float32
+    if is_dense and wide and precision is None:
+        return wide_product(len(lhs_axes), lhs, rhs)
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_product(num_contracted: int, lhs: Float[Array, "..."], rhs: Float[Array, "..."]) -> Float[Array, "..."]:
     """Contract the last `num_contracted` axes of `lhs` with the first of `rhs`, in float32.
