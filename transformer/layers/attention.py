@@ -58,7 +58,7 @@ class Attention(nn.Module):
         *,
         memory_BSD: Float[Array, "B S M"] | None = None,
         earlier_BPD: Float[Array, "B P D"] | None = None,
-        mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        mask: AttentionMask | Array = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
         relative_bias: BiasDescription | None = None,
         cache: KVCache | MemoryCache | None = None,
@@ -71,7 +71,8 @@ class Attention(nn.Module):
             memory_BSD: what is attended to; None means the inputs themselves.
             earlier_BPD: P vectors before the inputs, which are attended to and do not ask (`layers.recurrence`). Places are
                 indices among all P + T then, and the mask is one of T queries, P + T keys and a query_offset of P.
-            mask: who may attend to whom; `config.window` and `config.pattern` are added to it.
+            mask: who may attend to whom, described or as booleans [B, 1, T, S] (`dot_product_attention`);
+                `config.window` and `config.pattern` are added to it.
             positions_BT: for kinds that act here; None means 0, 1, ... (with a cache: its next slots, and nothing else).
             relative_bias: for t5, which shares one among the layers of a stack.
             cache: a `KVCache` of the tokens before these makes self-attention causal, zeros in
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: if the heads do not divide the width, or the arguments contradict each other.
         """
-        config = self.config
+        config, mask = self.config, AttentionMask.of(mask)
         batch_size, num_tokens, embed_dim = inputs_BTD.shape
         cross = memory_BSD is not None or isinstance(cache, MemoryCache)
         self._check(cross, mask, positions_BT, relative_bias, cache)
@@ -234,7 +235,7 @@ class Attention(nn.Module):
             raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
         given = [
             n
-            for n in ("query_positions", "key_positions", "key_lengths", "query_offset")
+            for n in ("query_positions", "key_positions", "key_lengths", "query_offset", "visible")
             if getattr(mask, n) is not None
         ]
         if isinstance(cache, KVCache) and given:

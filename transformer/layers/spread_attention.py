@@ -44,14 +44,14 @@ def spread_attention(
     spread = spread_axes()
     rows, places, heads = mesh_axes(("batch", "length", "heads"), spread)
     ring = places is not None
-    dense = dropout_rate > 0 or (bias is not None and not isinstance(bias, BiasDescription))
+    dense = dropout_rate > 0 or mask.visible is not None or not (bias is None or isinstance(bias, BiasDescription))
     fits = all(
         size % math.prod(spread[axis] for axis in axes_in(axes)) == 0
         for size, axes in ((query_BTHK.shape[0], rows), (key_BSGK.shape[2], heads))
     )
     if ring and (dense or not fits):
         raise ValueError(
-            "Over a context axis, attention needs rows and heads that the mesh divides, no dropout and no dense bias; "
+            "Over a context axis, attention needs rows and heads that the mesh divides, no dropout, no array as bias or mask; "
             f"got {query_BTHK.shape[0]} rows, {key_BSGK.shape[2]} key/value heads, dropout {dropout_rate} and a mesh of {spread}."
         )
     if not spread or dense or not fits:

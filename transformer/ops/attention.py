@@ -38,7 +38,7 @@ def dot_product_attention(
     key_BSGK: Float[jax.Array, "B S G K"],
     value_BSGK: Float[jax.Array, "B S G W"],
     *,
-    mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+    mask: AttentionMask | jax.Array = AttentionMask(),  # noqa: B008 (frozen)
     bias: Bias | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
@@ -55,7 +55,8 @@ def dot_product_attention(
         attention, Ainslie et al. 2023).
       key_BSGK: Keys, of the same dtype.
       value_BSGK: Values, of the same dtype; their width W may be another than that of the keys.
-      mask: Who may attend to whom.
+      mask: Who may attend to whom: a description, or booleans [B, 1, T, S] (sizes may be 1, heads may differ), True for what
+        is seen, as `nn.make_causal_mask(..., dtype=bool)` makes them. Only xla takes booleans, and auto then picks it.
       bias: Added to the logits after scale and cap: a floating-point array [B|1, H|1, T, S], or a description such as
         `AlibiBias`, which sees the places that the mask compares (positions where given, else indices). Booleans are refused:
         who may attend to whom is the mask's affair.
@@ -77,6 +78,7 @@ def dot_product_attention(
     >>> dot_product_attention(x, x, x, mask=AttentionMask(causal=True)).shape
     (1, 3, 2, 4)
     """
+    mask = AttentionMask.of(mask)
     _check(query_BTHK, key_BSGK, value_BSGK, mask, bias, dropout_rate, dropout_key)
     out_BTHW = _attend(
         query_BTHK,
@@ -231,7 +233,7 @@ def select_implementation(
         if not _refusal(fused, query, key, value, logits_soft_cap=logits_soft_cap, **request):
             return fused
     dense_bias = bias is not None and not isinstance(bias, BiasDescription)
-    if dropout_rate > 0 or dense_bias:
+    if dropout_rate > 0 or dense_bias or mask.visible is not None:
         return "xla"
     return "blockwise" if T * S >= _LONG * _LONG else "xla"
 
@@ -250,6 +252,8 @@ def _refusal(
     """What an implementation cannot honour, in words, or nothing."""
     if implementation != "xla" and dropout_rate > 0:
         return f"dropout_rate={dropout_rate}"
+    if implementation != "xla" and mask.visible is not None:
+        return "an array as mask (an AttentionMask describes causal masks, windows, segments and lengths)"
     if implementation not in _FUSED.values():
         return ""
     if bias is not None:
@@ -273,7 +277,7 @@ def _check(
             f"Query, key and value must have one dtype, got {query_BTHK.dtype}, {key_BSGK.dtype} and "
             f"{value_BSGK.dtype}; cast them first (a cache to the dtype of the query)."
         )
-    mask.check(B, T, S)
+    mask.check(B, T, S, H)
     check_bias(bias)
     if bias is not None and not isinstance(bias, BiasDescription):
         fits = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape[:2], (B, H), strict=True))

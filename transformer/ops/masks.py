@@ -103,6 +103,22 @@ class AttentionMask:
     key_prefix: Any = None  # bool [B, S]; keys that earlier queries see too
     key_lengths: Any = None  # int [B]; keys with an index from here on are invisible
     query_offset: Any = None  # int [B]; the index of the first query among the keys
+    visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition, which only the reference takes
+
+    @classmethod
+    def of(cls, mask: Any) -> "AttentionMask":
+        """A description as it is; an array of booleans, as `nn.make_attention_mask(..., dtype=bool)` gives it, as `visible`."""
+        if isinstance(mask, AttentionMask):
+            return mask
+        array, form = jnp.asarray(mask), "[B, 1, T, S] (or with sizes of 1 or H for B, 1, T and S)"
+        if array.dtype != bool:
+            raise ValueError(
+                f"An attention mask must be an AttentionMask or booleans {form}, got an array of {array.dtype}; "
+                "make it with dtype=bool, or pass what is added to logits as the bias."
+            )
+        if array.ndim != 4:
+            raise ValueError(f"An array as attention mask must have shape {form}, got {array.shape}.")
+        return cls(visible=array)
 
     @classmethod
     def packed(cls, segment_ids: Int[jax.Array, "B T"], *, causal: bool = False, window: int = 0) -> "AttentionMask":
@@ -157,9 +173,10 @@ class AttentionMask:
             return _columns(self.key_positions, start, size)
         return jnp.arange(size, dtype=jnp.int32)[None] + start
 
-    def to_bool(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "B 1 T S"]:
-        """The whole mask as booleans; B is 1 if rows agree."""
-        return self.block(0, num_queries, 0, num_keys)
+    def to_bool(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "B H T S"]:
+        """The whole mask as booleans; B is 1 if rows agree, H if heads do."""
+        visible = self.block(0, num_queries, 0, num_keys)
+        return visible if self.visible is None else visible & self.visible
 
     def sees(self, queries: Any, keys: Any, prefix: Any = None) -> Any:
         """Whether queries at these places see keys at those by `causal`, `window` and `pattern`; numpy or JAX integers.
@@ -202,8 +219,15 @@ class AttentionMask:
             visible &= indices_S[None, None, :] < self.key_lengths[:, None, None]
         return visible[:, None]
 
-    def check(self, batch: int, num_queries: int, num_keys: int) -> None:
+    def check(self, batch: int, num_queries: int, num_keys: int, num_heads: int = 1) -> None:
         """Raise ValueError unless every array fits queries of [batch, num_queries] and keys of [batch, num_keys]."""
+        wanted = (batch, num_heads, num_queries, num_keys)
+        given = wanted if self.visible is None else jnp.shape(self.visible)
+        if len(given) != 4 or any(size not in (1, full) for size, full in zip(given, wanted, strict=True)):
+            raise ValueError(
+                f"An array as attention mask must have shape [{batch}, 1, {num_queries}, {num_keys}] (or sizes of 1, or "
+                f"{num_heads} for the heads), got {given}."
+            )
         if self.window < 0:
             raise ValueError(f"AttentionMask.window must be 0 (any distance) or positive, got {self.window}.")
         sizes = {"query": num_queries, "key": num_keys}
