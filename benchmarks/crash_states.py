@@ -27,9 +27,11 @@ import jax
 from rich.console import Console
 
 from transformer.cli.main import main as transformer
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import to_dict
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.classification import Classification
+from transformer.objectives.next_token import NextToken
 from transformer.runs import recipe
 from transformer.runs.compare import compare, read_outcome
 from transformer.runs.train import train
@@ -77,7 +79,7 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
             batch_size=8,
             record_bytes=512,
         ),
-        objective=ObjectiveConfig(kind="classification" if classifies else "next_token"),
+        objective=(Classification if classifies else NextToken)(),
         optimizer=OptimizerConfig(warmup_steps=1),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(

@@ -77,7 +77,7 @@ MORE = {
                 "--model.attention.pattern-stride", "4"],
 }  # fmt: skip
 # Whose training steps are counted.
-COUNTED = ("python_stdlib:debug", "multi30k_translate:debug", "moe_8x7b:debug")
+COUNTED = ("python_stdlib", "multi30k_translate", "moe_8x7b:debug")
 
 
 # ---- Small configs -----------------------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ from typing import Any
 
 import jax
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.objectives.classification import Classification
+from transformer.objectives.next_token import NextToken
+from transformer.objectives.seq2seq import Seq2Seq
 from transformer.runs.compare import compare, read_outcome
 from transformer.training.folders import committed_steps
 
@@ -40,16 +43,16 @@ def get_config(kind: str = "pmap") -> Config:
     model: dict[str, Any] = {"num_layers": 1, "embed_dim": 16, "dropout": 0.1}
     data: dict[str, Any] = {"source": ("text",), "sequence_length": 32, "record_bytes": 512}
     optimizer: dict[str, Any] = {"accumulate_steps": 2, "schedule": "linear", "warmup_steps": 5, "ema_decay": 0.9}
-    objective, parallel = ObjectiveConfig(), ParallelConfig(data=1)
+    objective, parallel = NextToken(), ParallelConfig(data=1)
     if kind == "pmap":
         parallel = ParallelConfig(strategy="pmap")
     elif kind == "fsdp":
         parallel = ParallelConfig(fsdp=2)
     elif kind == "classifier":
-        model["architecture"], objective = "encoder", ObjectiveConfig(kind="classification")
+        model["architecture"], objective = "encoder", Classification()
         data |= {"source": ("labelled",), "tokenizer": "words", "tokenizer_size": 300}
     elif kind == "translator":
-        model["architecture"], objective = "encoder_decoder", ObjectiveConfig(kind="seq2seq")
+        model["architecture"], objective = "encoder_decoder", Seq2Seq()
         data |= {"source": ("pairs",), "tokenizer": "words", "tokenizer_size": 300, "buckets": (16, 32)}
     elif kind == "transformer_xl":
         model |= {"positions": PositionConfig(kind="transformer_xl"), "memory_length": 32}

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,7 +27,6 @@ import numpy as np
 
 from transformer.config import Config, DataConfig, OptimizerConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig
-from transformer.objectives.next_token import next_token
 from transformer.tasks import count_parameters, make_model, make_params
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
@@ -75,7 +75,7 @@ def child(config: Config) -> None:
     model = make_model(config.model, cpu_kernels=True)
     params = make_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
-    objective = next_token(model, config.objective, np.ones(config.model.vocab_size))
+    objective = config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size)))
     step = make_train_step(objective, optimizer, schedule, accumulate_steps=config.optimizer.accumulate_steps)
     state = create_state(params, optimizer, jax.random.key(1), loss_scale=make_loss_scale(config.model))
     shape = (config.data.batch_size, config.data.sequence_length)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import resource
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,6 @@ import numpy as np
 from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
-from transformer.objectives.next_token import next_token
 from transformer.steps import make_runner
 from transformer.tasks import make_model, measure_work
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
@@ -53,7 +53,10 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     _, runner = make_runner(
-        config, next_token(model, config.objective, np.ones(config.model.vocab_size)), optimizer, schedule
+        config,
+        config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size))),
+        optimizer,
+        schedule,
     )
     state = runner.place_state(create_state(params, optimizer, jax.random.key(1)))
     shape = (config.data.batch_size, config.data.sequence_length)

@@ -6,7 +6,7 @@ A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 
 Hardware: a GPU or TPU, or several: rows are spread over all devices; `transformer plan` says if they fit. No run was measured.
 """
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -15,6 +15,7 @@ from transformer.model_config import (
     NormConfig,
     PositionConfig,
 )
+from transformer.objectives.next_token import NextToken
 
 
 def get_config(variant: str = "") -> Config:
@@ -45,7 +46,7 @@ def get_config(variant: str = "") -> Config:
             sequence_length=128 if debug else 1024,
             batch_size=8 if debug else 480,
         ),
-        objective=ObjectiveConfig(loss_chunks=1 if debug else 8),
+        objective=NextToken(loss_chunks=1 if debug else 8),
         optimizer=OptimizerConfig(
             learning_rate=6e-4,
             warmup_steps=min(2000, steps),

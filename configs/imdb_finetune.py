@@ -8,8 +8,9 @@ The dataset `imdb` is prepared as for `configs/imdb_classify.py`. Hardware: one 
 (docs/tasks.md).
 """
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.objectives.classification import Classification
 
 
 def get_config(variant: str = "") -> Config:
@@ -32,7 +33,7 @@ def get_config(variant: str = "") -> Config:
             batch_size=32,
             validation_fraction=0.02,
         ),
-        objective=ObjectiveConfig(kind="classification", label_smoothing=0.1, token_dropout=0.15),
+        objective=Classification(label_smoothing=0.1, token_dropout=0.15),
         optimizer=OptimizerConfig(
             learning_rate=5e-4,
             schedule="linear",

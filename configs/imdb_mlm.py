@@ -7,8 +7,9 @@ Hardware: two CPU cores. The 4,200 steps, 34 million tokens, took 89 minutes bes
 are then the most likely ones.
 """
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.objectives.masked_lm import MaskedLM
 
 
 def get_config(variant: str = "") -> Config:
@@ -28,7 +29,7 @@ def get_config(variant: str = "") -> Config:
             sequence_length=256,
             batch_size=32,
         ),
-        objective=ObjectiveConfig(kind="masked_lm", mask_rate=0.3),
+        objective=MaskedLM(mask_rate=0.3),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.01,

@@ -6,8 +6,9 @@
 The model is that of `configs/multi30k_translate.py`, and its tokenizer will be this one. Hardware: two CPU cores.
 """
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.objectives.span_corruption import SpanCorruption
 
 
 def get_config(variant: str = "") -> Config:
@@ -23,7 +24,7 @@ def get_config(variant: str = "") -> Config:
             sequence_length=128,
             batch_size=64,
         ),
-        objective=ObjectiveConfig(kind="span_corruption"),
+        objective=SpanCorruption(),
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3,
             schedule="inverse_sqrt",

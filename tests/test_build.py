@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from transformer.data.tokenizers import ByteTokenizer, PairTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.span_corruption import SpanCorruption
 from transformer.runs.recipe import make_run
 from transformer.tasks import resolve
 from transformer.types import UserError
@@ -36,9 +37,7 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
 
 
 def test_spans_are_of_one_vocabulary():
-    config = Config(
-        model=ModelConfig(architecture="encoder_decoder"), objective=ObjectiveConfig(kind="span_corruption")
-    )
+    config = Config(model=ModelConfig(architecture="encoder_decoder"), objective=SpanCorruption())
     assert resolve(config, ByteTokenizer()).model.source_vocab_size == 0
     with pytest.raises(
         UserError, match="needs one vocabulary, got a tokenizer with one for sources and one for targets"

@@ -6,8 +6,9 @@ import typing
 
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import from_dict, resume_conflicts, to_dict
+from transformer.kinds import Kind
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -16,6 +17,10 @@ from transformer.model_config import (
     NormConfig,
     PositionConfig,
 )
+from transformer.objectives.classification import Classification
+from transformer.objectives.next_token import NextToken
+from transformer.objectives.span_corruption import SpanCorruption
+from transformer.overrides import override
 from transformer.types import UserError
 
 ODD = (BlockConfig(AttentionConfig(num_heads=3)),)
@@ -43,8 +48,8 @@ def remembering(kind="rotary", **changes):
             lambda: FeedForwardConfig(num_experts=4, use_bias=True),
             "is for one network, got num_experts=4; leave it out",
         ),
-        (lambda: ObjectiveConfig(load_balance=-1.0), "load_balance must be at least 0, got -1.0"),
-        (lambda: ObjectiveConfig(router_z=-1.0), "router_z must be at least 0, got -1.0"),
+        (lambda: NextToken(load_balance=-1.0), "load_balance must be at least 0, got -1.0"),
+        (lambda: NextToken(router_z=-1.0), "router_z must be at least 0, got -1.0"),
         (lambda: NormConfig(kind="rms_norm", use_bias=True), "RMSNorm has no offset"),
         (lambda: NormConfig(epsilon=0), "epsilon must be positive, got 0"),
         (lambda: PositionConfig(theta=0), "theta must be positive, got 0"),
@@ -71,26 +76,26 @@ def remembering(kind="rotary", **changes):
         (lambda: ModelConfig(embed_dim=15, positions=PositionConfig("transformer_xl"), pattern=ODD), "even, got 15"),
         (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
-        (lambda: ObjectiveConfig(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
-        (lambda: ObjectiveConfig(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
+        (lambda: NextToken(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
+        (lambda: Classification(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
         (
-            lambda: ObjectiveConfig(class_weights="balanced"),
-            "is for classification, got balanced for next_token; leave",
+            lambda: override(Config(), {"objective.class_weights": "balanced"}),
+            "objective.class_weights is a setting of classification, objective.kind is next_token; leave it out, or",
         ),
-        (lambda: ObjectiveConfig("classification", class_weights=()), "a positive number a class, got"),
-        (lambda: ObjectiveConfig("classification", class_weights=(1.0, 0.0)), "a positive number a class, got"),
+        (lambda: Classification(class_weights=()), "a positive number a class, got"),
+        (lambda: Classification(class_weights=(1.0, 0.0)), "a positive number a class, got"),
         (
-            lambda: ObjectiveConfig("classification", class_weights=(1.0, float("nan"))),
+            lambda: Classification(class_weights=(1.0, float("nan"))),
             "a positive number a class, got",
         ),
-        (lambda: ObjectiveConfig(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
-        (lambda: ObjectiveConfig(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
+        (lambda: SpanCorruption(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
+        (lambda: SpanCorruption(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),
         (
-            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", mean_span_length=1)),
+            lambda: Config(objective=SpanCorruption(mean_span_length=1)),
             r"must fit in data.sequence_length=256, but 38 tokens in 38 spans give 257 and 77; .*or longer rows",
         ),
         (
-            lambda: Config(objective=ObjectiveConfig(kind="span_corruption", noise_density=0.8)),
+            lambda: Config(objective=SpanCorruption(noise_density=0.8)),
             "but 205 tokens in 51 spans give 103 and 257; change objective.noise_density",
         ),
         (
@@ -111,7 +116,6 @@ def remembering(kind="rotary", **changes):
         (lambda: ParallelConfig(coordinator="a:1", num_processes=2, process_id=2), "below num_processes=2, got 2"),
         (lambda: TrainingConfig(profile_steps=(1, 4)), "first step of at least 2 .* got 1 4"),
         (lambda: TrainingConfig(steps=8, profile_steps=(5, 9)), "the last of the run's 8, got 5 9"),
-        (lambda: ObjectiveConfig(kind="classification", loss_chunks=2), "got 2 for a classification; leave it at 1"),
         (
             lambda: Config(data=DataConfig(batch_size=10), optimizer=OptimizerConfig(accumulate_steps=4)),
             "divisible by optimizer.accumulate_steps=4, got 10",
@@ -132,7 +136,7 @@ CUSTOM = Config(
 )
 
 
-WEIGHTED = Config(objective=ObjectiveConfig("classification", class_weights=(1.0, 2.5)))
+WEIGHTED = Config(objective=Classification(class_weights=(1.0, 2.5)))
 
 
 @pytest.mark.parametrize("config", [Config(), CUSTOM, WEIGHTED], ids=["default", "custom", "weighted"])
@@ -143,7 +147,7 @@ def test_json_round_trip(config):
 def test_fields_that_a_file_does_not_know_have_their_defaults():
     values = to_dict(CUSTOM)
     del values["model"]["memory_length"], values["data"]["continue_rows"]
-    del values["model"]["bidirectional_prefix"], values["objective"]["noise_density"]
+    del values["model"]["bidirectional_prefix"], values["objective"]["z_loss"]
     assert from_dict(Config, values) == CUSTOM
 
 
@@ -159,7 +163,12 @@ def test_values_of_another_type_in_json_are_refused():
     values, refused = to_dict(CUSTOM), 0
 
     def fields(kind, there):
-        for name, hint in typing.get_type_hints(kind).items():
+        if issubclass(kind, Kind):
+            kind = kind.family.find(there["kind"])
+            yield kind.__name__, "kind", there
+        hints = typing.get_type_hints(kind)
+        for name in (field.name for field in dataclasses.fields(kind)):
+            hint = hints[name]
             if dataclasses.is_dataclass(hint):
                 yield from fields(hint, there[name])
             elif name == "pattern" and kind is ModelConfig:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, ParallelConfig
+from transformer.config import Config, DataConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.objective import OBJECTIVES
 from transformer.tasks import describe_attention, make_model, make_params
 
 
@@ -25,7 +26,7 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
             **model,
         ),
         data=DataConfig(sequence_length=length, continue_rows=model.get("memory_length", 0) > 0),
-        objective=ObjectiveConfig(kind=kind),
+        objective=OBJECTIVES.find(kind)(),
         parallel=ParallelConfig(data=1),
     )
 

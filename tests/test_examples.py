@@ -14,6 +14,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 # A line that each prints.
 PRINTS = {
+    "own_objective": "metrics: loss, objective, entropy",
     "narrow_and_wide": "wide      (1, 16, 256)      2,097,152  3hk² + hk²",
 }
 

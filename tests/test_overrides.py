@@ -122,7 +122,6 @@ def test_what_follows_and_how_far(changes, followed):
         ({"model.max_length": 256}, {"data.sequence_length": 512}, {"model.max_length": 512}),
         ({"model.max_length": 256}, {"data.sequence_length": 128}, {"model.max_length": 256}),
         ({"optimizer.restarts": (300, 600)}, {"training.steps": 500}, {"optimizer.restarts": (300,)}),
-        ({"objective.loss_chunks": 4}, {"objective.kind": "classification"}, {"objective.loss_chunks": 1}),
         (
             {"data.source": ("a",), "data.stride": 0, "data.buckets": ()},
             {"model.memory_length": 8},

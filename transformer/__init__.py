@@ -5,7 +5,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+    from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
     from transformer.data.tokenizers import Tokenizer
     from transformer.generation.generate import Generated, Generator, generate, stream
     from transformer.generation.sampling import SamplingConfig
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from transformer.models.encoder import Encoder
     from transformer.models.encoder_decoder import EncoderDecoder
     from transformer.models.init import init_params
+    from transformer.objective import OBJECTIVES, Objective
+    from transformer.objectives.classification import Classification
+    from transformer.objectives.masked_lm import MaskedLM
+    from transformer.objectives.next_token import NextToken
+    from transformer.objectives.prefix_lm import PrefixLM
+    from transformer.objectives.seq2seq import Seq2Seq
+    from transformer.objectives.span_corruption import SpanCorruption
     from transformer.ops.attention import dot_product_attention
     from transformer.ops.bias import AlibiBias, BiasDescription, T5Bias
     from transformer.ops.masks import AttentionMask, BlockPattern
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": "Config DataConfig ObjectiveConfig OptimizerConfig TrainingConfig",
+    "config": "Config DataConfig OptimizerConfig TrainingConfig",
     "data.tokenizers": "Tokenizer",
     "generation.generate": "Generated Generator generate stream",
     "generation.sampling": "SamplingConfig",
@@ -54,6 +61,13 @@ _NAMES = {
     "models.encoder": "Encoder",
     "models.encoder_decoder": "EncoderDecoder",
     "models.init": "init_params",
+    "objective": "OBJECTIVES Objective",
+    "objectives.classification": "Classification",
+    "objectives.masked_lm": "MaskedLM",
+    "objectives.next_token": "NextToken",
+    "objectives.prefix_lm": "PrefixLM",
+    "objectives.seq2seq": "Seq2Seq",
+    "objectives.span_corruption": "SpanCorruption",
     "ops.attention": "dot_product_attention",
     "ops.bias": "AlibiBias BiasDescription T5Bias",
     "ops.masks": "AttentionMask BlockPattern",

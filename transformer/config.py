@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any, Literal, get_type_hints
 
 from transformer.model_config import ModelConfig
+from transformer.objective import OBJECTIVES, Objective
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
 from transformer.validation import require, require_at_least, require_int32, require_range
@@ -139,74 +140,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is minimised."""
-
-    kind: Literal["next_token", "prefix_lm", "masked_lm", "classification", "seq2seq", "span_corruption"] = "next_token"
-    """Cross-entropy of the token that follows; behind a prefix read in both directions, the prompt or a random part (Raffel et
-    al. 2020); of masked tokens (Devlin et al. 2019); of a text's class; of a target; of the hidden spans of a text (Raffel et
-    al. 2020)."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
-    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
-    """classification: weight of each class in the training loss, which is the weighted mean; a number a class, or balanced,
-    inversely to how often each occurs in the training split. Scores (validation loss too) stay unweighted."""
-    z_loss: float = 0.0
-    """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
-    loss_chunks: int = 1
-    """Parts of each row whose logits are computed, and forgotten, one after another: memory for those of one part only."""
-    load_balance: float = 0.01
-    """Weight of each mixture's load-balance loss (Fedus et al. 2022, section 2.2); models without experts have none."""
-    router_z: float = 0.001
-    """Weight of each mixture's router z-loss (Zoph et al. 2022, section 3); models without experts have none."""
-    mask_rate: float = 0.15
-    """masked_lm: share of tokens to be predicted."""
-    mask_scheme: Literal["bert", "plain"] = "bert"
-    """masked_lm: of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
-    token_dropout: float = 0.0
-    """classification: share of a text's tokens that the mask replaces in training, drawn anew each time (word dropout, Iyyer et
-    al. 2015)."""
-    noise_density: float = 0.15
-    """span_corruption: share of tokens that are hidden."""
-    mean_span_length: float = 3.0
-    """span_corruption: tokens of a hidden span, on average."""
-
-    def __post_init__(self) -> None:
-        require_int32(self)
-        require_range(self, 0, 1, "label_smoothing", "token_dropout")
-        require(0 < self.mask_rate < 1, f"ObjectiveConfig.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
-        require(
-            0 < self.noise_density < 1,
-            f"ObjectiveConfig.noise_density must be above 0 and below 1, got {self.noise_density}.",
-        )
-        require_at_least(self, 0, "z_loss", "load_balance", "router_z")
-        require_at_least(self, 1, "mean_span_length", "loss_chunks")
-        weights = self.class_weights
-        require(
-            weights == "none" or self.kind == "classification",
-            f"ObjectiveConfig.class_weights is for classification, got {weights} for {self.kind}; leave it out.",
-        )
-        require(
-            isinstance(weights, str) or (len(weights) > 0 and all(0 < weight < float("inf") for weight in weights)),
-            f"ObjectiveConfig.class_weights must be none, balanced or a positive number a class, got {weights}.",
-        )
-        require(
-            self.loss_chunks == 1 or self.kind != "classification",
-            f"ObjectiveConfig.loss_chunks is for logits over a vocabulary, got {self.loss_chunks} for a classification; "
-            "leave it at 1.",
-        )
-
-    def num_masked(self, length: int) -> int:
-        """masked_lm: how many of `length` tokens are to be predicted."""
-        return max(1, round(self.mask_rate * length))
-
-    def num_hidden(self, length: int) -> tuple[int, int]:
-        """span_corruption: how many of `length` tokens are hidden, and in how many spans; none of a single token."""
-        hidden = min(max(1, round(self.noise_density * length)), max(0, length - 1))
-        return hidden, min(max(1, round(hidden / self.mean_span_length)), hidden, length - hidden)
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How the parameters move."""
 
@@ -333,7 +266,7 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Objective = dataclasses.field(default_factory=OBJECTIVES.default)
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -353,23 +286,12 @@ class Config:
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
             f"got {self.model.max_length}.",
         )
-        length, (hidden, spans) = self.data.sequence_length, self.objective.num_hidden(self.data.sequence_length)
-        require(
-            self.objective.kind != "span_corruption" or spans < hidden < length - spans,
-            f"Sources and targets of span_corruption must fit in data.sequence_length={length}, but {hidden} tokens in {spans} "
-            f"spans give {length - hidden + spans + 1} and {hidden + spans + 1}; change objective.noise_density, set a larger "
-            "objective.mean_span_length or longer rows.",
-        )
         require(
             self.data.continue_rows == (self.model.memory_length > 0),
             "A memory needs rows that continue those before, and they need a memory, got model.memory_length="
             f"{self.model.memory_length} and data.continue_rows={self.data.continue_rows}; set both or neither.",
         )
-        require(
-            self.objective.kind == "next_token" or self.model.memory_length == 0,
-            f"Only next_token carries a memory from row to row, got the {self.objective.kind} objective and "
-            f"model.memory_length={self.model.memory_length}; set it to 0.",
-        )
+        self.objective.check(self)
         require(
             self.optimizer.warmup_steps <= self.training.steps,
             f"optimizer.warmup_steps must not exceed training.steps={self.training.steps}, "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformer.config import Config
+from transformer.kinds import Kind
 from transformer.validation import require
 
 CONFIG_FILE = "config.json"
@@ -42,12 +43,13 @@ LEFT_OPEN = {"data.tokenizer": "auto", "data.tokenizer_size": 0}
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested dictionaries and lists, ready for JSON."""
-    return _plain(dataclasses.asdict(config))
+    return _plain(config)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": value.kind, **fields} if isinstance(value, Kind) else fields
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -65,6 +67,9 @@ def from_dict(kind: Any, values: Any, name: str = "") -> Any:
     origin, members = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         require(isinstance(values, dict), f"{name or kind.__name__} must be an object of fields, got {values!r:.80}.")
+        if issubclass(kind, Kind):
+            kind = kind.family.find(values.get("kind"))
+            values = {field: value for field, value in values.items() if field != "kind"}
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(values) - set(hints))
         require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")

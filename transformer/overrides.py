@@ -1,5 +1,6 @@
 """A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 
 from transformer.config import Config
 from transformer.config_io import RESUMABLE, from_dict, to_dict
+from transformer.kinds import chosen_kinds, kinds_with, switch
+from transformer.objective import OBJECTIVES
 from transformer.types import UserError
 
 _Values = dict[str, Any]
@@ -100,6 +103,8 @@ def _distance_buckets(new: _Values, old: _Values) -> int:
 
 # In this order: what one rule changes may set off a later one.
 _RULES = (
+    _Rule("model.architecture", ("objective.kind",), lambda new, old: (
+        OBJECTIVES.find(new["objective"]["kind"]).architecture)),
     _Rule("data.weights", ("data.source",), lambda new, old: (
         new["data"]["weights"] if len(new["data"]["weights"]) == len(new["data"]["source"]) else [])),
     _Rule("data.sequence_length", ("model.max_length",), _at_most_length),
@@ -115,8 +120,6 @@ _RULES = (
     _Rule("optimizer.restarts", ("training.steps",), _restarts),
     _Rule("optimizer.warmup_steps", ("training.steps", "optimizer.restarts"), _warmup),
     _Rule("training.profile_steps", ("training.steps",), _profile),
-    _Rule("objective.loss_chunks", ("objective.kind",), lambda new, old: (
-        1 if new["objective"]["kind"] == "classification" else new["objective"]["loss_chunks"])),
     _Rule("model.vocab_size", ("data.tokenizer_size",), _vocabulary),
     _Rule("model.positions.num_buckets", ("model.positions.max_distance",), _distance_buckets),
 )  # fmt: skip
@@ -156,15 +159,15 @@ def override(
         >>> override(Config(optimizer=OptimizerConfig(warmup_steps=100)), {"training.steps": 20}).optimizer.warmup_steps
         2
     """
+    config = with_kinds(config, changes)
     old, new, changed = to_dict(config), to_dict(config), set(changes)
     kept = to_dict(recorded) if recorded else None
     for path, value in changes.items():
         try:
             section, name = _section(new, path)
+            section[name]
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise UserError(
-                f"A config has no field {path!r}; config.json of a run shows those that there are."
-            ) from error
+            raise UserError(unknown_setting(config, path) or f"A config has no field {path!r}.") from error
         section[name] = list(value) if isinstance(value, tuple) else value
     for prefix, rule in _rules(len(old["model"]["pattern"])):
         path, base = prefix + rule.field, prefix.removesuffix(".")
@@ -182,6 +185,44 @@ def override(
             section[name] = fitting
             changed.add(path)
     return from_dict(Config, new)
+
+
+def with_kinds(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with the kinds that `changes` name (`objective.kind`), and their settings by default where the old has none.
+
+    It is not checked: other changes may have to come before the new kind fits.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    for path, chosen in list(chosen_kinds(config)):
+        name = changes.get(f"{path}.kind", chosen.kind)
+        if name != chosen.kind:
+            config = _replace(config, path.split("."), switch(chosen, name))
+    return config
+
+
+def _replace(config: Any, path: list[str], value: Any) -> Any:
+    """A config, or a tuple of its parts, with another value at a path."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(config, tuple):
+        index = int(name)
+        return (*config[:index], _replace(config[index], rest, value), *config[index + 1 :])
+    changed = copy.copy(config)
+    object.__setattr__(changed, name, _replace(getattr(config, name), rest, value))
+    return changed
+
+
+def unknown_setting(config: Config, path: str) -> str:
+    """Why a config has no field `path`, if it is a setting of another kind than the one chosen; else nothing."""
+    section, _, name = path.rpartition(".")
+    for place, chosen in chosen_kinds(config):
+        others = kinds_with(chosen.family, name) if place == section else []
+        if others:
+            return f"{path} is a setting of {' and '.join(others)}, {place}.kind is {chosen.kind}; leave it out, or change that."
+    return ""
 
 
 def _rules(num_blocks: int) -> Iterator[tuple[str, _Rule]]:

@@ -17,13 +17,13 @@ from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
-from transformer.tasks import init_method, init_shapes, make_model, make_objective
+from transformer.tasks import init_method, init_shapes, make_model
 from transformer.training.loss_scale import make_loss_scale
-from transformer.training.optimizer import check_scanned_groups, freeze_objective, make_optimizer
+from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer
 from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import TrainStep, make_eval_step, make_train_step
-from transformer.types import Objective, PyTree
+from transformer.types import Loss, PyTree
 from transformer.validation import require
 
 
@@ -31,7 +31,7 @@ class Steps(NamedTuple):
     """What trains a config, on the devices that it names."""
 
     model: nn.Module
-    objective: Objective
+    loss: Loss
     runner: Runner
     train_step: TrainStep
     """The step that the runner compiles."""
@@ -63,15 +63,11 @@ def check_devices(config: Config, mesh: Mesh | None = None) -> None:
 
 
 def _check_context(config: Config, devices: int) -> None:
-    kind, model = config.objective.kind, config.model
+    model = config.model
     balanced_order(config.data.sequence_length, devices)
     check_blocks(config.data.sequence_length, devices)
     patterns = {block.attention.pattern for block in model.pattern}
-    require(
-        kind == "next_token" and model.memory_length == 0,
-        f"parallel.context is for the next_token objective, whose rows have one length and no memory, got the {kind} objective "
-        f"and model.memory_length={model.memory_length}; set parallel.context=1.",
-    )
+    config.objective.check_context(config)
     require(
         patterns == {"dense"},
         f"parallel.context needs dense attention (a window is fine), got attention.pattern={', '.join(sorted(patterns))}; "
@@ -102,7 +98,7 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
     if config.model.scan_layers:
         check_scanned_groups(config.optimizer, shapes)
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, shapes)
-    objective = freeze_objective(make_objective(config, model, tokenizer), config.optimizer, shapes)
+    loss = freeze(config.objective.bind(model, tokenizer), config.optimizer, shapes)
 
     def make_state(params: PyTree | None = None) -> TrainState:
         key = jax.random.key(config.training.seed)
@@ -112,22 +108,22 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
             params,
             optimizer,
             jax.random.key(config.training.seed + 1),
-            carry=objective.init_carry(config.data.batch_size),
+            carry=loss.init_carry(config.data.batch_size),
             ema=config.optimizer.ema_decay > 0,
             loss_scale=make_loss_scale(config.model),
             spikes=make_spikes(config.training.skip_spikes),
         )
 
-    train_step, runner = make_runner(config, objective, optimizer, schedule, mesh=mesh, axes=axes)
+    train_step, runner = make_runner(config, loss, optimizer, schedule, mesh=mesh, axes=axes)
     place = runner.place_batch
     runner = runner._replace(place_batch=lambda batch: place(check_batch_ids(config.model, batch)))
     state = runner.abstract_state(jax.eval_shape(make_state))
-    return Steps(model, objective, runner, train_step, axes, state, make_state)
+    return Steps(model, loss, runner, train_step, axes, state, make_state)
 
 
 def make_runner(
     config: Config,
-    objective: Objective,
+    loss: Loss,
     optimizer: Any,
     schedule: Any,
     *,
@@ -138,7 +134,7 @@ def make_runner(
 
     Args:
         config: of the run.
-        objective: what is minimised.
+        loss: what is minimised.
         optimizer: as `make_optimizer` gives it, with its schedule.
         schedule: learning rate by step.
         mesh: of devices; None takes those of `config.parallel`.
@@ -146,7 +142,7 @@ def make_runner(
     """
     axis_name = AXIS_NAME if config.parallel.strategy == "pmap" else None
     train_step = make_train_step(
-        objective,
+        loss,
         optimizer,
         schedule,
         accumulate_steps=config.optimizer.accumulate_steps,
@@ -154,7 +150,7 @@ def make_runner(
         skip_spikes=config.training.skip_spikes,
         axis_name=axis_name,
     )
-    evaluate_step = make_eval_step(objective, axis_name=axis_name)
+    evaluate_step = make_eval_step(loss, axis_name=axis_name)
     if axis_name:
         return train_step, pmap_runner(config.parallel.data, train_step, evaluate_step)
     mesh = mesh or make_mesh(config.parallel.sizes)

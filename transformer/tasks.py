@@ -9,42 +9,23 @@ import jax
 import numpy as np
 
 from transformer.config import Config
-from transformer.data.datasets import Dataset, ExampleData
-from transformer.data.example_batches import source_tokens
-from transformer.data.masking import mask_token
-from transformer.data.tokenizers import PairTokenizer, Tokenizer, Vocabulary, source_tokenizer
+from transformer.data.tokenizers import PairTokenizer, Vocabulary
 from transformer.evaluation.confusion import macro_f1
-from transformer.evaluation.translation import translation_scores
-from transformer.generation.translate import translate
 from transformer.model_config import ModelConfig
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.models.init import init_params
-from transformer.objectives.classification import classification
-from transformer.objectives.masked_lm import masked_lm
-from transformer.objectives.next_token import next_token
-from transformer.objectives.prefix_lm import prefix_lm
-from transformer.objectives.seq2seq import seq2seq
 from transformer.ops import dense_cpu, wide_product
 from transformer.ops.attention import select_implementation
 from transformer.ops.bias import AlibiBias
 from transformer.ops.masks import AttentionMask
 from transformer.training.flops import Flops, step_flops
 from transformer.training.metrics import Work, derive
-from transformer.training.optimizer import freeze_objective
-from transformer.types import Objective, PairBatch, PyTree
+from transformer.training.optimizer import freeze
+from transformer.types import PairBatch, PyTree
 from transformer.validation import require
-
-ARCHITECTURES = {
-    "next_token": "decoder",
-    "prefix_lm": "decoder",
-    "masked_lm": "encoder",
-    "classification": "encoder",
-    "seq2seq": "encoder_decoder",
-    "span_corruption": "encoder_decoder",
-}
 
 
 def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] = ()) -> Config:
@@ -53,39 +34,35 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
     An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
     classifier fits the encoder it starts from. That of span corruption has as many sentinels there as a row has spans.
     """
-    model, kind = config.model, config.objective.kind
+    model, objective = config.model, config.objective
     smallest = tokenizer.vocab_size + (model.architecture == "encoder")
-    if kind == "span_corruption":
-        smallest += config.objective.num_hidden(config.data.sequence_length)[1]
+    smallest += objective.extra_tokens(tokenizer, config.data.sequence_length)
     require(
-        model.architecture == ARCHITECTURES[kind],
-        f"Training the {kind} objective needs model.architecture={ARCHITECTURES[kind]}, got {model.architecture!r}.",
+        model.architecture == objective.architecture,
+        f"Training the {objective.kind} objective needs model.architecture={objective.architecture}, got "
+        f"{model.architecture!r}.",
     )
     require(
         model.vocab_size == 0 or model.vocab_size >= smallest,
         f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
         "with room for a mask or sentinels.",
     )
+    own = {"bidirectional_prefix": False, "num_classes": 0, **objective.model_settings(class_names)}
     require(
-        kind == "prefix_lm" or not model.bidirectional_prefix,
-        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={kind}; leave it out.",
+        own["bidirectional_prefix"] or not model.bidirectional_prefix,
+        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={objective.kind}; leave "
+        "it out.",
     )
     require(
-        kind != "span_corruption" or not isinstance(tokenizer, PairTokenizer),
-        "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
-        "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
-    )
-    require(
-        model.num_classes in (0, len(class_names)) or kind != "classification",
+        model.num_classes in (0, own["num_classes"]) or own["num_classes"] == 0,
         f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
     )
     model = dataclasses.replace(
         model,
         vocab_size=model.vocab_size or smallest,
         max_length=model.max_length or config.data.sequence_length + model.memory_length,
-        bidirectional_prefix=kind == "prefix_lm",
-        num_classes=len(class_names) if kind == "classification" else 0,
         source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
+        **own,
     )
     return dataclasses.replace(config, model=model)
 
@@ -117,21 +94,6 @@ def init_method(model: nn.Module) -> str:
     return "logits" if isinstance(model, Encoder) else "__call__"
 
 
-def make_objective(config: Config, model: nn.Module, tokenizer: Vocabulary) -> Objective:
-    """The loss of a resolved config."""
-    match config.objective.kind:
-        case "next_token":
-            return next_token(model, config.objective, tokenizer.token_bytes)
-        case "prefix_lm":
-            return prefix_lm(model, config.objective)
-        case "masked_lm":
-            return masked_lm(model, config.objective)
-        case "classification":
-            return classification(model, config.objective, mask_token(tokenizer))
-        case "seq2seq" | "span_corruption":
-            return seq2seq(model, config.objective)
-
-
 def count_parameters(params: PyTree) -> int:
     """Numbers in a tree of arrays."""
     return sum(x.size for x in jax.tree.leaves(params))
@@ -144,11 +106,8 @@ def describe_attention(config: Config, platform: str) -> str:
     model, T, names = config.model, config.data.sequence_length, []
     S, kind = T + model.memory_length, model.positions.kind
     bias = AlibiBias(None) if kind in ("alibi", "t5") else None  # that there is one is all that counts
-    placed = config.objective.kind in (
-        "next_token",
-        "prefix_lm",
-        "masked_lm",
-    )  # by positions, of which a pattern sees blocks
+    # By positions, of which a pattern sees blocks.
+    placed = config.objective.reads == "text" and model.architecture != "encoder_decoder"
 
     def ids(length: int) -> Any:
         return jax.ShapeDtypeStruct((1, length), np.int32)
@@ -202,10 +161,10 @@ def count_step(config: Config, params: PyTree, batch: PyTree) -> Flops:
     plain = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, pattern=pattern, remat="none"),
-        objective=dataclasses.replace(config.objective, loss_chunks=1),
+        objective=config.objective.in_chunks(1),
     )
-    objective = make_objective(plain, make_model(plain.model), StandIn(config.model.vocab_size))
-    return step_flops(freeze_objective(objective, config.optimizer, params), params, batch)
+    loss = plain.objective.bind(make_model(plain.model), StandIn(config.model.vocab_size))
+    return step_flops(freeze(loss, config.optimizer, params), params, batch)
 
 
 def measure_work(config: Config, params: PyTree, parts: int = 1) -> Callable[[Any], Work]:
@@ -231,18 +190,3 @@ def split_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     if "confusion" in sums:
         metrics["macro_f1"] = macro_f1(np.asarray(sums["confusion"]))
     return metrics
-
-
-def generation_scores(
-    model: nn.Module, params: PyTree, tokenizer: Tokenizer, data: Dataset, split: str, config: Config
-) -> dict[str, Any]:
-    """Scores of what an encoder-decoder says to the sources of a whole split; nothing for other models."""
-    if not (isinstance(model, EncoderDecoder) and isinstance(data, ExampleData)):
-        return {}
-    examples, reader = data.source.examples(split), source_tokenizer(tokenizer)
-    room = config.data.sequence_length
-    sources = [source_tokens(reader, example.text, config.data) for example in examples]
-    targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
-    return translation_scores(
-        [tokenizer.decode(target) for target in targets], [example.target for example in examples]
-    )

@@ -76,11 +76,14 @@ class PairBatch(NamedTuple):
     segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
 
 
+Noise = Callable[[Batch, int, tuple[int, ...]], None]
+"""Changes row `row` of a batch in place; its randomness depends on the place of the row in the data alone."""
+
 LossOutput = tuple[tuple[Array, Array], tuple[PyTree, Statistics]]
 
 
-class Objective(NamedTuple):
-    """What is minimised: `loss(...)` summed over the batch, divided by `weight(batch)`, known before the gradient."""
+class Loss(NamedTuple):
+    """The loss of a model: `loss(...)` summed over the batch, divided by `weight(batch)`, known before the gradient."""
 
     weight: Callable[[Any], Array]
     """`batch -> weight_sum`, a float32 scalar that does not depend on the parameters."""

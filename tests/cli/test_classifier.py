@@ -12,8 +12,10 @@ from transformer.cli.main import main
 from transformer.runs.saved import load
 
 CONFIG = """
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.classification import Classification
+from transformer.objectives.masked_lm import MaskedLM
 
 def get_config(variant=""):
     return Config(
@@ -24,7 +26,7 @@ def get_config(variant=""):
         data=DataConfig(
             source=("mine",), tokenizer="words", tokenizer_size=300, sequence_length=32, batch_size=8, record_bytes=512
         ),
-        objective=ObjectiveConfig(kind="masked_lm" if variant == "mlm" else "classification"),
+        objective=MaskedLM() if variant == "mlm" else Classification(),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=100, log_every=20, eval_every=0, checkpoint_every=0),

@@ -10,8 +10,9 @@ from transformer.cli.main import main
 from transformer.runs.saved import load
 
 CONFIG = """
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objective import OBJECTIVES
 
 def get_config(variant="prefix_lm"):
     return Config(
@@ -20,7 +21,7 @@ def get_config(variant="prefix_lm"):
             num_layers=1, embed_dim=32, pattern=(BlockConfig(AttentionConfig(num_heads=2)),), init_std=0.0,
         ),
         data=DataConfig(sequence_length=32, batch_size=16, buckets=(32,)),
-        objective=ObjectiveConfig(kind=variant),
+        objective=OBJECTIVES.find(variant)(),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=40, log_every=10, eval_every=0, checkpoint_every=0, sample_length=4),

@@ -16,12 +16,13 @@ from transformer.cli.fields import parse
 from transformer.cli.main import COMMANDS, main
 from transformer.cli.options import OPTIONS
 from transformer.cli.train import next_lines
-from transformer.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.data.tokenizers import make_tokenizer
 from transformer.generation.text import stream_text
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objective import OBJECTIVES
 from transformer.runs.saved import Loaded
-from transformer.tasks import ARCHITECTURES, make_model, make_params, resolve
+from transformer.tasks import make_model, make_params, resolve
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
 SAID = [9, 7, 8, 5]
@@ -38,9 +39,11 @@ def runs():
             tokenizer = make_tokenizer(DataConfig(tokenizer=tokenizer_kind, tokenizer_size=300), CORPUS)
             block = BlockConfig(AttentionConfig(num_heads=2))
             config = Config(
-                model=ModelConfig(architecture=ARCHITECTURES[kind], num_layers=1, embed_dim=8, pattern=(block,)),
+                model=ModelConfig(
+                    architecture=OBJECTIVES.find(kind).architecture, num_layers=1, embed_dim=8, pattern=(block,)
+                ),
                 data=DataConfig(sequence_length=24),
-                objective=ObjectiveConfig(kind=kind),
+                objective=OBJECTIVES.find(kind)(),
             )
             config = resolve(config, tokenizer)
             model = make_model(config.model)
@@ -239,7 +242,7 @@ def test_results_on_standard_output_are_json(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", OBJECTIVES.names)
 def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     """For every kind of run; the environment's activation comes first where it is not active."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -248,7 +251,7 @@ def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv") if active else "")
     config = Config(
-        workdir="runs/a b", objective=ObjectiveConfig(kind=kind), training=TrainingConfig(sample_prompt="it's")
+        workdir="runs/a b", objective=OBJECTIVES.find(kind)(), training=TrainingConfig(sample_prompt="it's")
     )
     *activation, line = next_lines(config)
     assert activation == ([] if active else ["  source .venv/bin/activate"])

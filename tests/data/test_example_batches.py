@@ -8,8 +8,9 @@ import pytest
 
 from transformer.config import DataConfig
 from transformer.data.datasets import ExampleData
-from transformer.data.example_batches import ExampleEvaluationBatches, buckets, count_cut, labelled_form, pairs_form
+from transformer.data.example_batches import ExampleEvaluationBatches, buckets
 from transformer.data.examples import ExampleSource, TextExample
+from transformer.data.forms import count_cut, labelled_form, pairs_form
 from transformer.data.tokenizers import ByteTokenizer, load_tokenizer
 from transformer.types import UserError
 

@@ -1,5 +1,6 @@
 """Datasets made of files: read back exactly, by TFDS too; splits that do not overlap; names that are not clobbered."""
 
+import dataclasses
 import doctest
 import json
 
@@ -9,11 +10,11 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.config import DataConfig, ObjectiveConfig
+from transformer.config import Config, DataConfig
 from transformer.data import example_files, examples, stored
-from transformer.data.datasets import open_data
 from transformer.data.example_files import clean_label
 from transformer.data.examples import TextExample, open_examples, prepare_examples
+from transformer.objectives.classification import Classification
 from transformer.types import UserError
 
 
@@ -168,11 +169,10 @@ def test_blank_pairs_are_left_out_and_counted(config, tmp_path):
     ]
 
 
-def test_a_share_for_testing_is_refused_instead_of_ignored(config, labelled):
-    prepare_examples("labelled", "mine", labelled, config)
-    asked_for = DataConfig(source=("mine",), data_dir=config.data_dir, test_fraction=0.1)
+def test_a_share_for_testing_is_refused_instead_of_ignored(config):
+    asked_for = dataclasses.replace(config, source=("mine",), test_fraction=0.1)
     with pytest.raises(UserError, match=r"files of its own .*, got data\.test_fraction=0\.1"):
-        open_data(asked_for, ObjectiveConfig(kind="classification"))
+        Config(data=asked_for, objective=Classification())
 
 
 def test_fields_of_one_name_are_refused(config, labelled):

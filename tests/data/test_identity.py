@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 
-from transformer.config import DataConfig, ObjectiveConfig
+from transformer.config import DataConfig
 from transformer.data.datasets import describe_data, open_data
 from transformer.data.examples import prepare_examples
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.tokenizers import ByteTokenizer
+from transformer.objective import OBJECTIVES
+from transformer.objectives.next_token import NextToken
 
 LINES = [f"line {i} of a text\n" for i in range(400)]
 
@@ -40,12 +42,12 @@ LOCAL = {"file": _file, "folder": _folder, "jsonl": _jsonl}
 
 def _describe(source, data_dir, **changes):
     config = DataConfig(source=(str(source),), data_dir=str(data_dir), sequence_length=16, batch_size=4, **changes)
-    return describe_data(open_data(config, ObjectiveConfig()))
+    return describe_data(open_data(config, NextToken()))
 
 
 def _iterator(source, data_dir):
     config = DataConfig(source=(str(source),), data_dir=str(data_dir), sequence_length=16, batch_size=4)
-    return open_data(config, ObjectiveConfig()).train_batches(ByteTokenizer())
+    return open_data(config, NextToken()).train_batches(ByteTokenizer())
 
 
 @pytest.mark.parametrize("make", LOCAL.values(), ids=LOCAL)
@@ -99,7 +101,7 @@ def test_a_prepared_dataset_of_the_same_name_and_size_is_told_by_its_content(tmp
         config = DataConfig(source=("mine",), data_dir=str(data_dir), **changes)
         if not data_dir.exists():
             prepare_examples(kind, "mine", {"train": [str(path)]}, config)
-        return describe_data(open_data(config, ObjectiveConfig(kind=objective)))
+        return describe_data(open_data(config, OBJECTIVES.find(objective)()))
 
     first = prepared("one", "text a,1")
     assert first == prepared("two", "text a,1")

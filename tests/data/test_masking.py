@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from transformer.config import DataConfig, ObjectiveConfig
+from transformer.config import DataConfig
 from transformer.data.datasets import open_data
-from transformer.data.masking import mask_token, masking
 from transformer.data.rows import empty_batch
 from transformer.data.tokenizers import ByteTokenizer
+from transformer.objective import mask_token
+from transformer.objectives.masked_lm import MaskedLM
 
 TOKENIZER = ByteTokenizer()
 
@@ -18,13 +19,13 @@ def row(config, *, length=2000, place=(0, 0), seed=0):
     batch.inputs[0, ::50] = TOKENIZER.end_of_text
     batch.segment_ids[0, : length - 100] = 1
     before = batch.inputs[0].copy()
-    masking(config, TOKENIZER, seed)(batch, 0, place)
+    config.changes(TOKENIZER, batch.inputs.shape[1], seed)["noise"](batch, 0, place)
     return before, batch
 
 
 @pytest.mark.parametrize("scheme", ["bert", "plain"])
 def test_share_and_scheme(scheme):
-    before, batch = row(ObjectiveConfig(kind="masked_lm", mask_scheme=scheme))
+    before, batch = row(MaskedLM(mask_scheme=scheme))
     eligible = (np.arange(2000) < 1900) & (before != TOKENIZER.end_of_text)
     chosen = batch.weights[0] > 0
     assert chosen.sum() == round(0.15 * eligible.sum())
@@ -38,7 +39,7 @@ def test_share_and_scheme(scheme):
 
 
 def test_place_and_seed_decide():
-    config = ObjectiveConfig(kind="masked_lm")
+    config = MaskedLM()
     _, first = row(config, place=(3, 4))
     np.testing.assert_array_equal(row(config, place=(3, 4))[1].inputs, first.inputs)
     for other in (row(config, place=(4, 3)), row(config, place=(3, 5)), row(config, place=(3, 4), seed=1)):
@@ -46,8 +47,8 @@ def test_place_and_seed_decide():
 
 
 def test_a_short_row_has_a_target_and_an_empty_one_none():
-    assert row(ObjectiveConfig(kind="masked_lm"), length=103)[1].weights.sum() == 1
-    assert row(ObjectiveConfig(kind="masked_lm"), length=101)[1].weights.sum() == 0
+    assert row(MaskedLM(), length=103)[1].weights.sum() == 1
+    assert row(MaskedLM(), length=101)[1].weights.sum() == 0
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def data(tmp_path):
     config = DataConfig(
         source=(str(tmp_path / "text.jsonl"),), data_dir=str(tmp_path), sequence_length=64, batch_size=4
     )
-    return open_data(config, ObjectiveConfig(kind="masked_lm"))
+    return open_data(config, MaskedLM())
 
 
 def test_rows_are_masked_alike_by_any_number_of_processes_and_after_a_restart(data):
@@ -96,7 +97,7 @@ def test_a_random_token_is_one_of_the_tokenizers():
     """With few of them it shows: the mask stands in no more places than its share of 80 %."""
     batch = empty_batch(1, 40_000)
     batch.segment_ids[0] = 1
-    masking(ObjectiveConfig(kind="masked_lm", mask_rate=0.5), TwoTokens(), 0)(batch, 0, (0,))
+    MaskedLM(mask_rate=0.5).changes(TwoTokens(), 40_000, 0)["noise"](batch, 0, (0,))
     chosen = batch.weights[0] > 0
     shares = [np.mean(batch.inputs[0][chosen] == token) for token in range(3)]
     np.testing.assert_allclose(shares, [0.15, 0.05, 0.8], atol=0.012)

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from transformer.config import ObjectiveConfig
+from transformer.config import Config
 from transformer.data.datasets import open_data
-from transformer.data.prefixes import random_prefixes
 from transformer.data.rows import empty_batch
 from transformer.data.tokenizers import ByteTokenizer
+from transformer.objective import OBJECTIVES
+from transformer.objectives.prefix_lm import PrefixLM, random_prefixes
 from transformer.types import UserError
 
 BYTES = ByteTokenizer()
-OBJECTIVE = ObjectiveConfig(kind="prefix_lm")
+OBJECTIVE = PrefixLM()
 
 
 def row(*lengths, prompts=(), place=(0, 0), seed=0, length=40):
@@ -100,6 +101,6 @@ def test_evaluation_is_the_same_each_time(data):
 
 
 @pytest.mark.parametrize("kind", ["masked_lm", "prefix_lm", "span_corruption"])
-def test_windows_that_move_on_are_refused(make_config, write_folder, kind):
+def test_windows_that_move_on_are_refused(make_config, kind):
     with pytest.raises(UserError, match=rf"are for next_token, {kind} draws .* got data.stride=4, set it to 0"):
-        open_data(make_config(write_folder(), stride=4), ObjectiveConfig(kind=kind))
+        Config(data=make_config("folder", stride=4), objective=OBJECTIVES.find(kind)())

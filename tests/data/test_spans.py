@@ -5,17 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.config import ObjectiveConfig
 from transformer.data.datasets import open_data
 from transformer.data.rows import empty_batch
-from transformer.data.spans import hide_spans, span_pairs
 from transformer.data.tokenizers import ByteTokenizer
+from transformer.objectives.next_token import NextToken
+from transformer.objectives.span_corruption import SpanCorruption, hide_spans, span_pairs
 from transformer.types import PairBatch
 
 BYTES = ByteTokenizer()
 E = BYTES.end_of_text
 V = BYTES.vocab_size
-OBJECTIVE = ObjectiveConfig(kind="span_corruption")
+OBJECTIVE = SpanCorruption()
 
 
 def row(tokens, config=OBJECTIVE, *, length=None, place=(0, 0), seed=0):
@@ -68,7 +68,7 @@ def restored(source, targets):
     place=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
 def test_source_and_target_make_the_row(tokens, padding, density, mean, place):
-    config = ObjectiveConfig(kind="span_corruption", noise_density=density, mean_span_length=mean)
+    config = SpanCorruption(noise_density=density, mean_span_length=mean)
     source, inputs, targets = sequences(
         pairs(row(tokens, config, length=len(tokens) + padding, place=place), config), 0
     )
@@ -139,7 +139,7 @@ def assert_equal(actual, expected):
 
 
 def test_training_rows_are_those_of_the_text(config, data):
-    corrupted, plain = data.train_batches(BYTES), open_data(config, ObjectiveConfig()).train_batches(BYTES)
+    corrupted, plain = data.train_batches(BYTES), open_data(config, NextToken()).train_batches(BYTES)
     for _ in range(5):
         pair_batch, batch = next(corrupted), next(plain)
         assert isinstance(pair_batch, PairBatch)
@@ -175,7 +175,7 @@ def test_evaluation_has_the_whole_split_the_same_each_time(config, data):
     first = list(batches)
     for a, b in zip(first, list(batches), strict=True):
         assert_equal(a, b)
-    plain = list(open_data(config, ObjectiveConfig()).evaluation_batches(BYTES, "validation"))
+    plain = list(open_data(config, NextToken()).evaluation_batches(BYTES, "validation"))
     for pair_batch, batch in zip(first, plain, strict=True):
         for index in range(4):
             source, _, targets = sequences(pair_batch, index)

@@ -11,10 +11,13 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from transformer.config import DataConfig, ObjectiveConfig
+from transformer.config import DataConfig
 from transformer.data.datasets import open_data
 from transformer.data.examples import prepare_examples
 from transformer.data.stored import find_stored, open_stored
+from transformer.objective import OBJECTIVES
+from transformer.objectives.classification import Classification
+from transformer.objectives.next_token import NextToken
 from transformer.types import UserError
 
 PLANTED = "planted_features"
@@ -106,7 +109,7 @@ def test_features_of_other_kinds_are_refused_before_anything_is_imported(data_di
     rewrite(data_dir, "features.json", change)
     config = DataConfig(source=("mine",), data_dir=str(data_dir))
     with pytest.raises(UserError, match=r"features\.json"):
-        open_data(config, ObjectiveConfig(kind=objective))
+        open_data(config, OBJECTIVES.find(objective)())
 
 
 def test_features_in_the_other_description_are_refused(data_dir):
@@ -117,7 +120,7 @@ def test_features_in_the_other_description_are_refused(data_dir):
 
 def test_the_module_of_a_dataset_is_not_imported(data_dir):
     rewrite(data_dir, "dataset_info.json", lambda content: content | {"moduleName": PLANTED})
-    data = open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind="classification"))
+    data = open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), Classification())
     assert data.class_names == ("a", "b")
     assert len(list(data.texts("train"))) == 7
 
@@ -129,17 +132,17 @@ def test_the_module_of_a_dataset_is_not_imported(data_dir):
 )
 def test_names_do_not_lead_to_code(data_dir, name, objective):
     with pytest.raises(UserError, match=r"neither a file or folder|is written name|be written name"):
-        open_data(DataConfig(source=(name,), data_dir=str(data_dir)), ObjectiveConfig(kind=objective))
+        open_data(DataConfig(source=(name,), data_dir=str(data_dir)), OBJECTIVES.find(objective)())
 
 
 def test_local_text_prepared_by_a_stranger_is_checked_too(data_dir, tmp_path):
     (tmp_path / "text.txt").write_text("text\n" * 100)
     config = DataConfig(source=("text.txt",), data_dir=str(data_dir))
-    open_data(config, ObjectiveConfig())
+    open_data(config, NextToken())
     (features,) = data_dir.glob("text_records/**/features.json")
     features.write_text(json.dumps(with_feature(TEXT | {"pythonClassName": EVIL})(json.loads(features.read_text()))))
     with pytest.raises(UserError, match="is never imported"):
-        open_data(config, ObjectiveConfig())
+        open_data(config, NextToken())
 
 
 def test_the_command_line_imports_nothing_from_the_current_directory(data_dir, tmp_path):
@@ -251,7 +254,7 @@ def test_damaged_examples_are_a_short_error(data_dir, damage, objective):
     if damage is not None:
         shard.write_bytes(damage(content))
     with pytest.raises(UserError, match=r"must be whole|must name text features"):
-        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind=objective))
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), OBJECTIVES.find(objective)())
 
 
 @pytest.mark.parametrize("count", ["1000000000000", "9", "-1"])
@@ -263,10 +266,10 @@ def test_more_examples_than_there_are_is_a_short_error(data_dir, count, objectiv
 
     rewrite(data_dir, "dataset_info.json", change)
     with pytest.raises(UserError, match="must be whole"):
-        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind=objective))
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), OBJECTIVES.find(objective)())
 
 
 def test_classes_of_one_name_are_refused(data_dir):
     (data_dir / "mine" / "1.0.0" / "label.labels.txt").write_text("a\na \n")
     with pytest.raises(UserError, match="Classes must have different names, 'mine' has a, a"):
-        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), ObjectiveConfig(kind="classification"))
+        open_data(DataConfig(source=("mine",), data_dir=str(data_dir)), Classification())

@@ -1,6 +1,7 @@
 """The classification objective: sums over texts, filler rows left out, a confusion matrix that adds up."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -9,10 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.classifier import Classifier
-from transformer.objectives.classification import balanced_weights, classification
+from transformer.objectives.classification import Classification, balanced_weights
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
 from transformer.training.metrics import derive
@@ -52,8 +52,8 @@ def batch():
     )
 
 
-def statistics(model, params, batch, *, train=False, config=ObjectiveConfig(kind="classification")):  # noqa: B008
-    objective = classification(model, config, mask_token=6)
+def statistics(model, params, batch, *, train=False, config=Classification()):  # noqa: B008
+    objective = config.bind(model, SimpleNamespace(vocab_size=6))
     (loss_sum, weight_sum), (_, found) = objective.loss(params, (), batch, jax.random.key(0), train)
     if train or config.class_weights == "none":
         np.testing.assert_array_equal(weight_sum, objective.weight(batch))
@@ -82,7 +82,7 @@ def test_parts_add_up(model, params, batch):
 
 def test_training_has_no_confusion_and_smoothing_no_effect_on_the_score(model, params, batch):
     assert "confusion" not in statistics(model, params, batch, train=True)
-    smooth = statistics(model, params, batch, config=ObjectiveConfig(kind="classification", label_smoothing=0.2))
+    smooth = statistics(model, params, batch, config=Classification(label_smoothing=0.2))
     plain = statistics(model, params, batch)
     np.testing.assert_array_equal(smooth["loss"], plain["loss"])
     assert float(smooth["objective"]) != float(plain["objective"])
@@ -104,8 +104,8 @@ def test_token_dropout_hides_some_tokens_of_training_and_nothing_else():
         labels=jnp.zeros(64, jnp.int32),
         weights=jnp.ones(64),
     )
-    config = ObjectiveConfig(kind="classification", token_dropout=0.3)
-    objective = classification(Reader(), config, mask_token=6)
+    config = Classification(token_dropout=0.3)
+    objective = config.bind(Reader(), SimpleNamespace(vocab_size=6))
     for seed, train in ((0, True), (1, True), (0, True), (0, False)):
         objective.loss({}, (), batch, jax.random.key(seed), train)
     first, second, again, evaluated = read
@@ -118,7 +118,7 @@ def test_token_dropout_hides_some_tokens_of_training_and_nothing_else():
     np.testing.assert_array_equal(evaluated, batch.inputs)
 
 
-WEIGHTED = ObjectiveConfig(kind="classification", class_weights=(0.5, 1.0, 8.0), label_smoothing=0.1, z_loss=0.01)
+WEIGHTED = Classification(class_weights=(0.5, 1.0, 8.0), label_smoothing=0.1, z_loss=0.01)
 
 
 def test_class_weights_make_a_weighted_mean(model, params, batch):
@@ -146,7 +146,7 @@ def test_a_weighted_step_does_not_depend_on_how_rows_are_divided(model, params, 
     """Each part of the batch has other classes, hence another sum of weights."""
     batch = jax.tree.map(lambda x: np.concatenate([np.asarray(x)[:4]] * 2), batch)
     batch = batch._replace(labels=np.array([2, 0, 2, 0, 2, 1, 0, 0], np.int32))
-    objective, optimizer = classification(model, WEIGHTED, mask_token=6), optax.sgd(1.0)
+    objective, optimizer = WEIGHTED.bind(model, SimpleNamespace(vocab_size=6)), optax.sgd(1.0)
 
     def step(parts=1, axis_name=None):
         options = {"accumulate_steps": parts, "axis_name": axis_name}
@@ -196,9 +196,9 @@ def test_token_dropout_and_dropout_draw_from_keys_of_their_own():
 
     ones = jnp.ones((16, 64), jnp.int32)
     batch = LabelledBatch(ones, ones, jnp.zeros(16, jnp.int32), jnp.ones(16))
-    config = ObjectiveConfig(kind="classification", token_dropout=0.5)
+    config = Classification(token_dropout=0.5)
     key = jax.random.key(3)
-    classification(Reader(), config, mask_token=6).loss({}, (), batch, key, True)
+    config.bind(Reader(), SimpleNamespace(vocab_size=6)).loss({}, (), batch, key, True)
     hidden = np.asarray(read["inputs"] == 6)
     for used in (read["key"], key):
         alike = np.mean(hidden == np.asarray(jax.random.bernoulli(used, 0.5, ones.shape)))

@@ -3,22 +3,19 @@
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.models.init import init_params
-from transformer.objectives.masked_lm import masked_lm
-from transformer.objectives.next_token import next_token
-from transformer.objectives.prefix_lm import prefix_lm
-from transformer.objectives.seq2seq import seq2seq
+from transformer.objective import OBJECTIVES
 from transformer.ops.chunks import sum_over_chunks
 from transformer.types import Batch, PairBatch
 
@@ -46,22 +43,24 @@ def make(kind, tie, config):
     match kind:
         case "next_token":
             model = Decoder(model_config)
-            objective, shapes, method = next_token(model, config, np.ones(V, np.int32)), ((1, 1),), "__call__"
+            shapes, method = ((1, 1),), "__call__"
         case "prefix_lm":
             model = Decoder(dataclasses.replace(model_config, bidirectional_prefix=True))
-            objective, shapes, method = prefix_lm(model, config), ((1, 1),), "__call__"
+            shapes, method = ((1, 1),), "__call__"
         case "masked_lm":
             model = Encoder(dataclasses.replace(model_config, architecture="encoder"))
-            objective, shapes, method = masked_lm(model, config), ((1, 1),), "logits"
+            shapes, method = ((1, 1),), "logits"
         case _:
             model = EncoderDecoder(dataclasses.replace(model_config, architecture="encoder_decoder"))
-            objective, shapes, method = seq2seq(model, config), ((1, 1), (1, 1)), "__call__"
+            shapes, method = ((1, 1), (1, 1)), "__call__"
     params, _ = init_params(model, jax.random.key(0), *shapes, method=method)
+    objective = config.bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     return objective, params, pairs() if kind == "seq2seq" else batch()
 
 
 def graded(kind, tie, chunks):
-    config = ObjectiveConfig(loss_chunks=chunks, label_smoothing=0.1, z_loss=1e-2, mask_rate=0.7)
+    rates = {"mask_rate": 0.7} if kind == "masked_lm" else {}
+    config = OBJECTIVES.find(kind)(loss_chunks=chunks, label_smoothing=0.1, z_loss=1e-2, **rates)
     objective, params, data = make(kind, tie, config)
 
     @jax.jit

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.models.encoder import Encoder
-from transformer.objectives.masked_lm import masked_lm
+from transformer.objectives.masked_lm import MaskedLM
 from transformer.types import Batch
 
-CONFIG = ObjectiveConfig(kind="masked_lm", mask_rate=0.4)
+CONFIG = MaskedLM(mask_rate=0.4)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -56,7 +55,7 @@ def full_pass(model, params, batch):
 
 def test_equals_a_full_pass_in_value_and_gradient(model, batch):
     params = model.init(jax.random.key(0), batch.inputs, method="logits")["params"]
-    objective = masked_lm(model, CONFIG)
+    objective = CONFIG.bind(model, None)
 
     def loss(params):
         (loss_sum, weight_sum), (_, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
@@ -86,7 +85,7 @@ def test_positions_are_those_of_the_batch(batch):
     )
     model = Encoder(config)
     params = jax.jit(lambda key: model.init(key, batch.inputs, method="logits"))(jax.random.key(0))["params"]
-    loss = jax.jit(masked_lm(model, CONFIG).loss, static_argnums=4)
+    loss = jax.jit(CONFIG.bind(model, None).loss, static_argnums=4)
     (value, _), _ = loss(params, (), batch, jax.random.key(0), False)
     expected, _ = jax.jit(lambda params: full_pass(model, params, batch))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -100,7 +99,7 @@ def test_dropout_is_drawn_from_the_steps_key(batch):
         ModelConfig(architecture="encoder", vocab_size=9, num_layers=1, embed_dim=8, dropout=0.5, init_std=0.7)
     )
     params = jax.jit(lambda key: model.init(key, batch.inputs, method="logits"))(jax.random.key(0))["params"]
-    loss = jax.jit(masked_lm(model, CONFIG).loss, static_argnums=4)
+    loss = jax.jit(CONFIG.bind(model, None).loss, static_argnums=4)
     first, again, other, plain, still = (
         float(loss(params, (), batch, jax.random.key(seed), train)[0][0])
         for seed, train in ((1, True), (1, True), (2, True), (1, False), (2, False))

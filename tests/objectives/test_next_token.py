@@ -1,16 +1,16 @@
 """The next-token objective: what it sums, what it leaves out, and where dropout's randomness comes from."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
-from transformer.objectives.next_token import next_token
+from transformer.objectives.next_token import NextToken
 from transformer.types import Batch
 
 TOKEN_BYTES = np.array([0, 1, 2, 3, 1, 1, 4], np.int32)
@@ -52,7 +52,7 @@ def evaluate(objective, params, batch, *, key=0, train=False):
 
 
 def test_statistics_are_sums_over_weighted_targets(model, params, batch):
-    statistics = evaluate(next_token(model, ObjectiveConfig(), TOKEN_BYTES), params, batch)
+    statistics = evaluate(NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES)), params, batch)
     logits = model.apply(
         {"params": params}, batch.inputs, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids
     )
@@ -66,14 +66,16 @@ def test_statistics_are_sums_over_weighted_targets(model, params, batch):
 
 
 def test_smoothing_changes_what_is_minimised_and_not_the_score(model, params, batch):
-    plain = evaluate(next_token(model, ObjectiveConfig(), TOKEN_BYTES), params, batch)
-    smooth = evaluate(next_token(model, ObjectiveConfig(label_smoothing=0.3, z_loss=0.1), TOKEN_BYTES), params, batch)
+    plain = evaluate(NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES)), params, batch)
+    smooth = evaluate(
+        NextToken(label_smoothing=0.3, z_loss=0.1).bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES)), params, batch
+    )
     np.testing.assert_array_equal(smooth["loss"], plain["loss"])
     assert abs(float(smooth["objective"] - plain["objective"])) > 0.1
 
 
 def test_targets_without_weight_leave_no_trace(model, params, batch):
-    objective = next_token(model, ObjectiveConfig(label_smoothing=0.1, z_loss=0.1), TOKEN_BYTES)
+    objective = NextToken(label_smoothing=0.1, z_loss=0.1).bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES))
     targets = jnp.where(batch.weights > 0, batch.targets, (batch.targets + 1) % 7)
     gradient = jax.grad(lambda params, batch: objective.loss(params, (), batch, jax.random.key(0), False)[0][0])
     assert not np.array_equal(targets, batch.targets)
@@ -86,16 +88,16 @@ def test_targets_without_weight_leave_no_trace(model, params, batch):
 
 
 def test_two_halves_add_up_to_the_batch(model, params, batch):
-    objective = next_token(model, ObjectiveConfig(), TOKEN_BYTES)
+    objective = NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES))
     halves = [evaluate(objective, params, Batch(*(x[row : row + 1] for x in batch))) for row in (0, 1)]
     for name, value in evaluate(objective, params, batch).items():
         np.testing.assert_allclose(sum(half[name] for half in halves), value, rtol=1e-6)
 
 
 def test_a_memory_is_carried(model, params, batch):
-    assert next_token(model, ObjectiveConfig(), TOKEN_BYTES).init_carry(2) == ()
+    assert NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES)).init_carry(2) == ()
     model = type(model)(dataclasses.replace(model.config, memory_length=3))
-    objective = next_token(model, ObjectiveConfig(), TOKEN_BYTES)
+    objective = NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES))
     carry = objective.init_carry(len(batch.inputs))
     batch = batch._replace(positions=batch.positions + 3)
 
@@ -110,7 +112,7 @@ def test_a_memory_is_carried(model, params, batch):
 
 
 def test_dropout_follows_the_key_and_only_in_training(model, params, batch):
-    objective = next_token(model, ObjectiveConfig(), TOKEN_BYTES)
+    objective = NextToken().bind(model, SimpleNamespace(token_bytes=TOKEN_BYTES))
 
     def loss(**options):
         return float(evaluate(objective, params, batch, **options)["loss"])

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.models.decoder import Decoder
-from transformer.objectives.prefix_lm import prefix_lm, prefix_tokens
+from transformer.objectives.prefix_lm import PrefixLM, prefix_tokens
 from transformer.types import Batch
 
 
@@ -57,7 +56,7 @@ def test_prefixes_by_definition(row):
 def test_sums_are_over_what_follows_the_prefix(model):
     batch = make_batch()
     params = model.init(jax.random.key(0), batch.inputs)["params"]
-    objective = prefix_lm(model, ObjectiveConfig(kind="prefix_lm"))
+    objective = PrefixLM().bind(model, None)
     (loss_sum, weight_sum), (carry, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
     logits = model.apply(
         {"params": params},
@@ -90,7 +89,7 @@ def test_positions_are_those_of_the_batch():
     )
     batch = make_batch()
     params = jax.jit(model.init)(jax.random.key(0), batch.inputs)["params"]
-    sums = jax.jit(prefix_lm(model, ObjectiveConfig(kind="prefix_lm")).loss, static_argnums=4)
+    sums = jax.jit(PrefixLM().bind(model, None).loss, static_argnums=4)
 
     def loss(batch):
         return float(sums(params, (), batch, jax.random.key(0), False)[0][0])

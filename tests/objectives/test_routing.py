@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.layers.scan_params import scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
-from transformer.objectives.classification import classification
-from transformer.objectives.masked_lm import masked_lm
-from transformer.objectives.next_token import next_token
-from transformer.objectives.prefix_lm import prefix_lm
-from transformer.objectives.seq2seq import seq2seq
+from transformer.objective import OBJECTIVES
+from transformer.objectives.next_token import NextToken
 from transformer.ops.experts import RoutingStatistics
 from transformer.training.metrics import derive
 from transformer.training.state import create_state
@@ -29,7 +26,7 @@ from transformer.types import Batch, LabelledBatch, PairBatch
 
 PLAIN, EXPERTS = FeedForwardConfig(12), FeedForwardConfig(12, num_experts=4)
 # Every token of masked_lm may be hidden.
-WEIGHTS = ObjectiveConfig(load_balance=0.5, router_z=0.25, mask_rate=0.99)
+WEIGHTS = NextToken(load_balance=0.5, router_z=0.25)
 OFF = dataclasses.replace(WEIGHTS, load_balance=0.0, router_z=0.0)
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, _, p: (jax.tree.map(jnp.zeros_like, g), g)
@@ -68,24 +65,26 @@ def make(kind, weights, networks=(EXPERTS,)):
     encoder = dataclasses.replace(decoder, architecture="encoder", num_classes=3)
     match kind:
         case "next_token":
-            model, objective = Decoder(decoder), functools.partial(next_token, token_bytes=np.ones(7, np.int32))
+            model = Decoder(decoder)
         case "prefix_lm":
-            model, objective = Decoder(dataclasses.replace(decoder, bidirectional_prefix=True)), prefix_lm
+            model = Decoder(dataclasses.replace(decoder, bidirectional_prefix=True))
         case "masked_lm":
-            model, objective = Encoder(encoder), masked_lm
+            model = Encoder(encoder)
         case "classification":
-            model, objective = Classifier(encoder), functools.partial(classification, mask_token=6)
+            model = Classifier(encoder)
             batch = LabelledBatch(batch.inputs, batch.segment_ids, batch.inputs[:, 0] % 3, jnp.ones(4))
         case "seq2seq":
             model = EncoderDecoder(dataclasses.replace(decoder, architecture="encoder_decoder"))
-            objective = seq2seq
             batch = PairBatch(
                 batch.targets, batch.segment_ids, batch.inputs, batch.targets, batch.weights, batch.segment_ids
             )
     tokens = (batch.inputs[:1],) * (2 if kind == "seq2seq" else 1)
     method = "logits" if kind == "masked_lm" else "__call__"
     params = jit(lambda key: model.init(key, *tokens, method=method)["params"])(jax.random.key(0))
-    return objective(model, weights), params, batch
+    vocabulary = SimpleNamespace(vocab_size=6, token_bytes=np.ones(7, np.int32))
+    rates = {"mask_rate": 0.99} if kind == "masked_lm" else {}
+    config = OBJECTIVES.find(kind)(load_balance=weights.load_balance, router_z=weights.router_z, **rates)
+    return config.bind(model, vocabulary), params, batch
 
 
 def statistics_of(objective, params, batch, train=False):
@@ -167,7 +166,7 @@ def test_scan_is_loop():
     objective, params, batch = make("next_token", WEIGHTS, networks=(EXPERTS, EXPERTS))
     scanned = Decoder(model_config((EXPERTS,), num_layers=2, scan_layers=True, remat="full"))
     expected = statistics_of(objective, params, batch, train=True)
-    again = next_token(scanned, WEIGHTS, np.ones(7, np.int32))
+    again = WEIGHTS.bind(scanned, SimpleNamespace(token_bytes=np.ones(7, np.int32)))
     statistics = statistics_of(again, scan_params(params), batch, train=True)
     assert set(statistics) == set(expected)
     for name, value in expected.items():
@@ -186,7 +185,7 @@ def test_gradient_has_the_mean_over_micro_batches_by_weight(accumulate_steps):
     def mean_loss(params):
         total = 0.0
         for part in parts:
-            plain = next_token(model, OFF, np.ones(7, np.int32))
+            plain = OFF.bind(model, SimpleNamespace(token_bytes=np.ones(7, np.int32)))
             (loss_sum, weight), _ = plain.loss(params, (), part, jax.random.key(0), True)
             _, variables = model.apply(
                 {"params": params},

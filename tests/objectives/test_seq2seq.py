@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.encoder_decoder import EncoderDecoder
-from transformer.objectives.seq2seq import seq2seq
+from transformer.objectives.seq2seq import Seq2Seq
 from transformer.types import PairBatch
 
 
@@ -45,7 +44,7 @@ LENGTHS = [(5, 3), (1, 6), (4, 1)]
 def test_sums_do_not_depend_on_padding(model):
     batch = make_batch(LENGTHS, 3, 6)
     params = model.init(jax.random.key(0), batch.source, batch.inputs)["params"]
-    objective = seq2seq(model, ObjectiveConfig(kind="seq2seq", label_smoothing=0.1))
+    objective = Seq2Seq(label_smoothing=0.1).bind(model, None)
 
     def gradient_and_statistics(batch):
         def loss(params):
@@ -65,7 +64,7 @@ def test_sums_do_not_depend_on_padding(model):
 def test_statistics_by_definition(model):
     batch = make_batch([(5, 3)], 1, 5)
     params = model.init(jax.random.key(0), batch.source, batch.inputs)["params"]
-    objective = seq2seq(model, ObjectiveConfig(kind="seq2seq"))
+    objective = Seq2Seq().bind(model, None)
     _, (_, statistics) = objective.loss(params, (), batch, jax.random.key(0), False)
     logits = np.asarray(model.apply({"params": params}, batch.source, batch.inputs[:, :3]))[0]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -1,5 +1,6 @@
 """A target of weight 0 never matters, whatever it holds; one that counts and is no token of the model is NaN, and refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig
+from transformer.config import Config, DataConfig
 from transformer.data.tokenizers import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.init import init_params
+from transformer.objective import OBJECTIVES
+from transformer.objectives.next_token import NextToken
 from transformer.objectives.statistics import predicted_statistics, token_statistics
 from transformer.ops.ids import check_batch_ids
 from transformer.tasks import (
-    ARCHITECTURES,
     init_method,
     init_shapes,
     make_model,
-    make_objective,
     resolve,
 )
 from transformer.types import Batch, LabelledBatch, PairBatch, UserError
@@ -29,7 +30,7 @@ SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
 # Each kind once, whole or in chunks, which one function serves; next_token both ways.
 _CHUNKS = {"next_token": (1, 3), "prefix_lm": (3,), "seq2seq": (3,)}
 KINDS = [
-    pytest.param(kind, chunks, id=f"{kind}-{chunks}") for kind in ARCHITECTURES for chunks in _CHUNKS.get(kind, (1,))
+    pytest.param(kind, chunks, id=f"{kind}-{chunks}") for kind in OBJECTIVES.names for chunks in _CHUNKS.get(kind, (1,))
 ]
 
 
@@ -39,18 +40,27 @@ def random_params(model):
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * generator.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
+def objective_of(kind, chunks):
+    """An objective with those of the settings that it has."""
+    settings = {"loss_chunks": chunks, **RATES, **SMOOTH}
+    own = {field.name for field in dataclasses.fields(OBJECTIVES.find(kind))}
+    return OBJECTIVES.find(kind)(**{name: value for name, value in settings.items() if name in own})
+
+
 @functools.cache
 def make(kind, chunks):
     """The config, its parameters and a function of a batch: the loss, its gradient and statistics."""
     block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=8))
     config = Config(
-        model=ModelConfig(architecture=ARCHITECTURES[kind], num_layers=1, embed_dim=8, pattern=(block,), init_std=0.3),
-        objective=ObjectiveConfig(kind=kind, loss_chunks=chunks, **RATES, **SMOOTH),
+        model=ModelConfig(
+            architecture=OBJECTIVES.find(kind).architecture, num_layers=1, embed_dim=8, pattern=(block,), init_std=0.3
+        ),
+        objective=objective_of(kind, chunks),
         data=DataConfig(sequence_length=T),
     )
     config = resolve(config, ByteTokenizer(), CLASSES if kind == "classification" else ())
     model = make_model(config.model)
-    objective = make_objective(config, model, ByteTokenizer())
+    objective = config.objective.bind(model, ByteTokenizer())
     params = random_params(model)
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -71,7 +81,7 @@ def make_batch(kind):
     whole, places = np.ones((ROWS, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (ROWS, 1))
     if kind == "classification":
         return LabelledBatch(tokens[0], whole, np.array([0, 1, 2, 1], np.int32), weights[0, :ROWS]), "labels"
-    if ARCHITECTURES[kind] == "encoder_decoder":
+    if OBJECTIVES.find(kind).architecture == "encoder_decoder":
         return PairBatch(tokens[2], whole, tokens[0], tokens[1], weights, whole), "targets"
     return Batch(tokens[0], tokens[1], weights, whole, places), "targets"
 
@@ -121,7 +131,7 @@ def test_logits_of_weight_0_may_be_anything():
     generator = np.random.default_rng(0)
     logits, targets = generator.normal(size=(2, 3, 5)).astype(np.float32), jnp.ones((2, 3), jnp.int32)
     weights = jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
-    config = ObjectiveConfig(**SMOOTH)
+    config = NextToken(**SMOOTH)
 
     def loss(logits):
         statistics = token_statistics(logits, targets, weights, config)

@@ -3,18 +3,18 @@
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from transformer.config import ObjectiveConfig
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
-from transformer.objectives.next_token import next_token
+from transformer.objectives.next_token import NextToken
 from transformer.ops.places import balanced_order
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
@@ -93,7 +93,7 @@ def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num
     looped, _ = init_params(make_model(False, "none", num_experts), jax.random.key(0))
     _, axes = init_params(model, None)
     optimizer = optax.sgd(0.1, momentum=1e-30)
-    objective = next_token(model, ObjectiveConfig(z_loss=1e-3), np.ones(V, np.int32))
+    objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     axis_name = AXIS_NAME if layout == "pmap" else None
     step = make_train_step(
         objective, optimizer, lambda _: 0.1, accumulate_steps=accumulate_steps, ema_decay=0.9, axis_name=axis_name

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
+from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.places import balanced_order
 from transformer.parallel.mesh import batch_sharding, make_mesh, mesh_runner, num_row_shards, process_rows
 from transformer.parallel.rules import AXES, constrain, spread_axes, tree_shardings
@@ -116,7 +117,7 @@ CONTEXT = {
     ("changes", "message"),
     [
         (
-            {"objective": ObjectiveConfig(kind="masked_lm")},
+            {"objective": MaskedLM()},
             "for the next_token objective, .* got the masked_lm objective",
         ),
         ({"data": DataConfig(sequence_length=60, batch_size=8)}, "divisible by twice parallel.context=4, got 60"),

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -10,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import ObjectiveConfig, OptimizerConfig
+from transformer.config import OptimizerConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
-from transformer.objectives.next_token import next_token
+from transformer.objectives.next_token import NextToken
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner, replicate, unreplicate
 from transformer.parallel.runner import check_divisible, choose_devices
@@ -42,7 +43,7 @@ def make_runner(kind, accumulate_steps=2, memory_length=0, num_experts=0):
     model, params = model_and_params(memory_length, num_experts)
     config = OptimizerConfig(learning_rate=0.05, eps=1e-3, schedule="constant", accumulate_steps=accumulate_steps)
     optimizer, schedule = make_optimizer(config, 10, params)
-    objective = next_token(model, ObjectiveConfig(z_loss=1e-3), np.ones(V, np.int32))
+    objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     axis_name = AXIS_NAME if kind == "pmap" else None
     step = make_train_step(
         objective, optimizer, schedule, accumulate_steps=accumulate_steps, ema_decay=0.9, axis_name=axis_name
@@ -220,8 +221,10 @@ def test_dropout_under_pmap_differs_between_devices():
         noise = jax.random.uniform(key)
         return (jnp.sum(params * batch), jnp.float32(1.0)), (carry, {"square": noise**2, "noise": noise})
 
-    objective = next_token(model_and_params()[0], ObjectiveConfig(), np.ones(V, np.int32))._replace(
-        weight=lambda batch: jnp.float32(1.0), loss=loss
+    objective = (
+        NextToken()
+        .bind(model_and_params()[0], SimpleNamespace(token_bytes=np.ones(V, np.int32)))
+        ._replace(weight=lambda batch: jnp.float32(1.0), loss=loss)
     )
     optimizer = optax.sgd(0.0)
     step = make_train_step(objective, optimizer, lambda _: 0.0, axis_name=AXIS_NAME)
@@ -235,7 +238,7 @@ def test_dropout_under_pmap_differs_between_devices():
 def test_micro_batches_stay_on_their_device():
     """Row r of eight devices' rows goes to micro-batch r % 2: sums cross devices, rows do not."""
     model, params = model_and_params()
-    objective = next_token(model, ObjectiveConfig(), np.ones(V, np.int32))
+    objective = NextToken().bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     optimizer = optax.sgd(0.1)
     step = make_train_step(objective, optimizer, lambda _: 0.1, accumulate_steps=2)
     mesh = make_mesh()

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig
+from transformer.config import Config, DataConfig
 from transformer.config_io import LEFT_OPEN, fill_open, resume_conflicts, to_dict
 from transformer.data.tokenizers import TRAINED, PairTokenizer, load_tokenizer, make_tokenizer, with_tokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.classification import Classification
+from transformer.objectives.seq2seq import Seq2Seq
 from transformer.runs import donor as module
 from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
 from transformer.tasks import make_model, make_params
@@ -60,7 +62,7 @@ def test_the_size_is_the_donors_or_refused(kind, size, fits):
 @pytest.mark.parametrize(("separate", "shared"), list(itertools.product([False, True], repeat=2)))
 def test_one_vocabulary_or_two_as_the_donor_has(separate, shared):
     donor = donor_of(DataConfig(), separate=separate)
-    config = Config(data=DataConfig(share_vocabulary=shared), objective=ObjectiveConfig("seq2seq"))
+    config = Config(data=DataConfig(share_vocabulary=shared), objective=Seq2Seq())
     if shared != separate:
         assert "257 entries" in inherit_tokenizer(config, donor)[1]
     else:
@@ -94,7 +96,7 @@ def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
         model=ModelConfig(
             architecture="encoder", vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2
         ),
-        objective=ObjectiveConfig("classification"),
+        objective=Classification(),
     )
     model = make_model(config.model)
     given = jax.tree.map(lambda x: x + 1, make_params(model, jax.random.key(7)))

@@ -14,7 +14,7 @@ from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
 from transformer.training.step import make_eval_step, make_train_step
-from transformer.types import Batch, Objective
+from transformer.types import Batch, Loss
 
 V, D, H, K, F, T = 11, 8, 2, 4, 16, 6
 
@@ -69,7 +69,7 @@ def make_objective(dropout=0.0):
         statistics = {"correct": jnp.sum(correct * batch.weights), "bytes": jnp.sum(2 * batch.weights)}
         return (jnp.sum(nll * batch.weights), jnp.sum(batch.weights)), (carry, statistics)
 
-    return Objective(weight, loss)
+    return Loss(weight, loss)
 
 
 def make_batch(seed=0, rows=8, uneven=True):

@@ -12,7 +12,7 @@ from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConf
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.runs import train as runs_train
 from transformer.training.divergence import first_not_finite, split
-from transformer.types import Objective, UserError
+from transformer.types import Loss, UserError
 
 
 class Model(nn.Module):
@@ -64,7 +64,7 @@ def find(wrong, *, model=Model, params=lambda p: p, weight=1.0):
         del key, train
         return (jnp.sum(model.apply({"params": params}, batch)) * weight, jnp.float32(len(batch))), (carry, {})
 
-    objective = Objective(lambda batch: jnp.float32(len(batch)), loss)
+    objective = Loss(lambda batch: jnp.float32(len(batch)), loss)
     parts = split((), np.ones((4, 4), np.float32), jax.random.key(0), accumulate_steps=2)
     return first_not_finite(objective, params(made), list(parts))
 

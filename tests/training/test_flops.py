@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
+from transformer.config import Config, DataConfig, OptimizerConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
+from transformer.objective import OBJECTIVES
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
 from transformer.parallel.mesh import make_mesh
-from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model, make_objective
+from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model
 from transformer.training.flops import count_flops, step_flops, traced_flops
-from transformer.training.optimizer import freeze_objective
+from transformer.training.optimizer import freeze
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 ROWS, LENGTH, SOURCE, VOCAB, CLASSES = 3, 40, 28, 97, 5
@@ -74,7 +75,7 @@ def make(kind, *, objective=None, optimizer=None, **settings):
     config = Config(
         model=model,
         data=DataConfig(sequence_length=LENGTH, batch_size=ROWS, continue_rows=model.memory_length > 0),
-        objective=ObjectiveConfig(kind=kind, **(objective or {})),
+        objective=OBJECTIVES.find(kind)(**(objective or {})),
         optimizer=optimizer or OptimizerConfig(),
     )
     module = make_model(model)
@@ -182,8 +183,8 @@ def gradient(objective, key):
 def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
     kind, settings = MODELS[name]
     config, params, batch = make(kind, optimizer=OptimizerConfig(parameter_groups=groups), **settings)
-    objective = make_objective(config, make_model(config.model), StandIn(VOCAB))
-    objective = freeze_objective(objective, config.optimizer, params)
+    objective = config.objective.bind(make_model(config.model), StandIn(VOCAB))
+    objective = freeze(objective, config.optimizer, params)
     carry = jax.eval_shape(lambda: objective.init_carry(ROWS))
     traced = traced_flops(gradient(objective, jax.random.key(0)), params, carry, batch)
     assert count_step(config, params, batch).products == traced
@@ -204,7 +205,7 @@ def test_saving_memory_changes_no_count_of_any_objective(settings):
         "next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings
     )
     model = make_model(config.model, cpu_kernels=True)
-    counted = step_flops(make_objective(config, model, StandIn(VOCAB)), params, batch)
+    counted = step_flops(config.objective.bind(model, StandIn(VOCAB)), params, batch)
     assert counted == count_step(config, params, batch)
     plain = make("next_token", num_layers=4, pattern=(WIDE, EXPERTS))
     assert counted == count_step(*plain)

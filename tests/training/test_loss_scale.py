@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import ObjectiveConfig, OptimizerConfig, TrainingConfig
+from transformer.config import OptimizerConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
-from transformer.objectives.next_token import next_token
+from transformer.objectives.next_token import NextToken
 from transformer.ops.losses import cross_entropy
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
@@ -28,7 +29,7 @@ from transformer.training.optimizer import make_optimizer
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step, update_ema
 from transformer.training.writers import JsonlWriter, read_jsonl
-from transformer.types import Batch, Objective, UserError
+from transformer.types import Batch, Loss, UserError
 
 ROWS, T, V, D = 16, 8, 13, 8
 # "Updates" nothing and keeps the gradient as its state.
@@ -54,7 +55,7 @@ def make_objective(dtype="float16"):
         loss_sum, weight = jnp.sum(nll * batch.weights), jnp.sum(batch.weights)
         return (loss_sum, weight), (carry, {"bytes": weight})
 
-    return Objective(lambda batch: jnp.sum(batch.weights), loss)
+    return Loss(lambda batch: jnp.sum(batch.weights), loss)
 
 
 def make_batch(seed=0, *, spoilt_row=None):
@@ -181,7 +182,7 @@ def gradient(dtype, scale):
     """Of a decoder and a loss so small that what float16 is to hold of its gradient is below float16's smallest number."""
     block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=16))
     model = Decoder(ModelConfig(vocab_size=V, num_layers=1, embed_dim=D, pattern=(block,), dtype=dtype))
-    objective = next_token(model, ObjectiveConfig(), np.ones(V, np.int32))
+    objective = NextToken().bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     objective = objective._replace(weight=lambda batch: jnp.float32(1e7))
     step = make_train_step(objective, KEEP_GRADIENT, lambda _: 0.0)
     params = init_params(model, jax.random.key(0))[0]

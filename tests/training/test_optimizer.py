@@ -11,7 +11,7 @@ from transformer.training.checkpoint import Checkpointer
 from transformer.training.optimizer import (
     check_scanned_groups,
     decay_mask,
-    freeze_objective,
+    freeze,
     group_scales,
     make_optimizer,
     muon_dimensions,
@@ -274,7 +274,7 @@ def test_groups_must_not_tell_scanned_layers_apart():
 
 
 def test_frozen_objective_has_no_gradient_there(toy):
-    frozen = freeze_objective(toy.objective(), config("adamw", parameter_groups=("query=0",)), toy.params())
+    frozen = freeze(toy.objective(), config("adamw", parameter_groups=("query=0",)), toy.params())
 
     def gradients(objective):
         def loss(params):
@@ -289,4 +289,4 @@ def test_frozen_objective_has_no_gradient_there(toy):
             assert np.any(plain[path])
         else:
             np.testing.assert_allclose(grad, plain[path], rtol=1e-5, atol=1e-7)
-    assert freeze_objective(frozen, config("adamw"), toy.params()) is frozen
+    assert freeze(frozen, config("adamw"), toy.params()) is frozen

@@ -18,7 +18,7 @@ from transformer.training.spikes import FEWEST, WINDOW, Spikes, make_spikes, ski
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import make_eval_step, make_train_step
 from transformer.training.writers import JsonlWriter, read_jsonl
-from transformer.types import Objective, UserError
+from transformer.types import Loss, UserError
 
 FACTOR = 10.0
 SPIKES = (20, 23, 24)
@@ -33,7 +33,7 @@ def loss(params, carry, batch, key, train):
     return (jnp.sum(rows), jnp.float32(batch["x"].shape[0])), (carry, {"bytes": jnp.float32(1)})
 
 
-OBJECTIVE = Objective(lambda batch: jnp.float32(batch["x"].shape[0]), loss)
+OBJECTIVE = Loss(lambda batch: jnp.float32(batch["x"].shape[0]), loss)
 
 
 class Batches:

@@ -10,10 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from transformer.cli.fields import as_flags, flags, parse
+from transformer.cli.fields import as_flags, chosen, flags, parse
 from transformer.config import Config
 from transformer.config_io import CONFIG_FILE, from_dict
-from transformer.overrides import override
+from transformer.overrides import override, unknown_setting, with_kinds
 from transformer.storage import expand
 from transformer.terminal import printable
 from transformer.types import UserError
@@ -37,7 +37,7 @@ def load_config(reference: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"A config must be a Python file ending in .py, got {name!r}.")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where the classes in it are looked up
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"A config file must define get_config(), {name!r} does not.")
@@ -94,7 +94,16 @@ def parse_config_and(
         )
     config = load_config(reference) if reference else Config()
     table, own_table = flags(config), flags(own) if own is not None else {}
-    given, words = parse(own_table | table, rest, command=command, usage=f"{command} CONFIG[:VARIANT]", about=_ABOUT)
+    kinds = chosen(table, rest)
+    table = flags(with_kinds(config, kinds))
+    given, words = parse(
+        own_table | table,
+        rest,
+        command=command,
+        usage=f"{command} CONFIG[:VARIANT]",
+        about=_ABOUT,
+        unknown=lambda field: unknown_setting(with_kinds(config, kinds), field),
+    )
     if words:
         raise UserError(
             f"`{command}` takes one config file, got {words[0]!r} too; put quotes around a value with spaces."

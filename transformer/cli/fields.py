@@ -10,10 +10,11 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from transformer.config import Config
+from transformer.kinds import Kind, is_setting, section_of_kind
 from transformer.terminal import printable
 from transformer.types import UserError
 from transformer.validation import require
@@ -47,7 +48,13 @@ def flags(options: Any) -> dict[str, Flag]:
 
 
 def parse(
-    table: dict[str, Flag], arguments: list[str], *, command: str, usage: str, about: str
+    table: dict[str, Flag],
+    arguments: list[str],
+    *,
+    command: str,
+    usage: str,
+    about: str,
+    unknown: Callable[[str], str] = lambda field: "",
 ) -> tuple[dict[str, Any], list[str]]:
     """What a command line says: values by field (`training.steps`), and the words that stand without a flag.
 
@@ -60,6 +67,7 @@ def parse(
         command: its name, for messages.
         usage: the help's first line; its flags are added.
         about: what the help says before the flags.
+        unknown: what there is to say of a field that has no flag, or nothing.
 
     Raises:
         UserError: an unknown flag, or a value that is none of its type.
@@ -80,6 +88,8 @@ def parse(
             if not name.startswith("--"):
                 words.append(name + equals + inline)
                 continue
+            if why := unknown(_dashed(name).removeprefix("--").replace("-", "_")):
+                raise UserError(why)
             near = difflib.get_close_matches(_dashed(name), table, 1)
             ending = [other for other in table if other.endswith("." + _dashed(name)[2:])]
             hint = "".join(f"; did you mean {other}?" for other in (ending or near)[:1]) or "."
@@ -91,6 +101,21 @@ def parse(
         value = _value(flag.hint, given, name)
         values.update(dict.fromkeys(flag.paths, not value if negated else value))
     return values, words
+
+
+def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
+    """The kinds that a command line chooses, by field (`objective.kind`): they decide which other flags there are."""
+    found: dict[str, Any] = {}
+    kinds = {name: flag for name, flag in table.items() if flag.paths and flag.paths[0].endswith(".kind")}
+    for index, word in enumerate(arguments):
+        name, equals, inline = word.partition("=")
+        flag = kinds.get(_dashed(name))
+        if word == "--":
+            break
+        if flag and (equals or arguments[index + 1 :]):
+            value = _value(flag.hint, [inline if equals else arguments[index + 1]], name)
+            found |= dict.fromkeys(flag.paths, value)
+    return found
 
 
 def _dashed(name: str) -> str:
@@ -190,6 +215,10 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
     The blocks of `model.pattern` have a flag each (`--model.pattern.0.norm.kind`), and one for all (`--model.norm.kind`).
     """
     documents, hints = documentation(type(options)), typing.get_type_hints(type(options))
+    if isinstance(options, Kind):
+        kind = Flag((prefix + "kind",), Literal[options.family.names], options.kind, _first_sentence(type(options)))
+        for start in filter(None, (alias, prefix)):
+            yield f"--{_dashed(start)}kind", kind
     for field in dataclasses.fields(options):
         if field.metadata.get("positional"):
             continue
@@ -206,12 +235,18 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
                 yield f"--{_dashed(name)}", flag
 
 
+def _first_sentence(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
 @functools.cache
 def documentation(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass, by field."""
+    """The strings below the fields of a dataclass and of those that it derives from, by field."""
+    found: dict[str, str] = {}
+    for base in kind.__bases__:
+        found |= documentation(base) if dataclasses.is_dataclass(base) else {}
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
@@ -255,15 +290,21 @@ def as_flags(message: str, table: dict[str, Flag]) -> str:
     So do the other fields of the class that it names (one without an underscore, as `seed`, is left as a word). A field that
     the command has no flag for keeps its name, without the class: `model.embed_dim`.
     """
-    named = _CLASS.search(message)
-    section = _SECTIONS.get(named[1], "") if named else ""
+    named = (_section_of(match[1]) for match in _CLASS.finditer(message))
+    section = next((section for section in named if section is not None), "")
 
     def flag(match: re.Match[str]) -> str:
         kind, dot, field = match.group().rpartition(".")
-        if kind.endswith("Config") and kind not in _SECTIONS:
+        of_class = _section_of(kind) if kind[:1].isupper() else kind
+        if of_class is None:
             return match.group()
-        path = f"{_SECTIONS.get(kind, kind)}.{field}" if dot else f"{section}.{field}"
+        path = f"{of_class}.{field}" if dot else f"{section}.{field}"
         names = (f"--{_dashed(path.removeprefix('.'))}", f"--{_dashed(field)}")
+        within, _, setting = path.rpartition(".")
+        if f"--{_dashed(within)}.kind" in table and is_setting(
+            within, setting
+        ):  # of a kind that need not be the table's
+            return names[0]
         return next((name for name in names if name in table), path.removeprefix(".") if dot else field)
 
     return _FIELD.sub(flag, message)
@@ -280,8 +321,13 @@ def _sections(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _sections(within, section)
 
 
+def _section_of(name: str) -> str | None:
+    """The section of the command line that holds the fields of a config class or of a kind."""
+    return _SECTIONS.get(name, section_of_kind(name))
+
+
 _SECTIONS = {**dict(_sections(Config)), "SamplingConfig": ""}
-_CLASS = re.compile(r"\b(\w+Config)\.")
+_CLASS = re.compile(r"\b([A-Z]\w+)\.(?=[a-z])")
 _FIELD = re.compile(
-    rf"(?<![\w./'\"-])(?:(?:\w+Config|{'|'.join(field.name for field in dataclasses.fields(Config))})(?:\.\w+)+|[a-z]+_[a-z_]+)"
+    rf"(?<![\w./'\"-])(?:(?:[A-Z]\w+|{'|'.join(field.name for field in dataclasses.fields(Config))})(?:\.\w+)+|[a-z]+_[a-z_]+)"
 )

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from transformer.cli.options import GenerateOptions, Given, refuse
-from transformer.data.example_batches import source_tokens
 from transformer.data.files import decode_utf8
+from transformer.data.forms import source_tokens
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.generation.generate import stream
 from transformer.generation.sampling import SamplingConfig

@@ -10,7 +10,6 @@ import jax
 from transformer.config import Config
 from transformer.parallel import distributed
 from transformer.runs.train import train
-from transformer.tasks import ARCHITECTURES
 from transformer.terminal import make_console, say
 
 
@@ -27,16 +26,9 @@ def main(config: Config) -> None:
 
 def next_lines(config: Config) -> list[str]:
     """What to type to use the model: the activation of the virtual environment, where it is needed, and a command."""
-    workdir = shlex.quote(str(config.workdir))
-    match ARCHITECTURES[config.objective.kind], config.objective.kind:
-        case "decoder", _:
-            prompt = shlex.quote(config.training.sample_prompt or "Once upon a time")
-            command = f"transformer generate {workdir} --prompt {prompt}"
-        case _, "seq2seq":
-            command = f"transformer generate {workdir} --prompt {shlex.quote('a text to translate')}"
-        case _:
-            command = f"transformer evaluate {workdir}"
-    return [*_activation(), f"  {command}"]
+    command, *options = config.objective.next_command(config.training.sample_prompt)
+    words = shlex.join(["transformer", command, str(config.workdir), *options])
+    return [*_activation(), f"  {words}"]
 
 
 def _activation() -> list[str]:

@@ -3,27 +3,18 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from transformer.config import DataConfig, ObjectiveConfig
-from transformer.data.example_batches import (
-    ExampleBatches,
-    ExampleEvaluationBatches,
-    Form,
-    count_cut,
-    labelled_form,
-    pairs_form,
-)
-from transformer.data.examples import ExampleSource, Kind, open_examples
-from transformer.data.masking import masking
+from transformer.config import DataConfig
+from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
+from transformer.data.examples import ExampleSource, open_examples
+from transformer.data.forms import Form, count_cut, labelled_form, pairs_form
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
-from transformer.data.prefixes import random_prefixes
 from transformer.data.prepare import Source, open_sources, split_text
-from transformer.data.spans import hide_spans, span_pairs
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
+from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
-from transformer.validation import require
 
 
 @runtime_checkable
@@ -82,28 +73,11 @@ class Dataset(Protocol):
         ...
 
 
-_EXAMPLES: dict[str, Kind] = {"classification": "labelled", "seq2seq": "pairs"}
-
-
-def open_data(config: DataConfig, objective: ObjectiveConfig) -> Dataset:
-    """Open (and prepare, if it is local text) what `config` names, in the form the objective needs."""
-    if objective.kind not in _EXAMPLES:
-        require(
-            config.stride == 0 or objective.kind not in ("masked_lm", "prefix_lm", "span_corruption"),
-            f"Windows that move on are for next_token, {objective.kind} draws what counts in each row anew; got "
-            f"data.stride={config.stride}, set it to 0.",
-        )
+def open_data(config: DataConfig, objective: Objective) -> Dataset:
+    """Open (and prepare, if it is local text) what `config` names, in the form the objective reads."""
+    if objective.reads == "text":
         return TextData(config, objective, open_sources(config))
-    require(
-        config.test_fraction == 0,
-        f"A test split of labelled texts or pairs has files of its own (transformer prepare --test), got data.test_fraction="
-        f"{config.test_fraction}; set it to 0.",
-    )
-    require(
-        len(config.source) == 1,
-        f"The {objective.kind} objective learns from one dataset, got data.source={', '.join(config.source)}.",
-    )
-    return ExampleData(config, open_examples(config.source[0], _EXAMPLES[objective.kind], config))
+    return ExampleData(config, open_examples(config.source[0], objective.reads, config))
 
 
 def describe_data(data: Dataset) -> list[dict[str, Any]]:
@@ -124,7 +98,7 @@ class TextData:
     """Running text, for language models."""
 
     config: DataConfig
-    objective: ObjectiveConfig
+    objective: Objective
     sources: tuple[Source, ...]
     class_names: tuple[str, ...] = ()
 
@@ -169,18 +143,8 @@ class TextData:
         del tokenizer, split, at_most
         return {}, 0
 
-    def _changes(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What the objective does to rows of text."""
-        objective, seed = self.objective, self.config.shuffle_seed
-        match objective.kind:
-            case "masked_lm":
-                return {"noise": masking(objective, tokenizer, seed)}
-            case "prefix_lm":
-                return {"noise": random_prefixes(seed)}
-            case "span_corruption":
-                convert = span_pairs(objective, tokenizer, self.config.sequence_length)
-                return {"noise": hide_spans(objective, seed), "convert": convert}
-        return {}
+    def _changes(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
+        return self.objective.changes(tokenizer, self.config.sequence_length, self.config.shuffle_seed)
 
 
 @dataclasses.dataclass(frozen=True)

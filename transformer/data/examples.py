@@ -5,7 +5,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from transformer.config import DataConfig
 from transformer.data.builder import Example, builder_class
 from transformer.data.example_files import LabelledText, TextPair, clean_label, read_labelled, read_pairs
+from transformer.data.forms import TextExample
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import (
     Converted,
@@ -32,14 +33,6 @@ Kind = Literal["labelled", "pairs"]
 VERSION = "1.0.0"
 _KEYS = {"labelled": ("text_key", "label_key"), "pairs": ("source_key", "target_key")}  # of `DataConfig`
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-
-
-class TextExample(NamedTuple):
-    """A text (of a pair, the source), and its class or its counterpart."""
-
-    text: str
-    label: int = 0
-    target: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

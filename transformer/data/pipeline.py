@@ -11,12 +11,11 @@ import grain
 import numpy as np
 
 from transformer.config import DataConfig
-from transformer.data.masking import Noise
 from transformer.data.prepare import Record, Source, open_sources, whole_documents
 from transformer.data.rows import Pairs, empty_batch, make_pairs, write_pairs
 from transformer.data.streams import StreamBatches
 from transformer.data.tokenizers import Tokenizer
-from transformer.types import Batch, CheckpointableIterator, UserError
+from transformer.types import Batch, CheckpointableIterator, Noise, UserError
 from transformer.validation import require
 
 Convert = Callable[[Batch], Any]

@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
+from transformer.data.draws import permutation
 from transformer.data.identity import ContentHash
-from transformer.data.masking import Noise
 from transformer.data.prepare import Record, Source
-from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, permutation, write_pairs
+from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, write_pairs
 from transformer.data.tokenizers import Tokenizer
-from transformer.types import Batch
+from transformer.types import Batch, Noise
 from transformer.validation import require
 
 _GOLDEN_RATIO = 0.6180339887498949

@@ -1,49 +1,70 @@
 """Classification: the cross-entropy of a text's class."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.config import ObjectiveConfig
+from transformer.objective import OBJECTIVES, Objective, mask_token
+from transformer.objectives.bases import ExampleObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
-from transformer.types import Array, LabelledBatch, LossOutput, Objective, PyTree
+from transformer.types import Array, LabelledBatch, LossOutput, PyTree
+from transformer.validation import require, require_range
 
 
-def classification(model: nn.Module, config: ObjectiveConfig, mask_token: int) -> Objective:
-    """The objective of a `Classifier` on a `LabelledBatch`.
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class Classification(ExampleObjective):
+    """Cross-entropy of a text's class."""
 
-    Args:
-        model: called as `model.apply({"params": params}, inputs, segment_ids_BT=, train=, rngs=)`, giving logits [B, C].
-        config: label smoothing, z-loss, how many tokens are hidden in training, and the weights of classes as numbers.
-        mask_token: the id that stands for a hidden token.
+    kind = "classification"
+    architecture = "encoder"
+    reads = "labelled"
 
-    With class weights, the training loss is `sum_i w[label_i] loss_i / sum_i w[label_i]`, label smoothing and z-loss included
-    (scikit-learn's `class_weight`; torch's, where nothing is smoothed). Scores count every text alike.
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
+    """Weight of each class in the training loss, which is the weighted mean; a number a class, or balanced, inversely to how
+    often each occurs in the training split. Scores (validation loss too) stay unweighted."""
+    token_dropout: float = 0.0
+    """Share of a text's tokens that the mask replaces in training, drawn anew each time (word dropout, Iyyer et al. 2015)."""
 
-    Its statistics are sums over texts (`token_statistics`), and in evaluation `confusion`, float32 [C, C]: how many
-    texts of the row's class were given the column's.
-    """
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, 0, 1, "token_dropout")
+        weights = self.class_weights
+        require(
+            isinstance(weights, str) or (len(weights) > 0 and all(0 < weight < float("inf") for weight in weights)),
+            f"Classification.class_weights must be none, balanced or a positive number a class, got {weights}.",
+        )
 
-    weighted = config.class_weights != "none"
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: LabelledBatch, key: Array, train: bool
+    ) -> LossOutput:
+        """The loss of a `Classifier`.
 
-    def class_weights(batch: LabelledBatch) -> Array:
-        if config.class_weights == "balanced":
-            raise ValueError("Balanced class_weights must be made numbers before training, by `balanced_weights`.")
-        return batch.weights * jnp.asarray(config.class_weights, jnp.float32)[batch.labels]
+        Args:
+            model: called as `model.apply({"params": params}, inputs, segment_ids_BT=, train=, rngs=)`, giving logits [B, C].
+            vocabulary: the mask is the id after its last.
+            params: of the model.
+            carry: nothing.
+            batch: labelled texts.
+            key: for dropout, and for the tokens that are hidden.
+            train: with both.
 
-    def weight(batch: LabelledBatch) -> Array:
-        return jnp.sum(class_weights(batch) if weighted else batch.weights)
+        With class weights, the training loss is `sum_i w[label_i] loss_i / sum_i w[label_i]`, label smoothing and z-loss included
+        (scikit-learn's `class_weight`; torch's, where nothing is smoothed). Scores count every text alike.
 
-    def loss(params: PyTree, carry: PyTree, batch: LabelledBatch, key: Array, train: bool) -> LossOutput:
+        Its statistics are sums over texts (`token_statistics`), and in evaluation `confusion`, float32 [C, C]: how many
+        texts of the row's class were given the column's.
+        """
         dropout_key, token_key = jax.random.split(key)
         inputs_BT = batch.inputs
-        if train and config.token_dropout:
-            hidden_BT = jax.random.bernoulli(token_key, config.token_dropout, inputs_BT.shape) & (batch.segment_ids > 0)
-            inputs_BT = jnp.where(hidden_BT, mask_token, inputs_BT)
+        if train and self.token_dropout:
+            hidden_BT = jax.random.bernoulli(token_key, self.token_dropout, inputs_BT.shape) & (batch.segment_ids > 0)
+            inputs_BT = jnp.where(hidden_BT, mask_token(vocabulary), inputs_BT)
         logits_BC, routing = model.apply(
             {"params": params},
             inputs_BT,
@@ -52,12 +73,12 @@ def classification(model: nn.Module, config: ObjectiveConfig, mask_token: int) -
             rngs={"dropout": dropout_key} if train else {},
             mutable="routing",
         )
-        statistics = token_statistics(logits_BC, batch.labels, batch.weights, config)
-        if train and weighted:
-            weights_B = class_weights(batch)
-            statistics["objective"] = token_statistics(logits_BC, batch.labels, weights_B, config)["objective"]
+        statistics = token_statistics(logits_BC, batch.labels, batch.weights, self)
+        if train and self._weighted:
+            weights_B = self._weights(batch)
+            statistics["objective"] = token_statistics(logits_BC, batch.labels, weights_B, self)["objective"]
             statistics["objective_weight"] = jnp.sum(weights_B)
-        statistics = add_routing(statistics, routing, config)
+        statistics = add_routing(statistics, routing, self)
         if not train:
             num_classes = logits_BC.shape[1]
             actual_BC, given_BC = (
@@ -68,7 +89,36 @@ def classification(model: nn.Module, config: ObjectiveConfig, mask_token: int) -
         weight_sum = statistics.get("objective_weight", statistics["weight"])
         return (statistics["objective"], weight_sum), (carry, jax.lax.stop_gradient(statistics))
 
-    return Objective(weight=weight, loss=loss)
+    def weight(self, batch: LabelledBatch) -> Array:
+        """The texts, each by the weight of its class."""
+        return jnp.sum(self._weights(batch) if self._weighted else batch.weights)
+
+    @property
+    def _weighted(self) -> bool:
+        return self.class_weights != "none"
+
+    def _weights(self, batch: LabelledBatch) -> Array:
+        if self.class_weights == "balanced":
+            raise ValueError("Balanced class_weights must be made numbers before training, by `balanced_weights`.")
+        return batch.weights * jnp.asarray(self.class_weights, jnp.float32)[batch.labels]
+
+    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """A class for each name."""
+        return {"num_classes": len(class_names)}
+
+    def fit(self, data: Any) -> tuple[Objective, str]:
+        """With the weights of the data's classes as numbers."""
+        names, weights = data.class_names, self.class_weights
+        if weights == "none":
+            return self, ""
+        if isinstance(weights, str):
+            weights = balanced_weights(data.labels("train"), len(names))
+        require(
+            len(weights) == len(names),
+            f"objective.class_weights must be one a class ({', '.join(names)}), got {len(weights)} numbers.",
+        )
+        shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
+        return dataclasses.replace(self, class_weights=weights), f"class weights: {shown}"
 
 
 def balanced_weights(labels: Iterable[int], num_classes: int) -> tuple[float, ...]:

@@ -1,32 +1,54 @@
 """Masked language modelling: the cross-entropy of hidden tokens given those on both sides."""
 
-import flax.linen as nn
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from transformer.config import ObjectiveConfig
+from transformer.data.draws import random_at
+from transformer.objective import OBJECTIVES, mask_token
+from transformer.objectives.bases import TextObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.types import Array, Batch, LossOutput, Objective, PyTree
+from transformer.types import Array, Batch, LossOutput, PyTree
+from transformer.validation import require
+
+_KEY = 7  # tells these draws from those of other parts that use the same seed
 
 
-def masked_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
-    """The objective of an encoder on a `Batch` whose tokens to predict have a weight (Devlin et al. 2019, section 3.1).
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class MaskedLM(TextObjective):
+    """Cross-entropy of masked tokens (Devlin et al. 2019)."""
 
-    Logits are computed for these tokens only: in every row for as many as may have a weight.
+    kind = "masked_lm"
+    architecture = "encoder"
 
-    Args:
-        model: an `Encoder`.
-        config: how many tokens are hidden; label smoothing and z-loss.
+    mask_rate: float = 0.15
+    """Share of tokens to be predicted."""
+    mask_scheme: Literal["bert", "plain"] = "bert"
+    """Of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
 
-    Its statistics are sums over hidden tokens: `loss`, `weight`, `correct`, `objective` (`predicted_statistics`).
-    """
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.mask_rate < 1, f"MaskedLM.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
 
-    def weight(batch: Batch) -> Array:
-        return jnp.sum(batch.weights)
+    def num_masked(self, length: int) -> int:
+        """How many of `length` tokens are to be predicted."""
+        return max(1, round(self.mask_rate * length))
 
-    def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
-        most = config.num_masked(batch.inputs.shape[1])
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
+    ) -> LossOutput:
+        """The loss of an `Encoder` on a batch whose tokens to predict have a weight (section 3.1).
+
+        Logits are computed for these tokens only: in every row for as many as may have a weight. Its statistics are sums over
+        hidden tokens: `loss`, `weight`, `correct`, `objective` (`predicted_statistics`).
+        """
+        most = self.num_masked(batch.inputs.shape[1])
         weights_BN, places_BN = jax.lax.top_k(batch.weights, most)
         predicted, routing = model.apply(
             {"params": params},
@@ -36,13 +58,33 @@ def masked_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
             places_BN=places_BN,
             train=train,
             rngs={"dropout": key} if train else {},
-            head=not chunked(config),
+            head=not chunked(self),
             mutable="routing",
             method="logits",
         )
         targets_BN = jnp.take_along_axis(batch.targets, places_BN, axis=1)
-        statistics = predicted_statistics(model, params, predicted, targets_BN, weights_BN, config)
-        statistics = add_routing(statistics, routing, config)
+        statistics = predicted_statistics(model, params, predicted, targets_BN, weights_BN, self)
+        statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    return Objective(weight=weight, loss=loss)
+    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+        """Hide a share of a row's tokens and make them the targets; end-of-text and padding stay, and are no targets."""
+
+        def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
+            random = random_at(seed, _KEY, *place)
+            inputs_T = batch.inputs[row]
+            order_T, kind_T = random.permutation(len(inputs_T)), random.uniform(size=len(inputs_T))
+            other_T = random.randint(tokenizer.vocab_size, size=len(inputs_T))
+            eligible_T = (batch.segment_ids[row] > 0) & (inputs_T != tokenizer.end_of_text)
+            eligible = order_T[eligible_T[order_T]]
+            chosen_T = np.zeros(len(inputs_T), bool)
+            chosen_T[eligible[: self.num_masked(len(eligible))]] = True
+            batch.targets[row] = inputs_T
+            batch.weights[row] = chosen_T
+            if self.mask_scheme == "plain":
+                kind_T = np.zeros_like(kind_T)
+            inputs_T[chosen_T & (kind_T < 0.8)] = mask_token(tokenizer)
+            replaced_T = chosen_T & (kind_T >= 0.8) & (kind_T < 0.9)
+            inputs_T[replaced_T] = other_T[replaced_T]
+
+        return {"noise": noise}

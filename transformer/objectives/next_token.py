@@ -1,35 +1,51 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
-import flax.linen as nn
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from transformer.config import ObjectiveConfig
+from transformer.objective import OBJECTIVES
+from transformer.objectives.bases import TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.types import Array, Batch, LossOutput, Objective, PyTree
+from transformer.types import Array, Batch, LossOutput, PyTree
+from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.config import Config
 
 
-def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarray) -> Objective:
-    """The objective of a decoder on a `Batch`.
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class NextToken(TokenObjective):
+    """Cross-entropy of the token that follows."""
 
-    Args:
-        model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
-            giving logits [B, T, V], or with `head=False` hidden states [B, T, D]. With a memory_length, its recurrence is
-            what is carried from batch to batch.
-        config: label smoothing and z-loss.
-        token_bytes: int [V], UTF-8 bytes each token stands for, for bits per byte.
+    kind = "next_token"
+    architecture = "decoder"
+    reads = "text"
 
-    Its statistics are sums over valid targets: `loss` (negative log-likelihood, nats), `weight` (targets),
-    `correct` (targets that were the most likely token), `bytes` (of text predicted), and `objective` (what is
-    minimised: the loss with smoothing and z-loss).
-    """
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
+    ) -> LossOutput:
+        """The loss of a decoder.
 
-    def weight(batch: Batch) -> Array:
-        return jnp.sum(batch.weights)
+        Args:
+            model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
+                giving logits [B, T, V], or with `head=False` hidden states [B, T, D]. With a memory_length, its
+                recurrence is what is carried from batch to batch.
+            vocabulary: its `token_bytes`, int [V], are for bits per byte.
+            params: of the model.
+            carry: the recurrence.
+            batch: rows of text.
+            key: for dropout.
+            train: with dropout.
 
-    def loss(params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool) -> LossOutput:
+        Its statistics are sums over valid targets: `loss` (negative log-likelihood, nats), `weight` (targets),
+        `correct` (targets that were the most likely token), `bytes` (of text predicted), and `objective` (what is
+        minimised: the loss with smoothing and z-loss).
+        """
         predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
@@ -37,19 +53,34 @@ def next_token(model: nn.Module, config: ObjectiveConfig, token_bytes: np.ndarra
             segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": key} if train else {},
-            head=not chunked(config),
+            head=not chunked(self),
             mutable="routing",
             **(carry or {}),
         )
         if carry:
             predicted, recurrence_BLPD = predicted
             carry = {"recurrence_BLPD": recurrence_BLPD}
-        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
-        statistics = add_routing(statistics, routing, config)
-        statistics["bytes"] = jnp.sum(jnp.asarray(token_bytes, jnp.float32)[batch.targets] * batch.weights)
+        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, self)
+        statistics = add_routing(statistics, routing, self)
+        bytes_V = jnp.asarray(vocabulary.token_bytes, jnp.float32)
+        statistics["bytes"] = jnp.sum(bytes_V[batch.targets] * batch.weights)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    def init_carry(rows: int) -> PyTree:
+    def init_carry(self, model: Any, rows: int) -> PyTree:
+        """An empty memory, where the model has one."""
         return {"recurrence_BLPD": model.init_recurrence(rows)} if model.config.memory_length > 0 else ()
 
-    return Objective(weight=weight, loss=loss, init_carry=init_carry)
+    def check(self, config: "Config") -> None:
+        """It carries a memory, and scores windows."""
+
+    def check_context(self, config: "Config") -> None:
+        """Rows have one length; a memory would be spread too."""
+        require(
+            config.model.memory_length == 0,
+            "parallel.context is for the next_token objective, whose rows have one length and no memory, got the next_token "
+            f"objective and model.memory_length={config.model.memory_length}; set parallel.context=1.",
+        )
+
+    def next_command(self, prompt: str) -> tuple[str, ...]:
+        """Continue a text."""
+        return ("generate", "--prompt", prompt or "Once upon a time")

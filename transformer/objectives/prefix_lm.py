@@ -1,34 +1,41 @@
 """Prefix language modelling: the cross-entropy of each token given those before it and, in both directions, a prefix."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.config import ObjectiveConfig
+from transformer.data.draws import random_at
+from transformer.objective import OBJECTIVES
+from transformer.objectives.bases import TextObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.types import Batch, LossOutput, Objective, PyTree
+from transformer.types import Batch, LossOutput, Noise, PyTree
+
+_KEY = 8  # tells these draws from those of other parts that use the same seed
 
 
-def prefix_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
-    """The objective of a decoder on a `Batch` (Liu et al. 2018; Raffel et al. 2020, section 3.2.1).
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(TextObjective):
+    """Cross-entropy of the token that follows, behind a prefix read in both directions: the prompt, or a random part (Liu et al.
+    2018; Raffel et al. 2020, section 3.2.1)."""
 
-    Args:
-        model: a `Decoder` with `bidirectional_prefix`.
-        config: label smoothing and z-loss.
+    kind = "prefix_lm"
+    architecture = "decoder"
 
-    Its statistics are sums over the targets behind the prefixes (`predicted_statistics`). Bytes are not among them: scores
-    of compressors, which read all of a text, would not be of the same ones.
-    """
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool
+    ) -> LossOutput:
+        """The loss of a `Decoder` with `bidirectional_prefix`.
 
-    def weight(batch: Batch) -> Float[Array, ""]:
-        return jnp.sum(batch.weights)
-
-    def loss(params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool) -> LossOutput:
+        Its statistics are sums over the targets behind the prefixes (`predicted_statistics`). Bytes are not among them: scores
+        of compressors, which read all of a text, would not be of the same ones.
+        """
         predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
@@ -37,14 +44,42 @@ def prefix_lm(model: nn.Module, config: ObjectiveConfig) -> Objective:
             prefix_BT=prefix_tokens(batch.weights, batch.segment_ids),
             train=train,
             rngs={"dropout": key} if train else {},
-            head=not chunked(config),
+            head=not chunked(self),
             mutable="routing",
         )
-        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
-        statistics = add_routing(statistics, routing, config)
+        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, self)
+        statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    return Objective(weight=weight, loss=loss)
+    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """The decoder reads a prefix in both directions."""
+        return {"bidirectional_prefix": True}
+
+    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+        """Rows have a random prefix."""
+        return {"noise": random_prefixes(seed)}
+
+    def next_command(self, prompt: str) -> tuple[str, ...]:
+        """Continue a text."""
+        return ("generate", "--prompt", prompt or "Once upon a time")
+
+
+def random_prefixes(seed: int) -> Noise:
+    """Take the weight of the first targets of each segment, as many as a uniform draw says, all but one at most.
+
+    What is read before the first target that counts is the prefix (Raffel et al. 2020, section 3.2.3). A segment that
+    begins with a prompt has one already.
+    """
+
+    def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
+        segments_T, weights_T = batch.segment_ids[row], batch.weights[row]
+        draws_T = random_at(seed, _KEY, *place).uniform(size=len(weights_T))
+        for segment in range(1, segments_T.max() + 1):
+            (columns,) = np.nonzero(segments_T == segment)
+            if weights_T[columns[0]] > 0:
+                weights_T[columns[: int(draws_T[segment - 1] * len(columns))]] = 0
+
+    return noise
 
 
 def prefix_tokens(

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.config import ObjectiveConfig
+from transformer.objective import Objective
 from transformer.ops.experts import RoutingStatistics
 from transformer.types import Statistics
 
 
-def add_routing(statistics: Statistics, variables: Any, config: ObjectiveConfig) -> Statistics:
+def add_routing(statistics: Statistics, variables: Any, config: Objective) -> Statistics:
     """The statistics with the auxiliary losses in `objective`, and what routers report; unchanged without experts.
 
     The losses are means over a micro-batch, one for each layer, whose sum over layers is added (Fedus et al. 2022, section

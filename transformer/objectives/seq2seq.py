@@ -1,42 +1,80 @@
 """Sequence to sequence: the cross-entropy of each target token given the source and the tokens before it."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from transformer.config import ObjectiveConfig
+import jax
+
+from transformer.data.forms import source_tokens
+from transformer.data.tokenizers import PairTokenizer, source_tokenizer
+from transformer.evaluation.translation import translation_scores
+from transformer.generation.translate import translate
+from transformer.objective import OBJECTIVES
+from transformer.objectives.bases import ExampleObjective, TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.types import Array, LossOutput, Objective, PairBatch, PyTree
+from transformer.types import Array, LossOutput, PairBatch, PyTree
+
+if TYPE_CHECKING:
+    from transformer.config import Config
 
 
-def seq2seq(model: nn.Module, config: ObjectiveConfig) -> Objective:
-    """The objective of an `EncoderDecoder` on a `PairBatch`, with teacher forcing (Vaswani et al. 2017, section 3.1).
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq(ExampleObjective, TokenObjective):
+    """Cross-entropy of a target, given its source."""
 
-    Args:
-        model: called with source and inputs, their segment ids, `train=` and `rngs=`, giving logits [B, T, V].
-        config: label smoothing and z-loss.
+    kind = "seq2seq"
+    architecture = "encoder_decoder"
+    reads = "pairs"
+
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+    ) -> LossOutput:
+        """`pair_loss` of sources and targets."""
+        return pair_loss(self, model, params, carry, batch, key, train)
+
+    def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
+        """Whether sources and targets have one vocabulary."""
+        return {"share_vocabulary": not isinstance(tokenizer, PairTokenizer)}
+
+    def generation_scores(
+        self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
+    ) -> dict[str, Any]:
+        """BLEU and chrF of the translations of a whole split."""
+        examples, reader = data.source.examples(split), source_tokenizer(tokenizer)
+        room = config.data.sequence_length
+        sources = [source_tokens(reader, example.text, config.data) for example in examples]
+        targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
+        return translation_scores(
+            [tokenizer.decode(target) for target in targets], [example.target for example in examples]
+        )
+
+    def next_command(self, prompt: str) -> tuple[str, ...]:
+        """Translate a text."""
+        del prompt
+        return ("generate", "--prompt", "a text to translate")
+
+
+def pair_loss(
+    objective: TokenObjective, model: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+) -> LossOutput:
+    """The loss of an `EncoderDecoder` on a `PairBatch`, with teacher forcing (Vaswani et al. 2017, section 3.1).
 
     Its statistics are sums over target tokens, the end of the text among them (`predicted_statistics`).
     """
-
-    def weight(batch: PairBatch) -> Array:
-        return jnp.sum(batch.weights)
-
-    def loss(params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool) -> LossOutput:
-        predicted, routing = model.apply(
-            {"params": params},
-            batch.source,
-            batch.inputs,
-            source_segment_ids_BS=batch.source_segment_ids,
-            target_segment_ids_BT=batch.segment_ids,
-            train=train,
-            rngs={"dropout": key} if train else {},
-            head=not chunked(config),
-            mutable="routing",
-        )
-        statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, config)
-        statistics = add_routing(statistics, routing, config)
-        return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
-
-    return Objective(weight=weight, loss=loss)
+    predicted, routing = model.apply(
+        {"params": params},
+        batch.source,
+        batch.inputs,
+        source_segment_ids_BS=batch.source_segment_ids,
+        target_segment_ids_BT=batch.segment_ids,
+        train=train,
+        rngs={"dropout": key} if train else {},
+        head=not chunked(objective),
+        mutable="routing",
+    )
+    statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, objective)
+    statistics = add_routing(statistics, routing, objective)
+    return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.config import ObjectiveConfig
+from transformer.objective import Objective
 from transformer.ops.chunks import sum_over_chunks
 from transformer.ops.losses import counted_only, cross_entropy
 from transformer.types import PyTree, Statistics
 
 
 def token_statistics(
-    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], config: ObjectiveConfig
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], config: Objective
 ) -> Statistics:
     """Sums over targets, float32; a target of weight 0 counts for nothing, whatever it and its logits hold.
 
@@ -32,18 +31,18 @@ def token_statistics(
     }
 
 
-def chunked(config: ObjectiveConfig) -> bool:
+def chunked(config: Objective) -> bool:
     """Whether a model is asked for hidden states (`head=False`), whose logits `predicted_statistics` computes in parts."""
     return config.loss_chunks > 1
 
 
 def predicted_statistics(
-    model: nn.Module,
+    model: Any,
     params: PyTree,
     predicted_BTX: Float[Array, "B T X"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
-    config: ObjectiveConfig,
+    config: Objective,
 ) -> Statistics:
     """`token_statistics` of a model's logits, or of its hidden states where the loss is `chunked`.
 

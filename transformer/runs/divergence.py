@@ -11,11 +11,11 @@ from etils import epath
 from transformer.layers.scan_params import loop_params
 from transformer.runs.directory import CHECKPOINTS
 from transformer.runs.recipe import Run, own_part
-from transformer.tasks import make_model, make_objective
+from transformer.tasks import make_model
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.divergence import first_not_finite, split
-from transformer.training.optimizer import freeze_objective
+from transformer.training.optimizer import freeze
 from transformer.types import UserError
 
 
@@ -71,7 +71,7 @@ def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[s
     )
     params = loop_params(state.params) if run.config.model.scan_layers else state.params
     model = make_model(config.model, cpu_kernels=config.training.cpu_kernels)
-    objective = freeze_objective(make_objective(config, model, run.tokenizer), config.optimizer, params)
+    objective = freeze(config.objective.bind(model, run.tokenizer), config.optimizer, params)
     parts = split(
         jax.device_get(state.carry),
         jax.device_get(next(batches)),

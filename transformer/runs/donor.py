@@ -44,8 +44,7 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
     theirs: dict[str, Any] = {"tokenizer": tokenizer.kind}
     if tokenizer.kind in TRAINED:
         theirs["tokenizer_size"] = donor.config.data.tokenizer_size
-    if config.objective.kind == "seq2seq":
-        theirs["share_vocabulary"] = not isinstance(tokenizer, PairTokenizer)
+    theirs |= config.objective.tokenizer_settings(tokenizer)
     asked = {name: getattr(config.data, name) for name in theirs}
     conflicts = [
         f"data.{name}={asked[name]} (there {value})"

@@ -8,20 +8,18 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from transformer.config import Config, ObjectiveConfig
+from transformer.config import Config
 from transformer.data.datasets import Dataset, open_data
 from transformer.data.tokenizers import Tokenizer, with_tokenizer
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_model
-from transformer.objectives.classification import balanced_weights
 from transformer.parallel.runner import Runner
 from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
 from transformer.steps import check_devices, make_steps
-from transformer.tasks import generation_scores, make_objective, resolve, split_metrics
+from transformer.tasks import resolve, split_metrics
 from transformer.training import loop
 from transformer.training.state import TrainState
 from transformer.types import PyTree
-from transformer.validation import require
 
 
 class Run(NamedTuple):
@@ -65,11 +63,9 @@ def make_run(
     config = resolve(config, tokenizer, data.class_names)
     check_model(config.model)
     check_batch(config, jax.process_count())
-    if config.objective.class_weights != "none":
-        weights = class_weights(config.objective, data)
-        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, class_weights=weights))
-        named = zip(data.class_names, weights, strict=True)
-        notes.append("class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in named))
+    objective, note = config.objective.fit(data)
+    config = dataclasses.replace(config, objective=objective)
+    notes += [note] if note else []
     steps = make_steps(config, tokenizer)
     init_state = steps.init_state
     if donor is not None:
@@ -79,21 +75,10 @@ def make_run(
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
 
 
-def class_weights(config: ObjectiveConfig, data: Dataset) -> tuple[float, ...]:
-    """The weights that the config gives the classes of the data, as numbers."""
-    if isinstance(config.class_weights, str):
-        return balanced_weights(data.labels("train"), len(data.class_names))
-    require(
-        len(config.class_weights) == len(data.class_names),
-        f"objective.class_weights must be one a class ({', '.join(data.class_names)}), got {len(config.class_weights)} numbers.",
-    )
-    return config.class_weights
-
-
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
     """Placed parameters -> metrics of a whole split."""
     batches = run.data.evaluation_batches(run.tokenizer, split, **own_part(run.runner))
-    init_carry = make_objective(run.config, run.model, run.tokenizer).init_carry
+    init_carry = run.config.objective.bind(run.model, run.tokenizer).init_carry
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (run.runner.place_batch(batch) for batch in batches)
@@ -101,7 +86,9 @@ def make_evaluator(run: Run, split: str) -> loop.Evaluator:
         carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // run.runner.feeds[1])))
         metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry, split=split))
         one_copy = run.runner.gather(run.runner.fetch_state(params))
-        generated = generation_scores(run.model, one_copy, run.tokenizer, run.data, split, run.config)
+        generated = run.config.objective.generation_scores(
+            run.model, one_copy, run.tokenizer, run.data, split, run.config
+        )
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
 
     return evaluate_split

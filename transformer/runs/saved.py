@@ -17,7 +17,7 @@ from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.ops.ids import check_batch_ids
 from transformer.runs.directory import Record, compare_classes, compare_data, read_run
-from transformer.tasks import generation_scores, make_model, make_objective, make_params, resolve, split_metrics
+from transformer.tasks import make_model, make_params, resolve, split_metrics
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
@@ -88,11 +88,6 @@ def evaluate(
             means nothing for this kind of run.
     """
     (model, params, tokenizer, config, step), record = read_run(workdir, lambda found: (_load(found), found))
-    require(
-        config.objective.kind not in ("classification", "seq2seq") or not (stride or limit),
-        f"data.stride and data.limit are for running text, got stride={stride} and limit={limit} for the "
-        f"{config.objective.kind} run {workdir}; leave them out.",
-    )
     changes: dict[str, Any] = {
         name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None
     }
@@ -114,12 +109,12 @@ def evaluate(
         f"A split to score (--split) must be one of {', '.join(data.split_names)} for {', '.join(config.data.source)}, "
         f"got {split!r}.",
     )
-    objective = make_objective(config, model, tokenizer)
+    loss = config.objective.bind(model, tokenizer)
     batches: Any = data.evaluation_batches(tokenizer, split)
-    carry = objective.init_carry(config.data.batch_size)
+    carry = loss.init_carry(config.data.batch_size)
     checked = (check_batch_ids(config.model, batch) for batch in batches)
     report(f"scoring the {split} split with {workdir} ...")
-    sums = sum_statistics(jax.jit(make_eval_step(objective)), params, checked, carry, split=split)
+    sums = sum_statistics(jax.jit(make_eval_step(loss)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
         "step": step,
@@ -128,7 +123,7 @@ def evaluate(
         "targets": int(sums["weight"]),
         **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
         **split_metrics(sums),
-        **generation_scores(model, params, tokenizer, data, split, config),
+        **config.objective.generation_scores(model, params, tokenizer, data, split, config),
     }
     if "bytes" in sums:
         others = compressed_bits_per_byte(batches.texts())

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from transformer.training.optimizer import parameter_path
-from transformer.types import Array, Objective, PyTree
+from transformer.types import Array, Loss, PyTree
 
 
 def first_not_finite(
-    objective: Objective, params: PyTree, parts: list[tuple[PyTree, Any, Array]], *, scale: Any = 1.0
+    objective: Loss, params: PyTree, parts: list[tuple[PyTree, Any, Array]], *, scale: Any = 1.0
 ) -> str:
     """A sentence that names the first parameter, module or gradient that is not finite; layers must be looped, without remat.
 
@@ -31,7 +31,7 @@ def first_not_finite(
     return next((text for _, text in sorted(filter(None, found))), "")
 
 
-def _first(objective: Objective, params: PyTree, carry: PyTree, batch: Any, key: Array, factor: Any) -> Any:
+def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Array, factor: Any) -> Any:
     names: list[str] = []
 
     def loss(params: PyTree, taps: Array | None, carry: PyTree, batch: Any) -> tuple[Array, list[Array]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from transformer.ops.attention import ATTENTION_SCOPE
 from transformer.ops.visible import read_mark
-from transformer.types import Objective, PyTree
+from transformer.types import Loss, PyTree
 
 
 class Flops(NamedTuple):
@@ -58,13 +58,17 @@ def count_flops(loss: Callable[..., Any], params: PyTree, *arguments: PyTree) ->
     return Flops(*total.tolist())
 
 
-def step_flops(objective: Objective, params: PyTree, batch: PyTree) -> Flops:
-    """`count_flops` of an objective on a batch, of which shapes matter only."""
+def step_flops(loss: Loss, params: PyTree, batch: PyTree) -> Flops:
+    """`count_flops` of a loss on a batch, of which shapes matter only."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
     rows = len(jax.tree.leaves(batch)[0])
-    carry = jax.eval_shape(lambda: objective.init_carry(rows))
+    carry = jax.eval_shape(lambda: loss.init_carry(rows))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return count_flops(lambda *arguments: objective.loss(*arguments, True), params, carry, shapes, key)
+
+    def training_loss(params: PyTree, carry: PyTree, batch: PyTree, key: Any) -> Any:
+        return loss.loss(params, carry, batch, key, True)
+
+    return count_flops(training_loss, params, carry, shapes, key)
 
 
 def traced_flops(function: Any, *arguments: PyTree) -> float:
@@ -259,8 +263,10 @@ def _trips(equation: Any) -> int:
     """How often a `while` runs that counts up by one from a number to a number; 1 for others."""
     params = equation.params
     condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-    (*_, test) = condition.eqns or (None,)
-    if len(condition.eqns) != 1 or test.primitive.name != "lt" or not hasattr(test.invars[1], "val"):
+    if len(condition.eqns) != 1:
+        return 1
+    test = condition.eqns[0]
+    if test.primitive.name != "lt" or not hasattr(test.invars[1], "val"):
         return 1
     carried = equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
     places = [i for i, v in enumerate(condition.invars[params["cond_nconsts"] :]) if v is test.invars[0]]

@@ -177,7 +177,7 @@ class _Report:
 
     def note_end(self) -> None:
         """Take the time if the step in flight has ended: a dispatch that runs its step, as on a CPU, would be counted too."""
-        arrays = [x for x in jax.tree.leaves(self.in_flight) if isinstance(x, jax.Array)]
+        arrays: list[Any] = [x for x in jax.tree.leaves(self.in_flight) if isinstance(x, jax.Array)]
         self._ended = time.perf_counter() if arrays and all(x.is_ready() for x in arrays) else None
 
     def settle(self) -> None:

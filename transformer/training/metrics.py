@@ -5,19 +5,23 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from transformer.ops.experts import RoutingStatistics
+import numpy as np
+
 from transformer.training.step import PER_STEP
 
 TIMINGS = ("tokens_per_second", "mfu")
 """Metrics that differ between two runs of the same arithmetic."""
 
 
+_NAMED = ("loss", "weight", "correct", "bytes", "objective", "objective_weight")
+
+
 def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
 
     bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (where
-    classes have weights, / objective_weight), and the means of what
-    routers report (`ops.experts.RoutingStatistics`), micro-batches by weight and layers alike.
+    classes have weights, / objective_weight). Every other sum that is a number, of routers or of one's own objective, is
+    reported as its mean, / weight, under its name.
     With no weight at all (nothing but padding) there is nothing to report but zeros.
     """
     weight = sums["weight"] or 1.0
@@ -28,8 +32,8 @@ def derive(sums: Mapping[str, Any]) -> dict[str, float]:
         metrics["accuracy"] = sums["correct"] / weight
     if sums.get("objective", sums["loss"]) != sums["loss"]:
         metrics["objective"] = sums["objective"] / (sums.get("objective_weight", 0.0) or weight)
-    metrics |= {name: sums[name] / weight for name in RoutingStatistics._fields if name in sums}
-    return metrics
+    own = {name: value / weight for name, value in sums.items() if name not in _NAMED and np.ndim(value) == 0}
+    return metrics | own
 
 
 class Window:

@@ -10,7 +10,7 @@ import optax
 
 from transformer.config import OptimizerConfig
 from transformer.training.schedules import make_schedule
-from transformer.types import Array, LossOutput, Objective, PyTree, UserError
+from transformer.types import Array, Loss, LossOutput, PyTree, UserError
 
 # Where a block keeps its matrices, and their axes from the end: (contracted, produced).
 # Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
@@ -157,17 +157,17 @@ def _first_scale(groups: Sequence[tuple[re.Pattern[str], float]], path: str) -> 
     return next((scale for pattern, scale in groups if pattern.search(path)), 1.0)
 
 
-def freeze_objective(objective: Objective, config: OptimizerConfig, params: PyTree) -> Objective:
-    """The objective with frozen parameters held constant: their gradient is not computed, nor counted in its norm."""
+def freeze(loss: Loss, config: OptimizerConfig, params: PyTree) -> Loss:
+    """The loss with frozen parameters held constant: their gradient is not computed, nor counted in its norm."""
     scales = group_scales(config, params)
     if all(scale != 0.0 for scale in jax.tree.leaves(scales)):
-        return objective
+        return loss
 
-    def loss(params: PyTree, carry: PyTree, batch: Any, key: Array, train: bool) -> LossOutput:
+    def held_loss(params: PyTree, carry: PyTree, batch: Any, key: Array, train: bool) -> LossOutput:
         held = jax.tree.map(lambda p, scale: jax.lax.stop_gradient(p) if scale == 0.0 else p, params, scales)
-        return objective.loss(held, carry, batch, key, train)
+        return loss.loss(held, carry, batch, key, train)
 
-    return objective._replace(loss=loss)
+    return loss._replace(loss=held_loss)
 
 
 def _scale_groups(scales: PyTree) -> optax.GradientTransformation:

@@ -105,8 +105,9 @@ class Needs:
         config, shards = self.config, row_shards(self.config.parallel)
         remat = {"model.remat=full": _with(config, "model", remat="full")} if config.model.remat != "full" else {}
         chunks = {}
-        if config.objective.loss_chunks == 1 and config.objective.kind != "classification":
-            chunks = {"objective.loss_chunks=8": _with(config, "objective", loss_chunks=8)}
+        cheaper = config.objective.in_chunks(8)
+        if config.objective.loss_chunks == 1 and cheaper != config.objective:
+            chunks = {"objective.loss_chunks=8": dataclasses.replace(config, objective=cheaper)}
         most = config.data.batch_size // shards
         numbers = [n for n in (2, 4, 8, 16, 32, 64) if n <= most and config.data.batch_size % (n * shards) == 0]
         micro = {

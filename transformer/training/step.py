@@ -10,7 +10,7 @@ import optax
 from transformer.training.loss_scale import keep_if_finite
 from transformer.training.spikes import skip_spike, updates_done
 from transformer.training.state import TrainState
-from transformer.types import Array, Objective, PyTree, Statistics
+from transformer.types import Array, Loss, PyTree, Statistics
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
 EvaluateStep = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
@@ -20,7 +20,7 @@ PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skippe
 
 
 def make_train_step(
-    objective: Objective,
+    objective: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -111,7 +111,7 @@ def make_train_step(
     return step
 
 
-def make_eval_step(objective: Objective, *, axis_name: str | None = None) -> EvaluateStep:
+def make_eval_step(objective: Loss, *, axis_name: str | None = None) -> EvaluateStep:
     """`(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
 
     def step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:

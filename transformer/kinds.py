@@ -1,0 +1,116 @@
+"""Kinds: frozen dataclasses of settings that bring all that they are for, each found by its name in the family of a choice."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from transformer.validation import require
+
+AnyKind = TypeVar("AnyKind", bound="type[Kind]")
+
+
+_LOADED: "dict[str, type[Kind]]" = {}
+
+
+def section_of_kind(class_name: str) -> str | None:
+    """Where a config holds a kind that has been loaded, by the name of its class; None for other classes."""
+    return _LOADED[class_name].family.section if class_name in _LOADED else None
+
+
+def is_setting(section: str, name: str) -> bool:
+    """Whether a kind that has been loaded, and that a config holds in `section`, has a setting of this name."""
+    return any(
+        kind.family.section == section and name in {field.name for field in dataclasses.fields(kind)}
+        for kind in _LOADED.values()
+    )
+
+
+class Family:
+    """The kinds that a field of the config chooses from. The field holds one, and nothing else asks for its name.
+
+    Kinds of this package are loaded when they are asked for. One's own is made known by `register`.
+
+    Args:
+        section: where a config holds the chosen kind, as `objective`.
+        modules: name -> module that registers the kind; the first is the default.
+    """
+
+    def __init__(self, section: str, modules: Mapping[str, str]) -> None:
+        self.section = section
+        self._modules = dict(modules)
+        self._kinds: dict[str, type[Kind]] = {}
+
+    def register(self, kind: AnyKind) -> AnyKind:
+        """Make a kind known by its `kind`; a decorator.
+
+        Raises:
+            UserError: the name is that of another kind.
+        """
+        name, known = kind.kind, self._kinds.get(kind.kind)
+        same = known is None or (known.__module__, known.__qualname__) == (kind.__module__, kind.__qualname__)
+        require(
+            same and self._modules.get(name, kind.__module__) == kind.__module__,
+            f"{self.section} has a kind {name!r} already; give {kind.__module__}.{kind.__qualname__} another name.",
+        )
+        self._kinds[name] = kind
+        _LOADED[kind.__name__] = kind
+        return kind
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all kinds that are known."""
+        return tuple(dict.fromkeys((*self._modules, *self._kinds)))
+
+    def find(self, name: Any) -> type[Any]:
+        """The kind of a name.
+
+        Raises:
+            UserError: there is none.
+        """
+        require(
+            name in self.names,
+            f"{self.section}.kind must be one of {', '.join(self.names)}, got {name!r:.80}; one's own kind is known once the "
+            "module that registers it is imported.",
+        )
+        if name not in self._kinds:
+            importlib.import_module(self._modules[name])  # a name of this table, never one that was read
+        return self._kinds[name]
+
+    def default(self) -> Any:
+        """The first kind with its default settings."""
+        return self.find(self.names[0])()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The base of all kinds."""
+
+    family: ClassVar[Family]
+    kind: ClassVar[str]
+    """Its name in configs and on the command line."""
+
+
+def switch(chosen: Kind, name: str) -> Kind:
+    """Another kind of the same family, with the settings that both have."""
+    kind = chosen.family.find(name)
+    own = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen) if f.name in own})
+
+
+def kinds_with(family: Family, setting: str) -> list[str]:
+    """Names of the kinds that have a setting."""
+    return [n for n in family.names if setting in {field.name for field in dataclasses.fields(family.find(n))}]
+
+
+def chosen_kinds(config: Any, path: str = "") -> Iterator[tuple[str, Kind]]:
+    """Each kind that a config holds, with the path to it."""
+    for field in dataclasses.fields(config):
+        value, here = getattr(config, field.name), f"{path}.{field.name}".removeprefix(".")
+        parts = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        for index, part in parts:
+            if dataclasses.is_dataclass(part):
+                place = here if index == "" else f"{here}.{index}"
+                if isinstance(part, Kind):
+                    yield place, part
+                yield from chosen_kinds(part, place)

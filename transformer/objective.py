@@ -1,0 +1,157 @@
+"""What a run minimises: the base of every objective, the package's and one's own."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from transformer.kinds import Family, Kind
+from transformer.types import Array, Loss, LossOutput, PyTree, UserError
+from transformer.validation import require, require_at_least, require_int32, require_range
+
+if TYPE_CHECKING:
+    from transformer.config import Config
+
+OBJECTIVES = Family(
+    "objective",
+    {
+        "next_token": "transformer.objectives.next_token",
+        "prefix_lm": "transformer.objectives.prefix_lm",
+        "masked_lm": "transformer.objectives.masked_lm",
+        "classification": "transformer.objectives.classification",
+        "seq2seq": "transformer.objectives.seq2seq",
+        "span_corruption": "transformer.objectives.span_corruption",
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(Kind):
+    """A loss, with the model and the rows that it is for. Its fields are its settings.
+
+    One's own derives from this or from one of the package's, has a name (`kind`), and is made known by
+    `OBJECTIVES.register`. What it must bring is `architecture`, `reads` and `loss`.
+    """
+
+    family = OBJECTIVES
+    architecture: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
+    """The model that it trains: decoder, encoder or encoder_decoder."""
+    reads: ClassVar[Literal["text", "labelled", "pairs"]]
+    """The data that it learns from: text, labelled or pairs."""
+    loss_chunks = 1
+    """A setting of those whose logits can be computed in parts."""
+
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser (Chowdhery et al. 2022, section 5)."""
+    load_balance: float = 0.01
+    """Weight of each mixture's load-balance loss (Fedus et al. 2022, section 2.2); models without experts have none."""
+    router_z: float = 0.001
+    """Weight of each mixture's router z-loss (Zoph et al. 2022, section 3); models without experts have none."""
+
+    def __post_init__(self) -> None:
+        require_int32(self)
+        require_range(self, 0, 1, "label_smoothing")
+        require_at_least(self, 0, "z_loss", "load_balance", "router_z")
+
+    # ---- The loss ----------------------------------------------------------------------------------------------------
+
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Any, key: Array, train: bool
+    ) -> LossOutput:
+        """`(loss_sum, weight_sum), (carry, statistics)` of a batch; pure, and differentiated by `params`.
+
+        Args:
+            model: the linen module.
+            vocabulary: the tokenizer's `vocab_size` and `token_bytes`.
+            params: of the model.
+            carry: what `init_carry` made, or the batch before left.
+            batch: as the data gives it, or a part of its rows.
+            key: for what is random in training.
+            train: with dropout, and without what is only scored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss().")
+
+    def weight(self, batch: Any) -> Array:
+        """What the summed loss is divided by, float32; it does not depend on the parameters."""
+        return batch.weights.sum()
+
+    def init_carry(self, model: Any, rows: int) -> PyTree:
+        """What is carried from batch to batch, before the first one of so many rows; by default nothing."""
+        del model, rows
+        return ()
+
+    def bind(self, model: Any, vocabulary: Any) -> Loss:
+        """The loss of a model."""
+        return Loss(
+            self.weight,
+            functools.partial(self.loss, model, vocabulary),
+            functools.partial(self.init_carry, model),
+        )
+
+    # ---- What it asks of the rest of a run ---------------------------------------------------------------------------
+
+    def check(self, config: "Config") -> None:
+        """Raise UserError where the config around it does not fit."""
+        require(
+            config.model.memory_length == 0,
+            f"Only next_token carries a memory from row to row, got the {self.kind} objective and "
+            f"model.memory_length={config.model.memory_length}; set it to 0.",
+        )
+
+    def check_context(self, config: "Config") -> None:
+        """Raise UserError unless rows may be spread over devices (`parallel.context`)."""
+        raise UserError(
+            "parallel.context is for the next_token objective, whose rows have one length and no memory, got the "
+            f"{self.kind} objective and model.memory_length={config.model.memory_length}; set parallel.context=1."
+        )
+
+    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+        """Ids that the model needs after the vocabulary's, for rows of `length` tokens."""
+        del vocabulary, length
+        return 0
+
+    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Fields of the model's config that follow from it."""
+        del class_names
+        return {}
+
+    def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
+        """Fields of the data's config, besides its kind and size, that say which tokenizer is used."""
+        del tokenizer
+        return {}
+
+    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+        """What it does to rows of running text: `noise` changes a row in place, `convert` makes other batches of them."""
+        del tokenizer, length, seed
+        return {}
+
+    def fit(self, data: Any) -> "tuple[Objective, str]":
+        """Itself with the settings that are left to the data, and a line for the user."""
+        del data
+        return self, ""
+
+    def in_chunks(self, count: int) -> "Objective":
+        """The same loss with other `loss_chunks`, where it has that setting."""
+        del count
+        return self
+
+    # ---- What a trained run can do -----------------------------------------------------------------------------------
+
+    def generation_scores(
+        self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
+    ) -> dict[str, Any]:
+        """Scores of what the model says to a whole split; by default none."""
+        del model, params, tokenizer, data, split, config
+        return {}
+
+    def next_command(self, prompt: str) -> tuple[str, ...]:
+        """What to type after training to use the model of a run, after `transformer` and without the run."""
+        del prompt
+        return ("evaluate",)
+
+
+def mask_token(vocabulary: Any) -> int:
+    """The id of the mask: the one after the tokenizer's."""
+    return vocabulary.vocab_size

@@ -1,0 +1,141 @@
+"""Span corruption: the spans of a text that are hidden, told after what is left of it (Raffel et al. 2020)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from transformer.data.draws import random_at
+from transformer.data.tokenizers import PairTokenizer, Tokenizer
+from transformer.objective import OBJECTIVES
+from transformer.objectives.bases import TextObjective
+from transformer.objectives.seq2seq import pair_loss
+from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
+from transformer.validation import require, require_at_least
+
+if TYPE_CHECKING:
+    from transformer.config import Config
+
+_KEY = 9  # tells these draws from those of other parts that use the same seed
+
+
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(TextObjective):
+    """Cross-entropy of the hidden spans of a text (Raffel et al. 2020, section 3.3.4)."""
+
+    kind = "span_corruption"
+    architecture = "encoder_decoder"
+
+    noise_density: float = 0.15
+    """Share of tokens that are hidden."""
+    mean_span_length: float = 3.0
+    """Tokens of a hidden span, on average."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.noise_density < 1,
+            f"SpanCorruption.noise_density must be above 0 and below 1, got {self.noise_density}.",
+        )
+        require_at_least(self, 1, "mean_span_length")
+
+    def num_hidden(self, length: int) -> tuple[int, int]:
+        """How many of `length` tokens are hidden, and in how many spans; none of a single token."""
+        hidden = min(max(1, round(self.noise_density * length)), max(0, length - 1))
+        return hidden, min(max(1, round(hidden / self.mean_span_length)), hidden, length - hidden)
+
+    def loss(
+        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+    ) -> LossOutput:
+        """`pair_loss` of what is left of a text and its hidden spans."""
+        return pair_loss(self, model, params, carry, batch, key, train)
+
+    def check(self, config: "Config") -> None:
+        """Sources and targets fit in a row."""
+        super().check(config)
+        length, (hidden, spans) = config.data.sequence_length, self.num_hidden(config.data.sequence_length)
+        require(
+            spans < hidden < length - spans,
+            f"Sources and targets of span_corruption must fit in data.sequence_length={length}, but {hidden} tokens in {spans} "
+            f"spans give {length - hidden + spans + 1} and {hidden + spans + 1}; change objective.noise_density, set a larger "
+            "objective.mean_span_length or longer rows.",
+        )
+
+    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+        """A sentinel for each span."""
+        require(
+            not isinstance(vocabulary, PairTokenizer),
+            "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
+            "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
+        )
+        return self.num_hidden(length)[1]
+
+    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+        """Rows lose random spans, and become sources and targets."""
+        return {"noise": hide_spans(self, seed), "convert": span_pairs(self, tokenizer, length)}
+
+
+def hide_spans(objective: SpanCorruption, seed: int) -> Noise:
+    """Give weight 1 to the tokens of random spans of a row and 0 to the others (Raffel et al. 2020, section 3.3.4).
+
+    Spans do not touch; all ways to place as many of them on as many tokens are equally likely. A row is one text, as in
+    the authors' data: its documents are not kept apart, prompts are part of them, and an end-of-text between them is a
+    token like any other.
+    """
+
+    def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
+        random = random_at(seed, _KEY, *place)
+        length = int(np.count_nonzero(batch.segment_ids[row]))
+        hidden, spans = objective.num_hidden(length)
+        batch.weights[row] = 0
+        if spans > 0:
+            # Visible and hidden runs take turns; only the visible ones at the two ends may be empty.
+            lengths = np.zeros(2 * spans + 1, int)
+            lengths[::2] = _cut(length - hidden + 2, spans + 1, random)
+            lengths[[0, -1]] -= 1
+            lengths[1::2] = _cut(hidden, spans, random)
+            batch.weights[row, :length] = np.repeat(np.arange(2 * spans + 1) % 2, lengths)
+
+    return noise
+
+
+def _cut(length: int, parts: int, random: np.random.RandomState) -> Int[np.ndarray, " parts"]:
+    """Lengths of at least 1 that add up to `length`, each way to do so as likely."""
+    ends = np.sort(random.permutation(length - 1)[: parts - 1]) + 1
+    return np.diff(ends, prepend=0, append=length)
+
+
+def span_pairs(objective: SpanCorruption, tokenizer: Tokenizer, length: int) -> Callable[[Batch], PairBatch]:
+    """What makes of rows of `length` tokens, of which those with a weight are hidden, sources and targets.
+
+    In the source a sentinel stands for each hidden span; the target holds each sentinel and the tokens it stands for.
+    Both end with end-of-text. Sentinels are the ids after the tokenizer's, in order.
+    """
+    hidden, spans = objective.num_hidden(length)
+
+    def convert(batch: Batch) -> PairBatch:
+        rows = len(batch.inputs)
+        source, source_segment_ids = np.zeros((2, rows, length - hidden + spans + 1), np.int32)
+        target = np.zeros((rows, hidden + spans + 2), np.int32)
+        segment_ids = np.zeros((rows, hidden + spans + 1), np.int32)
+        for row in range(rows):
+            valid = batch.segment_ids[row] > 0
+            tokens, is_hidden = batch.inputs[row][valid], batch.weights[row][valid] > 0
+            (starts,) = np.nonzero(np.diff(is_hidden, prepend=False) & is_hidden)
+            if len(starts) == 0:
+                continue
+            sentinels = tokenizer.vocab_size + np.arange(len(starts))
+            visible = tokens.copy()
+            visible[starts] = sentinels
+            kept = np.append(visible[~is_hidden | np.isin(np.arange(len(tokens)), starts)], tokenizer.end_of_text)
+            told = np.insert(tokens, starts, sentinels)[np.insert(is_hidden, starts, True)]
+            told = np.concatenate([[tokenizer.end_of_text], told, [tokenizer.end_of_text]])
+            source[row, : len(kept)], source_segment_ids[row, : len(kept)] = kept, 1
+            target[row, : len(told)], segment_ids[row, : len(told) - 1] = told, 1
+        inputs, targets = target[:, :-1] * segment_ids, target[:, 1:]
+        return PairBatch(source, source_segment_ids, inputs, targets, segment_ids.astype(np.float32), segment_ids)
+
+    return convert
