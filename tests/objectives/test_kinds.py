@@ -19,12 +19,17 @@ from transformer.overrides import override
 from transformer.types import UserError
 
 EXAMPLE = str(pathlib.Path(__file__).parents[2] / "examples" / "own_objective.py")
+
+
+def settings_of(kind):
+    return {field.name for field in dataclasses.fields(OBJECTIVES.find(kind))}
+
+
 SETTINGS = [
     (kind, setting, owner)
     for kind in OBJECTIVES.names
     for owner in OBJECTIVES.names
-    for setting in {f.name for f in dataclasses.fields(OBJECTIVES.find(owner))}
-    - {f.name for f in dataclasses.fields(OBJECTIVES.find(kind))}
+    for setting in sorted(settings_of(owner) - settings_of(kind))
 ]
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from transformer.cli import generate as cli_generate
+from transformer.cli.main import main
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.runs import saved
@@ -95,6 +97,17 @@ def test_a_saved_run_that_does_not_fit(name, monkeypatch, tmp_path):
     monkeypatch.setattr(saved, "read_run", fail)
     with pytest.raises(OutOfMemory, match="this run needs more memory than there is"):
         getattr(saved, name)(tmp_path)
+
+
+def test_a_generation_that_does_not_fit(monkeypatch, tmp_path, capsys):
+    def load(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456 bytes.")
+
+    monkeypatch.setattr(cli_generate, "load", load)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(tmp_path), "--prompt", "a"])
+    assert ended.value.code == 2
+    assert "error: Generating needs more memory than there is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), jax.errors.JaxRuntimeError("INTERNAL: no"), UserError("no")])

@@ -19,11 +19,13 @@ from transformer.models.decoder import Decoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.runs.saved import Loaded, load
 from transformer.terminal import printable
+from transformer.training.out_of_memory import explained
 from transformer.validation import require
 
 _NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "that on standard input"
 
 
+@explained(what="Generating")
 def main(options: GenerateOptions, given: Given) -> None:
     """Print the prompt as the model read it and its continuation, a character as soon as it is whole; or a translation.
 
