@@ -76,3 +76,12 @@ def test_hessian_product_is_a_difference_of_gradients():
     gradient, step = jax.jit(jax.grad(loss)), 1e-2
     difference = (gradient(x + step * direction) - gradient(x - step * direction)) / (2 * step)
     np.testing.assert_allclose(exact, difference, atol=2e-2 * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "splash"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "forward"])
+def test_second_derivatives_of_a_kernel_name_the_setting(mode, implementation):
+    """Of one for a TPU too, which `auto` traces beside what a CPU takes."""
+    params, loss = model_loss("bfloat16", 512, implementation=implementation)
+    with pytest.raises(NotImplementedError, match="for second ones set implementation='xla'"):
+        lower(MODES[mode](loss), params)

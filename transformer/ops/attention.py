@@ -12,6 +12,7 @@ from jaxtyping import Float
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.blockwise import blockwise_attention
 from transformer.ops.cudnn import cudnn_attention, cudnn_refusal
+from transformer.ops.first_order import first_order
 from transformer.ops.masks import AttentionMask
 from transformer.ops.splash import splash_attention, splash_refusal
 from transformer.ops.visible import mark_attention
@@ -116,10 +117,15 @@ def _attend(
         def attend(query: Any, key: Any, value: Any, mask: AttentionMask, bias: Any) -> Any:
             settings: dict[str, Any] = {"mask": mask, "scale": scale}
             if name == "cudnn":
-                return cudnn_attention(query, key, value, **settings)
+                return first_order(lambda *given: cudnn_attention(*given[:3], mask=given[3], scale=scale))(
+                    query, key, value, mask
+                )
             settings["logits_soft_cap"] = logits_soft_cap
             if name == "splash":
-                return splash_attention(query, key, value, interpret=interpret, **settings)
+                fixed = {"scale": scale, "logits_soft_cap": logits_soft_cap, "interpret": interpret}
+                return first_order(lambda *given: splash_attention(*given[:3], mask=given[3], **fixed))(
+                    query, key, value, mask
+                )
             if name == "blockwise":
                 return blockwise_attention(query, key, value, bias=bias, **settings)
             dropout = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
