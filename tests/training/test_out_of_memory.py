@@ -12,6 +12,7 @@ from transformer.cli import generate as cli_generate
 from transformer.cli.main import main
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.classification import Classification
 from transformer.runs import saved
 from transformer.runs import train as runs_train
 from transformer.training import out_of_memory
@@ -137,7 +138,10 @@ def test_what_is_used_already_is_not_offered():
         "What takes less: a smaller model, parallel.fsdp over more devices."
     )
     assert "parallel.fsdp=4" in Needs(*large(parallel={"data": -1}), devices=4).levers(0)
-    assert "loss_chunks" not in Needs(*large(objective={"kind": "classification"}), devices=1).levers(0)
+    config, state = large()
+    assert "loss_chunks" in Needs(config, state, devices=1).levers(0)
+    classifier = dataclasses.replace(config, objective=Classification())
+    assert "loss_chunks" not in Needs(classifier, state, devices=1).levers(0)
 
 
 def test_a_device_has_its_part():
