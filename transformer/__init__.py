@@ -81,7 +81,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """A name comes when asked for: the command line checks its arguments before JAX is loaded, and layers need no Orbax."""
+    """A name comes when it is asked for: a config needs no Flax, and layers need no Orbax."""
     if name not in _MODULES:
         raise AttributeError(f"module 'transformer' has no attribute {name!r}")
     return getattr(importlib.import_module(f"transformer.{_MODULES[name]}"), name)

@@ -1,9 +1,11 @@
 """Command lines become configs; what cannot be taken is a short error and exit code 2, before any work."""
 
 import pathlib
+import re
 
 import pytest
 
+from transformer.cli import fields
 from transformer.cli.arguments import default_workdir, load_config, parse_config
 from transformer.cli.fields import flags
 from transformer.cli.fields import parse as parse_flags
@@ -161,3 +163,12 @@ def test_callbacks_of_a_failed_save_print_nothing(monkeypatch):
     monkeypatch.setattr("transformer.cli.prove.main", command)
     main(["prove"])
     assert seen == ["something else"]
+
+
+@pytest.mark.parametrize("word", sorted(fields._SYNONYMS))
+def test_the_names_of_other_trainers_lead_to_ours(word, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", CONFIG, f"--{word}", "1"])
+    (meant,) = re.findall(r"did you mean (--[\w.-]+)\?", capsys.readouterr().err)
+    assert meant.endswith(fields._SYNONYMS[word])
+    assert meant in fields.flags(Config())

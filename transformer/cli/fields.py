@@ -19,6 +19,38 @@ from transformer.terminal import printable
 from transformer.types import UserError
 from transformer.validation import require
 
+# What other trainers call a setting.
+_SYNONYMS = {
+    "lr": "learning-rate",
+    "max-lr": "learning-rate",
+    "bs": "batch-size",
+    "train-batch-size": "batch-size",
+    "per-device-train-batch-size": "batch-size",
+    "gradient-accumulation-steps": "accumulate-steps",
+    "epochs": "training.steps",
+    "num-train-epochs": "training.steps",
+    "max-steps": "training.steps",
+    "max-iters": "training.steps",
+    "num-steps": "training.steps",
+    "layers": "num-layers",
+    "n-layer": "num-layers",
+    "heads": "num-heads",
+    "n-head": "num-heads",
+    "hidden-size": "embed-dim",
+    "d-model": "embed-dim",
+    "n-embd": "embed-dim",
+    "block-size": "sequence-length",
+    "seq-len": "sequence-length",
+    "context-length": "sequence-length",
+    "max-seq-length": "sequence-length",
+    "warmup": "warmup-steps",
+    "grad-clip": "clip-norm",
+    "max-grad-norm": "clip-norm",
+    "output-dir": "workdir",
+    "out-dir": "workdir",
+    "dataset": "source",
+    "bf16": "model.dtype",
+}
 _KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "a text")}
 
 
@@ -91,7 +123,8 @@ def parse(
             if why := unknown(_dashed(name).removeprefix("--").replace("-", "_")):
                 raise UserError(why)
             near = difflib.get_close_matches(_dashed(name), table, 1)
-            ending = [other for other in table if other.endswith("." + _dashed(name)[2:])]
+            words = _SYNONYMS.get(_dashed(name)[2:], _dashed(name)[2:])
+            ending = [other for other in table if f".{other[2:]}".endswith("." + words)]
             hint = "".join(f"; did you mean {other}?" for other in (ending or near)[:1]) or "."
             raise UserError(f"{name} is no option of {command}{hint} `{command} --help` lists them.")
         given = [inline] if equals else _take(flag.hint, rest, table)
