@@ -25,13 +25,16 @@ def parts(annotation):
 
 
 def hints(function):
-    return typing.get_type_hints(inspect.unwrap(function)).values()
+    names = {
+        name: getattr(transformer, name) for name in transformer.__all__
+    }  # some are imported for type checkers only
+    return typing.get_type_hints(inspect.unwrap(function), localns=names).values()
 
 
 def annotations(public):
     """Of a function; of a class, those of its fields, its constructor, its properties and its public methods."""
     if not isinstance(public, type):
-        yield from hints(public)
+        yield from hints(public) if callable(public) else [type(public)]
         return
     yield from typing.get_type_hints(public).values()
     for name, member in vars(public).items():

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformer.generation.generate import Generated, Generator, generate, stream
     from transformer.generation.sampling import SamplingConfig
     from transformer.generation.translate import translate
+    from transformer.kinds import Family, Kind
     from transformer.layers.attention import Attention
     from transformer.layers.block import Block, BlockCache
     from transformer.layers.cache import KVCache, MemoryCache
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformer.ops.masks import AttentionMask, BlockPattern
     from transformer.parallel_config import ParallelConfig
     from transformer.runs.saved import Loaded, load
-    from transformer.types import UserError
+    from transformer.types import Batch, LabelledBatch, Loss, PairBatch, UserError
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _NAMES = {
     "generation.generate": "Generated Generator generate stream",
     "generation.sampling": "SamplingConfig",
     "generation.translate": "translate",
+    "kinds": "Family Kind",
     "layers.attention": "Attention",
     "layers.block": "Block BlockCache",
     "layers.cache": "KVCache MemoryCache",
@@ -73,7 +75,7 @@ _NAMES = {
     "ops.masks": "AttentionMask BlockPattern",
     "parallel_config": "ParallelConfig",
     "runs.saved": "Loaded load",
-    "types": "UserError",
+    "types": "Batch LabelledBatch Loss PairBatch UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
