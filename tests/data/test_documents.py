@@ -169,3 +169,12 @@ def test_what_has_no_end_is_not_read(tmp_path, in_folder):
     os.mkfifo(tmp_path / "folder" / "pipe")
     with pytest.raises(UserError, match=r"must be a file, .*pipe is a folder, a pipe or a device"):
         read_local(str(tmp_path / "folder" if in_folder else tmp_path / "folder" / "pipe"), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv.gz", "a.CSV"])
+def test_syntax_is_not_learnt_as_text(tmp_path, name):
+    (tmp_path / name).write_text("text,label\nfine,1\n")
+    with pytest.raises(UserError, match=r"would be learnt with its commas, quotes and braces\. Save it as \.jsonl"):
+        read_local(str(tmp_path / name), DataConfig())
+    (tmp_path / name).rename(tmp_path / "a.txt")
+    assert read_local(str(tmp_path / "a.txt"), DataConfig()).count == 1

@@ -118,8 +118,33 @@ def test_a_byte_order_mark_is_dropped_everywhere(tmp_path):
             r"the 2 columns of the header, .*line 3 has more or fewer",
         ),
         ("a.csv", "text,label\nshort\n", "line 2 has more or fewer"),
-        ("a.csv", "words,label\nfine,1\n", "must have 'text', .*line 2 has 'words', 'label'"),
-        ("a.csv", 'text,label\n"never closed,1\n', "well formed"),
+        (
+            "a.csv",
+            "words,label\nfine,1\n",
+            "must name the columns text and label, .*line 1 has words, label; if it has no",
+        ),
+        (
+            "a.csv",
+            "I like it,good\n",
+            "line 1 has I like it, good; .*add one as its first line; .* options that end in -key",
+        ),
+        ("a.csv", "text;label\nfine;1\n", "line 1 has text;label; its columns are separated by semicolons: .* commas"),
+        (
+            "a.tsv",
+            "text,label\nfine,1\n",
+            "line 1 has text,label; its columns are separated by commas: save it with tabs",
+        ),
+        ("a.csv", "", "line 1 has nothing"),
+        (
+            "a.csv",
+            'text,label\nfine,1\n"never closed,1\n\n',
+            "not, in the row that begins in line 3: unexpected end of data",
+        ),
+        (
+            "a.csv",
+            'text,label\n"two\nlines",1\n"a" b,1\n',
+            "not, in the row that begins in line 4: .* quote is doubled",
+        ),
         ("a.xlsx", "?", r"must be \.jsonl, \.csv, \.tsv"),
     ],
 )

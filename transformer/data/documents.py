@@ -54,6 +54,12 @@ def read_local(source: str, config: DataConfig) -> Corpus:
         return _files(path.name, "1.0.0", path, _visible_files(path))
     if kind_of(path) == ".jsonl":
         return _jsonl(path, config)
+    require(
+        kind_of(path) not in (".json", ".csv", ".tsv"),
+        f"Running text is read from text files and .jsonl, {path} would be learnt with its commas, quotes and braces. Save it as "
+        ".jsonl, one object a line with the text as 'text'; for texts with classes, or pairs, use `transformer prepare --kind`; "
+        "to learn the file as it is, give it a name that ends in .txt.",
+    )
     return _files(path.name, "1.0.0", path.parent, [path])
 
 

@@ -58,7 +58,7 @@ def read_labelled(paths: Sequence[str], *, text_key: str = "text", label_key: st
         if path.is_dir():
             yield from _folder(path)
             continue
-        for place, record in _records(path, "labelled texts"):
+        for place, record in _records(path, "labelled texts", (text_key, label_key)):
             text, label = (_field(record, key, place) for key in (text_key, label_key))
             require(isinstance(text, str), f"{text_key!r} must be text, {place} has {type(text).__name__}.")
             yield LabelledText(without_surrogates(text), _label(label, label_key, place))
@@ -99,7 +99,7 @@ def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: 
     if len(files) == 2:
         yield from _aligned(*files)
         return
-    for place, record in _records(files[0], "pairs"):
+    for place, record in _records(files[0], "pairs", (source_key, target_key)):
         source, target = (_field(record, key, place) for key in (source_key, target_key))
         require(
             isinstance(source, str) and isinstance(target, str),
@@ -115,12 +115,12 @@ def _existing(name: str) -> epath.Path:
     return path
 
 
-def _records(path: epath.Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: epath.Path, what: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each record with its place."""
     readers: dict[str, Callable[[epath.Path], Iterator[tuple[str, dict[str, Any]]]]] = {
         ".jsonl": json_objects,
-        ".csv": lambda path: _table(path, ","),
-        ".tsv": lambda path: _table(path, "\t"),
+        ".csv": lambda path: _table(path, ",", keys),
+        ".tsv": lambda path: _table(path, "\t", keys),
     }
     kind = kind_of(path)
     require(
@@ -129,30 +129,55 @@ def _records(path: epath.Path, what: str) -> Iterator[tuple[str, dict[str, Any]]
     return readers[kind](path)
 
 
-def _table(path: epath.Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     before = csv.field_size_limit(_LONGEST_FIELD)
+    rows: csv.DictReader[str] | None = None
+    first = 1  # the line in which a row begins
     try:
         text = decode_text(read_file(path), str(path))
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = list(rows.fieldnames or ())
-        twice = next((key for index, key in enumerate(header) if key in header[:index]), None)
-        require(
-            twice is None,
-            f"The columns of a table must have different names, {path} has {twice!r} as columns "
-            f"{' and '.join(str(1 + index) for index, key in enumerate(header) if key == twice)}: rename or remove one.",
-        )
+        _check_header(header, path, delimiter, keys)
+        first = rows.line_num + 1
         for row in rows:
             place = f"{path}, line {rows.line_num}"
             require(
                 None not in row and None not in row.values(),
-                f"Each row must have the {len(rows.fieldnames or ())} columns of the header, {place} has more or fewer; "
+                f"Each row must have the {len(header)} columns of the header, {place} has more or fewer; "
                 "a field with commas, quotes or newlines is put in double quotes.",
             )
             yield place, row
+            first = rows.line_num + 1
     except csv.Error as error:
-        raise UserError(f"A table must be well formed, {path} is not: {error}.") from None
+        raise UserError(
+            f"A table must be well formed, {path} is not, in the row that begins in line {first}: {error}; a field that has a "
+            'double quote in it is put in double quotes, and that quote is doubled: "".'
+        ) from None
     finally:
         csv.field_size_limit(before)
+
+
+def _check_header(header: list[str], path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> None:
+    """Raise UserError unless the first line of a table has the columns that are read, each once."""
+    twice = next((key for index, key in enumerate(header) if key in header[:index]), None)
+    require(
+        twice is None,
+        f"The columns of a table must have different names, {path} has {twice!r} as columns "
+        f"{' and '.join(str(1 + index) for index, key in enumerate(header) if key == twice)}: rename or remove one.",
+    )
+    if all(key in header for key in keys):
+        return
+    shown = ", ".join(f"{key:.40}" for key in header) or "nothing"
+    named = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    other = next((sign for sign in named if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+    if other:
+        remedy = f"its columns are separated by {named[other]}: save it with {named[delimiter]}"
+    else:
+        remedy = "if it has no header, add one as its first line; if its columns have other names, give those "
+        remedy += "(the options that end in -key)"
+    raise UserError(
+        f"The first line of a table must name the columns {' and '.join(keys)}, {path}, line 1 has {shown}; {remedy}."
+    )
 
 
 def _field(record: dict[str, Any], key: str, place: str) -> Any:
