@@ -44,6 +44,9 @@ class DataConfig:
     labelled texts and pairs without a validation split, the share of each class that is taken from training."""
     test_fraction: float = 0.0
     """Share of a local source's text held out for testing, after the validation part."""
+    separator: str = ""
+    """What stands between the documents of a text file, with the newline behind it, as <|endoftext|>; empty means that a file is
+    one document."""
     text_key: str = "text"
     """Feature that holds the text (TFDS names, .jsonl)."""
     prompt_key: str = "prompt"

@@ -134,6 +134,20 @@ def test_a_malformed_jsonl_is_refused_with_its_line(tmp_path, lines, message):
         read_local(str(path), CONFIG)
 
 
+def test_a_separator_stands_between_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n\nand more<|endoftext|>three<|endoftext|>\n \n")
+    (tmp_path / "b.txt").write_text("four")
+    apart = DataConfig(separator="<|endoftext|>")
+    texts = {"a.txt": "one\n", "a.txt:2": "two\n\nand more", "a.txt:3": "three", "b.txt": "four"}
+    assert _texts(tmp_path, apart) == texts
+    whole = read_local(str(tmp_path), CONFIG)
+    assert whole.count == 2
+    assert whole.fingerprint != read_local(str(tmp_path), apart).fingerprint
+    # What it stands between is what counts, not how it is written.
+    (tmp_path / "a.txt").write_text("one\n@@two\n\nand more@@three")
+    assert _texts(tmp_path, DataConfig(separator="@@")) == texts
+
+
 # ---- Links and things that are no files ------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ class GenerateOptions:
 # ---- prepare -----------------------------------------------------------------------------------------------------------
 
 _OF_KINDS = {
-    "text": ("text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes"),
+    "text": ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes"),
     "labelled": ("name", "validation", "test", "text_key", "label_key"),
     "pairs": ("name", "validation", "test", "source_key", "target_key"),
 }
@@ -107,6 +107,8 @@ class PrepareOptions:
     """Labelled texts and pairs: files of the validation split; without, training holds out a part."""
     test: tuple[str, ...] = ()
     """Labelled texts and pairs: files of the test split."""
+    separator: str = DataConfig.separator
+    """Running text: what stands between the documents of a text file, as <|endoftext|>."""
     text_key: str = DataConfig.text_key
     """Running and labelled text: field of the text."""
     prompt_key: str = DataConfig.prompt_key

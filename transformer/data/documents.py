@@ -48,10 +48,10 @@ class Corpus:
 def read_local(source: str, config: DataConfig) -> Corpus:
     """The corpus at a local (or gs://) path, or of the running interpreter."""
     if source == PYTHON_STDLIB:
-        return _files(PYTHON_STDLIB, ".".join(map(str, sys.version_info[:3])), *_stdlib_files())
+        return _files(PYTHON_STDLIB, ".".join(map(str, sys.version_info[:3])), *_stdlib_files(), separator="")
     path = epath.Path(expand(source)).resolve()
     if path.is_dir():
-        return _files(path.name, "1.0.0", path, _visible_files(path))
+        return _files(path.name, "1.0.0", path, _visible_files(path), separator=config.separator)
     if kind_of(path) == ".jsonl":
         return _jsonl(path, config)
     require(
@@ -60,7 +60,7 @@ def read_local(source: str, config: DataConfig) -> Corpus:
         ".jsonl, one object a line with the text as 'text'; for texts with classes, or pairs, use `transformer prepare --kind`; "
         "to learn the file as it is, give it a name that ends in .txt.",
     )
-    return _files(path.name, "1.0.0", path.parent, [path])
+    return _files(path.name, "1.0.0", path.parent, [path], separator=config.separator)
 
 
 def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
@@ -105,12 +105,18 @@ def _visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> l
     return list(below(root))
 
 
-def _files(name: str, version: str, root: epath.Path, files: list[epath.Path]) -> Corpus:
+def _files(name: str, version: str, root: epath.Path, files: list[epath.Path], *, separator: str) -> Corpus:
     def documents() -> Iterator[Document]:
         for path in files:
             text = decode_text(read_file(path), str(path))
-            if text.strip():
-                yield Document(text, "", path.relative_to(root).as_posix())
+            place = path.relative_to(root).as_posix()
+            for index, part in enumerate(text.split(separator) if separator else [text]):
+                if part.strip():
+                    yield (
+                        Document(part.removeprefix("\n"), "", f"{place}:{index + 1}")
+                        if index
+                        else Document(part, "", place)
+                    )
 
     place = root if len(files) != 1 else files[0]
     return _corpus(name, version, documents, f"{place} has {len(files)} files and no text in them")
