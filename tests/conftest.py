@@ -13,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # What training remembers of its user is the user's, not the tests'.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")
 
+import signal
+
 import beartype
 import jax
 import jaxtyping
@@ -52,3 +54,10 @@ def strict_dtypes():
     """No implicit dtype promotion (Optax and linen's norms need it, our ops, layers and objectives do not)."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal():
+    """Under nohup a process ignores SIGHUP, and so do the runs that a test starts."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
