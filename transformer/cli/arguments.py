@@ -94,15 +94,15 @@ def parse_config_and(
         )
     config = load_config(reference) if reference else Config()
     table, own_table = flags(config), flags(own) if own is not None else {}
-    kinds = chosen(table, rest)
-    table = flags(with_kinds(config, kinds))
+    of_kinds = with_kinds(config, chosen(table, rest))
+    table = flags(of_kinds)
     given, words = parse(
         own_table | table,
         rest,
         command=command,
         usage=f"{command} CONFIG[:VARIANT]",
         about=_ABOUT,
-        unknown=lambda field: unknown_setting(with_kinds(config, kinds), field),
+        unknown=lambda field: unknown_setting(of_kinds, field),
     )
     if words:
         raise UserError(

@@ -123,8 +123,8 @@ def parse(
             if why := unknown(_dashed(name).removeprefix("--").replace("-", "_")):
                 raise UserError(why)
             near = difflib.get_close_matches(_dashed(name), table, 1)
-            words = _SYNONYMS.get(_dashed(name)[2:], _dashed(name)[2:])
-            ending = [other for other in table if f".{other[2:]}".endswith("." + words)]
+            meant = _SYNONYMS.get(_dashed(name)[2:], _dashed(name)[2:])
+            ending = [other for other in table if f".{other[2:]}".endswith("." + meant)]
             hint = "".join(f"; did you mean {other}?" for other in (ending or near)[:1]) or "."
             raise UserError(f"{name} is no option of {command}{hint} `{command} --help` lists them.")
         given = [inline] if equals else _take(flag.hint, rest, table)
@@ -334,9 +334,8 @@ def as_flags(message: str, table: dict[str, Flag]) -> str:
         path = f"{of_class}.{field}" if dot else f"{section}.{field}"
         names = (f"--{_dashed(path.removeprefix('.'))}", f"--{_dashed(field)}")
         within, _, setting = path.rpartition(".")
-        if f"--{_dashed(within)}.kind" in table and is_setting(
-            within, setting
-        ):  # of a kind that need not be the table's
+        # A setting of a kind is a flag wherever that kind can be chosen, though the table has those of another one.
+        if f"--{_dashed(within)}.kind" in table and is_setting(within, setting):
             return names[0]
         return next((name for name in names if name in table), path.removeprefix(".") if dot else field)
 

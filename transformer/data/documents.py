@@ -110,13 +110,9 @@ def _files(name: str, version: str, root: epath.Path, files: list[epath.Path], *
         for path in files:
             text = decode_text(read_file(path), str(path))
             place = path.relative_to(root).as_posix()
-            for index, part in enumerate(text.split(separator) if separator else [text]):
-                if part.strip():
-                    yield (
-                        Document(part.removeprefix("\n"), "", f"{place}:{index + 1}")
-                        if index
-                        else Document(part, "", place)
-                    )
+            first, *others = text.split(separator) if separator else [text]
+            parts = [(first, place), *((part.removeprefix("\n"), f"{place}:{n}") for n, part in enumerate(others, 2))]
+            yield from (Document(part, "", name) for part, name in parts if part.strip())
 
     place = root if len(files) != 1 else files[0]
     return _corpus(name, version, documents, f"{place} has {len(files)} files and no text in them")
