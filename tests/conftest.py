@@ -1,6 +1,7 @@
 """Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -22,11 +23,26 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+_beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+
+def _check(function):
+    """What the hook puts before a function. A config checks its own fields, and tests give it wrong ones."""
+    checked = _beartype(function)
+    if not function.__qualname__.endswith(".__init__"):
+        return checked
+
+    @functools.wraps(checked)
+    def check_others(self, *args, **kwargs):
+        if not isinstance(self, sys.modules["transformer.validation"].Settings):
+            checked(self, *args, **kwargs)
+
+    return check_others
+
+
 # Shapes in signatures are checked at run time; installed before the first import of the package. The hook wants the
 # checker by name, and ours lets an int stand for a float, as PEP 484 does.
-sys.modules["numeric_tower"] = types.SimpleNamespace(
-    check=beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-)
+sys.modules["numeric_tower"] = types.SimpleNamespace(check=_check)
 _hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
 _hook.__enter__()
 

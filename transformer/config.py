@@ -1,38 +1,28 @@
 """A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
 
 import dataclasses
-import functools
 import itertools
+import os
 import re
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from transformer.model_config import ModelConfig
 from transformer.objective import OBJECTIVES, Objective
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
-from transformer.validation import require, require_at_least, require_int32, require_range
-
-UserPath = Annotated[str, "a path, in which ~ is a home directory"]
-"""A field that holds one is expanded when its config is made."""
+from transformer.validation import Settings, require, require_at_least, require_range
 
 
-def _expand_paths(config: Any) -> None:
-    """Expand every `UserPath` of a config, which is being made."""
-    for name, kind in _hints(type(config)).items():
-        value = getattr(config, name)
-        if kind == UserPath:
-            object.__setattr__(config, name, expand(value) if value else "")
-        elif kind == tuple[UserPath, ...]:
-            object.__setattr__(config, name, tuple(map(expand, value)))
+def _user_path(path: Any) -> Any:
+    return (expand(path) if path else "") if isinstance(path, (str, os.PathLike)) else path
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+UserPath = Annotated[str, _user_path]
+"""A field that holds a path, in which ~ is a home directory; it is expanded when its config is made."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What to read, and how it becomes batches."""
 
     source: tuple[UserPath, ...] = ("python_stdlib",)
@@ -83,7 +73,7 @@ class DataConfig:
     """Row i of a batch continues row i of the batch before, and positions go on counting (for model.memory_length)."""
     num_streams: int = 0
     """Parts that the corpus is divided into, each shuffled and read by itself; 0: the largest divisor of batch_size up to 64."""
-    shuffle_seed: int = 0
+    shuffle_seed: Annotated[int, 63] = 0  # hashed, never an array
     """Seed of the order of documents."""
     record_bytes: int = 16_384
     """Longer documents of local sources are stored in pieces of about this size."""
@@ -91,9 +81,8 @@ class DataConfig:
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
     def __post_init__(self) -> None:
-        require_int32(self, exempt=("shuffle_seed",))  # hashed, never an array
-        _expand_paths(self)
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
+        require(all(self.source), f"DataConfig.source must not hold an empty name, got {self.source}.")
         require(
             len(self.weights) in (0, len(self.source)),
             f"DataConfig.weights must be one per source ({len(self.source)}) or none, got {len(self.weights)}.",
@@ -143,7 +132,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """How the parameters move."""
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
@@ -181,7 +170,6 @@ class OptimizerConfig:
     """REGEX=SCALE: learning-rate factor of parameters whose path matches, 0 freezes; the first match counts."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require(self.learning_rate > 0, f"OptimizerConfig.learning_rate must be positive, got {self.learning_rate}.")
         require_at_least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "eps")
         require_at_least(self, 1, "accumulate_steps")
@@ -212,7 +200,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """The run: how long, how often it reports, and what it keeps."""
 
     steps: int = 1000
@@ -247,8 +235,6 @@ class TrainingConfig:
     """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
-        _expand_paths(self)
-        require_int32(self)
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
         require(
@@ -264,7 +250,7 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """A run: model, data, objective, optimizer, devices and bookkeeping."""
 
     model: ModelConfig = ModelConfig()
@@ -277,8 +263,6 @@ class Config:
     """Directory of the run (may be remote, gs://...); empty means runs/NAME-OF-CONFIG."""
 
     def __post_init__(self) -> None:
-        _expand_paths(self)
-        require_int32(self)
         require(
             self.data.batch_size % self.optimizer.accumulate_steps == 0,
             f"data.batch_size must be divisible by optimizer.accumulate_steps={self.optimizer.accumulate_steps}, "

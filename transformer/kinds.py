@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from transformer.validation import require
+from transformer.validation import Settings, require, shown
 
 AnyKind = TypeVar("AnyKind", bound="type[Kind]")
 
@@ -70,7 +70,7 @@ class Family:
         """
         require(
             name in self.names,
-            f"{self.section}.kind must be one of {', '.join(self.names)}, got {name!r:.80}; one's own kind is known once the "
+            f"{self.section}.kind must be one of {', '.join(self.names)}, got {shown(name)}; one's own kind is known once the "
             "module that registers it is imported.",
         )
         if name not in self._kinds:
@@ -83,7 +83,7 @@ class Family:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(Settings):
     """The base of all kinds."""
 
     family: ClassVar[Family]

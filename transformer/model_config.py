@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from transformer.validation import require, require_at_least, require_int32, require_range
+from transformer.validation import Settings, require, require_at_least, require_range
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu_squared"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Settings):
     """Multi-head attention (Vaswani et al. 2017, section 3.2), with grouped key/value heads (Ainslie et al. 2023)."""
 
     num_heads: int = 4
@@ -42,7 +42,6 @@ class AttentionConfig:
     NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_at_least(self, 1, "num_heads", "pattern_block", "pattern_stride", "pattern_summary")
         require(
             self.pattern_summary <= self.pattern_stride,
@@ -72,7 +71,7 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedForwardConfig:
+class FeedForwardConfig(Settings):
     """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3; gated: Shazeer 2020), or experts of this form."""
 
     hidden_dim: int = 0
@@ -89,7 +88,6 @@ class FeedForwardConfig:
     """Experts that a token goes to: 2 as Mixtral does (Jiang et al. 2024), 1 as the Switch Transformer (Fedus et al. 2022)."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_at_least(self, 0, "hidden_dim", "num_experts")
         require_at_least(self, 1, "experts_per_token")
         require(
@@ -108,7 +106,7 @@ class FeedForwardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NormConfig:
+class NormConfig(Settings):
     """Normalisation of a block and where it stands."""
 
     kind: Literal["layer_norm", "rms_norm"] = "layer_norm"
@@ -121,7 +119,6 @@ class NormConfig:
     """A learned offset (LayerNorm only)."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require(self.epsilon > 0, f"NormConfig.epsilon must be positive, got {self.epsilon}.")
         require(
             not (self.use_bias and self.kind == "rms_norm"),
@@ -130,7 +127,7 @@ class NormConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(Settings):
     """One transformer block: attention, feed-forward network and norms."""
 
     attention: AttentionConfig = AttentionConfig()
@@ -142,7 +139,7 @@ class BlockConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PositionConfig:
+class PositionConfig(Settings):
     """How a token's place enters the model."""
 
     kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl"] = "rotary"
@@ -163,7 +160,6 @@ class PositionConfig:
     """t5: distances from here on share the last bucket."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require(self.theta > 0, f"PositionConfig.theta must be positive, got {self.theta}.")
         require_at_least(self, 1, "scaling_factor", "original_length")
         require(
@@ -174,7 +170,7 @@ class PositionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A transformer: a pattern of blocks, repeated."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
@@ -224,7 +220,6 @@ class ModelConfig:
     products that are kept moved to the memory of the host (offload)."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_at_least(self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "memory_length")
         require_at_least(self, 0, "logits_soft_cap", "init_std")
         require_at_least(self, 1, "num_layers", "embed_dim")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformer.kinds import Family, Kind
 from transformer.types import Array, Loss, LossOutput, PyTree, UserError
-from transformer.validation import require, require_at_least, require_int32, require_range
+from transformer.validation import require, require_at_least, require_range
 
 if TYPE_CHECKING:
     from transformer.config import Config
@@ -51,7 +51,6 @@ class Objective(Kind):
     """Weight of each mixture's router z-loss (Zoph et al. 2022, section 3); models without experts have none."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_range(self, 0, 1, "label_smoothing")
         require_at_least(self, 0, "z_loss", "load_balance", "router_z")
 

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from typing import Literal
 
-from transformer.validation import require, require_at_least, require_int32
+from transformer.validation import Settings, require, require_at_least
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """How the step is spread over devices."""
 
     strategy: Literal["mesh", "pmap"] = "mesh"
@@ -36,7 +36,6 @@ class ParallelConfig:
     """Seconds that processes wait for each other at the start."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_at_least(self, 1, "start_timeout")
         require(
             self.coordinator not in ("", "auto") or (self.num_processes, self.process_id) == (0, -1),

@@ -1,7 +1,13 @@
-"""Checks that raise `UserError` with the invariant and the value."""
+"""Checks that raise `UserError` with the invariant and the value; the types and choices of every settings class."""
 
 import dataclasses
-from typing import Any
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from transformer.types import UserError
 
@@ -22,21 +28,154 @@ def require_range(config: Any, low: float, high: float, *names: str) -> None:
         )
 
 
-def require_int32(config: Any, *, exempt: tuple[str, ...] = ()) -> None:
-    """Every integer of a config, in tuples too, is of JAX's default type, between -2^31 and 2^31 - 1, but for exempt fields."""
-    for field in dataclasses.fields(config):
-        if field.name in exempt:
-            continue
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            require(
-                not isinstance(number, int) or -(2**31) <= number < 2**31,
-                f"{type(config).__name__}.{field.name} must be below 2^31 = 2,147,483,648, got {number}.",
-            )
-
-
 def require_at_least(config: Any, low: float, *names: str) -> None:
     """`low <= value` for each field of `config`."""
     for name in names:
         value = getattr(config, name)
         require(value >= low, f"{type(config).__name__}.{name} must be at least {low:g}, got {value}.")
+
+
+# ---- Types and choices -----------------------------------------------------------------------------------------------
+
+
+class Settings:
+    """The base of every config and kind: a frozen dataclass whose fields have their types and choices once it is made.
+
+    A class checks more in its own `__post_init__`, which runs after this check. What is taken, and kept as Python's own:
+
+    * a whole number of at most 32 bits (JAX's default), or a finite number, for which a whole one may stand; true and false
+      are neither;
+    * a scalar of NumPy for the number, truth value or text that it is;
+    * a list for a tuple;
+    * for `Annotated[T, function]`, what the function makes of the value; for `Annotated[int, bits]`, so many bits.
+    """
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if rules := cls.__dict__.get("__post_init__"):
+            setattr(cls, "__post_init__", _typed_before(rules))  # noqa: B010
+
+    def __post_init__(self) -> None:
+        """Check the fields of a class that has no rules of its own."""
+        _check_fields(self)
+
+
+def _typed_before(rules: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(rules)
+    def checked(self: Any) -> None:
+        _check_fields(self)
+        rules(self)
+
+    return checked
+
+
+def _check_fields(config: Any) -> None:
+    for name, hint in _hints(type(config)):
+        before = getattr(config, name)
+        value = _typed(hint, before, f"{type(config).__name__}.{name}")
+        if value is not before:
+            object.__setattr__(config, name, value)
+
+
+@functools.cache
+def _hints(kind: type) -> tuple[tuple[str, Any], ...]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(kind))
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A value as its type has it.
+
+    Raises:
+        UserError: it is of another type, or none of the choices.
+    """
+    kind, extra = (hint.__origin__, hint.__metadata__[0]) if typing.get_origin(hint) is Annotated else (hint, 31)
+    value = extra(value) if callable(extra) else value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    kind = _alternative(kind, value)
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        open_ended = members[-1] is Ellipsis
+        if not isinstance(value, (list, tuple)) or not (open_ended or len(value) == len(members)):
+            raise _wrong(hint, value, name)
+        parts = [_typed(members[0 if open_ended else i], part, name) for i, part in enumerate(value)]
+        same = type(value) is tuple and all(a is b for a, b in zip(parts, value, strict=True))
+        return value if same else tuple(parts)
+    if origin is Literal:
+        if not any(type(value) is type(member) and value == member for member in members):
+            raise _wrong(hint, value, name)
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
+        value = float(value)
+    # A generic type, Any, a protocol: what cannot be told here is left to the class.
+    expected = kind if isinstance(kind, type) else origin if isinstance(origin, type) else object
+    if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):
+        raise _wrong(hint, value, name)
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}.")
+    bits = extra if isinstance(extra, int) else 31
+    if kind is int and not -(2**bits) <= value < 2**bits:
+        raise UserError(f"{name} must be below 2^{bits} = {2**bits:,}, got {shown(value)}.")
+    return value
+
+
+def _wrong(hint: Any, value: Any, name: str) -> UserError:
+    several = " (a tuple)" if any(typing.get_origin(kind) is tuple for kind in alternatives(hint)) else ""
+    meant = did_you_mean(value, choices(hint))
+    return UserError(f"{name} must be {described(hint)}{several}, got {shown(value)}{meant}")
+
+
+def _alternative(hint: Any, value: Any) -> Any:
+    """The member of a union that a value is to be of, and a type that is no union itself."""
+    members = alternatives(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return type(None)
+    sequence = isinstance(value, (list, tuple))
+    return next((member for member in members if (typing.get_origin(member) is tuple) == sequence), members[0])
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union but None, or the one type."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return (hint,)
+
+
+def choices(hint: Any) -> list[str]:
+    """The words that a type has."""
+    literals = (kind for kind in alternatives(hint) if typing.get_origin(kind) is Literal)
+    return [str(choice) for kind in literals for choice in typing.get_args(kind)]
+
+
+_DESCRIBED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def described(hint: Any) -> str:
+    """What a value of a type is, for messages."""
+    kinds = []
+    for kind in alternatives(hint.__origin__ if typing.get_origin(hint) is Annotated else hint):
+        members = typing.get_args(kind)
+        if typing.get_origin(kind) is Literal:
+            kinds.append(f"one of {', '.join(choices(kind))}")
+        elif typing.get_origin(kind) is tuple:
+            count = "" if members[-1] is Ellipsis else f"{len(members)} "
+            kinds.append(f"{count}{described(members[0]).removeprefix('a ')}s")
+        else:
+            kinds.append(_DESCRIBED.get(kind) or f"of type {getattr(kind, '__name__', kind)}")
+    return ", or ".join(kinds)
+
+
+def did_you_mean(value: Any, known: list[str]) -> str:
+    """The end of a sentence about a value that is not known: with the one that it resembles, if there is one."""
+    near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def shown(value: Any) -> str:
+    """A value for messages, shortened."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a class whose own code fails
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

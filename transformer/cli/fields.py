@@ -8,7 +8,6 @@ import inspect
 import re
 import shutil
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from transformer.config import Config
 from transformer.kinds import Kind, is_setting, section_of_kind
 from transformer.terminal import printable
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import alternatives, choices, described, did_you_mean, require, shown
 
 # What other trainers call a setting.
 _SYNONYMS = {
@@ -51,7 +50,7 @@ _SYNONYMS = {
     "dataset": "source",
     "bf16": "model.dtype",
 }
-_KINDS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "a text")}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 class Flag(NamedTuple):
@@ -170,7 +169,7 @@ def _take(hint: Any, rest: list[str], table: dict[str, Flag]) -> list[str]:
     if hint is bool:
         wanted = 1 if rest and rest[0].lower() in ("true", "false") else 0
     else:
-        wanted = max(_width(kind) or len(rest) for kind in _alternatives(hint))
+        wanted = max(_width(kind) or len(rest) for kind in alternatives(hint))
     taken: list[str] = []
     while rest and len(taken) < wanted:
         # After the first of several, every word with two dashes ends them, so that a misspelt flag is seen.
@@ -189,18 +188,17 @@ def _width(kind: Any) -> int:
 
 def _value(hint: Any, words: list[str], name: str) -> Any:
     """A value of type `hint` from the words given for it."""
-    widths = {_width(kind) for kind in _alternatives(hint)}
-    require(len(words) > 0 or 0 in widths, f"{name} needs a value, {_described(hint)}.")
-    for kind in _alternatives(hint):
+    widths = {_width(kind) for kind in alternatives(hint)}
+    require(len(words) > 0 or 0 in widths, f"{name} needs a value, {described(hint)}.")
+    for kind in alternatives(hint):
         try:
             return _read(kind, words)
         except (ValueError, KeyError):
             continue
     if 0 not in widths and len(words) not in widths:
         raise UserError(f"{name} takes {' or '.join(map(str, widths))} values, got {' '.join(words)}.")
-    near = difflib.get_close_matches(words[0], _choices(hint), 1)
-    hint_of_near = f"; did you mean {near[0]}?" if near else "."
-    raise UserError(f"{name} must be {_described(hint)}, got {' '.join(words)!r}{hint_of_near}")
+    meant = did_you_mean(words[0], choices(hint))
+    raise UserError(f"{name} must be {described(hint)}, got {shown(' '.join(words))}{meant}")
 
 
 def _read(kind: Any, words: list[str]) -> Any:
@@ -215,31 +213,6 @@ def _read(kind: Any, words: list[str]) -> Any:
     if typing.get_origin(kind) is Literal:
         return {str(choice): choice for choice in typing.get_args(kind)}[word]
     return kind(word)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types of a union but None, or the one type."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return (hint,)
-
-
-def _choices(hint: Any) -> list[str]:
-    literals = (kind for kind in _alternatives(hint) if typing.get_origin(kind) is Literal)
-    return [str(choice) for kind in literals for choice in typing.get_args(kind)]
-
-
-def _described(hint: Any) -> str:
-    """What a value is, for messages."""
-    kinds = []
-    for kind in _alternatives(hint):
-        if typing.get_origin(kind) is Literal:
-            kinds.append(f"one of {', '.join(_choices(kind))}")
-        elif typing.get_origin(kind) is tuple:
-            kinds.append(f"{_KINDS[typing.get_args(kind)[0]][1].removeprefix('a ')}s")
-        else:
-            kinds.append("true or false" if kind is bool else _KINDS[kind][1])
-    return ", or ".join(kinds)
 
 
 def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, Flag]]:
@@ -304,12 +277,12 @@ def _help(table: dict[str, Flag], usage: str, about: str) -> str:
 def _metavar(hint: Any) -> str:
     """The values of a flag, for the help."""
     shown = []
-    for kind in _alternatives(hint):
+    for kind in alternatives(hint):
         if typing.get_origin(kind) is tuple:
             *kinds, last = typing.get_args(kind)
             shown.append(f"[{_metavar(kinds[0])} ...]" if last is Ellipsis else " ".join(map(_metavar, (*kinds, last))))
         elif kind is not bool:
-            shown.append("{" + ",".join(_choices(kind)) + "}" if _choices(kind) else _KINDS[kind][0])
+            shown.append("{" + ",".join(choices(kind)) + "}" if choices(kind) else _METAVARS[kind])
     return " | ".join(shown)
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from transformer.types import UserError
-from transformer.validation import require, require_at_least, require_int32
+from transformer.validation import Settings, require, require_at_least
 
 NO_TOKEN = -2
 """Stands for a token that could not be drawn; -1, an end-of-text that never comes, is another."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How the next token is drawn: divide by the temperature, keep the top k, keep the top p, draw.
 
     >>> greedy, creative = SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=40, top_p=0.95)
@@ -30,7 +30,6 @@ class SamplingConfig:
     """Draw among the fewest most likely tokens that together reach this probability (equals as for top_k)."""
 
     def __post_init__(self) -> None:
-        require_int32(self)
         require_at_least(self, 0, "temperature", "top_k")
         require(0 < self.top_p <= 1, f"SamplingConfig.top_p must be above 0 and at most 1, got {self.top_p}.")
 
