@@ -27,14 +27,16 @@ import jax
 from rich.console import Console
 
 from transformer.cli.main import main as transformer
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import to_dict
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
 from transformer.runs import recipe
 from transformer.runs.compare import compare, read_outcome
 from transformer.runs.train import train
+from transformer.schedules.cosine import CosineSchedule
 
 CALLS = (
     "openat,open,creat,close,write,pwrite64,writev,pwritev,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,"
@@ -80,7 +82,7 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
             record_bytes=512,
         ),
         objective=(Classification if classifies else NextToken)(),
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=AdamW(schedule=CosineSchedule(warmup_steps=1)),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(
             steps=6, log_every=1, eval_every=3, checkpoint_every=2, keep_checkpoints=1, sample_every=3, sample_length=4

@@ -33,9 +33,11 @@ from typing import Any, NamedTuple
 import jax
 
 from transformer.cli.main import main as command_line
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.runs.compare import compare, read_outcome
+from transformer.schedules.constant import ConstantSchedule
 
 TRIALS = "trials.jsonl"
 SHORT, LONG = 8, 400
@@ -68,7 +70,7 @@ def get_config(variant: str = "short") -> Config:
         data=DataConfig(
             source=("text",), data_dir="prepared", tokenizer="characters", sequence_length=32, batch_size=8
         ),
-        optimizer=OptimizerConfig(schedule="constant"),
+        optimizer=AdamW(schedule=ConstantSchedule()),
         training=TrainingConfig(
             steps=LONG if long else SHORT,
             log_every=5 if long else 2,

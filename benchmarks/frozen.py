@@ -62,9 +62,9 @@ GREEDY = ("--temperature", "0")
 MORE = {
     "prefix_lm": ["python_stdlib:debug", "--objective.kind", "prefix_lm", "--model.positions.kind", "t5"],
     "alibi": ["python_stdlib:debug", "--model.positions.kind", "alibi", "--model.norm.placement", "sandwich",
-              "--model.dropout", "0.1", "--optimizer.name", "lion", "--training.skip-spikes", "4"],
+              "--model.dropout", "0.1", "--optimizer.kind", "lion", "--training.skip-spikes", "4"],
     "sinusoidal": ["multi30k_translate:debug", "--model.positions.kind", "sinusoidal", "--model.norm.placement", "post",
-                   "--model.norm.kind", "layer_norm", "--model.attention.dropout", "0.1", "--optimizer.name", "adafactor",
+                   "--model.norm.kind", "layer_norm", "--model.attention.dropout", "0.1", "--optimizer.kind", "adafactor",
                    "--optimizer.accumulate-steps", "2"],
     "two_vocabularies": ["multi30k_translate:debug", "--data.share-vocabulary", "False",
                          "--model.positions.kind", "t5"],
@@ -105,7 +105,7 @@ def small(name: str, data: pathlib.Path, workdir: str = "") -> Config:
         *("--model.feed-forward.hidden-dim", 48, "--data.data-dir", data / "prepared", "--data.batch-size", 10),
         *("--data.sequence-length", LENGTH, "--data.validation-fraction", 0.2, "--data.record-bytes", 512),
         *("--data.limit", 0, "--training.steps", STEPS, "--training.log-every", 1, "--training.checkpoint-every", 0),
-        *("--training.eval-every", 0, "--training.sample-length", 0, "--optimizer.warmup-steps", 1),
+        *("--training.eval-every", 0, "--training.sample-length", 0, "--optimizer.schedule.warmup-steps", 1),
         *(
             "--training.seed",
             1,

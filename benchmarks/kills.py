@@ -24,12 +24,15 @@ from typing import Any
 
 import jax
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.seq2seq import Seq2Seq
+from transformer.optimizers.adamw import AdamW
+from transformer.optimizers.muon import Muon
 from transformer.runs.compare import compare, read_outcome
+from transformer.schedules.linear import LinearSchedule
 from transformer.training.folders import committed_steps
 
 KINDS = ("pmap", "fsdp", "classifier", "translator", "transformer_xl", "muon_float16")
@@ -42,8 +45,8 @@ def get_config(kind: str = "pmap") -> Config:
     """The run of a kind; this file is the config file of its runs."""
     model: dict[str, Any] = {"num_layers": 1, "embed_dim": 16, "dropout": 0.1}
     data: dict[str, Any] = {"source": ("text",), "sequence_length": 32, "record_bytes": 512}
-    optimizer: dict[str, Any] = {"accumulate_steps": 2, "schedule": "linear", "warmup_steps": 5, "ema_decay": 0.9}
-    objective, parallel = NextToken(), ParallelConfig(data=1)
+    optimizer: dict[str, Any] = {"accumulate_steps": 2, "schedule": LinearSchedule(warmup_steps=5), "ema_decay": 0.9}
+    rule, objective, parallel = AdamW, NextToken(), ParallelConfig(data=1)
     if kind == "pmap":
         parallel = ParallelConfig(strategy="pmap")
     elif kind == "fsdp":
@@ -59,12 +62,13 @@ def get_config(kind: str = "pmap") -> Config:
         data |= {"continue_rows": True}
     elif kind == "muon_float16":
         model["dtype"] = "float16"
-        optimizer |= {"name": "muon", "learning_rate": 0.02, "b2": 0.99}
+        rule = Muon
+        optimizer |= {"learning_rate": 0.02, "b2": 0.99}
     return Config(
         model=ModelConfig(pattern=(BlockConfig(AttentionConfig(num_heads=2, dropout=0.1)),), **model),
         data=DataConfig(batch_size=8, data_dir="prepared", **data),
         objective=objective,
-        optimizer=OptimizerConfig(**optimizer),
+        optimizer=rule(**optimizer),
         parallel=parallel,
         training=TrainingConfig(steps=STEPS, log_every=3, eval_every=15, checkpoint_every=4, sample_length=8),
     )

@@ -25,8 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer.config import Config, DataConfig, OptimizerConfig
+from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.tasks import count_parameters, make_model, make_params
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
@@ -58,7 +59,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 def make_config(options: argparse.Namespace, lever: str) -> Config:
     """The benchmark's run with one lever."""
     changes = dict(LEVERS[lever])
-    optimizer = OptimizerConfig(b2=0.99, accumulate_steps=changes.pop("accumulate_steps", 1))
+    optimizer = AdamW(b2=0.99, accumulate_steps=changes.pop("accumulate_steps", 1))
     block = BlockConfig(AttentionConfig(num_heads=options.width // 64), norm=NormConfig(kind="rms_norm"))
     model = ModelConfig(
         vocab_size=257, max_length=options.length, num_layers=options.layers, embed_dim=options.width, pattern=(block,)

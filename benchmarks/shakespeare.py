@@ -17,7 +17,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAST, CPU = "shakespeare_char_fast", "shakespeare_char_cpu"
-ADAMW = ["--optimizer.name", "adamw", "--optimizer.learning-rate"]
+ADAMW = ["--optimizer.kind", "adamw", "--optimizer.learning-rate"]
 RUNS = {
     "nanogpt_recipe": [CPU],
     "nanogpt_recipe_320_steps": [CPU, "--training.steps", "320"],
@@ -29,7 +29,7 @@ RUNS = {
     "relu_squared": [FAST, "--model.feed-forward.activation", "relu_squared"],
     "layer_norm": [FAST, "--model.norm.kind", "layer_norm"],
     "learned_positions": [FAST, "--model.positions.kind", "learned"],
-    "cosine_to_a_tenth": [FAST, "--optimizer.schedule", "cosine", "--optimizer.final-fraction", "0.1"],
+    "cosine_to_a_tenth": [FAST, "--optimizer.schedule.kind", "cosine", "--optimizer.schedule.final-fraction", "0.1"],
 }
 
 

@@ -26,9 +26,10 @@ import jax.monitoring
 from rich.console import Console
 
 from transformer import generate, load
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.generation.sampling import SamplingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.runs.train import train
 
 READINGS = 40
@@ -83,7 +84,7 @@ def make_config(directory: pathlib.Path, steps: int) -> Config:
         data=DataConfig(
             source=(str(text),), data_dir=str(directory / "data"), sequence_length=32, batch_size=8, limit=4096
         ),
-        optimizer=OptimizerConfig(ema_decay=0.9),
+        optimizer=AdamW(ema_decay=0.9),
         training=TrainingConfig(
             steps=steps, log_every=5, eval_every=25, checkpoint_every=25, sample_every=250, sample_length=16
         ),

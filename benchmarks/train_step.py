@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig
+from transformer.config import Config, DataConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
+from transformer.optimizers.adamw import AdamW
 from transformer.steps import make_runner
 from transformer.tasks import make_model, measure_work
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
@@ -41,7 +42,7 @@ def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
             dtype=dtype,
         ),
         data=DataConfig(sequence_length=256, batch_size=16),
-        optimizer=OptimizerConfig(b2=0.99),
+        optimizer=AdamW(b2=0.99),
         parallel=ParallelConfig(data=1),
     )
     return dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=cpu_kernels))

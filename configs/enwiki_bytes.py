@@ -9,8 +9,10 @@ multiplies it (AMX), 32 minutes on 6.1 million bytes, and then 1.99 bits per byt
 (docs/tasks.md). In float32 a step there takes 1.3 times as long.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.optimizers.muon import Muon
+from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -23,12 +25,9 @@ def get_config(variant: str = "") -> Config:
     return Config(
         model=ModelConfig(num_layers=4, embed_dim=192, pattern=(block,)),
         data=DataConfig(source=("enwiki.xml",), validation_fraction=0.1, sequence_length=256, batch_size=8, pack=False),
-        optimizer=OptimizerConfig(
-            name="muon",
+        optimizer=Muon(
             learning_rate=0.02,
-            schedule="linear",
-            warmup_steps=min(50, steps),
-            final_fraction=0.0,
+            schedule=LinearSchedule(warmup_steps=min(50, steps), final_fraction=0.0),
             weight_decay=0.0,
             b2=0.99,
         ),

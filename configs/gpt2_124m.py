@@ -6,7 +6,7 @@ A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 
 Hardware: a GPU or TPU, or several: rows are spread over all devices; `transformer plan` says if they fit. No run was measured.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -16,6 +16,8 @@ from transformer.model_config import (
     PositionConfig,
 )
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -47,9 +49,9 @@ def get_config(variant: str = "") -> Config:
             batch_size=8 if debug else 480,
         ),
         objective=NextToken(loss_chunks=1 if debug else 8),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=6e-4,
-            warmup_steps=min(2000, steps),
+            schedule=CosineSchedule(warmup_steps=min(2000, steps)),
             weight_decay=0.1,
             accumulate_steps=1 if debug else 5,
         ),

@@ -8,9 +8,11 @@ The files have an object a line, with `text` and `label`. Hardware: one CPU core
 the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md has what that stands against.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
 from transformer.objectives.classification import Classification
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -35,11 +37,9 @@ def get_config(variant: str = "") -> Config:
             validation_fraction=0.02,
         ),
         objective=Classification(label_smoothing=0.1, token_dropout=0.15),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=1e-3,
-            schedule="linear",
-            warmup_steps=min(200, steps),
-            final_fraction=0.0,
+            schedule=LinearSchedule(warmup_steps=min(200, steps), final_fraction=0.0),
             weight_decay=0.1,
             ema_decay=0.998,
         ),

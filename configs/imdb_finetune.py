@@ -8,9 +8,11 @@ The dataset `imdb` is prepared as for `configs/imdb_classify.py`. Hardware: one 
 (docs/tasks.md).
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
 from transformer.objectives.classification import Classification
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -34,11 +36,9 @@ def get_config(variant: str = "") -> Config:
             validation_fraction=0.02,
         ),
         objective=Classification(label_smoothing=0.1, token_dropout=0.15),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=5e-4,
-            schedule="linear",
-            warmup_steps=min(100, steps),
-            final_fraction=0.0,
+            schedule=LinearSchedule(warmup_steps=min(100, steps), final_fraction=0.0),
             weight_decay=0.05,
             ema_decay=0.998,
         ),

@@ -7,9 +7,11 @@ Hardware: two CPU cores. The 4,200 steps, 34 million tokens, took 89 minutes bes
 are then the most likely ones.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
 from transformer.objectives.masked_lm import MaskedLM
+from transformer.optimizers.muon import Muon
+from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -30,12 +32,9 @@ def get_config(variant: str = "") -> Config:
             batch_size=32,
         ),
         objective=MaskedLM(mask_rate=0.3),
-        optimizer=OptimizerConfig(
-            name="muon",
+        optimizer=Muon(
             learning_rate=0.01,
-            schedule="linear",
-            warmup_steps=min(200, steps),
-            final_fraction=0.0,
+            schedule=LinearSchedule(warmup_steps=min(200, steps), final_fraction=0.0),
             weight_decay=0.01,
         ),
         training=TrainingConfig(steps=steps, eval_every=600, checkpoint_every=200, log_every=50),

@@ -6,7 +6,7 @@ A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is
 devices share the state. `transformer plan configs/llama_1b.py --topology v5e:4x4` says what a step takes; none has been run.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -16,6 +16,8 @@ from transformer.model_config import (
     PositionConfig,
 )
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -47,7 +49,7 @@ def get_config(variant: str = "") -> Config:
             batch_size=8 if debug else 256,
         ),
         objective=NextToken(loss_chunks=8),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=min(2000, steps), weight_decay=0.1),
+        optimizer=AdamW(learning_rate=3e-4, schedule=CosineSchedule(warmup_steps=min(2000, steps)), weight_decay=0.1),
         parallel=ParallelConfig(data=1, fsdp=-1),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=1000, log_every=10),
     )

@@ -7,7 +7,7 @@ devices share the state (`fsdp`). On v6e-256, 2 rows a chip, a step wants 12.3 o
 7.7 of 16.9 (`transformer plan`, docs/scaling.md). None has been run.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -17,6 +17,8 @@ from transformer.model_config import (
     PositionConfig,
 )
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -48,7 +50,7 @@ def get_config(variant: str = "") -> Config:
             batch_size=8 if debug else 512,
         ),
         objective=NextToken(loss_chunks=8),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=min(2000, steps), weight_decay=0.1),
+        optimizer=AdamW(learning_rate=3e-4, schedule=CosineSchedule(warmup_steps=min(2000, steps)), weight_decay=0.1),
         parallel=ParallelConfig(data=1, fsdp=-1),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=1000, log_every=10),
     )

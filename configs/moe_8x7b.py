@@ -6,7 +6,7 @@ Hardware: the model itself needs a pod, and has not been trained here; its data 
 variant, of the same form with 0.4 million parameters, takes a minute on two CPU cores.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import (
     AttentionConfig,
     BlockConfig,
@@ -15,6 +15,8 @@ from transformer.model_config import (
     NormConfig,
     PositionConfig,
 )
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -50,6 +52,6 @@ def get_config(variant: str = "") -> Config:
             sequence_length=128 if debug else 4096,
             batch_size=8 if debug else 256,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3 if debug else 3e-4, warmup_steps=steps // 50),
+        optimizer=AdamW(learning_rate=3e-3 if debug else 3e-4, schedule=CosineSchedule(warmup_steps=steps // 50)),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=1000, log_every=10),
     )

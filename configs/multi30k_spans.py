@@ -6,9 +6,11 @@
 The model is that of `configs/multi30k_translate.py`, and its tokenizer will be this one. Hardware: two CPU cores.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
 from transformer.objectives.span_corruption import SpanCorruption
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.inverse_sqrt import InverseSqrtSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -25,10 +27,9 @@ def get_config(variant: str = "") -> Config:
             batch_size=64,
         ),
         objective=SpanCorruption(),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=1.5e-3,
-            schedule="inverse_sqrt",
-            warmup_steps=min(400, steps),
+            schedule=InverseSqrtSchedule(warmup_steps=min(400, steps)),
             weight_decay=0.05,
             b2=0.98,
         ),

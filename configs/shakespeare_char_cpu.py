@@ -6,8 +6,10 @@ Without `--data.source` it reads the TFDS dataset `tiny_shakespeare`. Hardware: 
 Expect a validation loss of 1.90 nats per character on the whole last tenth of the text.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -23,8 +25,12 @@ def get_config(variant: str = "") -> Config:
             pack=False,
             record_bytes=2048,
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=min(100, steps), final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.99
+        optimizer=AdamW(
+            learning_rate=1e-3,
+            schedule=CosineSchedule(warmup_steps=min(100, steps), final_fraction=0.1),
+            weight_decay=0.1,
+            b1=0.9,
+            b2=0.99,
         ),
         training=TrainingConfig(steps=steps, eval_every=0, checkpoint_every=0, log_every=50),
     )

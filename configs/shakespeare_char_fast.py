@@ -6,8 +6,10 @@ Hardware: two CPU cores, under a minute, process start and compilation included.
 character on the whole last tenth of the text; docs/shakespeare.md compares.
 """
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.optimizers.muon import Muon
+from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
@@ -27,12 +29,9 @@ def get_config(variant: str = "") -> Config:
             pack=False,
             record_bytes=2048,
         ),
-        optimizer=OptimizerConfig(
-            name="muon",
+        optimizer=Muon(
             learning_rate=0.02,
-            schedule="linear",
-            warmup_steps=min(50, steps),
-            final_fraction=0.0,
+            schedule=LinearSchedule(warmup_steps=min(50, steps), final_fraction=0.0),
             weight_decay=0.0,
             b2=0.99,
         ),

@@ -13,6 +13,7 @@ STAIRS = [
         "validation",
         "kinds",
         "objective",
+        "optimizer",
         "model_config",
         "parallel_config",
         "config",
@@ -26,7 +27,7 @@ STAIRS = [
     {"layers"},
     {"models"},
     {"generation", "data", "interop", "analysis"},
-    {"objectives"},
+    {"objectives", "optimizers", "schedules"},
     {"training"},
     {"tasks"},
     {"steps"},
@@ -78,7 +79,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 19_000
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 19_400
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}

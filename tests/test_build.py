@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.data.tokenizers import ByteTokenizer, PairTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
+from transformer.optimizers.adamw import AdamW
 from transformer.runs.recipe import make_run
+from transformer.schedules.cosine import CosineSchedule
 from transformer.tasks import resolve
 from transformer.types import UserError
 
@@ -23,7 +25,7 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
             data=DataConfig(
                 source=(str(tmp_path / "text.txt"),), data_dir=str(tmp_path), sequence_length=16, batch_size=8
             ),
-            optimizer=OptimizerConfig(warmup_steps=0),
+            optimizer=AdamW(schedule=CosineSchedule(warmup_steps=0)),
             training=TrainingConfig(steps=1, seed=seed),
         )
         state = make_run(config).init_state()

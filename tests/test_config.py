@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import from_dict, resume_conflicts, to_dict
 from transformer.kinds import Kind
 from transformer.model_config import (
@@ -20,7 +20,10 @@ from transformer.model_config import (
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.span_corruption import SpanCorruption
+from transformer.optimizer import OPTIMIZERS
+from transformer.optimizers.adamw import AdamW
 from transformer.overrides import override
+from transformer.schedules.cosine import CosineSchedule
 from transformer.types import UserError
 
 ODD = (BlockConfig(AttentionConfig(num_heads=3)),)
@@ -102,10 +105,10 @@ def remembering(kind="rotary", **changes):
             lambda: ModelConfig(architecture="encoder", bidirectional_prefix=True),
             "bidirectional_prefix=True needs architecture='decoder', got 'encoder'",
         ),
-        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
-        (lambda: OptimizerConfig(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
-        (lambda: OptimizerConfig(parameter_groups=("(=1",)), "must be REGEX=SCALE"),
-        (lambda: OptimizerConfig(parameter_groups=("a=-1",)), "must be REGEX=SCALE"),
+        (lambda: AdamW(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
+        (lambda: AdamW(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
+        (lambda: AdamW(parameter_groups=("(=1",)), "must be REGEX=SCALE"),
+        (lambda: AdamW(parameter_groups=("a=-1",)), "must be REGEX=SCALE"),
         (lambda: TrainingConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: ParallelConfig(data=-2), "must be at least 1, or -1 for what the others leave, got {'data': -2"),
         (lambda: ParallelConfig(tensor=0), "must be at least 1, or -1 for what the others leave"),
@@ -117,11 +120,14 @@ def remembering(kind="rotary", **changes):
         (lambda: TrainingConfig(profile_steps=(1, 4)), "first step of at least 2 .* got 1 4"),
         (lambda: TrainingConfig(steps=8, profile_steps=(5, 9)), "the last of the run's 8, got 5 9"),
         (
-            lambda: Config(data=DataConfig(batch_size=10), optimizer=OptimizerConfig(accumulate_steps=4)),
+            lambda: Config(data=DataConfig(batch_size=10), optimizer=AdamW(accumulate_steps=4)),
             "divisible by optimizer.accumulate_steps=4, got 10",
         ),
         (lambda: Config(model=ModelConfig(max_length=8)), "max_length must be 0 or at least data.sequence_length=256"),
-        (lambda: Config(optimizer=OptimizerConfig(warmup_steps=2000)), "must not exceed training.steps=1000, got 2000"),
+        (
+            lambda: Config(optimizer=AdamW(schedule=CosineSchedule(warmup_steps=2000))),
+            "must not exceed training.steps=1000, got 2000",
+        ),
     ],
 )
 def test_bad_values_are_refused(make, message):
@@ -132,7 +138,7 @@ def test_bad_values_are_refused(make, message):
 CUSTOM = Config(
     model=ModelConfig(pattern=(BlockConfig(AttentionConfig(window=8)), BlockConfig())),
     data=DataConfig(source=("a", "b"), weights=(1.0, 2.0)),
-    optimizer=OptimizerConfig(parameter_groups=("embedding=0",)),
+    optimizer=AdamW(parameter_groups=("embedding=0",)),
 )
 
 
@@ -194,7 +200,7 @@ def test_configs_are_frozen_and_hashable():
 
 
 def test_resume_may_change_length_but_not_the_model():
-    old = to_dict(CUSTOM)
+    old = CUSTOM
     longer = dataclasses.replace(CUSTOM, workdir="x", training=TrainingConfig(steps=5000, log_every=3))
     assert resume_conflicts(old, to_dict(longer)) == []
     block = BlockConfig(AttentionConfig(num_heads=8, window=8))
@@ -204,15 +210,15 @@ def test_resume_may_change_length_but_not_the_model():
     assert any("model.pattern.1" in line and "absent" in line for line in resume_conflicts(old, to_dict(fewer)))
 
 
-@pytest.mark.parametrize(("name", "conflicts"), [("adamw", 0), ("adafactor", 1)])
+@pytest.mark.parametrize(("name", "conflicts"), [("adamw", 0), ("muon", 0), ("adafactor", 1)])
 def test_adafactor_does_not_change_from_a_loop_to_a_scan(name, conflicts):
-    before = dataclasses.replace(CUSTOM, optimizer=OptimizerConfig(name=name))
+    before = dataclasses.replace(CUSTOM, optimizer=OPTIMIZERS.find(name)())
     after = dataclasses.replace(
         before, model=dataclasses.replace(CUSTOM.model, scan_layers=not CUSTOM.model.scan_layers)
     )
-    assert len(resume_conflicts(to_dict(before), to_dict(after))) == conflicts
+    assert len(resume_conflicts(before, to_dict(after))) == conflicts
 
 
 def test_parameter_groups_are_parsed():
-    ((pattern, scale),) = OptimizerConfig(parameter_groups=("layers_[01]/.*=0.5",)).groups()
+    ((pattern, scale),) = AdamW(parameter_groups=("layers_[01]/.*=0.5",)).groups()
     assert pattern.search("layers_1/attention") and scale == 0.5

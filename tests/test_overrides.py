@@ -7,10 +7,12 @@ import pytest
 
 from transformer.cli.arguments import load_config
 from transformer.cli.fields import flags
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.config_io import RESUMABLE, resume_conflicts, to_dict
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.overrides import _RULES, override
+from transformer.schedules.cosine import CosineSchedule
 from transformer.types import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -48,7 +50,7 @@ BIG = Config(
         tokenizer="bpe",
         tokenizer_size=4096,
     ),
-    optimizer=OptimizerConfig(warmup_steps=100, accumulate_steps=8),
+    optimizer=AdamW(schedule=CosineSchedule(warmup_steps=100), accumulate_steps=8),
     training=TrainingConfig(steps=1000, profile_steps=(10, 20)),
 )
 
@@ -90,11 +92,11 @@ def refusal(config, changes):
 @pytest.mark.parametrize(
     ("changes", "followed"),
     [
-        ({"training.steps": 20}, {"optimizer.warmup_steps": 2, "training.profile_steps": (10, 20)}),
-        ({"training.steps": 15}, {"optimizer.warmup_steps": 1, "training.profile_steps": (10, 15)}),
-        ({"training.steps": 5}, {"optimizer.warmup_steps": 0, "training.profile_steps": (0, 0)}),
-        ({"training.steps": 100}, {"optimizer.warmup_steps": 100}),
-        ({"optimizer.restarts": (500, 550)}, {"optimizer.warmup_steps": 50}),
+        ({"training.steps": 20}, {"optimizer.schedule.warmup_steps": 2, "training.profile_steps": (10, 20)}),
+        ({"training.steps": 15}, {"optimizer.schedule.warmup_steps": 1, "training.profile_steps": (10, 15)}),
+        ({"training.steps": 5}, {"optimizer.schedule.warmup_steps": 0, "training.profile_steps": (0, 0)}),
+        ({"training.steps": 100}, {"optimizer.schedule.warmup_steps": 100}),
+        ({"optimizer.schedule.restarts": (500, 550)}, {"optimizer.schedule.warmup_steps": 50}),
         ({"data.sequence_length": 64}, {"data.buckets": (32, 64), "data.stride": 64}),
         ({"data.sequence_length": 48}, {"data.buckets": (32, 48), "data.stride": 48}),
         ({"data.sequence_length": 512}, {"data.buckets": (32, 64, 256, 512), "data.stride": 128}),
@@ -121,7 +123,7 @@ def test_what_follows_and_how_far(changes, followed):
     [
         ({"model.max_length": 256}, {"data.sequence_length": 512}, {"model.max_length": 512}),
         ({"model.max_length": 256}, {"data.sequence_length": 128}, {"model.max_length": 256}),
-        ({"optimizer.restarts": (300, 600)}, {"training.steps": 500}, {"optimizer.restarts": (300,)}),
+        ({"optimizer.schedule.restarts": (300, 600)}, {"training.steps": 500}, {"optimizer.schedule.restarts": (300,)}),
         (
             {"data.source": ("a",), "data.stride": 0, "data.buckets": ()},
             {"model.memory_length": 8},
@@ -156,10 +158,10 @@ def different(one, other):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.steps": 20, "optimizer.warmup_steps": 50}, "warmup_steps must not exceed"),
+        ({"training.steps": 20, "optimizer.schedule.warmup_steps": 50}, "warmup_steps must not exceed"),
         ({"data.sequence_length": 64, "data.buckets": (32, 128)}, "buckets must rise to"),
         ({"data.batch_size": 6, "optimizer.accumulate_steps": 4}, "accumulate_steps"),
-        ({"optimizer.warmup_steps": 2000}, "warmup_steps must not exceed"),
+        ({"optimizer.schedule.warmup_steps": 2000}, "warmup_steps must not exceed"),
         ({"data.sequence_length": 64, "data.stride": 128}, "stride must not exceed"),
         ({"training.stepz": 3}, "no field"),
         ({"trainin.steps": 3}, "no field"),
@@ -179,27 +181,29 @@ def test_python_users_are_refused_as_before():
 def test_a_run_that_goes_on_keeps_what_it_may_not_change():
     """Whatever its steps are now, and also where the file says otherwise."""
     begun = override(BIG, {"training.steps": 20})
-    assert begun.optimizer.warmup_steps == 2
+    assert begun.optimizer.schedule.warmup_steps == 2
     lines = []
     for changes in (
         {"training.steps": 40},
         {"training.steps": 1000},
         {},
-        {"training.steps": 25, "optimizer.restarts": (20,)},
+        {"training.steps": 25, "optimizer.schedule.restarts": (20,)},
     ):
         longer = override(BIG, changes, lines.append, recorded=begun)
-        assert resume_conflicts(to_dict(begun), to_dict(longer)) == []
-    assert set(lines) == {"optimizer.warmup_steps 100 -> 2, as the run that goes on has it"}
+        assert resume_conflicts(begun, to_dict(longer)) == []
+    assert set(lines) == {"optimizer.schedule.warmup_steps 100 -> 2, as the run that goes on has it"}
     # What is given stays, to be refused.
-    assert override(BIG, {"optimizer.warmup_steps": 3}, recorded=begun).optimizer.warmup_steps == 3
+    assert override(BIG, {"optimizer.schedule.warmup_steps": 3}, recorded=begun).optimizer.schedule.warmup_steps == 3
     # What follows a change that makes another run follows as ever.
     assert override(BIG, {"data.batch_size": 4}, recorded=begun).optimizer.accumulate_steps == 4
 
 
 def test_a_run_that_goes_on_for_too_few_steps_is_refused_by_the_flag_to_give():
-    begun = override(BIG, {"optimizer.warmup_steps": 20, "training.steps": 20})
-    with pytest.raises(UserError, match=r"at least optimizer\.warmup_steps=20, got 10; raise training\.steps"):
-        override(BIG, {"training.steps": 30, "optimizer.restarts": (20,)}, recorded=begun)
+    begun = override(BIG, {"optimizer.schedule.warmup_steps": 20, "training.steps": 20})
+    with pytest.raises(
+        UserError, match=r"at least optimizer\.schedule\.warmup_steps=20, got 10; raise training\.steps"
+    ):
+        override(BIG, {"training.steps": 30, "optimizer.schedule.restarts": (20,)}, recorded=begun)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+    from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.tokenizers import Tokenizer
     from transformer.generation.generate import Generated, Generator, generate, stream
     from transformer.generation.sampling import SamplingConfig
@@ -39,14 +39,24 @@ if TYPE_CHECKING:
     from transformer.ops.attention import dot_product_attention
     from transformer.ops.bias import AlibiBias, BiasDescription, T5Bias
     from transformer.ops.masks import AttentionMask, BlockPattern
+    from transformer.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
+    from transformer.optimizers.adafactor import Adafactor
+    from transformer.optimizers.adamw import AdamW
+    from transformer.optimizers.lion import Lion
+    from transformer.optimizers.muon import Muon
     from transformer.parallel_config import ParallelConfig
     from transformer.runs.saved import Loaded, load
+    from transformer.schedules.constant import ConstantSchedule
+    from transformer.schedules.cosine import CosineSchedule
+    from transformer.schedules.inverse_sqrt import InverseSqrtSchedule
+    from transformer.schedules.linear import LinearSchedule
+    from transformer.schedules.wsd import WSDSchedule
     from transformer.types import Batch, LabelledBatch, Loss, PairBatch, UserError
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": "Config DataConfig OptimizerConfig TrainingConfig",
+    "config": "Config DataConfig TrainingConfig",
     "data.tokenizers": "Tokenizer",
     "generation.generate": "Generated Generator generate stream",
     "generation.sampling": "SamplingConfig",
@@ -73,8 +83,18 @@ _NAMES = {
     "ops.attention": "dot_product_attention",
     "ops.bias": "AlibiBias BiasDescription T5Bias",
     "ops.masks": "AttentionMask BlockPattern",
+    "optimizer": "OPTIMIZERS SCHEDULES Optimizer Schedule",
+    "optimizers.adafactor": "Adafactor",
+    "optimizers.adamw": "AdamW",
+    "optimizers.lion": "Lion",
+    "optimizers.muon": "Muon",
     "parallel_config": "ParallelConfig",
     "runs.saved": "Loaded load",
+    "schedules.constant": "ConstantSchedule",
+    "schedules.cosine": "CosineSchedule",
+    "schedules.inverse_sqrt": "InverseSqrtSchedule",
+    "schedules.linear": "LinearSchedule",
+    "schedules.wsd": "WSDSchedule",
     "types": "Batch LabelledBatch Loss PairBatch UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}

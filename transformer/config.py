@@ -1,13 +1,12 @@
 """A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
 
 import dataclasses
-import itertools
 import os
-import re
 from typing import Annotated, Any, Literal
 
 from transformer.model_config import ModelConfig
 from transformer.objective import OBJECTIVES, Objective
+from transformer.optimizer import OPTIMIZERS, Optimizer
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
 from transformer.validation import Settings, require, require_at_least, require_range
@@ -132,74 +131,6 @@ class DataConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(Settings):
-    """How the parameters move."""
-
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """The update rule, from optax."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"] = "cosine"
-    """After warm-up; wsd (warm-up, stable, decay) falls linearly over the last decay_fraction of the steps."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    final_fraction: float = 0.1
-    """Learning rate at the last step, as a share of the peak (cosine, linear, wsd)."""
-    decay_fraction: float = 0.2
-    """Share of the steps in which wsd decays."""
-    restarts: tuple[int, ...] = ()
-    """Steps after which the schedule begins anew, warm-up and decay, over the steps to the next or the last (warm restarts,
-    Loshchilov and Hutter 2017). A finished run of N steps goes on so with more training.steps and N here."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only (not on norms, biases or embeddings' positions)."""
-    clip_norm: float = 1.0
-    """Scale the gradient down to this global norm; 0 means off."""
-    b1: float = 0.9
-    """Decay of the first moment (Muon: momentum of its matrices is 0.95)."""
-    b2: float = 0.95
-    """Decay of the second moment."""
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the first moment (adamw, lion, muon); bfloat16 halves its memory."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    accumulate_steps: int = 1
-    """Micro-batches a step's batch is cut into."""
-    ema_decay: float = 0.0
-    """Decay of an exponential moving average of the parameters, used for scores and samples; 0 means off."""
-    parameter_groups: tuple[str, ...] = ()
-    """REGEX=SCALE: learning-rate factor of parameters whose path matches, 0 freezes; the first match counts."""
-
-    def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"OptimizerConfig.learning_rate must be positive, got {self.learning_rate}.")
-        require_at_least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "eps")
-        require_at_least(self, 1, "accumulate_steps")
-        require_range(self, 0, 1, "b1", "b2", "ema_decay")
-        require_range(self, 0, 1 + 1e-9, "final_fraction", "decay_fraction")
-        require(
-            all(a < b for a, b in itertools.pairwise((0, *self.restarts))),
-            f"OptimizerConfig.restarts must be rising steps above 0, got {self.restarts}.",
-        )
-        self.groups()
-
-    def groups(self) -> tuple[tuple[re.Pattern[str], float], ...]:
-        """The parameter groups as (compiled pattern, learning-rate factor)."""
-        groups = []
-        for text in self.parameter_groups:
-            pattern, _, scale = text.rpartition("=")
-            try:
-                groups.append((re.compile(pattern), float(scale)))
-                valid = pattern != "" and float(scale) >= 0
-            except (re.error, ValueError):
-                valid = False
-            require(
-                valid,
-                f"OptimizerConfig.parameter_groups must be REGEX=SCALE with SCALE >= 0, got {text!r}; "
-                "for example 'token_embedding=0' freezes the embedding.",
-            )
-        return tuple(groups)
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainingConfig(Settings):
     """The run: how long, how often it reports, and what it keeps."""
 
@@ -256,18 +187,13 @@ class Config(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: Objective = dataclasses.field(default_factory=OBJECTIVES.default)
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: Optimizer = dataclasses.field(default_factory=OPTIMIZERS.default)
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
     workdir: UserPath = ""
     """Directory of the run (may be remote, gs://...); empty means runs/NAME-OF-CONFIG."""
 
     def __post_init__(self) -> None:
-        require(
-            self.data.batch_size % self.optimizer.accumulate_steps == 0,
-            f"data.batch_size must be divisible by optimizer.accumulate_steps={self.optimizer.accumulate_steps}, "
-            f"got {self.data.batch_size}.",
-        )
         require(
             self.model.max_length == 0 or self.model.max_length >= self.data.sequence_length,
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
@@ -279,16 +205,4 @@ class Config(Settings):
             f"{self.model.memory_length} and data.continue_rows={self.data.continue_rows}; set both or neither.",
         )
         self.objective.check(self)
-        require(
-            self.optimizer.warmup_steps <= self.training.steps,
-            f"optimizer.warmup_steps must not exceed training.steps={self.training.steps}, "
-            f"got {self.optimizer.warmup_steps}.",
-        )
-        bounds = (0, *self.optimizer.restarts, self.training.steps)
-        shortest = min(b - a for a, b in itertools.pairwise(bounds))
-        require(
-            shortest >= max(1, self.optimizer.warmup_steps),
-            f"Between optimizer.restarts={self.optimizer.restarts} and training.steps={self.training.steps} must be steps, "
-            f"at least optimizer.warmup_steps={self.optimizer.warmup_steps}, got {shortest}; raise training.steps or "
-            "change these.",
-        )
+        self.optimizer.check(self)

@@ -23,7 +23,7 @@ RESUMABLE = (
     "data.data_dir",
     "data.stride",
     "data.limit",
-    "optimizer.restarts",
+    "optimizer.schedule.restarts",
     "training.steps",
     "training.log_every",
     "training.eval_every",
@@ -100,12 +100,13 @@ def fill_open(config: Config, recorded: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(data, **filled))
 
 
-def resume_conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences of two configs (dictionaries) that a resumed run may not have, a line each; what one leaves open is none."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    # Adafactor bounds and scales the update of each parameter by its root mean square: of a layer, or of a whole stack.
-    stacked = before.get("optimizer.name") == after.get("optimizer.name") == "adafactor"
-    resumable = tuple(path for path in RESUMABLE if not (stacked and path == "model.scan_layers"))
+def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
+    """Differences of a run's config and another (a dictionary) that a resumed run may not have, a line each.
+
+    What one of them leaves open is none.
+    """
+    before, after = dict(_leaves(to_dict(old))), dict(_leaves(new))
+    resumable = tuple(path for path in RESUMABLE if path not in old.optimizer.fixed)
     return [
         f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"
         for path in sorted(set(before) | set(after))

@@ -60,13 +60,13 @@ def _accumulate(new: _Values, old: _Values) -> int:
 
 
 def _restarts(new: _Values, old: _Values) -> list[int]:
-    return [step for step in new["optimizer"]["restarts"] if step < new["training"]["steps"]]
+    return [step for step in new["optimizer"]["schedule"]["restarts"] if step < new["training"]["steps"]]
 
 
 def _warmup(new: _Values, old: _Values) -> int:
     """As long as it was, or its share of the steps where the shortest period has not so many."""
-    warmup, steps = new["optimizer"]["warmup_steps"], max(0, new["training"]["steps"])
-    shortest = min(b - a for a, b in itertools.pairwise((0, *new["optimizer"]["restarts"], steps)))
+    warmup, steps = new["optimizer"]["schedule"]["warmup_steps"], max(0, new["training"]["steps"])
+    shortest = min(b - a for a, b in itertools.pairwise((0, *new["optimizer"]["schedule"]["restarts"], steps)))
     return warmup if warmup <= shortest else max(0, min(shortest, warmup * steps // old["training"]["steps"]))
 
 
@@ -117,8 +117,8 @@ _RULES = (
         new["model"]["memory_length"] if new["data"]["continue_rows"] else 0)),
     _Rule("data.num_streams", ("data.batch_size", "data.continue_rows"), _streams),
     _Rule("optimizer.accumulate_steps", ("data.batch_size",), _accumulate),
-    _Rule("optimizer.restarts", ("training.steps",), _restarts),
-    _Rule("optimizer.warmup_steps", ("training.steps", "optimizer.restarts"), _warmup),
+    _Rule("optimizer.schedule.restarts", ("training.steps",), _restarts),
+    _Rule("optimizer.schedule.warmup_steps", ("training.steps", "optimizer.schedule.restarts"), _warmup),
     _Rule("training.profile_steps", ("training.steps",), _profile),
     _Rule("model.vocab_size", ("data.tokenizer_size",), _vocabulary),
     _Rule("model.positions.num_buckets", ("model.positions.max_distance",), _distance_buckets),
@@ -155,8 +155,9 @@ def override(
         UserError: a field does not exist, or a value cannot work.
 
     Example:
-        >>> from transformer.config import OptimizerConfig
-        >>> override(Config(optimizer=OptimizerConfig(warmup_steps=100)), {"training.steps": 20}).optimizer.warmup_steps
+        >>> from transformer import AdamW, CosineSchedule
+        >>> config = Config(optimizer=AdamW(schedule=CosineSchedule(warmup_steps=100)))
+        >>> override(config, {"training.steps": 20}).optimizer.schedule.warmup_steps
         2
     """
     config = with_kinds(config, changes)
@@ -219,7 +220,7 @@ def unknown_setting(config: Config, path: str) -> str:
     """Why a config has no field `path`, if it is a setting of another kind than the one chosen; else nothing."""
     section, _, name = path.rpartition(".")
     for place, chosen in chosen_kinds(config):
-        others = kinds_with(chosen.family, name) if place == section else []
+        others = kinds_with(chosen.family, name) if place == section and not hasattr(chosen, name) else []
         if others:
             return f"{path} is a setting of {' and '.join(others)}, {place}.kind is {chosen.kind}; leave it out, or change that."
     return ""

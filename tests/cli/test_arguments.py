@@ -63,8 +63,8 @@ def test_alias_sets_every_block():
         (["--data.source", "a", "--trainig.steps", "3"], "--trainig.steps is no option"),
         (["--training.profile-steps", "3"], "--training.profile-steps takes 2 values, got 3."),
         (
-            ["--optimizer.name", "adam"],
-            "--optimizer.name must be one of adamw, lion, adafactor, muon, got 'adam'; did you",
+            ["--optimizer.kind", "adam"],
+            "--optimizer.kind must be one of adamw, lion, adafactor, muon, got 'adam'; did you",
         ),
         (["--data.no-pack=true"], "--data.no-pack takes no value"),
         (["--data.no-batch-size"], "--data.no-batch-size is no option"),

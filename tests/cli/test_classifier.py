@@ -12,7 +12,8 @@ from transformer.cli.main import main
 from transformer.runs.saved import load
 
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer import AdamW
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.masked_lm import MaskedLM
@@ -27,7 +28,7 @@ def get_config(variant=""):
             source=("mine",), tokenizer="words", tokenizer_size=300, sequence_length=32, batch_size=8, record_bytes=512
         ),
         objective=MaskedLM() if variant == "mlm" else Classification(),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
+        optimizer=AdamW(learning_rate=1e-2),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=100, log_every=20, eval_every=0, checkpoint_every=0),
     )

@@ -17,14 +17,15 @@ from transformer.tasks import count_parameters
 from transformer.training.checkpoint import Checkpointer
 
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer import AdamW, CosineSchedule
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 
 def get_config():
     return Config(
         model=ModelConfig(num_layers=1, embed_dim=16, pattern=(BlockConfig(AttentionConfig(num_heads=2)),)),
         data=DataConfig(sequence_length=32, batch_size=8, record_bytes=512, validation_fraction=0.2, test_fraction=0.2),
-        optimizer=OptimizerConfig(ema_decay=0.5),
+        optimizer=AdamW(ema_decay=0.5),
         training=TrainingConfig(steps=6, log_every=2, eval_every=3, checkpoint_every=3, sample_length=8),
     )
 """
@@ -101,8 +102,8 @@ def test_a_finished_run_goes_on_with_a_new_schedule(workdir, arguments, capsys, 
     shutil.copytree(workdir, tmp_path / "run")
     command = ["train", *arguments, "--workdir", str(tmp_path / "run")]
     main(command)
-    assert "--optimizer.restarts 6" in " ".join(capsys.readouterr().err.split())
-    main([*command, "--training.steps", "8", "--optimizer.restarts", "6"])
+    assert "--optimizer.schedule.restarts 6" in " ".join(capsys.readouterr().err.split())
+    main([*command, "--training.steps", "8", "--optimizer.schedule.restarts", "6"])
     out = " ".join(capsys.readouterr().err.split())
     assert "learning rate 0.0001 at step 6, 0.001 at step 7: a new schedule begins." in out
     rates = [
@@ -114,7 +115,7 @@ def test_a_finished_run_goes_on_with_a_new_schedule(workdir, arguments, capsys, 
 
 def test_the_hint_of_a_finished_run_can_be_followed(place, arguments, capsys, tmp_path):
     """Its warm-up is as it was, and so are the restarts that it has had, whatever the command line says of them."""
-    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "warmup_steps=4"))
+    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "schedule=CosineSchedule(warmup_steps=4)"))
     command = ["train", str(tmp_path / "config.py"), *arguments[1:], "--training.sample-length", "0"]
     command += ["--workdir", str(tmp_path / "run")]
     main(command)
@@ -122,25 +123,27 @@ def test_the_hint_of_a_finished_run_can_be_followed(place, arguments, capsys, tm
         capsys.readouterr()
         main([*command, "--training.steps", str(done)])
         said = " ".join(capsys.readouterr().err.split())
-        assert f"With --optimizer.restarts {restarts} it warms up" in said
+        assert f"With --optimizer.schedule.restarts {restarts} it warms up" in said
         assert f"(--training.steps {done + 4} or more)" in said
-        longer = [*command, "--optimizer.restarts", *restarts.split(), "--training.steps"]
+        longer = [*command, "--optimizer.schedule.restarts", *restarts.split(), "--training.steps"]
         error = " ".join(refused([*longer, str(done + 3)], capsys).split())
-        assert "at least --optimizer.warmup-steps=4, got 3; raise --training.steps" in error
+        assert "at least --optimizer.schedule.warmup-steps=4, got 3; raise --training.steps" in error
         main([*longer, str(done + 4)])
         assert "a new schedule begins" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_of_fewer_steps_goes_on_with_the_files(place, arguments, capsys, tmp_path):
     """The warm-up that followed the first steps stays when they are the file's again; with the command typed once more, too."""
-    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "warmup_steps=4"))
+    (tmp_path / "config.py").write_text(CONFIG.replace("ema_decay=0.5", "schedule=CosineSchedule(warmup_steps=4)"))
     command = ["train", str(tmp_path / "config.py"), *arguments[1:], "--training.sample-length", "0"]
     command += ["--workdir", str(tmp_path / "run")]
     main([*command, "--training.steps", "3"])
     capsys.readouterr()
     for _ in range(2):
         main(command)
-        assert "note: --optimizer.warmup-steps 4 -> 2, as the run that goes on has it" in capsys.readouterr().err
+        assert (
+            "note: --optimizer.schedule.warmup-steps 4 -> 2, as the run that goes on has it" in capsys.readouterr().err
+        )
     assert load(tmp_path / "run").step == 6
 
 
@@ -163,7 +166,7 @@ def test_sizes_that_cannot_be_are_refused_before_data_is_prepared(flag, value, p
 def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
     """Three steps over a mesh and three under pmap come as close to six over a mesh as rounding lets Adam."""
     sgd_like = ["--optimizer.eps", "1e-3", "--training.sample-length", "0"]
-    command = ["train", *arguments, *sgd_like, "--optimizer.schedule", "constant"]
+    command = ["train", *arguments, *sgd_like, "--optimizer.schedule.kind", "constant"]
     main([*command, "--workdir", str(tmp_path / "mesh")])
     main([*command, "--workdir", str(tmp_path / "both"), "--training.steps", "3"])
     main([*command, "--workdir", str(tmp_path / "both"), "--parallel.strategy", "pmap"])

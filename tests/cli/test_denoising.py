@@ -10,7 +10,8 @@ from transformer.cli.main import main
 from transformer.runs.saved import load
 
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer import AdamW, CosineSchedule
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 
@@ -22,7 +23,7 @@ def get_config(variant="prefix_lm"):
         ),
         data=DataConfig(sequence_length=32, batch_size=16, buckets=(32,)),
         objective=OBJECTIVES.find(variant)(),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        optimizer=AdamW(learning_rate=1e-2, schedule=CosineSchedule(warmup_steps=5)),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=40, log_every=10, eval_every=0, checkpoint_every=0, sample_length=4),
     )

@@ -19,7 +19,8 @@ from transformer.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer import AdamW, ConstantSchedule
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 
 
@@ -28,7 +29,7 @@ def get_config(variant=""):
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=16, pattern=(block,), scan_layers=True),
         data=DataConfig(source=("text.txt",), sequence_length=32, batch_size=8, record_bytes=256),
-        optimizer=OptimizerConfig(schedule="constant", eps=1e-3),
+        optimizer=AdamW(schedule=ConstantSchedule(), eps=1e-3),
         parallel=ParallelConfig(fsdp=2),
         training=TrainingConfig(steps=100_000, log_every=1, eval_every=0, checkpoint_every=4, sample_length=0),
     )

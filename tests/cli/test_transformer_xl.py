@@ -20,7 +20,8 @@ from transformer.training.checkpoint import Checkpointer
 from transformer.types import UserError
 
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer import AdamW, ConstantSchedule
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
 
 def get_config():
@@ -34,7 +35,7 @@ def get_config():
             memory_length=16,
         ),
         data=DataConfig(sequence_length=16, batch_size=4, record_bytes=512, validation_fraction=0.2, continue_rows=True),
-        optimizer=OptimizerConfig(accumulate_steps=2, schedule="constant"),
+        optimizer=AdamW(accumulate_steps=2, schedule=ConstantSchedule()),
         parallel=ParallelConfig(data=2),
         training=TrainingConfig(steps=6, log_every=2, eval_every=3, checkpoint_every=3, sample_length=4),
     )

@@ -8,7 +8,8 @@ import pytest
 from transformer.cli.main import main
 
 CONFIG = """
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer import AdamW, CosineSchedule
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.seq2seq import Seq2Seq
 
@@ -22,7 +23,7 @@ def get_config():
             source=("toy",), tokenizer="words", tokenizer_size=300, sequence_length=16, buckets=(16,), batch_size=32
         ),
         objective=Seq2Seq(),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10),
+        optimizer=AdamW(learning_rate=1e-2, schedule=CosineSchedule(warmup_steps=10)),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=300, log_every=100, eval_every=0, checkpoint_every=0),
     )

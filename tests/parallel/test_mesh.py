@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig
+from transformer.config import Config, DataConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.places import balanced_order
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import batch_sharding, make_mesh, mesh_runner, num_row_shards, process_rows
 from transformer.parallel.rules import AXES, constrain, spread_axes, tree_shardings
 from transformer.steps import check_devices
@@ -132,7 +133,7 @@ CONTEXT = {
             "a multiple of 1024 with parallel.context=4, got 3000; the next one is 3072",
         ),
         (
-            {"parallel": ParallelConfig(data=2, fsdp=2), "optimizer": OptimizerConfig(accumulate_steps=4)},
+            {"parallel": ParallelConfig(data=2, fsdp=2), "optimizer": AdamW(accumulate_steps=4)},
             r"divisible by devices x optimizer.accumulate_steps = 4 x 4, got 8",
         ),
         ({"parallel": ParallelConfig(fsdp=16)}, "must divide the 8 devices"),

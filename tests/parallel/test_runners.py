@@ -11,14 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import OptimizerConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner, replicate, unreplicate
 from transformer.parallel.runner import check_divisible, choose_devices
+from transformer.schedules.constant import ConstantSchedule
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -41,7 +42,7 @@ def model_and_params(memory_length=0, num_experts=0):
 def make_runner(kind, accumulate_steps=2, memory_length=0, num_experts=0):
     """The runner and the state before the first step; Adam with an eps that hides no rounding (DESIGN: "equal")."""
     model, params = model_and_params(memory_length, num_experts)
-    config = OptimizerConfig(learning_rate=0.05, eps=1e-3, schedule="constant", accumulate_steps=accumulate_steps)
+    config = AdamW(learning_rate=0.05, schedule=ConstantSchedule(), eps=1e-3, accumulate_steps=accumulate_steps)
     optimizer, schedule = make_optimizer(config, 10, params)
     objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     axis_name = AXIS_NAME if kind == "pmap" else None

@@ -18,10 +18,12 @@ import pytest
 from rich.console import Console
 
 from transformer import config as config_module
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig, UserPath
+from transformer.config import Config, DataConfig, TrainingConfig, UserPath
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.runs.saved import evaluate, load
 from transformer.runs.train import train
+from transformer.schedules.cosine import CosineSchedule
 from transformer.training.metrics import TIMINGS
 from transformer.training.writers import read_jsonl
 from transformer.types import UserError
@@ -42,7 +44,7 @@ def make_config(place, name="run", **training):
             batch_size=8,
             validation_fraction=0.2,
         ),
-        optimizer=OptimizerConfig(warmup_steps=1),
+        optimizer=AdamW(schedule=CosineSchedule(warmup_steps=1)),
         training=TrainingConfig(
             **{"steps": STEPS, "log_every": 1, "eval_every": 2, "checkpoint_every": 2, "sample_length": 4, **training}
         ),

@@ -79,10 +79,10 @@ def test_a_stored_tokenizer_knows_its_kind(kind, tmp_path):
 def test_a_run_goes_on_with_what_it_recorded_where_nothing_is_asked_for():
     recorded = Config(data=DataConfig(tokenizer="bpe", tokenizer_size=300))
     for data in (DataConfig(), DataConfig(tokenizer="bpe"), DataConfig(tokenizer_size=300)):
-        assert resume_conflicts(to_dict(recorded), to_dict(Config(data=data))) == []
+        assert resume_conflicts(recorded, to_dict(Config(data=data))) == []
         assert fill_open(Config(data=data), recorded) == recorded
-        assert resume_conflicts(to_dict(Config(data=data)), to_dict(recorded)) == []  # a kill before the first save
-    conflicts = resume_conflicts(to_dict(recorded), to_dict(Config(data=DataConfig(tokenizer="bytes"))))
+        assert resume_conflicts(Config(data=data), to_dict(recorded)) == []  # a kill before the first save
+    conflicts = resume_conflicts(recorded, to_dict(Config(data=DataConfig(tokenizer="bytes"))))
     assert conflicts == ["data.tokenizer: bpe -> bytes"]
 
 

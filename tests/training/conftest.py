@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import OptimizerConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh, mesh_runner
+from transformer.schedules.cosine import CosineSchedule
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
 from transformer.training.step import make_eval_step, make_train_step
@@ -108,13 +109,20 @@ class Batches:
 
 
 @functools.cache
-def make_runner(devices=1, steps=30, dropout=0.25, **optimizer):
+def make_runner(devices=1, steps=30, dropout=0.25, schedule=None, **optimizer):
     """A runner over a mesh and a function that makes the state before the first step; compiled once for all tests."""
-    config = OptimizerConfig(**{"learning_rate": 0.03, "warmup_steps": 3, "accumulate_steps": 2, **optimizer})
-    transform, schedule = make_optimizer(config, steps, make_params())
+    config = AdamW(
+        **{
+            "learning_rate": 0.03,
+            "schedule": schedule or CosineSchedule(warmup_steps=3),
+            "accumulate_steps": 2,
+            **optimizer,
+        }
+    )
+    transform, rates = make_optimizer(config, steps, make_params())
     objective = make_objective(dropout)
     step = make_train_step(
-        objective, transform, schedule, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay
+        objective, transform, rates, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay
     )
     runner = mesh_runner(make_mesh(devices), step, make_eval_step(objective))
     return runner, lambda: create_state(make_params(), transform, jax.random.key(7), ema=config.ema_decay > 0)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.runs import train as runs_train
 from transformer.training.divergence import first_not_finite, split
 from transformer.types import Loss, UserError
@@ -122,7 +123,7 @@ def test_a_run_that_diverges_names_the_layer(tmp_path_factory, monkeypatch, case
         data=DataConfig(
             source=(str(directory / "text.txt"),), data_dir=str(directory / "data"), sequence_length=16, batch_size=8
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-5),
+        optimizer=AdamW(learning_rate=1e-5),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(steps=30, log_every=1, sample_length=0, eval_every=0),
         workdir=str(directory / case),

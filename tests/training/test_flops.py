@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, OptimizerConfig
+from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
 from transformer.models.init import init_params
 from transformer.objective import OBJECTIVES
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
 from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model
 from transformer.training.flops import count_flops, step_flops, traced_flops
@@ -76,7 +77,7 @@ def make(kind, *, objective=None, optimizer=None, **settings):
         model=model,
         data=DataConfig(sequence_length=LENGTH, batch_size=ROWS, continue_rows=model.memory_length > 0),
         objective=OBJECTIVES.find(kind)(**(objective or {})),
-        optimizer=optimizer or OptimizerConfig(),
+        optimizer=optimizer or AdamW(),
     )
     module = make_model(model)
     params, _ = init_params(module, None, *init_shapes(module), method=init_method(module))
@@ -182,7 +183,7 @@ def gradient(objective, key):
 @pytest.mark.parametrize("name", ["unequal", "transformer_xl", "masked, experts", "classes", "pairs, two vocabularies"])
 def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
     kind, settings = MODELS[name]
-    config, params, batch = make(kind, optimizer=OptimizerConfig(parameter_groups=groups), **settings)
+    config, params, batch = make(kind, optimizer=AdamW(parameter_groups=groups), **settings)
     objective = config.objective.bind(make_model(config.model), StandIn(VOCAB))
     objective = freeze(objective, config.optimizer, params)
     carry = jax.eval_shape(lambda: objective.init_carry(ROWS))

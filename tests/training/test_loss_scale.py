@@ -12,14 +12,17 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import OptimizerConfig, TrainingConfig
+from transformer.config import TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
 from transformer.ops.losses import cross_entropy
+from transformer.optimizer import OPTIMIZERS
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.schedules.cosine import CosineSchedule
 from transformer.training.checkpoint import Checkpointer, describe
 from transformer.training.folders import committed_steps
 from transformer.training.loop import train
@@ -87,7 +90,9 @@ def bits(tree):
 
 @functools.cache
 def compiled_step(optimizer, accumulate_steps):
-    transform, schedule = make_optimizer(OptimizerConfig(name=optimizer, warmup_steps=9), 10, make_params())
+    transform, schedule = make_optimizer(
+        OPTIMIZERS.find(optimizer)(schedule=CosineSchedule(warmup_steps=9)), 10, make_params()
+    )
     step = make_train_step(make_objective(), transform, schedule, accumulate_steps=accumulate_steps, ema_decay=0.5)
     return jax.jit(step), transform
 
@@ -125,7 +130,7 @@ def test_a_good_step_changes_everything_and_keeps_the_scale():
     for name in ("params", "opt_state", "ema_params"):
         assert bits(getattr(after, name)) != bits(getattr(before, name)), name
     # Skipped steps are none to the schedule: the optimizer did not see them.
-    schedule = make_optimizer(OptimizerConfig(warmup_steps=9), 10, before.params)[1]
+    schedule = make_optimizer(AdamW(schedule=CosineSchedule(warmup_steps=9)), 10, before.params)[1]
     np.testing.assert_allclose(statistics["learning_rate"], schedule(5))
     assert float(schedule(5)) < float(schedule(7))
 
@@ -316,7 +321,7 @@ class Batches:
 @functools.cache
 def loop_runner():
     params = make_params()
-    transform, schedule = make_optimizer(OptimizerConfig(learning_rate=0.01), 20, params)
+    transform, schedule = make_optimizer(AdamW(learning_rate=0.01), 20, params)
     step = make_train_step(make_objective(), transform, schedule, ema_decay=0.9, accumulate_steps=2)
     return mesh_runner(make_mesh(1), step, make_eval_step(make_objective())), transform
 

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from transformer.config import OptimizerConfig
+from transformer.optimizer import OPTIMIZERS
+from transformer.optimizers.muon import muon_dimensions
+from transformer.schedules.constant import ConstantSchedule
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.optimizer import (
     check_scanned_groups,
@@ -14,13 +16,12 @@ from transformer.training.optimizer import (
     freeze,
     group_scales,
     make_optimizer,
-    muon_dimensions,
     parameter_path,
 )
 from transformer.training.state import create_state
 from transformer.types import UserError
 
-NAMES = ["adamw", "lion", "adafactor", "muon"]
+NAMES = OPTIMIZERS.names
 
 
 def small_params(seed=0):
@@ -43,7 +44,7 @@ def small_params(seed=0):
 
 
 def config(name, **changes):
-    return OptimizerConfig(**{"name": name, "learning_rate": 0.01, "schedule": "constant", **changes})
+    return OPTIMIZERS.find(name)(**{"learning_rate": 0.01, "schedule": ConstantSchedule(), **changes})
 
 
 def by_path(tree):
@@ -172,7 +173,9 @@ def test_follows_the_schedule(name):
     """A first step at a tenth of the learning rate moves a tenth as far."""
     moves = []
     for warmup in (0, 9):
-        optimizer, schedule = make_optimizer(config(name, warmup_steps=warmup, weight_decay=0.0), 20, small_params())
+        optimizer, schedule = make_optimizer(
+            config(name, schedule=ConstantSchedule(warmup_steps=warmup), weight_decay=0.0), 20, small_params()
+        )
         after, _ = run(optimizer, small_params(), lambda params: jax.tree.map(jnp.ones_like, params), 1)
         moves.append(np.asarray(after["block"]["up"]["kernel"] - small_params()["block"]["up"]["kernel"]))
         assert float(schedule(0)) == pytest.approx(0.01 / (warmup + 1))

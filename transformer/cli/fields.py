@@ -49,6 +49,9 @@ _SYNONYMS = {
     "out-dir": "workdir",
     "dataset": "source",
     "bf16": "model.dtype",
+    "optimizer.name": "optimizer.kind",
+    "optim": "optimizer.kind",
+    "lr-scheduler-type": "optimizer.schedule.kind",
 }
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -121,10 +124,7 @@ def parse(
                 continue
             if why := unknown(_dashed(name).removeprefix("--").replace("-", "_")):
                 raise UserError(why)
-            near = difflib.get_close_matches(_dashed(name), table, 1)
-            meant = _SYNONYMS.get(_dashed(name)[2:], _dashed(name)[2:])
-            ending = [other for other in table if f".{other[2:]}".endswith("." + meant)]
-            hint = "".join(f"; did you mean {other}?" for other in (ending or near)[:1]) or "."
+            hint = "".join(f"; did you mean {other}?" for other in _meant(table, _dashed(name)[2:])[:1]) or "."
             raise UserError(f"{name} is no option of {command}{hint} `{command} --help` lists them.")
         given = [inline] if equals else _take(flag.hint, rest, table)
         if flag.hint is bool:
@@ -148,6 +148,17 @@ def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
             value = _value(flag.hint, [inline if equals else arguments[index + 1]], name)
             found |= dict.fromkeys(flag.paths, value)
     return found
+
+
+def _meant(table: dict[str, Flag], name: str) -> list[str]:
+    """The flags that an unknown one may be, the likeliest first."""
+    name = _SYNONYMS.get(name, name)
+    for ending in (name, f"{name}.kind"):
+        if found := [other for other in table if f".{other[2:]}".endswith(f".{ending}")]:
+            return found
+    section, _, last = name.rpartition(".")
+    within = [o for o in table if section and o.startswith(f"--{section}.") and o.endswith(f".{last}")]
+    return within or difflib.get_close_matches(f"--{name}", table, 1)
 
 
 def _dashed(name: str) -> str:

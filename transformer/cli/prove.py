@@ -14,10 +14,12 @@ import time
 from typing import NamedTuple
 
 from transformer.cli.options import Given, ProveOptions
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.optimizers.adamw import AdamW
 from transformer.runs.compare import compare, read_outcome
 from transformer.runs.directory import CHECKPOINTS
+from transformer.schedules.constant import ConstantSchedule
 from transformer.storage import expand
 from transformer.training.folders import committed_steps
 from transformer.types import UserError
@@ -34,7 +36,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=64, dropout=0.1, pattern=(block,)),
         data=DataConfig(source=("text",), data_dir="prepared", sequence_length=64, batch_size=8, record_bytes=2048),
-        optimizer=OptimizerConfig(accumulate_steps=2, schedule="constant", eps=1e-2, ema_decay=0.9),
+        optimizer=AdamW(schedule=ConstantSchedule(), accumulate_steps=2, eps=1e-2, ema_decay=0.9),
         training=TrainingConfig(
             steps=STEPS,
             log_every=LOG_EVERY,  # a row is begun before a checkpoint and written after it

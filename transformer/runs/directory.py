@@ -114,7 +114,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
     if not steps:
         folders.require_whole(checkpoints, 0)
         if folders.never_saved(checkpoints):
-            _compare_config(workdir, to_dict(config))
+            _compare_config(workdir, config)
         else:
             _require_empty(workdir, names, config)
         return None
@@ -123,7 +123,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
     path = folders.latest_undamaged(checkpoints, report, only=only)
     assert path is not None
     record = _read_record(path)
-    conflicts = resume_conflicts(to_dict(record.config), to_dict(config))
+    conflicts = resume_conflicts(record.config, to_dict(config))
     require(
         not conflicts,
         f"A run goes on with the config it began with; {workdir} differs in\n  "
@@ -160,7 +160,7 @@ def _parsed(path: epath.Path) -> Any:
         return None
 
 
-def _compare_config(workdir: epath.Path, expected: dict[str, Any]) -> None:
+def _compare_config(workdir: epath.Path, expected: Config) -> None:
     copy = _parsed(workdir / CONFIG_FILE)
     conflicts = resume_conflicts(expected, copy) if isinstance(copy, dict) else []
     require(
@@ -173,7 +173,7 @@ def _compare_config(workdir: epath.Path, expected: dict[str, Any]) -> None:
 
 def _compare_copies(workdir: epath.Path, record: Record) -> None:
     """Refuse a whole copy that says something else than the record; one that is missing or damaged will be written anew."""
-    _compare_config(workdir, to_dict(record.config))
+    _compare_config(workdir, record.config)
     for name, content in record.files.items():
         path = workdir / name
         copy = _parsed(path) if name not in (CONFIG_FILE, DATA_FILE) else None

@@ -81,7 +81,7 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
         own = make_params(model, jax.random.key(config.training.seed))
         transferred = transfer(own, params, pattern_length=len(config.model.pattern))
     # What shapes need not show: an activation, a window, the distances of position buckets.
-    conflicts = resume_conflicts(to_dict(donor.config), to_dict(config))
+    conflicts = resume_conflicts(donor.config, to_dict(config))
     differs = [line for line in conflicts if line.startswith("model.")]
     if donor.class_names and class_names and donor.class_names != class_names:
         differs.append(f"classes: {', '.join(donor.class_names)} -> {', '.join(class_names)}")

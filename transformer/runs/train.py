@@ -40,9 +40,9 @@ from transformer.terminal import make_console, say
 from transformer.training import folders, loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer, retire
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
+from transformer.training.learning_rate import describe_change
 from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
-from transformer.training.schedules import describe_change
 from transformer.training.signals import interruptible
 from transformer.training.writers import (
     ConsoleWriter,
@@ -224,12 +224,12 @@ def _saved(config: Config) -> str:
 
 def _how_to_go_on(config: Config, old: Record | None, done: int) -> str:
     """What a finished run takes to go on: the restarts that it has had stay."""
-    optimizer = old.config.optimizer if old else config.optimizer
-    restarts = " ".join(map(str, (*(step for step in optimizer.restarts if step < done), done)))
-    least = done + max(1, optimizer.warmup_steps)
+    schedule = (old.config if old else config).optimizer.schedule
+    restarts = " ".join(map(str, (*(step for step in schedule.restarts if step < done), done)))
+    least = done + max(1, schedule.warmup_steps)
     return (
-        f"It goes on with more --training.steps. With --optimizer.restarts {restarts} it warms up and decays anew over the added "
-        f"steps (--training.steps {least} or more)."
+        f"It goes on with more --training.steps. With --optimizer.schedule.restarts {restarts} it warms up and decays anew "
+        f"over the added steps (--training.steps {least} or more)."
     )
 
 

@@ -22,7 +22,7 @@ from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require
 
-FORMAT = 2
+FORMAT = 3
 """Of a checkpoint's files; what has another number is refused."""
 DESCRIPTION = "checkpoint.json"
 _ARRAY = re.compile(

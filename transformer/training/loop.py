@@ -221,7 +221,7 @@ def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) ->
     steps = checkpointer.steps()
     return (
         f"The {what} must be finite, {found} at step {step}. Lower optimizer.learning_rate, lengthen "
-        "optimizer.warmup_steps or set optimizer.clip_norm, in a new run. "
+        "optimizer.schedule.warmup_steps or set optimizer.clip_norm, in a new run. "
         + (f"The checkpoint of step {steps[-1]} is good." if steps else "No checkpoint was saved before.")
     )
 

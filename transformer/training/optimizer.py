@@ -8,29 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transformer.config import OptimizerConfig
-from transformer.training.schedules import make_schedule
+from transformer.optimizer import Optimizer
+from transformer.training.learning_rate import make_schedule
 from transformer.types import Array, Loss, LossOutput, PyTree, UserError
-
-# Where a block keeps its matrices, and their axes from the end: (contracted, produced).
-# Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
-# Axes before these, of scanned layers and of experts, number matrices of their own.
-MATRICES = {
-    "query": ((-3,), (-2, -1)),
-    "key": ((-3,), (-2, -1)),
-    "value": ((-3,), (-2, -1)),
-    "relative_position": ((-3,), (-2, -1)),
-    "out": ((-3, -2), (-1,)),
-    "up": ((-2,), (-1,)),
-    "gate": ((-2,), (-1,)),
-    "down": ((-2,), (-1,)),
-}
 
 _BLOCK = re.compile(r"(.*blocks/)block_(\d+)(/.*)")
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: PyTree
+    config: Optimizer, steps: int, params: PyTree
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning-rate schedule.
 
@@ -46,7 +32,7 @@ def make_optimizer(
     scales = group_scales(config, params)
     transforms = [
         *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []),
-        _precondition(config),
+        config.rule(),
         *([optax.add_decayed_weights(config.weight_decay, decay_mask)] if config.weight_decay > 0 else []),
         optax.scale_by_learning_rate(schedule),
     ]
@@ -57,31 +43,6 @@ def make_optimizer(
         labels = jax.tree.map(lambda scale: "frozen" if scale == 0.0 else "trained", scales)
         optimizer = optax.partition({"trained": optimizer, "frozen": _freeze()}, labels)
     return optimizer, schedule
-
-
-def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The rule itself: gradient in, direction of ascent out."""
-    moment_dtype = None if config.moment_dtype == "float32" else jnp.dtype(config.moment_dtype)
-    if config.name == "adamw":
-        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=moment_dtype)
-    if config.name == "lion":
-        return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=moment_dtype)
-    if config.name == "adafactor":
-        # Shazeer and Stern 2018: factored second moments, updates clipped to RMS 1 and relative to the parameter's.
-        return optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-        )
-    # consistent_rms=0.2 gives Muon's matrices the update size of AdamW (Liu et al. 2025), so that one learning rate
-    # and one decay serve both. The learning rate of -1 undoes optax's change of sign: ours comes last in the chain.
-    return optax.contrib.muon(
-        learning_rate=-1.0,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        eps=config.eps,
-        consistent_rms=0.2,
-        mu_dtype=moment_dtype,
-        muon_weight_dimension_numbers=muon_dimensions,
-    )
 
 
 def parameter_path(path: tuple) -> str:
@@ -102,19 +63,7 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def muon_dimensions(params: PyTree) -> PyTree:
-    """The axes of each matrix that Muon orthogonalises; None for embeddings, norms, biases, routers and the output layer."""
-
-    def dimensions(path: tuple, _: object) -> optax.contrib.MuonDimensionNumbers | None:
-        names = parameter_path(path).split("/")
-        if names[-1] != "kernel" or len(names) < 2 or names[-2] not in MATRICES:
-            return None
-        return optax.contrib.MuonDimensionNumbers(*MATRICES[names[-2]])
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
-
-
-def check_scanned_groups(config: OptimizerConfig, params: PyTree) -> None:
+def check_scanned_groups(config: Optimizer, params: PyTree) -> None:
     """Raise UserError if a group tells layers apart that are one parameter in a scanned stack."""
 
     groups = config.groups()
@@ -133,7 +82,7 @@ def check_scanned_groups(config: OptimizerConfig, params: PyTree) -> None:
                 )
 
 
-def group_scales(config: OptimizerConfig, params: PyTree) -> PyTree:
+def group_scales(config: Optimizer, params: PyTree) -> PyTree:
     """The learning-rate factor of every parameter: of the first group whose pattern is found in its path, else 1."""
     groups = config.groups()
     paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -157,7 +106,7 @@ def _first_scale(groups: Sequence[tuple[re.Pattern[str], float]], path: str) -> 
     return next((scale for pattern, scale in groups if pattern.search(path)), 1.0)
 
 
-def freeze(loss: Loss, config: OptimizerConfig, params: PyTree) -> Loss:
+def freeze(loss: Loss, config: Optimizer, params: PyTree) -> Loss:
     """The loss with frozen parameters held constant: their gradient is not computed, nor counted in its norm."""
     scales = group_scales(config, params)
     if all(scale != 0.0 for scale in jax.tree.leaves(scales)):

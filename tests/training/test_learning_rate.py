@@ -7,17 +7,20 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.config import Config, OptimizerConfig, TrainingConfig
-from transformer.training.schedules import describe_change, make_schedule
+from transformer.config import Config, TrainingConfig
+from transformer.optimizer import SCHEDULES
+from transformer.optimizers.adamw import AdamW
+from transformer.schedules.cosine import CosineSchedule
+from transformer.training.learning_rate import describe_change, make_schedule
 from transformer.types import UserError
 
 STEPS, WARMUP, PEAK = 101, 10, 2.0
-NAMES = ["cosine", "linear", "inverse_sqrt", "constant", "wsd"]
+NAMES = SCHEDULES.names
 
 
 def schedule(name, steps=STEPS, **changes):
-    config = OptimizerConfig(**{"schedule": name, "learning_rate": PEAK, "warmup_steps": WARMUP, **changes})
-    return make_schedule(config, steps)
+    kind = SCHEDULES.find(name)(**{"warmup_steps": WARMUP, **changes})
+    return make_schedule(AdamW(learning_rate=PEAK, schedule=kind), steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,8 +97,9 @@ def test_after_a_restart_the_schedule_is_a_new_runs(name):
     np.testing.assert_array_equal(jax.jit(rate)(counts[:STEPS]), jax.jit(first)(counts[:STEPS]))
 
 
-def run_of(steps, *restarts, **optimizer):
-    return Config(optimizer=OptimizerConfig(restarts=restarts, **optimizer), training=TrainingConfig(steps=steps))
+def run_of(steps, *restarts, learning_rate=0.001, **schedule):
+    optimizer = AdamW(learning_rate=learning_rate, schedule=CosineSchedule(restarts=restarts, **schedule))
+    return Config(optimizer=optimizer, training=TrainingConfig(steps=steps))
 
 
 def test_what_becomes_of_the_learning_rate_is_said():
@@ -103,29 +107,33 @@ def test_what_becomes_of_the_learning_rate_is_said():
     longer = run_of(3600, final_fraction=0.0, learning_rate=0.02)
     anew = run_of(3600, 1800, final_fraction=0.0, learning_rate=0.02, warmup_steps=0)
     assert describe_change(before, longer, 1800) == (
-        "learning rate 0 at step 1800, 0.01 at step 1801, as a schedule over 3600 steps has it; --optimizer.restarts 1800 begins "
-        "a new one, with warm-up and decay, over the added steps."
+        "learning rate 0 at step 1800, 0.01 at step 1801, as a schedule over 3600 steps has it; "
+        "--optimizer.schedule.restarts 1800 begins a new one, with warm-up and decay, over the added steps."
     )
     assert (
         describe_change(before, anew, 1800) == "learning rate 0 at step 1800, 0.02 at step 1801: a new schedule begins."
     )
-    assert "--optimizer.restarts 1800 3600 begins" in describe_change(anew, run_of(5000, 1800), 3600)
+    assert "--optimizer.schedule.restarts 1800 3600 begins" in describe_change(anew, run_of(5000, 1800), 3600)
     assert describe_change(anew, anew, 2000) == describe_change(before, longer, 0) == ""
 
 
 def test_a_schedule_that_was_trained_with_stays():
     describe_change(run_of(100, 50), run_of(100), 50)  # not there yet
-    kept = r"before step 51, .* must stay as they were, 50; got none\. Give --optimizer\.restarts 50 to keep .* 50 51 to begin"
+    kept = (
+        r"before step 51, .* must stay as they were, 50; got none\. Give --optim.*restarts 50 to keep .* 50 51 to begin"
+    )
     with pytest.raises(UserError, match=kept):
         describe_change(run_of(100, 50), run_of(100), 51)
-    with pytest.raises(UserError, match=r"got 20\. Leave them out to keep .* --optimizer\.restarts 100 to begin"):
+    with pytest.raises(
+        UserError, match=r"got 20\. Leave them out to keep .* --optimizer\.schedule\.restarts 100 to begin"
+    ):
         describe_change(run_of(100), run_of(200, 20), 100)
 
 
 @pytest.mark.parametrize("restarts", [(0,), (5, 5), (7, 3), (-1,)])
 def test_restarts_rise(restarts):
     with pytest.raises(UserError, match="must be rising steps above 0"):
-        OptimizerConfig(restarts=restarts)
+        AdamW(schedule=CosineSchedule(restarts=restarts))
 
 
 @pytest.mark.parametrize(("restarts", "warmup"), [((100,), 0), ((150,), 0), ((95,), 6), ((5,), 6)])

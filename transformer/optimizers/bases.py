@@ -1,0 +1,41 @@
+"""What optimizers with moving averages of the gradient have in common."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from transformer.optimizer import Optimizer
+from transformer.validation import require_at_least, require_range
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentOptimizer(Optimizer):
+    """An optimizer with a first moment, whose type can be chosen."""
+
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment (Lion: of the first one, which b1 mixes with the gradient)."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment; bfloat16 halves its memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, 0, 1, "b1", "b2")
+
+    def first_moment(self) -> Any:
+        """The type of the first moment as optax takes it."""
+        return None if self.moment_dtype == "float32" else jnp.dtype(self.moment_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveOptimizer(MomentOptimizer):
+    """An optimizer that divides by the root of a second moment."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 0, "eps")
