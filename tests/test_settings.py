@@ -10,12 +10,13 @@ import typing
 import numpy as np
 import pytest
 
-from transformer.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.config_io import from_dict, to_dict
 from transformer.generation.sampling import SamplingConfig
 from transformer.kinds import Kind
 from transformer.model_config import AttentionConfig, ModelConfig
 from transformer.objective import Objective
+from transformer.optimizers.adamw import AdamW
 from transformer.types import UserError
 from transformer.validation import Settings
 
@@ -156,7 +157,7 @@ def test_a_field_has_its_type_or_is_refused(kind, name):
         (lambda: ModelConfig(num_layers=2.0), "ModelConfig.num_layers must be a whole number, got 2.0."),
         (lambda: DataConfig(source="x"), "DataConfig.source must be texts (a tuple), got 'x'."),
         (lambda: DataConfig(truncate="heda"), "one of head, tail, head_tail, got 'heda'; did you mean head?"),
-        (lambda: OptimizerConfig(b1=math.nan), "OptimizerConfig.b1 must be a finite number, got nan."),
+        (lambda: AdamW(b1=math.nan), "AdamW.b1 must be a finite number, got nan."),
         (lambda: TrainingConfig(profile_steps=(1,)), "must be 2 whole numbers (a tuple), got (1,)."),
         (lambda: AttentionConfig(num_heads=10**5000), "below 2^31 = 2,147,483,648, got a value of type int."),
         (lambda: Config(objective=ModelConfig()), "Config.objective must be of type Objective, got ModelConfig(arch"),
@@ -171,7 +172,7 @@ def test_the_message_names_field_value_and_choices(make, message):
 def test_what_means_the_same_is_kept_as_pythons_own():
     config = DataConfig(source=["~/a"], batch_size=np.int64(3), pack=np.False_, data_dir=pathlib.Path("b"))
     assert config == DataConfig(source=(os.path.expanduser("~/a"),), batch_size=3, pack=False, data_dir="b")
-    assert type(config.batch_size) is int and type(OptimizerConfig(learning_rate=1).learning_rate) is float
+    assert type(config.batch_size) is int and type(AdamW(learning_rate=1).learning_rate) is float
 
 
 def test_ones_own_kind_cannot_forget_the_check():
