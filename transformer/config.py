@@ -25,7 +25,8 @@ class DataConfig(Settings):
     """What to read, and how it becomes batches."""
 
     source: tuple[UserPath, ...] = ("python_stdlib",)
-    """Corpora: a TFDS name, a text file, a folder of text files, a .jsonl file, or python_stdlib."""
+    """Corpora: text files, folders of them, .jsonl files, tables (.csv, .tsv), names of TFDS datasets, or python_stdlib. Labelled
+    texts: .jsonl, tables or a folder with one folder for each class; pairs: .jsonl, a table, or two files line by line."""
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
     validation_fraction: float = 0.1

@@ -184,19 +184,23 @@ def test_classes_have_weights_from_the_training_split(place, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
 
 
-def test_other_classes_cannot_be_scored(place, pretrained, capsys):
+def test_a_dataset_is_scored_under_the_names_of_the_run(place, pretrained, capsys):
     workdir = train(place, "few", "--training.init-from", str(pretrained), "--training.steps", "1")
     lines = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
-    two = [json.dumps(line) for line in lines if line["label"] != "bad"]
-    (place / "two.jsonl").write_text("\n".join(two))
-    data = ("--data-dir", str(place / "data"))
-    main(["prepare", str(place / "two.jsonl"), "--kind", "labelled", "--name", "two", *data])
+    for name, renamed in (("two", "good"), ("strange", "fine")):
+        rows = [line | {"label": line["label"].replace("good", renamed)} for line in lines if line["label"] != "bad"]
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = ("--data-dir", str(place / "data"))
+        main(["prepare", str(place / f"{name}.jsonl"), "--kind", "labelled", "--name", name, *data])
+    capsys.readouterr()
+    main(["evaluate", str(workdir), "--data.source", "two"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["classes"] == ["bad", "good", "so-so"]
+    assert [sum(row) for row in scores["confusion"]] == [0, 14, 13]
     with pytest.raises(SystemExit):
-        main(["evaluate", str(workdir), "--split", "train", "--data.source", "two"])
+        main(["evaluate", str(workdir), "--data.source", "strange"])
     error = " ".join(capsys.readouterr().err.split())
-    assert (
-        "The classes of two must be those of" in error and "bad, good, so-so, in that order, got good, so-so" in error
-    )
+    assert "The classes of strange must be among those of the run, bad, good, so-so, got fine too" in error
 
 
 def test_inspect_shows_classes(place, capsys, monkeypatch):
@@ -214,7 +218,7 @@ def test_inspect_shows_classes(place, capsys, monkeypatch):
         (["--model.num-classes", "5"], "--model.num-classes must be the data's 3, got 5"),
         (["--objective.class-weights", "1", "2"], "one a class (bad, good, so-so), got 2 numbers"),
         (["--objective.class-weights", "some"], "must be one of none, balanced, or numbers, got 'some'"),
-        (["--data.source", "mine", "mine"], "learns from one dataset"),
+        (["--data.source", "mine", "mine"], "read from one dataset, or from files"),
         (["--data.source", "unknown_name"], "unknown_name"),
         (["--data.label-key", "text"], "must name a ClassLabel"),
         (["--training.init-from", "nowhere"], "nowhere"),

@@ -8,10 +8,14 @@ import sysconfig
 import pytest
 
 from transformer.config import DataConfig
-from transformer.data.documents import read_local
+from transformer.data.registry import find_source
 from transformer.types import UserError
 
 CONFIG = DataConfig()
+
+
+def read_local(source, config):
+    return find_source(source).corpus(source, config)
 
 
 def _texts(source, config=CONFIG):
@@ -185,10 +189,18 @@ def test_what_has_no_end_is_not_read(tmp_path, in_folder):
         read_local(str(tmp_path / "folder" if in_folder else tmp_path / "folder" / "pipe"), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.tsv.gz", "a.CSV"])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.JSON"])
 def test_syntax_is_not_learnt_as_text(tmp_path, name):
-    (tmp_path / name).write_text("text,label\nfine,1\n")
+    (tmp_path / name).write_text('[{"text": "fine"}]')
     with pytest.raises(UserError, match=r"would be learnt with its commas, quotes and braces\. Save it as \.jsonl"):
         read_local(str(tmp_path / name), DataConfig())
     (tmp_path / name).rename(tmp_path / "a.txt")
     assert read_local(str(tmp_path / "a.txt"), DataConfig()).count == 1
+
+
+def test_each_row_of_a_table_is_a_document(tmp_path):
+    (tmp_path / "a.tsv").write_text("n\ttext\tprompt\n1\tone\t\n2\t \t\n3\tthree\tbefore\n")
+    corpus = read_local(str(tmp_path / "a.tsv"), CONFIG)
+    assert list(corpus.documents()) == [("one", "", "a.tsv:2"), ("three", "before", "a.tsv:4")]
+    with pytest.raises(UserError, match=r"must name the columns words, .*a\.tsv, line 1 has n, text, prompt"):
+        read_local(str(tmp_path / "a.tsv"), DataConfig(text_key="words"))

@@ -9,8 +9,8 @@ import pytest
 from transformer.config import DataConfig
 from transformer.data.datasets import ExampleData
 from transformer.data.example_batches import ExampleEvaluationBatches, buckets
-from transformer.data.examples import ExampleSource, TextExample
-from transformer.data.forms import count_cut, labelled_form, pairs_form
+from transformer.data.forms import TextExample, count_cut, labelled_form, pairs_form
+from transformer.data.source import ExampleSource
 from transformer.data.tokenizers import ByteTokenizer, load_tokenizer
 from transformer.types import UserError
 
@@ -24,7 +24,9 @@ EXAMPLES = [
 
 
 def data(config=CONFIG, examples=EXAMPLES):
-    source = ExampleSource("toy", "fingerprint", "labelled", ("train", "test"), "", ("a", "b"), lambda split: examples)
+    source = ExampleSource(
+        "toy", "fingerprint", {"train": 0, "test": 0}, "", lambda split: examples, "labelled", ("a", "b")
+    )
     return ExampleData(config, source)
 
 
@@ -166,7 +168,7 @@ def test_pairs_are_shifted_and_ended():
 
 def test_sources_may_have_a_vocabulary_of_their_own(tmp_path):
     examples = [TextExample("one two one", target="eins zwei"), TextExample("two", target="zwei drei vier")] * 4
-    source = ExampleSource("toy", "f", "pairs", ("train",), "", (), lambda split: examples)
+    source = ExampleSource("toy", "f", {"train": 0}, "", lambda split: examples, "pairs", ())
     config = DataConfig(sequence_length=8, batch_size=2, tokenizer="words", share_vocabulary=False)
     pairs = ExampleData(config, source)
     tokenizer = pairs.make_tokenizer()

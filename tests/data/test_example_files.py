@@ -7,8 +7,19 @@ import lzma
 
 import pytest
 
-from transformer.data.example_files import LabelledText, TextPair, read_labelled, read_pairs
+from transformer.config import DataConfig
+from transformer.data import registry
+from transformer.data.source_kind import LabelledText, TextPair
 from transformer.types import UserError
+
+
+def read_labelled(paths, **keys):
+    return (text for _, text in registry.read_labelled(paths, DataConfig(**keys)))
+
+
+def read_pairs(paths, **keys):
+    return (pair for _, pair in registry.read_pairs(paths, DataConfig(**keys)))
+
 
 EXAMPLES = [
     LabelledText('He said: "no", twice', "bad"),
@@ -155,7 +166,7 @@ def test_bad_labelled_files_are_refused(tmp_path, name, content, message):
 
 
 def test_bad_folders_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"'nowhere\.csv' does not"):
+    with pytest.raises(UserError, match=r"there is no file or folder 'nowhere\.csv'"):
         list(read_labelled(["nowhere.csv"]))
     with pytest.raises(UserError, match=r"one folder for each class, .* holds none"):
         list(read_labelled([str(tmp_path)]))

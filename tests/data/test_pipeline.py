@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from transformer.config import DataConfig
 from transformer.data.pipeline import evaluation_batches, train_batches
-from transformer.data.prepare import Record, Source, open_source, split_text
+from transformer.data.registry import open_source
+from transformer.data.source import Record, Source, split_text
 from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.types import Batch, CheckpointableIterator, UserError
 
@@ -470,7 +471,7 @@ def test_a_missing_split_is_refused_before_the_first_evaluation(make_config, wri
 
 def test_a_stream_without_any_text_is_refused_instead_of_searched_for_ever():
     records = [Record("some text " * 10, "", False, True), Record("", "", False, True)]
-    source = Source("records", "", ("train",), "", lambda split: records)
+    source = Source("records", "", {"train": 0}, "", lambda split: records)
     config = DataConfig(sequence_length=16, batch_size=2, num_streams=2)
     with pytest.raises(UserError, match="A stream must hold text"):
         next(train_batches(config, BYTES, sources=[source]))
@@ -478,7 +479,7 @@ def test_a_stream_without_any_text_is_refused_instead_of_searched_for_ever():
 
 @pytest.mark.parametrize(("records", "batch_size", "streams"), [(100, 16, 16), (100, 100, 50), (10, 16, 8), (1, 4, 1)])
 def test_streams_are_as_many_as_divide_the_batch_up_to_64_and_the_records(records, batch_size, streams):
-    source = Source("records", "", ("train",), "", lambda split: [Record("some text", "", False, True)] * records)
+    source = Source("records", "", {"train": 0}, "", lambda split: [Record("some text", "", False, True)] * records)
     config = DataConfig(sequence_length=8, batch_size=batch_size)
     state = train_batches(config, BYTES, sources=[source]).get_state()
     assert state["num_streams"] == len(state["streams"]) == streams
@@ -487,7 +488,7 @@ def test_streams_are_as_many_as_divide_the_batch_up_to_64_and_the_records(record
 def test_the_order_of_data_is_frozen():
     """A resumed run must find the data it left, whatever versions of NumPy and Grain it is resumed with."""
     records = [Record(chr(97 + i) * (i % 5 + 1), "", False, True) for i in range(26)]
-    source = Source("records", "", ("train",), "", lambda split: records)
+    source = Source("records", "", {"train": 0}, "", lambda split: records)
     config = DataConfig(sequence_length=12, batch_size=4, num_streams=2, shuffle_seed=1)
     batch = next(train_batches(config, BYTES, sources=[source]))
     assert [BYTES.decode(row) for row in batch.targets] == ["zjjjjjfxx", "xxyyyyybb", "nnnnpkiii", "icccqqul"]

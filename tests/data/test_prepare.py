@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from transformer.cli.main import main
 from transformer.data import prepare
 from transformer.data.builder import Examples
-from transformer.data.documents import read_local
-from transformer.data.prepare import open_source, open_sources, split_text, whole_documents
+from transformer.data.registry import find_source, open_source, open_sources
+from transformer.data.source import split_text, whole_documents
 from transformer.types import UserError
 
 
@@ -64,7 +64,7 @@ def test_splits_hold_every_document_once(make_config, write_folder):
     assert source.split_names == ("train", "validation", "test")
     parts = {split: list(split_text(source, split)) for split in source.split_names}
     assert {split: len(texts) for split, texts in parts.items()} == {"train": 13, "validation": 4, "test": 3}
-    everything = sorted(document.text for document in read_local(str(folder), config).documents())
+    everything = sorted(document.text for document in find_source(str(folder)).corpus(str(folder), config).documents())
     assert sorted(text for texts in parts.values() for text in texts) == everything
     size = sum(len(text.encode()) for text in parts["train"])
     assert source.description.startswith(f"folder: train 13 documents, {size:,} bytes, validation 4 documents")

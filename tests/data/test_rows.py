@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from transformer.data.prepare import Record
 from transformer.data.rows import empty_batch, make_pairs, write_pairs
+from transformer.data.source import Record
 from transformer.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -18,6 +18,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
         split=options.split,
         source=options.data.source,
         data_dir=options.data.data_dir,
+        keys={name: value for name, value in vars(options.data).items() if name.endswith("_key") and value is not None},
         stride=options.data.stride,
         limit=options.data.limit,
         memory_length=options.model.memory_length,

@@ -23,10 +23,20 @@ class EvaluateData:
     """Other data than the run's own."""
 
     source: tuple[str, ...] = ()
-    """Corpora to score instead of those the run was trained on."""
+    """Corpora to score instead of those the run was trained on: files, folders or datasets, as training takes them."""
     data_dir: str = ""
     """Where prepared datasets live; empty means where the run's do, if you have trained with that, else ~/tensorflow_datasets (or
     TFDS_DATA_DIR)."""
+    text_key: str | None = None
+    """Field of the text, where it has another name than in training."""
+    prompt_key: str | None = None
+    """Field of a prompt, likewise."""
+    label_key: str | None = None
+    """Field of the class, likewise."""
+    source_key: str | None = None
+    """Field of a pair's source, likewise."""
+    target_key: str | None = None
+    """Field of a pair's target, likewise."""
     stride: int | None = None
     """Score windows of running text that move on by so many tokens; 0 means packed documents."""
     limit: int | None = None
@@ -47,8 +57,8 @@ class EvaluateOptions:
 
     workdir: str = positional("")
     """Directory of the run."""
-    split: str = "validation"
-    """Which split: train, validation or test."""
+    split: str | None = None
+    """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()
     model: EvaluateModel = EvaluateModel()
 

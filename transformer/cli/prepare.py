@@ -5,7 +5,7 @@ import dataclasses
 from transformer.cli.options import Given, PrepareOptions
 from transformer.config import DataConfig
 from transformer.data.examples import prepare_examples
-from transformer.data.prepare import open_sources
+from transformer.data.registry import open_sources
 from transformer.terminal import printable
 
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from transformer.config import DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
-from transformer.data.examples import ExampleSource, open_examples
+from transformer.data.examples import open_examples
 from transformer.data.forms import Form, count_cut, labelled_form, pairs_form
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
-from transformer.data.prepare import Source, open_sources, split_text
+from transformer.data.registry import find_source, open_sources
+from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
@@ -72,12 +73,29 @@ class Dataset(Protocol):
         """
         ...
 
+    def describe_scored(self, split: str, targets: int) -> str:
+        """How much a score of so many targets is of, as `60 texts` or `1,234 tokens`."""
+        ...
 
-def open_data(config: DataConfig, objective: Objective) -> Dataset:
-    """Open (and prepare, if it is local text) what `config` names, in the form the objective reads."""
+
+def open_data(config: DataConfig, objective: Objective, class_names: tuple[str, ...] = ()) -> Dataset:
+    """Open (and prepare, if it is local text) what `config` names, in the form the objective reads.
+
+    Args:
+        config: of the data.
+        objective: what reads it.
+        class_names: of the run that scores it, if one does.
+    """
     if objective.reads == "text":
         return TextData(config, objective, open_sources(config))
-    return ExampleData(config, open_examples(config.source[0], objective.reads, config))
+    return ExampleData(config, open_examples(config.source, objective.reads, config, class_names))
+
+
+def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[str, ...]) -> list[str]:
+    """Those of the sources that `open_data` would open; local text is not prepared."""
+    if objective.reads == "text":
+        return [find_source(name).fingerprint(name, config) for name in config.source]
+    return [open_examples(config.source, objective.reads, config, class_names).fingerprint]
 
 
 def describe_data(data: Dataset) -> list[dict[str, Any]]:
@@ -142,6 +160,11 @@ class TextData:
         """Nothing: a document goes on in the next row."""
         del tokenizer, split, at_most
         return {}, 0
+
+    def describe_scored(self, split: str, targets: int) -> str:
+        """The tokens that were to be predicted."""
+        del split
+        return f"{targets:,} tokens"
 
     def _changes(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
         return self.objective.changes(tokenizer, self.config.sequence_length, self.config.shuffle_seed)
@@ -214,6 +237,11 @@ class ExampleData:
         count = min(len(examples), at_most or len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
         return count_cut(self._form(tokenizer), self.config, chosen), count
+
+    def describe_scored(self, split: str, targets: int) -> str:
+        """The examples."""
+        del targets
+        return f"{len(self.source.examples(split)):,} {'texts' if self.source.kind == 'labelled' else 'pairs'}"
 
     def _form(self, tokenizer: Tokenizer) -> Form:
         if self.source.kind == "labelled":

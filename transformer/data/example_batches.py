@@ -9,8 +9,8 @@ import grain
 
 from transformer.config import DataConfig
 from transformer.data.draws import permutation
-from transformer.data.examples import ExampleSource
 from transformer.data.forms import Form, TextExample
+from transformer.data.source import ExampleSource
 from transformer.validation import require
 
 _BATCHES_OF_CHUNK = 64

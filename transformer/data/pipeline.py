@@ -11,8 +11,9 @@ import grain
 import numpy as np
 
 from transformer.config import DataConfig
-from transformer.data.prepare import Record, Source, open_sources, whole_documents
+from transformer.data.registry import open_sources
 from transformer.data.rows import Pairs, empty_batch, make_pairs, write_pairs
+from transformer.data.source import Record, Source, whole_documents
 from transformer.data.streams import StreamBatches
 from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch, CheckpointableIterator, Noise, UserError

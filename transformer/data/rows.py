@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from transformer.data.prepare import Record
+from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch
 

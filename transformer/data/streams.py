@@ -10,8 +10,8 @@ from jaxtyping import Int
 from transformer.config import DataConfig
 from transformer.data.draws import permutation
 from transformer.data.identity import ContentHash
-from transformer.data.prepare import Record, Source
 from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, write_pairs
+from transformer.data.source import Record, Source
 from transformer.data.tokenizers import Tokenizer
 from transformer.types import Batch, Noise
 from transformer.validation import require

@@ -10,12 +10,10 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from etils import epath
-
 from transformer.config import DataConfig
-from transformer.data.documents import PYTHON_STDLIB
-from transformer.data.stored import NAME
+from transformer.data.registry import find_source
 from transformer.storage import expand, is_local
+from transformer.types import UserError
 from transformer.validation import require
 
 
@@ -64,8 +62,13 @@ def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_di
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is read as a file or a folder, not as a dataset's name."""
-    return source != PYTHON_STDLIB and (NAME.fullmatch(source) is None or epath.Path(expand(source)).exists())
+    """Whether a source is read as a file or a folder, not as a dataset's name; so is one that nothing reads."""
+    if not is_local(source):  # without a look at what is there
+        return True
+    try:
+        return find_source(source).is_path
+    except UserError:
+        return True
 
 
 def _absolute(path: str) -> str:

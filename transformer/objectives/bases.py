@@ -47,7 +47,7 @@ class ExampleObjective(Objective):
     """An objective on labelled texts or pairs."""
 
     def check(self, config: "Config") -> None:
-        """There is one dataset, with test examples of its own, and no running text."""
+        """Test examples have files of their own, and nothing is running text."""
         super().check(config)
         data = config.data
         require(
@@ -56,8 +56,9 @@ class ExampleObjective(Objective):
             f"{data.test_fraction}; set it to 0.",
         )
         require(
-            len(data.source) == 1,
-            f"The {self.kind} objective learns from one dataset, got data.source={', '.join(data.source)}.",
+            len(data.weights) < 2,
+            f"data.weights mix running text, got {' '.join(map(str, data.weights))} for the {self.kind} objective; leave them "
+            "out.",
         )
         require(
             not (data.stride or data.limit),

@@ -205,24 +205,15 @@ def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
         + "\n  ".join(lines)
         + f"\n{remedy}",
     )
-    compare_classes(record, data, " and ".join(source["name"] for source in found))
+    require(
+        data.class_names == record.class_names,
+        f"The classes of {' and '.join(source['name'] for source in found)} must be those of {record.path.parent.parent}, "
+        f"{', '.join(record.class_names)}, in that order, got {', '.join(data.class_names)}; prepare it with these labels.",
+    )
 
 
 def _sizes(source: dict[str, Any]) -> str:
     return ", ".join(f"{split} {count:,}" for split, count in source["splits"].items())
-
-
-def compare_classes(record: Record, data: Dataset, name: str) -> None:
-    """Refuse data with other classes than the run's.
-
-    Raises:
-        UserError: they differ, or their order does.
-    """
-    require(
-        data.class_names == record.class_names,
-        f"The classes of {name} must be those of {record.path.parent.parent}, {', '.join(record.class_names)}, in that order, "
-        f"got {', '.join(data.class_names)}; prepare it with these labels.",
-    )
 
 
 # ---- Write -----------------------------------------------------------------------------------------------------------

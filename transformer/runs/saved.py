@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
-from transformer.config import Config
-from transformer.data.datasets import open_data
+from transformer.config import Config, DataConfig
+from transformer.data.datasets import fingerprints, open_data
+from transformer.data.source import WHOLE
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import trusted
 from transformer.evaluation.compression import compressed_bits_per_byte
@@ -16,7 +17,7 @@ from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.ops.ids import check_batch_ids
-from transformer.runs.directory import Record, compare_classes, compare_data, read_run
+from transformer.runs.directory import Record, compare_data, read_run
 from transformer.tasks import make_model, make_params, resolve, split_metrics
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
@@ -25,8 +26,9 @@ from transformer.types import PyTree
 from transformer.validation import require
 
 
-class Loaded(NamedTuple):
-    """A trained model, as a run's directory holds it."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained model, as a run's directory holds it. It can be taken apart as `model, params, tokenizer, config, step`."""
 
     model: Any
     """The linen module: a `Decoder`, `Encoder` or `Classifier`."""
@@ -34,6 +36,11 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     config: Config
     step: int
+    class_names: tuple[str, ...] = ()
+    """Of a classifier, in the order of its logits."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.params, self.tokenizer, self.config, self.step))
 
 
 @out_of_memory.explained(what="Loading this run")
@@ -56,16 +63,17 @@ def _load(record: Record) -> Loaded:
     model = make_model(config.model)
     shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
     step, params = load_step_params(record.path, shapes)
-    return Loaded(model, params, tokenizer, config, step)
+    return Loaded(model, params, tokenizer, config, step, record.class_names)
 
 
 @out_of_memory.explained(what="Evaluating this run")
 def evaluate(
     workdir: str | os.PathLike[str],
     *,
-    split: str = "validation",
+    split: str | None = None,
     source: Sequence[str] = (),
     data_dir: str = "",
+    keys: Mapping[str, str] | None = None,
     stride: int | None = None,
     limit: int | None = None,
     memory_length: int | None = None,
@@ -75,9 +83,10 @@ def evaluate(
 
     Args:
         workdir: of the run.
-        split: train, validation or test.
+        split: train, validation, test or all (of them); without, validation, or all of a corpus that the run was not trained on.
         source: corpora to score instead of the run's own.
         data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
+        keys: `data.text_key` and the others that end in `_key`, instead of the run's, by name.
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
@@ -97,29 +106,38 @@ def evaluate(
             changes |= {"pack": True, "num_streams": 0}
         model = make_model(dataclasses.replace(config.model, memory_length=memory_length))
     named = trusted(config.data, str(workdir), source=source, data_dir=data_dir)
-    config = dataclasses.replace(config, model=model.config, data=dataclasses.replace(named, **changes))
+    named = dataclasses.replace(named, **changes, **(keys or {}))
+    if split is None:
+        split = "validation"
+        if source and not _trained_on(record, named):
+            # Only scored: nothing of it need be held out.
+            split, named = WHOLE, dataclasses.replace(named, validation_fraction=0.0, test_fraction=0.0)
+    config = dataclasses.replace(config, model=model.config, data=named)
     check_batch(config)
-    data = open_data(config.data, config.objective)
+    data = open_data(config.data, config.objective, record.class_names)
     if source:
-        compare_classes(record, data, ", ".join(source))
+        report(data.description)
     else:
         compare_data(record, data, remedy="Restore it, or name what is to be scored with --data.source.")
     require(
-        split in data.split_names,
-        f"A split to score (--split) must be one of {', '.join(data.split_names)} for {', '.join(config.data.source)}, "
-        f"got {split!r}.",
+        split in (*data.split_names, WHOLE),
+        f"A split to score (--split) must be one of {', '.join(data.split_names)}, or all, for "
+        f"{', '.join(config.data.source)}, got {split!r}.",
     )
     loss = config.objective.bind(model, tokenizer)
     batches: Any = data.evaluation_batches(tokenizer, split)
     carry = loss.init_carry(config.data.batch_size)
     checked = (check_batch_ids(config.model, batch) for batch in batches)
-    report(f"scoring the {split} split with {workdir} ...")
+    report(
+        f"scoring {'all' if split == WHOLE else f'the {split} split'} of {', '.join(config.data.source)} with {workdir} ..."
+    )
     sums = sum_statistics(jax.jit(make_eval_step(loss)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
         "step": step,
         "split": split,
         "source": list(source or config.data.source),
+        "scored": data.describe_scored(split, int(sums["weight"])),
         "targets": int(sums["weight"]),
         **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
         **split_metrics(sums),
@@ -133,3 +151,9 @@ def evaluate(
         scores |= {"classes": list(data.class_names), "per_class": per_class}
         scores |= {"confusion": sums["confusion"].astype(int).tolist()}
     return scores
+
+
+def _trained_on(record: Record, data: DataConfig) -> bool:
+    """Whether a config names the corpora of a run, whatever they are called and wherever they lie."""
+    found = fingerprints(data, record.config.objective, record.class_names)
+    return found == [source["fingerprint"] for source in record.data]

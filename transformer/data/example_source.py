@@ -1,0 +1,74 @@
+"""Labelled texts and pairs in splits; a validation split that is missing is taken from the training one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from transformer.data.identity import ContentHash
+from transformer.data.source import Converted, ExampleSource, Reads
+from transformer.data.splits import SPLIT_RULE, hold_out
+from transformer.validation import require
+
+
+def example_source(
+    name: str,
+    reads: Reads,
+    content: ContentHash,
+    sizes: Mapping[str, int],
+    class_names: tuple[str, ...],
+    open_split: Callable[[str], tuple[Sequence[Any], Callable[[Any], Any]]],
+    labels: Callable[[], Any],
+    validation_fraction: float,
+    note: str = "",
+) -> ExampleSource:
+    """Examples with the splits that they have, and a fixed share of training for validation where that is missing.
+
+    Args:
+        name: for messages.
+        reads: labelled or pairs.
+        content: what the examples are.
+        sizes: split -> its examples.
+        class_names: in the order of their numbers.
+        open_split: the stored examples of a split, and what makes an example of one.
+        labels: the class of each training example; None of pairs.
+        validation_fraction: the share that is taken.
+        note: more lines for the user.
+    """
+    sizes, taken = dict(sizes), np.zeros(0, np.int64)
+    carved = "train" in sizes and "validation" not in sizes and validation_fraction > 0
+    if carved:
+        of_train = labels()
+        classes = np.zeros(sizes["train"], np.int64) if of_train is None else np.asarray(of_train)
+        taken = hold_out(classes, validation_fraction)
+        sizes |= {"train": sizes["train"] - len(taken), "validation": len(taken)}
+
+    def open_part(split: str) -> Sequence[Any]:
+        stored, convert = open_split("train" if carved and split == "validation" else split)
+        indices = np.arange(len(stored))
+        if carved and split in ("train", "validation"):
+            held_out = np.isin(indices, taken)
+            indices = indices[held_out if split == "validation" else ~held_out]
+        return Converted(stored, convert, indices)
+
+    description = f"{name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
+    if class_names:
+        description += f"; classes {', '.join(class_names)}"
+    content.add(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
+    lines = "\n".join(filter(None, (description, note)))
+    return ExampleSource(name, content.hexdigest(), sizes, lines, open_part, reads, class_names)
+
+
+def class_numbers(names: Sequence[str], known: Sequence[str], where: str) -> list[int]:
+    """The number that each class has among the known ones.
+
+    Raises:
+        UserError: one is not among them.
+    """
+    unknown = [name for name in names if name not in known]
+    require(
+        not unknown,
+        f"The classes of {where} must be among those of the run, {', '.join(known)}, got {', '.join(unknown)} too; prepare it "
+        "with these labels.",
+    )
+    return [list(known).index(name) for name in names]

@@ -1,0 +1,95 @@
+"""Every kind of source, tried in order, and what a name in `data.source` is by the first that accepts it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data.files import refuse_dangling
+from transformer.data.source import Source
+from transformer.data.source_kind import LabelledText, SourceKind, TextPair
+from transformer.data.sources.files import JsonLines, Table, TextFile
+from transformer.data.sources.folders import Folder, StandardLibrary
+from transformer.data.sources.tfds import TfdsDataset
+from transformer.storage import expand
+from transformer.types import UserError
+from transformer.validation import require
+
+AnySource = TypeVar("AnySource", bound=SourceKind)
+
+_KINDS: list[SourceKind] = [StandardLibrary(), Folder(), JsonLines(), Table(), TextFile(), TfdsDataset()]
+
+
+def register_source(kind: type[AnySource]) -> type[AnySource]:
+    """Make a kind of source known, before those there are; a decorator.
+
+    Example:
+        A source is read where its module has been imported:
+
+        >>> @register_source
+        ... class Numbers(SourceKind):
+        ...     is_path = False
+        ...     def accepts(self, name):
+        ...         return name.startswith("numbers-")
+        ...     def rows(self, name, keys, what):
+        ...         yield from ((f"number {i}", {"text": str(i)}) for i in range(int(name.removeprefix("numbers-"))))
+        >>> [row["text"] for _, row in find_source("numbers-3").rows("numbers-3", ("text",), "text")]
+        ['0', '1', '2']
+    """
+    others = [known for known in _KINDS if type(known).__qualname__ != kind.__qualname__]
+    own: list[SourceKind] = [kind()]
+    _KINDS[:] = own + others
+    return kind
+
+
+def find_source(name: str) -> SourceKind:
+    """The kind that reads a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    refuse_dangling(epath.Path(expand(name)))
+    found = next((kind for kind in _KINDS if kind.accepts(name)), None)
+    if found is None:
+        raise UserError(
+            f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; there is no file or folder "
+            f"{name!r:.200} (looked in {os.getcwd()}), and a TFDS name is written name, name/config or name:1.0.0."
+        )
+    return found
+
+
+def open_sources(config: DataConfig) -> tuple[Source, ...]:
+    """Each of `config.source` as running text, prepared now if it was not before."""
+    return tuple(open_source(source, config) for source in config.source)
+
+
+def open_source(source: str, config: DataConfig) -> Source:
+    """A source of running text, ready to be read."""
+    return find_source(source).open_text(source, config)
+
+
+def read_labelled(names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
+    """Labelled texts of files and folders, one after the other, each with its place; labels are as they are written."""
+    for name in names:
+        yield from find_source(name).labelled(name, config)
+
+
+def read_pairs(names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, TextPair]]:
+    """Pairs of one file, or of two files of which line n of one belongs to line n of the other, each with its place."""
+    require(len(names) in (1, 2), f"Pairs are read from one file, or two with a line for each, got {len(names)} files.")
+    if len(names) == 1:
+        yield from find_source(names[0]).pairs(names[0], config)
+        return
+    keys = (config.source_key, config.target_key)
+    sides = [
+        [(place, row[key]) for place, row in find_source(name).rows(name, (key,), "pairs")]
+        for name, key in zip(names, keys, strict=True)
+    ]
+    require(
+        len(sides[0]) == len(sides[1]),
+        f"Two files of pairs must have as many lines, {names[0]} has {len(sides[0]):,} and {names[1]} {len(sides[1]):,}.",
+    )
+    for (place, source), (_, target) in zip(*sides, strict=True):
+        yield place, TextPair(source, target)

@@ -1,0 +1,138 @@
+"""What a name of `data.source` is once it is open: splits of records of text, or of examples, read at random."""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from transformer.data.forms import TextExample
+from transformer.data.stored import readable
+from transformer.validation import require
+
+WHOLE = "all"
+"""The name of all splits together, one after the other."""
+Reads = Literal["labelled", "pairs"]
+
+
+class Record(NamedTuple):
+    """A document, or a piece of one that is too long; `last` is the piece that ends it."""
+
+    text: str
+    prompt: str
+    continues: bool
+    last: bool
+
+
+class _Joined(Sequence[Any]):
+    """Sequences one after the other, as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts, self._starts = parts, [0, *itertools.accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[part][index - self._starts[part]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """What both kinds of open sources have in common."""
+
+    name: str
+    fingerprint: str
+    """Of content and split rule, not of a path."""
+    sizes: dict[str, int]
+    """Split -> its documents or examples."""
+    description: str
+    open_split: Callable[[str], Sequence[Any]]
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits there are."""
+        return tuple(self.sizes)
+
+    def _open(self, split: str, hint: str) -> Sequence[Any]:
+        if split == WHOLE and WHOLE not in self.sizes:
+            parts = [self.open_split(name) for name in self.split_names]
+            return parts[0] if len(parts) == 1 else _Joined(parts)
+        names = ", ".join(self.split_names) or "none"
+        require(split in self.sizes, f"A split must be one of {names} for {self.name}, got {split!r}; {hint}.")
+        return self.open_split(split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(_Opened):
+    """A corpus of running text, ready to be read."""
+
+    def records(self, split: str) -> Sequence[Record]:
+        """The records of a split (or of all: `WHOLE`), in the order of the text, read at random.
+
+        Raises:
+            UserError: there is no such split, or no text in it.
+        """
+        return self._open(split, "for local text, data.validation_fraction and data.test_fraction make the other ones")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSource(_Opened):
+    """A dataset of labelled texts or pairs, ready to be read."""
+
+    kind: Reads
+    class_names: tuple[str, ...]
+
+    def examples(self, split: str) -> Sequence[TextExample]:
+        """The examples of a split (or of all: `WHOLE`), read at random.
+
+        Raises:
+            UserError: there is no such split.
+        """
+        return self._open(split, "data.validation_fraction takes a validation split from training where there is none")
+
+
+def split_text(source: Source, split: str) -> Iterator[str]:
+    """The documents of a split, whole and in order, with their prompts in front."""
+    for prompt, text in whole_documents(source, split):
+        yield prompt + text
+
+
+def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
+    """(prompt, text) of each document of a split, in order, its pieces joined again."""
+    prompt, pieces = "", list[str]()
+    for record in source.records(split):
+        if not record.continues:
+            prompt = record.prompt
+        pieces.append(record.text)
+        if record.last:
+            yield prompt, "".join(pieces)
+            pieces = []
+
+
+class Converted(Sequence[Any]):
+    """Stored examples, or those that are chosen, each converted when it is read."""
+
+    def __init__(
+        self,
+        stored: Sequence[Any],
+        convert: Callable[[Any], Any],
+        chosen: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        self._stored, self._convert = stored, convert
+        self._chosen = range(len(stored)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+        with readable():
+            example = self._stored[int(self._chosen[index])]
+        return self._convert(example)

@@ -1,0 +1,1 @@
+"""The kinds of sources, one class each; `data/registry.py` tries them in order."""

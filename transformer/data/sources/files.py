@@ -1,0 +1,79 @@
+"""Files as sources: JSON lines, tables, and plain text."""
+
+from collections.abc import Iterator
+
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data.documents import Document, file_documents
+from transformer.data.files import json_objects, kind_of
+from transformer.data.source_kind import Rows, SourceKind
+from transformer.data.tables import table_rows, text_lines
+from transformer.storage import expand
+from transformer.validation import require
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class _File(SourceKind):
+    def title(self, name: str) -> tuple[str, str]:
+        """The file's name."""
+        return epath.Path(expand(name)).name, "1.0.0"
+
+
+class JsonLines(_File):
+    """A .jsonl file: each line is a row."""
+
+    def accepts(self, name: str) -> bool:
+        """By its suffix."""
+        path = epath.Path(expand(name))
+        return kind_of(path) == ".jsonl" and path.exists()
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """An object a line."""
+        del keys, what
+        return json_objects(epath.Path(expand(name)))
+
+
+class Table(_File):
+    """A .csv or .tsv file: its first line names the columns."""
+
+    def accepts(self, name: str) -> bool:
+        """By its suffix."""
+        path = epath.Path(expand(name))
+        return kind_of(path) in _DELIMITERS and path.exists()
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """A row of the table each."""
+        del what
+        path = epath.Path(expand(name))
+        return table_rows(path, _DELIMITERS[kind_of(path)], keys)
+
+
+class TextFile(_File):
+    """Any other file: running text; a line of it is a row of one field."""
+
+    def accepts(self, name: str) -> bool:
+        """Whatever its suffix."""
+        return epath.Path(expand(name)).exists()
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """A line each, for one field only."""
+        key, *others = keys
+        return super().rows(name, keys, what) if others else text_lines(epath.Path(expand(name)), key)
+
+    def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
+        """The file, or its parts between `data.separator`."""
+        path = epath.Path(expand(name)).resolve()
+        require(
+            kind_of(path) != ".json",
+            f"Running text is read from text files, .jsonl and tables, {path} would be learnt with its commas, quotes and "
+            "braces. Save it as .jsonl, one object a line with the text as 'text'; to learn the file as it is, give it a name "
+            "that ends in .txt.",
+        )
+        return file_documents(path.parent, [path], config.separator)
+
+    def describe_empty(self, name: str, config: DataConfig) -> str:
+        """A file of white space."""
+        del config
+        return f"{epath.Path(expand(name)).resolve()} has 1 files and no text in them"

@@ -1,0 +1,92 @@
+"""Folders as sources: text files, Python's standard library, and a folder for each class."""
+
+import functools
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data.documents import Document, file_documents, visible_files
+from transformer.data.files import decode_text, read_file, refuse_dangling
+from transformer.data.source_kind import LabelledText, SourceKind, label_text
+from transformer.storage import expand
+from transformer.validation import require
+
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+class Folder(SourceKind):
+    """A folder of text files, or of a folder of texts for each class."""
+
+    def accepts(self, name: str) -> bool:
+        """If there is one."""
+        return epath.Path(expand(name)).is_dir()
+
+    def title(self, name: str) -> tuple[str, str]:
+        """The folder's name."""
+        return epath.Path(expand(name)).resolve().name, "1.0.0"
+
+    def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
+        """The files, or their parts between `data.separator`."""
+        path = epath.Path(expand(name)).resolve()
+        return file_documents(path, visible_files(path), config.separator)
+
+    def describe_empty(self, name: str, config: DataConfig) -> str:
+        """Files without text."""
+        del config
+        path = epath.Path(expand(name)).resolve()
+        return f"{path} has {len(visible_files(path))} files and no text in them"
+
+    def labelled(self, name: str, config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
+        """Each file, with its folder's name as the class."""
+        del config
+        path = epath.Path(expand(name))
+        classes = [child for child in _visible(path) if child.is_dir()]
+        require(len(classes) > 0, f"A folder of labelled texts must hold one folder for each class, {path} holds none.")
+        for folder in classes:
+            files = [child for child in _visible(folder) if child.is_file()]
+            require(len(files) > 0, f"The folder of a class must hold its texts, {folder} has no files.")
+            label = label_text(folder.name, "The folder's name", str(folder))
+            yield from ((str(file), LabelledText(decode_text(read_file(file), str(file)), label)) for file in files)
+
+
+class StandardLibrary(SourceKind):
+    """The source code of this Python's standard library: `python_stdlib`."""
+
+    is_path = False
+
+    def accepts(self, name: str) -> bool:
+        """By its name."""
+        return name == "python_stdlib"
+
+    def title(self, name: str) -> tuple[str, str]:
+        """With Python's version."""
+        return name, ".".join(map(str, sys.version_info[:3]))
+
+    def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
+        """Each module, tests left out."""
+        del name, config
+        root = epath.Path(sysconfig.get_paths()["stdlib"])
+        return file_documents(root, _modules(root), "")
+
+
+@functools.cache
+def _modules(root: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in visible_files(root, _LEFT_OUT):
+        if path.suffix == ".py":
+            try:
+                path.read_bytes().decode("utf-8")
+            except (UnicodeDecodeError, FileNotFoundError):  # a codec's fixture, say; a link of the distribution's
+                continue
+            found.append(path)
+    return found
+
+
+def _visible(folder: epath.Path) -> list[epath.Path]:
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    for child in children:
+        refuse_dangling(child)
+    return children

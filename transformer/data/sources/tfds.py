@@ -1,0 +1,218 @@
+"""TFDS datasets on disk as sources, found by name."""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from transformer.config import DataConfig
+from transformer.data.builder import Example
+from transformer.data.example_source import class_numbers, example_source
+from transformer.data.forms import TextExample
+from transformer.data.identity import ContentHash, sampled
+from transformer.data.prepare import data_directory, pieces, quiet
+from transformer.data.source import Converted, ExampleSource, Reads, Record, Source
+from transformer.data.source_kind import Rows, SourceKind
+from transformer.data.stored import NAME, find_stored, in_order, open_stored, readable
+from transformer.types import UserError
+from transformer.validation import require
+
+KEYS = {"labelled": ("text_key", "label_key"), "pairs": ("source_key", "target_key")}
+"""Fields of `DataConfig` that name those of an example."""
+_FEW_RECORDS = 64  # a split with fewer records is cut into pieces, so that there is something to shuffle
+
+
+class TfdsDataset(SourceKind):
+    """A dataset that TFDS has prepared: `name`, `name/config` or `name:1.0.0`."""
+
+    is_path = False
+
+    def accepts(self, name: str) -> bool:
+        """By how it is written."""
+        return NAME.fullmatch(name) is not None
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """None: it is no file."""
+        del keys
+        raise UserError(f"A file or folder of {what} must exist, {name!r} does not.")
+
+    def fingerprint(self, name: str, config: DataConfig) -> str:
+        """It is prepared already."""
+        return self.open_text(name, config).fingerprint
+
+    def open_text(self, name: str, config: DataConfig) -> Source:
+        """Its splits are its own."""
+        builder = stored_builder(name, config)
+        _features(name, builder, [config.text_key], ["text_key"])
+
+        def open_split(split: str) -> Sequence[Record]:
+            records = Converted(tfds_split(builder, split, config), functools.partial(_whole, config))
+            if len(records) >= _FEW_RECORDS:
+                return records
+            return [piece for record in records for piece in pieces(record.text, record.prompt, config.record_bytes)]
+
+        sizes, full_name = tfds_sizes(builder), builder.info.full_name
+        description = f"{full_name}: " + ", ".join(f"{split} {count:,} records" for split, count in sizes.items())
+        content = ContentHash()
+        hash_tfds(content, builder, config, lambda example: _whole(config, example)[:2])
+        return Source(full_name, content.hexdigest(), sizes, description, open_split)
+
+    def open_stored(self, name: str, reads: Reads, config: DataConfig, class_names: tuple[str, ...]) -> ExampleSource:
+        """Its splits are its own; its labels are given the numbers that `class_names` have."""
+        builder = stored_builder(name, config)
+        keys = [getattr(config, option) for option in KEYS[reads]]
+        features = _features(name, builder, keys, KEYS[reads])
+        own: tuple[str, ...] = _class_names(name, features[keys[1]], config) if reads == "labelled" else ()
+        numbers = class_numbers(own, class_names or own, name)
+        content = ContentHash()
+        content.add(reads, *own)
+        content.add((builder.info.metadata or {}).get("fingerprint", ""))
+        hash_tfds(content, builder, config, lambda example: [_present(example[key]) for key in keys])
+
+        def to_example(example: Example) -> TextExample:
+            first = example[keys[0]].decode("utf-8", "replace")
+            if not own:
+                return TextExample(first, target=example[keys[1]].decode("utf-8", "replace"))
+            label = int(example[keys[1]])
+            require(
+                0 <= label < len(own),
+                f"A labelled text must have one of the {len(own)} classes of {name!r}, got label {label}, as in splits "
+                "without labels; choose another split.",
+            )
+            return TextExample(first, label=numbers[label])
+
+        return example_source(
+            builder.info.full_name,
+            reads,
+            content,
+            tfds_sizes(builder),
+            class_names or own,
+            lambda split: (tfds_split(builder, split, config), to_example),
+            lambda: _labels(builder, "train", config) if own else None,
+            config.validation_fraction,
+        )
+
+
+def _features(name: str, builder: Any, keys: Sequence[str], options: Sequence[str]) -> Any:
+    """The features of a dataset, which have the keys that the options name."""
+    features = builder.info.features
+    there = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    for key, option in zip(keys, options, strict=True):
+        require(
+            key in there,
+            f"data.{option} must be a feature of {name!r}, got {key!r}; it has {', '.join(sorted(there))}.",
+        )
+    return features
+
+
+def _class_names(name: str, label: Any, config: DataConfig) -> tuple[str, ...]:
+    require(
+        isinstance(label, tfds.features.ClassLabel),
+        f"data.label_key must name a ClassLabel of {name!r}, {config.label_key!r} is {type(label).__name__}.",
+    )
+    names = tuple(label.names)
+    require(
+        len(set(names)) == len(names),
+        f"Classes must have different names, {name!r} has {', '.join(names)}; prepare it again.",
+    )
+    return names
+
+
+# ---- What is on disk -------------------------------------------------------------------------------------------------
+
+
+def stored_builder(name: str, config: DataConfig) -> Any:
+    """The builder of a dataset that is on disk.
+
+    Raises:
+        UserError: TFDS does not know it, or it has not been prepared.
+    """
+    data_dir = data_directory(config)
+    directory = find_stored(name, data_dir)
+    if directory is None:
+        base = re.split("[/:]", name)[0]
+        require(
+            base in tfds.list_builders(with_community_datasets=False),
+            f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; {name!r} is neither a file "
+            f"or folder in {os.getcwd()} nor a dataset that TFDS knows or finds in {data_dir}.",
+        )
+        raise UserError(
+            f"A TFDS dataset must be prepared before training, {name!r} is not in {data_dir} (nor is a file or folder of "
+            f"this name in {os.getcwd()}): prepare it once with {_how_to_prepare(name, config)}, or point data.data_dir at "
+            "where it is."
+        )
+    with quiet():
+        builder = open_stored(directory)
+    require(len(builder.info.splits) > 0, f"A stored dataset must have splits, {directory} has none.")
+    return builder
+
+
+def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> Sequence[Any]:
+    """The examples of a split, read at random; `options` are those of TFDS's `as_data_source`.
+
+    Raises:
+        UserError: they are not stored as ArrayRecord.
+    """
+    try:
+        with quiet(), readable():
+            return builder.as_data_source(split, **options)
+    except NotImplementedError:
+        name = builder.info.full_name
+        raise UserError(
+            f"A TFDS dataset must be stored as ArrayRecord, {name!r} in {data_directory(config)} is not: "
+            f"prepare it in another data_dir with {_how_to_prepare(name, config)}."
+        ) from None
+
+
+def tfds_sizes(builder: Any) -> dict[str, int]:
+    """Split -> its examples, without empty ones."""
+    return {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
+
+
+def hash_tfds(
+    content: ContentHash, builder: Any, config: DataConfig, convert: Callable[[Example], Sequence[str | int]]
+) -> None:
+    """Add what a stored dataset holds: sizes and evenly spaced examples of each split (all of a small one).
+
+    Not the name: another dataset of the same name, in another folder, must differ.
+    """
+    for split, count in sorted(tfds_sizes(builder).items()):
+        content.add(split, count, builder.info.splits[split].num_bytes)
+        for example in in_order(tfds_split(builder, split, config), sampled(count)):
+            content.add(*convert(example))
+
+
+def _how_to_prepare(name: str, config: DataConfig) -> str:
+    return (
+        f"`tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={data_directory(config)}` (only that "
+        "command needs `pip install tensorflow importlib_resources`, in any environment)"
+    )
+
+
+def _whole(config: DataConfig, example: Example) -> Record:
+    text, prompt = example[config.text_key], example.get(config.prompt_key, b"")
+    require(
+        isinstance(text, bytes) and isinstance(prompt, bytes),
+        f"data.text_key={config.text_key!r} and data.prompt_key={config.prompt_key!r} must name text features, "
+        f"got {type(text).__name__} and {type(prompt).__name__}.",
+    )
+    return Record(text.decode("utf-8", "replace"), prompt.decode("utf-8", "replace"), continues=False, last=True)
+
+
+def _present(value: Any) -> Any:
+    require(
+        value is not None,
+        "A stored dataset must be whole, one example has no value. Remove it and prepare it again.",
+    )
+    return value
+
+
+def _labels(builder: Any, split: str, config: DataConfig) -> np.ndarray:
+    """The class of each example, without decoding the texts."""
+    label: Any = tfds.features.FeaturesDict({config.label_key: builder.info.features[config.label_key]})
+    raw = tfds_split(builder, split, config, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return np.array([int(label.deserialize_example_np(example)[config.label_key]) for example in in_order(raw)])

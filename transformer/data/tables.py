@@ -1,0 +1,77 @@
+"""Rows of tables (.csv, .tsv) and lines of text files, each with its place."""
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from transformer.data.files import decode_text, file_lines, read_file
+from transformer.types import UserError
+from transformer.validation import require
+
+_LONGEST_FIELD = 1 << 30
+
+
+def text_lines(path: epath.Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a text file, each with its place, as rows of one field."""
+    for number, line in file_lines(path):
+        place = f"{path}, line {number}"
+        yield place, {key: decode_text(line, place).rstrip("\r\n")}
+
+
+def table_rows(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table whose first line names its columns, `keys` among them; each with its place.
+
+    Raises:
+        UserError: the table is not well formed, or lacks a column.
+    """
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    rows: csv.DictReader[str] | None = None
+    first = 1  # the line in which a row begins
+    try:
+        text = decode_text(read_file(path), str(path))
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = list(rows.fieldnames or ())
+        _check_header(header, path, delimiter, keys)
+        first = rows.line_num + 1
+        for row in rows:
+            place = f"{path}, line {rows.line_num}"
+            require(
+                None not in row and None not in row.values(),
+                f"Each row must have the {len(header)} columns of the header, {place} has more or fewer; "
+                "a field with commas, quotes or newlines is put in double quotes.",
+            )
+            yield place, row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"A table must be well formed, {path} is not, in the row that begins in line {first}: {error}; a field that has a "
+            'double quote in it is put in double quotes, and that quote is doubled: "".'
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_header(header: list[str], path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> None:
+    """Raise UserError unless the first line of a table has the columns that are read, each once."""
+    twice = next((key for index, key in enumerate(header) if key in header[:index]), None)
+    require(
+        twice is None,
+        f"The columns of a table must have different names, {path} has {twice!r} as columns "
+        f"{' and '.join(str(1 + index) for index, key in enumerate(header) if key == twice)}: rename or remove one.",
+    )
+    if all(key in header for key in keys):
+        return
+    shown = ", ".join(f"{key:.40}" for key in header) or "nothing"
+    named = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    other = next((sign for sign in named if sign != delimiter and len(header) == 1 and sign in header[0]), None)
+    if other:
+        remedy = f"its columns are separated by {named[other]}: save it with {named[delimiter]}"
+    else:
+        remedy = "if it has no header, add one as its first line; if its columns have other names, give those "
+        remedy += "(the options that end in -key)"
+    raise UserError(
+        f"The first line of a table must name the columns {' and '.join(keys)}, {path}, line 1 has {shown}; {remedy}."
+    )
