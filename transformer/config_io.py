@@ -1,13 +1,15 @@
 """Configs as plain dictionaries and back, and what a resumed run may change."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from transformer.config import Config
 from transformer.kinds import Kind
-from transformer.validation import require, shown
+from transformer.types import UserError
+from transformer.validation import require, shown, typed
 
 CONFIG_FILE = "config.json"
 """A run's config, in its record and at the top of its directory."""
@@ -77,9 +79,33 @@ def from_dict(kind: Any, values: Any, name: str = "") -> Any:
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(values) - set(known))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    require(not missing, f"{kind.__name__} must have {', '.join(missing)}, got {shown(values)}.")
     return kind(
         **{field: from_dict(hints[field], value, f"{kind.__name__}.{field}") for field, value in values.items()}
     )
+
+
+def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
+    """What a JSON file holds: a config, or a value of another type.
+
+    Raises:
+        UserError: it is no JSON, or of another type; the message names the file.
+    """
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} must be JSON as training writes it, but is damaged ({error}); put a copy back."
+        ) from error
+    try:
+        return typed(kind, from_dict(kind, values), "its content")
+    except UserError as error:
+        raise UserError(f"{path} is damaged, or of another version: {error}") from error
 
 
 def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -139,6 +139,24 @@ def _number(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Turn what goes wrong while the content of a file is interpreted into a `UserError` that names it.
+
+    Example:
+        `with understood(f"{path}"): tokenizer = make(json.loads(text))`
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{what} must be as this library writes it, but is damaged ({cause:.200}); put a copy back."
+        ) from error
+
+
+@contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turn a failed write inside into the `WriteError` of `explain`; other exceptions pass.
 

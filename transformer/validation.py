@@ -72,7 +72,7 @@ def _typed_before(rules: Callable[[Any], None]) -> Callable[[Any], None]:
 def _check_fields(config: Any) -> None:
     for name, hint in _hints(type(config)):
         before = getattr(config, name)
-        value = _typed(hint, before, f"{type(config).__name__}.{name}")
+        value = typed(hint, before, f"{type(config).__name__}.{name}")
         if value is not before:
             object.__setattr__(config, name, value)
 
@@ -83,7 +83,7 @@ def _hints(kind: type) -> tuple[tuple[str, Any], ...]:
     return tuple((field.name, hints[field.name]) for field in dataclasses.fields(kind))
 
 
-def _typed(hint: Any, value: Any, name: str) -> Any:
+def typed(hint: Any, value: Any, name: str) -> Any:
     """A value as its type has it.
 
     Raises:
@@ -99,18 +99,23 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         open_ended = members[-1] is Ellipsis
         if not isinstance(value, (list, tuple)) or not (open_ended or len(value) == len(members)):
             raise _wrong(hint, value, name)
-        parts = [_typed(members[0 if open_ended else i], part, name) for i, part in enumerate(value)]
+        parts = [typed(members[0 if open_ended else i], part, name) for i, part in enumerate(value)]
         same = type(value) is tuple and all(a is b for a, b in zip(parts, value, strict=True))
         return value if same else tuple(parts)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(hint, value, name)
+        key_kind, part_kind = members
+        return {
+            typed(key_kind, key, f"a name in {name}"): typed(part_kind, v, f"{name}.{key}") for key, v in value.items()
+        }
     if origin is Literal:
         if not any(type(value) is type(member) and value == member for member in members):
             raise _wrong(hint, value, name)
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         value = float(value)
-    # A generic type, Any, a protocol: what cannot be told here is left to the class.
-    expected = kind if isinstance(kind, type) else origin if isinstance(origin, type) else object
-    if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):
+    if not _is_instance(value, origin or kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(hint, value, name)
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}.")
@@ -118,6 +123,13 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if kind is int and not -(2**bits) <= value < 2**bits:
         raise UserError(f"{name} must be below 2^{bits} = {2**bits:,}, got {shown(value)}.")
     return value
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # Any, a protocol, a type variable: what cannot be told here is left to the class
+        return True
 
 
 def _wrong(hint: Any, value: Any, name: str) -> UserError:
@@ -148,7 +160,13 @@ def choices(hint: Any) -> list[str]:
     return [str(choice) for kind in literals for choice in typing.get_args(kind)]
 
 
-_DESCRIBED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_DESCRIBED = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object of fields",
+}
 
 
 def described(hint: Any) -> str:
@@ -162,7 +180,9 @@ def described(hint: Any) -> str:
             count = "" if members[-1] is Ellipsis else f"{len(members)} "
             kinds.append(f"{count}{described(members[0]).removeprefix('a ')}s")
         else:
-            kinds.append(_DESCRIBED.get(kind) or f"of type {getattr(kind, '__name__', kind)}")
+            kinds.append(
+                _DESCRIBED.get(typing.get_origin(kind) or kind) or f"of type {getattr(kind, '__name__', kind)}"
+            )
     return ", or ".join(kinds)
 
 

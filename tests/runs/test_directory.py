@@ -15,6 +15,7 @@ import typing
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from rich.console import Console
 
 from transformer import config as config_module
@@ -24,6 +25,7 @@ from transformer.optimizers.adamw import AdamW
 from transformer.runs.saved import evaluate, load
 from transformer.runs.train import train
 from transformer.schedules.cosine import CosineSchedule
+from transformer.training.manifest import write_manifest
 from transformer.training.metrics import TIMINGS
 from transformer.training.writers import read_jsonl
 from transformer.types import UserError
@@ -306,6 +308,77 @@ def test_changed_text_is_refused_at_every_door_unless_it_is_named(place, copy, t
     with pytest.raises(UserError, match=r"has changed\n(.|\n)*--data\.source"):
         evaluate(copy)
     assert evaluate(copy, source=[str(text)], split="train")["loss"] > 0
+
+
+# ---- Damage under a manifest that agrees with it ---------------------------------------------------------------------
+
+
+def change(copy, name, edit):
+    """Change a file of the latest checkpoint, and its manifest with it: as an edit by hand, or a run from anybody."""
+    path = copy / "checkpoints" / str(STEPS)
+    (path / name).write_bytes(edit((path / name).read_bytes()))
+    write_manifest(epath.Path(path))
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoint.json"])
+def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(name, copy, finished, place):
+    draw, whole, refused = random.Random(0), load(finished), 0
+    content = (copy / "checkpoints" / str(STEPS) / name).read_bytes()
+    for _ in range(40):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        change(copy, name, lambda _, flipped=flipped: bytes(flipped))
+        message = refusal(lambda: compare(load(copy), whole))
+        assert message == "" or str(copy) in message
+        refused += message != ""
+        refused += refusal(lambda: start(config_of(place, copy))) != ""
+    assert refused > 40
+
+
+def compare(found, whole):
+    assert found.step == whole.step
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.params, whole.params))
+
+
+def refusal(action):
+    """Why an action is refused; empty where it is not."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text[:-9], r"run.json must be JSON as training writes it, but is damaged \("),
+        (
+            lambda text: b"[]",
+            r"run.json is damaged, or of another version: its content must be an object of fields, got \[\]",
+        ),
+        (
+            lambda text: text.replace(b"data.json", b"dat.json"),
+            r"run.json must be .*, but is damaged \(KeyError: 'data.json'",
+        ),
+        (
+            lambda text: text.replace(b"tokenizer.json", b"../../../t.json"),
+            r"must hold files of a run, got \['../../../t",
+        ),
+        (
+            lambda text: text.replace(b"fingerprint", b"fingerprimt"),
+            r"run.json: data.json is damaged.*no field fingerprimt",
+        ),
+        (
+            lambda text: text.replace(b'characters\\"', b'characterz\\"'),
+            r"run.json: config.json.*did you mean characters\?",
+        ),
+    ],
+)
+def test_the_file_that_is_damaged_and_what_is_wrong_are_named(edit, message, copy):
+    change(copy, "run.json", edit)
+    with pytest.raises(UserError, match=message):
+        load(copy)
 
 
 # ---- Home directories ------------------------------------------------------------------------------------------------

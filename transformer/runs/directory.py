@@ -4,25 +4,27 @@ Each checkpoint has the record of its run (config, tokenizer, class names, corpu
 names at the top of the directory are copies, for people.
 """
 
+import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from transformer.config import Config
-from transformer.config_io import CONFIG_FILE, from_dict, resume_conflicts, to_dict
+from transformer.config_io import CONFIG_FILE, from_json, resume_conflicts, to_dict
 from transformer.data.datasets import Dataset, describe_data
 from transformer.data.prepare import data_directory
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.runs.lock import LOCK_FILE
-from transformer.storage import ASIDE, expand, write_whole
+from transformer.storage import ASIDE, expand, understood, write_whole
 from transformer.training import folders
 from transformer.training.checkpoint import DESCRIPTION, read_description
 from transformer.training.manifest import files_below
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import Settings, require, shown
 
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
@@ -35,6 +37,20 @@ RECORD_FILE = "run.json"
 T = TypeVar("T")
 
 
+_NAME = re.compile(r"([a-z_]+/)?[a-z_]+\.json")
+"""Of a file in a record. It becomes a path, and a run may come from anybody."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus(Settings):
+    """A source of a run's data, as `describe_data` gives it."""
+
+    name: str
+    fingerprint: str
+    splits: dict[str, Annotated[int, 63]]
+    """Name -> documents or examples."""
+
+
 class Record(NamedTuple):
     """What a checkpoint says of its run."""
 
@@ -45,8 +61,8 @@ class Record(NamedTuple):
     """As it was given: vocab_size, max_length and num_classes are not resolved."""
     class_names: tuple[str, ...]
     """Of a classifier; none for other runs."""
-    data: list[dict[str, Any]]
-    """The corpus, as `describe_data` gives it."""
+    data: tuple[Corpus, ...]
+    """What `describe_data` gave."""
     files: dict[str, bytes]
     """All of it: name -> content."""
 
@@ -57,7 +73,8 @@ class Record(NamedTuple):
                 path = epath.Path(directory) / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
-            return load_tokenizer(directory)
+            with understood(f"The tokenizer in {self.path / RECORD_FILE}"):
+                return load_tokenizer(directory)
 
 
 # ---- Read ------------------------------------------------------------------------------------------------------------
@@ -88,10 +105,15 @@ def _read_record(path: epath.Path) -> Record:
     step = read_description(path)["step"]
     stored = path / RECORD_FILE
     require(stored.exists(), f"A run's checkpoint must hold {RECORD_FILE}, {path} does not.")
-    files: dict[str, bytes] = {name: text.encode() for name, text in json.loads(stored.read_bytes()).items()}
-    classes = json.loads(files.get(CLASSES_FILE, b"[]"))
-    config = from_dict(Config, json.loads(files[CONFIG_FILE]))
-    return Record(path, step, config, tuple(classes), json.loads(files[DATA_FILE]), files)
+    with understood(f"{stored}"):
+        texts: dict[str, str] = from_json(dict[str, str], stored.read_bytes(), stored)
+        files = {name: text.encode() for name, text in texts.items()}
+        strange = [name for name in files if not _NAME.fullmatch(name)]
+        require(not strange, f"{stored} must hold files of a run, got {shown(strange[:1])}.")
+        classes = from_json(tuple[str, ...], files.get(CLASSES_FILE, b"[]"), f"{stored}: {CLASSES_FILE}")
+        config = from_json(Config, files[CONFIG_FILE], f"{stored}: {CONFIG_FILE}")
+        data = from_json(tuple[Corpus, ...], files[DATA_FILE], f"{stored}: {DATA_FILE}")
+    return Record(path, step, config, classes, data, files)
 
 
 # ---- Go on -----------------------------------------------------------------------------------------------------------
@@ -190,12 +212,12 @@ def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
     Raises:
         UserError: what differs, and the remedy.
     """
-    found = describe_data(data)
+    found = [Corpus(**source) for source in describe_data(data)]
     lines = [
-        f"{was['name']}: {_sizes(was)} -> {now['name']}: {_sizes(now)}"
-        + (", of other content" if was["splits"] == now["splits"] else "")
+        f"{was.name}: {_sizes(was)} -> {now.name}: {_sizes(now)}"
+        + (", of other content" if was.splits == now.splits else "")
         for was, now in zip(record.data, found, strict=False)
-        if was["fingerprint"] != now["fingerprint"]
+        if was.fingerprint != now.fingerprint
     ]
     if len(found) != len(record.data):
         lines.append(f"{len(record.data)} sources -> {len(found)}")
@@ -207,13 +229,13 @@ def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
     )
     require(
         data.class_names == record.class_names,
-        f"The classes of {' and '.join(source['name'] for source in found)} must be those of {record.path.parent.parent}, "
+        f"The classes of {' and '.join(source.name for source in found)} must be those of {record.path.parent.parent}, "
         f"{', '.join(record.class_names)}, in that order, got {', '.join(data.class_names)}; prepare it with these labels.",
     )
 
 
-def _sizes(source: dict[str, Any]) -> str:
-    return ", ".join(f"{split} {count:,}" for split, count in source["splits"].items())
+def _sizes(source: Corpus) -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in source.splits.items())
 
 
 # ---- Write -----------------------------------------------------------------------------------------------------------

@@ -156,4 +156,4 @@ def evaluate(
 def _trained_on(record: Record, data: DataConfig) -> bool:
     """Whether a config names the corpora of a run, whatever they are called and wherever they lie."""
     found = fingerprints(data, record.config.objective, record.class_names)
-    return found == [source["fingerprint"] for source in record.data]
+    return found == [source.fingerprint for source in record.data]

@@ -14,13 +14,14 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from transformer.config_io import from_json
 from transformer.memory import check_bytes, device_bytes, host_memory
 from transformer.storage import explained
 from transformer.training import folders
 from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
-from transformer.validation import require
+from transformer.validation import require, typed
 
 FORMAT = 3
 """Of a checkpoint's files; what has another number is refused."""
@@ -227,12 +228,19 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     Raises:
         UserError: it is of another format.
     """
-    description = json.loads((path / DESCRIPTION).read_text())
+    stored = path / DESCRIPTION
+    description: dict[str, Any] = from_json(dict[str, Any], stored.read_bytes(), stored)
     found = description.get("format", "none")
     require(
         found == FORMAT,
         f"A checkpoint must be of format {FORMAT}, {path} has {found}: it is of another version of this library; use that "
         "version, or train anew in another workdir.",
+    )
+    for name, kind in (("step", int), ("arrays", dict[str, str]), ("loop", dict[str, Any])):
+        typed(kind, description.get(name), f"{stored}: {name}")
+    require(
+        path.name == str(description["step"]),
+        f"A checkpoint must be in the folder of its step, {path} is of step {description['step']}; rename the folder.",
     )
     return description
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from transformer.config import TrainingConfig
 from transformer.parallel.runner import Runner
+from transformer.storage import understood
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loss_scale import FINITE, SMALLEST
 from transformer.training.metrics import Stopwatch, Window, Work
@@ -89,9 +90,11 @@ def train(
     watchdog = Watchdog(config.hang_timeout)
     with watchdog.watching():
         restored = checkpointer.restore(state)
-        start = restored.step if restored else 0
+        start, sums = restored.step if restored else 0, dict[str, float]()
         if restored:
-            batches.set_state(restored.loop["batches"])
+            with understood(f"What the checkpoint of step {start} holds of the data and the metrics"):
+                batches.set_state(restored.loop["batches"])
+                sums = {name: float(value) for name, value in restored.loop["window"].items()}
         checkpointer.clean(start)
         for writer in writers:
             writer.resume(start)
@@ -99,7 +102,7 @@ def train(
             state = runner.place_state(restored.state if restored else state)
         else:
             state = init_state()
-    window = Window(restored.loop["window"] if restored else {})
+    window = Window(sums)
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 
     step = start

@@ -38,7 +38,7 @@ def verify_manifest(directory: epath.Path, *, only: tuple[str, ...] = ("",)) -> 
     checksum, _, text = (directory / NAME).read_bytes().partition(b"\n")
     if hashlib.sha256(text).hexdigest().encode() != checksum:
         raise DamagedError(f"{NAME} is damaged")
-    lines = (line.partition("  ") for line in text.decode().splitlines())
+    lines = (line.partition("  ") for line in text.decode(errors="replace").splitlines())
     expected = {name: digest for digest, _, name in lines if name.startswith(only)}
     files = {name: path for name, path in files_below(directory).items() if name.startswith(only)}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
