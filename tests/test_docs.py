@@ -59,6 +59,8 @@ def clone(tmp_path_factory):
         f'{{"text": "A film {i} that I {word}.", "label": "{word}"}}' for i in range(20) for word in ("love", "hate")
     ]
     (directory / "reviews.jsonl").write_text("\n".join(reviews))
+    (directory / "others.csv").write_text("text,label\nA film that I love.,love\n")
+    (directory / "new.csv").write_text("id,text\n7,A film that I saw.\n")
     for language, phrase in (("en", "a dog number {}"), ("de", "ein Hund Nummer {}")):
         (directory / f"train.{language}").write_text("".join(phrase.format(i) + "\n" for i in range(40)))
     return directory

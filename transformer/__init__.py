@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformer.models.encoder import Encoder
     from transformer.models.encoder_decoder import EncoderDecoder
     from transformer.models.init import init_params
-    from transformer.objective import OBJECTIVES, Objective
+    from transformer.objective import OBJECTIVES, Objective, Trained
     from transformer.objectives.classification import Classification
     from transformer.objectives.masked_lm import MaskedLM
     from transformer.objectives.next_token import NextToken
@@ -73,7 +73,7 @@ _NAMES = {
     "models.encoder": "Encoder",
     "models.encoder_decoder": "EncoderDecoder",
     "models.init": "init_params",
-    "objective": "OBJECTIVES Objective",
+    "objective": "OBJECTIVES Objective Trained",
     "objectives.classification": "Classification",
     "objectives.masked_lm": "MaskedLM",
     "objectives.next_token": "NextToken",

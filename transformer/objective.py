@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
 
 from transformer.kinds import Family, Kind
 from transformer.types import Array, Loss, LossOutput, PyTree, UserError
@@ -25,6 +27,33 @@ OBJECTIVES = Family(
 )
 
 
+@runtime_checkable
+class Trained(Protocol):
+    """A trained model with what belongs to it, as `load` gives it."""
+
+    @property
+    def model(self) -> Any:
+        """The linen module."""
+
+    @property
+    def params(self) -> PyTree:
+        """Its parameters."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """That it was trained with."""
+
+    @property
+    def config(self) -> "Config":
+        """Of the run, resolved."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of a classifier, in the order of its logits."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective(Kind):
     """A loss, with the model and the rows that it is for. Its fields are its settings.
@@ -38,6 +67,8 @@ class Objective(Kind):
     """The model that it trains: decoder, encoder or encoder_decoder."""
     reads: ClassVar[Literal["text", "labelled", "pairs"]]
     """The data that it learns from: text, labelled or pairs."""
+    predicts_from: ClassVar[str] = "text_key"
+    """The field of the data's config that names what is read of a row to predict from it."""
     loss_chunks = 1
     """A setting of those whose logits can be computed in parts."""
 
@@ -144,6 +175,32 @@ class Objective(Kind):
         """Scores of what the model says to a whole split; by default none."""
         del model, params, tokenizer, data, split, config
         return {}
+
+    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+        """Ids of a text as a trained model reads it, int32 [n]; `data` is the config of the data."""
+        del data
+        return np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """What a trained model says to each text, in order: columns by name. The texts beside it change nothing.
+
+        Further arguments, with defaults, are this kind's options.
+
+        Args:
+            run: the trained model.
+            texts: none of them blank.
+            names: what each text is called in messages.
+            batch_size: texts that are read together, those of similar length.
+
+        Raises:
+            UserError: it cannot read a text; or it predicts nothing.
+        """
+        raise UserError(
+            f"A run that predicts must be a classifier, a translator or a language model, got one of {self.kind}; "
+            "`transformer evaluate` scores it."
+        )
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """What to type after training to use the model of a run, after `transformer` and without the run."""

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
@@ -68,6 +70,33 @@ def is_file(path: epath.PathLike) -> bool:
     return os.path.isfile(path) if is_local(path) else epath.Path(path).is_file()
 
 
+@contextlib.contextmanager
+def writing_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A file to be written in parts, which is there once the block has ended, and not if it fails or is interrupted.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = epath.Path(path)
+    if not is_local(path):
+        whole = io.BytesIO()
+        yield whole
+        path.write_bytes(whole.getvalue())
+        return
+    aside = path.parent / f"{path.name}{ASIDE}"
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (Exception, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     """Write aside, to the disk, and rename: a reader finds the old file or the new one, also after a power cut.
 
@@ -76,23 +105,8 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the old file stays, and nothing beside it.
     """
-    path = epath.Path(path)
-    content = content.encode() if isinstance(content, str) else content
-    if not is_local(path):
-        path.write_bytes(content)
-        return
-    aside = path.parent / f"{path.name}{ASIDE}"
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with writing_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_directory(path: epath.PathLike) -> None:

@@ -1,9 +1,14 @@
-"""Files as they lie, on the command line: trained on without being prepared, and scored whole."""
+"""Files as they lie, on the command line: trained on without being prepared, scored whole, predicted row by row."""
 
 import bz2
+import csv
+import dataclasses
+import io
 import json
 import random
 
+import jax
+import numpy as np
 import pytest
 
 from transformer.cli.main import main
@@ -161,3 +166,141 @@ def test_all_of_the_own_corpus_is_scored_when_it_is_asked_for(classifier, langua
     assert evaluated(capsys, classifier, "--split", "all")["scored"] == "120 texts"
     parts = [evaluated(capsys, language_model, "--split", split)["bytes"] for split in ("train", "validation", "all")]
     assert parts[0] + parts[1] == parts[2]
+
+
+# ---- predict ---------------------------------------------------------------------------------------------------------
+
+
+def predicted(capsys, *arguments):
+    capsys.readouterr()
+    main(["predict", *map(str, arguments)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predictions_are_what_evaluate_scores_whatever_the_batch(place, classifier, capsys):
+    rows = predicted(capsys, classifier, place / "test.jsonl")
+    given = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in ("n", "text", "label")} for row in rows] == given
+    assert [list(row) for row in rows] == [["n", "text", "label", "class", "probability"]] * 60
+    right = sum(row["class"] == row["label"] for row in rows)
+    assert right / 60 == pytest.approx(evaluated(capsys, classifier, "--data.source", place / "test.jsonl")["accuracy"])
+    assert right > 20
+    run = load(classifier)
+    texts = [row["text"] for row in given]
+    for batch_size in (7, 64):
+        again = run.predict(texts, batch_size=batch_size)
+        assert [row["class"] for row in again] == [row["class"] for row in rows]
+        assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in rows], abs=1e-5)
+    for index in (0, 31, 59):
+        (alone,) = run.predict([texts[index]], batch_size=1, top_k=9)
+        assert alone["class"] == rows[index]["class"]
+        assert alone["probability"] == pytest.approx(rows[index]["probability"], abs=1e-5)
+        assert {alone["class"], alone["class_2"], alone["class_3"]} == {"good", "bad", "so-so"}
+        probabilities = [alone[name] for name in ("probability", "probability_2", "probability_3")]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_every_kind_of_input_and_output_gives_the_same(place, classifier, capsys, tmp_path, monkeypatch):
+    expected = predicted(capsys, classifier, place / "train.csv", "--top-k", "2")
+    assert list(expected[0]) == ["id", "text", "label", "class", "probability", "class_2", "probability_2"]
+    assert predicted(capsys, classifier, place / "train.tsv.bz2", "--top-k", "2") == expected
+    main(["predict", str(classifier), str(place / "train.csv"), "--top-k", "2", "-o", str(tmp_path / "out.csv")])
+    told = capsys.readouterr()
+    assert told.out == "" and "120 texts of" in told.err
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert table == [{name: str(value) for name, value in row.items()} for row in expected]
+    main(["predict", str(classifier), str(place / "train.csv"), "--top-k=2", "--output", str(tmp_path / "out.jsonl")])
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
+    plain = [{name: row[name] for name in ("text", "class", "probability")} for row in expected]
+    for name, content in (
+        ("txt", "".join(f"{row['text']}\n" for row in plain)),
+        ("csv", (place / "train.csv").read_text()),
+    ):
+        piped = io.TextIOWrapper(io.BytesIO(("\ufeff" + content).encode()))
+        monkeypatch.setattr("sys.stdin", piped)
+        rows = predicted(capsys, classifier, *(["-"] if name == "txt" else []), "--format", name)
+        assert [{name: row[name] for name in plain[0]} for row in rows] == plain
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"words": plain[0]["text"], "text": [1, None], "e": "\ud800"}) + "\n"
+    )
+    (row,) = predicted(capsys, classifier, tmp_path / "other.jsonl", "--text-key", "words")
+    assert (row["text"], row["e"], row["class"]) == ([1, None], "\ud800", plain[0]["class"])
+
+
+def shaken(run):
+    """With random parameters."""
+    random = np.random.RandomState(0)
+    return dataclasses.replace(
+        run, params=jax.tree.map(lambda x: random.standard_normal(x.shape).astype(x.dtype), run.params)
+    )
+
+
+@pytest.mark.parametrize("column", ["translation", "continuation"])
+def test_a_translator_and_a_language_model_predict(place, translator, language_model, capsys, column):
+    workdir, key = {"translation": (translator, "source"), "continuation": (language_model, "text")}[column]
+    texts = (place / "train.en").read_text().splitlines()
+    rows = predicted(capsys, workdir, place / "train.en", "--max-new-tokens", "6")
+    assert [list(row) for row in rows] == [[key, column]] * 120
+    assert [row[key] for row in rows] == texts
+    run = load(workdir)
+    assert run.predict(texts[:3], max_new_tokens=6, batch_size=2) == [{column: row[column]} for row in rows[:3]]
+    # One that says something else of each text.
+    run = shaken(run)
+    texts = [*texts[:20], "yes " * 5 + "a", "no " * 6 + "a", "b"]
+    together = run.predict(texts, max_new_tokens=6, batch_size=5)
+    assert together == [run.predict([text], max_new_tokens=6, batch_size=1)[0] for text in texts]
+    assert len({said[column] for said in together}) > 5
+
+
+def test_a_continuation_ends_where_the_model_does(language_model):
+    run = load(language_model)
+    run = shaken(run)
+    room = run.config.model.max_length - len(run.encode("yes " * 5))
+    (said,) = run.predict(["yes " * 5])
+    assert 0 < len(run.tokenizer.encode(said["continuation"])) <= room == 3
+
+
+def test_what_cannot_be_predicted_is_refused_with_its_line(place, classifier, language_model, capsys, tmp_path):
+    (tmp_path / "blank.txt").write_text("one\n\nthree\n")
+    (tmp_path / "bad.csv").write_text("text,n\none,1\ntwo\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    (tmp_path / "taken.csv").write_text("text,class\none,1\n")
+    (tmp_path / "mixed.jsonl").write_text('{"text": "one"}\n{"text": "two", "n": 1}\n')
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "old.csv").write_text("mine")
+    (tmp_path / "long.txt").write_text("short\n" + "long " * 9)
+
+    def told(name, *options, run=classifier):
+        return refused(capsys, "predict", run, tmp_path / name, *options)
+
+    assert "must not be blank" in told("blank.txt") and "blank.txt, line 2" in told("blank.txt")
+    assert "bad.csv, line 3 has more or fewer" in told("bad.csv")
+    assert "'text' must be text" in told("bad.jsonl") and "bad.jsonl, line 2 has int" in told("bad.jsonl")
+    assert "taken.csv, line 2 has 'class' already" in told("taken.csv")
+    assert "has no texts" in told("empty.txt")
+    assert "there is no file or folder" in told("nowhere.csv")
+    assert "--top-k must be at least 1" in told("mixed.jsonl", "--top-k", "0")
+    assert "--max-new-tokens means nothing for a run of classification" in told("mixed.jsonl", "--max-new-tokens", "3")
+    assert "long.txt, line 2 has 46" in told("long.txt", run=language_model)
+    assert "must be a new file" in told("mixed.jsonl", "-o", tmp_path / "old.csv")
+    assert (tmp_path / "old.csv").read_text() == "mine"
+    assert "must be the name of a .jsonl or .csv file" in told("mixed.jsonl", "-o", tmp_path / "out.txt")
+    # Half of it is written when the second row has another column: nothing stays.
+    before = sorted(tmp_path.iterdir())
+    assert "line 2 gives text, n, class, probability; write .jsonl" in told("mixed.jsonl", "-o", tmp_path / "out.csv")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_interrupted_prediction_leaves_no_file(place, classifier, capsys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        yield {"class": "good", "probability": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformer.runs.saved.Loaded.predictions", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["predict", str(classifier), str(place / "train.csv"), "-o", str(tmp_path / "out.csv")])
+    assert exit_info.value.code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "SIGINT: stopped." in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_what_has_no_end_is_not_read(tmp_path, in_folder):
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.JSON"])
 def test_syntax_is_not_learnt_as_text(tmp_path, name):
     (tmp_path / name).write_text('[{"text": "fine"}]')
-    with pytest.raises(UserError, match=r"would be learnt with its commas, quotes and braces\. Save it as \.jsonl"):
+    with pytest.raises(UserError, match=r"would be read with its commas, quotes and braces\. Save it as \.jsonl"):
         read_local(str(tmp_path / name), DataConfig())
     (tmp_path / name).rename(tmp_path / "a.txt")
     assert read_local(str(tmp_path / "a.txt"), DataConfig()).count == 1

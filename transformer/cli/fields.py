@@ -68,8 +68,13 @@ class Flag(NamedTuple):
 
 
 def positional(default: Any) -> Any:
-    """A field of a command that is given without a flag."""
+    """A field of a command that is given without a flag: one word, or none where it may be None, or any number for a tuple."""
     return dataclasses.field(default=default, metadata={"positional": True})
+
+
+def short(name: str, default: Any) -> Any:
+    """A field that has a short flag too."""
+    return dataclasses.field(default=default, metadata={"short": name})
 
 
 def flags(options: Any) -> dict[str, Flag]:
@@ -250,6 +255,8 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
             flag = Flag((path,), hints[field.name], value, documents.get(field.name, ""))
             for name in filter(None, (other, path)):
                 yield f"--{_dashed(name)}", flag
+            if name := field.metadata.get("short"):
+                yield name, flag
 
 
 def _first_sentence(kind: type) -> str:
@@ -276,7 +283,10 @@ def _help(table: dict[str, Flag], usage: str, about: str) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
     sections: dict[str, list[str]] = {}
     for name, flag in table.items():
+        if not name.startswith("--"):
+            continue
         lines = sections.setdefault(name.removeprefix("--").rpartition(".")[0], [])
+        name = ", ".join([name, *(short for short in table if short[1:2] != "-" and table[short] is flag)])
         lines.append(f"  {name} {_metavar(flag.hint)}".rstrip())
         text = f"{flag.document} (default: {_shown(flag.default)})"
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model, or go on with an interrupted run",
     "evaluate": "score a run's model over a whole split",
     "generate": "continue a prompt with a run's model",
+    "predict": "say what a run's model makes of each text of a file",
     "prepare": "turn text into a dataset on disk",
     "plan": "compile the step for hardware that is not there",
     "inspect": "show batches and parameters of a config, without training",

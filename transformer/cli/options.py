@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformer.cli.arguments import parse_config, parse_config_and
-from transformer.cli.fields import Flag, flags, parse, positional
+from transformer.cli.fields import Flag, flags, parse, positional, short
 from transformer.config import Config, DataConfig
 from transformer.types import UserError
 from transformer.validation import require
@@ -87,6 +87,50 @@ class GenerateOptions:
     """Sample among the most likely tokens that together reach this probability."""
     seed: int = 0
     """The same seed gives the same text."""
+
+
+# ---- predict -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Say what a run's model makes of each text: its class, its translation, or how it goes on.
+
+    INPUT is a .jsonl, .csv or .tsv file, or any other file with one text a line (.gz, .bz2 and .xz too). Without it, or for -,
+    standard input is read. Rows come out in their order, with the columns that they had and those that are predicted.
+    """
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    input: str | None = positional(None)
+    """The file, or - for standard input."""
+    output: str = short("-o", "")
+    """A new .jsonl or .csv file; empty means JSON lines on standard output."""
+    format: Literal["txt", "jsonl", "csv", "tsv"] = "txt"
+    """Of standard input; txt is one text a line. Files have a name that says so."""
+    text_key: str = ""
+    """Field that holds the text; empty means the one that training read: data.text_key, of a translator data.source_key."""
+    batch_size: int = 0
+    """Texts that are read together, those of similar length; 0 means as in training."""
+    top_k: int = 1
+    """Classifiers: this many most likely classes, each with its probability; all of them if there are fewer."""
+    max_new_tokens: int = 0
+    """Translators: tokens of a translation at most, 0 means the model's length. Language models: tokens to add at most, 64 if
+    this is not given."""
+
+
+def _predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
+    options, given = read(PredictOptions(), arguments, "transformer predict")
+    suffix = options.output.rpartition(".")[2]
+    require(
+        options.output == "" or suffix in ("jsonl", "csv"),
+        f"--output must be the name of a .jsonl or .csv file, got {options.output!r}.",
+    )
+    piped = options.input in (None, "-")
+    require(
+        piped or "format" not in given, "--format is for standard input; a file's name says what it is. Leave it out."
+    )
+    return options, given
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------------
@@ -215,18 +259,24 @@ class Command(NamedTuple):
 def read(default: T, arguments: list[str], command: str) -> tuple[T, Given]:
     """The options of a command, and which of them were given.
 
-    Words without a flag go to the positional field; one that takes a single word must have it.
+    Words without a flag go to the positional fields in turn; one that takes a single word must have it, unless it may be None.
     """
     kind: Any = type(default)
-    (place,) = [f for f in dataclasses.fields(kind) if f.metadata.get("positional")] or (None,)
+    places = [field for field in dataclasses.fields(kind) if field.metadata.get("positional")]
     about = "\n".join(line.strip() for line in (kind.__doc__ or "").splitlines())
-    usage = command + (f" {place.name.upper()}" if place else "")
+    names = [f"[{place.name.upper()}]" if place.default is None else place.name.upper() for place in places]
+    usage = " ".join([command, *names])
     given, words = parse(flags(default), arguments, command=command, usage=usage, about=about)
-    if place is not None and isinstance(place.default, tuple):
-        given[place.name], words = tuple(words), []
-    elif place is not None:
-        require(len(words) > 0, f"`{command}` needs {place.name.upper()}, got none; `{command} --help` tells more.")
-        given[place.name], *words = words
+    for place in places:
+        if isinstance(place.default, tuple):
+            given[place.name], words = tuple(words), []
+        elif words:
+            given[place.name], *words = words
+        else:
+            require(
+                place.default is None,
+                f"`{command}` needs {place.name.upper()}, got none; `{command} --help` tells more.",
+            )
     refuse_words(words, command)
     return _replaced(default, given), given
 
@@ -268,6 +318,7 @@ OPTIONS = {
     "plan": Command(_plan, lambda: flags(Config()) | flags(PlanOptions())),
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),
+    "predict": Command(_predict, lambda: flags(PredictOptions())),
     "prove": _of_options("prove", ProveOptions()),
     "prepare": Command(_prepare, lambda: flags(PrepareOptions())),
 }

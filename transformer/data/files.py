@@ -4,22 +4,26 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from transformer.storage import is_file, is_local
+from transformer.storage import expand, is_file, is_local
 from transformer.types import UserError
 from transformer.validation import require
 
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _REFUSED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SUFFIXES = (".gz", ".bz2", ".xz")
+STANDARD_INPUT = "<standard input>"
+"""With a suffix that says what it is, the name of a source that is piped in, which can be read once."""
 
 
 @contextlib.contextmanager
@@ -30,6 +34,9 @@ def open_file(path: epath.Path) -> Iterator[Any]:
         UserError: it is no file, which may have no end or come once only; or on reading, if compressed data ends too early or is
             damaged.
     """
+    if os.fspath(path).startswith(STANDARD_INPUT):
+        yield io.BytesIO(sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8))
+        return
     refuse_dangling(path)
     require(
         is_file(path) or not path.exists(),
@@ -46,6 +53,11 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                 yield unpacked
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
+
+
+def is_there(name: str) -> bool:
+    """Whether a source can be read as a file or a folder."""
+    return name.startswith(STANDARD_INPUT) or epath.Path(expand(name)).exists()
 
 
 def refuse_dangling(path: epath.Path) -> None:

@@ -1,7 +1,7 @@
 """How labelled texts and pairs become batches: encoded, cut to the room of a row, padded."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,13 +37,12 @@ def labelled_form(tokenizer: Tokenizer, config: DataConfig) -> Form:
     """`LabelledBatch`es: end-of-text, which a classifier may pool, then as much of the text as a row has room for."""
 
     def encode(example: TextExample) -> tuple[np.ndarray, int]:
-        tokens = truncate(tokenizer.encode(example.text), config.sequence_length - 1, config.truncate)
-        return np.concatenate([[tokenizer.end_of_text], tokens]), example.label
+        return text_tokens(tokenizer, example.text, config), example.label
 
     def collate(encoded: Sequence[tuple[np.ndarray, int]], rows: int, length: int) -> LabelledBatch:
         labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         labels[: len(encoded)], weights[: len(encoded)] = [label for _, label in encoded], 1
-        return LabelledBatch(*_padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
+        return LabelledBatch(*padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
 
     return Form(
         encode, lambda encoded: len(encoded[0]), collate, lambda example: {"texts": len(tokenizer.encode(example.text))}
@@ -61,10 +60,10 @@ def pairs_form(source_tokenizer: Tokenizer, tokenizer: Tokenizer, config: DataCo
 
     def collate(encoded: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, length: int) -> PairBatch:
         sources, targets = [source for source, _ in encoded], [target for _, target in encoded]
-        inputs_BT, segment_ids_BT = _padded([target[:-1] for target in targets], rows, length)
-        targets_BT, _ = _padded([target[1:] for target in targets], rows, length)
+        inputs_BT, segment_ids_BT = padded([target[:-1] for target in targets], rows, length)
+        targets_BT, _ = padded([target[1:] for target in targets], rows, length)
         weights_BT = segment_ids_BT.astype(np.float32)
-        return PairBatch(*_padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
+        return PairBatch(*padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
 
     def lengths(example: TextExample) -> dict[str, int]:
         source, target = source_tokenizer.encode(example.text), tokenizer.encode(example.target)
@@ -81,6 +80,12 @@ def count_cut(form: Form, config: DataConfig, examples: Sequence[TextExample]) -
     return dict(cut)
 
 
+def text_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
+    """A text as a classifier reads it: end-of-text, then as much as a row has room for."""
+    tokens = truncate(tokenizer.encode(text), config.sequence_length - 1, config.truncate)
+    return np.concatenate([[tokenizer.end_of_text], tokens])
+
+
 def source_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
     """A source as a translator reads it: as much as a row has room for, then end-of-text."""
     tokens = truncate(tokenizer.encode(text), config.sequence_length - 1, config.truncate)
@@ -95,9 +100,15 @@ def truncate(tokens: Int[np.ndarray, " n"], room: int, keep: str) -> Int[np.ndar
     return np.concatenate([tokens[:head], tokens[len(tokens) - (room - head) :]])
 
 
-def _padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids [rows, length]."""
+def padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids [rows, length]; rows beyond the sequences are filler."""
     tokens_BT, segment_ids_BT = np.zeros((2, rows, length), np.int32)
     for row, sequence in enumerate(sequences):
         tokens_BT[row, : len(sequence)], segment_ids_BT[row, : len(sequence)] = sequence, 1
     return tokens_BT, segment_ids_BT
+
+
+def by_length(sequences: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+    """Indices of sequences of similar length, at most `batch_size` at a time; each index once."""
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))

@@ -1,19 +1,24 @@
 """Classification: the cross-entropy of a text's class."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.objective import OBJECTIVES, Objective, mask_token
+from transformer.data.example_batches import buckets
+from transformer.data.forms import by_length, padded, text_tokens
+from transformer.objective import OBJECTIVES, Objective, Trained, mask_token
 from transformer.objectives.bases import ExampleObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, LabelledBatch, LossOutput, PyTree
 from transformer.validation import require, require_range
+
+_BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
 
 @OBJECTIVES.register
@@ -93,6 +98,37 @@ class Classification(ExampleObjective):
         """The texts, each by the weight of its class."""
         return jnp.sum(self._weights(batch) if self._weighted else batch.weights)
 
+    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+        """End-of-text, then as much of the text as a row has room for."""
+        return text_tokens(tokenizer, text, data)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, top_k: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """`class` and `probability`; with `top_k`, also `class_2`, `probability_2` and so on, of the most likely classes."""
+        require(top_k >= 1, f"top_k must be at least 1, got {top_k}.")
+        data = run.config.data
+        for start in range(0, len(texts), _BATCHES_AT_ONCE * batch_size):
+            part = texts[start : start + _BATCHES_AT_ONCE * batch_size]
+            encoded = [self.encode(text, run.tokenizer, data) for text in part]
+            probabilities_NC = np.zeros((len(part), len(run.class_names)), np.float32)
+            for indices in by_length(encoded, batch_size):
+                length = next(bucket for bucket in buckets(data) if bucket >= len(encoded[indices[-1]]))
+                tokens_BT, segment_ids_BT = padded([encoded[index] for index in indices], batch_size, length)
+                probabilities_BC = _probabilities(run.model, run.params, tokens_BT, segment_ids_BT)
+                probabilities_NC[indices] = np.asarray(probabilities_BC)[: len(indices)]
+            for name, probabilities_C in zip(names[start:], probabilities_NC, strict=False):
+                require(bool(np.isfinite(probabilities_C).all()), f"A probability must be a number, {name} has NaN.")
+                order = np.argsort(-probabilities_C, kind="stable")[:top_k]
+                yield {
+                    f"{column}_{rank}".removesuffix("_1"): value
+                    for rank, index in enumerate(order, 1)
+                    for column, value in (
+                        ("class", run.class_names[index]),
+                        ("probability", float(probabilities_C[index])),
+                    )
+                }
+
     @property
     def _weighted(self) -> bool:
         return self.class_weights != "none"
@@ -119,6 +155,12 @@ class Classification(ExampleObjective):
         )
         shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
         return dataclasses.replace(self, class_weights=weights), f"class weights: {shown}"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(model: Any, params: PyTree, tokens_BT: Array, segment_ids_BT: Array) -> Array:
+    logits_BC = model.apply({"params": params}, tokens_BT, segment_ids_BT=segment_ids_BT)
+    return jax.nn.softmax(logits_BC.astype(jnp.float32), axis=-1)
 
 
 def balanced_weights(labels: Iterable[int], num_classes: int) -> tuple[float, ...]:

@@ -1,13 +1,15 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from transformer.objective import OBJECTIVES
+from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import TokenObjective
+from transformer.objectives.continuation import continuations
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, PyTree
@@ -80,6 +82,12 @@ class NextToken(TokenObjective):
             "parallel.context is for the next_token objective, whose rows have one length and no memory, got the next_token "
             f"objective and model.memory_length={config.model.memory_length}; set parallel.context=1.",
         )
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
+    ) -> Iterator[dict[str, Any]]:
+        """The most likely `continuation`."""
+        return continuations(run, texts, names, batch_size, max_new_tokens)
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Continue a text."""

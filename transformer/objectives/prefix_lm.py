@@ -1,7 +1,7 @@
 """Prefix language modelling: the cross-entropy of each token given those before it and, in both directions, a prefix."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.draws import random_at
-from transformer.objective import OBJECTIVES
+from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import TextObjective
+from transformer.objectives.continuation import continuations
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Batch, LossOutput, Noise, PyTree
@@ -58,6 +59,12 @@ class PrefixLM(TextObjective):
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Rows have a random prefix."""
         return {"noise": random_prefixes(seed)}
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
+    ) -> Iterator[dict[str, Any]]:
+        """The most likely `continuation`."""
+        return continuations(run, texts, names, batch_size, max_new_tokens)
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Continue a text."""

@@ -1,7 +1,7 @@
 """Sequence to sequence: the cross-entropy of each target token given the source and the tokens before it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,14 +10,18 @@ from transformer.data.forms import source_tokens
 from transformer.data.tokenizers import PairTokenizer, source_tokenizer
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
-from transformer.objective import OBJECTIVES
+from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import ExampleObjective, TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, LossOutput, PairBatch, PyTree
+from transformer.validation import require
 
 if TYPE_CHECKING:
     from transformer.config import Config
+
+
+_BATCHES_AT_ONCE = 8  # that sources are sorted within, by length
 
 
 @OBJECTIVES.register
@@ -28,6 +32,7 @@ class Seq2Seq(ExampleObjective, TokenObjective):
     kind = "seq2seq"
     architecture = "encoder_decoder"
     reads = "pairs"
+    predicts_from = "source_key"
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
@@ -43,13 +48,32 @@ class Seq2Seq(ExampleObjective, TokenObjective):
         self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
     ) -> dict[str, Any]:
         """BLEU and chrF of the translations of a whole split."""
-        examples, reader = data.source.examples(split), source_tokenizer(tokenizer)
-        room = config.data.sequence_length
-        sources = [source_tokens(reader, example.text, config.data) for example in examples]
+        examples, room = data.source.examples(split), config.data.sequence_length
+        sources = [self.encode(example.text, tokenizer, config.data) for example in examples]
         targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
         return translation_scores(
             [tokenizer.decode(target) for target in targets], [example.target for example in examples]
         )
+
+    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+        """As much of the source as a row has room for, then end-of-text."""
+        return source_tokens(source_tokenizer(tokenizer), text, data)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """The `translation`, of at most `max_new_tokens`; 0 means the model's length."""
+        del names
+        room, at_once = run.config.data.sequence_length, _BATCHES_AT_ONCE * batch_size
+        length = max_new_tokens or room
+        require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {max_new_tokens}.")
+        for start in range(0, len(texts), at_once):
+            sources = [self.encode(text, run.tokenizer, run.config.data) for text in texts[start : start + at_once]]
+            end = run.tokenizer.end_of_text
+            for target in translate(
+                run.model, run.params, sources, end_of_text=end, max_new_tokens=length, batch_size=batch_size
+            ):
+                yield {"translation": run.tokenizer.decode(target)}
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Translate a text."""

@@ -1,11 +1,13 @@
 """A run's directory becomes a model again, to be used or scored."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from transformer.config import Config, DataConfig
 from transformer.data.datasets import fingerprints, open_data
@@ -41,6 +43,43 @@ class Loaded:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params, self.tokenizer, self.config, self.step))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text as the model reads it, int32 [n]: cut where it is too long, with the token that starts or ends a text."""
+        return self.config.objective.encode(text, self.tokenizer, self.config.data)
+
+    def predict(self, texts: Sequence[str], *, batch_size: int = 0, **options: Any) -> list[dict[str, Any]]:
+        """What the model says to each text, in order: its class, translation or continuation, in columns by name.
+
+        Args:
+            texts: of any number; none is blank.
+            batch_size: texts that are read together, those of similar length; 0 means as in training.
+            options: of the run's objective: `top_k` of a classifier, `max_new_tokens` of the others.
+
+        Raises:
+            UserError: a text is blank or too long, the run predicts nothing, or an option means nothing for it.
+
+        Example:
+            `load("runs/reviews").predict(["a fine film"], top_k=2)`
+        """
+        return list(self.predictions(texts, batch_size=batch_size, **options))
+
+    def predictions(
+        self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """`predict`, some texts after the others; `names` is what they are called in messages."""
+        objective = self.config.objective
+        known = list(inspect.signature(objective.predict).parameters)[4:]
+        for name in options:
+            require(
+                name in known,
+                f"{name} means nothing for a run of {objective.kind}, which takes {', '.join(known) or 'none'}; leave it out.",
+            )
+        require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
+        names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
+        for text, name in zip(texts, names, strict=True):
+            require(text.strip() != "", f"A text to predict from must not be blank, {name} is; remove it.")
+        return objective.predict(self, texts, names, batch_size or self.config.data.batch_size, **options)
 
 
 @out_of_memory.explained(what="Loading this run")

@@ -6,7 +6,7 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.documents import Document, file_documents
-from transformer.data.files import json_objects, kind_of
+from transformer.data.files import is_there, json_objects, kind_of
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.tables import table_rows, text_lines
 from transformer.storage import expand
@@ -26,8 +26,7 @@ class JsonLines(_File):
 
     def accepts(self, name: str) -> bool:
         """By its suffix."""
-        path = epath.Path(expand(name))
-        return kind_of(path) == ".jsonl" and path.exists()
+        return kind_of(epath.Path(expand(name))) == ".jsonl" and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """An object a line."""
@@ -40,8 +39,7 @@ class Table(_File):
 
     def accepts(self, name: str) -> bool:
         """By its suffix."""
-        path = epath.Path(expand(name))
-        return kind_of(path) in _DELIMITERS and path.exists()
+        return kind_of(epath.Path(expand(name))) in _DELIMITERS and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """A row of the table each."""
@@ -55,25 +53,29 @@ class TextFile(_File):
 
     def accepts(self, name: str) -> bool:
         """Whatever its suffix."""
-        return epath.Path(expand(name)).exists()
+        return is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """A line each, for one field only."""
         key, *others = keys
+        _refuse_json(name)
         return super().rows(name, keys, what) if others else text_lines(epath.Path(expand(name)), key)
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
         """The file, or its parts between `data.separator`."""
         path = epath.Path(expand(name)).resolve()
-        require(
-            kind_of(path) != ".json",
-            f"Running text is read from text files, .jsonl and tables, {path} would be learnt with its commas, quotes and "
-            "braces. Save it as .jsonl, one object a line with the text as 'text'; to learn the file as it is, give it a name "
-            "that ends in .txt.",
-        )
+        _refuse_json(name)
         return file_documents(path.parent, [path], config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
         """A file of white space."""
         del config
         return f"{epath.Path(expand(name)).resolve()} has 1 files and no text in them"
+
+
+def _refuse_json(name: str) -> None:
+    require(
+        kind_of(epath.Path(name)) != ".json",
+        f"Text is read from text files, .jsonl and tables, {name} would be read with its commas, quotes and braces. Save it as "
+        ".jsonl, one object a line with the text as 'text'; to take the file as it is, give it a name that ends in .txt.",
+    )
