@@ -77,3 +77,16 @@ def signals_as_in_a_terminal():
     """Under nohup a process ignores SIGHUP, and so do the runs that a test starts."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How the cases of `test_fuzz.py` ended, a line for each mutation."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = [value for report in reports for name, value in report.user_properties if name == "fuzz"]
+    if found:
+        terminalreporter.section("changed inputs")
+    for name, verdict, counts in found:
+        ends = ", ".join(f"{end} {count}" for end, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{sum(counts.values()):>6}  {name} ({verdict}): {ends}")
+    if found:
+        terminalreporter.write_line(f"{sum(sum(counts.values()) for _, _, counts in found):>6}  in all")

@@ -89,7 +89,7 @@ def remembering(kind="rotary", **changes):
         (lambda: Classification(class_weights=(1.0, 0.0)), "a positive number a class, got"),
         (
             lambda: Classification(class_weights=(1.0, float("nan"))),
-            "must be a finite number, got nan",
+            "must be a finite number of float32 .*got nan",
         ),
         (lambda: SpanCorruption(noise_density=1.0), "noise_density must be above 0 and below 1, got 1.0"),
         (lambda: SpanCorruption(mean_span_length=0.5), "mean_span_length must be at least 1, got 0.5"),

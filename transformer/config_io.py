@@ -76,14 +76,11 @@ def from_dict(kind: Any, values: Any, name: str = "") -> Any:
         kind = kind.family.find(values.get("kind"))
         values = {field: value for field, value in values.items() if field != "kind"}
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
+    fields = dataclasses.fields(kind)
+    known = [field.name for field in fields]
     unknown = sorted(set(values) - set(known))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    missing = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING
-    ]
+    missing = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING and f.name not in values]
     require(not missing, f"{kind.__name__} must have {', '.join(missing)}, got {shown(values)}.")
     return kind(
         **{field: from_dict(hints[field], value, f"{kind.__name__}.{field}") for field, value in values.items()}
@@ -99,9 +96,7 @@ def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} must be JSON as training writes it, but is damaged ({error}); put a copy back."
-        ) from error
+        raise UserError(f"{path} must be JSON as training writes it, but is damaged ({error}).") from error
     try:
         return typed(kind, from_dict(kind, values), "its content")
     except UserError as error:

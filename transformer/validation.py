@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import math
 import types
 import typing
 from collections.abc import Callable
@@ -43,8 +42,8 @@ class Settings:
 
     A class checks more in its own `__post_init__`, which runs after this check. What is taken, and kept as Python's own:
 
-    * a whole number of at most 32 bits (JAX's default), or a finite number, for which a whole one may stand; true and false
-      are neither;
+    * a whole number of at most 32 bits (JAX's default), or a finite number of float32, for which a whole one may stand; true
+      and false are neither;
     * a scalar of NumPy for the number, truth value or text that it is;
     * a list for a tuple;
     * for `Annotated[T, function]`, what the function makes of the value; for `Annotated[int, bits]`, so many bits.
@@ -117,8 +116,8 @@ def typed(hint: Any, value: Any, name: str) -> Any:
         value = float(value)
     if not _is_instance(value, origin or kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(hint, value, name)
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value}.")
+    if kind is float and not abs(value) <= _LARGEST:
+        raise UserError(f"{name} must be a finite number of float32 (below 3.4e38), got {value}.")
     bits = extra if isinstance(extra, int) else 31
     if kind is int and not -(2**bits) <= value < 2**bits:
         raise UserError(f"{name} must be below 2^{bits} = {2**bits:,}, got {shown(value)}.")
@@ -160,6 +159,8 @@ def choices(hint: Any) -> list[str]:
     return [str(choice) for kind in literals for choice in typing.get_args(kind)]
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127
+"""Of float32."""
 _DESCRIBED = {
     int: "a whole number",
     float: "a number",

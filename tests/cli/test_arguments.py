@@ -109,11 +109,20 @@ def test_bad_config_files_are_named(tmp_path, text, message):
         load_config(f"{path}:no" if "variant" in text else str(path))
 
 
-@pytest.mark.parametrize("text", ["def get_config(): dict(x=1)['y']", "def get_config(): len(1)"])
-def test_an_error_in_a_config_file_is_its_own(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\ndef get_config(): dict(x=1)['y']", r"c\.py, line 2: KeyError: 'y'"),
+        ("def get_config(): len(1)", r"c\.py, line 1: TypeError: object of type 'int' has no len"),
+        ("def get_config(:", r"c\.py, line 1: SyntaxError: "),
+        ("x = 1\nimport nowhere", r"c\.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("from transformer.config import *\nDataConfig(batchsize=1)", r"c\.py, line 2: TypeError: .*'batchsize'"),
+    ],
+)
+def test_an_error_in_a_config_file_has_its_line(tmp_path, text, message):
     path = tmp_path / "c.py"
     path.write_text(text)
-    with pytest.raises((KeyError, TypeError), match=r"'y'|has no len"):
+    with pytest.raises(UserError, match=message):
         load_config(str(path))
 
 

@@ -1,11 +1,14 @@
 """The config a command line asks for: a config file, its variant, and overrides of single fields."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import json
 import pathlib
 import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -17,6 +20,7 @@ from transformer.overrides import override, unknown_setting, with_kinds
 from transformer.storage import expand
 from transformer.terminal import printable
 from transformer.types import UserError
+from transformer.validation import require
 
 _ABOUT = """\
 CONFIG is a Python file with get_config(), such as configs/python_stdlib.py. Each has a small variant to try things with:
@@ -38,23 +42,38 @@ def load_config(reference: str) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"A config must be a Python file ending in .py, got {name!r}.")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where the classes in it are looked up
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"A config file must define get_config(), {name!r} does not.")
     chosen = (variant,) if variant else ()
-    try:
-        inspect.signature(module.get_config).bind(*chosen)
-    except TypeError as error:
-        raise UserError(f"{name!r} has no variant {variant!r}: get_config(): {error}.") from error
-    try:
-        config = module.get_config(*chosen)
-    except KeyError as error:
-        if error.args != (variant,):
-            raise
-        raise UserError(f"{name!r} has no variant {variant!r}.") from error
+    with _located(path):
+        spec.loader.exec_module(module)
+        require(hasattr(module, "get_config"), f"A config file must define get_config(), {name!r} does not.")
+        try:
+            inspect.signature(module.get_config).bind(*chosen)
+        except TypeError as error:
+            raise UserError(f"{name!r} has no variant {variant!r}: get_config(): {error}.") from error
+        try:
+            config = module.get_config(*chosen)
+        except KeyError as error:
+            if error.args != (variant,):
+                raise
+            raise UserError(f"{name!r} has no variant {variant!r}.") from error
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {name!r} must return a transformer.config.Config, got {type(config)}.")
     return config
+
+
+@contextlib.contextmanager
+def _located(path: pathlib.Path) -> Iterator[None]:
+    """Name the line of a config file in which an error comes up."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"{path}, line {line}" if line else str(path)
+        told = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{where}: {type(error).__name__}: {told}") from error
 
 
 def default_workdir(reference: str) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import shutil
 import textwrap
@@ -208,9 +209,13 @@ def _value(hint: Any, words: list[str], name: str) -> Any:
     require(len(words) > 0 or 0 in widths, f"{name} needs a value, {described(hint)}.")
     for kind in alternatives(hint):
         try:
-            return _read(kind, words)
+            value = _read(kind, words)
         except (ValueError, KeyError):
             continue
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, int) and abs(part) >= 2**63 for part in parts):
+            raise UserError(f"{name} must be below 2^63, got {shown(' '.join(words))}.")
+        return value
     if 0 not in widths and len(words) not in widths:
         raise UserError(f"{name} takes {' or '.join(map(str, widths))} values, got {' '.join(words)}.")
     meant = did_you_mean(words[0], choices(hint))
@@ -228,7 +233,10 @@ def _read(kind: Any, words: list[str]) -> Any:
         return {"true": True, "false": False}[word.lower()]
     if typing.get_origin(kind) is Literal:
         return {str(choice): choice for choice in typing.get_args(kind)}[word]
-    return kind(word)
+    value = kind(word)
+    if kind is float and not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, Flag]]:

@@ -51,7 +51,9 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                 if unpacked.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                     unpacked.seek(0)
                 yield unpacked
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None):  # of the operating system; bzip2's and gzip's own have no number
+            raise
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
 
 

@@ -229,6 +229,7 @@ def read_description(path: epath.Path) -> dict[str, Any]:
         UserError: it is of another format.
     """
     stored = path / DESCRIPTION
+    require(stored.exists(), f"A checkpoint must hold {DESCRIPTION}, {path} does not; put a copy back.")
     description: dict[str, Any] = from_json(dict[str, Any], stored.read_bytes(), stored)
     found = description.get("format", "none")
     require(
