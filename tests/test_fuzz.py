@@ -308,7 +308,7 @@ def is_text(hint):
 
 
 def some_flags(draw, name, count):
-    table = {word: flag for word, flag in OPTIONS[name].flags().items() if flag.paths}
+    table = {word: flag for word, flag in OPTIONS[name].flags().items() if flag.paths and word[:2] == "--"}
     return [(word, table[word]) for word in draw.sample(sorted(table), min(count, len(table)))]
 
 
@@ -316,6 +316,9 @@ def taken_line(draw, name, base):
     """Flags with values that a command takes, after the line that it needs."""
     for _ in range(10):
         given = [(flag, words_of(draw, of.hint), of) for flag, of in some_flags(draw, name, draw.randrange(1, 4))]
+        paths = [path for _, _, of in given for path in of.paths]
+        if len(set(paths)) < len(paths):  # one field by two flags: the last counts
+            continue
         with contextlib.suppress(UserError):
             return given, parsed(name, base.lines[name] + [w for flag, words, _ in given for w in (flag, *words)])
     return [], parsed(name, base.lines[name])
@@ -340,20 +343,19 @@ def flags_in_another_order_and_spelling(draw, base):
             arguments += [f"{flag}={words[0]}"]
         else:
             arguments += [flag, *words]
-    overlapping = len({path for _, _, of in given for path in of.paths}) < sum(len(of.paths) for _, _, of in given)
-    return Case(f"{name} {arguments}", lambda: parsed(name, arguments), lambda found: overlapping or found == expected)
+    return Case(f"{name} {arguments}", lambda: parsed(name, arguments), lambda found: found == expected)
 
 
 @mutation(REFUSED, 40, 1500)
 def a_flag_with_a_wrong_letter(draw, base):
     name = a_command(draw)
     table = OPTIONS[name].flags()
-    flag, of = some_flags(draw, name, 1)[0]
-    while flag in table or flag.replace("no-", "") in table or not flag.startswith("--") or flag in ("--", "--help"):
-        at, letter = draw.randrange(2, len(flag)), draw.choice(string.ascii_lowercase + "-.")
-        flag = draw.choice(
-            (flag[:at] + flag[at + 1 :], flag[:at] + letter + flag[at:], flag[:at] + letter + flag[at + 1 :])
-        )
+    right, of = some_flags(draw, name, 1)[0]
+    flag = right
+    while flag in table or flag.replace("no-", "") in table or flag in ("--", "--help"):
+        at, letter = draw.randrange(2, len(right)), draw.choice(string.ascii_lowercase + "-.")
+        end = right[at + 1 :]
+        flag = right[:at] + draw.choice((end, letter + right[at] + end, letter + end))
     arguments = [*base.lines[name], flag, *words_of(draw, of.hint)]
     return Case(f"{name} {arguments}", lambda: parsed(name, arguments))
 

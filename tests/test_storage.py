@@ -104,3 +104,10 @@ def test_a_read_only_directory_is_told(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(UserError, match="no permission to write"), explained("config.json"):
         write_whole(tmp_path / "config.json", "{}")
+
+
+@pytest.mark.parametrize("path", ["a/\0", "a" * 256, "é" * 128, "a/" * 2048])
+def test_a_path_that_no_system_could_have_is_refused(path):
+    with pytest.raises(UserError, match="A path must be without NUL"):
+        expand(path)
+    assert expand("a" * 255 + "/b") == "a" * 255 + "/b"

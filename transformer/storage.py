@@ -49,7 +49,7 @@ def expand(path: str | os.PathLike[str]) -> str:
     """A path that a user gave, with `~` and `~NAME` as home directories; every such path passes through here.
 
     Raises:
-        UserError: it is empty or blank, which would mean the current folder.
+        UserError: it is empty or blank, which would mean the current folder, or no system could have it.
 
     Example:
         >>> expand("gs://bucket/run")
@@ -57,6 +57,9 @@ def expand(path: str | os.PathLike[str]) -> str:
     """
     name = os.fspath(path)
     require(name.strip() != "", f"A path must not be empty, got {name!r}; the current folder is called '.'.")
+    parts = name.encode(errors="replace").split(b"/")
+    valid = "\0" not in name and max(map(len, parts)) < 256 and sum(map(len, parts)) + len(parts) <= 4096
+    require(valid, f"A path must be without NUL, its names of at most 255 bytes and itself of 4,095, got {name!r:.80}.")
     return os.path.expanduser(name)
 
 

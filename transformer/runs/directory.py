@@ -178,7 +178,7 @@ def _parsed(path: epath.Path) -> Any:
     """The JSON of a file; None where it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -99,7 +99,7 @@ def _holder(path: pathlib.Path) -> str:
     try:
         text = json.loads(path.read_text())
         return f"process {text['process']} on {text['host']}, since {text['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process, which has just begun"
 
 

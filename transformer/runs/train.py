@@ -262,7 +262,7 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
     """The metrics of the validation split that a finished run has on record."""
     path = workdir / METRICS_FILE
     rows = read_jsonl(path) if path.exists() else []
-    found = [row for row in rows if (row["step"], row["split"]) == (step, "validation")]
+    found = [row for row in rows if (row["step"], row.get("split")) == (step, "validation")]
     return {name: value for row in found for name, value in row.items() if name not in ("step", "split")}
 
 

@@ -298,7 +298,7 @@ def _validation_loss(path: epath.Path) -> float:
     try:
         loss = json.loads((path / DESCRIPTION).read_text())["validation_loss"]
         return math.inf if loss is None else float(loss)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

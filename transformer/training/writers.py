@@ -82,7 +82,7 @@ def read_jsonl(path: epath.PathLike) -> list[dict]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(
