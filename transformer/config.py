@@ -141,10 +141,15 @@ class TrainingConfig(Settings):
     """Seed of initialisation and dropout."""
     init_from: UserPath = ""
     """Directory of a run whose parameters this one starts from, where their names and shapes agree."""
+    init_from_step: str = "latest"
+    """Which of that run's checkpoints: latest, best (by validation loss), or the number of a step."""
     log_every: int = 10
     """Steps between metric rows."""
     eval_every: int = 200
     """Steps between evaluations of the whole validation split; 0 means at the end only."""
+    patience: int = 0
+    """Evaluations in a row without a lower validation loss after which training stops, at its latest one; a step with a lower
+    one than ever is then saved, so that `--step best` finds it. 0 means that training takes all its steps."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0 means at the end only."""
     keep_checkpoints: int = 2
@@ -169,6 +174,15 @@ class TrainingConfig(Settings):
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
+        require_at_least(self, 0, "patience")
+        require(
+            self.patience == 0 or self.eval_every > 0,
+            f"TrainingConfig.patience counts evaluations, got patience={self.patience} and eval_every=0; set eval_every.",
+        )
+        require(
+            self.init_from_step in ("latest", "best") or self.init_from_step.isdecimal(),
+            f"TrainingConfig.init_from_step must be latest, best or the number of a step, got {self.init_from_step!r}.",
+        )
         require(
             self.skip_spikes == 0 or self.skip_spikes > 1,
             f"TrainingConfig.skip_spikes must be 0 (off) or above 1, in medians of the norm, got {self.skip_spikes}.",

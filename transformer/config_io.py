@@ -27,6 +27,7 @@ RESUMABLE = (
     "data.limit",
     "optimizer.schedule.restarts",
     "training.steps",
+    "training.patience",
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",

@@ -8,12 +8,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from transformer.cli.main import main
 from transformer.config import ParallelConfig
 from transformer.runs.recipe import make_run
 from transformer.runs.saved import load
 from transformer.tasks import count_parameters
+from transformer.training import manifest
 from transformer.training.checkpoint import Checkpointer
 
 CONFIG = """
@@ -313,3 +315,58 @@ def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):
     assert files
     main(command)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")} == files
+
+
+# ---- The checkpoint that is asked for -------------------------------------------------------------------------------
+
+
+def test_a_step_can_be_named_wherever_a_run_is_opened(workdir, arguments, capsys, tmp_path):
+    """Two checkpoints, of which the earlier is made the better one."""
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    path = run / "checkpoints" / "6" / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_loss": 99.0}))
+    manifest.write_manifest(epath.Path(path.parent))
+    found = {step: load(run, step=step) for step in ("latest", "best", 3, "6")}
+    assert {step: loaded.step for step, loaded in found.items()} == {"latest": 6, "best": 3, 3: 3, "6": 6}
+    assert not np.array_equal(*(jax.tree.leaves(found[step].params)[0] for step in ("latest", "best")))
+    capsys.readouterr()
+    for step, number in (("best", 3), ("latest", 6), ("3", 3)):
+        main(["evaluate", str(run), "--step", step])
+        assert json.loads(capsys.readouterr().out)["step"] == number
+    greedy = ["--temperature", "0", "--max-new-tokens", "8", "--prompt", "a"]
+    said = {}
+    for step in ("best", "latest", "3"):
+        main(["generate", str(run), "--step", step, *greedy])
+        said[step] = capsys.readouterr().out
+    assert said["best"] == said["3"]
+    assert "step 5 has none: " in refused(["generate", run, "--step", "5", "--prompt", "a"], capsys)
+    assert "must be latest, best or the number of one, got 'bset'" in refused(
+        ["evaluate", run, "--step", "bset"], capsys
+    )
+    begin = ["train", *arguments, "--training.init-from", str(run), "--training.steps", "2"]
+    main([*begin, "--training.init-from-step", "best", "--workdir", str(tmp_path / "other")])
+    assert f"from {run}, step 3: " in capsys.readouterr().err.replace("\n", "")
+    assert "--training.init-from-step must be latest, best" in refused(
+        [*begin, "--training.init-from-step", "no"], capsys
+    )
+
+
+def test_training_stops_for_want_of_a_lower_loss(place, arguments, capsys, tmp_path):
+    """Nothing is learnt: the first evaluation stays the best one."""
+    still = ["--optimizer.learning-rate", "1e-30", "--optimizer.weight-decay", "0", "--training.sample-length", "0"]
+    every = ["--training.eval-every", "1", "--training.checkpoint-every", "0", "--training.patience", "2"]
+    command = ["train", *arguments, *still, *every, "--training.steps", "50", "--workdir", str(tmp_path / "run")]
+    main(command)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Training stopped at step 3: no lower validation loss in 2 evaluations; the lowest, " in said
+    assert load(tmp_path / "run", step="best").step == 1
+    main(command)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is finished: step 3 of 50. Training stopped at step 3" in said
+    main([*command, "--training.patience", "4"])
+    assert load(tmp_path / "run").step == 5
+    none = [*command, "--data.validation-fraction", "0", "--workdir", str(tmp_path / "none")]
+    assert "--training.patience=2 counts evaluations of a validation split, and the data has none" in refused(
+        none, capsys
+    )

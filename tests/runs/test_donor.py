@@ -100,7 +100,7 @@ def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
     )
     model = make_model(config.model)
     given = jax.tree.map(lambda x: x + 1, make_params(model, jax.random.key(7)))
-    monkeypatch.setattr(module, "read_run", lambda directory, read: (5, given))
+    monkeypatch.setattr(module, "read_run", lambda directory, read, step: (5, given))
     donor = donor_of(DataConfig(), class_names=there)._replace(path="there", config=config)
     params, notes = inherit_params(config, model, donor, ("neg", "pos") if there else ())
     kernel = np.asarray(params["classifier"]["kernel"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from transformer.config import TrainingConfig
+from transformer.schedules.cosine import CosineSchedule
 from transformer.storage import WriteError
 from transformer.training import folders, manifest
 from transformer.training.checkpoint import Checkpointer
@@ -352,7 +353,9 @@ def test_a_restarted_schedule_resumes_to_the_bit(toy, tmp_path):
         found = Run(toy, tmp_path / name)
         found.runner, found.make_state = toy.runner(steps=6, ema_decay=0.9)
         found.start(steps=6, log_every=1, evaluators={})
-        found.runner, found.make_state = toy.runner(steps=14, ema_decay=0.9, restarts=(6,))
+        found.runner, found.make_state = toy.runner(
+            steps=14, ema_decay=0.9, schedule=CosineSchedule(warmup_steps=3, restarts=(6,))
+        )
         return found, {"steps": 14, "log_every": 1, "evaluators": {}, "checkpoint_every": 3}
 
     (whole, changes), (killed, _) = run("whole"), run("killed")

@@ -15,6 +15,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
     use_compilation_cache()
     scores = evaluate(
         options.workdir,
+        step=options.step,
         split=options.split,
         source=options.data.source,
         data_dir=options.data.data_dir,

@@ -33,7 +33,7 @@ def main(options: GenerateOptions, given: Given) -> None:
     """
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     prompt = _text(options.prompt, "--prompt") if options.prompt is not None else _piped()
-    run = load(options.workdir)
+    run = load(options.workdir, step=options.step)
     if isinstance(run.model, EncoderDecoder):
         _refuse_unused(given, "a translator takes the most likely token each time")
         pieces: Iterable[str] = [_translate(run, prompt, options.max_new_tokens)]

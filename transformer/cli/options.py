@@ -57,6 +57,8 @@ class EvaluateOptions:
 
     workdir: str = positional("")
     """Directory of the run."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
     split: str | None = None
     """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()
@@ -75,6 +77,8 @@ class GenerateOptions:
 
     workdir: str = positional("")
     """Directory of the run."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
     prompt: str | None = None
     """The text to continue, or to translate; an empty one starts a new document."""
     max_new_tokens: int = 0

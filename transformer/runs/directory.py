@@ -21,8 +21,9 @@ from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.runs.lock import LOCK_FILE
 from transformer.storage import ASIDE, expand, understood, write_whole
 from transformer.training import folders
-from transformer.training.checkpoint import DESCRIPTION, read_description
+from transformer.training.checkpoint import DESCRIPTION, find_checkpoint, read_description
 from transformer.training.manifest import files_below
+from transformer.training.patience import Patience
 from transformer.types import UserError
 from transformer.validation import Settings, require, shown
 
@@ -65,6 +66,8 @@ class Record(NamedTuple):
     """What `describe_data` gave."""
     files: dict[str, bytes]
     """All of it: name -> content."""
+    evaluations: Patience
+    """Since the lowest validation loss."""
 
     def load_tokenizer(self) -> Tokenizer:
         """The run's."""
@@ -80,15 +83,20 @@ class Record(NamedTuple):
 # ---- Read ------------------------------------------------------------------------------------------------------------
 
 
-def read_run(workdir: epath.PathLike, read: Callable[[Record], T]) -> T:
-    """What `read` makes of the latest undamaged checkpoint; of the next one if a run that goes on removes it meanwhile.
+def read_run(workdir: epath.PathLike, read: Callable[[Record], T], step: int | str = "latest") -> T:
+    """What `read` makes of a checkpoint; of the next one if a run that goes on removes it meanwhile.
+
+    Args:
+        workdir: of the run.
+        read: makes something of a record.
+        step: of the checkpoint (`find_checkpoint`): a number, `best` or `latest`.
 
     Raises:
-        UserError: there is no run, no undamaged checkpoint, or one of another format.
+        UserError: there is no run, no such or no undamaged checkpoint, or one of another format.
     """
     directory = epath.Path(expand(workdir))
     while True:
-        path = folders.latest_undamaged(directory / CHECKPOINTS)
+        path = find_checkpoint(directory / CHECKPOINTS, step)
         if path is None:
             raise UserError(
                 f"A run to load must have a checkpoint, there is none in {directory / CHECKPOINTS}; train it first, or copy all "
@@ -102,7 +110,7 @@ def read_run(workdir: epath.PathLike, read: Callable[[Record], T]) -> T:
 
 
 def _read_record(path: epath.Path) -> Record:
-    step = read_description(path)["step"]
+    description = read_description(path)
     stored = path / RECORD_FILE
     require(stored.exists(), f"A run's checkpoint must hold {RECORD_FILE}, {path} does not.")
     with understood(f"{stored}"):
@@ -112,8 +120,9 @@ def _read_record(path: epath.Path) -> Record:
         require(not strange, f"{stored} must hold files of a run, got {shown(strange[:1])}.")
         classes = from_json(tuple[str, ...], files.get(CLASSES_FILE, b"[]"), f"{stored}: {CLASSES_FILE}")
         config = from_json(Config, files[CONFIG_FILE], f"{stored}: {CONFIG_FILE}")
+        evaluations = Patience(description["loop"]["evaluations"])
         data = from_json(tuple[Corpus, ...], files[DATA_FILE], f"{stored}: {DATA_FILE}")
-    return Record(path, step, config, classes, data, files)
+    return Record(path, description["step"], config, classes, data, files, evaluations)
 
 
 # ---- Go on -----------------------------------------------------------------------------------------------------------

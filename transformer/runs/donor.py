@@ -27,11 +27,15 @@ class Donor(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     class_names: tuple[str, ...]
+    step: int | str = "latest"
+    """Of the checkpoint, as it was asked for."""
 
 
-def read_donor(directory: str) -> Donor:
-    """The run in a directory, but for its parameters."""
-    return read_run(directory, lambda run: Donor(directory, run.config, run.load_tokenizer(), run.class_names))
+def read_donor(directory: str, step: int | str = "latest") -> Donor:
+    """The run in a directory, by the checkpoint of a step, but for its parameters."""
+    return read_run(
+        directory, lambda run: Donor(directory, run.config, run.load_tokenizer(), run.class_names, step), step
+    )
 
 
 def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
@@ -69,11 +73,11 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
     Args:
         config: of the run, as it was given.
         model: of the run.
-        donor: whose latest checkpoint is read.
+        donor: whose parameters are read.
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
     check_params(config.model)
-    step, params = read_run(donor.path, lambda run: load_step_params(run.path))
+    step, params = read_run(donor.path, lambda run: load_step_params(run.path), donor.step)
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}
     # On the host: each device is given its part only.

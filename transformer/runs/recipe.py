@@ -52,7 +52,8 @@ def make_run(
     """
     check_devices(config)
     data = data or open_data(config.data, config.objective)
-    donor = read_donor(config.training.init_from) if config.training.init_from and not begun else None
+    training = config.training
+    donor = read_donor(training.init_from, training.init_from_step) if training.init_from and not begun else None
     notes: list[str] = []
     if tokenizer is None and donor is not None:
         config, note = inherit_tokenizer(config, donor)

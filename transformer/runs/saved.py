@@ -83,16 +83,20 @@ class Loaded:
 
 
 @out_of_memory.explained(what="Loading this run")
-def load(workdir: str | os.PathLike[str]) -> Loaded:
-    """The model of a run, from the latest undamaged checkpoint (the moving average where there is one).
+def load(workdir: str | os.PathLike[str], *, step: int | str = "latest") -> Loaded:
+    """The model of a run, from one of its checkpoints (the moving average where there is one).
+
+    Args:
+        workdir: of the run.
+        step: `latest` (the latest undamaged one), `best` (the one with the lowest validation loss), or the number of a step.
 
     Raises:
-        UserError: there is no run, or no undamaged checkpoint.
+        UserError: there is no run, no such checkpoint, or no undamaged one.
 
     Example:
-        `model, params, tokenizer, config, step = load("runs/python_stdlib")`
+        `model, params, tokenizer, config, step = load("runs/python_stdlib", step="best")`
     """
-    return read_run(workdir, _load)
+    return read_run(workdir, _load, step)
 
 
 def _load(record: Record) -> Loaded:
@@ -109,6 +113,7 @@ def _load(record: Record) -> Loaded:
 def evaluate(
     workdir: str | os.PathLike[str],
     *,
+    step: int | str = "latest",
     split: str | None = None,
     source: Sequence[str] = (),
     data_dir: str = "",
@@ -122,6 +127,7 @@ def evaluate(
 
     Args:
         workdir: of the run.
+        step: of the checkpoint: `latest`, `best` or a number, as for `load`.
         split: train, validation, test or all (of them); without, validation, or all of a corpus that the run was not trained on.
         source: corpora to score instead of the run's own.
         data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
@@ -135,7 +141,7 @@ def evaluate(
         UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
             means nothing for this kind of run.
     """
-    (model, params, tokenizer, config, step), record = read_run(workdir, lambda found: (_load(found), found))
+    (model, params, tokenizer, config, number), record = read_run(workdir, lambda found: (_load(found), found), step)
     changes: dict[str, Any] = {
         name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None
     }
@@ -173,7 +179,7 @@ def evaluate(
     sums = sum_statistics(jax.jit(make_eval_step(loss)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "workdir": str(workdir),
-        "step": step,
+        "step": number,
         "split": split,
         "source": list(source or config.data.source),
         "scored": data.describe_scored(split, int(sums["weight"])),

@@ -112,11 +112,14 @@ def _train_locked(
     workdir = epath.Path(config.workdir)
     old = open_workdir(config, report)
     done = old.step if old else 0
-    if done >= config.training.steps:
+    ended = _ended(config, old)
+    if done >= config.training.steps or ended:
         if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
             folders.clean(workdir / CHECKPOINTS, done, report)
             retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
-        report(f"{workdir} is finished: step {done} of {config.training.steps}. {_how_to_go_on(config, old, done)}")
+        report(
+            f"{workdir} is finished: step {done} of {config.training.steps}. {ended or _how_to_go_on(config, old, done)}"
+        )
         return Reached(str(workdir), done, _scores_at(workdir, done))
     use_compilation_cache()
     keep_freed_memory()
@@ -142,6 +145,11 @@ def _train_locked(
     for note in filter(None, (run.notes, _describe_cut(run), change, out_of_memory.warning(needs))):
         report(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
+    require(
+        "validation" in data.split_names or config.training.patience == 0,
+        f"training.patience={config.training.patience} counts evaluations of a validation split, and the data has none; set "
+        "data.validation_fraction, or training.patience=0.",
+    )
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
     samples = SamplesWriter(workdir / SAMPLES_FILE)
@@ -188,6 +196,8 @@ def _train_locked(
             sampler=sampler,
             hooks=[*hooks, *trace_hooks],
         )
+    if int(state.step) < config.training.steps:
+        report(_ended(config, open_workdir(config, report)))
     last = latest.metrics
     if last and jax.process_index() == 0:
         scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
@@ -220,6 +230,16 @@ def _saved(config: Config) -> str:
     except OSError:
         return "Its checkpoints cannot be read now."
     return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
+
+
+def _ended(config: Config, old: Record | None) -> str:
+    """Why a run has ended before its last step, and how it goes on; empty if it has not."""
+    if old is None or not old.evaluations.ended(config.training.patience):
+        return ""
+    return (
+        f"Training stopped at step {old.step}: {old.evaluations.describe()}. `--step best` of evaluate and "
+        "generate takes that one; it goes on with more --training.patience, or 0."
+    )
 
 
 def _how_to_go_on(config: Config, old: Record | None, done: int) -> str:

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from transformer.config_io import from_json
 from transformer.memory import check_bytes, device_bytes, host_memory
 from transformer.storage import explained
-from transformer.training import folders
+from transformer.training import folders, manifest
 from transformer.training.layout import stored_layout
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
@@ -174,6 +174,57 @@ def _folders_first() -> ocp.Context:
     context = ocp.Context()
     context.asynchronous.create_directories_asynchronously = False
     return context
+
+
+def checked_step(step: int | str, name: str = "A step to load") -> int | str:
+    """The step of a checkpoint to use: a number, `latest` or `best`; a text of digits is the number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    number = int(step) if str(step).isdecimal() else -1
+    require(
+        step in ("latest", "best") or number >= 0, f"{name} must be latest, best or the number of one, got {step!r}."
+    )
+    return step if step in ("latest", "best") else number
+
+
+def find_checkpoint(directory: epath.PathLike, step: int | str = "latest") -> epath.Path | None:
+    """The undamaged checkpoint of a step; None where there are no checkpoints.
+
+    Args:
+        directory: of the checkpoints.
+        step: its number; `best` for the one with the lowest validation loss, among those saved at a step that was evaluated;
+            `latest` for the latest undamaged one.
+
+    Raises:
+        UserError: that checkpoint is damaged or not there, none was evaluated, or all are damaged.
+    """
+    directory, step = folders.absolute(directory), checked_step(step)
+    asked = step
+    steps = folders.committed_steps(directory)
+    if step == "latest" or not steps:
+        return folders.latest_undamaged(directory)
+    kept = f"{directory} has {', '.join(map(str, steps))}"
+    if step == "best":
+        losses = {found: _validation_loss(directory / str(found)) for found in steps}
+        step = min(steps, key=lambda found: losses[found])
+        require(
+            math.isfinite(losses[step]),
+            f"The best checkpoint is one whose step was evaluated, but none of these was: {kept}. Use the latest, or train with "
+            "a validation split and training.checkpoint_every a multiple of training.eval_every.",
+        )
+    require(step in steps, f"A step to load must have a checkpoint, step {step} has none: {kept}.")
+    path = directory / str(step)
+    try:
+        manifest.verify_manifest(path)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+        return find_checkpoint(directory, asked)  # the run, which goes on, has just removed it
+    except manifest.DamagedError as error:
+        raise UserError(f"A checkpoint to load must be undamaged. {path}: {error}. Use another: {kept}.") from error
+    return path
 
 
 def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tuple[int, PyTree]:

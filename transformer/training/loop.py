@@ -15,6 +15,7 @@ from transformer.storage import understood
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loss_scale import FINITE, SMALLEST
 from transformer.training.metrics import Stopwatch, Window, Work
+from transformer.training.patience import Patience
 from transformer.training.processes import largest_over_processes, merged_over_processes
 from transformer.training.signals import StopRequest
 from transformer.training.state import TrainState, evaluation_params
@@ -55,7 +56,7 @@ def train(
     sampler: Sampler | None = None,
     hooks: Sequence[Hook] = (),
 ) -> TrainState:
-    """Train to `config.steps`, from the latest good checkpoint if there is one.
+    """Train to `config.steps`, or as long as `config.patience` has it, from the latest good checkpoint if there is one.
 
     A plain step never waits for the device: statistics are fetched while the next step runs. A resumed run writes the
     rows an uninterrupted one would have written, to the bit: the sums of a row not yet due are in the checkpoint, and
@@ -90,11 +91,12 @@ def train(
     watchdog = Watchdog(config.hang_timeout)
     with watchdog.watching():
         restored = checkpointer.restore(state)
-        start, sums = restored.step if restored else 0, dict[str, float]()
+        start, sums, patience = restored.step if restored else 0, dict[str, float](), Patience({})
         if restored:
             with understood(f"What the checkpoint of step {start} holds of the data and the metrics"):
                 batches.set_state(restored.loop["batches"])
                 sums = {name: float(value) for name, value in restored.loop["window"].items()}
+                patience = Patience(restored.loop["evaluations"])
         checkpointer.clean(start)
         for writer in writers:
             writer.resume(start)
@@ -105,9 +107,9 @@ def train(
     window = Window(sums)
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
 
-    step = start
+    step, ended = start, patience.ended(config.patience)
     with watchdog.watching(), StopRequest() as stop, _finishing(checkpointer, writers, watchdog):
-        for step in range(start + 1, config.steps + 1):
+        for step in () if ended else range(start + 1, config.steps + 1):
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
             batch = next(batches)
             watchdog.step(batch)
@@ -138,6 +140,10 @@ def train(
                     metrics = evaluate(evaluation_params(state))
                     report.write(step, split, metrics)
                     validation_loss = metrics["loss"] if split == "validation" else validation_loss
+                if validation_loss is not None:
+                    better, ended = patience.add(step, validation_loss), patience.ended(config.patience)
+                    saving = saving or ended or (better and config.patience > 0)
+                    sampling = sampling or (ended and sampler is not None)
 
                 # ---- Sample -----------------------------------------------------------------------------------------
                 if sampling and sampler is not None:
@@ -150,13 +156,14 @@ def train(
                     if not _all_finite(one_copy.params):
                         raise NotFinite(_not_finite("parameters", "they are not", step, checkpointer), step)
                     loop = {"batches": merged_over_processes(batches.get_state()), "window": report.window.sums}
+                    loop["evaluations"] = patience.state
                     checkpointer.save(one_copy, loop, validation_loss=validation_loss)
             report.stopwatch.skip()
-            if stopping:
+            if stopping or ended:
                 break
     number = largest_over_processes(stop.number)  # of a signal that came with the last step, too
     if number:
-        on = "all steps are done." if step == config.steps else "the same command goes on from there."
+        on = "training is done." if step == config.steps or ended else "the same command goes on from there."
         raise Interrupted(number, f"stopped at step {step} of {config.steps} and saved; {on}", agreed=True)
     return runner.fetch_state(state)
 
