@@ -551,7 +551,7 @@ def a_run_without_some_of_its_parts(draw, base):
     return Case(f"{paths}", read_run(draw, base, run), is_of(base))
 
 
-@mutation(EITHER, 10, 300)
+@mutation(EITHER, 20, 300)
 def a_run_with_something_in_the_place_of_a_part(draw, base):
     run = base.copy()
     path = draw.choice(sorted(run.rglob("*")))

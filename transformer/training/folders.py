@@ -45,6 +45,7 @@ def committed_steps(directory: epath.PathLike) -> list[int]:
     directory = epath.Path(directory)
     if not directory.exists():
         return []
+    require(directory.is_dir(), f"Checkpoints must be in a folder, {directory} is a file; move it away.")
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / manifest.NAME).exists())
 
 
