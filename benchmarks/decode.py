@@ -21,9 +21,10 @@ import numpy as np
 
 from transformer.generation.generate import Generator
 from transformer.generation.sampling import SamplingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
+from transformer.ops.positions.learned import LearnedPositions
 
 CONFIG = ModelConfig(
     vocab_size=65,
@@ -31,7 +32,7 @@ CONFIG = ModelConfig(
     num_layers=6,
     embed_dim=384,
     pattern=(BlockConfig(AttentionConfig(num_heads=6)),),
-    positions=PositionConfig(kind="learned"),
+    positions=LearnedPositions(),
 )
 
 

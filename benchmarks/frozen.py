@@ -73,8 +73,8 @@ MORE = {
     "window": ["python_stdlib:debug", "--model.attention.window", "8", "--model.attention.logits-soft-cap", "20",
                "--model.logits-soft-cap", "30", "--model.scale-embeddings", "True", "--optimizer.ema-decay", "0.9",
                "--model.scan-layers", "True"],
-    "pattern": ["python_stdlib:debug", "--model.attention.pattern", "strided", "--model.attention.pattern-block", "4",
-                "--model.attention.pattern-stride", "4"],
+    "pattern": ["python_stdlib:debug", "--model.attention.pattern.kind", "strided", "--model.attention.pattern.block-size", "4",
+                "--model.attention.pattern.stride", "4"],
 }  # fmt: skip
 # Whose training steps are counted.
 COUNTED = ("python_stdlib", "multi30k_translate", "moe_8x7b:debug")

@@ -27,7 +27,6 @@ import dataclasses
 import importlib
 import json
 import pathlib
-import unittest.mock
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -38,10 +37,8 @@ import numpy as np
 
 from transformer import load
 from transformer.data.datasets import open_data
-from transformer.layers import attention
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
-from transformer.ops.attention import attention_weights, dot_product_attention
 from transformer.tasks import make_params
 
 CONTEXTS = 50  # of a unit, those that activate it most
@@ -49,25 +46,18 @@ BATCH = 8
 
 
 def look(model: nn.Module, params: Any, tokens_BT: Any) -> tuple[list[Any], list[Any]]:
-    """Attention weights [B, H, T, S] and hidden units [B, T, F] of every layer.
-
-    The package has no hooks for it: weights are taken where a layer calls the operation, units where `down` reads them.
-    """
-    weights, hidden = [], []
-
-    def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        described = {name: options[name] for name in ("mask", "bias", "scale", "logits_soft_cap")}
-        weights.append(attention_weights(query, key, **described))
-        return dot_product_attention(query, key, value, **options)
+    """Attention weights [B, H, T, S] and hidden units [B, T, F] of every layer of a decoder; units where `down` reads them."""
+    hidden = []
 
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if context.module.name == "down" and context.method_name == "__call__":
             hidden.append(args[0].astype(jnp.float32))
         return call(*args, **kwargs)
 
-    with unittest.mock.patch.object(attention, "spread_attention", attend), nn.intercept_methods(watch):
-        model.apply({"params": params}, tokens_BT)
-    return weights, hidden
+    with nn.intercept_methods(watch):
+        _, seen = model.apply({"params": params}, tokens_BT, mutable=["attention"])
+    blocks = seen["attention"]["decoder"]["blocks"]
+    return [blocks[f"block_{layer}"]["attention"]["weights"][0] for layer in range(len(blocks))], hidden
 
 
 # ---- Heads -----------------------------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from typing import Any
 import jax
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.seq2seq import Seq2Seq
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.optimizers.muon import Muon
 from transformer.runs.compare import compare, read_outcome
@@ -58,7 +59,7 @@ def get_config(kind: str = "pmap") -> Config:
         model["architecture"], objective = "encoder_decoder", Seq2Seq()
         data |= {"source": ("pairs",), "tokenizer": "words", "tokenizer_size": 300, "buckets": (16, 32)}
     elif kind == "transformer_xl":
-        model |= {"positions": PositionConfig(kind="transformer_xl"), "memory_length": 32}
+        model |= {"positions": TransformerXLPositions(), "memory_length": 32}
         data |= {"continue_rows": True}
     elif kind == "muon_float16":
         model["dtype"] = "float16"

@@ -26,9 +26,10 @@ import jax
 import numpy as np
 
 from transformer.config import Config, DataConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
-from transformer.tasks import count_parameters, make_model, make_params
+from transformer.tasks import count_parameters, make_model, make_params, training_runtime
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -60,7 +61,7 @@ def make_config(options: argparse.Namespace, lever: str) -> Config:
     """The benchmark's run with one lever."""
     changes = dict(LEVERS[lever])
     optimizer = AdamW(b2=0.99, accumulate_steps=changes.pop("accumulate_steps", 1))
-    block = BlockConfig(AttentionConfig(num_heads=options.width // 64), norm=NormConfig(kind="rms_norm"))
+    block = BlockConfig(AttentionConfig(num_heads=options.width // 64), norm=RMSNorm())
     model = ModelConfig(
         vocab_size=257, max_length=options.length, num_layers=options.layers, embed_dim=options.width, pattern=(block,)
     )
@@ -73,7 +74,7 @@ def make_config(options: argparse.Namespace, lever: str) -> Config:
 
 def child(config: Config) -> None:
     """Compile, say what the step needs, and take a step for each line that comes in."""
-    model = make_model(config.model, cpu_kernels=True)
+    model = make_model(config.model, training_runtime(True))
     params = make_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size)))

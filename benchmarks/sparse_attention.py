@@ -16,13 +16,15 @@ import numpy as np
 
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.blockwise import choose_blocks
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 
 MASKS = {
     "dense": AttentionMask(causal=True),
     "window 1024": AttentionMask(causal=True, window=1024),
-    "strided, 8 blocks": AttentionMask(causal=True, pattern=BlockPattern("strided", block_size=128, stride=8)),
-    "fixed, 8 blocks": AttentionMask(causal=True, pattern=BlockPattern("fixed", block_size=128, stride=8)),
+    "strided, 8 blocks": AttentionMask(causal=True, pattern=StridedPattern(block_size=128, stride=8)),
+    "fixed, 8 blocks": AttentionMask(causal=True, pattern=FixedPattern(block_size=128, stride=8)),
 }
 
 

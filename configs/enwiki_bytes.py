@@ -10,7 +10,8 @@ multiplies it (AMX), 32 minutes on 6.1 million bytes, and then 1.99 bits per byt
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.muon import Muon
 from transformer.schedules.linear import LinearSchedule
 
@@ -20,7 +21,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=4, qk_norm=True),
         FeedForwardConfig(activation="gelu"),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     return Config(
         model=ModelConfig(num_layers=4, embed_dim=192, pattern=(block,)),

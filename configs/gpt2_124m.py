@@ -7,15 +7,10 @@ Hardware: a GPU or TPU, or several: rows are spread over all devices; `transform
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
+from transformer.ops.norms.layer_norm import LayerNorm
+from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.cosine import CosineSchedule
 
@@ -26,7 +21,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=2 if debug else 12, use_bias=True),
         FeedForwardConfig(activation="gelu_tanh", use_bias=True),
-        NormConfig(use_bias=True),
+        LayerNorm(use_bias=True),
     )
     return Config(
         model=ModelConfig(
@@ -35,7 +30,7 @@ def get_config(variant: str = "") -> Config:
             num_layers=2 if debug else 12,
             embed_dim=32 if debug else 768,
             pattern=(block,),
-            positions=PositionConfig(kind="learned"),
+            positions=LearnedPositions(),
             dtype="float32" if debug else "bfloat16",
             scan_layers=not debug,
             remat="none" if debug else "dots",

@@ -9,8 +9,10 @@ the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md has what 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POOLINGS
 from transformer.objectives.classification import Classification
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.linear import LinearSchedule
 
@@ -20,11 +22,16 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=4),
         FeedForwardConfig(hidden_dim=256, activation="gelu"),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     return Config(
         model=ModelConfig(
-            architecture="encoder", num_layers=1, embed_dim=64, pattern=(block,), pooling="mean", dropout=0.5
+            architecture="encoder",
+            num_layers=1,
+            embed_dim=64,
+            pattern=(block,),
+            pooling=POOLINGS.find("mean")(),
+            dropout=0.5,
         ),
         data=DataConfig(
             source=("imdb",),

@@ -9,8 +9,10 @@ The dataset `imdb` is prepared as for `configs/imdb_classify.py`. Hardware: one 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POOLINGS
 from transformer.objectives.classification import Classification
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.linear import LinearSchedule
 
@@ -20,11 +22,16 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=3),
         FeedForwardConfig(hidden_dim=768, activation="gelu"),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     return Config(
         model=ModelConfig(
-            architecture="encoder", num_layers=2, embed_dim=192, pattern=(block,), pooling="mean", dropout=0.2
+            architecture="encoder",
+            num_layers=2,
+            embed_dim=192,
+            pattern=(block,),
+            pooling=POOLINGS.find("mean")(),
+            dropout=0.2,
         ),
         data=DataConfig(
             source=("imdb",),

@@ -8,8 +8,9 @@ are then the most likely ones.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.masked_lm import MaskedLM
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.muon import Muon
 from transformer.schedules.linear import LinearSchedule
 
@@ -19,7 +20,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=3),
         FeedForwardConfig(hidden_dim=768, activation="gelu"),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     return Config(
         model=ModelConfig(architecture="encoder", num_layers=2, embed_dim=192, pattern=(block,)),

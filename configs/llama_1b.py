@@ -7,15 +7,10 @@ devices share the state. `transformer plan configs/llama_1b.py --topology v5e:4x
 """
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
+from transformer.ops.norms.rms_norm import RMSNorm
+from transformer.ops.positions.rotary import RotaryPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.cosine import CosineSchedule
 
@@ -26,7 +21,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=4 if debug else 32, num_kv_heads=2 if debug else 8),
         FeedForwardConfig(hidden_dim=96 if debug else 8192, activation="silu", gated=True),
-        NormConfig(kind="rms_norm", epsilon=1e-5),
+        RMSNorm(epsilon=1e-5),
     )
     return Config(
         model=ModelConfig(
@@ -34,7 +29,7 @@ def get_config(variant: str = "") -> Config:
             num_layers=2 if debug else 16,
             embed_dim=32 if debug else 2048,
             pattern=(block,),
-            positions=PositionConfig(theta=500_000.0, scaling="llama3", scaling_factor=32.0, original_length=8192),
+            positions=RotaryPositions(theta=500_000.0, scaling="llama3", scaling_factor=32.0, original_length=8192),
             tie_embeddings=True,
             dtype="float32" if debug else "bfloat16",
             scan_layers=True,

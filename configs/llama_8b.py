@@ -8,15 +8,10 @@ devices share the state (`fsdp`). On v6e-256, 2 rows a chip, a step wants 12.3 o
 """
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
+from transformer.ops.norms.rms_norm import RMSNorm
+from transformer.ops.positions.rotary import RotaryPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.cosine import CosineSchedule
 
@@ -27,7 +22,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=4 if debug else 32, num_kv_heads=2 if debug else 8),
         FeedForwardConfig(hidden_dim=96 if debug else 14_336, activation="silu", gated=True),
-        NormConfig(kind="rms_norm", epsilon=1e-5),
+        RMSNorm(epsilon=1e-5),
     )
     return Config(
         model=ModelConfig(
@@ -35,7 +30,7 @@ def get_config(variant: str = "") -> Config:
             num_layers=2 if debug else 32,
             embed_dim=32 if debug else 4096,
             pattern=(block,),
-            positions=PositionConfig(theta=500_000.0, scaling="llama3", scaling_factor=8.0, original_length=8192),
+            positions=RotaryPositions(theta=500_000.0, scaling="llama3", scaling_factor=8.0, original_length=8192),
             tie_embeddings=False,
             dtype="float32" if debug else "bfloat16",
             scan_layers=True,

@@ -7,14 +7,9 @@ variant, of the same form with 0.4 million parameters, takes a minute on two CPU
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.ops.norms.rms_norm import RMSNorm
+from transformer.ops.positions.rotary import RotaryPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.cosine import CosineSchedule
 
@@ -25,7 +20,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
         FeedForwardConfig(hidden_dim=14_336, activation="silu", gated=True, num_experts=8, experts_per_token=2),
-        NormConfig(kind="rms_norm", epsilon=1e-5),
+        RMSNorm(epsilon=1e-5),
     )
     if debug:
         block = BlockConfig(
@@ -39,7 +34,7 @@ def get_config(variant: str = "") -> Config:
             num_layers=2 if debug else 32,
             embed_dim=64 if debug else 4096,
             pattern=(block,),
-            positions=PositionConfig(kind="rotary", theta=1e6),
+            positions=RotaryPositions(theta=1e6),
             tie_embeddings=False,
             dtype="float32" if debug else "bfloat16",
             scan_layers=True,

@@ -7,15 +7,16 @@ The model is that of `configs/multi30k_translate.py`, and its tokenizer will be 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.inverse_sqrt import InverseSqrtSchedule
 
 
 def get_config(variant: str = "") -> Config:
     steps = {"": 4000, "debug": 20}[variant]
-    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), NormConfig(kind="rms_norm"))
+    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), RMSNorm())
     return Config(
         model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.1),
         data=DataConfig(

@@ -10,15 +10,16 @@ With seed 0 greedy decoding scores BLEU 37.9 on the test set of 2016; docs/tasks
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.seq2seq import Seq2Seq
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.muon import Muon
 from transformer.schedules.linear import LinearSchedule
 
 
 def get_config(variant: str = "") -> Config:
     steps = {"": 3000, "debug": 20}[variant]
-    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), NormConfig(kind="rms_norm"))
+    block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), RMSNorm())
     return Config(
         model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.2),
         data=DataConfig(

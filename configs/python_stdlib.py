@@ -7,7 +7,8 @@ files.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.muon import Muon
 from transformer.schedules.linear import LinearSchedule
 
@@ -17,7 +18,7 @@ def get_config(variant: str = "") -> Config:
     block = BlockConfig(
         AttentionConfig(num_heads=4, qk_norm=True),
         FeedForwardConfig(activation="gelu"),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     return Config(
         model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,)),

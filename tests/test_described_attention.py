@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from transformer.config import Config, DataConfig, ParallelConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.objective import OBJECTIVES
+from transformer.ops.patterns.strided import StridedPattern
 from transformer.tasks import describe_attention, make_model, make_params
 
 
@@ -21,7 +23,7 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
             num_layers=1,
             embed_dim=8,
             pattern=(block,),
-            positions=PositionConfig(kind=positions),
+            positions=POSITIONS.find(positions)(),
             bidirectional_prefix=kind == "prefix_lm",
             **model,
         ),
@@ -39,7 +41,7 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
         ({"length": 128}, "xla", "xla"),
         ({"positions": "alibi"}, "blockwise", "blockwise"),
         ({"positions": "transformer_xl"}, "blockwise", "splash"),
-        ({"attention": {"pattern": "strided"}}, "blockwise", "blockwise"),
+        ({"attention": {"pattern": StridedPattern()}}, "blockwise", "blockwise"),
         ({"kind": "prefix_lm"}, "blockwise", "blockwise"),
         ({"attention": {"implementation": "xla"}}, "xla", "xla"),
     ],

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import NORMS
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
+from transformer.ops.norms.rms_norm import RMSNorm
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_looks_at_what_the_model_computes_with(heads):
     block = BlockConfig(
         AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, window=5, logits_soft_cap=2.0),
         FeedForwardConfig(hidden_dim=24, gated=True),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     model = Decoder(ModelConfig(vocab_size=13, num_layers=2, embed_dim=16, pattern=(block,), init_std=0.0))
     params, _ = init_params(model, jax.random.key(0))
@@ -83,7 +85,7 @@ def test_looks_at_what_the_model_computes_with(heads):
 @pytest.mark.parametrize("tied", [True, False])
 def test_scores_of_a_value_are_logits_of_a_stream_that_is_the_value(heads, kind, tied):
     """Up to a factor: the norm's, which is one for all tokens."""
-    block = BlockConfig(AttentionConfig(num_heads=2), norm=NormConfig(kind))
+    block = BlockConfig(AttentionConfig(num_heads=2), norm=NORMS.find(kind)())
     config = ModelConfig(vocab_size=13, num_layers=1, embed_dim=16, pattern=(block,), tie_embeddings=tied)
     model = Decoder(config)
     params, _ = init_params(model, jax.random.key(0))

@@ -14,8 +14,11 @@ from transformer import memory
 from transformer.config import Config, DataConfig
 from transformer.data.tokenizers import ByteTokenizer
 from transformer.memory import check_batch, check_bytes, check_cache, check_model, check_params, device_bytes
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.ops.chunks import sum_over_chunks
+from transformer.ops.positions.t5 import T5Positions
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.overrides import override
 from transformer.steps import make_steps
 from transformer.tasks import count_parameters, make_model, make_params, resolve
@@ -27,9 +30,9 @@ BLOCK = BlockConfig(AttentionConfig(num_heads=2, head_dim=4), FeedForwardConfig(
 SMALL = Config(
     model=ModelConfig(num_layers=1, embed_dim=8, pattern=(BLOCK,)), data=DataConfig(sequence_length=8, batch_size=8)
 )
-XL = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=PositionConfig("transformer_xl")))
+XL = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=TransformerXLPositions()))
 XL = override(XL, {"model.memory_length": 8})
-T5 = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=PositionConfig("t5")))
+T5 = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, positions=T5Positions()))
 ROOM = 10**9  # of the machine and of the device, here
 
 
@@ -115,7 +118,7 @@ def test_parameters_by_arithmetic_are_those_of_the_model(architecture, positions
         num_layers=4,
         embed_dim=32,
         pattern=(BLOCK, BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(50, gated=True))),
-        positions=PositionConfig(positions),
+        positions=POSITIONS.find(positions)(),
         tie_embeddings=architecture != "decoder",
     )
     found = memory.num_parameters(config)

@@ -9,7 +9,8 @@ from transformer.cli.arguments import load_config
 from transformer.cli.fields import flags
 from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.config_io import RESUMABLE, resume_conflicts, to_dict
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.ops.norms.layer_norm import LayerNorm
 from transformer.optimizers.adamw import AdamW
 from transformer.overrides import _RULES, override
 from transformer.schedules.cosine import CosineSchedule
@@ -25,7 +26,6 @@ SIZES = {
     "model.attention.num_heads": (1, 2),
     "model.feed_forward.num_experts": (1,),
     "model.memory_length": (0, 8),
-    "model.positions.max_distance": (4, 8, 64),
     "data.tokenizer_size": (257, 300),
 }
 BIG = Config(
@@ -33,9 +33,9 @@ BIG = Config(
         vocab_size=4096,
         pattern=(
             BlockConfig(
-                AttentionConfig(num_heads=8, num_kv_heads=4, pattern_stride=8, pattern_summary=4),
+                AttentionConfig(num_heads=8, num_kv_heads=4),
                 FeedForwardConfig(num_experts=8, experts_per_token=4),
-                NormConfig(use_bias=True),
+                LayerNorm(use_bias=True),
             ),
         ),
     ),
@@ -108,9 +108,7 @@ def refusal(config, changes):
         ({"data.tokenizer_size": 300}, {"model.vocab_size": 300}),
         ({"model.pattern.0.attention.num_heads": 2}, {"model.pattern.0.attention.num_kv_heads": 1}),
         ({"model.pattern.0.attention.num_heads": 4}, {"model.pattern.0.attention.num_kv_heads": 4}),
-        ({"model.pattern.0.attention.pattern_stride": 2}, {"model.pattern.0.attention.pattern_summary": 2}),
         ({"model.pattern.0.feed_forward.num_experts": 2}, {"model.pattern.0.feed_forward.experts_per_token": 2}),
-        ({"model.pattern.0.norm.kind": "rms_norm"}, {"model.pattern.0.norm.use_bias": False}),
     ],
     ids=lambda value: " ".join(f"{name}={new}" for name, new in value.items()) if isinstance(value, dict) else None,
 )
@@ -133,6 +131,12 @@ def test_what_follows_and_how_far(changes, followed):
             {"data.source": ("a",), "data.stride": 0, "data.buckets": (), "model.memory_length": 8},
             {"data.continue_rows": False},
             {"model.memory_length": 0},
+        ),
+        ({"model.positions.kind": "t5"}, {"model.positions.max_distance": 8}, {"model.positions.num_buckets": 12}),
+        (
+            {"model.pattern.0.attention.pattern.kind": "fixed", "model.pattern.0.attention.pattern.summary": 4},
+            {"model.pattern.0.attention.pattern.stride": 2},
+            {"model.pattern.0.attention.pattern.summary": 2},
         ),
     ],
 )

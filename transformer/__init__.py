@@ -13,17 +13,12 @@ if TYPE_CHECKING:
     from transformer.kinds import Family, Kind
     from transformer.layers.attention import Attention
     from transformer.layers.block import Block, BlockCache
-    from transformer.layers.cache import KVCache, MemoryCache
+    from transformer.layers.cache import Cache, KVCache, MemoryCache, Recurrence
     from transformer.layers.experts import MixtureOfExperts
     from transformer.layers.feed_forward import FeedForward
-    from transformer.model_config import (
-        AttentionConfig,
-        BlockConfig,
-        FeedForwardConfig,
-        ModelConfig,
-        NormConfig,
-        PositionConfig,
-    )
+    from transformer.layers.runtime import Runtime
+    from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+    from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
     from transformer.models.classifier import Classifier
     from transformer.models.decoder import Decoder
     from transformer.models.encoder import Encoder
@@ -37,13 +32,31 @@ if TYPE_CHECKING:
     from transformer.objectives.seq2seq import Seq2Seq
     from transformer.objectives.span_corruption import SpanCorruption
     from transformer.ops.attention import dot_product_attention
-    from transformer.ops.bias import AlibiBias, BiasDescription, T5Bias
-    from transformer.ops.masks import AttentionMask, BlockPattern
+    from transformer.ops.bias import BiasDescription
+    from transformer.ops.masks import AttentionMask
+    from transformer.ops.norms.layer_norm import LayerNorm
+    from transformer.ops.norms.rms_norm import RMSNorm
+    from transformer.ops.patterns.dense import DensePattern
+    from transformer.ops.patterns.fixed import FixedPattern
+    from transformer.ops.patterns.strided import StridedPattern
+    from transformer.ops.poolings.attention import AttentionPooling
+    from transformer.ops.poolings.first import FirstPooling
+    from transformer.ops.poolings.max import MaxPooling
+    from transformer.ops.poolings.mean import MeanPooling
+    from transformer.ops.positions.alibi import AlibiBias, AlibiPositions
+    from transformer.ops.positions.inherit import InheritPositions
+    from transformer.ops.positions.learned import LearnedPositions
+    from transformer.ops.positions.none import NoPositions
+    from transformer.ops.positions.rotary import RotaryPositions
+    from transformer.ops.positions.sinusoidal import SinusoidalPositions
+    from transformer.ops.positions.t5 import T5Bias, T5Positions
+    from transformer.ops.positions.transformer_xl import TransformerXLPositions
     from transformer.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
     from transformer.optimizers.adafactor import Adafactor
     from transformer.optimizers.adamw import AdamW
     from transformer.optimizers.lion import Lion
     from transformer.optimizers.muon import Muon
+    from transformer.parallel.rules import Sharding
     from transformer.parallel_config import ParallelConfig
     from transformer.runs.saved import Loaded, load
     from transformer.schedules.constant import ConstantSchedule
@@ -64,10 +77,12 @@ _NAMES = {
     "kinds": "Family Kind",
     "layers.attention": "Attention",
     "layers.block": "Block BlockCache",
-    "layers.cache": "KVCache MemoryCache",
+    "layers.cache": "Cache KVCache MemoryCache Recurrence",
     "layers.experts": "MixtureOfExperts",
     "layers.feed_forward": "FeedForward",
-    "model_config": "AttentionConfig BlockConfig FeedForwardConfig ModelConfig NormConfig PositionConfig",
+    "layers.runtime": "Runtime",
+    "model_config": "AttentionConfig BlockConfig FeedForwardConfig ModelConfig",
+    "model_kinds": "NORMS PATTERNS POOLINGS POSITIONS Norm Pattern Pooling Positions",
     "models.classifier": "Classifier",
     "models.decoder": "Decoder",
     "models.encoder": "Encoder",
@@ -81,13 +96,31 @@ _NAMES = {
     "objectives.seq2seq": "Seq2Seq",
     "objectives.span_corruption": "SpanCorruption",
     "ops.attention": "dot_product_attention",
-    "ops.bias": "AlibiBias BiasDescription T5Bias",
-    "ops.masks": "AttentionMask BlockPattern",
+    "ops.bias": "BiasDescription",
+    "ops.masks": "AttentionMask",
+    "ops.norms.layer_norm": "LayerNorm",
+    "ops.norms.rms_norm": "RMSNorm",
+    "ops.patterns.dense": "DensePattern",
+    "ops.patterns.fixed": "FixedPattern",
+    "ops.patterns.strided": "StridedPattern",
+    "ops.poolings.attention": "AttentionPooling",
+    "ops.poolings.first": "FirstPooling",
+    "ops.poolings.max": "MaxPooling",
+    "ops.poolings.mean": "MeanPooling",
+    "ops.positions.alibi": "AlibiBias AlibiPositions",
+    "ops.positions.inherit": "InheritPositions",
+    "ops.positions.learned": "LearnedPositions",
+    "ops.positions.none": "NoPositions",
+    "ops.positions.rotary": "RotaryPositions",
+    "ops.positions.sinusoidal": "SinusoidalPositions",
+    "ops.positions.t5": "T5Bias T5Positions",
+    "ops.positions.transformer_xl": "TransformerXLPositions",
     "optimizer": "OPTIMIZERS SCHEDULES Optimizer Schedule",
     "optimizers.adafactor": "Adafactor",
     "optimizers.adamw": "AdamW",
     "optimizers.lion": "Lion",
     "optimizers.muon": "Muon",
+    "parallel.rules": "Sharding",
     "parallel_config": "ParallelConfig",
     "runs.saved": "Loaded load",
     "schedules.constant": "ConstantSchedule",

@@ -1,5 +1,6 @@
 """What a process would hold, by arithmetic on a config, and what it has: refused before anything is traced or allocated."""
 
+import collections
 import math
 import os
 import pathlib
@@ -41,25 +42,18 @@ def device_memory() -> int:
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
     D, stacks = config.embed_dim, 2 if config.architecture == "encoder_decoder" else 1
-    period = 0
-    for block in config.pattern:
+    count = stacks * config.positions.num_parameters(config)
+    for block, times in collections.Counter(config.blocks).items():
         attention, network = block.attention, block.feed_forward
         head_dim = attention.head_dim or D // attention.num_heads
         projections = 2 * D * head_dim * (attention.num_heads + attention.kv_heads)
         # The decoder of an encoder-decoder has cross-attention too.
-        period += projections * (3 if stacks == 2 else 1)
+        count += times * projections * (3 if stacks == 2 else 1)
         matrices = (2 + network.gated) * D * network.resolved_hidden_dim(D)
-        period += stacks * (max(1, network.num_experts) * matrices + network.num_experts * D)
+        count += times * stacks * (max(1, network.num_experts) * matrices + network.num_experts * D)
     tables = config.vocab_size + config.source_vocab_size + config.num_classes
     tables += 0 if config.tie_embeddings or config.num_classes else config.vocab_size
-    if config.positions.kind == "learned":
-        tables += stacks * config.max_length
-    biases = config.positions.num_buckets * config.pattern[0].attention.num_heads
-    return (
-        config.num_layers // len(config.pattern) * period
-        + tables * D
-        + (stacks * biases if config.positions.kind == "t5" else 0)
-    )
+    return count + tables * D
 
 
 def check_model(config: ModelConfig) -> None:
@@ -68,7 +62,8 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: too many looped layers, or numbers that no set of machines holds.
     """
-    looped = len(config.pattern) if config.scan_layers else config.num_layers
+    around = len(config.first) + len(config.pattern) + len(config.remainder)
+    looped = around if config.scan_layers else config.num_layers
     require(
         looped <= MOST_LOOPED_LAYERS,
         f"At most {MOST_LOOPED_LAYERS:,} layers are traced one by one, got {looped:,}; set model.scan_layers=True, or a smaller "
@@ -173,8 +168,8 @@ def check_cache(config: ModelConfig, rows: int, capacity: int) -> None:
     Raises:
         UserError: it is too large.
     """
-    widths = [b.attention.kv_heads * b.attention.resolved_head_dim(config.embed_dim) for b in config.pattern]
-    a_token = 2 * config.num_layers // len(config.pattern) * sum(widths) * _BYTES[config.dtype]
+    widths = [b.attention.kv_heads * b.attention.resolved_head_dim(config.embed_dim) for b in config.blocks]
+    a_token = 2 * sum(widths) * _BYTES[config.dtype]
     check_bytes(
         rows * capacity * a_token,
         device_memory(),
@@ -207,5 +202,5 @@ def _dimensions(config: ModelConfig) -> str:
         *(("attention", name) for name in ("num_heads", "head_dim")),
         *(("feed_forward", name) for name in ("hidden_dim", "num_experts")),
     ):
-        named[f"{section}.{name}"] = max(getattr(getattr(block, section), name) for block in config.pattern)
+        named[f"{section}.{name}"] = max(getattr(getattr(block, section), name) for block in config.blocks)
     return ", ".join(f"model.{name}={value:,}" for name, value in named.items() if value > 1)

@@ -1,8 +1,9 @@
-"""The choices that make a model: attention, feed-forward, norm, block, positions, model."""
+"""The choices that make a model: attention, feed-forward, block, model."""
 
 import dataclasses
 from typing import Literal
 
+from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
 from transformer.validation import Settings, require, require_at_least, require_range
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -25,14 +26,8 @@ class AttentionConfig(Settings):
     """Add a bias to the four projections."""
     window: int = 0
     """Attend to tokens fewer than this many positions away; 0 means all."""
-    pattern: Literal["dense", "strided", "fixed"] = "dense"
-    """Attend to blocks of tokens, strided or fixed, as the Sparse Transformer does (Child et al. 2019); dense means all."""
-    pattern_block: int = 64
-    """Tokens of a pattern's block."""
-    pattern_stride: int = 8
-    """Blocks of a pattern's local part, and from one block it sees beyond to the next."""
-    pattern_summary: int = 1
-    """fixed: blocks at the end of each stride that everything sees."""
+    pattern: Pattern = dataclasses.field(default_factory=PATTERNS.default)
+    """Which blocks of tokens attend to which."""
     logits_soft_cap: float = 0.0
     """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
@@ -42,12 +37,7 @@ class AttentionConfig(Settings):
     NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_heads", "pattern_block", "pattern_stride", "pattern_summary")
-        require(
-            self.pattern_summary <= self.pattern_stride,
-            f"AttentionConfig.pattern_summary must not exceed pattern_stride={self.pattern_stride}, "
-            f"got {self.pattern_summary}.",
-        )
+        require_at_least(self, 1, "num_heads")
         require_at_least(self, 0, "num_kv_heads", "head_dim", "window", "logits_soft_cap")
         require_range(self, 0, 1, "dropout")
         require(
@@ -106,67 +96,17 @@ class FeedForwardConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormConfig(Settings):
-    """Normalisation of a block and where it stands."""
-
-    kind: Literal["layer_norm", "rms_norm"] = "layer_norm"
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
-    placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Before each sub-layer, after the residual sum, or before and after the sub-layer."""
-    epsilon: float = 1e-5
-    """Added to the variance."""
-    use_bias: bool = False
-    """A learned offset (LayerNorm only)."""
-
-    def __post_init__(self) -> None:
-        require(self.epsilon > 0, f"NormConfig.epsilon must be positive, got {self.epsilon}.")
-        require(
-            not (self.use_bias and self.kind == "rms_norm"),
-            "NormConfig.use_bias=True needs kind='layer_norm'; RMSNorm has no offset.",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class BlockConfig(Settings):
     """One transformer block: attention, feed-forward network and norms."""
 
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     """Self-attention (cross-attention, where a model has it, is configured the same)."""
     feed_forward: FeedForwardConfig = FeedForwardConfig()
     """The feed-forward network, or the experts."""
-    norm: NormConfig = NormConfig()
+    norm: Norm = dataclasses.field(default_factory=NORMS.default)
     """The normalisation of both sub-layers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionConfig(Settings):
-    """How a token's place enters the model."""
-
-    kind: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl"] = "rotary"
-    """none; learned or sinusoidal vectors added to embeddings; rotary (Su et al. 2021); alibi (Press et al. 2022); t5, a
-    learned bias for each bucket of distances (Raffel et al. 2020, section 2.1); transformer_xl, keys of sinusoids of
-    distances, and biases of the query (Dai et al. 2019, section 3.3)."""
-    theta: float = 10_000.0
-    """Base of the wavelengths (rotary, sinusoidal, transformer_xl)."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """Rotary scaling for longer contexts: linear (Chen et al. 2023) or by wavelength, as Llama 3.1 does."""
-    scaling_factor: float = 1.0
-    """By how much the context is extended."""
-    original_length: int = 8192
-    """llama3 scaling: the context length before the extension."""
-    num_buckets: int = 32
-    """t5: buckets of distances (in an encoder, half of them for each direction)."""
-    max_distance: int = 128
-    """t5: distances from here on share the last bucket."""
-
-    def __post_init__(self) -> None:
-        require(self.theta > 0, f"PositionConfig.theta must be positive, got {self.theta}.")
-        require_at_least(self, 1, "scaling_factor", "original_length")
-        require(
-            self.num_buckets >= 4 and self.num_buckets % 4 == 0 and self.max_distance > self.num_buckets // 2,
-            "PositionConfig.num_buckets must be a multiple of 4, and max_distance above half of it, "
-            f"got {self.num_buckets} and {self.max_distance}.",
-        )
+    own_positions: Positions = dataclasses.field(default_factory=lambda: POSITIONS.find("inherit")())
+    """Positions of this block's self-attention, if not the model's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +122,21 @@ class ModelConfig(Settings):
     max_length: int = 0
     """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length, and memory_length."""
     num_layers: int = 4
-    """Blocks (in each of the two stacks of an encoder-decoder)."""
+    """Blocks (in each of the two stacks of an encoder-decoder): the first ones, then the pattern, as often as it takes."""
     embed_dim: int = 128
     """Width of the residual stream."""
-    pattern: tuple[BlockConfig, ...] = (BlockConfig(),)
-    """Blocks of one period, repeated num_layers / len(pattern) times."""
-    positions: PositionConfig = PositionConfig()
+    first: tuple[BlockConfig, ...] = ()
+    """Blocks before the pattern begins."""
+    pattern: tuple[BlockConfig, ...] = dataclasses.field(default_factory=lambda: (BlockConfig(),))
+    """Blocks of one period, repeated; the last period may be incomplete."""
+    positions: Positions = dataclasses.field(default_factory=POSITIONS.default)
     """How a token's place enters the model."""
     memory_length: int = 0
     """Decoder: vectors that each layer remembers of the rows before, and attends to without a gradient (Dai et al. 2019)."""
     final_norm: bool = True
     """Normalise after the last block (not for post-norm blocks, which already did)."""
-    pooling: Literal["mean", "max", "first", "attention"] = "mean"
-    """How a classifier makes one vector of a text: mean, maximum, first token, or a learned weighted mean."""
+    pooling: Pooling = dataclasses.field(default_factory=POOLINGS.default)
+    """How a classifier makes one vector of a text."""
     num_classes: int = 0
     """Classes of a classifier; 0 means the data's."""
     tie_embeddings: bool = True
@@ -226,33 +168,28 @@ class ModelConfig(Settings):
         require_range(self, 0, 1, "dropout")
         require(len(self.pattern) > 0, "ModelConfig.pattern must hold at least one BlockConfig, got none.")
         require(
-            self.num_layers % len(self.pattern) == 0,
-            f"ModelConfig.num_layers must be a multiple of the pattern's {len(self.pattern)} blocks, "
+            self.num_layers >= len(self.first) + len(self.pattern),
+            f"ModelConfig.num_layers must hold the {len(self.first)} first blocks and the pattern's {len(self.pattern)}, "
             f"got {self.num_layers}.",
         )
         require(
-            len({block.norm.placement == "post" for block in self.pattern}) == 1,
+            len({block.norm.placement == "post" for block in self.blocks}) == 1,
             "ModelConfig.pattern cannot mix post-norm blocks with others: their residual streams differ in scale.",
         )
-        require(
-            self.positions.kind != "t5" or len({block.attention.num_heads for block in self.pattern}) == 1,
-            "Positions of kind t5 share one bias for each head: the blocks of ModelConfig.pattern must have as many heads.",
-        )
-        require(
-            self.positions.kind != "transformer_xl" or self.embed_dim % 2 == 0,
-            f"Positions of kind transformer_xl pair sines and cosines: embed_dim must be even, got {self.embed_dim}.",
-        )
+        self.positions.check(self)
+        for block in dict.fromkeys(self.blocks):
+            block.own_positions.check_own(block, self.embed_dim)
         if self.memory_length > 0:
             require(
-                self.architecture == "decoder" and self.positions.kind not in ("learned", "sinusoidal"),
+                self.architecture == "decoder" and not self.positions.absolute,
                 "ModelConfig.memory_length is for decoders that see distances, not places, got "
                 f"memory_length={self.memory_length}, a {self.architecture} and {self.positions.kind} positions; "
-                "set PositionConfig.kind=transformer_xl, or ModelConfig.memory_length=0.",
+                "set model.positions.kind=transformer_xl, or ModelConfig.memory_length=0.",
             )
             require(
-                all(block.attention.pattern == "dense" for block in self.pattern),
+                all(block.attention.pattern.sees_all for block in self.blocks),
                 "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
-                "attention.pattern=dense (a window is fine), or memory_length=0.",
+                "attention.pattern.kind=dense (a window is fine), or memory_length=0.",
             )
             require(
                 not self.bidirectional_prefix,
@@ -263,10 +200,20 @@ class ModelConfig(Settings):
             not self.bidirectional_prefix or self.architecture == "decoder",
             f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",
         )
-        for block in self.pattern:
-            head_dim = block.attention.resolved_head_dim(self.embed_dim)
-            require(
-                self.positions.kind != "rotary" or head_dim % 2 == 0,
-                f"Rotary positions need an even head_dim, got {head_dim}; change ModelConfig.embed_dim, "
-                "AttentionConfig.num_heads or AttentionConfig.head_dim.",
-            )
+        for block in dict.fromkeys(self.blocks):
+            block.attention.resolved_head_dim(self.embed_dim)
+
+    @property
+    def num_periods(self) -> int:
+        """How often the whole pattern is repeated."""
+        return (self.num_layers - len(self.first)) // len(self.pattern)
+
+    @property
+    def remainder(self) -> tuple[BlockConfig, ...]:
+        """The blocks of the last, incomplete period."""
+        return self.pattern[: (self.num_layers - len(self.first)) % len(self.pattern)]
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """All blocks of a stack."""
+        return (*self.first, *self.pattern * self.num_periods, *self.remainder)

@@ -5,10 +5,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from transformer.kinds import Family, Kind
-from transformer.types import Array, Loss, LossOutput, PyTree, UserError
+from transformer.types import Array, Batch, Loss, LossOutput, PyTree, UserError
 from transformer.validation import require, require_at_least, require_range
 
 if TYPE_CHECKING:
@@ -157,6 +158,12 @@ class Objective(Kind):
         del tokenizer, length, seed
         return {}
 
+    def batch_shapes(self, config: "Config") -> Any:
+        """Shapes of a training batch of full rows: by default, of running text."""
+        shape = (config.data.batch_size, config.data.sequence_length)
+        tokens, weights = shaped(shape, np.int32), shaped(shape, np.float32)
+        return Batch(tokens, tokens, weights, tokens, tokens)
+
     def fit(self, data: Any) -> "tuple[Objective, str]":
         """Itself with the settings that are left to the data, and a line for the user."""
         del data
@@ -206,6 +213,11 @@ class Objective(Kind):
         """What to type after training to use the model of a run, after `transformer` and without the run."""
         del prompt
         return ("evaluate",)
+
+
+def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a part of a batch."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def mask_token(vocabulary: Any) -> int:

@@ -88,7 +88,7 @@ def _kv_heads(new: _Values, old: _Values) -> int:
 
 
 def _summary(new: _Values, old: _Values) -> int:
-    return min(new["attention"]["pattern_summary"], max(1, new["attention"]["pattern_stride"]))
+    return min(new["attention"]["pattern"]["summary"], max(1, new["attention"]["pattern"]["stride"]))
 
 
 def _experts_per_token(new: _Values, old: _Values) -> int:
@@ -125,9 +125,8 @@ _RULES = (
 )  # fmt: skip
 _BLOCK_RULES = (
     _Rule("attention.num_kv_heads", ("attention.num_heads",), _kv_heads),
-    _Rule("attention.pattern_summary", ("attention.pattern_stride",), _summary),
+    _Rule("attention.pattern.summary", ("attention.pattern.stride",), _summary),
     _Rule("feed_forward.experts_per_token", ("feed_forward.num_experts",), _experts_per_token),
-    _Rule("norm.use_bias", ("norm.kind",), lambda new, old: new["norm"]["use_bias"] and new["norm"]["kind"] != "rms_norm"),
 )  # fmt: skip
 
 
@@ -175,6 +174,8 @@ def override(
         if path in changes:
             continue
         section, name = _section(new, path)
+        if name not in section:  # a setting of another kind
+            continue
         if kept and not path.startswith(RESUMABLE) and all(after.startswith(RESUMABLE) for after in rule.after):
             fitting, reason = _part(kept, path), "as the run that goes on has it"
         elif any(prefix + after in changed for after in rule.after):

@@ -17,7 +17,7 @@ from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
-from transformer.tasks import init_method, init_shapes, make_model
+from transformer.tasks import init_method, init_shapes, make_model, training_runtime
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer
 from transformer.training.spikes import make_spikes
@@ -66,15 +66,16 @@ def _check_context(config: Config, devices: int) -> None:
     model = config.model
     balanced_order(config.data.sequence_length, devices)
     check_blocks(config.data.sequence_length, devices)
-    patterns = {block.attention.pattern for block in model.pattern}
+    patterns = {block.attention.pattern for block in model.blocks}
     config.objective.check_context(config)
     require(
-        patterns == {"dense"},
-        f"parallel.context needs dense attention (a window is fine), got attention.pattern={', '.join(sorted(patterns))}; "
+        all(pattern.sees_all for pattern in patterns),
+        "parallel.context needs dense attention (a window is fine), got "
+        f"attention.pattern={', '.join(sorted(pattern.kind for pattern in patterns))}; "
         "set parallel.context=1.",
     )
     require(
-        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.pattern),
+        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.blocks),
         "parallel.context needs model.dropout=0 and attention.dropout=0: what is dropped is drawn by place in an array, and rows "
         "are dealt out in another order; set them, or parallel.context=1.",
     )
@@ -93,7 +94,7 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
         mesh = make_mesh(config.parallel.sizes)
     # The kernels for CPUs fold batch and places, which over a context axis would gather both.
     context = 1 if mesh is None else mesh.shape["context"]
-    model = make_model(config.model, cpu_kernels=config.training.cpu_kernels and context == 1)
+    model = make_model(config.model, training_runtime(config.training.cpu_kernels and context == 1))
     shapes, axes = init_params(model, None, *init_shapes(model), method=init_method(model))
     if config.model.scan_layers:
         check_scanned_groups(config.optimizer, shapes)

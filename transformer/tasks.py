@@ -11,16 +11,16 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.tokenizers import PairTokenizer, Vocabulary
 from transformer.evaluation.confusion import macro_f1
-from transformer.model_config import ModelConfig
+from transformer.layers.runtime import Runtime
+from transformer.model_config import BlockConfig, ModelConfig
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.models.init import init_params
 from transformer.ops import dense_cpu, wide_product
-from transformer.ops.attention import select_implementation
-from transformer.ops.bias import AlibiBias
-from transformer.ops.masks import AttentionMask
+from transformer.ops.attention import recorded
+from transformer.parallel.rules import RULES
 from transformer.training.flops import Flops, step_flops
 from transformer.training.metrics import Work, derive
 from transformer.training.optimizer import freeze
@@ -67,16 +67,19 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
     return dataclasses.replace(config, model=model)
 
 
-def make_model(config: ModelConfig, *, cpu_kernels: bool | None = None) -> nn.Module:
-    """The linen module of a resolved model config; `cpu_kernels` is `training.cpu_kernels`, None has every derivative."""
-    products = {True: dense_cpu.dot_general, False: wide_product.dot_general, None: jax.lax.dot_general}
-    dot_general = products[cpu_kernels]
+def make_model(config: ModelConfig, runtime: Runtime = Runtime()) -> nn.Module:  # noqa: B008 (frozen)
+    """The linen module of a resolved model config; the default runtime has every derivative and looks at no mesh."""
     if config.architecture == "decoder":
-        return Decoder(config, dot_general=dot_general)
+        return Decoder(config, runtime=runtime)
     if config.architecture == "encoder_decoder":
-        return EncoderDecoder(config, dot_general=dot_general)
+        return EncoderDecoder(config, runtime=runtime)
     module = Classifier if config.num_classes > 0 else Encoder
-    return module(config, dot_general=dot_general)
+    return module(config, runtime=runtime)
+
+
+def training_runtime(cpu_kernels: bool) -> Runtime:
+    """How a trainer's model computes: with products that suit the platform, over the mesh that is set."""
+    return Runtime(dot_general=dense_cpu.dot_general if cpu_kernels else wide_product.dot_general, sharding=RULES)
 
 
 def make_params(model: nn.Module, key: Any) -> PyTree:
@@ -103,41 +106,15 @@ def describe_attention(config: Config, platform: str) -> str:
     """The attention backends of training on a platform (`jax.devices()[0].platform`) in rows of `data.sequence_length` tokens."""
     if config.parallel.context > 1:
         return "ring"
-    model, T, names = config.model, config.data.sequence_length, []
-    S, kind = T + model.memory_length, model.positions.kind
-    bias = AlibiBias(None) if kind in ("alibi", "t5") else None  # that there is one is all that counts
-    # By positions, of which a pattern sees blocks.
-    placed = config.objective.reads == "text" and model.architecture != "encoder_decoder"
-
-    def ids(length: int) -> Any:
-        return jax.ShapeDtypeStruct((1, length), np.int32)
-
-    def array(length: int, heads: int, width: int) -> Any:
-        return jax.ShapeDtypeStruct((1, length, heads, width), model.dtype)
-
-    for attention in (block.attention for block in model.pattern):
-        head_dim = attention.resolved_head_dim(model.embed_dim)
-        width = head_dim + (model.embed_dim if kind == "transformer_xl" else 0)
-        picked = select_implementation(
-            {"gpu": "cuda"}.get(platform, platform),
-            array(T, attention.num_heads, width),
-            array(S, attention.kv_heads, width),
-            array(S, attention.kv_heads, head_dim),
-            mask=AttentionMask(
-                causal=model.architecture != "encoder",
-                window=attention.window,
-                query_segment_ids=ids(T),
-                key_segment_ids=ids(S),
-                query_positions=ids(T) if placed and attention.pattern != "dense" else None,
-                key_prefix=ids(S) if model.bidirectional_prefix else None,
-                query_offset=ids(1) if model.memory_length > 0 else None,
-            ),
-            bias=bias,
-            logits_soft_cap=attention.logits_soft_cap,
-            dropout_rate=attention.dropout,
-        )
-        names.append(picked if attention.implementation == "auto" else attention.implementation)
-    return " and ".join(dict.fromkeys(names))
+    model = make_model(dataclasses.replace(config.model, scan_layers=True, remat="none"))
+    params, _ = init_params(model, None, *init_shapes(model), method=init_method(model))
+    loss = config.objective.bind(model, StandIn(config.model.vocab_size))
+    batch = config.objective.batch_shapes(config)
+    carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
+    with recorded() as requests:
+        jax.eval_shape(lambda key, *given: loss.loss(*given, key, True), jax.random.key(0), params, carry, batch)
+    backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
+    return " and ".join(dict.fromkeys(backends))
 
 
 class StandIn:
@@ -154,13 +131,17 @@ def count_step(config: Config, params: PyTree, batch: PyTree) -> Flops:
     Traced is the plain model: what is saved by computing a part at a time, or again, changes no count, and a fused kernel would
     only take longer to trace. Frozen parameters have no gradient.
     """
-    pattern = tuple(
-        dataclasses.replace(block, attention=dataclasses.replace(block.attention, implementation="xla"))
-        for block in config.model.pattern
-    )
+
+    def in_plain(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+        return tuple(
+            dataclasses.replace(block, attention=dataclasses.replace(block.attention, implementation="xla"))
+            for block in blocks
+        )
+
+    model = config.model
     plain = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, pattern=pattern, remat="none"),
+        model=dataclasses.replace(model, first=in_plain(model.first), pattern=in_plain(model.pattern), remat="none"),
         objective=config.objective.in_chunks(1),
     )
     loss = plain.objective.bind(make_model(plain.model), StandIn(config.model.vocab_size))

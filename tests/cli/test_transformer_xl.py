@@ -22,7 +22,8 @@ from transformer.types import UserError
 CONFIG = """
 from transformer import AdamW, ConstantSchedule
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 
 def get_config():
     return Config(
@@ -31,7 +32,7 @@ def get_config():
             embed_dim=16,
             dropout=0.1,
             pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-            positions=PositionConfig(kind="transformer_xl"),
+            positions=TransformerXLPositions(),
             memory_length=16,
         ),
         data=DataConfig(sequence_length=16, batch_size=4, record_bytes=512, validation_fraction=0.2, continue_rows=True),

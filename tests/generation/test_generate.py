@@ -13,7 +13,8 @@ from transformer.generation.generate import Generator, generate, stream
 from transformer.generation.prepare import prepare
 from transformer.generation.sampling import SamplingConfig
 from transformer.layers.scan_params import scan_params
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.models.decoder import Decoder
 from transformer.ops.panels import Panels
 from transformer.types import UserError
@@ -34,7 +35,7 @@ def make_config(kind="learned", window=0, **changes):
         "pattern": (block,),
         "tie_embeddings": False,
     }
-    return ModelConfig(**{**defaults, "positions": PositionConfig(kind=kind), **changes})
+    return ModelConfig(**{**defaults, "positions": POSITIONS.find(kind)(), **changes})
 
 
 @functools.cache

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from transformer.generation.translate import translate
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.types import UserError
 
@@ -26,7 +27,7 @@ def model(request):
         num_layers=2,
         embed_dim=16,
         pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-        positions=PositionConfig(kind="rotary" if own else request.param),
+        positions=POSITIONS.find("rotary" if own else request.param)(),
         init_std=0.6,
     )
     model = EncoderDecoder(config)

@@ -7,8 +7,11 @@ import pytest
 
 from transformer.layers.attention import Attention
 from transformer.layers.cache import init_cache, init_memory_cache
-from transformer.model_config import AttentionConfig, PositionConfig
+from transformer.layers.runtime import Runtime
+from transformer.model_config import AttentionConfig
+from transformer.model_kinds import POSITIONS
 from transformer.ops.masks import AttentionMask
+from transformer.ops.positions.rotary import RotaryPositions
 from transformer.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -68,7 +71,7 @@ def test_multi_head_is_a_loop_over_heads(small, config, cross):
 
 @pytest.mark.parametrize("kind", ["none", "rotary", "alibi", "transformer_xl"])
 def test_permutation_equivariance_only_without_positions(small, kind):
-    layer = Attention(AttentionConfig(num_heads=2), positions=PositionConfig(kind=kind))
+    layer = Attention(AttentionConfig(num_heads=2), positions=POSITIONS.find(kind)())
     inputs, permutation = small.normal(2, 5, 8), np.array([2, 0, 4, 1, 3])
     params = small.random_params(layer, inputs)
     out = small.apply(layer, params, inputs)
@@ -80,7 +83,7 @@ def test_permutation_equivariance_only_without_positions(small, kind):
 
 @pytest.mark.parametrize("kind", ["rotary", "alibi", "transformer_xl"])
 def test_only_distances_matter(small, kind):
-    layer = Attention(AttentionConfig(num_heads=2), positions=PositionConfig(kind=kind))
+    layer = Attention(AttentionConfig(num_heads=2), positions=POSITIONS.find(kind)())
     inputs, positions = small.normal(2, 5, 8), jnp.arange(5)[None]
     params = small.random_params(layer, inputs)
     out = small.apply(layer, params, inputs)
@@ -91,13 +94,13 @@ def test_only_distances_matter(small, kind):
 def test_rotary_options_reach_the_operation(small):
     inputs = small.normal(1, 5, 8)
     config = AttentionConfig(num_heads=1)
-    plain = Attention(config, positions=PositionConfig(kind="rotary"))
+    plain = Attention(config, positions=RotaryPositions())
     params = small.random_params(plain, inputs)
     out = small.apply(plain, params, inputs)
     for changed in (
-        PositionConfig(kind="rotary", theta=10.0),
-        PositionConfig(kind="rotary", scaling="linear", scaling_factor=2.0),
-        PositionConfig(kind="rotary", scaling="llama3", scaling_factor=8.0, original_length=16),
+        RotaryPositions(theta=10.0),
+        RotaryPositions(scaling="linear", scaling_factor=2.0),
+        RotaryPositions(scaling="llama3", scaling_factor=8.0, original_length=16),
     ):
         assert np.abs(small.apply(Attention(config, positions=changed), params, inputs) - out).max() > 1e-4
 
@@ -127,7 +130,7 @@ def test_attention_dropout(small):
 
 @pytest.mark.parametrize("grouped", [1, 2])
 def test_cached_is_full(small, grouped):
-    layer = Attention(AttentionConfig(num_heads=4, num_kv_heads=grouped), positions=PositionConfig(kind="rotary"))
+    layer = Attention(AttentionConfig(num_heads=4, num_kv_heads=grouped), positions=RotaryPositions())
     inputs = small.normal(2, 5, 8)
     params = small.random_params(layer, inputs)
     full = small.apply(layer, params, inputs, mask=CAUSAL)
@@ -159,8 +162,8 @@ def test_bfloat16(small):
     config = AttentionConfig(num_heads=2, qk_norm=True, use_bias=True)
     inputs = small.normal(2, 5, 8)
     params = small.random_params(Attention(config), inputs)
-    expected = small.apply(Attention(config, positions=PositionConfig(kind="rotary")), params, inputs, mask=CAUSAL)
-    layer = Attention(config, positions=PositionConfig(kind="rotary"), dtype=jnp.bfloat16)
+    expected = small.apply(Attention(config, positions=RotaryPositions()), params, inputs, mask=CAUSAL)
+    layer = Attention(config, positions=RotaryPositions(), runtime=Runtime(dtype=jnp.bfloat16))
     out = small.apply(layer, params, inputs.astype(jnp.bfloat16), mask=CAUSAL)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.1)
@@ -169,22 +172,27 @@ def test_bfloat16(small):
 @pytest.mark.parametrize(
     ("config", "positions", "arguments", "message"),
     [
-        ({"num_heads": 3}, {}, {}, "num_heads must divide ModelConfig.embed_dim=8, got 3"),
-        ({}, {"kind": "rotary"}, {"memory_BSD": 0}, "Cross-attention has no common positions .* got kind='rotary'"),
-        ({}, {}, {"memory_BSD": 0, "cache": 0}, "Cross-attention needs a MemoryCache, got a KVCache"),
-        ({}, {}, {"positions_BT": 0, "cache": 0}, "With a cache, positions are its next slots; leave positions_BT out"),
-        ({}, {}, {"mask": 0, "cache": 0}, "With a cache, mask.key_lengths follows from it; leave it out"),
+        ({"num_heads": 3}, "none", {}, "num_heads must divide ModelConfig.embed_dim=8, got 3"),
+        ({}, "rotary", {"memory_BSD": 0}, "Cross-attention has no common positions .* got kind='rotary'"),
+        ({}, "none", {"memory_BSD": 0, "cache": 0}, "Cross-attention needs a MemoryCache, got a KVCache"),
+        (
+            {},
+            "none",
+            {"positions_BT": 0, "cache": 0},
+            "With a cache, positions are its next slots; leave positions_BT out",
+        ),
+        ({}, "none", {"mask": 0, "cache": 0}, "With a cache, mask.key_lengths follows from it; leave it out"),
         (
             {"implementation": "blockwise", "dropout": 0.1},
-            {},
+            "none",
             {"train": True},
             "'blockwise' cannot honour dropout_rate=0.1",
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
 )
 def test_refusals(small, config, positions, arguments, message):
-    layer = Attention(AttentionConfig(**config), positions=PositionConfig(**{"kind": "none", **positions}))
+    layer = Attention(AttentionConfig(**config), positions=POSITIONS.find(positions)())
     values = {
         "memory_BSD": small.normal(1, 3, 8),
         "cache": init_cache(1, 4, 4, 2),

@@ -8,9 +8,11 @@ import pytest
 from transformer.layers.attention import Attention
 from transformer.layers.block import Block
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.norm import make_norm
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, NormConfig, PositionConfig
+from transformer.layers.norm import Normalize
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig
+from transformer.model_kinds import NORMS
 from transformer.ops.masks import AttentionMask
+from transformer.ops.positions.rotary import RotaryPositions
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 CAUSAL = AttentionMask(causal=True)
@@ -20,8 +22,8 @@ CAUSAL = AttentionMask(causal=True)
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 @pytest.mark.parametrize("cross", [False, True])
 def test_block_is_its_formula(small, kind, placement, cross):
-    config = BlockConfig(attention=AttentionConfig(num_heads=2, window=3), norm=NormConfig(kind, placement))
-    positions = PositionConfig(kind="rotary")
+    config = BlockConfig(attention=AttentionConfig(num_heads=2, window=3), norm=NORMS.find(kind)(placement))
+    positions = RotaryPositions()
     block = Block(config, positions=positions, cross_attention=cross)
     inputs, memory = small.normal(2, 5, 8), small.normal(2, 6, 8, seed=1) if cross else None
     arguments = {"mask": CAUSAL, "memory_BSD": memory}
@@ -36,7 +38,7 @@ def test_block_is_its_formula(small, kind, placement, cross):
         return FeedForward(config.feed_forward).apply({"params": params[role]}, x)
 
     def n(name, x):
-        return make_norm(config.norm).apply({"params": params[name]}, x)
+        return Normalize(config.norm).apply({"params": params[name]}, x)
 
     @small.jit
     def formula(x):

@@ -1,10 +1,13 @@
 """Writing to a cache: where tokens go, what is padding, what does not fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.layers.block import BlockCache
 from transformer.layers.cache import (
     cache_lengths,
     cache_overflow,
@@ -36,11 +39,11 @@ def test_marks_go_to_the_slots_of_their_tokens():
 
 def test_tokens_go_behind_those_before():
     cache = write_cache(init_cache(2, 4, 1, 1), *numbered([1, 2, 3], [4, 5, 6]), jnp.array([[1, 1, 1], [1, 0, 0]]) > 0)
-    assert slots(cache[0]) == [[1, 2, 3, 0], [4, 0, 0, 0]]
+    assert slots(cache.key_BGPK) == [[1, 2, 3, 0], [4, 0, 0, 0]]
     assert cache.lengths_B.tolist() == [3, 1]
     cache = write_cache(cache, *numbered([7], [8]))
-    assert slots(cache[0]) == [[1, 2, 3, 7], [4, 8, 0, 0]]
-    assert slots(cache[1]) == [[-1, -2, -3, -7], [-4, -8, 0, 0]]
+    assert slots(cache.key_BGPK) == [[1, 2, 3, 7], [4, 8, 0, 0]]
+    assert slots(cache.value_BGPK) == [[-1, -2, -3, -7], [-4, -8, 0, 0]]
     assert cache.lengths_B.tolist() == [4, 2]
     assert not cache.overflow
 
@@ -48,17 +51,17 @@ def test_tokens_go_behind_those_before():
 def test_what_does_not_fit_is_dropped_and_flagged():
     cache = write_cache(init_cache(2, 2, 1, 1), *numbered([1], [2]))
     full = write_cache(cache, *numbered([3, 4], [5, 6]), jnp.array([[1, 1], [1, 0]]) > 0)
-    assert slots(full[0]) == [[1, 3], [2, 5]]
+    assert slots(full.key_BGPK) == [[1, 3], [2, 5]]
     assert full.lengths_B.tolist() == [2, 2]
     assert full.overflow
     later = write_cache(full, *numbered([8], [9]), jnp.zeros((2, 1), bool))
-    assert slots(later[0]) == slots(full[0])
+    assert slots(later.key_BGPK) == slots(full.key_BGPK)
     assert later.overflow, "the flag stays"
 
 
 def test_cache_keeps_its_dtype():
     cache = write_cache(init_cache(1, 2, 1, 1, jnp.bfloat16), *numbered([1]))
-    assert cache[0].dtype == jnp.bfloat16
+    assert cache.key_BGPK.dtype == jnp.bfloat16
 
 
 def test_next_slots():
@@ -69,10 +72,11 @@ def test_next_slots():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_lengths_and_overflow_of_a_model(stacked):
-    caches = (init_cache(2, 4, 1, 1), init_cache(2, 4, 1, 1)._replace(overflow=jnp.array(True)))
+    full = dataclasses.replace(init_cache(2, 4, 1, 1), overflow=jnp.array(True))
+    caches = (BlockCache(init_cache(2, 4, 1, 1)), BlockCache(full))
     clean = (caches[0], caches[0])
     if stacked:
-        caches, clean = (jax.tree.map(lambda *x: jnp.stack(x), *each) for each in (caches, clean))
+        caches, clean = ((jax.tree.map(lambda *x: jnp.stack(x), *each),) for each in (caches, clean))
     assert cache_overflow(caches)
     assert not cache_overflow(clean)
     assert cache_lengths(caches).tolist() == [0, 0]

@@ -4,9 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.layers.embedding import Embed, PositionEmbedding
-from transformer.model_config import PositionConfig
-from transformer.ops.positions import sinusoidal
+from transformer.layers.embedding import Embed
+from transformer.layers.positions import PositionEmbedding
+from transformer.layers.runtime import Runtime
+from transformer.model_kinds import POSITIONS
+from transformer.ops.positions.learned import LearnedPositions
+from transformer.ops.positions.sinusoidal import SinusoidalPositions, sinusoidal
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -16,7 +19,7 @@ def test_embed_looks_up_and_scales(small):
     np.testing.assert_array_equal(small.apply(Embed(5, 4), {"embedding": table}, indices), table[indices])
     scaled = small.apply(Embed(5, 4, scale=True), {"embedding": table}, indices)
     np.testing.assert_allclose(scaled, 2 * table[indices], rtol=1e-6)
-    half = small.apply(Embed(5, 4, dtype=jnp.bfloat16), {"embedding": table}, indices)
+    half = small.apply(Embed(5, 4, runtime=Runtime(dtype=jnp.bfloat16)), {"embedding": table}, indices)
     np.testing.assert_array_equal(half, table[indices].astype(jnp.bfloat16))
 
 
@@ -29,7 +32,7 @@ def test_a_token_beyond_the_table_is_nan(small):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_attend_is_a_product_in_float32(small, dtype):
     table, hidden = small.normal(5, 4), small.normal(2, 3, 4, seed=1)
-    logits = small.apply(Embed(5, 4, dtype=dtype), {"embedding": table}, hidden, method="attend")
+    logits = small.apply(Embed(5, 4, runtime=Runtime(dtype=dtype)), {"embedding": table}, hidden, method="attend")
     assert logits.dtype == jnp.float32
     exact = hidden.astype(dtype).astype(jnp.float32) @ table.astype(dtype).astype(jnp.float32).T
     np.testing.assert_allclose(logits, exact, atol=1e-5)
@@ -38,7 +41,8 @@ def test_attend_is_a_product_in_float32(small, dtype):
 @pytest.mark.parametrize("kind", ["none", "rotary", "alibi", "sinusoidal", "learned"])
 def test_position_vectors(small, kind):
     inputs, positions = small.normal(2, 3, 4), jnp.array([[0, 1, 2], [5, 0, 1]])
-    layer = PositionEmbedding(PositionConfig(kind=kind, theta=100.0), max_length=6)
+    config = SinusoidalPositions(theta=100.0) if kind == "sinusoidal" else POSITIONS.find(kind)()
+    layer = PositionEmbedding(config, max_length=6)
     params = small.random_params(layer, inputs, positions)
     assert sorted(params) == (["embedding"] if kind == "learned" else [])
     added = 0
@@ -51,10 +55,10 @@ def test_position_vectors(small, kind):
 
 def test_learned_positions_end(small):
     inputs = small.normal(1, 3, 4)
-    layer = PositionEmbedding(PositionConfig(kind="learned"), max_length=2)
+    layer = PositionEmbedding(LearnedPositions(), max_length=2)
     with pytest.raises(ValueError, match="Learned positions reach max_length=2 tokens, got 3; raise max_length"):
         small.random_params(layer, inputs, jnp.array([[0, 1, 2]]))
-    layer = PositionEmbedding(PositionConfig(kind="learned"), max_length=3)
+    layer = PositionEmbedding(LearnedPositions(), max_length=3)
     beyond = jnp.array([[0, 1, 3]])
     out = small.apply(layer, small.random_params(layer, inputs, beyond), inputs, beyond)
     assert np.isfinite(out[0, :2]).all()

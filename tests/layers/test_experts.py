@@ -11,7 +11,7 @@ import pytest
 
 from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.linear import named_axes
+from transformer.layers.runtime import Runtime, named_axes
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.layers.stack import Stack
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
@@ -124,7 +124,7 @@ def test_statistics_are_for_those_who_ask(small):
 
 
 def test_parameters_have_their_axes_and_scales(small):
-    layer = MixtureOfExperts(config(hidden_dim=64), init_std=0.0, residual_init_scale=0.5)
+    layer = MixtureOfExperts(config(hidden_dim=64), runtime=Runtime(residual_init_scale=0.5))
     with named_axes():
         params = layer.init(jax.random.key(0, impl="unsafe_rbg"), small.normal(1, 2, 32))["params"]
     found = {role: (leaf["kernel"].value.shape, leaf["kernel"].names) for role, leaf in params.items()}
@@ -144,7 +144,7 @@ def test_bfloat16_with_a_router_in_float32(small):
     # Logits that bfloat16 cannot tell apart.
     params["router"]["kernel"] = jnp.zeros((8, E)).at[0].set(1.0 + 1e-3 * jnp.arange(E, dtype=jnp.float32))
     inputs = inputs.at[..., 0].set(1.0)
-    out = small.apply(MixtureOfExperts(config(), dtype=jnp.bfloat16), params, inputs)
+    out = small.apply(MixtureOfExperts(config(), runtime=Runtime(dtype=jnp.bfloat16)), params, inputs)
     assert out.dtype == jnp.bfloat16
     expected = small.apply(MixtureOfExperts(config()), params, inputs.astype(jnp.float32))
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.1)

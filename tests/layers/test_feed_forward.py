@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from transformer.layers.feed_forward import ACTIVATIONS, FeedForward
+from transformer.layers.runtime import Runtime
 from transformer.model_config import FeedForwardConfig
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -74,7 +75,7 @@ def test_hidden_width_defaults_to_four_times(small):
 def test_bfloat16(small):
     config, inputs = FeedForwardConfig(12, "silu", gated=True, use_bias=True), small.normal(2, 5, 8)
     params = small.random_params(FeedForward(config), inputs)
-    out = small.apply(FeedForward(config, dtype=jnp.bfloat16), params, inputs.astype(jnp.bfloat16))
+    out = small.apply(FeedForward(config, runtime=Runtime(dtype=jnp.bfloat16)), params, inputs.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     expected = small.apply(FeedForward(config), params, inputs)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.1)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.layers.linear import Linear, normal_initializer
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -37,8 +38,9 @@ def test_linear_casts_operands_and_result(small):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
 
     inputs = small.normal(2, 4)
+    runtime = Runtime(dtype=jnp.bfloat16, dot_general=recording)
     for output_dtype in (None, jnp.float32):
-        layer = Linear((3,), ("embed", "hidden"), dtype=jnp.bfloat16, output_dtype=output_dtype, dot_general=recording)
+        layer = Linear((3,), ("embed", "hidden"), output_dtype=output_dtype, runtime=runtime)
         params = small.random_params(layer, inputs)
         seen.clear()
         out = small.apply(layer, params, inputs)
@@ -50,5 +52,6 @@ def test_linear_casts_operands_and_result(small):
 
 @pytest.mark.parametrize(("std", "scale", "expected"), [(0.02, 1.0, 0.02), (0.02, 0.5, 0.01), (0.0, 0.5, 0.05)])
 def test_initial_scale(std, scale, expected):
-    values = normal_initializer(std, 100, scale)(jax.random.key(0, impl="unsafe_rbg"), (100, 300), jnp.float32)
+    initializer = Runtime(init_std=std).initializer(100, ("embed", "hidden"), scale)
+    values = initializer(jax.random.key(0, impl="unsafe_rbg"), (100, 300), jnp.float32)
     np.testing.assert_allclose(np.std(values), expected, rtol=0.03)

@@ -1,12 +1,15 @@
 """Transformer-XL's attention equals its paper's formula, written out for every query, key and head."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from transformer.layers.attention import Attention
-from transformer.model_config import AttentionConfig, PositionConfig
+from transformer.layers.runtime import Runtime
+from transformer.model_config import AttentionConfig
 from transformer.ops.masks import AttentionMask
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 THETA = 50.0
@@ -43,7 +46,7 @@ def as_published(params, inputs, config, head_dim, causal):
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(4, 0), (2, 3)])
 def test_equals_the_formula_of_the_paper(small, implementation, kv_heads, head_dim, causal):
     config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=head_dim, implementation=implementation)
-    layer = Attention(config, positions=PositionConfig(kind="transformer_xl", theta=THETA))
+    layer = Attention(config, positions=TransformerXLPositions(theta=THETA))
     inputs = small.normal(2, 6, 8)
     params = small.random_params(layer, inputs)
     assert {name: x.shape for name, x in params["relative_position"].items()} == {
@@ -56,10 +59,14 @@ def test_equals_the_formula_of_the_paper(small, implementation, kv_heads, head_d
 
 
 def test_half_precision_follows_float32(small):
-    config, positions = AttentionConfig(num_heads=2), PositionConfig(kind="transformer_xl")
+    config, positions = AttentionConfig(num_heads=2), TransformerXLPositions()
     inputs = small.normal(2, 5, 8)
     params = small.random_params(Attention(config, positions=positions), inputs)
     expected = small.apply(Attention(config, positions=positions), params, inputs)
-    out = small.apply(Attention(config, positions=positions, dtype="bfloat16"), params, inputs.astype("bfloat16"))
+    out = small.apply(
+        Attention(config, positions=positions, runtime=Runtime(dtype=jnp.bfloat16)),
+        params,
+        inputs.astype(jnp.bfloat16),
+    )
     assert out.dtype == "bfloat16"
     np.testing.assert_allclose(out.astype("float32"), expected, atol=0.1)

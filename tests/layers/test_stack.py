@@ -10,23 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.layers.linear import named_axes
+from transformer.layers.cache import NO_CACHE
+from transformer.layers.runtime import Runtime, named_axes
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.layers.stack import Stack, init_stack_cache
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops import dense_cpu
 from transformer.ops.masks import AttentionMask
+from transformer.ops.norms.rms_norm import RMSNorm
+from transformer.ops.positions.learned import LearnedPositions
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 GLOBAL = BlockConfig(attention=AttentionConfig(num_heads=2))
-LOCAL = BlockConfig(attention=AttentionConfig(num_heads=2, num_kv_heads=1, window=2), norm=NormConfig("rms_norm"))
+LOCAL = BlockConfig(attention=AttentionConfig(num_heads=2, num_kv_heads=1, window=2), norm=RMSNorm())
 PATTERNS = {1: (GLOBAL,), 2: (LOCAL, GLOBAL)}
 
 
@@ -44,7 +40,8 @@ def context():
 
 def loss(config, params, dot_general=jax.lax.dot_general, **kwargs):
     inputs, weights, mask = context()
-    hidden, _ = Stack(config, dot_general=dot_general).apply({"params": params}, inputs, mask=mask, **kwargs)
+    runtime = Runtime(dot_general=dot_general).of(config)
+    hidden, _ = Stack(config, runtime=runtime).apply({"params": params}, inputs, mask=mask, **kwargs)
     return (weights * hidden).sum(), hidden
 
 
@@ -163,13 +160,13 @@ def test_cache_of_a_pattern(scan):
     cache = init_stack_cache(base, 3, 7, cross_attention=True)
     assert len(cache) == (2 if scan else 4)
     elements = [3 * 7 * 1 * 4, 3 * 7 * 2 * 4] * (1 if scan else 2)
-    assert [block.attention[0].size for block in cache] == [n * (2 if scan else 1) for n in elements]
-    assert all(block.cross_attention is not None for block in cache)
-    assert init_stack_cache(base, 3, 7)[0].cross_attention is None
+    assert [block.attention.key_BGPK.size for block in cache] == [n * (2 if scan else 1) for n in elements]
+    assert all(block.cross_attention.key_BSGK.shape[-3] == 0 for block in cache)
+    assert init_stack_cache(base, 3, 7)[0].cross_attention == NO_CACHE
 
 
 def test_learned_positions_bound_the_cache():
-    base = config(positions=PositionConfig(kind="learned"), max_length=6)
+    base = config(positions=LearnedPositions(), max_length=6)
     with pytest.raises(ValueError, match="Learned positions reach max_length=6 tokens, got 7"):
         init_stack_cache(base, 1, 7)
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POSITIONS
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
@@ -27,7 +28,7 @@ def config(kind="rotary", *, attention=(), block=(), **changes):
         "num_layers": 2,
         "embed_dim": 16,
         "pattern": (BlockConfig(**parts),),
-        "positions": PositionConfig(kind=kind),
+        "positions": POSITIONS.find(kind)(),
     }
     return ModelConfig(**{**defaults, **changes})
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import POOLINGS, POSITIONS
 from transformer.models.classifier import Classifier
 from transformer.models.encoder import Encoder
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-POOLINGS = ["mean", "max", "first", "attention"]
+KINDS_OF_POOLING = ["mean", "max", "first", "attention"]
 
 
 def make(pooling="mean", kind="rotary", implementation="xla", **changes):
@@ -23,8 +24,8 @@ def make(pooling="mean", kind="rotary", implementation="xla", **changes):
         num_layers=2,
         embed_dim=16,
         pattern=(block,),
-        positions=PositionConfig(kind=kind),
-        pooling=pooling,
+        positions=POSITIONS.find(kind)(),
+        pooling=POOLINGS.find(pooling)(),
         num_classes=3,
         init_std=0.5,
         **changes,
@@ -43,7 +44,7 @@ def rows(texts, length):
 TEXTS = [[1, 2, 3, 4, 5, 6], [7], [8, 8, 2, 1, 11, 12, 3, 4, 5, 6], [3, 2, 1]]
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", KINDS_OF_POOLING)
 @pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "t5"])
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
 def test_padding_and_neighbours_have_no_effect(pooling, kind, implementation):
@@ -56,7 +57,7 @@ def test_padding_and_neighbours_have_no_effect(pooling, kind, implementation):
     np.testing.assert_allclose(apply(*rows(TEXTS[::-1], 20))[::-1], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", KINDS_OF_POOLING)
 def test_every_pooling_reads_the_whole_text(pooling):
     """By attention, if not by the pooling itself."""
     model, variables = make(pooling)

@@ -11,10 +11,14 @@ import pytest
 
 from transformer.layers.cache import cache_lengths, cache_overflow
 from transformer.layers.embedding import Embed
+from transformer.layers.runtime import Runtime
 from transformer.layers.scan_params import scan_params
-from transformer.model_config import BlockConfig, NormConfig
+from transformer.model_config import BlockConfig
+from transformer.model_kinds import NORMS
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 KINDS = ["none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl"]
@@ -128,15 +132,9 @@ def test_cached_is_full_for_every_kind(tiny, kind, window):
     np.testing.assert_allclose(cached, full, atol=2e-5)
 
 
-PATTERNS = [
-    {"pattern": "strided", "pattern_block": 1, "pattern_stride": 3},
-    {"pattern": "fixed", "pattern_block": 2, "pattern_stride": 2},
-]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern["pattern"])
+@pytest.mark.parametrize("pattern", [StridedPattern(1, 3), FixedPattern(2, 2)], ids=lambda pattern: pattern.kind)
 def test_patterns_cached_and_packed(tiny, pattern):
-    config = tiny.config("rotary", attention=pattern, num_layers=1)
+    config = tiny.config("rotary", attention={"pattern": pattern}, num_layers=1)
     tokens = tiny.tokens((3, 8))
     full = tiny.forward(config)(tiny.params(config), tokens)
     dense = tiny.forward(tiny.config("rotary", num_layers=1))(tiny.params(config), tokens)
@@ -203,7 +201,8 @@ def test_overflow_drops_and_flags(tiny):
     _, over = read_in_chunks(tiny, config, tiny.params(config), tokens, (5, 1, 1, 1), capacity=7)
     assert cache_overflow(over)
     for before, after in zip(full, over, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, before.attention[:2], after.attention[:2])
+        np.testing.assert_array_equal(before.attention.key_BGPK, after.attention.key_BGPK)
+        np.testing.assert_array_equal(before.attention.value_BGPK, after.attention.value_BGPK)
     assert cache_lengths(over).tolist() == [7, 7, 7]
 
 
@@ -235,7 +234,7 @@ def test_cache_dtype(tiny):
     cache = tiny.build(config).init_cache(2, 8, jnp.bfloat16)
     tokens = tiny.tokens((2, 5))
     logits, cache = tiny.forward(config)(tiny.params(config), tokens, cache=cache)
-    assert cache[0].attention[0].dtype == jnp.bfloat16
+    assert cache[0].attention.key_BGPK.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, tiny.forward(config)(tiny.params(config), tokens), atol=0.1)
 
@@ -285,7 +284,7 @@ def test_logits_soft_cap_and_scaled_embeddings(tiny):
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_bfloat16_follows_float32(tiny, kind, placement):
-    norm = NormConfig(kind, placement, use_bias=kind == "layer_norm")
+    norm = NORMS.find(kind)(placement, use_bias=kind == "layer_norm")
     config = tiny.config("learned", num_layers=1, tie_embeddings=kind == "rms_norm", block={"norm": norm})
     half = dataclasses.replace(config, dtype="bfloat16")
     tokens = tiny.tokens((2, 5))
@@ -354,7 +353,7 @@ def test_injected_dot_general_does_every_projection(tiny):
         )
 
     config = tiny.config()
-    model, tokens = Decoder(config, dot_general=recording), tiny.tokens((2, 5))
+    model, tokens = Decoder(config, runtime=Runtime(dot_general=recording)), tiny.tokens((2, 5))
     jax.eval_shape(lambda p: model.apply({"params": p}, tokens), tiny.params(config))
     # Query, key, value, out, up and down of two layers, and the logits.
     assert len(kernels) == 2 * 6 + 1

@@ -13,39 +13,37 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from transformer.layers.linear import Linear, named_axes
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import named_axes
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.models.init import init_params
+from transformer.ops.norms.layer_norm import LayerNorm
+from transformer.ops.norms.rms_norm import RMSNorm
+from transformer.ops.positions.learned import LearnedPositions
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SIZES = {"vocab_size": 11, "max_length": 6, "num_layers": 2, "embed_dim": 8}
 GPT = BlockConfig(
     attention=AttentionConfig(use_bias=True),
     feed_forward=FeedForwardConfig(use_bias=True),
-    norm=NormConfig(use_bias=True),
+    norm=LayerNorm(use_bias=True),
 )
 LLAMA = BlockConfig(
     attention=AttentionConfig(num_kv_heads=2, qk_norm=True),
     feed_forward=FeedForwardConfig(hidden_dim=12, activation="silu", gated=True),
-    norm=NormConfig(kind="rms_norm", placement="sandwich"),
+    norm=RMSNorm(placement="sandwich"),
 )
 LOCAL = dataclasses.replace(LLAMA, attention=AttentionConfig(num_heads=2, head_dim=6, window=3))
-POST = BlockConfig(norm=NormConfig(placement="post"))
+POST = BlockConfig(norm=LayerNorm(placement="post"))
 MIXTURE = dataclasses.replace(
     LLAMA, feed_forward=FeedForwardConfig(hidden_dim=12, activation="silu", gated=True, num_experts=3)
 )
 MODELS = {
-    "decoder": Decoder(ModelConfig(**SIZES, pattern=(GPT,), positions=PositionConfig(kind="learned"))),
+    "decoder": Decoder(ModelConfig(**SIZES, pattern=(GPT,), positions=LearnedPositions())),
     "decoder_untied_pattern": Decoder(
         ModelConfig(**{**SIZES, "num_layers": 4}, pattern=(LOCAL, LLAMA), tie_embeddings=False)
     ),
@@ -55,7 +53,7 @@ MODELS = {
     ),
     "decoder_experts_scanned": Decoder(ModelConfig(**SIZES, pattern=(MIXTURE,), scan_layers=True)),
     "decoder_transformer_xl": Decoder(
-        ModelConfig(**SIZES, pattern=(LLAMA,), positions=PositionConfig(kind="transformer_xl"), memory_length=3)
+        ModelConfig(**SIZES, pattern=(LLAMA,), positions=TransformerXLPositions(), memory_length=3)
     ),
     "encoder": Encoder(ModelConfig(**SIZES, architecture="encoder", pattern=(POST,))),
     "encoder_decoder": EncoderDecoder(ModelConfig(**SIZES, architecture="encoder_decoder", param_dtype="bfloat16")),

@@ -9,23 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.model_config import (
-    AttentionConfig,
-    BlockConfig,
-    FeedForwardConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 from transformer.types import UserError
 
 MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder, "classifier": Classifier}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 11, (2, 8)), jnp.int32)
-SPARSE = {"pattern_block": 1, "pattern_stride": 3}
+SPARSE = [{"attention": {"pattern": p}} for p in (StridedPattern(1, 3), FixedPattern(1, 3))]
 
 # By the path of a number: another value, and the settings with which it counts, in the form of `make_config`'s arguments.
 NUMBERS = {
@@ -40,6 +36,7 @@ NUMBERS = {
     "dropout": (0.5, {}),
     "init_std": (0.5, {}),
     "positions.theta": (10.0, *({"positions": {"kind": k}} for k in ("rotary", "sinusoidal", "transformer_xl"))),
+    "positions.fraction": (0.5, {"positions": {"kind": "rotary"}}),
     "positions.scaling_factor": (
         4.0,
         *({"positions": {"scaling": scaling, "original_length": 4}} for scaling in ("linear", "llama3")),
@@ -51,9 +48,9 @@ NUMBERS = {
     "pattern.attention.num_kv_heads": (1, {}),
     "pattern.attention.head_dim": (2, {}),
     "pattern.attention.window": (2, {}),
-    "pattern.attention.pattern_block": (2, *({"attention": {**SPARSE, "pattern": p}} for p in ("strided", "fixed"))),
-    "pattern.attention.pattern_stride": (2, *({"attention": {**SPARSE, "pattern": p}} for p in ("strided", "fixed"))),
-    "pattern.attention.pattern_summary": (2, {"attention": {**SPARSE, "pattern": "fixed"}}),
+    "pattern.attention.pattern.block_size": (2, *SPARSE),
+    "pattern.attention.pattern.stride": (2, *SPARSE),
+    "pattern.attention.pattern.summary": (2, SPARSE[1]),
     "pattern.attention.logits_soft_cap": (0.1, {}),
     "pattern.attention.dropout": (0.5, {}),
     "pattern.feed_forward.hidden_dim": (12, {}, {"feed_forward": {"num_experts": 4}}),
@@ -72,7 +69,7 @@ def numbers(config, path=""):
     """The paths of all int and float fields of a config, and of the dataclasses in it."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        value = value[0] if isinstance(value, tuple) else value
+        value = value[0] if isinstance(value, tuple) and value else value
         if dataclasses.is_dataclass(value):
             yield from numbers(value, f"{path}{field.name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -87,17 +84,22 @@ def replaced(config, path, value):
     return dataclasses.replace(config, **{name: value})
 
 
+def of_kind(family, settings):
+    settings = dict(settings)
+    return family.find(settings.pop("kind", family.names[0]))(**settings)
+
+
 def make_config(name, *, attention=(), feed_forward=(), norm=(), positions=(), **changes):
     block = BlockConfig(
         AttentionConfig(**{"num_heads": 2, **dict(attention)}),
         FeedForwardConfig(**{"hidden_dim": 8, **dict(feed_forward)}),
-        NormConfig(**dict(norm)),
+        of_kind(NORMS, norm),
     )
     return ModelConfig(
         architecture="encoder" if name == "classifier" else name,
         num_classes=3 if name == "classifier" else 0,
         pattern=(block,),
-        positions=PositionConfig(**dict(positions)),
+        positions=of_kind(POSITIONS, positions),
         **{"vocab_size": 11, "max_length": 8, "num_layers": 1, "embed_dim": 8, **changes},
     )
 
@@ -130,7 +132,10 @@ def logits(name, config):
 
 
 def test_the_table_has_every_number():
-    assert set(NUMBERS) == set(numbers(ModelConfig()))
+    configs = [make_config("decoder", positions={"kind": kind}) for kind in POSITIONS.names if kind != "inherit"]
+    configs += [make_config("decoder", attention={"pattern": PATTERNS.find(kind)()}) for kind in PATTERNS.names]
+    configs += [make_config("decoder", norm={"kind": kind}) for kind in NORMS.names]
+    assert set(NUMBERS) == {path for config in configs for path in numbers(config)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,9 +163,9 @@ def test_a_number_reaches_every_sub_layer(name, kind):
         norm={"kind": "rms_norm", "placement": "sandwich", "epsilon": 0.123},
         attention={"qk_norm": True},
         feed_forward={"num_experts": 2},
-        positions={"kind": kind, "theta": 77.0},
+        positions={"kind": kind, **({"theta": 77.0} if kind == "transformer_xl" else {})},
         tie_embeddings=False,
-        pooling="attention",
+        pooling=POOLINGS.find("attention")(),
         init_std=0.456,
         dropout=0.789,
     )
@@ -170,9 +175,13 @@ def test_a_number_reaches_every_sub_layer(name, kind):
     def look(call, args, kwargs, context):
         module = context.module
         for attribute, value in expected.items():
-            if hasattr(module, attribute):
-                seen.add(attribute)
-                assert getattr(module, attribute) == value, f"{'/'.join(module.path)}.{attribute}"
+            config, runtime = getattr(module, "config", None), getattr(module, "runtime", None)
+            if isinstance(config, ModelConfig):
+                runtime = runtime.of(config)
+            for part in (module, runtime, config):
+                if hasattr(part, attribute):
+                    seen.add(attribute)
+                    assert getattr(part, attribute) == value, f"{'/'.join(module.path)}.{attribute}"
         return call(*args, **kwargs)
 
     model, tokens, arguments = build(name, config)

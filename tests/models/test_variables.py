@@ -10,11 +10,12 @@ import pytest
 
 from transformer.layers.embedding import Embed
 from transformer.layers.linear import Linear
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.ops.positions.learned import LearnedPositions
 from transformer.types import UserError
 
 MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder, "classifier": Classifier}
@@ -33,7 +34,7 @@ def make(name):
         num_layers=1,
         embed_dim=8,
         pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-        positions=PositionConfig(kind="learned"),
+        positions=LearnedPositions(),
     )
     model, names = MODELS[name](config), ("source", "target") if name == "encoder_decoder" else ("target",)
     tokens = [jnp.zeros((1, 1), jnp.int32)] * len(names)
@@ -50,7 +51,8 @@ def test_mutable_is_the_ordinary_idiom(name, rows):
     tokens = [jnp.ones((rows, 1), jnp.int32)] * len(sizes)
     out, variables = model.apply({"params": params}, *tokens, mutable=True)
     np.testing.assert_array_equal(out, model.apply({"params": params}, *tokens))
-    jax.tree.map(np.testing.assert_array_equal, variables, {"params": params})
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
+    assert set(variables) == {"params", "attention", "stream"}
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.encoder import Encoder
 from transformer.objectives.masked_lm import MaskedLM
+from transformer.ops.positions.learned import LearnedPositions
 from transformer.types import Batch
 
 CONFIG = MaskedLM(mask_rate=0.4)
@@ -80,7 +81,7 @@ def test_positions_are_those_of_the_batch(batch):
         embed_dim=8,
         max_length=10,
         pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-        positions=PositionConfig(kind="learned"),
+        positions=LearnedPositions(),
         init_std=0.7,
     )
     model = Encoder(config)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.objectives.prefix_lm import PrefixLM, prefix_tokens
+from transformer.ops.positions.learned import LearnedPositions
 from transformer.types import Batch
 
 
@@ -82,7 +83,7 @@ def test_positions_are_those_of_the_batch():
             embed_dim=8,
             max_length=8,
             pattern=(block,),
-            positions=PositionConfig(kind="learned"),
+            positions=LearnedPositions(),
             bidirectional_prefix=True,
             init_std=0.7,
         )

@@ -14,8 +14,11 @@ from jax.test_util import check_grads
 from transformer.layers import spread_attention
 from transformer.ops import attention, blockwise, ring
 from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
-from transformer.ops.bias import AlibiBias, T5Bias
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
+from transformer.ops.positions.alibi import AlibiBias
+from transformer.ops.positions.t5 import T5Bias
 from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -87,12 +90,12 @@ CASES = {
         "bias": AlibiBias.for_heads(H),
         "logits_soft_cap": 3.0,
     },
-    "strided": {"mask": AttentionMask(causal=True, pattern=BlockPattern("strided", block_size=2, stride=2))},
-    "strided, both ways": {"mask": AttentionMask(pattern=BlockPattern("strided", block_size=1, stride=4))},
-    "fixed": {"mask": AttentionMask(causal=True, pattern=BlockPattern("fixed", block_size=1, stride=4, summary=2))},
+    "strided": {"mask": AttentionMask(causal=True, pattern=StridedPattern(block_size=2, stride=2))},
+    "strided, both ways": {"mask": AttentionMask(pattern=StridedPattern(block_size=1, stride=4))},
+    "fixed": {"mask": AttentionMask(causal=True, pattern=FixedPattern(block_size=1, stride=4, summary=2))},
     "fixed at positions": {
         "mask": AttentionMask(
-            pattern=BlockPattern("fixed", block_size=2, stride=3),
+            pattern=FixedPattern(block_size=2, stride=3),
             window=9,
             key_positions=POSITIONS_S,
             query_offset=integers([1, 2]),

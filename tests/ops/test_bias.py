@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.ops.bias import AlibiBias, BiasDescription, T5Bias, alibi_slopes, t5_buckets
+from transformer.ops.bias import BiasDescription
+from transformer.ops.positions.alibi import AlibiBias, alibi_slopes
+from transformer.ops.positions.t5 import T5Bias, t5_buckets
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

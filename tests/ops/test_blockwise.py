@@ -9,7 +9,9 @@ import pytest
 
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.blockwise import Blocks, blockwise_attention, choose_blocks
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -92,20 +94,20 @@ def test_blocks_outside_a_pattern_are_never_computed():
             columns.append(np.isnan(out).any(axis=(0, 2, 3)).reshape(8, 4).any(axis=1))
         return ["".join(str(int(cell)) for cell in row) for row in np.stack(columns, axis=1)]
 
-    assert touched(BlockPattern("strided", block_size=4, stride=3)) == [
+    assert touched(StridedPattern(block_size=4, stride=3)) == [
         *("10000000", "11000000", "11100000", "11110000", "01111000", "00111100", "10011110", "01001111")
     ]
-    assert touched(BlockPattern("fixed", block_size=4, stride=3)) == [
+    assert touched(FixedPattern(block_size=4, stride=3)) == [
         *("10000000", "11000000", "11100000", "00110000", "00111000", "00111100", "00100110", "00100111")
     ]
     # Halves and doubles of the blocks that are computed: what any part of a block needs is computed.
-    assert touched(BlockPattern("fixed", block_size=2, stride=3))[4] == "01111000"
-    assert touched(BlockPattern("fixed", block_size=8, stride=2))[5] == "00111100"
+    assert touched(FixedPattern(block_size=2, stride=3))[4] == "01111000"
+    assert touched(FixedPattern(block_size=8, stride=2))[5] == "00111100"
 
 
 def test_a_pattern_chooses_the_blocks():
-    assert choose_blocks(8192, 8192, BlockPattern("fixed", block_size=128, stride=8)) == Blocks(128, 128, False)
-    assert choose_blocks(8192, 8192, BlockPattern("fixed", block_size=4, stride=8)) == Blocks(64, 64, False)
+    assert choose_blocks(8192, 8192, FixedPattern(block_size=128, stride=8)) == Blocks(128, 128, False)
+    assert choose_blocks(8192, 8192, FixedPattern(block_size=4, stride=8)) == Blocks(64, 64, False)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from transformer.ops import cudnn
 from transformer.ops.attention import dot_product_attention, select_implementation
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
 from transformer.planning.chips import find_topology
 
 CAUSAL = AttentionMask(causal=True)
@@ -109,7 +110,7 @@ def test_auto_picks_it_for_whole_long_rows_in_half_precision(installed):
     [
         ({}, {"mask": AttentionMask.packed(jnp.ones((2, 512), jnp.int32))}, "mask.query_segment_ids; use 'auto'"),
         ({}, {"mask": AttentionMask(query_offset=jnp.zeros(2, jnp.int32))}, "mask.query_offset"),
-        ({}, {"mask": AttentionMask(pattern=BlockPattern("fixed", 64, 2))}, "mask.pattern"),
+        ({}, {"mask": AttentionMask(pattern=FixedPattern(block_size=64, stride=2))}, "mask.pattern"),
         ({}, {"mask": AttentionMask(window=9)}, r"mask\.window=9 \(with causal=True and without key_lengths only\)"),
         (
             {"T": 256},

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from transformer.ops.positions import rotary, rotary_frequencies, sinusoidal, turn_to_query
+from transformer.ops.positions.rotary import rotary, rotary_frequencies
+from transformer.ops.positions.sinusoidal import sinusoidal
+from transformer.ops.positions.transformer_xl import turn_to_query
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

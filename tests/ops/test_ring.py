@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from transformer.ops.attention import dot_product_attention
-from transformer.ops.bias import AlibiBias, T5Bias
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.places import balanced_order
+from transformer.ops.positions.alibi import AlibiBias
+from transformer.ops.positions.t5 import T5Bias
 from transformer.ops.ring import ring_attention
 
 B, T, H, G, K, DEVICES = 2, 64, 4, 2, 8, 8
@@ -128,7 +130,7 @@ def test_padding_gives_zeros():
 @pytest.mark.parametrize(
     ("changes", "bias", "message"),
     [
-        ({"pattern": BlockPattern("fixed", 8, 2)}, None, "cannot honour mask.pattern"),
+        ({"pattern": FixedPattern(block_size=8, stride=2)}, None, "cannot honour mask.pattern"),
         ({"key_lengths": jnp.ones((B,), jnp.int32)}, None, "cannot honour mask.key_lengths"),
         ({"query_offset": jnp.ones((B,), jnp.int32)}, None, "cannot honour mask.query_offset"),
         ({"key_prefix": jnp.ones((B, T), bool)}, None, "cannot honour mask.key_prefix"),

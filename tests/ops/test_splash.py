@@ -11,8 +11,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from transformer.ops.attention import dot_product_attention, select_implementation
-from transformer.ops.bias import AlibiBias
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
+from transformer.ops.positions.alibi import AlibiBias
 from transformer.ops.splash import block_size
 
 CAUSAL = AttentionMask(causal=True)
@@ -59,7 +61,9 @@ CASES = {
         (600, 600, 2, 2, 64, 128),
         {
             "mask": AttentionMask(
-                causal=True, pattern=BlockPattern("strided", 64, 3), key_lengths=jnp.asarray([0, 450], jnp.int32)
+                causal=True,
+                pattern=StridedPattern(block_size=64, stride=3),
+                key_lengths=jnp.asarray([0, 450], jnp.int32),
             )
         },
     ),
@@ -255,7 +259,7 @@ def test_compiles_for_an_absent_tpu(implementation, monkeypatch):
         ({"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, r"dropout_rate=0\.1"),
         ({"bias": jnp.zeros((1, 1, 64, 64))}, "a bias"),
         (
-            {"mask": AttentionMask(pattern=BlockPattern("fixed", 96, 2))},
+            {"mask": AttentionMask(pattern=FixedPattern(block_size=96, stride=2))},
             r"a pattern of blocks of 96 among its own of 128 \(one must divide the other\)",
         ),
     ],

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 from transformer.ops.visible import visible_pairs
 
-PATTERNS = (None, BlockPattern("strided", 4, 2), BlockPattern("fixed", 3, 3, summary=2))
+PATTERNS = (None, StridedPattern(block_size=4, stride=2), FixedPattern(block_size=3, stride=3, summary=2))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["dense", "strided", "fixed"])

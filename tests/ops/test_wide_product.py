@@ -8,6 +8,7 @@ from jax import lax
 
 from transformer.layers.embedding import Embed
 from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 from transformer.ops.wide_product import dot_general, wide_product
 
 SHAPES = {"logits": ((2, 5, 8), (8, 16), 1), "two axes": ((3, 2, 4), (2, 4, 8), 2)}
@@ -42,11 +43,11 @@ def test_values_equal_and_gradients_are_rounded_once(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_output_layer_has_no_float32_gradient_of_its_size(tied):
     hidden = jnp.ones((2, 5, 8), jnp.bfloat16)
+    runtime = Runtime(dtype=jnp.bfloat16, dot_general=dot_general)
     if tied:
-        layer, method = Embed(24, 8, dtype=jnp.bfloat16, dot_general=dot_general), "attend"
+        layer, method = Embed(24, 8, runtime=runtime), "attend"
     else:
-        kinds = {"dtype": jnp.bfloat16, "output_dtype": jnp.float32, "dot_general": dot_general}
-        layer, method = Linear((24,), ("embed", "vocab"), **kinds), "__call__"
+        layer, method = Linear((24,), ("embed", "vocab"), output_dtype=jnp.float32, runtime=runtime), "__call__"
     variables = layer.init(jax.random.key(0), hidden, method=method)
 
     def loss(variables):

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 from transformer.layers.scan_params import loop_params, scan_params
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.places import balanced_order
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
@@ -54,7 +55,7 @@ def make_model(scan_layers, remat, num_experts=0):
     block = BlockConfig(
         AttentionConfig(num_heads=4, num_kv_heads=2, window=11),
         FeedForwardConfig(hidden_dim=16, gated=True, num_experts=num_experts),
-        NormConfig(kind="rms_norm"),
+        RMSNorm(),
     )
     config = ModelConfig(
         vocab_size=V,

@@ -13,10 +13,11 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.masked_lm import MaskedLM
+from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.places import balanced_order
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import batch_sharding, make_mesh, mesh_runner, num_row_shards, process_rows
-from transformer.parallel.rules import AXES, constrain, spread_axes, tree_shardings
+from transformer.parallel.rules import AXES, RULES, Sharding, tree_shardings
 from transformer.steps import check_devices
 from transformer.types import UserError
 
@@ -123,7 +124,7 @@ CONTEXT = {
         ),
         ({"data": DataConfig(sequence_length=60, batch_size=8)}, "divisible by twice parallel.context=4, got 60"),
         (
-            {"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(pattern="fixed")),))},
+            {"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(pattern=FixedPattern())),))},
             "dense attention .* got attention.pattern=fixed",
         ),
         ({"model": ModelConfig(pattern=(BlockConfig(AttentionConfig(dropout=0.1)),))}, "and attention.dropout=0"),
@@ -154,15 +155,17 @@ def test_constraints_are_for_a_mesh_that_is_set():
     x = jnp.ones((8, 4, 6))
 
     def ask(x):
-        return constrain(x * 2, "batch", "length", "hidden")
+        return RULES.constrain(x * 2, "batch", "length", "hidden")
 
-    assert spread_axes() == {}
+    assert RULES.spread() == {}
     assert "sharding_constraint" not in str(jax.make_jaxpr(ask)(x))
     with jax.set_mesh(make_mesh({"data": 1})):
         assert "sharding_constraint" not in str(jax.make_jaxpr(ask)(x))
     with jax.set_mesh(make_mesh({"data": 4, "tensor": 2})):
-        assert spread_axes() == {"data": 4, "tensor": 2}
+        assert RULES.spread() == {"data": 4, "tensor": 2}
         assert jax.jit(ask)(x).sharding.spec == PartitionSpec("data", None, "tensor")
+        assert Sharding().spread() == {}
+        assert Sharding().constrain(x, "batch", "length", "hidden") is x
     shard = jax.pmap(ask)(x[:, None])
     assert shard.shape == (8, 1, 4, 6)
 

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, DataConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, PositionConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.init import init_params
 from transformer.objective import OBJECTIVES
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
-from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model
+from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model, training_runtime
 from transformer.training.flops import count_flops, step_flops, traced_flops
 from transformer.training.optimizer import freeze
 from transformer.types import Batch, LabelledBatch, PairBatch
@@ -22,13 +24,11 @@ from transformer.types import Batch, LabelledBatch, PairBatch
 ROWS, LENGTH, SOURCE, VOCAB, CLASSES = 3, 40, 28, 97, 5
 WIDE = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2), FeedForwardConfig(96, gated=True))
 NARROW = BlockConfig(AttentionConfig(num_heads=2, head_dim=8, window=6), FeedForwardConfig(48))
-SPARSE = BlockConfig(
-    AttentionConfig(num_heads=4, pattern="fixed", pattern_block=4, pattern_stride=2), FeedForwardConfig()
-)
+SPARSE = BlockConfig(AttentionConfig(num_heads=4, pattern=FixedPattern(4, 2)), FeedForwardConfig())
 EXPERTS = BlockConfig(
     AttentionConfig(num_heads=4), FeedForwardConfig(24, gated=True, num_experts=6, experts_per_token=2)
 )
-XL = {"memory_length": 24, "positions": PositionConfig(kind="transformer_xl")}
+XL = {"memory_length": 24, "positions": TransformerXLPositions()}
 
 MODELS = {
     "causal": ("next_token", {}),
@@ -100,10 +100,10 @@ def pairs(attention, queries, earlier, *, causal, prefix):
         for key in range(earlier + queries):
             if attention.window and abs(query - key) >= attention.window:
                 continue
-            if attention.pattern == "fixed":
-                unit, stride = attention.pattern_block, attention.pattern_stride
+            if not attention.pattern.sees_all:
+                unit, stride = attention.pattern.block_size, attention.pattern.stride
                 same = query // unit // stride == key // unit // stride
-                if not same and (key // unit) % stride < stride - attention.pattern_summary:
+                if not same and (key // unit) % stride < stride - attention.pattern.summary:
                     continue
             if not causal or key <= query:
                 total += 1
@@ -205,7 +205,7 @@ def test_saving_memory_changes_no_count_of_any_objective(settings):
     config, params, batch = make(
         "next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings
     )
-    model = make_model(config.model, cpu_kernels=True)
+    model = make_model(config.model, training_runtime(True))
     counted = step_flops(config.objective.bind(model, StandIn(VOCAB)), params, batch)
     assert counted == count_step(config, params, batch)
     plain = make("next_token", num_layers=4, pattern=(WIDE, EXPERTS))

@@ -1,33 +1,38 @@
 """A transformer block: attention and feed-forward sub-layers on a residual stream."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.attention import Attention
-from transformer.layers.cache import KVCache, MemoryCache
+from transformer.layers.cache import NO_CACHE, Cache
 from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.linear import DotGeneral
-from transformer.layers.norm import make_norm
-from transformer.model_config import BlockConfig, PositionConfig
+from transformer.layers.norm import Normalize
+from transformer.layers.runtime import Runtime
+from transformer.model_config import BlockConfig
+from transformer.model_kinds import Positions
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.dense import DensePattern
+from transformer.ops.positions.none import NoPositions
 
 
 class BlockCache(NamedTuple):
-    """What a block remembers between calls; `cross_attention` is None in a block that has none."""
+    """What a block keeps between calls."""
 
-    attention: KVCache
-    cross_attention: MemoryCache | None = None
+    attention: Cache
+    """A `KVCache`, or a `Recurrence`."""
+    cross_attention: Cache = NO_CACHE
+    """A `MemoryCache` in a block with cross-attention."""
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention where there is a memory, and a feed-forward network or a mixture of experts.
+
+    An `apply` with `mutable=["stream"]` returns the stream after the block too, under `output`.
 
     Each sub-layer `f` is added to the stream `x`, with `n` its norms and dropout after `f`:
 
@@ -37,14 +42,10 @@ class Block(nn.Module):
 
     Attributes:
         config: attention, feed-forward network and norms.
-        positions: those of attention, rotary and others, act in self-attention.
+        positions: the model's, which act in self-attention unless the block has its own.
         cross_attention: whether the block attends to a memory too; without positions and window, otherwise alike.
         dropout: probability of dropping an element of a sub-layer's output.
-        init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
-        residual_init_scale: multiplies that of the projections back to the stream.
-        dtype: of activations and products.
-        param_dtype: of the parameters.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: types, initialisation, the product and sharding.
 
     Example:
         >>> x = jnp.ones((1, 3, 8))
@@ -54,14 +55,10 @@ class Block(nn.Module):
     """
 
     config: BlockConfig
-    positions: PositionConfig = PositionConfig(kind="none")
+    positions: Positions = NoPositions()
     cross_attention: bool = False
     dropout: float = 0.0
-    init_std: float = 0.0
-    residual_init_scale: float = 1.0
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(
@@ -74,7 +71,6 @@ class Block(nn.Module):
         memory_BSD: Float[Array, "B S M"] | None = None,
         memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: BlockCache | None = None,
-        earlier_BPD: Float[Array, "B P D"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], BlockCache]:
         """The stream after this block, and the cache where one was given.
@@ -87,20 +83,12 @@ class Block(nn.Module):
             memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
             memory_mask: of cross-attention.
             cache: what earlier calls left.
-            earlier_BPD: the stream before these inputs, for self-attention to see (`layers.recurrence`).
             train: apply dropout, with the `dropout` key.
         """
-        shared: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        weights: dict[str, Any] = {
-            **shared,
-            "init_std": self.init_std,
-            "residual_init_scale": self.residual_init_scale,
-            "dot_general": self.dot_general,
-        }
         placement = self.config.norm.placement
 
         def norm(name: str, x_BTD: Array) -> Array:
-            return make_norm(self.config.norm, name=name, **shared)(x_BTD)
+            return Normalize(self.config.norm, runtime=self.runtime, name=name)(x_BTD)
 
         def before(role: str, x_BTD: Array) -> Array:
             return x_BTD if placement == "post" else norm(f"pre_{role}_norm", x_BTD)
@@ -111,51 +99,46 @@ class Block(nn.Module):
             x_BTD = x_BTD + nn.Dropout(self.dropout)(update_BTD, deterministic=not train)
             return norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD
 
-        x_BTD = inputs_BTD
-        update: Any
-        caches: dict[str, Any] = {}
+        kept = BlockCache(NO_CACHE) if cache is None else cache
         epsilon = self.config.norm.epsilon
+        positions = self.config.own_positions.within(self.positions)
         attention = Attention(
-            self.config.attention, positions=self.positions, norm_epsilon=epsilon, name="attention", **weights
+            self.config.attention, positions=positions, norm_epsilon=epsilon, runtime=self.runtime, name="attention"
         )
-        if earlier_BPD is None:
-            normed_BTD = before("attention", x_BTD)
-        else:
-            both = before("attention", jnp.concatenate([earlier_BPD.astype(x_BTD.dtype), x_BTD], axis=1))
-            earlier_BPD, normed_BTD = jnp.split(both, [earlier_BPD.shape[1]], axis=1)
-        update = attention(
+        normed_BTD, state = kept.attention.enter(inputs_BTD, lambda x_BTD: before("attention", x_BTD))
+        update, state = attention(
             normed_BTD,
-            earlier_BPD=earlier_BPD,
             mask=mask,
             positions_BT=positions_BT,
-            relative_bias=relative_bias,
-            cache=None if cache is None else cache.attention,
+            relative_bias=relative_bias if positions is self.positions else None,
+            cache=state,
             train=train,
         )
-        if cache is not None:
-            update, caches["attention"] = update
-        x_BTD = after("attention", x_BTD, update)
+        kept = kept._replace(attention=kept.attention.leave(inputs_BTD, state))
+        x_BTD = after("attention", inputs_BTD, update)
 
         if self.cross_attention:
-            # A distance to a token of another sequence means nothing: no positions, no window.
-            config = dataclasses.replace(self.config.attention, window=0)
-            update = Attention(config, norm_epsilon=epsilon, name="cross_attention", **weights)(
+            # A distance to a token of another sequence means nothing: no positions, no window, no pattern.
+            config = dataclasses.replace(self.config.attention, window=0, pattern=DensePattern())
+            update, state = Attention(config, norm_epsilon=epsilon, runtime=self.runtime, name="cross_attention")(
                 before("cross_attention", x_BTD),
                 memory_BSD=memory_BSD,
                 mask=memory_mask,
-                cache=None if cache is None else cache.cross_attention,
+                cache=kept.cross_attention,
                 train=train,
             )
-            if cache is not None:
-                update, caches["cross_attention"] = update
+            kept = kept._replace(cross_attention=state)
             x_BTD = after("cross_attention", x_BTD, update)
 
         normed_BTD = before("feed_forward", x_BTD)
         if self.config.feed_forward.num_experts > 0:
             valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
-            mixture = MixtureOfExperts(self.config.feed_forward, name="feed_forward", **weights)
+            mixture = MixtureOfExperts(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
             update = mixture(normed_BTD, valid_BT=valid_BT)
         else:
-            update = FeedForward(self.config.feed_forward, name="feed_forward", **weights)(normed_BTD)
+            network = FeedForward(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
+            update = network(normed_BTD)
         x_BTD = after("feed_forward", x_BTD, update)
-        return x_BTD if cache is None else (x_BTD, BlockCache(**caches))
+        if self.is_mutable_collection("stream") and not self.is_initializing():
+            self.sow("stream", "output", x_BTD)
+        return x_BTD if cache is None else (x_BTD, kept)

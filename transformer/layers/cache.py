@@ -1,6 +1,8 @@
-"""Keys and values of the tokens read so far, as an explicit pytree that goes into attention and comes out again."""
+"""What attention keeps between calls: explicit pytrees that go in and come out again, behind one protocol."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,52 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from transformer.ops.masks import AttentionMask
 from transformer.validation import require
 
 
-class KVCache(NamedTuple):
-    """What self-attention remembers of P tokens a row; a slot's index is its token's position.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What an attention layer keeps between calls; this base keeps nothing. Others replace what they need."""
+
+    takes_positions: ClassVar[bool] = True
+    """Whether positions are given; else they follow from it."""
+
+    def enter(self, inputs_BTD: Array, norm: Callable[[Array], Array]) -> tuple[Array, "Cache"]:
+        """The normalised inputs of a block's attention, and the cache to call it with."""
+        return norm(inputs_BTD), self
+
+    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array | None:
+        """Hidden states whose keys and values are computed in this call, None if there are none."""
+        return inputs_BTD if memory_BSD is None else memory_BSD
+
+    def positions(self, num_tokens: int, given_BT: Array | None) -> Array | None:
+        """Positions of those hidden states; None means their indices."""
+        del num_tokens
+        return given_BT
+
+    def extend(self, key: Any, value: Any, mask: AttentionMask) -> tuple[Array, Array, AttentionMask, "Cache"]:
+        """All keys and values [B, S, G, K], the mask of the queries over them, and the cache for the next call."""
+        return key, value, mask, self
+
+    def implementation(self, chosen: str) -> str:
+        """The attention backend that reads it."""
+        return chosen
+
+    def leave(self, inputs_BTD: Array, updated: "Cache") -> "Cache":
+        """The block's next cache, from its inputs and what attention returned."""
+        del inputs_BTD
+        return updated
+
+
+NO_CACHE = Cache()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache(Cache):
+    """Keys and values of self-attention for P tokens a row; a slot's index is its token's position.
 
     A call with T tokens writes token `t` of row `b` to slot `lengths_B[b] + t`, its valid tokens (a prefix: the rest
     is right padding) only. A query sees the slots up to its own. What does not fit is dropped and sets `overflow`:
@@ -20,17 +63,104 @@ class KVCache(NamedTuple):
     CPU backend copies the whole cache in every step of decoding.
     """
 
-    key_BGPK: Float[Array, "B G P K"]
-    value_BGPK: Float[Array, "B G P K"]
-    lengths_B: Int[Array, " B"]
-    overflow: Bool[Array, ""]
+    takes_positions = False
+
+    key_BGPK: Any  # [B, G, P, K]
+    value_BGPK: Any  # [B, G, P, K]
+    lengths_B: Any  # int32 [B]
+    overflow: Any  # bool []
+
+    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array:
+        """Those of the new tokens."""
+        if memory_BSD is not None:
+            raise ValueError("Cross-attention needs a MemoryCache, got a KVCache; a memory does not grow.")
+        return inputs_BTD
+
+    def positions(self, num_tokens: int, given_BT: Array | None) -> Array:
+        """The next slots."""
+        return next_slots(self.lengths_B, num_tokens)
+
+    def extend(self, key: Array, value: Array, mask: AttentionMask) -> tuple[Array, Array, AttentionMask, Cache]:
+        """Keys and values of all slots; zeros in the queries' segment ids are right padding."""
+        follow = ("query_positions", "key_positions", "key_lengths", "query_offset", "visible")
+        given = [name for name in follow if getattr(mask, name) is not None]
+        if given:
+            raise ValueError(f"With a cache, mask.{given[0]} follows from it; leave it out.")
+        cache = write_cache(self, key, value, valid_tokens(mask))
+        key_BPGK, value_BPGK = jnp.swapaxes(cache.key_BGPK, 1, 2), jnp.swapaxes(cache.value_BGPK, 1, 2)
+        prefix_BT, capacity = mask.key_prefix, key_BPGK.shape[1]
+        mask = AttentionMask(
+            causal=True,
+            window=mask.window,
+            pattern=mask.pattern,
+            key_prefix=None if prefix_BT is None else mark_slots(self.lengths_B, prefix_BT, capacity),
+            query_offset=self.lengths_B,
+            key_lengths=cache.lengths_B,
+        )
+        return key_BPGK, value_BPGK, mask, cache
+
+    def implementation(self, chosen: str) -> str:
+        """Where a row begins is data here, and fused kernels know it while compiling."""
+        return "auto" if chosen in ("splash", "cudnn") else chosen
 
 
-class MemoryCache(NamedTuple):
-    """What cross-attention remembers: keys and values of the encoder's output, computed once (S is 0 before)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryCache(Cache):
+    """Keys and values of the encoder's output for cross-attention, computed once (S is 0 before)."""
 
-    key_BSGK: Float[Array, "B S G K"]
-    value_BSGK: Float[Array, "B S G K"]
+    key_BSGK: Any  # [B, S, G, K]
+    value_BSGK: Any  # [B, S, G, K]
+
+    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array | None:
+        """Those of the memory, in the first call."""
+        if memory_BSD is None and self.key_BSGK.shape[1] == 0:
+            raise ValueError("Cross-attention needs a memory in the first call with a cache; pass memory_BSD.")
+        return memory_BSD
+
+    def extend(
+        self, key: Array | None, value: Array | None, mask: AttentionMask
+    ) -> tuple[Array, Array, AttentionMask, Cache]:
+        """Those of the memory: new ones, or the ones kept."""
+        if key is None or value is None:
+            return self.key_BSGK, self.value_BSGK, mask, self
+        cache = MemoryCache(key.astype(self.key_BSGK.dtype), value.astype(self.value_BSGK.dtype))
+        return cache.key_BSGK, cache.value_BSGK, mask, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recurrence(Cache):
+    """Transformer-XL's memory of a block: its inputs for P tokens before these, without a gradient (Dai et al. 2019).
+
+    The mask must be one of T queries over P + T keys (`recurrent_mask`). Positions are indices among all of them.
+    """
+
+    takes_positions = False
+
+    hidden_BPD: Any  # [B, P, D]
+
+    def enter(self, inputs_BTD: Array, norm: Callable[[Array], Array]) -> tuple[Array, Cache]:
+        """Both parts normalised alike."""
+        both = norm(jnp.concatenate([self.hidden_BPD.astype(inputs_BTD.dtype), inputs_BTD], axis=1))
+        hidden_BPD, inputs_BTD = jnp.split(both, [self.hidden_BPD.shape[1]], axis=1)
+        return inputs_BTD, Recurrence(hidden_BPD)
+
+    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array:
+        """The memory, then the inputs."""
+        if memory_BSD is not None:
+            raise ValueError("Earlier hidden states stand before the inputs of self-attention, not of cross-attention.")
+        return jnp.concatenate([self.hidden_BPD, inputs_BTD], axis=1)
+
+    def leave(self, inputs_BTD: Array, updated: Cache) -> Cache:
+        """The last P inputs up to now (Dai et al. 2019, section 3.2)."""
+        both = jnp.concatenate([self.hidden_BPD, inputs_BTD.astype(self.hidden_BPD.dtype)], axis=1)
+        return Recurrence(jax.lax.stop_gradient(both[:, inputs_BTD.shape[1] :]))
+
+
+def valid_tokens(mask: AttentionMask) -> Bool[Array, "B T"] | None:
+    """Which queries of a mask are no padding; None if all are."""
+    return None if mask.query_segment_ids is None else mask.query_segment_ids != 0
 
 
 def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
@@ -125,15 +255,10 @@ def check_capacity(capacity: int, prompt: int, new: int) -> None:
 
 def cache_overflow(caches: Any) -> Bool[Array, ""]:
     """Whether any layer of a model's cache dropped a token."""
-    flags = [c.overflow for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c)]
-    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
+    return jnp.any(jnp.stack([jnp.any(block.attention.overflow) for block in caches]))
 
 
 def cache_lengths(caches: Any) -> Int[Array, " B"]:
     """Tokens held in each row of a model's cache; every layer holds the same."""
-    cache = next(c for c in jax.tree.leaves(caches, is_leaf=_is_kv_cache) if _is_kv_cache(c))
-    return cache.lengths_B if cache.lengths_B.ndim == 1 else cache.lengths_B[0]
-
-
-def _is_kv_cache(node: Any) -> bool:
-    return isinstance(node, KVCache)
+    lengths = caches[0].attention.lengths_B
+    return lengths if lengths.ndim == 1 else lengths[0]

@@ -1,5 +1,6 @@
 """A mixture of experts: feed-forward networks of which every token goes to a few."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.layers.feed_forward import network
-from transformer.layers.linear import DotGeneral, Linear, normal_initializer, with_axes
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 from transformer.model_config import FeedForwardConfig
 from transformer.ops import experts
-from transformer.parallel.rules import RULES, mesh_axes, spread_axes
 
 
 class ExpertKernel(nn.Module):
@@ -22,15 +23,14 @@ class ExpertKernel(nn.Module):
 
     shape: tuple[int, int, int]
     axes: tuple[str, str]
-    init_std: float = 0.0
     init_scale: float = 1.0
-    param_dtype: Any = jnp.float32
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(self) -> Float[Array, "E D F"]:
-        """The matrices, in the type of parameters."""
-        init = with_axes(normal_initializer(self.init_std, self.shape[1], self.init_scale), ("expert", *self.axes))
-        return self.param("kernel", init, self.shape, self.param_dtype)
+        """The matrices, in the type of activations."""
+        init = self.runtime.initializer(self.shape[1], ("expert", *self.axes), self.init_scale)
+        return self.param("kernel", init, self.shape, self.runtime.param_dtype).astype(self.runtime.dtype)
 
 
 class MixtureOfExperts(nn.Module):
@@ -41,11 +41,7 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         config: of each expert, how many there are, and to how many a token goes.
-        init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
-        residual_init_scale: multiplies that of `down`.
-        dtype: of activations and products; the router works in float32.
-        param_dtype: of the parameters.
-        dot_general: replaces `jax.lax.dot_general` in the router.
+        runtime: types, initialisation, the router's product and sharding; the router works in float32.
 
     Example:
         >>> layer = MixtureOfExperts(FeedForwardConfig(hidden_dim=16, num_experts=4))
@@ -55,11 +51,7 @@ class MixtureOfExperts(nn.Module):
     """
 
     config: FeedForwardConfig
-    init_std: float = 0.0
-    residual_init_scale: float = 1.0
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(
@@ -69,8 +61,8 @@ class MixtureOfExperts(nn.Module):
         config, num_experts, embed_dim = self.config, self.config.num_experts, inputs_BTD.shape[-1]
         if num_experts < 1:
             raise ValueError(f"A mixture needs experts, got num_experts={num_experts}; FeedForward is one network.")
-        shared: dict[str, Any] = {"init_std": self.init_std, "param_dtype": self.param_dtype}
-        router = Linear((num_experts,), ("embed", None), dot_general=self.dot_general, name="router", **shared)
+        float32 = dataclasses.replace(self.runtime, dtype=jnp.float32)
+        router = Linear((num_experts,), ("embed", None), runtime=float32, name="router")
         logits_BTE = router(inputs_BTD)
         experts_BTA, weights_BTA = experts.route(logits_BTE, config.experts_per_token)
         if self.is_mutable_collection("routing") and not self.is_initializing():
@@ -82,12 +74,13 @@ class MixtureOfExperts(nn.Module):
         def kernel(role: str, axes: tuple[str, str]) -> Array:
             sizes = {"embed": embed_dim, "hidden": config.resolved_hidden_dim(embed_dim)}
             shape = (num_experts, sizes[axes[0]], sizes[axes[1]])
-            scale = self.residual_init_scale if role == "down" else 1.0
-            return ExpertKernel(shape, axes, init_scale=scale, name=role, **shared)().astype(self.dtype)
+            scale = self.runtime.residual_init_scale if role == "down" else 1.0
+            return ExpertKernel(shape, axes, init_scale=scale, runtime=self.runtime, name=role)()
 
         kernels = {role: kernel(role, ("embed", "hidden")) for role in ("up", "gate")[: 1 + config.gated]}
         kernels["down"] = kernel("down", ("hidden", "embed"))
-        return spread_experts(config, inputs_BTD.astype(self.dtype), experts_BTA, weights_BTA, kernels)
+        tokens_BTD = inputs_BTD.astype(self.runtime.dtype)
+        return spread_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels, self.runtime)
 
 
 def spread_experts(
@@ -96,17 +89,20 @@ def spread_experts(
     experts_BTA: Int[Array, "*B T A"],
     weights_BTA: Float[Array, "*B T A"],
     kernels: dict[str, Array],
+    runtime: Runtime,
 ) -> Float[Array, "*B T D"]:
     """`apply_experts`, under the mesh that is set each device its rows, and over an `expert` axis its experts.
 
     The devices of an expert axis see each other's rows, run their own experts on those that go there, and add up what they
     found: two exchanges of the rows, whatever the router does.
     """
-    spread = spread_axes()
-    rows, places, of_experts = mesh_axes(("batch", "length", "expert"), spread)
-    shards = math.prod(spread.get(axis, 1) for axis in RULES["batch"])
+    sharding = runtime.sharding
+    spread = sharding.spread()
+    shards = math.prod(spread.get(axis, 1) for axis in sharding.axes("batch")) if spread else 1
     if not spread or tokens_BTD.ndim != 3 or len(tokens_BTD) % shards != 0:
-        return apply_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels)
+        return apply_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels, runtime)
+    rows, places, of_experts = sharding.spec(("batch", "length", "expert"), spread)
+    of_hidden = sharding.spec(("hidden",), spread)[0]
 
     def run(tokens: Array, chosen: Array, weights: Array, kernels: dict[str, Array]) -> Array:
         first: Any = 0
@@ -115,16 +111,16 @@ def spread_experts(
                 jax.lax.all_gather(x, of_experts, axis=0, tiled=True) for x in (tokens, chosen, weights)
             )
             first = jax.lax.axis_index(of_experts) * len(kernels["up"])
-        out = apply_experts(config, tokens, chosen - first, weights, kernels)
-        if "tensor" in spread:
-            out = jax.lax.psum(out, "tensor")
+        out = apply_experts(config, tokens, chosen - first, weights, kernels, runtime)
+        if of_hidden is not None:
+            out = jax.lax.psum(out, of_hidden)
         return out if of_experts is None else jax.lax.psum_scatter(out, of_experts, scatter_dimension=0, tiled=True)
 
     whole = PartitionSpec(rows, places)
     axes = {role: ("embed", "hidden") if role != "down" else ("hidden", "embed") for role in kernels}
     # Over fsdp, the matrices of a layer are gathered before it.
     specs = {
-        role: mesh_axes(("expert", *(name if name == "hidden" else None for name in names)), spread)
+        role: sharding.spec(("expert", *(name if name == "hidden" else None for name in names)), spread)
         for role, names in axes.items()
     }
     return jax.shard_map(run, in_specs=(whole, whole, whole, specs), out_specs=whole, check_vma=False)(
@@ -138,6 +134,7 @@ def apply_experts(
     experts_BTA: Int[Array, "*B T A"],
     weights_BTA: Float[Array, "*B T A"],
     kernels: dict[str, Array],
+    runtime: Runtime,
 ) -> Float[Array, "*B T D"]:
     """The weighted sum of what its experts make of each token; those without a kernel here add nothing.
 
@@ -147,6 +144,7 @@ def apply_experts(
         experts_BTA: the experts of each token; below 0, or from as many on as there are kernels, is another device's.
         weights_BTA: of each.
         kernels: by role, [E, D, F] or for `down` [E, F, D], in the tokens' type.
+        runtime: for sharding.
     """
     num_experts, num_chosen = len(kernels["up"]), experts_BTA.shape[-1]
     chosen_NA, weights_NA = experts_BTA.reshape(-1, num_chosen), weights_BTA.reshape(-1, num_chosen)
@@ -158,5 +156,5 @@ def apply_experts(
         return lambda rows_RD: experts.expert_product(rows_RD, kernels[role], sizes_E, rows_RD.dtype)
 
     tokens_ND = tokens_BTD.reshape(-1, tokens_BTD.shape[-1])
-    rows_RD = network(config, experts.to_experts(tokens_ND, order_R), linear)
+    rows_RD = network(config, experts.to_experts(tokens_ND, order_R), linear, runtime)
     return experts.from_experts(rows_RD, order_R, jnp.where(here_NA, weights_NA, 0.0)).reshape(tokens_BTD.shape)

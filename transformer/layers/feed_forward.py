@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.layers.linear import DotGeneral, Linear
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 from transformer.model_config import FeedForwardConfig
-from transformer.parallel.rules import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -22,7 +22,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def network(
-    config: FeedForwardConfig, inputs: Float[Array, "*B D"], linear: Callable[[str, int, tuple[str, str]], Any]
+    config: FeedForwardConfig,
+    inputs: Float[Array, "*B D"],
+    linear: Callable[[str, int, tuple[str, str]], Any],
+    runtime: Runtime,
 ) -> Float[Array, "*B D"]:
     """Up, activation (or gate), down; `linear(role, features, axes)` makes the map that has this role."""
     hidden_dim = config.resolved_hidden_dim(inputs.shape[-1])
@@ -37,7 +40,7 @@ def network(
     else:
         hidden = activation(hidden)
     if hidden.ndim == 3:
-        hidden = constrain(hidden, "batch", "length", "hidden")
+        hidden = runtime.constrain(hidden, "batch", "length", "hidden")
     return linear("down", inputs.shape[-1], ("hidden", "embed"))(hidden)
 
 
@@ -46,11 +49,7 @@ class FeedForward(nn.Module):
 
     Attributes:
         config: width, activation, gate, biases.
-        init_std: standard deviation of initial kernels; 0 means 1 / sqrt(fan_in).
-        residual_init_scale: multiplies that of `down`.
-        dtype: of activations and products.
-        param_dtype: of the parameters.
-        dot_general: replaces `jax.lax.dot_general`.
+        runtime: types, initialisation, the product and sharding.
 
     Example:
         >>> layer = FeedForward(FeedForwardConfig(hidden_dim=16, gated=True))
@@ -60,11 +59,7 @@ class FeedForward(nn.Module):
     """
 
     config: FeedForwardConfig
-    init_std: float = 0.0
-    residual_init_scale: float = 1.0
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(self, inputs_BTD: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
@@ -79,12 +74,9 @@ class FeedForward(nn.Module):
                 features=(features,),
                 axes=axes,
                 use_bias=self.config.use_bias,
-                init_std=self.init_std,
-                init_scale=self.residual_init_scale if role == "down" else 1.0,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=self.dot_general,
+                init_scale=self.runtime.residual_init_scale if role == "down" else 1.0,
+                runtime=self.runtime,
                 name=role,
             )
 
-        return network(self.config, inputs_BTD, linear)
+        return network(self.config, inputs_BTD, linear, self.runtime)

@@ -14,26 +14,32 @@ def is_scanned(params: Any) -> bool:
 
 
 def scan_params(
-    params: Any, pattern_length: int = 1, *, stack: Callable[[Sequence[Any]], Any] = lambda leaves: jnp.stack(leaves)
+    params: Any,
+    pattern_length: int = 1,
+    num_first: int = 0,
+    *,
+    stack: Callable[[Sequence[Any]], Any] = lambda leaves: jnp.stack(leaves),
 ) -> Any:
     """Parameters (or anything that holds trees like theirs, such as a state) of a looped model as those of a scanned one.
 
     Args:
         params: a tree with one or more stacks in it.
         pattern_length: blocks of the model's pattern.
+        num_first: blocks before it (`ModelConfig.first`).
         stack: makes one leaf of those of successive layers.
     """
 
-    def stacked(blocks: dict[str, Any], _: str) -> dict[str, Any]:
-        return {
-            f"block_{index}": jax.tree.map(
-                lambda *layers: stack(layers),
-                *(blocks[f"block_{layer}"] for layer in range(index, len(blocks), pattern_length)),
-            )
+    def scanned(parts: dict[str, Any], _: str) -> dict[str, Any]:
+        layers = _layers(parts["blocks"])
+        end = len(layers) - (len(layers) - num_first) % pattern_length
+        periods = [
+            jax.tree.map(lambda *leaves: stack(leaves), *layers[num_first + index : end : pattern_length])
             for index in range(pattern_length)
-        }
+        ]
+        found = {"first": layers[:num_first], "blocks": periods, "last": layers[end:]}
+        return {name: _named(blocks) for name, blocks in found.items() if blocks}
 
-    return _convert(params, stacked)
+    return _convert(params, scanned)
 
 
 def loop_params(params: Any, *, take: Callable[[Any, int], Any] = lambda leaf, period: leaf[period]) -> Any:
@@ -46,33 +52,40 @@ def loop_params(params: Any, *, take: Callable[[Any, int], Any] = lambda leaf, p
 
     periods: dict[str, int] = {}
 
-    def count(blocks: dict[str, Any], stack: str) -> dict[str, Any]:
+    def count(parts: dict[str, Any], stack: str) -> dict[str, Any]:
         # An optimizer's tree may have no moments in its blocks, all frozen; the parameters have.
-        for x in jax.tree.leaves(blocks)[:1]:
+        for x in jax.tree.leaves(parts["blocks"])[:1]:
             periods[stack] = x.shape[0]
-        return blocks
+        return parts
 
-    def unstacked(blocks: dict[str, Any], stack: str) -> dict[str, Any]:
-        return {
-            f"block_{period * len(blocks) + index}": jax.tree.map(
-                lambda x, p=period: take(x, p), blocks[f"block_{index}"]
-            )
-            for period in range(periods[stack])
-            for index in range(len(blocks))
-        }
+    def looped(parts: dict[str, Any], stack: str) -> dict[str, Any]:
+        pattern = _layers(parts["blocks"])
+        middle = [jax.tree.map(lambda x, p=p: take(x, p), block) for p in range(periods[stack]) for block in pattern]
+        return {"blocks": _named([*_layers(parts.get("first", {})), *middle, *_layers(parts.get("last", {}))])}
 
     _convert(params, count)
-    return _convert(params, unstacked)
+    return _convert(params, looped)
 
 
-def _convert(params: Any, convert_blocks: Callable[[dict[str, Any], str], dict[str, Any]], name: str = "") -> Any:
-    """Replace every `blocks` entry in a tree of dictionaries and tuples; the converter is told the name of what it is in."""
+def _layers(blocks: dict[str, Any]) -> list[Any]:
+    return [blocks[f"block_{index}"] for index in range(len(blocks))]
+
+
+def _named(layers: Sequence[Any]) -> dict[str, Any]:
+    return {f"block_{index}": layer for index, layer in enumerate(layers)}
+
+
+_PARTS = ("first", "blocks", "last")
+
+
+def _convert(params: Any, convert: Callable[[dict[str, Any], str], dict[str, Any]], name: str = "") -> Any:
+    """Replace the parts of each stack in a tree of dictionaries and tuples; the converter is told the name of the stack."""
     if isinstance(params, tuple):
-        parts = [_convert(part, convert_blocks) for part in params]
+        parts = [_convert(part, convert) for part in params]
         return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)
     if not isinstance(params, dict):
         return params
-    return {
-        key: convert_blocks(part, name) if key == "blocks" and part else _convert(part, convert_blocks, key)
-        for key, part in params.items()
-    }
+    if params.get("blocks"):
+        rest = {key: part for key, part in params.items() if key not in _PARTS}
+        return convert({key: params[key] for key in _PARTS if key in params}, name) | rest
+    return {key: _convert(part, convert, key) for key, part in params.items()}

@@ -11,14 +11,13 @@ from transformer.ops.attention import ATTENTION_SCOPE, dot_product_attention
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.ring import ring_attention
-from transformer.parallel.rules import axes_in, mesh_axes, spread_axes
-
-RING_AXIS = "context"
+from transformer.parallel.rules import Sharding, axes_in
 
 
-def context_size() -> int:
-    """How many devices of the mesh that is set share the places of a row."""
-    return spread_axes().get(RING_AXIS, 1)
+def context_size(sharding: Sharding) -> int:
+    """How many devices of the mesh that is set share the positions of a row."""
+    spread = sharding.spread()
+    return math.prod(spread.get(axis, 1) for axis in sharding.axes("length")) if spread else 1
 
 
 def spread_attention(
@@ -33,16 +32,17 @@ def spread_attention(
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     implementation: str = "auto",
+    sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
 ) -> Float[Array, "B T H W"]:
     """`ops.dot_product_attention`, under the mesh that is set (`jax.set_mesh`) in `jax.shard_map`.
 
-    Rows and heads are cut as `parallel.rules` has it, so that a kernel sees one device's part and no exchange is needed; with a
-    `context` axis, which needs rows dealt out by `ops.places.balanced_order`, keys go round it. Where rows or heads cannot
-    be cut (one row to decode), and for dropout and dense biases, XLA spreads the reference.
+    Rows and heads are cut as `sharding` has it: a kernel sees one device's part, and no exchange is needed. Where the positions
+    of a row are spread too, dealt out by `ops.places.balanced_order`, keys go round a ring. Where rows or heads cannot be cut
+    (one row to decode), and for dropout and dense biases, XLA spreads the reference.
     """
     settings: dict[str, Any] = {"scale": scale, "logits_soft_cap": logits_soft_cap}
-    spread = spread_axes()
-    rows, places, heads = mesh_axes(("batch", "length", "heads"), spread)
+    spread = sharding.spread()
+    rows, places, heads = sharding.spec(("batch", "length", "heads"), spread) if spread else (None, None, None)
     ring = places is not None
     dense = dropout_rate > 0 or mask.visible is not None or not (bias is None or isinstance(bias, BiasDescription))
     fits = all(
@@ -69,7 +69,7 @@ def spread_attention(
 
     def attend(query: Any, key: Any, value: Any, mask: AttentionMask, bias: Any) -> Any:
         if ring:
-            return ring_attention(query, key, value, mask=mask, bias=bias, axis_name=RING_AXIS, **settings)
+            return ring_attention(query, key, value, mask=mask, bias=bias, axis_name=places, **settings)
         return dot_product_attention(query, key, value, mask=mask, bias=bias, implementation=implementation, **settings)
 
     def of_mask(array: Any) -> PartitionSpec:

@@ -1,6 +1,5 @@
 """A stack of blocks on embedded tokens: positions and dropout before it, the final norm after it."""
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -9,15 +8,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.block import Block, BlockCache
-from transformer.layers.cache import cache_lengths, init_cache, init_memory_cache, next_slots
-from transformer.layers.embedding import PositionEmbedding, RelativeBias, check_learned_length
-from transformer.layers.linear import DotGeneral
-from transformer.layers.norm import make_norm
-from transformer.layers.recurrence import by_layer, by_row, recurrent_mask, remember
+from transformer.layers.cache import (
+    NO_CACHE,
+    Recurrence,
+    cache_lengths,
+    init_cache,
+    init_memory_cache,
+    next_slots,
+    valid_tokens,
+)
+from transformer.layers.norm import Normalize
+from transformer.layers.positions import PositionEmbedding, RelativeBias
+from transformer.layers.recurrence import recurrent_mask
+from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.ops import dense_cpu, experts
 from transformer.ops.masks import AttentionMask
-from transformer.parallel.rules import constrain
 
 # What the backward pass finds stored. Attention's own products have batch dimensions and are recomputed: kept, they
 # would need memory quadratic in the sequence.
@@ -31,57 +37,48 @@ _REMAT_POLICIES = {
 }
 
 StackCache = tuple[BlockCache, ...]
-"""One entry a block; with `scan_layers` one a block of the pattern, with a leading axis of periods."""
+"""One entry a block; of scanned blocks one a block of the pattern, with a leading axis of periods."""
+
+_COLLECTIONS = {"params": 0, "routing": 0, "attention": 0, "stream": 0}
+"""What a scanned stack has for each layer."""
 
 
 class Blocks(nn.Module):
-    """Blocks one after another: the whole depth of a loop, or the one period that a scan repeats."""
+    """Blocks one after another: the whole depth of a loop, or the one period that a scan repeats (`scanned`)."""
 
     config: ModelConfig
     blocks: tuple[BlockConfig, ...]
     cross_attention: bool = False
-    dot_general: DotGeneral = jax.lax.dot_general
+    scanned: bool = False
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        caches: StackCache | tuple[Array, ...] | None,
-        *,
-        train: bool = False,
-        **context: Any,
-    ) -> tuple[Float[Array, "B T D"], StackCache | tuple[Array, ...] | None]:
-        """The stream after every block, and their caches, or for vectors before the inputs of each, those before the next."""
+        self, x_BTD: Float[Array, "B T D"], caches: StackCache | None, *, train: bool = False, **context: Any
+    ) -> tuple[Float[Array, "B T D"], StackCache | None]:
+        """The stream after every block, and their caches."""
         config = self.config
         updated = []
+
+        def run(block: Block, x_BTD: Array, cache: BlockCache | None) -> Any:
+            out = block(x_BTD, cache=cache, train=train, **context)
+            return (out, None) if cache is None else out
+
+        if config.remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the first pass.
+            run = nn.remat(run, policy=_REMAT_POLICIES[config.remat], prevent_cse=not self.scanned)
         for index, block_config in enumerate(self.blocks):
             block = Block(
                 block_config,
                 positions=config.positions,
                 cross_attention=self.cross_attention,
                 dropout=config.dropout,
-                init_std=config.init_std,
-                residual_init_scale=1 / math.sqrt(2 * config.num_layers),
-                dtype=jnp.dtype(config.dtype),
-                param_dtype=jnp.dtype(config.param_dtype),
-                dot_general=self.dot_general,
+                runtime=self.runtime,
                 name=f"block_{index}",
             )
-
-            def run(block: Block, x_BTD: Array, cache: BlockCache | Array | None) -> Any:
-                if cache is None or isinstance(cache, BlockCache):
-                    return block(x_BTD, cache=cache, train=train, **context)
-                return block(x_BTD, earlier_BPD=cache, train=train, **context), remember(cache, x_BTD)
-
-            if config.remat != "none":
-                # Inside a scan the loop itself keeps XLA from merging the recomputation with the first pass.
-                run = nn.remat(run, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-            if caches is None:
-                x_BTD = run(block, x_BTD, None)
-            else:
-                x_BTD, cache = run(block, x_BTD, caches[index])
-                updated.append(cache)
-            x_BTD = constrain(x_BTD, "batch", "length", None)
+            x_BTD, cache = run(block, x_BTD, None if caches is None else caches[index])
+            updated.append(cache)
+            x_BTD = self.runtime.constrain(x_BTD, "batch", "length", None)
         return x_BTD, None if caches is None else tuple(updated)
 
 
@@ -91,15 +88,16 @@ class Stack(nn.Module):
     Attributes:
         config: the model.
         cross_attention: whether blocks attend to a memory too.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: the product and sharding; types and initialisation are the config's.
 
-    A scanned stack holds the same parameters as a loop under the same names, those of one period, each with a leading
-    axis `layers`; `layers.scan_params` converts between the two.
+    A scanned stack holds the parameters of the pattern's blocks under `blocks`, each with a leading axis `layers`, and those of
+    the config's first blocks and of a last, incomplete period under `first` and `last`. A looped one holds all under `blocks`;
+    `layers.scan_params` converts between the two.
     """
 
     config: ModelConfig
     cross_attention: bool = False
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(
@@ -128,24 +126,19 @@ class Stack(nn.Module):
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
-        dtypes: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+        runtime = self.runtime.of(config)
         add_positions = PositionEmbedding(
-            config.positions,
-            max_length=config.max_length,
-            init_std=config.init_std,
-            name="position_embedding",
-            **dtypes,
+            config.positions, max_length=config.max_length, runtime=runtime, name="position_embedding"
         )
         x_BTD = add_positions(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache))
-        x_BTD = constrain(nn.Dropout(config.dropout)(x_BTD, deterministic=not train), "batch", "length", None)
+        x_BTD = self.runtime.constrain(
+            nn.Dropout(config.dropout)(x_BTD, deterministic=not train), "batch", "length", None
+        )
 
-        relative_bias = None
-        if config.positions.kind == "t5":
-            heads, std = config.pattern[0].attention.num_heads, config.init_std
-            relative = RelativeBias(config.positions, heads, std, dtypes["param_dtype"], name="relative_bias")
-            relative_bias = relative(bidirectional=not mask.causal or config.bidirectional_prefix)
-        kept: Any = cache
-        num_periods = config.num_layers // len(config.pattern)
+        heads = config.blocks[0].attention.num_heads
+        relative = RelativeBias(config.positions, heads, runtime=runtime, name="relative_bias")
+        relative_bias = relative(bidirectional=not mask.causal or config.bidirectional_prefix)
+        caches = cache
         if recurrence_BLPD is not None:
             if cache is not None or positions_BT is None:
                 raise ValueError(
@@ -154,40 +147,73 @@ class Stack(nn.Module):
                 )
             # Places are indices from here on: they differ as positions do, which may be too large for a float32 angle.
             mask = recurrent_mask(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2])
-            positions_BT, kept = None, by_layer(recurrence_BLPD, num_periods, config.scan_layers)
+            positions_BT, caches = None, _by_block(recurrence_BLPD, config)
         context = {
             "mask": mask,
             "relative_bias": relative_bias,
             "positions_BT": positions_BT,
             "memory_BSD": memory_BSD,
             "memory_mask": memory_mask,
+            "train": train,
         }
-        repeats = 1 if config.scan_layers else num_periods
-        blocks = Blocks(
-            config,
-            blocks=config.pattern * repeats,
-            cross_attention=self.cross_attention,
-            dot_general=self.dot_general,
-            name="blocks",
-        )
+        kept: Any = () if caches is not None else None
+        for name, blocks in _parts(config).items():
+            x_BTD, updated = self._run(name, blocks, x_BTD, caches, context, runtime)
+            if caches is not None:
+                kept, caches = (*kept, *updated), caches[len(blocks) :]
+        if recurrence_BLPD is not None:
+            kept = _by_row(kept, config)
+        if config.final_norm and config.blocks[-1].norm.placement != "post":
+            x_BTD = Normalize(config.blocks[-1].norm, runtime=runtime, name="final_norm")(x_BTD)
+        return x_BTD, kept
 
-        def run(blocks: Blocks, x_BTD: Array, caches: Any) -> Any:
-            return blocks(x_BTD, caches, train=train, **context)
+    def _run(
+        self, name: str, blocks: tuple[BlockConfig, ...], x_BTD: Array, caches: Any, context: Any, runtime: Runtime
+    ) -> Any:
+        """The stream after a part of the blocks, and its caches; `caches` begin with those of this part."""
+        config, scanned = self.config, self.config.scan_layers and name == "blocks"
+        part = Blocks(config, blocks, self.cross_attention, scanned, runtime, name=name)
 
-        if config.scan_layers:
+        def run(part: Blocks, x_BTD: Array, caches: Any) -> Any:
+            return part(x_BTD, caches, **context)
+
+        if scanned:
             run = nn.scan(
                 run,
-                variable_axes={"params": 0, "routing": 0},
+                variable_axes=_COLLECTIONS,
                 split_rngs={"params": True, "dropout": True},
-                length=num_periods,
+                length=config.num_periods,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-        x_BTD, kept = run(blocks, x_BTD, kept)
-        if recurrence_BLPD is not None:
-            kept = by_row(kept, config.scan_layers)
-        if config.final_norm and config.pattern[-1].norm.placement != "post":
-            x_BTD = make_norm(config.pattern[-1].norm, name="final_norm", **dtypes)(x_BTD)
-        return x_BTD, kept
+        return run(part, x_BTD, None if caches is None else caches[: len(blocks)])
+
+
+def _parts(config: ModelConfig) -> dict[str, tuple[BlockConfig, ...]]:
+    """The blocks of each part of a stack, by its name: all in one loop, or those around a scanned pattern apart."""
+    if not config.scan_layers:
+        return {"blocks": config.blocks}
+    parts = {"first": config.first, "blocks": config.pattern, "last": config.remainder}
+    return {name: blocks for name, blocks in parts.items() if blocks}
+
+
+def _by_block(recurrence_BLPD: Float[Array, "B L P D"], config: ModelConfig) -> StackCache:
+    """A cache for each block; for each of a scanned pattern one with a leading axis of periods."""
+    layers_LBPD = list(jnp.moveaxis(recurrence_BLPD, 1, 0))
+    if config.scan_layers:
+        first, period, end = len(config.first), len(config.pattern), config.num_layers - len(config.remainder)
+        scanned = [jnp.stack(layers_LBPD[first + index : end : period]) for index in range(period)]
+        layers_LBPD = [*layers_LBPD[:first], *scanned, *layers_LBPD[end:]]
+    return tuple(BlockCache(Recurrence(layer)) for layer in layers_LBPD)
+
+
+def _by_row(caches: Any, config: ModelConfig) -> Float[Array, "B L P D"]:
+    """The inverse of `_by_block`."""
+    layers = [cache.attention.hidden_BPD for cache in caches]
+    if config.scan_layers:
+        first, period = len(config.first), len(config.pattern)
+        scanned = jnp.stack(layers[first : first + period], axis=1)
+        layers = [*layers[:first], *scanned.reshape(-1, *scanned.shape[2:]), *layers[first + period :]]
+    return jnp.stack(layers, axis=1)
 
 
 def _resolve_positions(
@@ -198,8 +224,7 @@ def _resolve_positions(
         return jnp.arange(num_tokens, dtype=jnp.int32)[None] if positions_BT is None else positions_BT
     if positions_BT is not None:
         raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
-    valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
-    return next_slots(cache_lengths(cache), num_tokens, valid_BT)
+    return next_slots(cache_lengths(cache), num_tokens, valid_tokens(mask))
 
 
 def init_stack_cache(
@@ -214,17 +239,16 @@ def init_stack_cache(
         dtype: of keys and values; None means the model's.
         cross_attention: whether blocks have it.
     """
-    if config.positions.kind == "learned":
-        check_learned_length(config.max_length, capacity)
+    config.positions.check_length(config.max_length, capacity)
     dtype = jnp.dtype(dtype or config.dtype)
 
     def block_cache(block: BlockConfig) -> BlockCache:
         heads, head_dim = block.attention.kv_heads, block.attention.resolved_head_dim(config.embed_dim)
-        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else None
+        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else NO_CACHE
         return BlockCache(init_cache(batch_size, capacity, heads, head_dim, dtype), memory)
 
-    num_periods = config.num_layers // len(config.pattern)
-    if not config.scan_layers:
-        return tuple(block_cache(block) for block in config.pattern * num_periods)
-    period = tuple(block_cache(block) for block in config.pattern)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (num_periods, *x.shape)), period)
+    caches = {name: tuple(map(block_cache, blocks)) for name, blocks in _parts(config).items()}
+    if config.scan_layers:
+        scanned = (config.num_periods,)
+        caches["blocks"] = jax.tree.map(lambda x: jnp.broadcast_to(x[None], scanned + x.shape), caches["blocks"])
+    return tuple(cache for part in caches.values() for cache in part)

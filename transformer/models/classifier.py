@@ -1,19 +1,15 @@
 """The classifier: an encoder, one vector made of a text's hidden states, and a score for each class."""
 
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral, Linear
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
 from transformer.models.head import capped, token_embedding
-from transformer.ops import wide_product
 from transformer.ops.masks import AttentionMask
-from transformer.ops.pooling import pool
 
 
 class Classifier(nn.Module):
@@ -23,7 +19,7 @@ class Classifier(nn.Module):
 
     Attributes:
         config: the model, with vocab_size and num_classes set; `config.pooling` makes the vector.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: the product and sharding; types and initialisation are the config's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -37,7 +33,7 @@ class Classifier(nn.Module):
     """
 
     config: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(
@@ -58,28 +54,25 @@ class Classifier(nn.Module):
         if config.num_classes < 2:
             raise ValueError(f"A classifier needs at least two classes, got num_classes={config.num_classes}.")
         valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0
-        embedding = token_embedding(config, self.dot_general, name="token_embedding")
-        hidden_BTD, _ = Stack(config, dot_general=self.dot_general, name="encoder")(
+        runtime = self.runtime.of(config)
+        embedding = token_embedding(config, runtime, name="token_embedding")
+        hidden_BTD, _ = Stack(config, runtime=runtime, name="encoder")(
             embedding(tokens_BT),
             mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
             train=train,
         )
-        kinds: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-        scores_BT = None
-        if config.pooling == "attention":
-            score = Linear(features=(1,), axes=("embed", None), init_std=config.init_std, name="pooling", **kinds)
-            scores_BT = score(hidden_BTD)[..., 0]
-        pooled_BD = pool(hidden_BTD, valid_BT, config.pooling, scores_BT)
+
+        def scores() -> Array:
+            return Linear(features=(1,), axes=("embed", None), runtime=runtime, name="pooling")(hidden_BTD)[..., 0]
+
+        pooled_BD = config.pooling(hidden_BTD, valid_BT, scores)
         pooled_BD = nn.Dropout(config.dropout)(pooled_BD, deterministic=not train)
         logits_BC = Linear(
             features=(config.num_classes,),
             axes=("embed", None),
             use_bias=True,
-            init_std=config.init_std,
             output_dtype=jnp.dtype(jnp.float32),
-            # A head of a few columns gains nothing from kernels for CPUs; a trainer's has the gradients of its type.
-            dot_general=self.dot_general if self.dot_general is jax.lax.dot_general else wide_product.dot_general,
+            runtime=runtime,
             name="classifier",
-            **kinds,
         )(pooled_BD)
         return capped(config, logits_BC)

@@ -3,11 +3,10 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from transformer.layers.linear import DotGeneral
+from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack, StackCache, init_stack_cache
 from transformer.model_config import ModelConfig
 from transformer.models.head import output_projection, token_embedding, token_logits
@@ -19,7 +18,7 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: the product and sharding; types and initialisation are the config's.
 
     Example:
         >>> model = Decoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
@@ -31,13 +30,14 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     def setup(self) -> None:
         """Make the parts."""
-        self.token_embedding = token_embedding(self.config, self.dot_general)
-        self.decoder = Stack(self.config, dot_general=self.dot_general)
-        self.output = output_projection(self.config, self.dot_general)
+        runtime = self.runtime.of(self.config)
+        self.token_embedding = token_embedding(self.config, runtime)
+        self.decoder = Stack(self.config, runtime=runtime)
+        self.output = output_projection(self.config, runtime)
 
     def __call__(
         self,

@@ -1,11 +1,10 @@
 """The encoder: hidden states of tokens that see each other in both directions."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral
+from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
 from transformer.models.head import output_projection, token_embedding, token_logits
@@ -17,7 +16,7 @@ class Encoder(nn.Module):
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: the product and sharding; types and initialisation are the config's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -29,13 +28,14 @@ class Encoder(nn.Module):
     """
 
     config: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     def setup(self) -> None:
         """Make the parts."""
-        self.token_embedding = token_embedding(self.config, self.dot_general)
-        self.encoder = Stack(self.config, dot_general=self.dot_general)
-        self.output = output_projection(self.config, self.dot_general)
+        runtime = self.runtime.of(self.config)
+        self.token_embedding = token_embedding(self.config, runtime)
+        self.encoder = Stack(self.config, runtime=runtime)
+        self.output = output_projection(self.config, runtime)
 
     def __call__(
         self,

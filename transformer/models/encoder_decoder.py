@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float, Int
 
-from transformer.layers.linear import DotGeneral
+from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack, StackCache, init_stack_cache
 from transformer.model_config import ModelConfig
 from transformer.models.head import output_projection, token_embedding, token_logits
@@ -22,7 +21,7 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
-        dot_general: replaces `jax.lax.dot_general` in the linear layers.
+        runtime: the product and sharding; types and initialisation are the config's.
 
     Example, reading the source once and then the target in pieces:
         >>> import jax.numpy as jnp
@@ -39,18 +38,19 @@ class EncoderDecoder(nn.Module):
     """
 
     config: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime = Runtime()
 
     def setup(self) -> None:
         """Make the parts."""
-        self.token_embedding = token_embedding(self.config, self.dot_general)
+        runtime = self.runtime.of(self.config)
+        self.token_embedding = token_embedding(self.config, runtime)
         self.source_embedding = None
         if self.config.source_vocab_size > 0:
             config = dataclasses.replace(self.config, vocab_size=self.config.source_vocab_size)
-            self.source_embedding = token_embedding(config, self.dot_general)
-        self.encoder = Stack(self.config, dot_general=self.dot_general)
-        self.decoder = Stack(self.config, cross_attention=True, dot_general=self.dot_general)
-        self.output = output_projection(self.config, self.dot_general)
+            self.source_embedding = token_embedding(config, runtime)
+        self.encoder = Stack(self.config, runtime=runtime)
+        self.decoder = Stack(self.config, cross_attention=True, runtime=runtime)
+        self.output = output_projection(self.config, runtime)
 
     def __call__(
         self,

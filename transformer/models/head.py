@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.layers.embedding import Embed
-from transformer.layers.linear import DotGeneral, Linear
+from transformer.layers.linear import Linear
+from transformer.layers.runtime import Runtime
 from transformer.model_config import ModelConfig
-from transformer.parallel.rules import constrain
 
 
-def token_embedding(config: ModelConfig, dot_general: DotGeneral, name: str | None = None) -> Embed:
+def token_embedding(config: ModelConfig, runtime: Runtime, name: str | None = None) -> Embed:
     """The embedding of a model's tokens; refuses a config whose vocabulary is still to be resolved."""
     if config.vocab_size < 1:
         raise ValueError(
@@ -20,26 +20,20 @@ def token_embedding(config: ModelConfig, dot_general: DotGeneral, name: str | No
         num_embeddings=config.vocab_size,
         embed_dim=config.embed_dim,
         scale=config.scale_embeddings,
-        init_std=config.init_std,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        dot_general=dot_general,
+        runtime=runtime,
         name=name,
     )
 
 
-def output_projection(config: ModelConfig, dot_general: DotGeneral) -> Linear | None:
+def output_projection(config: ModelConfig, runtime: Runtime) -> Linear | None:
     """The projection to the vocabulary; None if it is the embedding's own matrix."""
     if config.tie_embeddings:
         return None
     return Linear(
         features=(config.vocab_size,),
         axes=("embed", "vocab"),
-        init_std=config.init_std,
-        dtype=jnp.dtype(config.dtype),
         output_dtype=jnp.dtype(jnp.float32),
-        param_dtype=jnp.dtype(config.param_dtype),
-        dot_general=dot_general,
+        runtime=runtime,
     )
 
 
@@ -48,7 +42,7 @@ def token_logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits of every token at each position, capped where the config says so."""
     logits_BTV = embedding.attend(hidden_BTD) if output is None else output(hidden_BTD)
-    return constrain(capped(config, logits_BTV), "batch", "length", "vocab")
+    return embedding.runtime.constrain(capped(config, logits_BTV), "batch", "length", "vocab")
 
 
 def capped(config: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from transformer.layers.linear import named_axes
+from transformer.layers.runtime import named_axes
 from transformer.types import PyTree
 
 

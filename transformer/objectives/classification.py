@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,15 @@ import numpy as np
 
 from transformer.data.example_batches import buckets
 from transformer.data.forms import by_length, padded, text_tokens
-from transformer.objective import OBJECTIVES, Objective, Trained, mask_token
+from transformer.objective import OBJECTIVES, Objective, Trained, mask_token, shaped
 from transformer.objectives.bases import ExampleObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, LabelledBatch, LossOutput, PyTree
 from transformer.validation import require, require_range
+
+if TYPE_CHECKING:
+    from transformer.config import Config
 
 _BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
@@ -141,6 +144,12 @@ class Classification(ExampleObjective):
     def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """A class for each name."""
         return {"num_classes": len(class_names)}
+
+    def batch_shapes(self, config: "Config") -> LabelledBatch:
+        """A text a row."""
+        rows, length = config.data.batch_size, config.data.sequence_length
+        tokens = shaped((rows, length), np.int32)
+        return LabelledBatch(tokens, tokens, shaped((rows,), np.int32), shaped((rows,), np.float32))
 
     def fit(self, data: Any) -> tuple[Objective, str]:
         """With the weights of the data's classes as numbers."""

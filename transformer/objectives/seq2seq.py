@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from transformer.data.forms import source_tokens
 from transformer.data.tokenizers import PairTokenizer, source_tokenizer
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
-from transformer.objective import OBJECTIVES, Trained
+from transformer.objective import OBJECTIVES, Trained, shaped
 from transformer.objectives.bases import ExampleObjective, TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
@@ -39,6 +40,10 @@ class Seq2Seq(ExampleObjective, TokenObjective):
     ) -> LossOutput:
         """`pair_loss` of sources and targets."""
         return pair_loss(self, model, params, carry, batch, key, train)
+
+    def batch_shapes(self, config: "Config") -> PairBatch:
+        """A pair a row."""
+        return pair_shapes(config.data.batch_size, config.data.sequence_length, config.data.sequence_length)
 
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
         """Whether sources and targets have one vocabulary."""
@@ -102,3 +107,9 @@ def pair_loss(
     statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, objective)
     statistics = add_routing(statistics, routing, objective)
     return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
+
+
+def pair_shapes(rows: int, source: int, target: int) -> PairBatch:
+    """Shapes of a batch of pairs, of so many tokens."""
+    source_BS, target_BT = shaped((rows, source), np.int32), shaped((rows, target), np.int32)
+    return PairBatch(source_BS, source_BS, target_BT, target_BT, shaped((rows, target), np.float32), target_BT)

@@ -11,7 +11,7 @@ from transformer.data.draws import random_at
 from transformer.data.tokenizers import PairTokenizer, Tokenizer
 from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TextObjective
-from transformer.objectives.seq2seq import pair_loss
+from transformer.objectives.seq2seq import pair_loss, pair_shapes
 from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
 from transformer.validation import require, require_at_least
 
@@ -72,6 +72,12 @@ class SpanCorruption(TextObjective):
             "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
         )
         return self.num_hidden(length)[1]
+
+    def batch_shapes(self, config: "Config") -> PairBatch:
+        """What is visible and what is hidden, each with the sentinels and end-of-text."""
+        length = config.data.sequence_length
+        hidden, spans = self.num_hidden(length)
+        return pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Rows lose random spans, and become sources and targets."""

@@ -1,8 +1,10 @@
 """Scaled dot-product attention: one function over all backends, and the reference among them."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,34 @@ _FUSED = {"tpu": "splash", "cuda": "cudnn"}
 
 ATTENTION_SCOPE = "dot_product_attention"
 """In the names of all operations of attention, projections left out."""
+
+
+class Request(NamedTuple):
+    """What attention was called with, as far as the choice of a backend goes by it; arrays count by shape and dtype."""
+
+    implementation: str
+    operands: tuple[Any, Any, Any]
+    settings: dict[str, Any]
+
+    def backend(self, platform: str) -> str:
+        """The backend on a platform (cpu, cuda, tpu, ...)."""
+        if self.implementation != "auto":
+            return self.implementation
+        return select_implementation(platform, *self.operands, **self.settings)
+
+
+_requests: contextvars.ContextVar[list[Request] | None] = contextvars.ContextVar("requests", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Request]]:
+    """A list of what attention is called with inside, once for each call that is traced."""
+    found: list[Request] = []
+    before = _requests.set(found)
+    try:
+        yield found
+    finally:
+        _requests.reset(before)
 
 
 @jax.named_scope(ATTENTION_SCOPE)
@@ -81,6 +111,9 @@ def dot_product_attention(
     """
     mask = AttentionMask.of(mask)
     _check(query_BTHK, key_BSGK, value_BSGK, mask, bias, dropout_rate, dropout_key)
+    if (found := _requests.get()) is not None:
+        choice = {"mask": mask, "bias": bias, "logits_soft_cap": logits_soft_cap or 0.0, "dropout_rate": dropout_rate}
+        found.append(Request(implementation, (query_BTHK, key_BSGK, value_BSGK), choice))
     out_BTHW = _attend(
         query_BTHK,
         key_BSGK,

@@ -3,58 +3,18 @@
 import dataclasses
 import functools
 import operator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from transformer.model_kinds import Pattern
+
 
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockPattern:
-    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2).
-
-    The paper's patterns, with blocks of `block_size` tokens for its tokens, both of its heads in one. Rows are blocks of
-    queries, columns of keys, `1` means sees; with `stride=3`, and causal besides:
-
-        strided            fixed, summary=1
-        1 0 0 0 0 0        1 0 0 0 0 0
-        1 1 0 0 0 0        1 1 0 0 0 0
-        1 1 1 0 0 0        1 1 1 0 0 0
-        1 1 1 1 0 0        0 0 1 1 0 0
-        0 1 1 1 1 0        0 0 1 1 1 0
-        0 0 1 1 1 1        0 0 1 1 1 1
-
-    strided: the blocks fewer than `stride` away, and every `stride`-th one from there. fixed: the blocks of the same group of
-    `stride`, and the last `summary` blocks of every group.
-    """
-
-    kind: Literal["strided", "fixed"]
-    block_size: int
-    stride: int
-    summary: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("strided", "fixed"):
-            raise ValueError(f"BlockPattern.kind must be strided or fixed, got {self.kind!r}.")
-        if self.block_size < 1 or not 1 <= self.summary <= self.stride:
-            raise ValueError(
-                "BlockPattern needs block_size of at least 1 and 1 <= summary <= stride, got "
-                f"block_size={self.block_size}, stride={self.stride} and summary={self.summary}."
-            )
-
-    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
-        """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
-        if self.kind == "strided":
-            distance = abs(query_blocks - key_blocks)
-            return (distance < self.stride) | (distance % self.stride == 0)
-        same = query_blocks // self.stride == key_blocks // self.stride
-        return same | (key_blocks % self.stride >= self.stride - self.summary)
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +54,7 @@ class AttentionMask:
     """No key later than the query."""
     window: int = _static(0)
     """Keys fewer than this many places away on either side; 0 means any distance."""
-    pattern: BlockPattern | None = _static(None)
+    pattern: Pattern | None = _static(None)
     """Only keys in blocks that the query's block sees."""
     query_segment_ids: Any = None  # int [B, T]
     key_segment_ids: Any = None  # int [B, S]

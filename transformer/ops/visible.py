@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.model_kinds import Pattern
+from transformer.ops.masks import AttentionMask
 
 _MARK = re.compile(r"attention of a row: (\S+) of (\d+) pairs, (\d+) queries, widths (\d+) and (\d+)")
 
@@ -50,7 +51,7 @@ def visible_pairs(mask: AttentionMask, num_queries: int, num_keys: int) -> float
 def _count(
     causal: bool,
     window: int,
-    pattern: BlockPattern | None,
+    pattern: Pattern | None,
     has_prefix: bool,
     num_queries: int,
     num_keys: int,

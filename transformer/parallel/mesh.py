@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.parallel.rules import AXES, axes_in, mesh_axes, tree_shardings
+from transformer.parallel.rules import AXES, RULES, axes_in, tree_shardings
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
@@ -65,7 +65,7 @@ def _arrange(devices: list[Any], shape: dict[str, int]) -> np.ndarray:
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
     """Rows over all axes that share a batch; the second of several axes, places in a row, over `context`."""
-    return NamedSharding(mesh, mesh_axes(("batch", "length")[:ndim], mesh.axis_names))
+    return NamedSharding(mesh, RULES.spec(("batch", "length")[:ndim], mesh.axis_names))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
-"""Which mesh axes each logical axis is spread over: the one table, and what follows from it for parameters and activations."""
+"""Sharding rules: the mesh axes of each logical axis, and what follows from them for parameters and activations."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,71 +13,90 @@ from transformer.validation import require
 AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 """The axes of a mesh, slowest first: `dcn` goes over the data-centre network between slices, the others stay within one."""
 
-RULES: dict[str, tuple[str, ...]] = {
-    # Of parameters.
-    "vocab": ("tensor",),
-    "position": (),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "hidden": ("tensor",),
-    "expert": ("expert",),
-    "norm": (),
-    "layers": (),
-    # Of activations, which share "heads", "kv_heads", "hidden" and "vocab".
-    "batch": ("dcn", "data", "fsdp", "expert"),
-    "length": ("context",),
-}
-"""Logical name -> mesh axes; none means a whole copy on every device.
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """The mesh axes of each logical axis. Without rules, the default of modules, no mesh is looked at.
+
+    Example:
+        >>> RULES.spec(("embed", None)) == PartitionSpec("fsdp", None)
+        True
+    """
+
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(logical axis, mesh axes) pairs; no mesh axes means a whole copy on every device."""
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of a logical axis.
+
+        Raises:
+            ValueError: there is no rule for it.
+        """
+        table = dict(self.rules)
+        if name not in table:
+            raise ValueError(
+                f"A logical axis must have a rule in parallel/rules.py, got {name!r}; there are {list(table)}."
+            )
+        return table[name]
+
+    def spec(self, names: Any, axes: Any = AXES) -> PartitionSpec:
+        """The mesh axes of an array.
+
+        Args:
+            names: a logical name or None for each axis of the array.
+            axes: those of the mesh; others of the rules are left out.
+
+        Raises:
+            ValueError: a name without a rule.
+        """
+        found = [tuple(axis for axis in self.axes(name) if axis in axes) if name else () for name in names]
+        return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
+
+    def spread(self) -> dict[str, int]:
+        """Axes of the rules and of the mesh that is set over which the compiler spreads arrays, and the devices of each.
+
+        None without a mesh (`jax.set_mesh`), on one device, and where devices run a program each (`pmap`, inside `shard_map`).
+        """
+        if not self.rules:
+            return {}
+        mesh, known = jax.sharding.get_abstract_mesh(), {axis for _, axes in self.rules for axis in axes}
+        sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1 and name in known}
+
+    def constrain(self, x: Any, *names: str | None) -> Any:
+        """Ask the compiler to spread an activation by the logical names of its axes, over the mesh that is set, if any."""
+        spread = self.spread()
+        return jax.lax.with_sharding_constraint(x, self.spec(names, spread)) if spread else x
+
+
+RULES = Sharding(
+    (
+        # Of parameters.
+        ("vocab", ("tensor",)),
+        ("position", ()),
+        ("embed", ("fsdp",)),
+        ("heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("head_dim", ()),
+        ("hidden", ("tensor",)),
+        ("expert", ("expert",)),
+        ("norm", ()),
+        ("layers", ()),
+        # Of activations, which share "heads", "kv_heads", "hidden" and "vocab".
+        ("batch", ("dcn", "data", "fsdp", "expert")),
+        ("length", ("context",)),
+    )
+)
+"""The trainer's rules.
 
 Parameters are cut along `embed` over `fsdp` (Rajbhandari et al. 2020, stage 3) and along heads and hidden units over `tensor`
 (Shoeybi et al. 2019). Rows of a batch are spread over every axis but `context` and `tensor`, whose devices share them.
 """
 
 
-def mesh_axes(names: Any, axes: Any = AXES) -> PartitionSpec:
-    """The mesh axes of an array from the logical names of its axes.
-
-    Args:
-        names: a logical name or None for each axis of the array.
-        axes: those of the mesh; others of the rules are left out.
-
-    Raises:
-        ValueError: a name without a rule.
-
-    Example:
-        >>> mesh_axes(("embed", None)) == PartitionSpec("fsdp", None)
-        True
-    """
-    unknown = [name for name in names if name is not None and name not in RULES]
-    if unknown:
-        raise ValueError(
-            f"A logical axis must have a rule in parallel/rules.py, got {unknown}; there are {list(RULES)}."
-        )
-    found = [tuple(axis for axis in RULES.get(name, ()) if axis in axes) for name in names]
-    return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
-
-
 def axes_in(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a `PartitionSpec`: a name, several, or None."""
     return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def spread_axes() -> dict[str, int]:
-    """Axes of the mesh that is set (`jax.set_mesh`) over which the compiler spreads arrays, and how many devices each has.
-
-    None without a mesh, on one device, and where devices run a program each (`pmap`, inside `shard_map`).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind == AxisType.Auto and size > 1}
-
-
-def constrain(x: Any, *names: str | None) -> Any:
-    """Ask the compiler to spread an activation by the logical names of its axes, over the mesh that is set, if there is one."""
-    spread = spread_axes()
-    return jax.lax.with_sharding_constraint(x, mesh_axes(names, spread)) if spread else x
 
 
 def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) -> PyTree:
@@ -91,7 +111,7 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
         UserError: an axis of the mesh does not divide an axis of a parameter; which, and by how much.
     """
     shardings = jax.tree.map(
-        lambda names: NamedSharding(mesh, mesh_axes(names, mesh.axis_names)), axes, is_leaf=_is_names
+        lambda names: NamedSharding(mesh, RULES.spec(names, mesh.axis_names)), axes, is_leaf=_is_names
     )
     if shapes is not None:
         jax.tree_util.tree_map_with_path(_check_divides, axes, shapes, shardings, is_leaf=_is_names)
@@ -119,7 +139,7 @@ def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
         own = next((names[keys[i:]] for i in range(len(keys)) if keys[i:] in names), None)
         if own is None or len(own) != len(x.shape) or math.prod(x.shape) == 1:
             return whole
-        found = NamedSharding(mesh, mesh_axes(own, mesh.axis_names))
+        found = NamedSharding(mesh, RULES.spec(own, mesh.axis_names))
         return _check_divides(path, own, x, found)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -15,13 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformer.config import Config
 from transformer.memory import check_model, device_bytes
 from transformer.parallel.mesh import make_mesh, num_row_shards
-from transformer.parallel.rules import axes_in, mesh_axes, parameter_shardings
+from transformer.parallel.rules import RULES, axes_in, parameter_shardings
 from transformer.planning.chips import NODE_DEVICES, Topology
 from transformer.planning.program import COLLECTIVES, Collective, Program, read_program
 from transformer.steps import Steps, check_devices, make_steps
 from transformer.tasks import StandIn, count_parameters, count_step, resolve
 from transformer.training.flops import Flops, count_flops, traced_flops
-from transformer.types import Batch, UserError
+from transformer.types import UserError
 from transformer.validation import require
 
 
@@ -96,7 +96,7 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     Raises:
         UserError: the config leaves its vocabulary to the data, or does not fit the devices by its numbers.
     """
-    model, batch = config.model, batch_shapes(config)
+    model, batch = config.model, config.objective.batch_shapes(config)
     rows, length = batch.inputs.shape
     mesh, steps = _make_steps(config, topology)
     check_devices(config, mesh)
@@ -156,7 +156,7 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         # Keys and values are [B, G, P, K], lengths [B]; a scanned stack has a leading axis of periods.
         scanned = (None,) * config.model.scan_layers
         own = {4: ("batch", "kv_heads", None, None), 1: ("batch",)}.get(x.ndim - len(scanned))
-        axes = mesh_axes((*scanned, *own), mesh.axis_names) if own else PartitionSpec()
+        axes = RULES.spec((*scanned, *own), mesh.axis_names) if own else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, axes))
 
     cache = jax.tree.map(placed, jax.eval_shape(lambda: model.init_cache(rows, capacity)))
@@ -189,17 +189,6 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
             least=0.0,
         )
     )
-
-
-def batch_shapes(config: Config) -> Batch:
-    """Shapes of a training batch."""
-    require(
-        config.objective.kind == "next_token",
-        f"plan knows the rows of the next_token objective, got {config.objective.kind}.",
-    )
-    shape = (config.data.batch_size, config.data.sequence_length)
-    tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
-    return Batch(tokens, tokens, weights, tokens, tokens)
 
 
 def resolve_size(config: Config) -> Config:

@@ -12,7 +12,7 @@ from transformer.config import Config
 from transformer.model_config import ModelConfig
 from transformer.models.init import init_params
 from transformer.planning.chips import Topology
-from transformer.planning.plan import Plan, batch_shapes, plan_training, resolve_size
+from transformer.planning.plan import Plan, plan_training, resolve_size
 from transformer.tasks import count_parameters, count_step, make_model
 from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
@@ -75,7 +75,9 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     """All choices that divide rows, heads and widths, estimated."""
     found = []
     resolved = resolve_size(config)
-    flops = count_step(resolved, _shapes(dataclasses.replace(resolved.model, remat="none")), batch_shapes(config)).total
+    flops = count_step(
+        resolved, _shapes(dataclasses.replace(resolved.model, remat="none")), config.objective.batch_shapes(config)
+    ).total
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
@@ -95,13 +97,13 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
 def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     model, devices = config.model, devices // max(config.parallel.dcn, 1)
     powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
-    experts = {block.feed_forward.num_experts for block in model.pattern} - {0}
-    dense = all(block.attention.pattern == "dense" for block in model.pattern) and model.memory_length == 0
+    experts = {block.feed_forward.num_experts for block in model.blocks} - {0}
+    dense = all(block.attention.pattern.sees_all for block in model.blocks) and model.memory_length == 0
     for fsdp, tensor, context, expert in itertools.product(powers, powers, powers, powers):
         shared = fsdp * tensor * context * expert
         if devices % shared != 0 or tensor > 16 or context > 16:
             continue
-        heads = all(block.attention.kv_heads % tensor == 0 for block in model.pattern)
+        heads = all(block.attention.kv_heads % tensor == 0 for block in model.blocks)
         divides = model.embed_dim % fsdp == 0 and model.vocab_size % tensor == 0
         places = context == 1 or (dense and config.data.sequence_length % (2 * context) == 0)
         held = expert == 1 or (len(experts) > 0 and all(number % expert == 0 for number in experts))
@@ -136,7 +138,7 @@ def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
     stream = rows * places * model.embed_dim * itemsize * accumulate * model.num_layers
     exchanged = 4 * 2 * stream * (1 - 1 / parallel.tensor)
     around = (
-        4 * stream * (parallel.context - 1) * model.pattern[0].attention.kv_heads / model.pattern[0].attention.num_heads
+        4 * stream * (parallel.context - 1) * model.blocks[0].attention.kv_heads / model.blocks[0].attention.num_heads
     )
     network = (gathered + exchanged + around) / links if links else 0.0
     return Candidate(config, state + activations + logits, max(compute, network) + 0.1 * min(compute, network))

@@ -83,7 +83,8 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
     # On the host: each device is given its part only.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         own = make_params(model, jax.random.key(config.training.seed))
-        transferred = transfer(own, params, pattern_length=len(config.model.pattern))
+        blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
+        transferred = transfer(own, params, **blocks)
     # What shapes need not show: an activation, a window, the distances of position buckets.
     conflicts = resume_conflicts(donor.config, to_dict(config))
     differs = [line for line in conflicts if line.startswith("model.")]

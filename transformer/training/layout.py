@@ -11,8 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.types import PyTree
 
-_BLOCK = re.compile(r"(?:^|/)blocks/block_(\d+)/")
-
 
 class Layout(NamedTuple):
     """How what is stored differs from what is wanted."""
@@ -40,20 +38,22 @@ def stored_layout(
     """
     if describe(target) == found:
         return None
-    there, here = _num_blocks(found), _num_blocks(describe(target))
+    wanted = describe(target)
+    there, here = _num_blocks(found), _num_blocks(wanted)
     # The scanned one has the blocks of a period only; of a single period, they are as many.
     candidates = []
     if 0 < there <= here:
-        scan = functools.partial(scan_params, pattern_length=there)
+        scan = functools.partial(scan_params, pattern_length=there, num_first=_num_blocks(found, "first"))
         candidates.append(Layout(functools.partial(scan, stack=_stack), loop_params))
     if 0 < here <= there:
-        scan = functools.partial(scan_params, pattern_length=here)
+        scan = functools.partial(scan_params, pattern_length=here, num_first=_num_blocks(wanted, "first"))
         candidates.append(Layout(functools.partial(loop_params, take=_take), scan))
     return next((layout for layout in candidates if describe(layout.stored(target)) == found), None)
 
 
-def _num_blocks(names: Mapping[str, str]) -> int:
-    return max((int(match.group(1)) + 1 for match in map(_BLOCK.search, names) if match), default=0)
+def _num_blocks(names: Mapping[str, str], part: str = "blocks") -> int:
+    block = re.compile(rf"(?:^|/){part}/block_(\d+)/")
+    return max((int(match.group(1)) + 1 for match in map(block.search, names) if match), default=0)
 
 
 def _stack(leaves: Any) -> jax.ShapeDtypeStruct:

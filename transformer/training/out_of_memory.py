@@ -48,14 +48,14 @@ def kept_widths(model: ModelConfig, tensor: int) -> float:
     and set right by what programs of Llama 3.1 8B compiled for TPUs hold.
     """
     products = between = 0.0
-    for block in model.pattern:
+    for block in model.blocks:
         attention, network = block.attention, block.feed_forward
         heads = attention.num_heads + 2 * attention.kv_heads
         projected = heads * attention.resolved_head_dim(model.embed_dim) / model.embed_dim
         copies = network.experts_per_token if network.num_experts else 1
         hidden = copies * (1 + network.gated) * network.resolved_hidden_dim(model.embed_dim) / model.embed_dim
-        products += (projected + hidden) / len(model.pattern)
-        between += (2 * projected + 3 * hidden) / len(model.pattern)
+        products += (projected + hidden) / model.num_layers
+        between += (2 * projected + 3 * hidden) / model.num_layers
     everything = 16 + between / tensor
     dots = 2 + products / tensor
     return {"none": everything, "dots": dots, "offload": 2.0, "full": 1 + everything / model.num_layers}[model.remat]

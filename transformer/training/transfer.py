@@ -29,7 +29,7 @@ class Transfer(NamedTuple):
         return "\n".join(lines)
 
 
-def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Transfer:
+def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1, num_first: int = 0) -> Transfer:
     """Replace each of `params` by the donor's of the same path.
 
     Layers are compared one by one, scanned or looped.
@@ -38,6 +38,7 @@ def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Trans
         params: initialised, of the model to train.
         donor: of the other run.
         pattern_length: blocks of the pattern of the model to train.
+        num_first: blocks before it.
 
     Raises:
         UserError: they have nothing in common.
@@ -45,7 +46,7 @@ def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1) -> Trans
     here, there = is_scanned(params), is_scanned(donor)
     if here or there:
         looped = transfer(loop_params(params) if here else params, loop_params(donor) if there else donor)
-        return looped._replace(params=scan_params(looped.params, pattern_length)) if here else looped
+        return looped._replace(params=scan_params(looped.params, pattern_length, num_first)) if here else looped
     given = {_path(path): value for path, value in jax.tree_util.tree_leaves_with_path(donor)}
     taken, reshaped, fresh = [], [], []
 

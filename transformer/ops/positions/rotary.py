@@ -1,12 +1,23 @@
-"""Positions without parameters: rotary embeddings of queries and keys, sinusoidal vectors and products with them."""
+"""Rotary positions: queries and keys are turned by their positions, so that products depend on distances."""
 
+import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+
+from transformer.model_kinds import POSITIONS, Positions
+from transformer.types import Array
+from transformer.validation import require, require_at_least
+
+if TYPE_CHECKING:
+    from transformer.model_config import BlockConfig
+
+Scaling = Literal["none", "linear", "llama3"]
 
 # Llama 3.1 keeps wavelengths that fit HIGH times into the original context, and divides the frequency of those that
 # fit less than LOW times (https://github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling).
@@ -14,11 +25,69 @@ _LLAMA3_LOW = 1.0
 _LLAMA3_HIGH = 4.0
 
 
+@POSITIONS.register
+@dataclasses.dataclass(frozen=True)
+class RotaryPositions(Positions):
+    """Rotary embeddings of queries and keys (Su et al. 2021)."""
+
+    kind = "rotary"
+    between_tokens = True
+
+    theta: float = 10_000.0
+    """Base of the wavelengths."""
+    fraction: float = 1.0
+    """Share of each head's elements that is turned, its first ones (Black et al. 2022: a quarter)."""
+    scaling: Scaling = "none"
+    """Scaling for longer contexts: linear (Chen et al. 2023) or by wavelength, as Llama 3.1 does."""
+    scaling_factor: float = 1.0
+    """By how much the context is extended."""
+    original_length: int = 8192
+    """llama3 scaling: the context length before the extension."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.theta > 0, f"RotaryPositions.theta must be positive, got {self.theta}.")
+        require(0 < self.fraction <= 1, f"RotaryPositions.fraction must be above 0 and at most 1, got {self.fraction}.")
+        require_at_least(self, 1, "scaling_factor", "original_length")
+
+    def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
+        """Elements of a head are turned in pairs."""
+        head_dim = block.attention.resolved_head_dim(embed_dim)
+        require(
+            self._turned(head_dim) % 2 == 0,
+            f"Rotary positions need an even head_dim, got {head_dim}"
+            + (f" and fraction={self.fraction}" if self.fraction < 1 else "")
+            + "; change ModelConfig.embed_dim, AttentionConfig.num_heads or AttentionConfig.head_dim.",
+        )
+
+    def rotate(
+        self, query_BTHK: Array, key_BSGK: Array, positions: Callable[[], tuple[Array, Array]]
+    ) -> tuple[Array, Array]:
+        """Both turned by their positions."""
+        query_positions, key_positions = positions()
+        return self._turn(query_BTHK, query_positions), self._turn(key_BSGK, key_positions)
+
+    def _turned(self, head_dim: int) -> int:
+        return int(self.fraction * head_dim)
+
+    def _turn(self, x_BTHK: Array, positions_BT: Array) -> Array:
+        turned = self._turned(x_BTHK.shape[-1])
+        first = rotary(
+            x_BTHK[..., :turned] if self.fraction < 1 else x_BTHK,
+            positions_BT,
+            theta=self.theta,
+            scaling=self.scaling,
+            scaling_factor=self.scaling_factor,
+            original_length=self.original_length,
+        )
+        return jnp.concatenate([first, x_BTHK[..., turned:]], axis=-1) if self.fraction < 1 else first
+
+
 def rotary_frequencies(
     head_dim: int,
     *,
     theta: float = 10_000.0,
-    scaling: Literal["none", "linear", "llama3"] = "none",
+    scaling: Scaling = "none",
     scaling_factor: float = 1.0,
     original_length: int = 8192,
 ) -> Float[np.ndarray, " half"]:
@@ -51,7 +120,7 @@ def rotary(
     positions_BT: Int[jax.Array, "#B T"],
     *,
     theta: float = 10_000.0,
-    scaling: Literal["none", "linear", "llama3"] = "none",
+    scaling: Scaling = "none",
     scaling_factor: float = 1.0,
     original_length: int = 8192,
 ) -> Float[jax.Array, "B T H K"]:
@@ -75,32 +144,3 @@ def rotary(
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x_BTHK.dtype)
-
-
-def sinusoidal(
-    positions_BT: Int[jax.Array, "B T"], dim: int, *, theta: float = 10_000.0
-) -> Float[jax.Array, "B T {dim}"]:
-    """Position vectors of sines (even elements) and cosines (odd ones), float32 (Vaswani et al. 2017, section 3.5).
-
-    >>> sinusoidal(jnp.zeros((1, 1), jnp.int32), 4).tolist()
-    [[[0.0, 1.0, 0.0, 1.0]]]
-    """
-    frequencies = (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
-    pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return pairs.reshape(*positions_BT.shape, -1)[:, :, :dim]
-
-
-def turn_to_query(
-    x_BTHD: Float[jax.Array, "B T H D"], positions_BT: Int[jax.Array, "#B T"], *, theta: float = 10_000.0
-) -> Float[jax.Array, "B T H D"]:
-    """The `y` with `y · sinusoidal(j) = x · sinusoidal(i - j)` for every `j`, where `i` is the vector's own position.
-
-    By the addition theorems: each pair of `x`, for a sine and a cosine, is reflected by its angle at `i`. Products with
-    sinusoids of distances, as in Transformer-XL, so become products of queries and keys. D is even; float32.
-    """
-    wave_BT1D = sinusoidal(positions_BT, x_BTHD.shape[-1], theta=theta)[:, :, None]
-    sine, cosine = wave_BT1D[..., 0::2], wave_BT1D[..., 1::2]
-    of_sine, of_cosine = x_BTHD[..., 0::2].astype(jnp.float32), x_BTHD[..., 1::2].astype(jnp.float32)
-    pairs = jnp.stack([of_cosine * sine - of_sine * cosine, of_sine * sine + of_cosine * cosine], axis=-1)
-    return pairs.reshape(x_BTHD.shape)

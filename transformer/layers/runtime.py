@@ -1,0 +1,85 @@
+"""How the modules of a model compute: types, initial weights, the matrix product, and sharding; passed whole."""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from transformer.model_config import ModelConfig
+from transformer.parallel.rules import Sharding
+
+DotGeneral = Callable[..., jax.Array]
+"""A function with the signature of `jax.lax.dot_general`."""
+
+_named = contextvars.ContextVar("named", default=False)
+
+
+@contextlib.contextmanager
+def named_axes() -> Iterator[None]:
+    """Within, `init` gives each parameter with the logical names of its axes (`nn.LogicallyPartitioned`)."""
+    before = _named.set(True)
+    try:
+        yield
+    finally:
+        _named.reset(before)
+
+
+def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
+    """The initializer of a parameter, which carries logical axis names within `named_axes`, and is a plain array elsewhere."""
+    return nn.with_logical_partitioning(initializer, axes) if _named.get() else initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What all modules of a model share. A model takes the types and the initialisation from its config.
+
+    Example:
+        >>> Runtime(dot_general=jax.lax.dot_general).of(ModelConfig(init_std=0.1)).init_std
+        0.1
+    """
+
+    dtype: Any = jnp.float32
+    """Type of activations and of the operands of products."""
+    param_dtype: Any = jnp.float32
+    """Type of parameters."""
+    init_std: float = 0.0
+    """Standard deviation of initial kernels and tables; 0 means 1 / sqrt(fan_in)."""
+    residual_init_scale: float = 1.0
+    """Multiplies it for the projections back to the residual stream."""
+    dot_general: DotGeneral = jax.lax.dot_general
+    """The product of linear layers. The default has every derivative; a trainer takes `ops.dense_cpu` or `ops.wide_product`."""
+    sharding: Sharding = Sharding()
+    """Mesh axes by logical axis. Without rules, the mesh that a caller has set (`jax.set_mesh`) changes nothing."""
+
+    def of(self, config: ModelConfig) -> "Runtime":
+        """This runtime with the types and the initialisation of a model's config."""
+        return dataclasses.replace(
+            self,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            init_std=config.init_std,
+            residual_init_scale=1 / math.sqrt(2 * config.num_layers),
+        )
+
+    def initializer(self, fan_in: int, axes: tuple[str | None, ...], scale: float = 1.0) -> Any:
+        """Normal with a standard deviation of `scale * init_std`, for a parameter whose axes have these logical names."""
+        return with_axes(nn.initializers.normal(scale * (self.init_std or 1.0 / math.sqrt(fan_in))), axes)
+
+    def parameter(
+        self, module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], **initial: Any
+    ) -> jax.Array:
+        """A parameter of a module, as `model_kinds.Parameter` describes it."""
+        fill = initial.get("fill")
+        if fill is None:
+            return module.param(name, self.initializer(initial["fan_in"], axes), shape, self.param_dtype)
+        return module.param(name, with_axes(nn.initializers.constant(fill), axes), shape, self.param_dtype)
+
+    def constrain(self, x: Any, *names: str | None) -> Any:
+        """`Sharding.constrain`."""
+        return self.sharding.constrain(x, *names)

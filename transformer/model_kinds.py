@@ -1,0 +1,179 @@
+"""What a model is made of by kind: the families and bases of positions, norms, block patterns and poolings.
+
+Kinds are settings with pure functions of arrays. Parameters are made in the module that calls, by a function that it gives,
+`parameter(name, shape, axes, *, fan_in=0, fill=None)`: normal with the standard deviation of the model's config (or
+1 / sqrt(fan_in)), or all `fill`. `axes` are the logical names of its axes (`parallel.rules`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import jax.numpy as jnp
+
+from transformer.kinds import Family, Kind
+from transformer.types import Array
+from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.model_config import BlockConfig, ModelConfig
+
+Parameter = Callable[..., Array]
+
+
+def _family(section: str, package: str, *names: str) -> Family:
+    return Family(section, {name: f"transformer.ops.{package}.{name}" for name in names})
+
+
+POSITIONS = _family(
+    "model.positions",
+    "positions",
+    *("rotary", "none", "learned", "sinusoidal", "alibi", "t5", "transformer_xl", "inherit"),
+)
+NORMS = _family("model.norm", "norms", "layer_norm", "rms_norm")
+PATTERNS = _family("model.attention.pattern", "patterns", "dense", "strided", "fixed")
+POOLINGS = _family("model.pooling", "poolings", "mean", "max", "first", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions(Kind):
+    """How a token's position enters a model. Each method leaves its argument as it is unless the kind has a use for it."""
+
+    family = POSITIONS
+    absolute: ClassVar[bool] = False
+    """Whether vectors of positions are added to the embeddings, so that a row cannot continue another one."""
+    between_tokens: ClassVar[bool] = False
+    """Whether attention compares positions of queries and keys, which cross-attention has not in common."""
+
+    # ---- Checks ------------------------------------------------------------------------------------------------------
+
+    def check(self, config: "ModelConfig") -> None:
+        """Raise UserError where the model around it does not fit."""
+        for block in config.blocks:
+            if block.own_positions.within(self) is self:
+                self.check_block(block, config.embed_dim)
+
+    def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
+        """Raise UserError where a block whose attention uses it does not fit."""
+        del block, embed_dim
+
+    def check_own(self, block: "BlockConfig", embed_dim: int) -> None:
+        """Raise UserError unless a block may have it as `own_positions`."""
+        self.check_block(block, embed_dim)
+
+    def check_length(self, max_length: int, length: int) -> None:
+        """Raise ValueError unless it reaches `length` tokens in a model of `max_length`."""
+        del max_length, length
+
+    # ---- Of the model ------------------------------------------------------------------------------------------------
+
+    def within(self, model: "Positions") -> "Positions":
+        """What a block uses that has this as its own positions."""
+        del model
+        return self
+
+    def num_parameters(self, config: "ModelConfig") -> int:
+        """Parameters in each stack of blocks."""
+        del config
+        return 0
+
+    def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
+        """Token vectors, with those of their positions [#B, T] added."""
+        del positions_BT, max_length, parameter
+        return x_BTD
+
+    def shared_bias(self, num_heads: int, bidirectional: bool, parameter: Parameter) -> Any:
+        """A `BiasDescription` that all layers share, or None."""
+        del num_heads, bidirectional, parameter
+
+    # ---- In attention ------------------------------------------------------------------------------------------------
+
+    def rotate(
+        self, query_BTHK: Array, key_BSGK: Array, positions: Callable[[], tuple[Array, Array]]
+    ) -> tuple[Array, Array]:
+        """Queries and keys before a cache takes the keys; `positions()` gives those of both, [#B, T] and [#B, S]."""
+        del positions
+        return query_BTHK, key_BSGK
+
+    def extend(
+        self,
+        query_BTHK: Array,
+        key_BSGK: Array,
+        positions: Callable[[], tuple[Array, Array]],
+        embed_dim: int,
+        parameter: Parameter,
+    ) -> tuple[Array, Array]:
+        """Queries and keys as they are multiplied, keys of a cache included; the scale stays that of K elements."""
+        del positions, embed_dim, parameter
+        return query_BTHK, key_BSGK
+
+    def bias(self, num_heads: int, shared: Any) -> Any:
+        """A `BiasDescription` of the logits, or None; `shared` is what `shared_bias` gave.
+
+        Raises:
+            ValueError: there is a shared bias, and no use for it.
+        """
+        del num_heads
+        if shared is not None:
+            raise ValueError(
+                f"Positions of kind t5, and no others, need a relative_bias, got kind={self.kind!r} and "
+                f"{type(shared).__name__}; a `Stack` makes one, `RelativeBias` too."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm(Kind):
+    """Normalisation of each sub-layer, and where it stands."""
+
+    family = NORMS
+
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Before each sub-layer, after the residual sum, or before and after the sub-layer."""
+    epsilon: float = 1e-5
+    """Added to the variance."""
+
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0, f"Norm.epsilon must be positive, got {self.epsilon}.")
+
+    def normalize(self, x: Array, vector: Callable[[str, float], Array]) -> Array:
+        """Normalise float32 vectors over the last axis; `vector(name, fill)` makes a parameter that broadcasts to them."""
+        raise NotImplementedError(f"{type(self).__name__} must define normalize().")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern(Kind):
+    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2)."""
+
+    family = PATTERNS
+    sees_all: ClassVar[bool] = False
+    """Whether every block sees every other."""
+
+    def restrict(self, mask: Any) -> Any:
+        """An `AttentionMask` with this pattern too."""
+        return dataclasses.replace(mask, pattern=self)
+
+    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+        """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
+        raise NotImplementedError(f"{type(self).__name__} must define sees().")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling(Kind):
+    """How a classifier makes one vector of a text."""
+
+    family = POOLINGS
+
+    def __call__(self, x_BTD: Array, valid_BT: Array, scores: Callable[[], Array]) -> Array:
+        """`pool` in float32, and zeros for a row without a valid token; the result has the type of the hidden states."""
+        pooled_BD = self.pool(x_BTD.astype(jnp.float32), valid_BT, scores)
+        return jnp.where(jnp.any(valid_BT, axis=1, keepdims=True), pooled_BD, 0).astype(x_BTD.dtype)
+
+    def pool(self, x_BTD: Array, valid_BT: Array, scores: Callable[[], Array]) -> Array:
+        """The vector [B, D] of the valid ones of each row, float32; a row without any may give anything.
+
+        Args:
+            x_BTD: hidden states, float32.
+            valid_BT: False for padding.
+            scores: gives a learned score [B, T] for each of them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define pool().")

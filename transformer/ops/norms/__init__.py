@@ -1,0 +1,1 @@
+"""Kinds of norms, one a file."""

@@ -1,0 +1,23 @@
+"""RMSNorm: vectors scaled to a root mean square of one."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from transformer.model_kinds import NORMS, Norm
+
+
+@NORMS.register
+@dataclasses.dataclass(frozen=True)
+class RMSNorm(Norm):
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich 2019)."""
+
+    kind = "rms_norm"
+
+    def normalize(self, x: Float[Array, "*B D"], vector: Callable[[str, float], Array]) -> Float[Array, "*B D"]:
+        """With a parameter `scale`."""
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x * vector("scale", 1.0)

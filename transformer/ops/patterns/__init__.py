@@ -1,0 +1,1 @@
+"""Kinds of block patterns, one a file."""

@@ -1,0 +1,1 @@
+"""Kinds of poolings, one a file."""

@@ -1,0 +1,1 @@
+"""Kinds of positions, one a file."""

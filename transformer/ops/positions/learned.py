@@ -1,0 +1,46 @@
+"""Learned positions: a vector for each, added to the embeddings."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from transformer.model_kinds import POSITIONS, Parameter, Positions
+from transformer.ops.ids import look_up
+from transformer.types import Array, UserError
+
+if TYPE_CHECKING:
+    from transformer.model_config import ModelConfig
+
+
+@POSITIONS.register
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions(Positions):
+    """A learned vector for each of max_length positions, added to the embeddings."""
+
+    kind = "learned"
+    absolute = True
+
+    def check_own(self, block: object, embed_dim: int) -> None:
+        """They are the model's."""
+        raise UserError("Learned positions are added to the embeddings of a model, a block cannot have its own.")
+
+    def check_length(self, max_length: int, length: int) -> None:
+        """There is a vector for each."""
+        if length > max_length:
+            raise ValueError(
+                f"Learned positions reach max_length={max_length} tokens, got {length}; raise max_length, shorten the "
+                "sequence, or choose another kind of positions."
+            )
+
+    def num_parameters(self, config: "ModelConfig") -> int:
+        """The table."""
+        return config.max_length * config.embed_dim
+
+    def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
+        """NaN at a position beyond the table."""
+        self.check_length(max_length, positions_BT.shape[1])
+        embed_dim = x_BTD.shape[-1]
+        table = parameter("embedding", (max_length, embed_dim), ("position", "embed"), fan_in=embed_dim)
+        vectors = look_up(table, positions_BT).astype(x_BTD.dtype)
+        return x_BTD + jnp.broadcast_to(vectors, x_BTD.shape)
