@@ -137,6 +137,9 @@ class TrainingConfig(Settings):
 
     steps: int = 1000
     """Optimizer steps."""
+    epochs: float = 0.0
+    """Times that the training split is gone through, in the place of steps, which then follow from its size; 0 means steps.
+    Running text, of one source, is tokenized once to be counted: an epoch has as many tokens as the split."""
     seed: int = 0
     """Seed of initialisation and dropout."""
     init_from: UserPath = ""
@@ -174,7 +177,7 @@ class TrainingConfig(Settings):
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
-        require_at_least(self, 0, "patience")
+        require_at_least(self, 0, "patience", "epochs")
         require(
             self.patience == 0 or self.eval_every > 0,
             f"TrainingConfig.patience counts evaluations, got patience={self.patience} and eval_every=0; set eval_every.",
@@ -189,7 +192,7 @@ class TrainingConfig(Settings):
         )
         first, last = self.profile_steps
         require(
-            (first, last) == (0, 0) or 2 <= first <= last <= self.steps,
+            (first, last) == (0, 0) or (2 <= first <= last and (last <= self.steps or self.epochs > 0)),
             "TrainingConfig.profile_steps must be a first step of at least 2 (step 1 compiles) and a last one not before it, nor "
             f"after the last of the run's {self.steps}, got {first} {last}.",
         )

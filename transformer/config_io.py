@@ -27,6 +27,7 @@ RESUMABLE = (
     "data.limit",
     "optimizer.schedule.restarts",
     "training.steps",
+    "training.epochs",
     "training.patience",
     "training.log_every",
     "training.eval_every",
@@ -119,7 +120,10 @@ def fill_open(config: Config, recorded: Config) -> Config:
     """A config that goes on with a run, with what the run recorded where the config asks for nothing (`LEFT_OPEN`)."""
     data, names = config.data, [path.removeprefix("data.") for path in LEFT_OPEN]
     filled = {name: getattr(recorded.data, name) for name in names if getattr(data, name) == LEFT_OPEN[f"data.{name}"]}
-    return dataclasses.replace(config, data=dataclasses.replace(data, **filled))
+    training = config.training
+    if 0 < training.epochs == recorded.training.epochs:
+        training = dataclasses.replace(training, steps=recorded.training.steps)
+    return dataclasses.replace(config, data=dataclasses.replace(data, **filled), training=training)
 
 
 def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:

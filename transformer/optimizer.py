@@ -66,7 +66,9 @@ class Schedule(Kind):
         raise NotImplementedError(f"{type(self).__name__} must define decay().")
 
     def check(self, config: "Config") -> None:
-        """Raise UserError unless every period has room for the warm-up."""
+        """Raise UserError unless every period has room for the warm-up; of a run by epochs, once its steps are known."""
+        if config.training.epochs > 0:
+            return
         steps = config.training.steps
         require(
             self.warmup_steps <= steps,

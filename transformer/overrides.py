@@ -11,6 +11,7 @@ from transformer.config_io import RESUMABLE, from_dict, to_dict
 from transformer.kinds import chosen_kinds, kinds_with, switch
 from transformer.objective import OBJECTIVES
 from transformer.types import UserError
+from transformer.validation import require
 
 _Values = dict[str, Any]
 
@@ -116,6 +117,7 @@ _RULES = (
     _Rule("model.memory_length", ("data.continue_rows",), lambda new, old: (
         new["model"]["memory_length"] if new["data"]["continue_rows"] else 0)),
     _Rule("data.num_streams", ("data.batch_size", "data.continue_rows"), _streams),
+    _Rule("training.epochs", ("training.steps",), lambda new, old: 0.0),
     _Rule("optimizer.accumulate_steps", ("data.batch_size",), _accumulate),
     _Rule("optimizer.schedule.restarts", ("training.steps",), _restarts),
     _Rule("optimizer.schedule.warmup_steps", ("training.steps", "optimizer.schedule.restarts"), _warmup),
@@ -159,6 +161,10 @@ def override(
         >>> override(config, {"training.steps": 20}).optimizer.schedule.warmup_steps
         2
     """
+    require(
+        not ("training.steps" in changes and changes.get("training.epochs")),
+        "A run has training.steps or training.epochs, got both; leave one out.",
+    )
     config = with_kinds(config, changes)
     old, new, changed = to_dict(config), to_dict(config), set(changes)
     kept = to_dict(recorded) if recorded else None

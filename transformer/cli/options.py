@@ -106,6 +106,8 @@ class PredictOptions:
 
     workdir: str = positional("")
     """Directory of the run."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
     input: str | None = positional(None)
     """The file, or - for standard input."""
     output: str = short("-o", "")

@@ -12,10 +12,12 @@ from transformer.data.examples import open_examples
 from transformer.data.forms import Form, count_cut, labelled_form, pairs_form
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
 from transformer.data.registry import find_source, open_sources
+from transformer.data.rows import make_pairs
 from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
+from transformer.validation import require
 
 
 @runtime_checkable
@@ -70,6 +72,14 @@ class Dataset(Protocol):
         """How many texts of each kind are longer than a row and so are cut, and of how many: all, or `at_most` spread evenly.
 
         Running text is never cut.
+        """
+        ...
+
+    def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
+        """Batches in which each training text is learnt once; None if that is not known without a tokenizer to count with.
+
+        Raises:
+            UserError: it cannot be told.
         """
         ...
 
@@ -161,6 +171,23 @@ class TextData:
         del tokenizer, split, at_most
         return {}, 0
 
+    def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
+        """The tokens of the training split over those of a batch: each of the streams reads its part over and over.
+
+        Packed rows have no padding, so that the streams come to their ends at about that step; windows (`pack=False`) cover as
+        much text by then, some of it twice.
+        """
+        if tokenizer is None:
+            return None
+        require(
+            len(self.sources) == 1,
+            f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
+            "often; set training.steps.",
+        )
+        records = self.sources[0].records("train")
+        tokens = sum(len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
+        return tokens / (self.config.batch_size * self.config.sequence_length)
+
     def describe_scored(self, split: str, targets: int) -> str:
         """The tokens that were to be predicted."""
         del split
@@ -237,6 +264,11 @@ class ExampleData:
         count = min(len(examples), at_most or len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
         return count_cut(self._form(tokenizer), self.config, chosen), count
+
+    def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
+        """Whole batches: what does not fill one is left out of an epoch, other examples in each."""
+        del tokenizer
+        return float(len(self.source.examples("train")) // self.config.batch_size)
 
     def describe_scored(self, split: str, targets: int) -> str:
         """The examples."""

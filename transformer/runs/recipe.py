@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from transformer.steps import check_devices, make_steps
 from transformer.tasks import resolve, split_metrics
 from transformer.training import loop
 from transformer.training.state import TrainState
-from transformer.types import PyTree
+from transformer.types import PyTree, UserError
 
 
 class Run(NamedTuple):
@@ -40,7 +41,12 @@ class Run(NamedTuple):
 
 
 def make_run(
-    config: Config, *, data: Dataset | None = None, tokenizer: Tokenizer | None = None, begun: bool = False
+    config: Config,
+    *,
+    data: Dataset | None = None,
+    tokenizer: Tokenizer | None = None,
+    begun: bool = False,
+    counted: bool = False,
 ) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
 
@@ -49,6 +55,7 @@ def make_run(
         data: that of the config, if it is open already.
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
         begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
+        counted: its steps are those of its epochs already.
     """
     check_devices(config)
     data = data or open_data(config.data, config.objective)
@@ -60,6 +67,8 @@ def make_run(
         tokenizer, notes = donor.tokenizer, [note]
     elif tokenizer is None:
         tokenizer = data.make_tokenizer()
+    if not counted:
+        config = with_steps(config, data, tokenizer)
     given = config = dataclasses.replace(config, data=with_tokenizer(config.data, tokenizer))
     config = resolve(config, tokenizer, data.class_names)
     check_model(config.model)
@@ -74,6 +83,31 @@ def make_run(
         init_state = functools.partial(steps.init_state, params)
         notes.append(note)
     return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
+
+
+def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:
+    """The config with the steps of its `training.epochs`, if it has any.
+
+    Raises:
+        UserError: they cannot be counted, or are too few for the rest of the config.
+    """
+    training = config.training
+    if training.epochs == 0:
+        return config
+    steps = max(1, math.ceil(training.epochs * (data.batches_of_epoch(tokenizer) or 0.0)))
+    training = dataclasses.replace(training, steps=steps)
+    try:
+        dataclasses.replace(config, training=dataclasses.replace(training, epochs=0.0))
+    except UserError as error:
+        raise UserError(f"{error} (training.epochs={training.epochs:g} of this data makes {steps} steps.)") from error
+    return dataclasses.replace(config, training=training)
+
+
+def epochs_a_step(config: Config, data: Dataset) -> float:
+    """The part of an epoch that a step is; 0 where that was not counted."""
+    if config.training.epochs > 0:
+        return config.training.epochs / config.training.steps
+    return 1.0 / (data.batches_of_epoch(None) or math.inf)
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:

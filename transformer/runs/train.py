@@ -32,7 +32,7 @@ from transformer.runs.directory import (
 )
 from transformer.runs.divergence import located
 from transformer.runs.lock import locked
-from transformer.runs.recipe import Run, make_evaluator, make_run, own_part
+from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run, own_part
 from transformer.steps import check_devices
 from transformer.storage import WriteError, explain
 from transformer.tasks import count_parameters, describe_attention, measure_work
@@ -111,16 +111,11 @@ def _train_locked(
     report = functools.partial(say, console)
     workdir = epath.Path(config.workdir)
     old = open_workdir(config, report)
-    done = old.step if old else 0
-    ended = _ended(config, old)
-    if done >= config.training.steps or ended:
-        if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
-            folders.clean(workdir / CHECKPOINTS, done, report)
-            retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
-        report(
-            f"{workdir} is finished: step {done} of {config.training.steps}. {ended or _how_to_go_on(config, old, done)}"
-        )
-        return Reached(str(workdir), done, _scores_at(workdir, done))
+    done, before = (old.step, old.config) if old else (0, config)
+    config = fill_open(config, before) if old else config
+    counted = old is not None and config.training.epochs == before.training.epochs
+    if old and ((done >= config.training.steps and (counted or config.training.epochs == 0)) or _ended(config, old)):
+        return _finished(config, old, report)
     use_compilation_cache()
     keep_freed_memory()
 
@@ -133,11 +128,12 @@ def _train_locked(
         remember(config.data)
     if old:
         compare_data(old, data, remedy="Restore it to go on, or start a new run in another workdir.")
-    before = old.config if old else config
-    config = fill_open(config, before) if old else config
+    tokenizer = old.load_tokenizer() if old else None
+    run = make_run(config, data=data, tokenizer=tokenizer, begun=old is not None, counted=counted)
+    config = dataclasses.replace(config, data=run.config.data, training=run.config.training)
+    if old and done >= config.training.steps:
+        return _finished(config, old, report)
     change = describe_change(before, config, done)
-    run = make_run(config, data=data, tokenizer=old.load_tokenizer() if old else None, begun=old is not None)
-    config = dataclasses.replace(config, data=run.config.data)
     check_state(run.state, run.runner.num_devices // jax.process_count())
     # The devices of a host share its memory.
     local = run.runner.num_devices // jax.process_count() if jax.devices()[0].platform == "cpu" else 1
@@ -157,12 +153,15 @@ def _train_locked(
     record = make_record(config, run.tokenizer, data, old)
     if jax.process_index() == 0:
         write_copies(workdir, record, begun=old is not None)
+    epochs = epochs_a_step(config, data)
     peak = peak_flops(config.model.dtype, run.runner.num_devices)
     devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
     devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
     report(
         f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
-        f"peak {peak / 1e12:.2f} TFLOP/s" + (f"; going on from step {done}" if done else "")
+        f"peak {peak / 1e12:.2f} TFLOP/s"
+        + (f"; {config.training.steps:,} steps, {config.training.steps * epochs:.3g} epochs" if epochs else "")
+        + (f"; going on from step {done}" if done else "")
     )
 
     # ---- Train -------------------------------------------------------------------------------------------------------
@@ -191,6 +190,7 @@ def _train_locked(
             ),
             measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
             peak_flops=peak,
+            epochs_a_step=epochs,
             writers=[*own_writers, *writers],
             evaluators=evaluators,
             sampler=sampler,
@@ -229,7 +229,19 @@ def _saved(config: Config) -> str:
         done = max(folders.committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
     except OSError:
         return "Its checkpoints cannot be read now."
-    return f"Step {done} of {config.training.steps} is saved." if done else "No step was saved yet."
+    of = "" if config.training.epochs > 0 else f" of {config.training.steps}"  # counted later
+    return f"Step {done}{of} is saved." if done else "No step was saved yet."
+
+
+def _finished(config: Config, old: Record, report: folders.Report) -> Reached:
+    """A run that has nothing left to do is left as it is."""
+    workdir, done = epath.Path(config.workdir), old.step
+    if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
+        folders.clean(workdir / CHECKPOINTS, done, report)
+        retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
+    why = _ended(config, old) or _how_to_go_on(config, old, done)
+    report(f"{workdir} is finished: step {done} of {config.training.steps}. {why}")
+    return Reached(str(workdir), done, _scores_at(workdir, done))
 
 
 def _ended(config: Config, old: Record | None) -> str:
@@ -246,10 +258,11 @@ def _how_to_go_on(config: Config, old: Record | None, done: int) -> str:
     """What a finished run takes to go on: the restarts that it has had stay."""
     schedule = (old.config if old else config).optimizer.schedule
     restarts = " ".join(map(str, (*(step for step in schedule.restarts if step < done), done)))
-    least = done + max(1, schedule.warmup_steps)
+    steps = f"--training.steps {done + max(1, schedule.warmup_steps)} or more"
+    more, least = ("epochs", "") if config.training.epochs > 0 else ("steps", f" ({steps})")
     return (
-        f"It goes on with more --training.steps. With --optimizer.schedule.restarts {restarts} it warms up and decays anew "
-        f"over the added steps (--training.steps {least} or more)."
+        f"It goes on with more --training.{more}. With --optimizer.schedule.restarts {restarts} it warms up and decays anew "
+        f"over the added steps{least}."
     )
 
 

@@ -51,6 +51,7 @@ def train(
     init_state: Callable[[], TrainState] | None = None,
     measure_work: Callable[[Any], Work] = lambda _: Work(),
     peak_flops: float = 0.0,
+    epochs_a_step: float = 0.0,
     writers: Sequence[Writer] = (),
     evaluators: Mapping[str, Evaluator] | None = None,
     sampler: Sampler | None = None,
@@ -73,6 +74,7 @@ def train(
         init_state: makes the state before the first step as the runner places it; None places `state`.
         measure_work: what the step on a batch amounts to, for tokens a second and MFU.
         peak_flops: of all devices together; 0, unknown, leaves MFU out.
+        epochs_a_step: the part of an epoch that a step is; with 0, unknown, rows have no `epoch`.
         writers: take the metric rows, in this process; closed at the end.
         evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best, among those
             saved at a step that was evaluated.
@@ -105,7 +107,7 @@ def train(
         else:
             state = init_state()
     window = Window(sums)
-    report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer)
+    report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer, epochs_a_step)
 
     step, ended = start, patience.ended(config.patience)
     with watchdog.watching(), StopRequest() as stop, _finishing(checkpointer, writers, watchdog):
@@ -178,7 +180,9 @@ class _Report:
         stopwatch: Stopwatch,
         window: Window,
         checkpointer: Checkpointer,
+        epochs_a_step: float,
     ) -> None:
+        self._epochs_a_step = epochs_a_step
         self.window = window
         self.stopwatch = stopwatch
         self.in_flight: tuple[int, Statistics, Work] | None = None
@@ -209,7 +213,8 @@ class _Report:
         self._ended = None
         self.window.add(values)
         if _due(step, self._config.log_every) or step == self._config.steps:
-            self.write(step, "train", {**self.window.close(), **self.stopwatch.close()})
+            epoch = {"epoch": step * self._epochs_a_step} if self._epochs_a_step else {}
+            self.write(step, "train", {**self.window.close(), **epoch, **self.stopwatch.close()})
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """A row to every writer."""

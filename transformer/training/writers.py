@@ -278,6 +278,7 @@ def metric_parts(metrics: Metrics) -> list[str]:
         ("accuracy", "acc", "{:.3f}"),
         ("tokens_per_second", "tok/s", "{:,.0f}"),
         ("mfu", "mfu", "{:.1%}"),
+        ("epoch", "epoch", "{:.2f}"),
         ("learning_rate", "lr", "{:.2e}"),
         ("grad_norm", "grad", "{:.2f}"),
         ("loss_scale", "scale", "{:g}"),
