@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import optax
 from jax.sharding import Mesh
 
 from transformer.config import Config
@@ -81,13 +82,19 @@ def _check_context(config: Config, devices: int) -> None:
     )
 
 
-def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) -> Steps:
+def make_steps(
+    config: Config,
+    tokenizer: Vocabulary,
+    mesh: Mesh | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Steps:
     """The steps of a resolved config (`tasks.resolve`); nothing is allocated on any device.
 
     Args:
         config: with its vocabulary and lengths known.
         tokenizer: the run's, or what its losses know of one.
         mesh: of devices, present or absent; None takes those of `config.parallel`.
+        optimizer: in the place of the config's, learning rate and all.
     """
     pmap = config.parallel.strategy == "pmap"
     if mesh is None and not pmap:
@@ -98,7 +105,9 @@ def make_steps(config: Config, tokenizer: Vocabulary, mesh: Mesh | None = None) 
     shapes, axes = init_params(model, None, *init_shapes(model), method=init_method(model))
     if config.model.scan_layers:
         check_scanned_groups(config.optimizer, shapes)
-    optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, shapes)
+    schedule = None
+    if optimizer is None:
+        optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, shapes)
     loss = freeze(config.objective.bind(model, tokenizer), config.optimizer, shapes)
 
     def make_state(params: PyTree | None = None) -> TrainState:
@@ -137,7 +146,7 @@ def make_runner(
         config: of the run.
         loss: what is minimised.
         optimizer: as `make_optimizer` gives it, with its schedule.
-        schedule: learning rate by step.
+        schedule: learning rate by step; None where it is not known.
         mesh: of devices; None takes those of `config.parallel`.
         axes: the parameters' logical names; None leaves a whole copy of the state on every device.
     """

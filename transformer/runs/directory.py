@@ -31,6 +31,7 @@ CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 CLASSES_FILE = "classes.json"  # their names, of a classifier
+GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by the name of what made it; never imported
 DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
 RECORD_FILE = "run.json"
 """The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
@@ -250,7 +251,33 @@ def _sizes(source: Corpus) -> str:
 # ---- Write -----------------------------------------------------------------------------------------------------------
 
 
-def make_record(config: Config, tokenizer: Tokenizer, data: Dataset, old: Record | None) -> dict[str, bytes]:
+def describe_given(**objects: Any) -> dict[str, str]:
+    """The qualified name of each object that is not None: of a function or a class, else of its `update` or of its class."""
+    named = {name: getattr(value, "update", value) for name, value in objects.items() if value is not None}
+    owners = {name: value if hasattr(value, "__qualname__") else type(value) for name, value in named.items()}
+    return {name: f"{owner.__module__}.{owner.__qualname__}" for name, owner in owners.items()}
+
+
+def compare_given(record: Record, given: dict[str, str]) -> None:
+    """Refuse to go on without the objects that a run was made with, or with others.
+
+    Raises:
+        UserError: which, and what they were.
+    """
+    was = from_json(dict[str, str], record.files.get(GIVEN_FILE, b"{}"), f"{record.path}: {GIVEN_FILE}")
+    for name in sorted(was.keys() | given.keys()):
+        before, now = was.get(name, "none"), given.get(name, "none")
+        remedy = f"give train({name}=...) the same again" if name in was else f"leave out {name}="
+        require(
+            before == now,
+            f"A run goes on with the {name} it began with, {record.path.parent.parent} was made with {before}, got {now}; "
+            f"{remedy}, or choose another workdir.",
+        )
+
+
+def make_record(
+    config: Config, tokenizer: Tokenizer, data: Dataset, old: Record | None, given: dict[str, str]
+) -> dict[str, bytes]:
     """The files of a run's record, name -> content; those that never change are as `old` has them."""
     files: dict[str, bytes] = dict(old.files) if old else {}
     if not old:
@@ -259,6 +286,8 @@ def make_record(config: Config, tokenizer: Tokenizer, data: Dataset, old: Record
             files |= {name: f.read_bytes() for name, f in files_below(epath.Path(directory)).items()}
         if data.class_names:
             files[CLASSES_FILE] = json.dumps(data.class_names).encode()
+        if given:
+            files[GIVEN_FILE] = json.dumps(given).encode()
     files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
     files[DATA_FILE] = json.dumps(describe_data(data), indent=2).encode()
     return files

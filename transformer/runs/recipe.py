@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import optax
 
 from transformer.config import Config
 from transformer.data.datasets import Dataset, open_data
@@ -21,6 +22,7 @@ from transformer.tasks import resolve, split_metrics
 from transformer.training import loop
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
+from transformer.validation import require
 
 
 class Run(NamedTuple):
@@ -47,6 +49,7 @@ def make_run(
     tokenizer: Tokenizer | None = None,
     begun: bool = False,
     counted: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
 
@@ -56,8 +59,14 @@ def make_run(
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
         begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
         counted: its steps are those of its epochs already.
+        optimizer: in the place of the config's, whose learning rate, schedule, decay, clipping and groups are then not used.
     """
     check_devices(config)
+    require(
+        optimizer is None or not config.optimizer.parameter_groups,
+        "optimizer.parameter_groups are of the config's optimizer, and one was given to train(optimizer=...), got "
+        f"{config.optimizer.parameter_groups}; leave them out, and freeze with optax.partition.",
+    )
     data = data or open_data(config.data, config.objective)
     training = config.training
     donor = read_donor(training.init_from, training.init_from_step) if training.init_from and not begun else None
@@ -76,7 +85,7 @@ def make_run(
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
     notes += [note] if note else []
-    steps = make_steps(config, tokenizer)
+    steps = make_steps(config, tokenizer, optimizer=optimizer)
     init_state = steps.init_state
     if donor is not None:
         params, note = inherit_params(given, steps.model, donor, data.class_names)

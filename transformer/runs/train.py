@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from etils import epath
 from rich.console import Console
 
@@ -25,6 +26,8 @@ from transformer.runs.directory import (
     SAMPLES_FILE,
     Record,
     compare_data,
+    compare_given,
+    describe_given,
     make_record,
     open_workdir,
     stored_record,
@@ -68,13 +71,32 @@ class Reached(NamedTuple):
     """Of the validation split at that step, by name; empty for a run without one."""
 
 
+class Given(NamedTuple):
+    """What the caller brings to a run, besides its config."""
+
+    optimizer: optax.GradientTransformation | None
+    evaluators: Mapping[str, loop.Evaluator]
+    writers: Sequence[Writer]
+    hooks: Sequence[loop.Hook]
+
+
 def train(
-    config: Config, *, writers: Sequence[Writer] = (), hooks: Sequence[loop.Hook] = (), console: Console | None = None
+    config: Config,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    evaluators: Mapping[str, loop.Evaluator] | None = None,
+    writers: Sequence[Writer] = (),
+    hooks: Sequence[loop.Hook] = (),
+    console: Console | None = None,
 ) -> Reached:
     """Train a config in its workdir, from the latest checkpoint there if there is one.
 
     Args:
         config: with a workdir.
+        optimizer: in the place of the config's, learning rate and all; rows then have no learning rate. Of `config.optimizer`,
+            `accumulate_steps` and `ema_decay` still count. A run that goes on must be given it again.
+        evaluators: name -> function of the parameters (whole, of one copy) that gives metrics; each has rows of its own, at the
+            steps that are evaluated. One named `validation` takes the place of the run's, and its `loss` chooses the best.
         writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
         hooks: called after every step.
         console: where progress and scores are printed; without, progress goes to standard error, scores to standard output.
@@ -92,22 +114,19 @@ def train(
         _explained(config),
         out_of_memory.explained(what="Building this run"),
     ):
-        return _train(config, writers, hooks, console or make_console(), console or make_console(stderr=False))
+        given = Given(optimizer, evaluators or {}, writers, hooks)
+        return _train(config, given, console or make_console(), console or make_console(stderr=False))
 
 
-def _train(
-    config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console, results: Console
-) -> Reached:
+def _train(config: Config, given: Given, console: Console, results: Console) -> Reached:
     if jax.process_index() > 0:
         console.quiet = results.quiet = True
-        return _train_locked(config, writers, hooks, console, results)
+        return _train_locked(config, given, console, results)
     with locked(config.workdir, functools.partial(say, console)):
-        return _train_locked(config, writers, hooks, console, results)
+        return _train_locked(config, given, console, results)
 
 
-def _train_locked(
-    config: Config, writers: Sequence[Writer], hooks: Sequence[loop.Hook], console: Console, results: Console
-) -> Reached:
+def _train_locked(config: Config, given: Given, console: Console, results: Console) -> Reached:
     report = functools.partial(say, console)
     workdir = epath.Path(config.workdir)
     old = open_workdir(config, report)
@@ -116,6 +135,13 @@ def _train_locked(
     counted = old is not None and config.training.epochs == before.training.epochs
     if old and ((done >= config.training.steps and (counted or config.training.epochs == 0)) or _ended(config, old)):
         return _finished(config, old, report)
+    made_by = describe_given(optimizer=given.optimizer)
+    if old:
+        compare_given(old, made_by)
+    require(
+        "train" not in given.evaluators,
+        "An evaluator must have a name of its own, got train, which is that of the rows of training; choose another.",
+    )
     use_compilation_cache()
     keep_freed_memory()
 
@@ -129,11 +155,13 @@ def _train_locked(
     if old:
         compare_data(old, data, remedy="Restore it to go on, or start a new run in another workdir.")
     tokenizer = old.load_tokenizer() if old else None
-    run = make_run(config, data=data, tokenizer=tokenizer, begun=old is not None, counted=counted)
+    run = make_run(
+        config, data=data, tokenizer=tokenizer, begun=old is not None, counted=counted, optimizer=given.optimizer
+    )
     config = dataclasses.replace(config, data=run.config.data, training=run.config.training)
     if old and done >= config.training.steps:
         return _finished(config, old, report)
-    change = describe_change(before, config, done)
+    change = describe_change(before, config, done) if given.optimizer is None else ""
     check_state(run.state, run.runner.num_devices // jax.process_count())
     # The devices of a host share its memory.
     local = run.runner.num_devices // jax.process_count() if jax.devices()[0].platform == "cpu" else 1
@@ -142,15 +170,16 @@ def _train_locked(
         report(note)
     batches = data.train_batches(run.tokenizer, **own_part(run.runner))
     require(
-        "validation" in data.split_names or config.training.patience == 0,
+        "validation" in (*data.split_names, *given.evaluators) or config.training.patience == 0,
         f"training.patience={config.training.patience} counts evaluations of a validation split, and the data has none; set "
         "data.validation_fraction, or training.patience=0.",
     )
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
+    evaluators |= {name: _of_one_copy(run, evaluate) for name, evaluate in given.evaluators.items()}
     continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
     samples = SamplesWriter(workdir / SAMPLES_FILE)
     sampler = make_sampler(run, console, samples) if continues else None
-    record = make_record(config, run.tokenizer, data, old)
+    record = make_record(config, run.tokenizer, data, old, made_by)
     if jax.process_index() == 0:
         write_copies(workdir, record, begun=old is not None)
     epochs = epochs_a_step(config, data)
@@ -191,10 +220,10 @@ def _train_locked(
             measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
             peak_flops=peak,
             epochs_a_step=epochs,
-            writers=[*own_writers, *writers],
+            writers=[*own_writers, *given.writers],
             evaluators=evaluators,
             sampler=sampler,
-            hooks=[*hooks, *trace_hooks],
+            hooks=[*given.hooks, *trace_hooks],
         )
     if int(state.step) < config.training.steps:
         report(_ended(config, open_workdir(config, report)))
@@ -231,6 +260,11 @@ def _saved(config: Config) -> str:
         return "Its checkpoints cannot be read now."
     of = "" if config.training.epochs > 0 else f" of {config.training.steps}"  # counted later
     return f"Step {done}{of} is saved." if done else "No step was saved yet."
+
+
+def _of_one_copy(run: Run, evaluate: loop.Evaluator) -> loop.Evaluator:
+    """An evaluator that is given whole parameters, however the run spreads them."""
+    return lambda params: evaluate(run.runner.gather(run.runner.fetch_state(params)))
 
 
 def _finished(config: Config, old: Record, report: folders.Report) -> Reached:

@@ -22,7 +22,7 @@ PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skippe
 def make_train_step(
     objective: Loss,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     *,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
@@ -37,7 +37,7 @@ def make_train_step(
     Args:
         objective: what is minimised.
         optimizer: turns gradients into updates.
-        schedule: learning rate by step, reported only (the optimizer has its own).
+        schedule: learning rate by step, reported only (the optimizer has its own); None leaves it out.
         accumulate_steps: micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch
             r % accumulate_steps, which keeps every row on the device that has it.
         ema_decay: decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off.
@@ -102,7 +102,8 @@ def make_train_step(
         with jax.named_scope("average"):
             ema_params = update_ema(state.ema_params, params, updates, ema_decay) if ema_decay > 0 else state.ema_params
         statistics["grad_norm"] = optax.tree.norm(grads)
-        statistics["learning_rate"] = jnp.asarray(schedule(updates), jnp.float32)
+        if schedule is not None:
+            statistics["learning_rate"] = jnp.asarray(schedule(updates), jnp.float32)
         new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling, state.spikes)
         if state.spikes:
             new_state, statistics = skip_spike(state, new_state, statistics, skip_spikes)
