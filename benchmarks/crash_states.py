@@ -29,6 +29,9 @@ from rich.console import Console
 from transformer.cli.main import main as transformer
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import to_dict
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes
+from transformer.data.tokenizers.words import Words
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
@@ -75,8 +78,7 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
         data=DataConfig(
             source=("mine",) if classifies else (str(root / "text"),),
             data_dir=str(root / "data"),
-            tokenizer={"decoder": "bytes", "classifier": "words", "vocabulary": "bpe"}[kind],
-            tokenizer_size=0 if kind == "decoder" else 260,
+            tokenizer={"decoder": Bytes(), "classifier": Words(size=260), "vocabulary": BytePairs(size=260)}[kind],
             sequence_length=16,
             batch_size=8,
             record_bytes=512,

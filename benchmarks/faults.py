@@ -34,6 +34,7 @@ import jax
 
 from transformer.cli.main import main as command_line
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.characters import Characters
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.optimizers.adamw import AdamW
 from transformer.runs.compare import compare, read_outcome
@@ -68,7 +69,7 @@ def get_config(variant: str = "short") -> Config:
             num_layers=1, embed_dim=16, dropout=0.1, pattern=(BlockConfig(AttentionConfig(num_heads=2)),)
         ),
         data=DataConfig(
-            source=("text",), data_dir="prepared", tokenizer="characters", sequence_length=32, batch_size=8
+            source=("text",), data_dir="prepared", tokenizer=Characters(), sequence_length=32, batch_size=8
         ),
         optimizer=AdamW(schedule=ConstantSchedule()),
         training=TrainingConfig(

@@ -117,8 +117,8 @@ def small(name: str, data: pathlib.Path, workdir: str = "") -> Config:
             workdir or "w",
         ),
     ]
-    if config.data.tokenizer_size > 0:
-        flags += ["--data.tokenizer-size", TOKENIZER_SIZE]
+    if getattr(config.data.tokenizer, "size", 0) > 0:
+        flags += ["--data.tokenizer.size", TOKENIZER_SIZE]
     if config.model.memory_length > 0:
         flags += ["--model.memory-length", 24]
     sources = {

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
+from transformer.data.tokenizers.words import Words
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
@@ -54,10 +55,10 @@ def get_config(kind: str = "pmap") -> Config:
         parallel = ParallelConfig(fsdp=2)
     elif kind == "classifier":
         model["architecture"], objective = "encoder", Classification()
-        data |= {"source": ("labelled",), "tokenizer": "words", "tokenizer_size": 300}
+        data |= {"source": ("labelled",), "tokenizer": Words(size=300)}
     elif kind == "translator":
         model["architecture"], objective = "encoder_decoder", Seq2Seq()
-        data |= {"source": ("pairs",), "tokenizer": "words", "tokenizer_size": 300, "buckets": (16, 32)}
+        data |= {"source": ("pairs",), "tokenizer": Words(size=300), "buckets": (16, 32)}
     elif kind == "transformer_xl":
         model |= {"positions": TransformerXLPositions(), "memory_length": 32}
         data |= {"continue_rows": True}

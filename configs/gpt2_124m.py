@@ -7,6 +7,8 @@ Hardware: a GPU or TPU, or several: rows are spread over all devices; `transform
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.layer_norm import LayerNorm
@@ -38,8 +40,7 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             source=("python_stdlib",) if debug else ("openwebtext.jsonl",),
             validation_fraction=0.0005,
-            tokenizer="bytes" if debug else "bpe",
-            tokenizer_size=50_257,
+            tokenizer=Bytes() if debug else BytePairs(size=50_257),
             sequence_length=128 if debug else 1024,
             batch_size=8 if debug else 480,
         ),

@@ -9,6 +9,7 @@ the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md has what 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.words import Words
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.model_kinds import POOLINGS
 from transformer.objectives.classification import Classification
@@ -35,8 +36,7 @@ def get_config(variant: str = "") -> Config:
         ),
         data=DataConfig(
             source=("imdb",),
-            tokenizer="words",
-            tokenizer_size=20_000,
+            tokenizer=Words(size=20_000),
             sequence_length=512,
             buckets=(160, 256, 384, 512),
             truncate="head_tail",

@@ -9,6 +9,7 @@ The dataset `imdb` is prepared as for `configs/imdb_classify.py`. Hardware: one 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.words import Words
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.model_kinds import POOLINGS
 from transformer.objectives.classification import Classification
@@ -35,7 +36,7 @@ def get_config(variant: str = "") -> Config:
         ),
         data=DataConfig(
             source=("imdb",),
-            tokenizer="words",
+            tokenizer=Words(),
             sequence_length=384,
             buckets=(128, 192, 288, 384),
             truncate="head_tail",

@@ -8,6 +8,7 @@ are then the most likely ones.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.words import Words
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.norms.rms_norm import RMSNorm
@@ -27,8 +28,7 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             source=("imdb_unsup.jsonl.gz",),
             validation_fraction=0.02,
-            tokenizer="words",
-            tokenizer_size=20_000,
+            tokenizer=Words(size=20_000),
             sequence_length=256,
             batch_size=32,
         ),

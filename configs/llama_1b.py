@@ -7,6 +7,8 @@ devices share the state. `transformer plan configs/llama_1b.py --topology v5e:4x
 """
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.rms_norm import RMSNorm
@@ -38,8 +40,7 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             source=("python_stdlib",) if debug else ("corpus.jsonl",),
             validation_fraction=0.0005,
-            tokenizer="bytes" if debug else "bpe",
-            tokenizer_size=128_256,
+            tokenizer=Bytes() if debug else BytePairs(size=128_256),
             sequence_length=128 if debug else 8192,
             batch_size=8 if debug else 256,
         ),

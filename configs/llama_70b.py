@@ -8,6 +8,8 @@ A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is
 """
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.rms_norm import RMSNorm
@@ -43,8 +45,7 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             source=("python_stdlib",) if debug else ("corpus.jsonl",),
             validation_fraction=0.0005,
-            tokenizer="bytes" if debug else "bpe",
-            tokenizer_size=vocab_size,
+            tokenizer=Bytes() if debug else BytePairs(size=vocab_size),
             sequence_length=128 if debug else length,
             batch_size=8 if debug else 1024,
         ),

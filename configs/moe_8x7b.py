@@ -7,6 +7,8 @@ variant, of the same form with 0.4 million parameters, takes a minute on two CPU
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.positions.rotary import RotaryPositions
@@ -42,8 +44,7 @@ def get_config(variant: str = "") -> Config:
         ),
         data=DataConfig(
             source=("python_stdlib",),
-            tokenizer="bytes" if debug else "bpe",
-            tokenizer_size=32_000,
+            tokenizer=Bytes() if debug else BytePairs(size=32_000),
             sequence_length=128 if debug else 4096,
             batch_size=8 if debug else 256,
         ),

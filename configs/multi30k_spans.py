@@ -7,6 +7,7 @@ The model is that of `configs/multi30k_translate.py`, and its tokenizer will be 
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
 from transformer.ops.norms.rms_norm import RMSNorm
@@ -22,8 +23,7 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             source=("train.en.gz", "train.de.gz"),
             validation_fraction=0.02,
-            tokenizer="bpe",
-            tokenizer_size=6000,
+            tokenizer=BytePairs(size=6000),
             sequence_length=128,
             batch_size=64,
         ),

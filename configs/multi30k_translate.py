@@ -10,6 +10,7 @@ With seed 0 greedy decoding scores BLEU 37.9 on the test set of 2016; docs/tasks
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.bpe import BytePairs
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.seq2seq import Seq2Seq
 from transformer.ops.norms.rms_norm import RMSNorm
@@ -24,8 +25,7 @@ def get_config(variant: str = "") -> Config:
         model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.2),
         data=DataConfig(
             source=("multi30k",),
-            tokenizer="bpe",
-            tokenizer_size=6000,
+            tokenizer=BytePairs(size=6000),
             sequence_length=64,
             buckets=(16, 24, 32, 64),
             batch_size=128,

@@ -7,6 +7,7 @@ Expect a validation loss of 1.90 nats per character on the whole last tenth of t
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.characters import Characters
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
@@ -20,7 +21,7 @@ def get_config(variant: str = "") -> Config:
         model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,), positions=LearnedPositions()),
         data=DataConfig(
             source=("tiny_shakespeare",),
-            tokenizer="characters",
+            tokenizer=Characters(),
             sequence_length=64,
             batch_size=12,
             pack=False,

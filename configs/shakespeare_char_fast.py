@@ -7,6 +7,7 @@ character on the whole last tenth of the text; docs/shakespeare.md compares.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.data.tokenizers.characters import Characters
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.muon import Muon
@@ -24,7 +25,7 @@ def get_config(variant: str = "") -> Config:
         model=ModelConfig(num_layers=4, embed_dim=128, pattern=(block,)),
         data=DataConfig(
             source=("tiny_shakespeare",),
-            tokenizer="characters",
+            tokenizer=Characters(),
             sequence_length=64,
             batch_size=12,
             pack=False,

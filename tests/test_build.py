@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.data.tokenizers import ByteTokenizer, PairTokenizer
+from transformer.data.tokenizers import PairTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
 from transformer.optimizers.adamw import AdamW

@@ -12,7 +12,7 @@ from etils import epath
 
 from transformer import memory
 from transformer.config import Config, DataConfig
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.memory import check_batch, check_bytes, check_cache, check_model, check_params, device_bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.model_kinds import POSITIONS

@@ -9,6 +9,7 @@ from transformer.cli.arguments import load_config
 from transformer.cli.fields import flags
 from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.config_io import RESUMABLE, resume_conflicts, to_dict
+from transformer.data.tokenizers.bpe import BytePairs
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.layer_norm import LayerNorm
 from transformer.optimizers.adamw import AdamW
@@ -26,7 +27,6 @@ SIZES = {
     "model.attention.num_heads": (1, 2),
     "model.feed_forward.num_experts": (1,),
     "model.memory_length": (0, 8),
-    "data.tokenizer_size": (257, 300),
 }
 BIG = Config(
     model=ModelConfig(
@@ -47,8 +47,7 @@ BIG = Config(
         stride=128,
         batch_size=32,
         num_streams=8,
-        tokenizer="bpe",
-        tokenizer_size=4096,
+        tokenizer=BytePairs(size=4096),
     ),
     optimizer=AdamW(schedule=CosineSchedule(warmup_steps=100), accumulate_steps=8),
     training=TrainingConfig(steps=1000, profile_steps=(10, 20)),
@@ -66,8 +65,9 @@ def test_every_config_can_be_made_smaller_by_one_change(path):
                 flag.default == 0 and name in ("model.memory_length", "model.feed_forward.num_experts")
             ):  # another job
                 override(config, dict.fromkeys(flag.paths, value))
-    if config.data.tokenizer == "words":
-        assert override(config, {"data.tokenizer_size": 20}).data.tokenizer_size == 20
+    if "--data.tokenizer.size" in table:
+        for size in (257, 300):
+            assert override(config, {"data.tokenizer.size": size}).data.tokenizer.size == size
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -105,7 +105,7 @@ def refusal(config, changes):
         ({"data.batch_size": 4}, {"optimizer.accumulate_steps": 4, "data.num_streams": 8}),
         ({"data.source": ("c",)}, {"data.weights": ()}),
         ({"data.source": ("c", "d")}, {"data.weights": (1, 2)}),
-        ({"data.tokenizer_size": 300}, {"model.vocab_size": 300}),
+        ({"data.tokenizer.size": 300}, {"model.vocab_size": 300}),
         ({"model.pattern.0.attention.num_heads": 2}, {"model.pattern.0.attention.num_kv_heads": 1}),
         ({"model.pattern.0.attention.num_heads": 4}, {"model.pattern.0.attention.num_kv_heads": 4}),
         ({"model.pattern.0.feed_forward.num_experts": 2}, {"model.pattern.0.feed_forward.experts_per_token": 2}),

@@ -9,6 +9,7 @@ from transformer.objective import OBJECTIVES, Objective
 from transformer.optimizer import OPTIMIZERS, Optimizer
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
+from transformer.tokenizer import TOKENIZERS, TokenizerKind
 from transformer.validation import Settings, require, require_at_least, require_range
 
 
@@ -47,11 +48,8 @@ class DataConfig(Settings):
     """Feature that holds the source of a pair."""
     target_key: str = "target"
     """Feature that holds the target of a pair."""
-    tokenizer: Literal["auto", "bytes", "characters", "bpe", "wordpiece", "words"] = "auto"
-    """Bytes of UTF-8; or trained on the training split: its characters, byte pairs, word pieces, or words; auto: that of the run
-    in training.init_from, else bytes."""
-    tokenizer_size: int = 0
-    """Entries of a trained vocabulary (bpe, wordpiece, words), at most; 0: as in training.init_from, else 4096."""
+    tokenizer: TokenizerKind = dataclasses.field(default_factory=TOKENIZERS.default)
+    """How text becomes tokens."""
     share_vocabulary: bool = True
     """Pairs: one vocabulary for sources and targets, or one for each."""
     sequence_length: int = 256
@@ -97,12 +95,6 @@ class DataConfig(Settings):
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
-        fewest = 257 if self.tokenizer == "bpe" else 3  # every byte and end-of-text; end-of-text, unknown and a word
-        require(
-            self.tokenizer_size == 0 or fewest <= self.tokenizer_size <= 2**24,
-            f"DataConfig.tokenizer_size must be from {fewest} to 2^24 for the tokenizer {self.tokenizer!r}, or 0 for the "
-            f"default, got {self.tokenizer_size}.",
-        )
         require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
         require(
             self.stride <= self.sequence_length,
@@ -203,7 +195,7 @@ class Config(Settings):
     """A run: model, data, objective, optimizer, devices and bookkeeping."""
 
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: Objective = dataclasses.field(default_factory=OBJECTIVES.default)
     optimizer: Optimizer = dataclasses.field(default_factory=OPTIMIZERS.default)
     parallel: ParallelConfig = ParallelConfig()

@@ -41,8 +41,9 @@ RESUMABLE = (
     "training.hang_timeout",
 )
 
-LEFT_OPEN = {"data.tokenizer": "auto", "data.tokenizer_size": 0}
-"""Fields and the values that ask for nothing: a run records what was used in their place, and goes on with that."""
+LEFT_OPEN = {"data.tokenizer.kind": "auto", "data.tokenizer.size": 0}
+"""Fields and the values that ask for nothing: a run records what was used in their place, and goes on with that. An open
+kind leaves its settings open too."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -116,14 +117,20 @@ def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, values
 
 
+def differences(asked: Any, found: Any) -> list[str]:
+    """Where two configs of the data differ, as `data.tokenizer.size=300 (there 200)`; of two kinds, only that they do."""
+    before, after = dict(_leaves(to_dict(asked), "data")), dict(_leaves(to_dict(found), "data"))
+    names = [name for name, value in before.items() if after.get(name, value) != value]
+    return [f"{name}={before[name]} (there {after[name]})" for name in names]
+
+
 def fill_open(config: Config, recorded: Config) -> Config:
     """A config that goes on with a run, with what the run recorded where the config asks for nothing (`LEFT_OPEN`)."""
-    data, names = config.data, [path.removeprefix("data.") for path in LEFT_OPEN]
-    filled = {name: getattr(recorded.data, name) for name in names if getattr(data, name) == LEFT_OPEN[f"data.{name}"]}
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer.going_on(recorded.data.tokenizer))
     training = config.training
     if 0 < training.epochs == recorded.training.epochs:
         training = dataclasses.replace(training, steps=recorded.training.steps)
-    return dataclasses.replace(config, data=dataclasses.replace(data, **filled), training=training)
+    return dataclasses.replace(config, data=data, training=training)
 
 
 def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
@@ -138,5 +145,8 @@ def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
         for path in sorted(set(before) | set(after))
         if before.get(path, "absent") != after.get(path, "absent")
         and not path.startswith(resumable)
-        and LEFT_OPEN.get(path, "absent") not in (before.get(path, "missing"), after.get(path, "missing"))
+        and not any(
+            LEFT_OPEN.get(name, "absent") in (before.get(name, "missing"), after.get(name, "missing"))
+            for name in (path, f"{path.rpartition('.')[0]}.kind")
+        )
     ]

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from transformer.validation import Settings, require, shown
+from transformer.validation import Settings, did_you_mean, require, shown
 
 AnyKind = TypeVar("AnyKind", bound="type[Kind]")
 
@@ -70,8 +70,8 @@ class Family:
         """
         require(
             name in self.names,
-            f"{self.section}.kind must be one of {', '.join(self.names)}, got {shown(name)}; one's own kind is known once the "
-            "module that registers it is imported.",
+            f"{self.section}.kind must be one of {', '.join(self.names)}, got {shown(name)}"
+            f"{did_you_mean(name, list(self.names))} One's own kind is known once the module that registers it is imported.",
         )
         if name not in self._kinds:
             importlib.import_module(self._modules[name])  # a name of this table, never one that was read

@@ -1,6 +1,7 @@
 """A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -77,8 +78,8 @@ def _profile(new: _Values, old: _Values) -> list[int]:
 
 
 def _vocabulary(new: _Values, old: _Values) -> int:
-    same = old["model"]["vocab_size"] == old["data"]["tokenizer_size"] > 0
-    return new["data"]["tokenizer_size"] if same else new["model"]["vocab_size"]
+    before, after = (values["data"]["tokenizer"].get("size", 0) for values in (old, new))
+    return after if old["model"]["vocab_size"] == before > 0 else new["model"]["vocab_size"]
 
 
 def _kv_heads(new: _Values, old: _Values) -> int:
@@ -122,7 +123,7 @@ _RULES = (
     _Rule("optimizer.schedule.restarts", ("training.steps",), _restarts),
     _Rule("optimizer.schedule.warmup_steps", ("training.steps", "optimizer.schedule.restarts"), _warmup),
     _Rule("training.profile_steps", ("training.steps",), _profile),
-    _Rule("model.vocab_size", ("data.tokenizer_size",), _vocabulary),
+    _Rule("model.vocab_size", ("data.tokenizer.size",), _vocabulary),
     _Rule("model.positions.num_buckets", ("model.positions.max_distance",), _distance_buckets),
 )  # fmt: skip
 _BLOCK_RULES = (
@@ -227,7 +228,8 @@ def unknown_setting(config: Config, path: str) -> str:
     """Why a config has no field `path`, if it is a setting of another kind than the one chosen; else nothing."""
     section, _, name = path.rpartition(".")
     for place, chosen in chosen_kinds(config):
-        others = kinds_with(chosen.family, name) if place == section and not hasattr(chosen, name) else []
+        own = {field.name for field in dataclasses.fields(chosen)}
+        others = kinds_with(chosen.family, name) if place == section and name not in own else []
         if others:
             return f"{path} is a setting of {' and '.join(others)}, {place}.kind is {chosen.kind}; leave it out, or change that."
     return ""

@@ -13,6 +13,7 @@ from transformer.runs.saved import load
 
 CONFIG = """
 from transformer import AdamW
+from transformer.data.tokenizers.words import Words
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
@@ -25,7 +26,7 @@ def get_config(variant=""):
             init_std=0.0,
         ),
         data=DataConfig(
-            source=("mine",), tokenizer="words", tokenizer_size=300, sequence_length=32, batch_size=8, record_bytes=512
+            source=("mine",), tokenizer=Words(size=300), sequence_length=32, batch_size=8, record_bytes=512
         ),
         objective=MaskedLM() if variant == "mlm" else Classification(),
         optimizer=AdamW(learning_rate=1e-2),
@@ -144,14 +145,14 @@ def test_a_classifier_starts_from_it_and_says_so(place, pretrained, capsys):
 def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, capsys):
     donor = place / "donor"
     shutil.copytree(pretrained, donor)
-    options = ("--training.init-from", str(donor), "--data.tokenizer", "auto", "--data.tokenizer-size", "0")
+    options = ("--training.init-from", str(donor), "--data.tokenizer", "auto")
     capsys.readouterr()
     train(place, "orphan", *options, "--training.steps", "1")
     assert f"tokenizer from {donor}: words, 12 entries" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(donor)
     workdir = train(place, "orphan", *options, "--training.steps", "2")
     recorded = json.loads((workdir / "config.json").read_text())["data"]
-    assert (recorded["tokenizer"], recorded["tokenizer_size"]) == ("words", 300)
+    assert recorded["tokenizer"] == {"kind": "words", "size": 300}
     assert "going on from step 1" in " ".join(capsys.readouterr().err.split())
     assert load(workdir).step == 2
 
@@ -160,7 +161,7 @@ def test_another_tokenizer_than_that_of_the_run_it_starts_from_is_refused(place,
     with pytest.raises(SystemExit) as exit_info:
         train(place, "refused", "--training.init-from", str(pretrained), "--data.tokenizer", "bpe")
     assert exit_info.value.code == 2
-    assert "has that run's tokenizer, got --data.tokenizer=bpe (there words); ask for" in capsys.readouterr().err
+    assert "has that run's tokenizer, got --data.tokenizer.kind=bpe (there words); ask for" in capsys.readouterr().err
     assert not (place / "refused").exists()
 
 

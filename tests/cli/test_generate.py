@@ -5,7 +5,6 @@ import json
 import shlex
 import subprocess
 import sys
-import typing
 
 import jax
 import numpy as np
@@ -17,16 +16,22 @@ from transformer.cli.main import COMMANDS, main
 from transformer.cli.options import OPTIONS
 from transformer.cli.train import next_lines
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.data.tokenizers import make_tokenizer
 from transformer.generation.text import stream_text
+from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 from transformer.runs.saved import Loaded
 from transformer.tasks import make_model, make_params, resolve
+from transformer.tokenizer import TOKENIZERS
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
 SAID = [9, 7, 8, 5]
-KINDS = [kind for kind in typing.get_args(typing.get_type_hints(DataConfig)["tokenizer"]) if kind != "auto"]
+KINDS = [kind for kind in TOKENIZERS.names if kind != "auto"]
+
+
+def trained(kind):
+    settings = TOKENIZERS.find(kind)
+    return (settings(size=300) if kind in kinds_with(TOKENIZERS, "size") else settings()).train(CORPUS)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def runs():
 
     def get(kind, tokenizer_kind):
         if (kind, tokenizer_kind) not in made:
-            tokenizer = make_tokenizer(DataConfig(tokenizer=tokenizer_kind, tokenizer_size=300), CORPUS)
+            tokenizer = trained(tokenizer_kind)
             block = BlockConfig(AttentionConfig(num_heads=2))
             config = Config(
                 model=ModelConfig(
@@ -79,7 +84,7 @@ def generate(runs, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_of_text_make_the_text_of_all_tokens(kind):
-    tokenizer = make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=300), CORPUS)
+    tokenizer = trained(kind)
     draws = np.random.default_rng(0)
     for _ in range(20):
         ids = draws.integers(0, tokenizer.vocab_size, 30).tolist()

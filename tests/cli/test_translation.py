@@ -9,6 +9,7 @@ from transformer.cli.main import main
 
 CONFIG = """
 from transformer import AdamW, CosineSchedule
+from transformer.data.tokenizers.words import Words
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.seq2seq import Seq2Seq
@@ -20,7 +21,7 @@ def get_config():
             pattern=(BlockConfig(AttentionConfig(num_heads=2)),), init_std=0.0,
         ),
         data=DataConfig(
-            source=("toy",), tokenizer="words", tokenizer_size=300, sequence_length=16, buckets=(16,), batch_size=32
+            source=("toy",), tokenizer=Words(size=300), sequence_length=16, buckets=(16,), batch_size=32
         ),
         objective=Seq2Seq(),
         optimizer=AdamW(learning_rate=1e-2, schedule=CosineSchedule(warmup_steps=10)),

@@ -11,7 +11,9 @@ from transformer.data.datasets import ExampleData
 from transformer.data.example_batches import ExampleEvaluationBatches, buckets
 from transformer.data.forms import TextExample, count_cut, labelled_form, pairs_form
 from transformer.data.source import ExampleSource
-from transformer.data.tokenizers import ByteTokenizer, load_tokenizer
+from transformer.data.tokenizers import load_tokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
+from transformer.data.tokenizers.words import Words
 from transformer.types import UserError
 
 CONFIG = DataConfig(sequence_length=32, batch_size=4, shuffle_seed=3)
@@ -169,12 +171,12 @@ def test_pairs_are_shifted_and_ended():
 def test_sources_may_have_a_vocabulary_of_their_own(tmp_path):
     examples = [TextExample("one two one", target="eins zwei"), TextExample("two", target="zwei drei vier")] * 4
     source = ExampleSource("toy", "f", {"train": 0}, "", lambda split: examples, "pairs", ())
-    config = DataConfig(sequence_length=8, batch_size=2, tokenizer="words", share_vocabulary=False)
+    config = DataConfig(sequence_length=8, batch_size=2, tokenizer=Words(), share_vocabulary=False)
     pairs = ExampleData(config, source)
     tokenizer = pairs.make_tokenizer()
     assert (tokenizer.vocab_size, tokenizer.source.vocab_size) == (6, 4)
     tokenizer.save(tmp_path)
-    loaded = load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path, Words())
     batches = [next(pairs.train_batches(each)) for each in (tokenizer, loaded)]
     assert_same([batches[0]], [batches[1]])
     assert batches[0].source.max() < 4 <= batches[0].targets.max()

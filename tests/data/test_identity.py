@@ -10,7 +10,7 @@ from transformer.config import DataConfig
 from transformer.data.datasets import describe_data, open_data
 from transformer.data.examples import prepare_examples
 from transformer.data.identity import ContentHash, sampled
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
 

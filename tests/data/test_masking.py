@@ -6,7 +6,7 @@ import pytest
 from transformer.config import DataConfig
 from transformer.data.datasets import open_data
 from transformer.data.rows import empty_batch
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.objective import mask_token
 from transformer.objectives.masked_lm import MaskedLM
 

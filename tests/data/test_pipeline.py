@@ -14,7 +14,8 @@ from transformer.config import DataConfig
 from transformer.data.pipeline import evaluation_batches, train_batches
 from transformer.data.registry import open_source
 from transformer.data.source import Record, Source, split_text
-from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
+from transformer.data.tokenizers.characters import CharacterTokenizer
 from transformer.types import Batch, CheckpointableIterator, UserError
 
 BYTES = ByteTokenizer()

@@ -6,7 +6,7 @@ import pytest
 from transformer.config import Config
 from transformer.data.datasets import open_data
 from transformer.data.rows import empty_batch
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.objective import OBJECTIVES
 from transformer.objectives.prefix_lm import PrefixLM, random_prefixes
 from transformer.types import UserError

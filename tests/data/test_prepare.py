@@ -164,7 +164,7 @@ def test_a_new_process_needs_no_tensorflow_makes_no_noise_and_ends_quietly(tmp_p
         import sys
         from transformer.config import DataConfig
         from transformer.data.pipeline import evaluation_batches, train_batches
-        from transformer.data.tokenizers import ByteTokenizer
+        from transformer.data.tokenizers.bytes import ByteTokenizer
         config = DataConfig(source=({str(folder)!r},), data_dir={str(tmp_path / "prepared")!r}, sequence_length=16)
         iterator = train_batches(config, ByteTokenizer())
         next(iterator)

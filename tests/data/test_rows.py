@@ -4,7 +4,7 @@ import numpy as np
 
 from transformer.data.rows import empty_batch, make_pairs, write_pairs
 from transformer.data.source import Record
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 
 BYTES = ByteTokenizer()
 E = BYTES.end_of_text

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from transformer.data.datasets import open_data
 from transformer.data.rows import empty_batch
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.span_corruption import SpanCorruption, hide_spans, span_pairs
 from transformer.types import PairBatch

@@ -8,15 +8,16 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.config import DataConfig
-from transformer.data.tokenizers import END_OF_TEXT, ByteTokenizer, load_tokenizer, make_tokenizer
+from transformer.data.tokenizers import END_OF_TEXT, load_tokenizer
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.bytes import Bytes, ByteTokenizer
+from transformer.data.tokenizers.characters import Characters
+from transformer.tokenizer import TOKENIZERS as FAMILY
 from transformer.types import UserError
 
 CORPUS = ["def f(x):\n    return x * x\n" * 20, "naïve 日本語 😀 text\r\n" * 20]
-TOKENIZERS = {
-    kind: make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=300), CORPUS)
-    for kind in ("bytes", "characters", "bpe")
-}
+KINDS = {kind.kind: kind for kind in (Bytes(), Characters(), BytePairs(size=300))}
+TOKENIZERS = {name: kind.train(CORPUS) for name, kind in KINDS.items()}
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]))  # no lone surrogates: UTF-8 has none
@@ -74,7 +75,7 @@ def test_any_python_string_can_be_encoded(kind, text):
 def test_a_saved_tokenizer_is_the_same_when_loaded(kind, tmp_path):
     tokenizer = TOKENIZERS[kind]
     tokenizer.save(tmp_path / "run")
-    loaded = load_tokenizer(tmp_path / "run")
+    loaded = load_tokenizer(tmp_path / "run", KINDS[kind])
     assert type(loaded) is type(tokenizer)
     assert (loaded.vocab_size, loaded.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
     np.testing.assert_array_equal(loaded.token_bytes, tokenizer.token_bytes)
@@ -104,7 +105,7 @@ def test_bytes_are_their_own_ids():
 
 
 def test_characters_are_sorted_after_the_special_ones():
-    tokenizer = make_tokenizer(DataConfig(tokenizer="characters"), ["cab", "é b"])
+    tokenizer = Characters().train(["cab", "é b"])
     assert tokenizer.vocab_size == 7
     assert tokenizer.encode(" abcé").tolist() == [2, 3, 4, 5, 6]
     assert tokenizer.encode("z\N{PILE OF POO}a").tolist() == [1, 1, 3]
@@ -114,9 +115,9 @@ def test_characters_are_sorted_after_the_special_ones():
 def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_asked_for():
     tokenizer = TOKENIZERS["bpe"]
     assert 257 < tokenizer.vocab_size <= 300
-    assert make_tokenizer(DataConfig(tokenizer="bpe", tokenizer_size=262), CORPUS).vocab_size == 262
+    assert BytePairs(size=262).train(CORPUS).vocab_size == 262
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0]) / 2
-    assert make_tokenizer(DataConfig(tokenizer="bpe", tokenizer_size=4096), ["ab"]).vocab_size == 258
+    assert BytePairs().train(["ab"]).vocab_size == 258
 
 
 @pytest.mark.parametrize("kind", ["words", "wordpiece"])
@@ -125,13 +126,13 @@ def test_a_vocabulary_of_words_may_be_small(kind):
     least = 3
     if kind == "wordpiece":  # a piece for each character at the beginning of a word and one for each within
         with pytest.raises(UserError, match=r"at least (\d+) for the characters of these texts, got 3") as refused:
-            make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=3), texts)
+            FAMILY.find(kind)(size=3).train(texts)
         least = int(str(refused.value).split("at least ")[1].split()[0])
-    tokenizer = make_tokenizer(DataConfig(tokenizer=kind, tokenizer_size=least), texts)
+    tokenizer = FAMILY.find(kind)(size=least).train(texts)
     assert tokenizer.vocab_size == least
     assert "be" in tokenizer.decode(tokenizer.encode("be"))
     with pytest.raises(UserError, match=f"from 3 to 2\\^24 for the tokenizer '{kind}', or 0 for the default, got 2"):
-        DataConfig(tokenizer=kind, tokenizer_size=2)
+        FAMILY.find(kind)(size=2)
 
 
 def test_the_byte_pair_file_is_the_librarys(tmp_path):
@@ -143,10 +144,12 @@ def test_the_byte_pair_file_is_the_librarys(tmp_path):
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"must hold tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"kind": "runes"}')
-    with pytest.raises(UserError, match="not written by training"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, Bytes())
+    for kind in FAMILY.names[1:]:
+        for content in ('{"kind": "runes"}', "[]", "", '{"model": 3}', "[" * 10_000):
+            (tmp_path / "tokenizer.json").write_text(content)
+            with pytest.raises(UserError, match=rf"tokenizer\.json must describe a tokenizer of the kind '{kind}' as"):
+                load_tokenizer(tmp_path, FAMILY.find(kind)())
     (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
     with pytest.raises(UserError, match=r"must hold '<\|endoftext\|>', this one has 0 others"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, BytePairs())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, DataConfig
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.init import init_params
 from transformer.objective import OBJECTIVES

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from transformer import config as config_module
 from transformer.config import Config, DataConfig, TrainingConfig, UserPath
+from transformer.data.tokenizers.characters import Characters
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.optimizers.adamw import AdamW
 from transformer.runs.saved import evaluate, load
@@ -41,7 +42,7 @@ def make_config(place, name="run", **training):
         data=DataConfig(
             source=(str(place / "text"),),
             data_dir=str(place / "prepared"),
-            tokenizer="characters",
+            tokenizer=Characters(),
             sequence_length=16,
             batch_size=8,
             validation_fraction=0.2,

@@ -2,60 +2,66 @@
 
 import dataclasses
 import itertools
-import typing
 
 import jax
 import numpy as np
 import pytest
 
 from transformer.config import Config, DataConfig
-from transformer.config_io import LEFT_OPEN, fill_open, resume_conflicts, to_dict
-from transformer.data.tokenizers import TRAINED, PairTokenizer, load_tokenizer, make_tokenizer, with_tokenizer
+from transformer.config_io import fill_open, resume_conflicts, to_dict
+from transformer.data.tokenizers import PairTokenizer, load_tokenizer
+from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.seq2seq import Seq2Seq
 from transformer.runs import donor as module
 from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
 from transformer.tasks import make_model, make_params
+from transformer.tokenizer import TOKENIZERS
 from transformer.types import UserError
 
-KINDS = [kind for kind in typing.get_args(typing.get_type_hints(DataConfig)["tokenizer"]) if kind != "auto"]
+KINDS = [kind for kind in TOKENIZERS.names if kind != "auto"]
+SIZED = kinds_with(TOKENIZERS, "size")
 TEXTS = ["one two three", "two three four"]
 
 
+def kind_of(name, **settings):
+    return TOKENIZERS.find(name)(**settings)
+
+
 def donor_of(data, *, separate=False, class_names=()):
-    tokenizer = make_tokenizer(data, TEXTS)
-    tokenizer = PairTokenizer(tokenizer, make_tokenizer(data, TEXTS[:1])) if separate else tokenizer
-    data = dataclasses.replace(with_tokenizer(data, tokenizer), share_vocabulary=not separate)
+    tokenizer = data.tokenizer.train(TEXTS)
+    tokenizer = PairTokenizer(tokenizer, data.tokenizer.train(TEXTS[:1])) if separate else tokenizer
+    data = dataclasses.replace(data, tokenizer=data.tokenizer.filled(), share_vocabulary=not separate)
     return Donor("there", Config(data=data), tokenizer, class_names)
 
 
 @pytest.mark.parametrize(("kind", "asked"), list(itertools.product(KINDS, ["auto", *KINDS])))
 def test_the_kind_is_the_donors_or_refused(kind, asked):
-    donor = donor_of(DataConfig(tokenizer=kind))
-    config = Config(data=DataConfig(tokenizer=asked))
+    donor = donor_of(DataConfig(tokenizer=kind_of(kind)))
+    config = Config(data=DataConfig(tokenizer=kind_of(asked)))
     if asked not in ("auto", kind):
-        with pytest.raises(UserError, match=rf"has that run's tokenizer, got data.tokenizer={asked} \(there {kind}\)"):
+        with pytest.raises(
+            UserError, match=rf"has that run's tokenizer, got data.tokenizer.kind={asked} \(there {kind}\)"
+        ):
             inherit_tokenizer(config, donor)
         return
     resolved, note = inherit_tokenizer(config, donor)
     assert note == f"tokenizer from there: {kind}, {donor.tokenizer.vocab_size:,} entries"
     # What is recorded is what was used, and all that was left open is filled in.
-    for path, nothing in LEFT_OPEN.items():
-        name = path.removeprefix("data.")
-        assert getattr(resolved.data, name) == getattr(donor.config.data, name)
-        assert getattr(resolved.data, name) != nothing or (name == "tokenizer_size" and kind not in TRAINED)
+    assert resolved.data.tokenizer == donor.config.data.tokenizer == kind_of(kind).filled()
+    assert getattr(resolved.data.tokenizer, "size", 4096) == 4096
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", SIZED)
 @pytest.mark.parametrize(("size", "fits"), [(0, True), (300, True), (301, False)])
 def test_the_size_is_the_donors_or_refused(kind, size, fits):
-    donor = donor_of(DataConfig(tokenizer=kind, tokenizer_size=300))
-    config = Config(data=DataConfig(tokenizer_size=size))
+    donor = donor_of(DataConfig(tokenizer=kind_of(kind, size=300)))
+    config = Config(data=DataConfig(tokenizer=kind_of(kind, size=size)))
     if fits:
-        assert inherit_tokenizer(config, donor)[0].data.tokenizer_size == 300
+        assert inherit_tokenizer(config, donor)[0].data.tokenizer.size == 300
     else:
-        with pytest.raises(UserError, match=r"data.tokenizer_size=301 \(there 300\)"):
+        with pytest.raises(UserError, match=r"data.tokenizer.size=301 \(there 300\)"):
             inherit_tokenizer(config, donor)
 
 
@@ -72,18 +78,18 @@ def test_one_vocabulary_or_two_as_the_donor_has(separate, shared):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stored_tokenizer_knows_its_kind(kind, tmp_path):
-    make_tokenizer(DataConfig(tokenizer=kind), TEXTS).save(tmp_path)
-    assert load_tokenizer(tmp_path).kind == kind
+    kind_of(kind).train(TEXTS).save(tmp_path)
+    assert load_tokenizer(tmp_path, kind_of(kind)).kind == kind
 
 
 def test_a_run_goes_on_with_what_it_recorded_where_nothing_is_asked_for():
-    recorded = Config(data=DataConfig(tokenizer="bpe", tokenizer_size=300))
-    for data in (DataConfig(), DataConfig(tokenizer="bpe"), DataConfig(tokenizer_size=300)):
+    recorded = Config(data=DataConfig(tokenizer=kind_of("bpe", size=300)))
+    for data in (DataConfig(), DataConfig(tokenizer=kind_of("bpe"))):
         assert resume_conflicts(recorded, to_dict(Config(data=data))) == []
         assert fill_open(Config(data=data), recorded) == recorded
         assert resume_conflicts(Config(data=data), to_dict(recorded)) == []  # a kill before the first save
-    conflicts = resume_conflicts(recorded, to_dict(Config(data=DataConfig(tokenizer="bytes"))))
-    assert conflicts == ["data.tokenizer: bpe -> bytes"]
+    conflicts = resume_conflicts(recorded, to_dict(Config(data=DataConfig(tokenizer=kind_of("bytes")))))
+    assert conflicts == ["data.tokenizer.kind: bpe -> bytes", "data.tokenizer.size: 300 -> absent"]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
     kinds = {name: flag for name, flag in table.items() if flag.paths and flag.paths[0].endswith(".kind")}
     for index, word in enumerate(arguments):
         name, equals, inline = word.partition("=")
-        flag = kinds.get(_dashed(name))
+        flag = kinds.get(_dashed(name)) or kinds.get(f"{_dashed(name)}.kind")
         if word == "--":
             break
         if flag and (equals or arguments[index + 1 :]):
@@ -174,8 +174,9 @@ def _dashed(name: str) -> str:
 def _find(table: dict[str, Flag], word: str) -> tuple[Flag | None, bool]:
     """The flag of a word, and whether it is the negation of one (`--data.no-pack`)."""
     name = _dashed(word)
-    if name in table:
-        return table[name], False
+    for known in (name, f"{name}.kind"):  # --data.tokenizer words: the kind is what such a field holds
+        if known in table:
+            return table[known], False
     section, dot, last = name.rpartition(".") if "." in name else ("--", "", name.removeprefix("--"))
     flag = table.get(section + dot + last.removeprefix("no-")) if last.startswith("no-") else None
     return (flag, True) if flag and flag.hint is bool else (None, False)

@@ -14,7 +14,7 @@ from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, 
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import make_pairs
 from transformer.data.source import ExampleSource, Source, split_text
-from transformer.data.tokenizers import PairTokenizer, Tokenizer, make_tokenizer, source_tokenizer
+from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
 from transformer.validation import require
@@ -154,7 +154,7 @@ class TextData:
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
-        return make_tokenizer(self.config, self.texts("train"))
+        return self.config.tokenizer.train(self.texts("train"))
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
         """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
@@ -235,12 +235,13 @@ class ExampleData:
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
+        train = self.config.tokenizer.train
         if self.source.kind == "labelled":
-            return make_tokenizer(self.config, self.texts("train"))
+            return train(self.texts("train"))
         sources = (example.text for example in self.source.examples("train"))
         if self.config.share_vocabulary:
-            return make_tokenizer(self.config, itertools.chain(sources, self.texts("train")))
-        return PairTokenizer(make_tokenizer(self.config, sources), make_tokenizer(self.config, self.texts("train")))
+            return train(itertools.chain(sources, self.texts("train")))
+        return PairTokenizer(train(sources), train(self.texts("train")))
 
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1

@@ -78,7 +78,7 @@ class Record(NamedTuple):
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
             with understood(f"The tokenizer in {self.path / RECORD_FILE}"):
-                return load_tokenizer(directory)
+                return load_tokenizer(directory, self.config.data.tokenizer)
 
 
 # ---- Read ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """What a run takes from the run that it starts from (`training.init_from`): its tokenizer, and the parameters that fit."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 
 from transformer.config import Config
-from transformer.config_io import LEFT_OPEN, resume_conflicts, to_dict
-from transformer.data.tokenizers import TRAINED, PairTokenizer, Tokenizer
+from transformer.config_io import differences, resume_conflicts, to_dict
+from transformer.data.tokenizers import PairTokenizer, Tokenizer
 from transformer.memory import check_params
 from transformer.runs.directory import read_run
 from transformer.tasks import make_params
@@ -45,16 +45,10 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
         UserError: the config asks for another one.
     """
     tokenizer = donor.tokenizer
-    theirs: dict[str, Any] = {"tokenizer": tokenizer.kind}
-    if tokenizer.kind in TRAINED:
-        theirs["tokenizer_size"] = donor.config.data.tokenizer_size
-    theirs |= config.objective.tokenizer_settings(tokenizer)
-    asked = {name: getattr(config.data, name) for name in theirs}
-    conflicts = [
-        f"data.{name}={asked[name]} (there {value})"
-        for name, value in theirs.items()
-        if asked[name] != value and asked[name] != LEFT_OPEN.get(f"data.{name}")
-    ]
+    kept = donor.config.data.tokenizer
+    data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer.going_on(kept))
+    theirs = dataclasses.replace(data, tokenizer=kept, **config.objective.tokenizer_settings(tokenizer))
+    conflicts = differences(data, theirs)
     require(
         not conflicts,
         f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; ask for the same or leave it "
@@ -63,8 +57,7 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
     entries = f"{tokenizer.vocab_size:,} entries"
     if isinstance(tokenizer, PairTokenizer):
         entries = f"{tokenizer.source.vocab_size:,} entries for sources, {entries} for targets"
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **theirs))
-    return config, f"tokenizer from {donor.path}: {tokenizer.kind}, {entries}"
+    return dataclasses.replace(config, data=theirs), f"tokenizer from {donor.path}: {tokenizer.kind}, {entries}"
 
 
 def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:

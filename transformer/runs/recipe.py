@@ -12,7 +12,7 @@ import optax
 
 from transformer.config import Config
 from transformer.data.datasets import Dataset, open_data
-from transformer.data.tokenizers import Tokenizer, with_tokenizer
+from transformer.data.tokenizers import Tokenizer
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
@@ -78,7 +78,9 @@ def make_run(
         tokenizer = data.make_tokenizer()
     if not counted:
         config = with_steps(config, data, tokenizer)
-    given = config = dataclasses.replace(config, data=with_tokenizer(config.data, tokenizer))
+    given = config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
+    )
     config = resolve(config, tokenizer, data.class_names)
     check_model(config.model)
     check_batch(config, jax.process_count())

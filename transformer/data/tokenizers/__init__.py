@@ -1,0 +1,8 @@
+"""Tokenizers, one file a kind; `transformer.tokenizer` finds them by name."""
+
+from transformer.data.tokenizers.base import END_OF_TEXT as END_OF_TEXT
+from transformer.data.tokenizers.base import PairTokenizer as PairTokenizer
+from transformer.data.tokenizers.base import Tokenizer as Tokenizer
+from transformer.data.tokenizers.base import Vocabulary as Vocabulary
+from transformer.data.tokenizers.base import load_tokenizer as load_tokenizer
+from transformer.data.tokenizers.base import source_tokenizer as source_tokenizer
