@@ -99,11 +99,14 @@ def test_a_jsonl_has_texts_and_prompts_under_the_names_of_the_config(write_jsonl
         (b" \n\n", "must hold text"),
         (b"text\0text", "is binary .NUL at byte 4"),
         ("text".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("text".encode("utf-16-le"), "is UTF-16LE: save it .* `iconv -f UTF-16LE -t UTF-8`"),
+        ("text".encode("utf-16-be"), "is UTF-16BE: save it"),
+        ("text".encode("utf-32"), "is UTF-32: save it"),
         (b"caf\xe9 au lait", "must be UTF-8, .*byte 3: 0xe9.*iconv"),
         (b"PK\x03\x04rest", "is zip data: unpack it first"),
         (gzip.compress(b"text" * 100)[:-9], "must be whole"),
     ],
-    ids=["empty", "blank", "binary", "utf16", "latin1", "zip", "torn"],
+    ids=["empty", "blank", "binary", "utf16", "utf16le", "utf16be", "utf32", "latin1", "zip", "torn"],
 )
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_what_is_not_text_is_refused(tmp_path, content, message, in_folder):
@@ -126,6 +129,7 @@ def test_a_folder_without_files_is_refused(tmp_path):
         ("", "no line with a non-empty 'text'"),
         ('{"text": "a"}\n{"text": ', "line 2: "),
         ('["a"]', "line 1 is not"),
+        ('{"text": "a", "n": {"b": 1, "b": 2}}', "line 1: it has 'b' twice"),
         ('{"txt": "a", "n": 1}', r"data\.text_key='text' must name a string.*line 1 has txt \(str\), n \(int\)"),
         ('{"text": 3}', r"text \(int\)"),
         ('{"text": "a", "prompt": null}', r"prompt \(NoneType\)"),

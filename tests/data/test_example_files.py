@@ -119,6 +119,8 @@ def test_a_byte_order_mark_is_dropped_everywhere(tmp_path):
         ("a.csv", "text,label\na,\n", "'label' must be the name or number of a class, .*line 2 has ''"),
         ("a.csv", "text,label,label\na,x,y\n", r"different names, .*a\.csv has 'label' as columns 2 and 3"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "a"}', r"must have 'label', .*a\.jsonl, line 2 has 'text'"),
+        ("a.jsonl", '{"text": "a", "text": "b", "label": "x"}', "line 1: it has 'text' twice"),
+        ("a.jsonl", '{"%s": 1}' % ("k" * 9999), "line 1 has 'k{39}\\.$"),
         ("a.jsonl", '{"text": 3, "label": "x"}', "'text' must be text, .*line 1 has int"),
         ("a.jsonl", '{"text": "a", "label": null}', "'label' must be the name or number of a class, .* has None"),
         ("a.jsonl", '{"text": "a", "label": " "}', "'label' must be the name or number of a class"),

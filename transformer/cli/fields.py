@@ -260,6 +260,8 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for index, element in enumerate(value):
                 yield from _leaves(element, f"{path}.{index}.", prefix)
+        elif any(dataclasses.is_dataclass(part) for part in typing.get_args(hints[field.name])):
+            continue  # no parts, no flags
         else:
             flag = Flag((path,), hints[field.name], value, documents.get(field.name, ""))
             for name in filter(None, (other, path)):

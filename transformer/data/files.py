@@ -98,13 +98,25 @@ def decode_text(data: bytes, name: str) -> str:
         require(
             not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
         )
+    wide = _wide_encoding(data[:256])
     require(
-        not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
-        f"A text source must be UTF-8, {name} is UTF-16: save it as UTF-8, or convert it with `iconv -f UTF-16 -t UTF-8`.",
+        not wide,
+        f"A text source must be UTF-8, {name} is {wide}: save it as UTF-8, or convert it with `iconv -f {wide} -t UTF-8`.",
     )
     zero = data.find(b"\0")
     require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
     return decode_utf8(data, f"A text source must be UTF-8, {name}")
+
+
+def _wide_encoding(start: bytes) -> str:
+    """The encoding of text with two or four bytes a character, by its mark or by where its zeros are; else nothing."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros = [start[place::2].count(0) / max(1, len(start[place::2])) for place in (0, 1)]
+    big, little = zeros[0] > 0.6 and zeros[1] == 0, zeros[1] > 0.6 and zeros[0] == 0
+    return "UTF-16BE" if big else "UTF-16LE" if little else ""
 
 
 def decode_utf8(data: bytes, sentence: str) -> str:
@@ -126,7 +138,7 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         place = f"{path}, line {number}"
         text = decode_text(line, place)
         try:
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=_once)
         except (
             ValueError,
             RecursionError,
@@ -134,6 +146,15 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"Each line of a .jsonl source must be a JSON object; {place}: {error}.") from None
         require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {place} is not.")
         yield place, record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields; ValueError where two have one name, of which JSON readers keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r:.80} twice")
+    return fields
 
 
 def without_surrogates(text: str) -> str:

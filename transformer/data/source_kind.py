@@ -122,7 +122,10 @@ class SourceKind:
 
 def field(row: dict[str, Any], key: str, place: str) -> Any:
     """A field that a row must have."""
-    require(key in row, f"Each example must have {key!r}, {place} has {', '.join(map(repr, row)) or 'nothing'}.")
+    require(
+        key in row,
+        f"Each example must have {key!r}, {place} has {', '.join(f'{name!r:.40}' for name in row) or 'nothing'}.",
+    )
     return row[key]
 
 
