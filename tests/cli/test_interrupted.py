@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -123,3 +125,21 @@ def test_of_several_processes_one_that_stops_alone_leaves_at_once(agreed, monkey
         left.append("in order")
     assert left == (["in order"] if agreed else [143])
     assert capsys.readouterr().err == ("" if agreed else "SIGTERM: stopped.\n")
+
+
+def test_ctrl_c_while_a_command_is_imported_is_a_line():
+    """Seconds of imports come after the command line is ready for an interrupt."""
+    program = """
+import builtins, sys
+import transformer.cli.main as command_line
+assert not {"jax", "tensorflow_datasets", "numpy"} & set(sys.modules)
+real = builtins.__import__
+def interrupted(name, *rest):
+    if name == "jax":
+        raise KeyboardInterrupt
+    return real(name, *rest)
+builtins.__import__ = interrupted
+command_line.main(["train", "--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "SIGINT: stopped.\n")

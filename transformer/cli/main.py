@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from transformer.cli.fields import as_flags
-from transformer.cli.options import OPTIONS
 from transformer.terminal import printable
 from transformer.types import Interrupted, UserError
 
@@ -45,20 +43,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Read the arguments, then import the command's module, which may take seconds, and call it."""
+    """Read the arguments, then import the command's module, and call it.
+
+    Imports may take seconds. They come where an interrupt is one line.
+    """
     # The C++ side of JAX, TensorStore and ArrayRecord writes notes that are not for users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    options = OPTIONS[name]
     try:
         try:
+            options = importlib.import_module("transformer.cli.options").OPTIONS[name]
             parsed = options.parse(arguments)
             with _quiet_callbacks():
                 importlib.import_module(f"transformer.cli.{name}").main(*parsed)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except UserError as error:
-        print(f"error: {printable(as_flags(str(error), options.flags()), lines=True)}", file=sys.stderr)
+        print(f"error: {printable(_as_flags(error, name), lines=True)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(printable(str(stop), lines=True), file=sys.stderr)
@@ -70,6 +71,12 @@ def run(name: str, arguments: list[str]) -> None:
         # `transformer generate RUN | head -c 4` ends as other tools do, and the interpreter does not try to write again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + _SIGPIPE)
+
+
+def _as_flags(error: UserError, name: str) -> str:
+    """The message for someone who types flags."""
+    table = importlib.import_module("transformer.cli.options").OPTIONS[name].flags()
+    return importlib.import_module("transformer.cli.fields").as_flags(str(error), table)
 
 
 @contextlib.contextmanager
