@@ -68,7 +68,7 @@ def generate(runs, monkeypatch, capsys):
     def run(*arguments, kind="next_token", tokenizer="bytes", code=None, really=False):
         monkeypatch.setattr(command, "stream", real if really else lambda *_, **__: iter(SAID))
         monkeypatch.setattr(command, "translate", lambda *_, **__: [np.array(SAID)])
-        monkeypatch.setattr(command, "load", lambda _: runs(kind, tokenizer))
+        monkeypatch.setattr(command, "load", lambda *_, **__: runs(kind, tokenizer))
         capsys.readouterr()
         if code is None:
             main(["generate", "run", *arguments])
