@@ -101,7 +101,7 @@ def test_a_saved_run_that_does_not_fit(name, monkeypatch, tmp_path):
 
 
 def test_a_generation_that_does_not_fit(monkeypatch, tmp_path, capsys):
-    def load(*_):
+    def load(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456 bytes.")
 
     monkeypatch.setattr(cli_generate, "load", load)
