@@ -1,6 +1,5 @@
 """What a process would hold, by arithmetic on a config, and what it has: refused before anything is traced or allocated."""
 
-import collections
 import math
 import os
 import pathlib
@@ -43,7 +42,7 @@ def num_parameters(config: ModelConfig) -> int:
     """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
     D, stacks = config.embed_dim, 2 if config.architecture == "encoder_decoder" else 1
     count = stacks * config.positions.num_parameters(config)
-    for block, times in collections.Counter(config.blocks).items():
+    for block, times in config.block_counts.items():
         attention, network = block.attention, block.feed_forward
         head_dim = attention.head_dim or D // attention.num_heads
         projections = 2 * D * head_dim * (attention.num_heads + attention.kv_heads)
@@ -202,5 +201,5 @@ def _dimensions(config: ModelConfig) -> str:
         *(("attention", name) for name in ("num_heads", "head_dim")),
         *(("feed_forward", name) for name in ("hidden_dim", "num_experts")),
     ):
-        named[f"{section}.{name}"] = max(getattr(getattr(block, section), name) for block in config.blocks)
+        named[f"{section}.{name}"] = max(getattr(getattr(block, section), name) for block in config.block_counts)
     return ", ".join(f"model.{name}={value:,}" for name, value in named.items() if value > 1)

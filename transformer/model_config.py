@@ -173,11 +173,11 @@ class ModelConfig(Settings):
             f"got {self.num_layers}.",
         )
         require(
-            len({block.norm.placement == "post" for block in self.blocks}) == 1,
+            len({block.norm.placement == "post" for block in self.block_counts}) == 1,
             "ModelConfig.pattern cannot mix post-norm blocks with others: their residual streams differ in scale.",
         )
         self.positions.check(self)
-        for block in dict.fromkeys(self.blocks):
+        for block in self.block_counts:
             block.own_positions.check_own(block, self.embed_dim)
         if self.memory_length > 0:
             require(
@@ -187,7 +187,7 @@ class ModelConfig(Settings):
                 "set model.positions.kind=transformer_xl, or ModelConfig.memory_length=0.",
             )
             require(
-                all(block.attention.pattern.sees_all for block in self.blocks),
+                all(block.attention.pattern.sees_all for block in self.block_counts),
                 "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
                 "attention.pattern.kind=dense (a window is fine), or memory_length=0.",
             )
@@ -200,7 +200,7 @@ class ModelConfig(Settings):
             not self.bidirectional_prefix or self.architecture == "decoder",
             f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",
         )
-        for block in dict.fromkeys(self.blocks):
+        for block in self.block_counts:
             block.attention.resolved_head_dim(self.embed_dim)
 
     @property
@@ -212,6 +212,15 @@ class ModelConfig(Settings):
     def remainder(self) -> tuple[BlockConfig, ...]:
         """The blocks of the last, incomplete period."""
         return self.pattern[: (self.num_layers - len(self.first)) % len(self.pattern)]
+
+    @property
+    def block_counts(self) -> dict[BlockConfig, int]:
+        """How often each block occurs, without a walk over the layers, which may be too many to list."""
+        counts = dict.fromkeys((*self.first, *self.pattern, *self.remainder), 0)
+        for blocks, times in ((self.first, 1), (self.pattern, self.num_periods), (self.remainder, 1)):
+            for block in blocks:
+                counts[block] += times
+        return counts
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:

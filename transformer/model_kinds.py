@@ -49,7 +49,7 @@ class Positions(Kind):
 
     def check(self, config: "ModelConfig") -> None:
         """Raise UserError where the model around it does not fit."""
-        for block in config.blocks:
+        for block in config.block_counts:
             if block.own_positions.within(self) is self:
                 self.check_block(block, config.embed_dim)
 

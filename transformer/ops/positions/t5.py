@@ -41,7 +41,7 @@ class T5Positions(Positions):
         """All layers have the heads of the one table."""
         super().check(config)
         require(
-            len({block.attention.num_heads for block in config.blocks}) == 1,
+            len({block.attention.num_heads for block in config.block_counts}) == 1,
             "Positions of kind t5 share one bias for each head: the blocks of ModelConfig.pattern must have as many heads.",
         )
 
@@ -51,7 +51,7 @@ class T5Positions(Positions):
 
     def num_parameters(self, config: "ModelConfig") -> int:
         """The table."""
-        return self.num_buckets * config.blocks[0].attention.num_heads
+        return self.num_buckets * (*config.first, *config.pattern)[0].attention.num_heads
 
     def shared_bias(self, num_heads: int, bidirectional: bool, parameter: Parameter) -> "T5Bias":
         """Its gradient is that of all layers; an encoder's tells the two directions apart."""
