@@ -70,7 +70,6 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
     classifies = kind == "classifier"
     return Config(
         model=ModelConfig(
-            architecture="encoder" if classifies else "decoder",
             num_layers=1,
             embed_dim=8,
             pattern=(BlockConfig(AttentionConfig(num_heads=1)),),

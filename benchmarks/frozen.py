@@ -49,7 +49,6 @@ from transformer.planning.plan import StandIn
 from transformer.runs.train import train
 from transformer.steps import make_steps
 from transformer.tasks import resolve
-from transformer.types import Batch, PairBatch
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 5
@@ -183,16 +182,17 @@ def measure(config: Config) -> Iterator[tuple[str, Any]]:
         losses = [float(row["loss"]).hex() for row in rows if row["split"] == split]
         yield f"{split} loss", losses
     yield "gradient norm", [float(row["grad_norm"]).hex() for row in rows if row["split"] == "train"]
-    model, params, *_ = load(config.workdir)
+    run = load(config.workdir)
+    model, params, objective = run.model, run.params, run.config.objective
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         yield f"parameter {name}", f"{leaf.dtype} {tuple(leaf.shape)} {digest(leaf)}"
-    yield "logits", digest(logits(model, params))
-    if model.config.architecture != "encoder":
+    yield "logits", digest(logits(model, params, objective))
+    if objective.continues_text or objective.num_stacks == 2:
         tokens = ("--max-new-tokens", "24")
         prompt = ("generate", config.workdir, "--prompt", "a word")
         yield "greedy text", call(*prompt, *GREEDY, *tokens)
-        if model.config.architecture == "decoder":
+        if objective.continues_text:
             yield "drawn text", call(*prompt, *DRAWN, *tokens)
 
 
@@ -203,16 +203,15 @@ def digest(array: Any) -> str:
     return f"{found} {np.abs(array.astype(np.float64)).mean():.6g}"
 
 
-def logits(model: Any, params: Any) -> Any:
+def logits(model: Any, params: Any, objective: Any) -> Any:
     """What a model makes of fixed tokens, all of the vocabulary among them."""
     size = model.config.vocab_size
     rows = -(-size // 16)
     tokens = jnp.arange(16 * rows, dtype=jnp.int32).reshape(rows, 16) * 7 % size
-    if model.config.architecture == "encoder_decoder":
+    if objective.num_stacks == 2:
         source = tokens % (model.config.source_vocab_size or size)
         return jax.jit(lambda params: model.apply({"params": params}, source, tokens[:, ::-1]))(params)
-    method = "logits" if model.config.architecture == "encoder" and model.config.num_classes == 0 else "__call__"
-    return jax.jit(lambda params: model.apply({"params": params}, tokens, method=method))(params)
+    return jax.jit(lambda params: model.apply({"params": params}, tokens, method=objective.init_method))(params)
 
 
 def count_operations(config: Config) -> dict[str, int]:
@@ -223,11 +222,7 @@ def count_operations(config: Config) -> dict[str, int]:
     """
     config = resolve(config, StandIn(TOKENIZER_SIZE))
     steps = make_steps(config, StandIn(TOKENIZER_SIZE))
-    ids = jax.ShapeDtypeStruct((config.data.batch_size, LENGTH), np.int32)
-    weights = jax.ShapeDtypeStruct(ids.shape, np.float32)
-    batch: Any = Batch(ids, ids, weights, ids, ids)
-    if config.model.architecture == "encoder_decoder":
-        batch = PairBatch(ids, ids, ids, ids, weights, ids)
+    batch = config.objective.batch_shapes(config)
     program = steps.runner.lower(steps.state, batch).compile().as_text()
     return {
         "equations": count_equations(jax.make_jaxpr(steps.train_step)(steps.state, batch).jaxpr),

@@ -39,7 +39,7 @@ from transformer import load
 from transformer.data.datasets import open_data
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
-from transformer.tasks import make_params
+from transformer.tasks import initialize
 
 CONTEXTS = 50  # of a unit, those that activate it most
 BATCH = 8
@@ -259,7 +259,7 @@ def main() -> None:
         else open_data(config.data, config.objective).texts("validation")
     )
     windows_NT = cut_windows(texts, tokenizer.encode, config.model.max_length + 1, options.windows)
-    untrained = make_params(model, jax.random.key(config.training.seed))
+    untrained, _ = initialize(config.objective, model, jax.random.key(config.training.seed))
     before, after = (measure(config.model, tree, windows_NT) for tree in (untrained, params))
     result = {
         "benchmark": "heads",

@@ -54,10 +54,10 @@ def get_config(kind: str = "pmap") -> Config:
     elif kind == "fsdp":
         parallel = ParallelConfig(fsdp=2)
     elif kind == "classifier":
-        model["architecture"], objective = "encoder", Classification()
+        objective = Classification()
         data |= {"source": ("labelled",), "tokenizer": Words(size=300)}
     elif kind == "translator":
-        model["architecture"], objective = "encoder_decoder", Seq2Seq()
+        objective = Seq2Seq()
         data |= {"source": ("pairs",), "tokenizer": Words(size=300), "buckets": (16, 32)}
     elif kind == "transformer_xl":
         model |= {"positions": TransformerXLPositions(), "memory_length": 32}

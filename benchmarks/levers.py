@@ -29,7 +29,7 @@ from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
-from transformer.tasks import count_parameters, make_model, make_params, training_runtime
+from transformer.tasks import count_parameters, initialize, training_runtime
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -74,8 +74,8 @@ def make_config(options: argparse.Namespace, lever: str) -> Config:
 
 def child(config: Config) -> None:
     """Compile, say what the step needs, and take a step for each line that comes in."""
-    model = make_model(config.model, training_runtime(True))
-    params = make_params(model, jax.random.key(0))
+    model = config.objective.make_model(config.model, training_runtime(True))
+    params, _ = initialize(config.objective, model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size)))
     step = make_train_step(objective, optimizer, schedule, accumulate_steps=config.optimizer.accumulate_steps)

@@ -22,7 +22,7 @@ from transformer.models.init import init_params
 from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.steps import make_runner
-from transformer.tasks import make_model, measure_work, training_runtime
+from transformer.tasks import measure_work, training_runtime
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
@@ -51,7 +51,7 @@ def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Step time and what follows from it."""
-    model = make_model(config.model, training_runtime(config.training.cpu_kernels))
+    model = config.objective.make_model(config.model, training_runtime(config.training.cpu_kernels))
     params, _ = init_params(model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     _, runner = make_runner(

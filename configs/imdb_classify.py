@@ -27,7 +27,6 @@ def get_config(variant: str = "") -> Config:
     )
     return Config(
         model=ModelConfig(
-            architecture="encoder",
             num_layers=1,
             embed_dim=64,
             pattern=(block,),

@@ -27,7 +27,6 @@ def get_config(variant: str = "") -> Config:
     )
     return Config(
         model=ModelConfig(
-            architecture="encoder",
             num_layers=2,
             embed_dim=192,
             pattern=(block,),

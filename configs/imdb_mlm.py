@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> Config:
         RMSNorm(),
     )
     return Config(
-        model=ModelConfig(architecture="encoder", num_layers=2, embed_dim=192, pattern=(block,)),
+        model=ModelConfig(num_layers=2, embed_dim=192, pattern=(block,)),
         data=DataConfig(
             source=("imdb_unsup.jsonl.gz",),
             validation_fraction=0.02,

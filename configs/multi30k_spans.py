@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> Config:
     steps = {"": 4000, "debug": 20}[variant]
     block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), RMSNorm())
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.1),
+        model=ModelConfig(num_layers=3, embed_dim=128, pattern=(block,), dropout=0.1),
         data=DataConfig(
             source=("train.en.gz", "train.de.gz"),
             validation_fraction=0.02,

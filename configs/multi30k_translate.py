@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> Config:
     steps = {"": 3000, "debug": 20}[variant]
     block = BlockConfig(AttentionConfig(num_heads=4), FeedForwardConfig(hidden_dim=512), RMSNorm())
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", num_layers=3, embed_dim=128, pattern=(block,), dropout=0.2),
+        model=ModelConfig(num_layers=3, embed_dim=128, pattern=(block,), dropout=0.2),
         data=DataConfig(
             source=("multi30k",),
             tokenizer=BytePairs(size=6000),

@@ -40,7 +40,7 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
 
 
 def test_spans_are_of_one_vocabulary():
-    config = Config(model=ModelConfig(architecture="encoder_decoder"), objective=SpanCorruption())
+    config = Config(model=ModelConfig(), objective=SpanCorruption())
     assert resolve(config, ByteTokenizer()).model.source_vocab_size == 0
     with pytest.raises(
         UserError, match="needs one vocabulary, got a tokenizer with one for sources and one for targets"

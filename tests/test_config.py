@@ -12,6 +12,7 @@ from transformer.kinds import Kind
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.model_kinds import POSITIONS
 from transformer.objectives.classification import Classification
+from transformer.objectives.masked_lm import MaskedLM
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.span_corruption import SpanCorruption
 from transformer.ops.norms.layer_norm import LayerNorm
@@ -32,6 +33,9 @@ ODD = (BlockConfig(AttentionConfig(num_heads=3)),)
 
 def remembering(kind="rotary", **changes):
     return ModelConfig(memory_length=8, positions=POSITIONS.find(kind)(), **changes)
+
+
+REMEMBERED = DataConfig(continue_rows=True)
 
 
 def own(positions):
@@ -91,8 +95,11 @@ def own(positions):
         (lambda: DataConfig(continue_rows=True, pack=False), "packed rows of one source .* got pack=False, stride=0"),
         (lambda: DataConfig(continue_rows=True, stride=8), "stride=8 and 1 sources; set pack=True, stride=0 and one"),
         (lambda: DataConfig(continue_rows=True, num_streams=4), "a stream for each of 16 rows, got num_streams=4; set"),
-        (lambda: remembering("learned"), "see distances, not places, got memory_length=8, a decoder and learned"),
-        (lambda: remembering(architecture="encoder"), "got memory_length=8, a encoder and rotary positions; set"),
+        (lambda: remembering("learned"), "see distances, not places, got memory_length=8 and learned"),
+        (
+            lambda: Config(model=remembering(), data=REMEMBERED, objective=MaskedLM()),
+            "Only next_token carries a memory",
+        ),
         (lambda: remembering(bidirectional_prefix=True), "memory_length and bidirectional_prefix exclude each other"),
         (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern=FixedPattern())),)), "needs dense attention"),
         (lambda: ModelConfig(embed_dim=15, positions=TransformerXLPositions(), pattern=ODD), "even, got 15"),
@@ -119,10 +126,6 @@ def own(positions):
         (
             lambda: Config(objective=SpanCorruption(noise_density=0.8)),
             "but 205 tokens in 51 spans give 103 and 257; change objective.noise_density",
-        ),
-        (
-            lambda: ModelConfig(architecture="encoder", bidirectional_prefix=True),
-            "bidirectional_prefix=True needs architecture='decoder', got 'encoder'",
         ),
         (lambda: AdamW(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
         (lambda: AdamW(parameter_groups=("x",)), "must be REGEX=SCALE with SCALE >= 0, got 'x'"),
@@ -179,7 +182,7 @@ def test_fields_that_a_file_does_not_know_have_their_defaults():
 def test_unknown_field_in_json_is_named():
     values = to_dict(Config())
     values["model"]["depth"] = 3
-    with pytest.raises(UserError, match="ModelConfig has no field depth; it has architecture"):
+    with pytest.raises(UserError, match="ModelConfig has no field depth; it has vocab_size"):
         from_dict(Config, values)
 
 

@@ -6,8 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from transformer.models.init import init_params
-from transformer.tasks import count_parameters, init_method, init_shapes, make_model
+from transformer.tasks import count_parameters, initialize
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -30,7 +29,7 @@ def load(name, variant=""):
     ],
 )
 def test_published_architectures_have_their_parameters(name, variant, parameters):
-    model = make_model(load(name, variant).model)
-    shapes, _ = init_params(model, None, *init_shapes(model), method=init_method(model))
+    config = load(name, variant)
+    shapes, _ = initialize(config.objective, config.objective.make_model(config.model), None)
     assert count_parameters(shapes) == parameters
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from transformer import AttentionConfig, AttentionMask, BlockConfig, Decoder, ModelConfig, dot_product_attention
-from transformer.tasks import make_model
+from transformer.objectives.next_token import NextToken
+from transformer.tasks import training_runtime
 
 MODES = {
     "forward": lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
@@ -56,10 +57,10 @@ def test_every_derivative_of_a_model(mode, dtype, settings):
 
 
 def test_a_loaded_model_has_them_and_a_trained_one_its_own_products():
-    params, loss = model_loss("bfloat16", 8, make=make_model)
+    params, loss = model_loss("bfloat16", 8, make=NextToken().make_model)
     lower(MODES["forward"](loss), params)
     for kernels in (True, False):
-        _, loss = model_loss("bfloat16", 8, make=functools.partial(make_model, cpu_kernels=kernels))
+        _, loss = model_loss("bfloat16", 8, make=functools.partial(Decoder, runtime=training_runtime(kernels)))
         with pytest.raises(TypeError, match="forward-mode autodiff"):
             lower(MODES["forward"](loss), params)
 

@@ -11,7 +11,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.model_kinds import POSITIONS
 from transformer.objective import OBJECTIVES
 from transformer.ops.patterns.strided import StridedPattern
-from transformer.tasks import describe_attention, make_model, make_params
+from transformer.tasks import describe_attention, initialize
 
 
 def make(attention=None, positions="rotary", length=512, kind="next_token", **model):
@@ -49,11 +49,11 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
 def test_the_attention_of_a_run_is_named(settings, cpu, tpu):
     config = make(**settings)
     assert (describe_attention(config, "cpu"), describe_attention(config, "tpu")) == (cpu, tpu)
-    model, tokens = make_model(config.model), jnp.zeros((2, config.data.sequence_length), jnp.int32)
+    model, tokens = config.objective.make_model(config.model), jnp.zeros((2, config.data.sequence_length), jnp.int32)
     given = {"prefix_BT": tokens > 0} if config.model.bidirectional_prefix else {}
     jaxpr = jax.make_jaxpr(
         lambda params: model.apply({"params": params}, tokens, positions_BT=tokens, segment_ids_BT=tokens, **given)
-    )(jax.eval_shape(lambda: make_params(model, jax.random.key(0))))
+    )(initialize(config.objective, model, None)[0])
     assert ("platform_index" in str(jaxpr)) == (cpu != tpu)
 
 

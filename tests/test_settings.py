@@ -160,7 +160,7 @@ def test_a_field_has_its_type_or_is_refused(kind, name):
         (lambda: AdamW(b1=math.nan), "AdamW.b1 must be a finite number of float32 (below 3.4e38), got nan."),
         (lambda: TrainingConfig(profile_steps=(1,)), "must be 2 whole numbers (a tuple), got (1,)."),
         (lambda: AttentionConfig(num_heads=10**5000), "below 2^31 = 2,147,483,648, got a value of type int."),
-        (lambda: Config(objective=ModelConfig()), "Config.objective must be of type Objective, got ModelConfig(arch"),
+        (lambda: Config(objective=ModelConfig()), "Config.objective must be of type Objective, got ModelConfig(vocab"),
     ],
 )
 def test_the_message_names_field_value_and_choices(make, message):

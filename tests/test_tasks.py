@@ -9,7 +9,9 @@ from transformer import tasks
 from transformer.cli.arguments import load_config
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
-from transformer.tasks import count_parameters, count_step, init_method, init_shapes, make_model, measure_work
+from transformer.models.decoder import Decoder
+from transformer.objectives.next_token import NextToken
+from transformer.tasks import count_parameters, count_step, initialize, measure_work
 from transformer.training.flops import step_flops
 from transformer.types import Batch
 
@@ -18,12 +20,7 @@ MIXTRAL = str(pathlib.Path(__file__).parent.parent / "configs" / "moe_8x7b.py")
 
 def abstract_params(config):
     """Shapes of a model's parameters, of which none is made."""
-    model = make_model(config)
-    tokens = [jax.ShapeDtypeStruct(shape, np.int32) for shape in init_shapes(model)]
-    shapes = jax.eval_shape(
-        lambda key, *tokens: model.init(key, *tokens, method=init_method(model)), jax.random.key(0), *tokens
-    )
-    return shapes["params"]
+    return initialize(NextToken(), Decoder(config), None)[0]
 
 
 def test_mixtral_has_as_many_parameters_as_published():

@@ -38,9 +38,9 @@ def device_memory() -> int:
     return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else host_memory()
 
 
-def num_parameters(config: ModelConfig) -> int:
+def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
     """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
-    D, stacks = config.embed_dim, 2 if config.architecture == "encoder_decoder" else 1
+    D = config.embed_dim
     count = stacks * config.positions.num_parameters(config)
     for block, times in config.block_counts.items():
         attention, network = block.attention, block.feed_forward
@@ -55,7 +55,7 @@ def num_parameters(config: ModelConfig) -> int:
     return count + tables * D
 
 
-def check_model(config: ModelConfig) -> None:
+def check_model(config: ModelConfig, stacks: int = 1) -> None:
     """Refuse a model that could not even be traced, as `plan` and `inspect` do, which hold no parameters.
 
     Raises:
@@ -68,7 +68,7 @@ def check_model(config: ModelConfig) -> None:
         f"At most {MOST_LOOPED_LAYERS:,} layers are traced one by one, got {looped:,}; set model.scan_layers=True, or a smaller "
         "model.num_layers.",
     )
-    count = num_parameters(config)
+    count = num_parameters(config, stacks)
     require(
         count <= _MOST_PARAMETERS,
         f"A model must have at most {_MOST_PARAMETERS:.0e} parameters, got {count:.3g} ({_dimensions(config)}); choose smaller "
@@ -82,11 +82,12 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: as `check_model` and `check_batch`, or even the least part of the parameters is too large.
     """
-    check_model(config.model)
+    stacks = config.objective.num_stacks
+    check_model(config.model, stacks)
     check_batch(config, jax.process_count())
     shares = jax.process_count() if jax.local_devices()[0].platform == "cpu" else jax.device_count()
     check_bytes(
-        num_parameters(config.model)
+        num_parameters(config.model, stacks)
         * _BYTES[config.model.param_dtype]
         // (shares if config.parallel.strategy == "mesh" else 1),
         device_memory(),
@@ -95,17 +96,18 @@ def check_config(config: Config) -> None:
     )
 
 
-def check_params(config: ModelConfig, copies: int = 1) -> None:
+def check_params(config: Config, copies: int = 1) -> None:
     """Refuse a model whose parameters one device cannot hold, to load it or to start from it.
 
     Raises:
         UserError: as `check_model`, or the parameters are too large.
     """
-    check_model(config)
+    model, stacks = config.model, config.objective.num_stacks
+    check_model(model, stacks)
     check_bytes(
-        copies * num_parameters(config) * _BYTES[config.param_dtype],
+        copies * num_parameters(model, stacks) * _BYTES[model.param_dtype],
         device_memory(),
-        f"the parameters of a model of {_dimensions(config)}",
+        f"the parameters of a model of {_dimensions(model)}",
         "Load a smaller model.",
     )
 

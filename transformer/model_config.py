@@ -113,8 +113,6 @@ class BlockConfig(Settings):
 class ModelConfig(Settings):
     """A transformer: a pattern of blocks, repeated."""
 
-    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    """Which model to build."""
     vocab_size: int = 0
     """Entries of the embedding; 0 means the tokenizer's."""
     source_vocab_size: int = 0
@@ -181,9 +179,9 @@ class ModelConfig(Settings):
             block.own_positions.check_own(block, self.embed_dim)
         if self.memory_length > 0:
             require(
-                self.architecture == "decoder" and not self.positions.absolute,
+                not self.positions.absolute,
                 "ModelConfig.memory_length is for decoders that see distances, not places, got "
-                f"memory_length={self.memory_length}, a {self.architecture} and {self.positions.kind} positions; "
+                f"memory_length={self.memory_length} and {self.positions.kind} positions; "
                 "set model.positions.kind=transformer_xl, or ModelConfig.memory_length=0.",
             )
             require(
@@ -196,10 +194,6 @@ class ModelConfig(Settings):
                 "ModelConfig.memory_length and bidirectional_prefix exclude each other: a prefix is read whole, in one row; set "
                 "memory_length=0 or bidirectional_prefix=False.",
             )
-        require(
-            not self.bidirectional_prefix or self.architecture == "decoder",
-            f"ModelConfig.bidirectional_prefix=True needs architecture='decoder', got {self.architecture!r}.",
-        )
         for block in self.block_counts:
             block.attention.resolved_head_dim(self.embed_dim)
 

@@ -14,6 +14,7 @@ from transformer.validation import require, require_at_least, require_range
 
 if TYPE_CHECKING:
     from transformer.config import Config
+    from transformer.model_config import ModelConfig
 
 OBJECTIVES = Family(
     "objective",
@@ -60,12 +61,18 @@ class Objective(Kind):
     """A loss, with the model and the rows that it is for. Its fields are its settings.
 
     One's own derives from this or from one of the package's, has a name (`kind`), and is made known by
-    `OBJECTIVES.register`. What it must bring is `architecture`, `reads` and `loss`.
+    `OBJECTIVES.register`. What it must bring is `model_class`, `reads` and `loss`.
     """
 
     family = OBJECTIVES
-    architecture: ClassVar[Literal["decoder", "encoder", "encoder_decoder"]]
-    """The model that it trains: decoder, encoder or encoder_decoder."""
+    model_class: ClassVar[Any]
+    """The linen module that it trains, made with a model's config and a `Runtime`."""
+    init_method: ClassVar[str] = "__call__"
+    """The method of the model that uses all its parameters."""
+    num_stacks: ClassVar[int] = 1
+    """Stacks of blocks of the model, each of which reads tokens of its own."""
+    continues_text: ClassVar[bool] = False
+    """Whether the model can continue a text."""
     reads: ClassVar[Literal["text", "labelled", "pairs"]]
     """The data that it learns from: text, labelled or pairs."""
     predicts_from: ClassVar[str] = "text_key"
@@ -85,6 +92,12 @@ class Objective(Kind):
     def __post_init__(self) -> None:
         require_range(self, 0, 1, "label_smoothing")
         require_at_least(self, 0, "z_loss", "load_balance", "router_z")
+
+    # ---- The model ---------------------------------------------------------------------------------------------------
+
+    def make_model(self, config: "ModelConfig", runtime: Any = None) -> Any:
+        """The linen module of a resolved config; a runtime of None has every derivative and looks at no mesh."""
+        return self.model_class(config) if runtime is None else self.model_class(config, runtime=runtime)
 
     # ---- The loss ----------------------------------------------------------------------------------------------------
 

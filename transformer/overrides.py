@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from transformer.config import Config
 from transformer.config_io import RESUMABLE, from_dict, to_dict
 from transformer.kinds import chosen_kinds, kinds_with, switch
-from transformer.objective import OBJECTIVES
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -105,8 +104,6 @@ def _distance_buckets(new: _Values, old: _Values) -> int:
 
 # In this order: what one rule changes may set off a later one.
 _RULES = (
-    _Rule("model.architecture", ("objective.kind",), lambda new, old: (
-        OBJECTIVES.find(new["objective"]["kind"]).architecture)),
     _Rule("data.weights", ("data.source",), lambda new, old: (
         new["data"]["weights"] if len(new["data"]["weights"]) == len(new["data"]["source"]) else [])),
     _Rule("data.sequence_length", ("model.max_length",), _at_most_length),

@@ -11,14 +11,13 @@ from jax.sharding import Mesh
 
 from transformer.config import Config
 from transformer.data.tokenizers import Vocabulary
-from transformer.models.init import init_params
 from transformer.ops.ids import check_batch_ids
 from transformer.ops.places import balanced_order
 from transformer.ops.ring import check_blocks
 from transformer.parallel.mesh import make_mesh, mesh_runner, num_row_shards
 from transformer.parallel.pmap import AXIS_NAME, check_memory, pmap_runner
 from transformer.parallel.runner import Runner, check_divisible, choose_devices
-from transformer.tasks import init_method, init_shapes, make_model, training_runtime
+from transformer.tasks import initialize, training_runtime
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer
 from transformer.training.spikes import make_spikes
@@ -101,8 +100,8 @@ def make_steps(
         mesh = make_mesh(config.parallel.sizes)
     # The kernels for CPUs fold batch and places, which over a context axis would gather both.
     context = 1 if mesh is None else mesh.shape["context"]
-    model = make_model(config.model, training_runtime(config.training.cpu_kernels and context == 1))
-    shapes, axes = init_params(model, None, *init_shapes(model), method=init_method(model))
+    model = config.objective.make_model(config.model, training_runtime(config.training.cpu_kernels and context == 1))
+    shapes, axes = initialize(config.objective, model, None)
     if config.model.scan_layers:
         check_scanned_groups(config.optimizer, shapes)
     schedule = None
@@ -113,7 +112,7 @@ def make_steps(
     def make_state(params: PyTree | None = None) -> TrainState:
         key = jax.random.key(config.training.seed)
         if params is None:
-            params, _ = init_params(model, key, *init_shapes(model), method=init_method(model))
+            params, _ = initialize(config.objective, model, key)
         return create_state(
             params,
             optimizer,

@@ -1,4 +1,4 @@
-"""What each kind of objective trains: the architecture, the linen module, the loss, the work, and the metrics of a split."""
+"""What is made of a config: its model resolved and initialised, its work, its attention, and the metrics of a split."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,36 +12,26 @@ from transformer.config import Config
 from transformer.data.tokenizers import PairTokenizer, Vocabulary
 from transformer.evaluation.confusion import macro_f1
 from transformer.layers.runtime import Runtime
-from transformer.model_config import BlockConfig, ModelConfig
-from transformer.models.classifier import Classifier
-from transformer.models.decoder import Decoder
-from transformer.models.encoder import Encoder
-from transformer.models.encoder_decoder import EncoderDecoder
+from transformer.model_config import BlockConfig
 from transformer.models.init import init_params
+from transformer.objective import Objective
 from transformer.ops import dense_cpu, wide_product
 from transformer.ops.attention import recorded
 from transformer.parallel.rules import RULES
 from transformer.training.flops import Flops, step_flops
 from transformer.training.metrics import Work, derive
 from transformer.training.optimizer import freeze
-from transformer.types import PairBatch, PyTree
+from transformer.types import PyTree
 from transformer.validation import require
 
 
 def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] = ()) -> Config:
     """The config with the model's vocab_size, max_length and num_classes filled in.
 
-    An encoder's vocabulary has the mask after the tokenizer's entries, also where nothing is masked, so that a
-    classifier fits the encoder it starts from. That of span corruption has as many sentinels there as a row has spans.
+    After the tokenizer's entries come those that the objective needs (a mask, sentinels).
     """
     model, objective = config.model, config.objective
-    smallest = tokenizer.vocab_size + (model.architecture == "encoder")
-    smallest += objective.extra_tokens(tokenizer, config.data.sequence_length)
-    require(
-        model.architecture == objective.architecture,
-        f"Training the {objective.kind} objective needs model.architecture={objective.architecture}, got "
-        f"{model.architecture!r}.",
-    )
+    smallest = tokenizer.vocab_size + objective.extra_tokens(tokenizer, config.data.sequence_length)
     require(
         model.vocab_size == 0 or model.vocab_size >= smallest,
         f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
@@ -67,34 +57,14 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
     return dataclasses.replace(config, model=model)
 
 
-def make_model(config: ModelConfig, runtime: Runtime = Runtime()) -> nn.Module:  # noqa: B008 (frozen)
-    """The linen module of a resolved model config; the default runtime has every derivative and looks at no mesh."""
-    if config.architecture == "decoder":
-        return Decoder(config, runtime=runtime)
-    if config.architecture == "encoder_decoder":
-        return EncoderDecoder(config, runtime=runtime)
-    module = Classifier if config.num_classes > 0 else Encoder
-    return module(config, runtime=runtime)
-
-
 def training_runtime(cpu_kernels: bool) -> Runtime:
     """How a trainer's model computes: with products that suit the platform, over the mesh that is set."""
     return Runtime(dot_general=dense_cpu.dot_general if cpu_kernels else wide_product.dot_general, sharding=RULES)
 
 
-def make_params(model: nn.Module, key: Any) -> PyTree:
-    """Initial parameters."""
-    return init_params(model, key, *init_shapes(model), method=init_method(model))[0]
-
-
-def init_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Shapes of the token arrays that a model reads."""
-    return ((1, 1),) * (2 if isinstance(model, EncoderDecoder) else 1)
-
-
-def init_method(model: nn.Module) -> str:
-    """The method of a model that uses all its parameters."""
-    return "logits" if isinstance(model, Encoder) else "__call__"
+def initialize(objective: Objective, model: nn.Module, key: Any) -> tuple[PyTree, PyTree]:
+    """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes."""
+    return init_params(model, key, *((1, 1),) * objective.num_stacks, method=objective.init_method)
 
 
 def count_parameters(params: PyTree) -> int:
@@ -106,8 +76,8 @@ def describe_attention(config: Config, platform: str) -> str:
     """The attention backends of training on a platform (`jax.devices()[0].platform`) in rows of `data.sequence_length` tokens."""
     if config.parallel.context > 1:
         return "ring"
-    model = make_model(dataclasses.replace(config.model, scan_layers=True, remat="none"))
-    params, _ = init_params(model, None, *init_shapes(model), method=init_method(model))
+    model = config.objective.make_model(dataclasses.replace(config.model, scan_layers=True, remat="none"))
+    params, _ = initialize(config.objective, model, None)
     loss = config.objective.bind(model, StandIn(config.model.vocab_size))
     batch = config.objective.batch_shapes(config)
     carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
@@ -144,7 +114,7 @@ def count_step(config: Config, params: PyTree, batch: PyTree) -> Flops:
         model=dataclasses.replace(model, first=in_plain(model.first), pattern=in_plain(model.pattern), remat="none"),
         objective=config.objective.in_chunks(1),
     )
-    loss = plain.objective.bind(make_model(plain.model), StandIn(config.model.vocab_size))
+    loss = plain.objective.bind(plain.objective.make_model(plain.model), StandIn(config.model.vocab_size))
     return step_flops(freeze(loss, config.optimizer, params), params, batch)
 
 
@@ -156,7 +126,7 @@ def measure_work(config: Config, params: PyTree, parts: int = 1) -> Callable[[An
     counted: dict[Any, float] = {}
 
     def work(batch: Any) -> Work:
-        read = (batch.source, batch.inputs) if isinstance(batch, PairBatch) else (batch.inputs,)
+        read = batch.read
         shapes = tuple(tokens.shape for tokens in read)
         if shapes not in counted:
             counted[shapes] = parts * count_step(config, params, batch).total

@@ -37,6 +37,18 @@ class Interrupted(KeyboardInterrupt):
         self.agreed = agreed
 
 
+class Ids(NamedTuple):
+    """An array of a batch whose values must be at least 0 and below `size`, where their weight is not 0."""
+
+    name: str
+    values: Array
+    size: int
+    weights: Array | None = None
+    kind: str = "Tokens"
+    limit: str = "vocab_size"
+    """The setting that is the size."""
+
+
 class Batch(NamedTuple):
     """A batch of rows for a language model; every field has shape [B, T].
 
@@ -49,6 +61,17 @@ class Batch(NamedTuple):
     segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding
     positions: Array  # int32, from 0 within each segment; where rows are continued, within each document
 
+    @property
+    def read(self) -> tuple[Array, ...]:
+        """The tokens that the model reads."""
+        return (self.inputs,)
+
+    def ids(self, config: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of this `ModelConfig`."""
+        return Ids("inputs", self.inputs, config.vocab_size), Ids(
+            "targets", self.targets, config.vocab_size, self.weights
+        )
+
 
 class LabelledBatch(NamedTuple):
     """A batch of texts with a class each.
@@ -60,6 +83,16 @@ class LabelledBatch(NamedTuple):
     segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
     labels: Array  # int32 [B], the class of each text
     weights: Array  # float32 [B], how much each text counts in the loss
+
+    @property
+    def read(self) -> tuple[Array, ...]:
+        """The tokens that the model reads."""
+        return (self.inputs,)
+
+    def ids(self, config: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of this `ModelConfig`."""
+        labels = Ids("labels", self.labels, config.num_classes, self.weights, "Labels", "num_classes")
+        return Ids("inputs", self.inputs, config.vocab_size), labels
 
 
 class PairBatch(NamedTuple):
@@ -74,6 +107,17 @@ class PairBatch(NamedTuple):
     targets: Array  # int32 [B, T], the token that follows each input; the last is end-of-text
     weights: Array  # float32 [B, T], how much each target counts in the loss
     segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+
+    @property
+    def read(self) -> tuple[Array, ...]:
+        """The tokens that the model reads."""
+        return self.source, self.inputs
+
+    def ids(self, config: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of this `ModelConfig`."""
+        size = config.vocab_size
+        source = Ids("source", self.source, config.source_vocab_size or size)
+        return Ids("inputs", self.inputs, size), source, Ids("targets", self.targets, size, self.weights)
 
 
 Noise = Callable[[Batch, int, tuple[int, ...]], None]

@@ -22,7 +22,7 @@ from transformer.objectives.masked_lm import MaskedLM
 def get_config(variant=""):
     return Config(
         model=ModelConfig(
-            architecture="encoder", num_layers=1, embed_dim=16, pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
+            num_layers=1, embed_dim=16, pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
             init_std=0.0,
         ),
         data=DataConfig(
@@ -215,7 +215,6 @@ def test_inspect_shows_classes(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.architecture", "decoder"], "needs --model.architecture=encoder, got 'decoder'"),
         (["--model.num-classes", "5"], "--model.num-classes must be the data's 3, got 5"),
         (["--objective.class-weights", "1", "2"], "one a class (bad, good, so-so), got 2 numbers"),
         (["--objective.class-weights", "some"], "must be one of none, balanced, or numbers, got 'some'"),

@@ -184,7 +184,6 @@ def test_pmap_goes_on_where_the_mesh_stopped(arguments, tmp_path):
         (["--data.batch-size", "12", "--training.steps", "7"], "12"),
         (["--parallel.data", "9"], "9"),
         (["--model.vocab-size", "100"], "at least the tokenizer's 257, got 100"),
-        (["--model.architecture", "encoder"], "architecture=decoder"),
         (["--data.source", "nowhere.txt"], "nowhere.txt"),
         (["--training.sample-length", "5", "--training.sample-prompt", "x" * 31], "with end-of-text it has 32, and"),
     ],

@@ -18,7 +18,6 @@ from transformer.objective import OBJECTIVES
 def get_config(variant="prefix_lm"):
     return Config(
         model=ModelConfig(
-            architecture="decoder" if variant == "prefix_lm" else "encoder_decoder",
             num_layers=1, embed_dim=32, pattern=(BlockConfig(AttentionConfig(num_heads=2)),), init_std=0.0,
         ),
         data=DataConfig(sequence_length=32, batch_size=16, buckets=(32,)),
@@ -129,14 +128,12 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("prefix_lm", ["--model.architecture", "encoder"], "needs --model.architecture=decoder, got 'encoder'"),
         ("prefix_lm", ["--data.stride", "8"], "Windows that move on are for next_token"),
         (
             "prefix_lm",
             ["--model.bidirectional-prefix", "--objective.kind", "next_token"],
             "--model.bidirectional-prefix is for the prefix_lm objective, which sets it, got --objective.kind=next_token",
         ),
-        ("span_corruption", ["--model.architecture", "decoder"], "needs --model.architecture=encoder_decoder"),
         ("span_corruption", ["--model.vocab-size", "258"], "at least the tokenizer's 259, got 258; 0 takes"),
     ],
 )

@@ -24,7 +24,7 @@ def get_config(kind):
     objective = OBJECTIVES.find(kind)()
     block = BlockConfig(AttentionConfig(num_heads=2))
     return Config(
-        model=ModelConfig(architecture=objective.architecture, num_layers=1, embed_dim=16, pattern=(block,)),
+        model=ModelConfig(num_layers=1, embed_dim=16, pattern=(block,)),
         data=DataConfig(sequence_length=24, batch_size=8, buckets=() if kind == "next_token" else (8, 24), record_bytes=256),
         objective=objective,
         optimizer=AdamW(learning_rate=1e-2),

@@ -21,7 +21,7 @@ from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 from transformer.runs.saved import Loaded
-from transformer.tasks import make_model, make_params, resolve
+from transformer.tasks import initialize, resolve
 from transformer.tokenizer import TOKENIZERS
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
@@ -44,15 +44,13 @@ def runs():
             tokenizer = trained(tokenizer_kind)
             block = BlockConfig(AttentionConfig(num_heads=2))
             config = Config(
-                model=ModelConfig(
-                    architecture=OBJECTIVES.find(kind).architecture, num_layers=1, embed_dim=8, pattern=(block,)
-                ),
+                model=ModelConfig(num_layers=1, embed_dim=8, pattern=(block,)),
                 data=DataConfig(sequence_length=24),
                 objective=OBJECTIVES.find(kind)(),
             )
             config = resolve(config, tokenizer)
-            model = make_model(config.model)
-            shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
+            model = config.objective.make_model(config.model)
+            shapes, _ = initialize(config.objective, model, None)
             params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
             made[kind, tokenizer_kind] = Loaded(model, params, tokenizer, config, 1)
         return made[kind, tokenizer_kind]

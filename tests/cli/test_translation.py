@@ -17,7 +17,7 @@ from transformer.objectives.seq2seq import Seq2Seq
 def get_config():
     return Config(
         model=ModelConfig(
-            architecture="encoder_decoder", num_layers=1, embed_dim=32,
+            num_layers=1, embed_dim=32,
             pattern=(BlockConfig(AttentionConfig(num_heads=2)),), init_std=0.0,
         ),
         data=DataConfig(

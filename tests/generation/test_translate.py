@@ -20,7 +20,6 @@ END, LENGTH = 0, 9
 def model(request):
     own = request.param == "own vocabulary"
     config = ModelConfig(
-        architecture="encoder_decoder",
         vocab_size=11,
         source_vocab_size=17 if own else 0,
         max_length=23,

@@ -15,10 +15,22 @@ from transformer.models.decoder import Decoder
 from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 
-MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """A config that `build` makes an encoder of."""
 
 
-def config(kind="rotary", *, attention=(), block=(), **changes):
+@dataclasses.dataclass(frozen=True)
+class PairConfig(ModelConfig):
+    """A config that `build` makes an encoder-decoder of."""
+
+
+CONFIGS = {"decoder": ModelConfig, "encoder": EncoderConfig, "encoder_decoder": PairConfig}
+MODELS = {ModelConfig: Decoder, EncoderConfig: Encoder, PairConfig: EncoderDecoder}
+
+
+def config(kind="rotary", *, architecture="decoder", attention=(), block=(), **changes):
     """Two layers of width 16, four heads on two key/value heads, biases and all."""
     settings = {"num_heads": 4, "num_kv_heads": 2, "use_bias": True, **dict(attention)}
     parts = {"attention": AttentionConfig(**settings), "feed_forward": FeedForwardConfig(hidden_dim=24), **dict(block)}
@@ -30,19 +42,19 @@ def config(kind="rotary", *, attention=(), block=(), **changes):
         "pattern": (BlockConfig(**parts),),
         "positions": POSITIONS.find(kind)(),
     }
-    return ModelConfig(**{**defaults, **changes})
+    return CONFIGS[architecture](**{**defaults, **changes})
 
 
 def build(config):
-    return MODELS[config.architecture](config)
+    return MODELS[type(config)](config)
 
 
 @functools.cache
 def params(config):
     """Random parameters, large enough that every part matters (fresh biases are zeros, fresh scales ones)."""
     model = build(dataclasses.replace(config, scan_layers=False))
-    tokens = [jax.ShapeDtypeStruct((1, 2), np.int32)] * (2 if config.architecture == "encoder_decoder" else 1)
-    method = "logits" if config.architecture == "encoder" else "__call__"
+    tokens = [jax.ShapeDtypeStruct((1, 2), np.int32)] * (2 if isinstance(config, PairConfig) else 1)
+    method = "logits" if isinstance(config, EncoderConfig) else "__call__"
     shapes = jax.eval_shape(functools.partial(model.init, method=method), jax.random.key(0), *tokens)
     generator = np.random.default_rng(0)
 

@@ -18,7 +18,6 @@ KINDS_OF_POOLING = ["mean", "max", "first", "attention"]
 def make(pooling="mean", kind="rotary", implementation="xla", **changes):
     block = BlockConfig(AttentionConfig(num_heads=2, implementation=implementation), FeedForwardConfig(hidden_dim=24))
     config = ModelConfig(
-        architecture="encoder",
         vocab_size=13,
         max_length=24,
         num_layers=2,
@@ -94,9 +93,7 @@ def test_dropout_only_in_training_and_float32_logits():
 
 def test_classes_must_be_known():
     with pytest.raises(ValueError, match="at least two classes, got num_classes=0"):
-        Classifier(ModelConfig(architecture="encoder", vocab_size=3)).init(
-            jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-        )
+        Classifier(ModelConfig(vocab_size=3)).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
 def test_the_pooled_vector_is_dropped_in_training():

@@ -55,8 +55,8 @@ MODELS = {
     "decoder_transformer_xl": Decoder(
         ModelConfig(**SIZES, pattern=(LLAMA,), positions=TransformerXLPositions(), memory_length=3)
     ),
-    "encoder": Encoder(ModelConfig(**SIZES, architecture="encoder", pattern=(POST,))),
-    "encoder_decoder": EncoderDecoder(ModelConfig(**SIZES, architecture="encoder_decoder", param_dtype="bfloat16")),
+    "encoder": Encoder(ModelConfig(**SIZES, pattern=(POST,))),
+    "encoder_decoder": EncoderDecoder(ModelConfig(**SIZES, param_dtype="bfloat16")),
 }
 
 

@@ -96,7 +96,6 @@ def make_config(name, *, attention=(), feed_forward=(), norm=(), positions=(), *
         of_kind(NORMS, norm),
     )
     return ModelConfig(
-        architecture="encoder" if name == "classifier" else name,
         num_classes=3 if name == "classifier" else 0,
         pattern=(block,),
         positions=of_kind(POSITIONS, positions),

@@ -26,7 +26,6 @@ SIZES = {"source": 17, "target": 13}
 def make(name):
     """A model, its parameters, and the sizes of its tables in the order of its arguments."""
     config = ModelConfig(
-        architecture="encoder" if name == "classifier" else name,
         vocab_size=SIZES["target"],
         source_vocab_size=SIZES["source"] if name == "encoder_decoder" else 0,
         num_classes=3 if name == "classifier" else 0,

@@ -25,7 +25,6 @@ from transformer.types import LabelledBatch
 def model():
     return Classifier(
         ModelConfig(
-            architecture="encoder",
             vocab_size=7,
             num_layers=1,
             embed_dim=8,

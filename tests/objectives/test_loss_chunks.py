@@ -48,10 +48,10 @@ def make(kind, tie, config):
             model = Decoder(dataclasses.replace(model_config, bidirectional_prefix=True))
             shapes, method = ((1, 1),), "__call__"
         case "masked_lm":
-            model = Encoder(dataclasses.replace(model_config, architecture="encoder"))
+            model = Encoder(model_config)
             shapes, method = ((1, 1),), "logits"
         case _:
-            model = EncoderDecoder(dataclasses.replace(model_config, architecture="encoder_decoder"))
+            model = EncoderDecoder(model_config)
             shapes, method = ((1, 1), (1, 1)), "__call__"
     params, _ = init_params(model, jax.random.key(0), *shapes, method=method)
     objective = config.bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))

@@ -18,7 +18,6 @@ CONFIG = MaskedLM(mask_rate=0.4)
 def model(request):
     return Encoder(
         ModelConfig(
-            architecture="encoder",
             vocab_size=9,
             num_layers=1,
             embed_dim=8,
@@ -75,7 +74,6 @@ def test_equals_a_full_pass_in_value_and_gradient(model, batch):
 def test_positions_are_those_of_the_batch(batch):
     """Of each document of a row: rotary positions would not tell, whose distances are those of indices."""
     config = ModelConfig(
-        architecture="encoder",
         vocab_size=9,
         num_layers=1,
         embed_dim=8,
@@ -96,9 +94,7 @@ def test_positions_are_those_of_the_batch(batch):
 
 
 def test_dropout_is_drawn_from_the_steps_key(batch):
-    model = Encoder(
-        ModelConfig(architecture="encoder", vocab_size=9, num_layers=1, embed_dim=8, dropout=0.5, init_std=0.7)
-    )
+    model = Encoder(ModelConfig(vocab_size=9, num_layers=1, embed_dim=8, dropout=0.5, init_std=0.7))
     params = jax.jit(lambda key: model.init(key, batch.inputs, method="logits"))(jax.random.key(0))["params"]
     loss = jax.jit(CONFIG.bind(model, None).loss, static_argnums=4)
     first, again, other, plain, still = (

@@ -62,7 +62,7 @@ def make_batch():
 def make(kind, weights, networks=(EXPERTS,)):
     """(objective, parameters, batch)."""
     batch, decoder = make_batch(), model_config(networks)
-    encoder = dataclasses.replace(decoder, architecture="encoder", num_classes=3)
+    encoder = dataclasses.replace(decoder, num_classes=3)
     match kind:
         case "next_token":
             model = Decoder(decoder)
@@ -74,7 +74,7 @@ def make(kind, weights, networks=(EXPERTS,)):
             model = Classifier(encoder)
             batch = LabelledBatch(batch.inputs, batch.segment_ids, batch.inputs[:, 0] % 3, jnp.ones(4))
         case "seq2seq":
-            model = EncoderDecoder(dataclasses.replace(decoder, architecture="encoder_decoder"))
+            model = EncoderDecoder(decoder)
             batch = PairBatch(
                 batch.targets, batch.segment_ids, batch.inputs, batch.targets, batch.weights, batch.segment_ids
             )

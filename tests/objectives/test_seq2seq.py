@@ -15,7 +15,6 @@ from transformer.types import PairBatch
 def model():
     return EncoderDecoder(
         ModelConfig(
-            architecture="encoder_decoder",
             vocab_size=7,
             num_layers=1,
             embed_dim=8,

@@ -11,17 +11,11 @@ import pytest
 from transformer.config import Config, DataConfig
 from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
-from transformer.models.init import init_params
 from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.statistics import predicted_statistics, token_statistics
 from transformer.ops.ids import check_batch_ids
-from transformer.tasks import (
-    init_method,
-    init_shapes,
-    make_model,
-    resolve,
-)
+from transformer.tasks import initialize, resolve
 from transformer.types import Batch, LabelledBatch, PairBatch, UserError
 
 ROWS, T, CLASSES = 4, 8, ("no", "yes", "perhaps")
@@ -34,8 +28,8 @@ KINDS = [
 ]
 
 
-def random_params(model):
-    shapes, _ = init_params(model, None, *init_shapes(model), method=init_method(model))
+def random_params(objective, model):
+    shapes, _ = initialize(objective, model, None)
     generator = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * generator.normal(size=leaf.shape), leaf.dtype), shapes)
 
@@ -52,16 +46,14 @@ def make(kind, chunks):
     """The config, its parameters and a function of a batch: the loss, its gradient and statistics."""
     block = BlockConfig(AttentionConfig(num_heads=2), FeedForwardConfig(hidden_dim=8))
     config = Config(
-        model=ModelConfig(
-            architecture=OBJECTIVES.find(kind).architecture, num_layers=1, embed_dim=8, pattern=(block,), init_std=0.3
-        ),
+        model=ModelConfig(num_layers=1, embed_dim=8, pattern=(block,), init_std=0.3),
         objective=objective_of(kind, chunks),
         data=DataConfig(sequence_length=T),
     )
     config = resolve(config, ByteTokenizer(), CLASSES if kind == "classification" else ())
-    model = make_model(config.model)
+    model = config.objective.make_model(config.model)
     objective = config.objective.bind(model, ByteTokenizer())
-    params = random_params(model)
+    params = random_params(config.objective, model)
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def graded(batch):
@@ -81,7 +73,7 @@ def make_batch(kind):
     whole, places = np.ones((ROWS, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (ROWS, 1))
     if kind == "classification":
         return LabelledBatch(tokens[0], whole, np.array([0, 1, 2, 1], np.int32), weights[0, :ROWS]), "labels"
-    if OBJECTIVES.find(kind).architecture == "encoder_decoder":
+    if OBJECTIVES.find(kind).num_stacks == 2:
         return PairBatch(tokens[2], whole, tokens[0], tokens[1], weights, whole), "targets"
     return Batch(tokens[0], tokens[1], weights, whole, places), "targets"
 
@@ -111,7 +103,7 @@ def test_a_target_that_counts_must_be_the_models(kind, chunks, value):
     first.flat[1] = True
     poisoned = with_targets(batch, name, value, first)
     assert np.isnan(graded(poisoned)[0][0])
-    with pytest.raises(UserError, match=rf"(targets|Labels) with a weight .*(must be|holds).* {value}"):
+    with pytest.raises(UserError, match=rf"(targets|labels) with a weight .*(must be|holds).* {value}"):
         check_batch_ids(config.model, poisoned)
 
 
@@ -146,8 +138,8 @@ def test_logits_of_weight_0_may_be_anything():
 
 def test_hidden_states_of_weight_0_may_be_anything_in_chunks():
     config, _ = make("next_token", 3)
-    model = make_model(config.model)
-    params = random_params(model)
+    model = config.objective.make_model(config.model)
+    params = random_params(config.objective, model)
     weights = jnp.asarray(np.arange(8)[None] % 2, jnp.float32)
     hidden, targets = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8)), jnp.float32), jnp.ones((1, 8), int)
 

@@ -16,7 +16,7 @@ from transformer.objectives.classification import Classification
 from transformer.objectives.seq2seq import Seq2Seq
 from transformer.runs import donor as module
 from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
-from transformer.tasks import make_model, make_params
+from transformer.tasks import initialize
 from transformer.tokenizer import TOKENIZERS
 from transformer.types import UserError
 
@@ -99,13 +99,11 @@ def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
     """Of as many classes, so that the shapes fit."""
     block = BlockConfig(AttentionConfig(num_heads=1))
     config = Config(
-        model=ModelConfig(
-            architecture="encoder", vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2
-        ),
+        model=ModelConfig(vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2),
         objective=Classification(),
     )
-    model = make_model(config.model)
-    given = jax.tree.map(lambda x: x + 1, make_params(model, jax.random.key(7)))
+    model = config.objective.make_model(config.model)
+    given = jax.tree.map(lambda x: x + 1, initialize(config.objective, model, jax.random.key(7))[0])
     monkeypatch.setattr(module, "read_run", lambda directory, read, step: (5, given))
     donor = donor_of(DataConfig(), class_names=there)._replace(path="there", config=config)
     params, notes = inherit_params(config, model, donor, ("neg", "pos") if there else ())

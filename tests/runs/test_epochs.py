@@ -54,9 +54,8 @@ def config_of(place, objective=None, **training):
         record_bytes=64,
     )
     block = BlockConfig(AttentionConfig(num_heads=2))
-    architecture = "decoder" if objective is None else "encoder"
     return Config(
-        model=ModelConfig(architecture=architecture, num_layers=1, embed_dim=16, pattern=(block,)),
+        model=ModelConfig(num_layers=1, embed_dim=16, pattern=(block,)),
         data=data,
         objective=objective or Config().objective,
         parallel=ParallelConfig(data=1),

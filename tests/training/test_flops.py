@@ -8,7 +8,6 @@ import pytest
 
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
-from transformer.models.init import init_params
 from transformer.objective import OBJECTIVES
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
@@ -16,7 +15,7 @@ from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
-from transformer.tasks import StandIn, count_step, init_method, init_shapes, make_model, training_runtime
+from transformer.tasks import StandIn, count_step, initialize, training_runtime
 from transformer.training.flops import count_flops, step_flops, traced_flops
 from transformer.training.optimizer import freeze
 from transformer.types import Batch, LabelledBatch, PairBatch
@@ -53,12 +52,6 @@ MODELS = {
     "pairs, experts": ("seq2seq", {"pattern": (EXPERTS,)}),
     "spans": ("span_corruption", {"pattern": (WIDE, NARROW)}),
 }
-ARCHITECTURES = {
-    "masked_lm": "encoder",
-    "classification": "encoder",
-    "seq2seq": "encoder_decoder",
-    "span_corruption": "encoder_decoder",
-}
 
 
 def make(kind, *, objective=None, optimizer=None, **settings):
@@ -66,7 +59,6 @@ def make(kind, *, objective=None, optimizer=None, **settings):
     settings = {"embed_dim": 32, "pattern": (WIDE,), **settings}
     settings = {"num_layers": max(2, len(settings["pattern"])), **settings}
     model = ModelConfig(
-        ARCHITECTURES.get(kind, "decoder"),
         vocab_size=VOCAB,
         max_length=LENGTH + settings.get("memory_length", 0),
         num_classes=CLASSES if kind == "classification" else 0,
@@ -79,14 +71,13 @@ def make(kind, *, objective=None, optimizer=None, **settings):
         objective=OBJECTIVES.find(kind)(**(objective or {})),
         optimizer=optimizer or AdamW(),
     )
-    module = make_model(model)
-    params, _ = init_params(module, None, *init_shapes(module), method=init_method(module))
+    params, _ = initialize(config.objective, config.objective.make_model(model), None)
 
     def ids(*shape, dtype=np.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     row, weights = ids(ROWS, LENGTH), ids(ROWS, LENGTH, dtype=np.float32)
-    if model.architecture == "encoder_decoder":
+    if config.objective.num_stacks == 2:
         return config, params, PairBatch(ids(ROWS, SOURCE), ids(ROWS, SOURCE), row, row, weights, row)
     if kind == "classification":
         return config, params, LabelledBatch(row, row, ids(ROWS), ids(ROWS, dtype=np.float32))
@@ -140,7 +131,7 @@ def stack_flops(model, length, *, causal, cross=0, prefix=False):
 def expected_flops(config):
     model, kind = config.model, config.objective.kind
     D = model.embed_dim
-    if model.architecture == "decoder":
+    if config.objective.continues_text:
         row = stack_flops(model, LENGTH, causal=True, prefix=kind == "prefix_lm") + 2 * LENGTH * D * VOCAB
     elif kind == "masked_lm":
         row = stack_flops(model, LENGTH, causal=False) + 2 * round(0.15 * LENGTH) * D * VOCAB
@@ -184,7 +175,7 @@ def gradient(objective, key):
 def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
     kind, settings = MODELS[name]
     config, params, batch = make(kind, optimizer=AdamW(parameter_groups=groups), **settings)
-    objective = config.objective.bind(make_model(config.model), StandIn(VOCAB))
+    objective = config.objective.bind(config.objective.make_model(config.model), StandIn(VOCAB))
     objective = freeze(objective, config.optimizer, params)
     carry = jax.eval_shape(lambda: objective.init_carry(ROWS))
     traced = traced_flops(gradient(objective, jax.random.key(0)), params, carry, batch)
@@ -205,7 +196,7 @@ def test_saving_memory_changes_no_count_of_any_objective(settings):
     config, params, batch = make(
         "next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings
     )
-    model = make_model(config.model, training_runtime(True))
+    model = config.objective.make_model(config.model, training_runtime(True))
     counted = step_flops(config.objective.bind(model, StandIn(VOCAB)), params, batch)
     assert counted == count_step(config, params, batch)
     plain = make("next_token", num_layers=4, pattern=(WIDE, EXPERTS))

@@ -23,7 +23,7 @@ class Classifier(nn.Module):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> config = ModelConfig(architecture="encoder", vocab_size=11, num_layers=1, embed_dim=8, num_classes=3)
+        >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8, num_classes=3)
         >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
         >>> logits, variables = Classifier(config).init_with_output(
         ...     jax.random.key(0), tokens, segment_ids_BT=segment_ids

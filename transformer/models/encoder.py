@@ -20,7 +20,7 @@ class Encoder(nn.Module):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> model = Encoder(ModelConfig(architecture="encoder", vocab_size=11, num_layers=1, embed_dim=8))
+        >>> model = Encoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
         >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
         >>> hidden, variables = model.init_with_output(jax.random.key(0), tokens, segment_ids_BT=segment_ids)
         >>> hidden.shape

@@ -25,7 +25,7 @@ class EncoderDecoder(nn.Module):
 
     Example, reading the source once and then the target in pieces:
         >>> import jax.numpy as jnp
-        >>> config = ModelConfig(architecture="encoder_decoder", vocab_size=11, num_layers=1, embed_dim=8)
+        >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8)
         >>> model = EncoderDecoder(config)
         >>> source, target = jnp.array([[1, 2, 3]]), jnp.array([[4, 5]])
         >>> logits, variables = model.init_with_output(jax.random.key(0), source, target)

@@ -11,6 +11,7 @@ import numpy as np
 
 from transformer.data.example_batches import buckets
 from transformer.data.forms import by_length, padded, text_tokens
+from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, mask_token, shaped
 from transformer.objectives.bases import ExampleObjective
 from transformer.objectives.routing import add_routing
@@ -30,7 +31,7 @@ class Classification(ExampleObjective):
     """Cross-entropy of a text's class."""
 
     kind = "classification"
-    architecture = "encoder"
+    model_class = Classifier
     reads = "labelled"
 
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
@@ -140,6 +141,10 @@ class Classification(ExampleObjective):
         if self.class_weights == "balanced":
             raise ValueError("Balanced class_weights must be made numbers before training, by `balanced_weights`.")
         return batch.weights * jnp.asarray(self.class_weights, jnp.float32)[batch.labels]
+
+    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+        """The mask, also where nothing is masked: a classifier fits the encoder that it starts from."""
+        return 1
 
     def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """A class for each name."""

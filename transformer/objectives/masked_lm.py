@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.data.draws import random_at
+from transformer.models.encoder import Encoder
 from transformer.objective import OBJECTIVES, mask_token
 from transformer.objectives.bases import TextObjective
 from transformer.objectives.routing import add_routing
@@ -25,7 +26,8 @@ class MaskedLM(TextObjective):
     """Cross-entropy of masked tokens (Devlin et al. 2019)."""
 
     kind = "masked_lm"
-    architecture = "encoder"
+    model_class = Encoder
+    init_method = "logits"
 
     mask_rate: float = 0.15
     """Share of tokens to be predicted."""
@@ -35,6 +37,10 @@ class MaskedLM(TextObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.mask_rate < 1, f"MaskedLM.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
+
+    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+        """The mask."""
+        return 1
 
     def num_masked(self, length: int) -> int:
         """How many of `length` tokens are to be predicted."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from transformer.models.decoder import Decoder
 from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import TokenObjective
 from transformer.objectives.continuation import continuations
@@ -25,7 +26,8 @@ class NextToken(TokenObjective):
     """Cross-entropy of the token that follows."""
 
     kind = "next_token"
-    architecture = "decoder"
+    model_class = Decoder
+    continues_text = True
     reads = "text"
 
     def loss(

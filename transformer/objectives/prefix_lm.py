@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.draws import random_at
+from transformer.models.decoder import Decoder
 from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import TextObjective
 from transformer.objectives.continuation import continuations
@@ -27,7 +28,8 @@ class PrefixLM(TextObjective):
     2018; Raffel et al. 2020, section 3.2.1)."""
 
     kind = "prefix_lm"
-    architecture = "decoder"
+    model_class = Decoder
+    continues_text = True
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool

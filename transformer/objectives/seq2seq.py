@@ -11,6 +11,7 @@ from transformer.data.forms import source_tokens
 from transformer.data.tokenizers import PairTokenizer, source_tokenizer
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
+from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
 from transformer.objectives.bases import ExampleObjective, TokenObjective
 from transformer.objectives.routing import add_routing
@@ -31,7 +32,8 @@ class Seq2Seq(ExampleObjective, TokenObjective):
     """Cross-entropy of a target, given its source."""
 
     kind = "seq2seq"
-    architecture = "encoder_decoder"
+    model_class = EncoderDecoder
+    num_stacks = 2
     reads = "pairs"
     predicts_from = "source_key"
 

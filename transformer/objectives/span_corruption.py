@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from transformer.data.draws import random_at
 from transformer.data.tokenizers import PairTokenizer, Tokenizer
+from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TextObjective
 from transformer.objectives.seq2seq import pair_loss, pair_shapes
@@ -27,7 +28,8 @@ class SpanCorruption(TextObjective):
     """Cross-entropy of the hidden spans of a text (Raffel et al. 2020, section 3.3.4)."""
 
     kind = "span_corruption"
-    architecture = "encoder_decoder"
+    model_class = EncoderDecoder
+    num_stacks = 2
 
     noise_density: float = 0.15
     """Share of tokens that are hidden."""

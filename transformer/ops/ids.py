@@ -9,7 +9,6 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from transformer.model_config import ModelConfig
-from transformer.types import Batch, LabelledBatch, PairBatch
 from transformer.validation import require
 
 
@@ -55,16 +54,9 @@ def check_batch_ids(config: ModelConfig, batch: Any) -> Any:
 
     For the host: a compiled step cannot refuse, and gives NaN.
     """
-    if not isinstance(batch, Batch | LabelledBatch | PairBatch):
-        return batch
-    vocab_size = config.vocab_size
-    check_ids(batch.inputs, vocab_size, "the batch's inputs")
-    if isinstance(batch, PairBatch):
-        check_ids(batch.source, config.source_vocab_size or vocab_size, "the batch's source")
-    counted = np.asarray(batch.weights) != 0
-    if isinstance(batch, LabelledBatch):
-        labels = np.asarray(batch.labels)[counted]
-        check_ids(labels, config.num_classes, "the batch", kind="Labels with a weight", limit="num_classes")
-    else:
-        check_ids(np.asarray(batch.targets)[counted], vocab_size, "the batch's targets with a weight")
+    for part in batch.ids(config) if hasattr(batch, "ids") else ():
+        values, what = part.values, f"the batch's {part.name}"
+        if part.weights is not None:
+            values, what = np.asarray(values)[np.asarray(part.weights) != 0], f"{what} with a weight"
+        check_ids(values, part.size, what, kind=part.kind, limit=part.limit)
     return batch

@@ -133,7 +133,10 @@ def plan_training(config: Config, topology: Topology) -> Plan:
 
 def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: int) -> Plan:
     """Compile a step of decoding, one token for each of `rows` caches of `capacity` tokens, as `plan_training` does."""
-    require(config.model.architecture == "decoder", f"plan decodes a decoder, got a {config.model.architecture}.")
+    require(
+        config.objective.continues_text,
+        f"plan decodes a model that continues texts, got the {config.objective.kind} objective.",
+    )
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat="none", max_length=max(capacity, config.model.max_length)),
@@ -208,7 +211,7 @@ def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
     )
     # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
-    check_model(config.model)
+    check_model(config.model, config.objective.num_stacks)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
     return mesh, make_steps(config, StandIn(config.model.vocab_size), mesh)
 

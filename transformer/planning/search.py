@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from transformer.config import Config
 from transformer.model_config import ModelConfig
-from transformer.models.init import init_params
+from transformer.objective import Objective
 from transformer.planning.chips import Topology
 from transformer.planning.plan import Plan, plan_training, resolve_size
-from transformer.tasks import count_parameters, count_step, make_model
+from transformer.tasks import count_parameters, count_step, initialize
 from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
 from transformer.validation import require
@@ -75,9 +75,8 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     """All choices that divide rows, heads and widths, estimated."""
     found = []
     resolved = resolve_size(config)
-    flops = count_step(
-        resolved, _shapes(dataclasses.replace(resolved.model, remat="none")), config.objective.batch_shapes(config)
-    ).total
+    plain = dataclasses.replace(resolved.model, remat="none")
+    flops = count_step(resolved, _shapes(resolved.objective, plain), config.objective.batch_shapes(config)).total
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
@@ -125,7 +124,7 @@ def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
     """
     parallel, model, chip = config.parallel, config.model, topology.chip
     devices, accumulate = len(topology.devices), config.optimizer.accumulate_steps
-    shapes = _shapes(dataclasses.replace(model, remat="none"))
+    shapes = _shapes(config.objective, dataclasses.replace(model, remat="none"))
     number, itemsize = count_parameters(shapes), jnp.dtype(model.dtype).itemsize
     state = number * 4 * (2 + 2) / (parallel.fsdp * parallel.tensor * parallel.expert)
     rows = config.data.batch_size / accumulate / row_shards(parallel)
@@ -145,5 +144,5 @@ def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
 
 
 @functools.cache
-def _shapes(model: ModelConfig) -> Any:
-    return init_params(make_model(model), None)[0]
+def _shapes(objective: Objective, model: ModelConfig) -> Any:
+    return initialize(objective, objective.make_model(model), None)[0]

@@ -11,7 +11,7 @@ from etils import epath
 from transformer.layers.scan_params import loop_params
 from transformer.runs.directory import CHECKPOINTS
 from transformer.runs.recipe import Run, own_part
-from transformer.tasks import make_model, training_runtime
+from transformer.tasks import training_runtime
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.divergence import first_not_finite, split
@@ -70,7 +70,7 @@ def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[s
         objective=dataclasses.replace(config.objective, loss_chunks=1),
     )
     params = loop_params(state.params) if run.config.model.scan_layers else state.params
-    model = make_model(config.model, training_runtime(config.training.cpu_kernels))
+    model = config.objective.make_model(config.model, training_runtime(config.training.cpu_kernels))
     objective = freeze(config.objective.bind(model, run.tokenizer), config.optimizer, params)
     parts = split(
         jax.device_get(state.carry),

@@ -11,7 +11,7 @@ from transformer.config_io import differences, resume_conflicts, to_dict
 from transformer.data.tokenizers import PairTokenizer, Tokenizer
 from transformer.memory import check_params
 from transformer.runs.directory import read_run
-from transformer.tasks import make_params
+from transformer.tasks import initialize
 from transformer.training.checkpoint import load_step_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
@@ -69,13 +69,13 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
         donor: whose parameters are read.
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
-    check_params(config.model)
+    check_params(config)
     step, params = read_run(donor.path, lambda run: load_step_params(run.path), donor.step)
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}
     # On the host: each device is given its part only.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        own = make_params(model, jax.random.key(config.training.seed))
+        own, _ = initialize(config.objective, model, jax.random.key(config.training.seed))
         blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
         transferred = transfer(own, params, **blocks)
     # What shapes need not show: an activation, a window, the distances of position buckets.

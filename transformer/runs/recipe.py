@@ -82,7 +82,7 @@ def make_run(
         config, data=dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
     )
     config = resolve(config, tokenizer, data.class_names)
-    check_model(config.model)
+    check_model(config.model, config.objective.num_stacks)
     check_batch(config, jax.process_count())
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)

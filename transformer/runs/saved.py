@@ -20,7 +20,7 @@ from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.ops.ids import check_batch_ids
 from transformer.runs.directory import Record, compare_data, read_run
-from transformer.tasks import make_model, make_params, resolve, split_metrics
+from transformer.tasks import initialize, resolve, split_metrics
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.step import make_eval_step
@@ -102,9 +102,9 @@ def load(workdir: str | os.PathLike[str], *, step: int | str = "latest") -> Load
 def _load(record: Record) -> Loaded:
     tokenizer = record.load_tokenizer()
     config = resolve(record.config, tokenizer, record.class_names)
-    check_params(config.model)
-    model = make_model(config.model)
-    shapes = jax.eval_shape(lambda key: make_params(model, key), jax.random.key(0))
+    check_params(config)
+    model = config.objective.make_model(config.model)
+    shapes, _ = initialize(config.objective, model, None)
     step, params = load_step_params(record.path, shapes)
     return Loaded(model, params, tokenizer, config, step, record.class_names)
 
@@ -149,7 +149,7 @@ def evaluate(
         changes["continue_rows"] = memory_length > 0
         if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
             changes |= {"pack": True, "num_streams": 0}
-        model = make_model(dataclasses.replace(config.model, memory_length=memory_length))
+        model = config.objective.make_model(dataclasses.replace(config.model, memory_length=memory_length))
     named = trusted(config.data, str(workdir), source=source, data_dir=data_dir)
     named = dataclasses.replace(named, **changes, **(keys or {}))
     if split is None:

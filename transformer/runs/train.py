@@ -19,7 +19,6 @@ from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_config, check_state
-from transformer.models.decoder import Decoder
 from transformer.runs.directory import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -176,7 +175,7 @@ def _train_locked(config: Config, given: Given, console: Console, results: Conso
     )
     evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
     evaluators |= {name: _of_one_copy(run, evaluate) for name, evaluate in given.evaluators.items()}
-    continues = config.training.sample_length > 0 and isinstance(run.model, Decoder)
+    continues = config.training.sample_length > 0 and config.objective.continues_text
     samples = SamplesWriter(workdir / SAMPLES_FILE)
     sampler = make_sampler(run, console, samples) if continues else None
     record = make_record(config, run.tokenizer, data, old, made_by)
@@ -336,8 +335,6 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
 def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
     """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
     model = run.model
-    if not isinstance(model, Decoder):
-        raise ValueError(f"Only a decoder continues a text, got {type(model).__name__}.")
     training = run.config.training
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
