@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -122,3 +123,55 @@ def test_loop_is_short():
 def test_imports_are_seen(tmp_path, text, module):
     (tmp_path / "m.py").write_text(text)
     assert [m for m, _ in imports(tmp_path / "m.py")] == [module]
+
+
+def test_the_table_of_stairs_is_the_one_that_is_held():
+    """docs/architecture.md shows the rooms in the order in which they import."""
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    shown = [
+        {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`(.+?)`", rooms)} for _, rooms in rows
+    ]
+    there = [{room for room in rooms if any(file_of(room).exists() for file_of in PLACES)} for rooms in STAIRS[:-1]]
+    assert shown == there
+
+
+PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transformer" / f"{room}.py")
+ASKED = {"kind", "reads", "strategy", "implementation"}
+CLASSES = {"Decoder", "Encoder", "EncoderDecoder", "Classifier", "Batch", "LabelledBatch", "PairBatch", "PairTokenizer"}
+# Nine are no kinds of ours: collectives in a compiled program, chips of a topology, words of a message.
+MOST_QUESTIONS = 46
+
+
+def kind_questions(tree):
+    """Comparisons with the name of a kind, and questions for the class of a model, a batch or a tokenizer."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            named = any(getattr(x, "attr", getattr(x, "id", "")) in ASKED for x in operands)
+            if named and any(isinstance(x, ast.Constant | ast.Tuple | ast.Set) for x in operands):
+                yield node.lineno
+        asks = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"
+        if asks and {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)} & CLASSES:
+            yield node.lineno
+
+
+def test_kinds_are_not_asked_for():
+    """A bound that only falls: what a kind does is its method. New questions belong into the kind's file."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}" for path in FILES for line in kind_questions(ast.parse(path.read_text()))
+    ]
+    assert len(found) <= MOST_QUESTIONS, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("if a.kind == 'x': ...", 1),
+        ("b = kind in ('x', 'y')", 1),
+        ("isinstance(m, Decoder | Encoder)", 1),
+        ("if a.kind == b.kind: ...", 0),
+        ("isinstance(m, tuple)", 0),
+    ],
+)
+def test_questions_are_seen(text, count):
+    assert len(list(kind_questions(ast.parse(text)))) == count
