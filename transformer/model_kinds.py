@@ -142,7 +142,10 @@ class Norm(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern(Kind):
-    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2)."""
+    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2).
+
+    One that does not see all has a `block_size` (tokens of a block) among its settings.
+    """
 
     family = PATTERNS
     sees_all: ClassVar[bool] = False

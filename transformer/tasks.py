@@ -1,6 +1,7 @@
 """What is made of a config: its model resolved and initialised, its work, its attention, and the metrics of a split."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformer.parallel.rules import RULES
 from transformer.training.flops import Flops, step_flops
 from transformer.training.metrics import Work, derive
 from transformer.training.optimizer import freeze
-from transformer.types import PyTree
+from transformer.types import Loss, PyTree
 from transformer.validation import require
 
 
@@ -82,9 +83,13 @@ def describe_attention(config: Config, platform: str) -> str:
     batch = config.objective.batch_shapes(config)
     carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
     with recorded() as requests:
-        jax.eval_shape(lambda key, *given: loss.loss(*given, key, True), jax.random.key(0), params, carry, batch)
+        jax.eval_shape(functools.partial(_training_loss, loss), params, carry, batch, jax.random.key(0))
     backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
     return " and ".join(dict.fromkeys(backends))
+
+
+def _training_loss(loss: Loss, params: PyTree, carry: PyTree, batch: Any, key: Any) -> Any:
+    return loss.loss(params, carry, batch, key, True)
 
 
 class StandIn:

@@ -84,7 +84,8 @@ class Attention(nn.Module):
 
         query_BTHK = self._project("query", inputs_BTD, config.num_heads, head_dim)
         source_BSD = state.key_inputs(inputs_BTD, memory_BSD)
-        key_BSGK, value_BSGK = None, None
+        key_BSGK: Any = None
+        value_BSGK: Any = None
         if source_BSD is not None:
             key_BSGK = self._project("key", source_BSD, config.kv_heads, head_dim)
             value_BSGK = self._project("value", source_BSD, config.kv_heads, head_dim, normalize=False)

@@ -42,6 +42,9 @@ def spread_attention(
     """
     settings: dict[str, Any] = {"scale": scale, "logits_soft_cap": logits_soft_cap}
     spread = sharding.spread()
+    rows: Any
+    places: Any
+    heads: Any
     rows, places, heads = sharding.spec(("batch", "length", "heads"), spread) if spread else (None, None, None)
     ring = places is not None
     dense = dropout_rate > 0 or mask.visible is not None or not (bias is None or isinstance(bias, BiasDescription))

@@ -39,7 +39,7 @@ _REMAT_POLICIES = {
 StackCache = tuple[BlockCache, ...]
 """One entry a block; of scanned blocks one a block of the pattern, with a leading axis of periods."""
 
-_COLLECTIONS = {"params": 0, "routing": 0, "attention": 0, "stream": 0}
+_COLLECTIONS: Any = {"params": 0, "routing": 0, "attention": 0, "stream": 0}
 """What a scanned stack has for each layer."""
 
 

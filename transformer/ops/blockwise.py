@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from transformer.model_kinds import Pattern
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 """Below every logit, so that a row that sees no key subtracts something finite from its -inf."""
@@ -31,7 +30,7 @@ class Blocks(NamedTuple):
     """Each block of queries written out, against all keys it may see at once; else two nested loops."""
 
 
-def choose_blocks(num_queries: int, num_keys: int, pattern: Pattern | None = None) -> Blocks:
+def choose_blocks(num_queries: int, num_keys: int, pattern: BlockPattern | None = None) -> Blocks:
     """Blocks for plain XLA; those of a pattern, so that all it leaves out is skipped.
 
     A compiler that orders unrolled blocks freely may keep all of them alive, so they serve short sequences only.

@@ -3,18 +3,29 @@
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from transformer.model_kinds import Pattern
-
 
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
+
+
+class BlockPattern(Protocol):
+    """Which blocks of keys a block of queries sees (`ops/patterns`); frozen and hashable."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        ...
+
+    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+        """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +65,7 @@ class AttentionMask:
     """No key later than the query."""
     window: int = _static(0)
     """Keys fewer than this many places away on either side; 0 means any distance."""
-    pattern: Pattern | None = _static(None)
+    pattern: BlockPattern | None = _static(None)
     """Only keys in blocks that the query's block sees."""
     query_segment_ids: Any = None  # int [B, T]
     key_segment_ids: Any = None  # int [B, S]

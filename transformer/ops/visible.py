@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transformer.model_kinds import Pattern
-from transformer.ops.masks import AttentionMask
+from transformer.ops.masks import AttentionMask, BlockPattern
 
 _MARK = re.compile(r"attention of a row: (\S+) of (\d+) pairs, (\d+) queries, widths (\d+) and (\d+)")
 
@@ -51,7 +50,7 @@ def visible_pairs(mask: AttentionMask, num_queries: int, num_keys: int) -> float
 def _count(
     causal: bool,
     window: int,
-    pattern: Pattern | None,
+    pattern: BlockPattern | None,
     has_prefix: bool,
     num_queries: int,
     num_keys: int,

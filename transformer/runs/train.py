@@ -334,7 +334,7 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
 
 def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
     """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
-    model = run.model
+    model: Any = run.model
     training = run.config.training
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
