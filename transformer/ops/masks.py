@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@runtime_checkable
 class BlockPattern(Protocol):
     """Which blocks of keys a block of queries sees (`ops/patterns`); frozen and hashable."""
 
