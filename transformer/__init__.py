@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from transformer.schedules.linear import LinearSchedule
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
-    from transformer.types import Batch, LabelledBatch, Loss, PairBatch, UserError
+    from transformer.types import Batch, Ids, LabelledBatch, Loss, PairBatch, UserError
 
 __version__ = "0.1.0"
 
@@ -130,7 +130,7 @@ _NAMES = {
     "schedules.linear": "LinearSchedule",
     "schedules.wsd": "WSDSchedule",
     "tokenizer": "TOKENIZERS TokenizerKind",
-    "types": "Batch LabelledBatch Loss PairBatch UserError",
+    "types": "Batch Ids LabelledBatch Loss PairBatch UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
