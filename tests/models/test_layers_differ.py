@@ -32,6 +32,7 @@ def test_scanned_is_looped(tiny, shape):
     config, tokens = tiny.config("rotary", **SHAPES[shape]), tiny.tokens((2, 7))
     blocks = len(config.pattern), len(config.first)
     params, scanned = tiny.params(config), dataclasses.replace(config, scan_layers=True)
+    assert len(params["decoder"]["blocks"]) == config.num_layers
     stacked = scan_params(params, *blocks)
     jax.tree.map(np.testing.assert_array_equal, loop_params(stacked), params)
     shapes = jax.eval_shape(lambda: Decoder(scanned).init(jax.random.key(0), tokens))["params"]

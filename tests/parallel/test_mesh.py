@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from transformer.config import Config, DataConfig, ParallelConfig
+from transformer.layers.runtime import Runtime
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
@@ -168,6 +169,24 @@ def test_constraints_are_for_a_mesh_that_is_set():
         assert Sharding().constrain(x, "batch", "length", "hidden") is x
     shard = jax.pmap(ask)(x[:, None])
     assert shard.shape == (8, 1, 4, 6)
+
+
+def test_a_mesh_of_the_callers_changes_nothing():
+    """Whatever its axes are called: the rules come with the runtime, as the trainer gives it."""
+    config = ModelConfig(vocab_size=8, num_layers=1, embed_dim=16)
+    tokens = jnp.zeros((8, 16), jnp.int32)
+    positions = jnp.arange(16, dtype=jnp.int32)[None]
+    params = Decoder(config).init(jax.random.key(0), tokens)
+
+    def text(runtime):
+        model = Decoder(config, runtime=runtime)
+        return str(jax.make_jaxpr(lambda params: model.apply(params, tokens, positions_BT=positions))(params))
+
+    with jax.set_mesh(make_mesh({"context": 4, "tensor": 2})):
+        alone, spread = text(Runtime()), text(Runtime(sharding=RULES))
+    for name in ("shard_map", "sharding_constraint"):
+        assert name not in alone
+        assert name in spread
 
 
 def test_rows_are_dealt_to_the_ring_in_order():
