@@ -22,6 +22,9 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it wrote a
+# program of eight devices there.
+jax.config.update("jax_enable_compilation_cache", False)
 
 _beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
