@@ -22,8 +22,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it wrote a
-# program of eight devices there.
+# Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it
+# wrote a program of eight devices there.
 jax.config.update("jax_enable_compilation_cache", False)
 
 _beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
@@ -56,11 +56,11 @@ def compiled_once():
     recipe = importlib.import_module("transformer.runs.recipe")
     make, kept = recipe.make_steps, {}
 
-    def make_once(config, tokenizer):
+    def make_once(config, tokenizer, optimizer=None):
         data = dataclasses.replace(config.data, source=("text",), data_dir="")
-        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size
+        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, optimizer
         if key not in kept:
-            kept[key] = make(config, tokenizer)
+            kept[key] = make(config, tokenizer, optimizer=optimizer)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:

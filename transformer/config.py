@@ -80,7 +80,7 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
-        require(all(self.source), f"DataConfig.source must not hold an empty name, got {self.source}.")
+        require(all(self.source), f"Each of DataConfig.source must not be empty, got {self.source}.")
         require(
             len(self.weights) in (0, len(self.source)),
             f"DataConfig.weights must be one per source ({len(self.source)}) or none, got {len(self.weights)}.",

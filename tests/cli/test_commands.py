@@ -269,7 +269,7 @@ def test_generate_repeats_by_seed(workdir, capsys):
         (["evaluate", "{place}/nowhere"], "must have a checkpoint, there is none in"),
         (
             ["evaluate", "{run}", "--split", "validaton"],
-            "A split to score (--split) must be one of train, validation, test for {place}/text, got 'validaton'.",
+            "A split to score (--split) must be one of train, validation, test, or all, for {place}/text, got 'validaton'.",
         ),
         (["prepare", "{place}/nowhere"], "nowhere"),
         (

@@ -284,7 +284,7 @@ def test_logits_soft_cap_and_scaled_embeddings(tiny):
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_bfloat16_follows_float32(tiny, kind, placement):
-    norm = NORMS.find(kind)(placement, use_bias=kind == "layer_norm")
+    norm = NORMS.find(kind)(placement, **({"use_bias": True} if kind == "layer_norm" else {}))
     config = tiny.config("learned", num_layers=1, tie_embeddings=kind == "rms_norm", block={"norm": norm})
     half = dataclasses.replace(config, dtype="bfloat16")
     tokens = tiny.tokens((2, 5))

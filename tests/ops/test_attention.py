@@ -133,7 +133,7 @@ def sees(mask, row, query, key, query_place, key_place):
     if (mask.causal and distance < 0 and not in_prefix) or (mask.window and abs(distance) >= mask.window):
         return False
     if mask.pattern is not None:
-        size, stride, summary = mask.pattern.block_size, mask.pattern.stride, mask.pattern.summary
+        size, stride, summary = mask.pattern.block_size, mask.pattern.stride, getattr(mask.pattern, "summary", 1)
         i, j = query_place // size, key_place // size
         if mask.pattern.kind == "strided" and not (abs(i - j) < stride or (i - j) % stride == 0):
             return False

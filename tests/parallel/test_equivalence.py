@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from transformer.layers.runtime import Runtime
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
@@ -19,6 +20,7 @@ from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.places import balanced_order
 from transformer.parallel.mesh import make_mesh, mesh_runner
 from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.rules import RULES
 from transformer.training.state import create_state
 from transformer.training.step import make_eval_step, make_train_step
 from transformer.types import Batch
@@ -68,7 +70,7 @@ def make_model(scan_layers, remat, num_experts=0):
         scan_layers=scan_layers,
         remat=remat,
     )
-    return Decoder(config)
+    return Decoder(config, runtime=Runtime(sharding=RULES))
 
 
 def make_batch(seed):

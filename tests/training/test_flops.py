@@ -12,6 +12,7 @@ from transformer.objective import OBJECTIVES
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.poolings.attention import AttentionPooling
 from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
@@ -44,7 +45,7 @@ MODELS = {
     "masked": ("masked_lm", {}),
     "masked, experts": ("masked_lm", {"pattern": (WIDE, EXPERTS)}),
     "classes": ("classification", {}),
-    "classes, attention pooling": ("classification", {"pooling": "attention"}),
+    "classes, attention pooling": ("classification", {"pooling": AttentionPooling()}),
     "classes, experts": ("classification", {"pattern": (EXPERTS,)}),
     "pairs": ("seq2seq", {}),
     "pairs, two vocabularies": ("seq2seq", {"source_vocab_size": 51, "tie_embeddings": False}),
@@ -136,7 +137,7 @@ def expected_flops(config):
     elif kind == "masked_lm":
         row = stack_flops(model, LENGTH, causal=False) + 2 * round(0.15 * LENGTH) * D * VOCAB
     elif kind == "classification":
-        pooling = 2 * LENGTH * D * 2 if model.pooling == "attention" else 0
+        pooling = 2 * LENGTH * D * 2 if model.pooling == AttentionPooling() else 0
         row = stack_flops(model, LENGTH, causal=False) + pooling + 2 * D * CLASSES
     else:
         decoded = stack_flops(model, LENGTH, causal=True, cross=SOURCE) + 2 * LENGTH * D * VOCAB

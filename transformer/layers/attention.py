@@ -35,6 +35,7 @@ class Attention(nn.Module):
         runtime: types, initialisation, the product and sharding.
 
     Example:
+        >>> import jax
         >>> layer = Attention(AttentionConfig(num_heads=2, num_kv_heads=1))
         >>> x = jnp.ones((1, 3, 8))
         >>> y, variables = layer.init_with_output(jax.random.key(0), x, mask=AttentionMask(causal=True))

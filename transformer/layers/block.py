@@ -48,6 +48,8 @@ class Block(nn.Module):
         runtime: types, initialisation, the product and sharding.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import jax
         >>> x = jnp.ones((1, 3, 8))
         >>> y, variables = Block(BlockConfig()).init_with_output(jax.random.key(0), x, mask=AttentionMask(causal=True))
         >>> sorted(variables["params"])

@@ -50,6 +50,7 @@ class Linear(nn.Module):
         runtime: types, initialisation and the product.
 
     Example:
+        >>> import jax
         >>> layer = Linear(features=(2, 4), axes=("embed", "heads", "head_dim"))
         >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))
         >>> y.shape

@@ -17,6 +17,7 @@ class Normalize(nn.Module):
         runtime: types.
 
     Example:
+        >>> import jax
         >>> from transformer.ops.norms.rms_norm import RMSNorm
         >>> y, variables = Normalize(RMSNorm()).init_with_output(jax.random.key(0), jnp.array([3.0, 4.0]))
         >>> float(jnp.mean(y * y)).__round__(3)

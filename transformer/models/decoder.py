@@ -21,6 +21,7 @@ class Decoder(nn.Module):
         runtime: the product and sharding; types and initialisation are the config's.
 
     Example:
+        >>> import jax
         >>> model = Decoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
         >>> tokens = jnp.array([[1, 2, 3]])
         >>> logits, variables = model.init_with_output(jax.random.key(0), tokens)

@@ -19,6 +19,7 @@ class Encoder(nn.Module):
         runtime: the product and sharding; types and initialisation are the config's.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> model = Encoder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
         >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])

@@ -24,6 +24,7 @@ class EncoderDecoder(nn.Module):
         runtime: the product and sharding; types and initialisation are the config's.
 
     Example, reading the source once and then the target in pieces:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8)
         >>> model = EncoderDecoder(config)
