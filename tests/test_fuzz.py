@@ -88,7 +88,8 @@ def mutation(verdict, few, many):
 CONFIG = '''\
 """A config to change."""
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig, NormConfig
+from transformer.data.tokenizers.characters import Characters
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 
 
 def get_config(variant=""):
