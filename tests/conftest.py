@@ -37,7 +37,8 @@ def _check(function):
 
     @functools.wraps(checked)
     def check_others(self, *args, **kwargs):
-        if not isinstance(self, sys.modules["transformer.validation"].Settings):
+        settings = getattr(sys.modules.get("transformer.validation"), "Settings", ())  # it may not be imported yet
+        if not isinstance(self, settings):
             checked(self, *args, **kwargs)
 
     return check_others
