@@ -96,7 +96,7 @@ def check_config(config: Config) -> None:
     )
 
 
-def check_params(config: Config, copies: int = 1) -> None:
+def check_params(config: Config) -> None:
     """Refuse a model whose parameters one device cannot hold, to load it or to start from it.
 
     Raises:
@@ -105,7 +105,7 @@ def check_params(config: Config, copies: int = 1) -> None:
     model, stacks = config.model, config.objective.num_stacks
     check_model(model, stacks)
     check_bytes(
-        copies * num_parameters(model, stacks) * _BYTES[model.param_dtype],
+        num_parameters(model, stacks) * _BYTES[model.param_dtype],
         device_memory(),
         f"the parameters of a model of {_dimensions(model)}",
         "Load a smaller model.",
@@ -169,8 +169,11 @@ def check_cache(config: ModelConfig, rows: int, capacity: int) -> None:
     Raises:
         UserError: it is too large.
     """
-    widths = [b.attention.kv_heads * b.attention.resolved_head_dim(config.embed_dim) for b in config.blocks]
-    a_token = 2 * sum(widths) * _BYTES[config.dtype]
+    width = sum(
+        times * block.attention.kv_heads * block.attention.resolved_head_dim(config.embed_dim)
+        for block, times in config.block_counts.items()
+    )
+    a_token = 2 * width * _BYTES[config.dtype]
     check_bytes(
         rows * capacity * a_token,
         device_memory(),

@@ -7,7 +7,7 @@ Kinds are settings with pure functions of arrays. Parameters are made in the mod
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import jax.numpy as jnp
 
@@ -59,6 +59,10 @@ class Positions(Kind):
 
     def check_own(self, block: "BlockConfig", embed_dim: int) -> None:
         """Raise UserError unless a block may have it as `own_positions`."""
+        require(
+            not self.absolute,
+            f"{self.kind.capitalize()} positions are added to the embeddings of a model, a block cannot have its own.",
+        )
         self.check_block(block, embed_dim)
 
     def check_length(self, max_length: int, length: int) -> None:
@@ -115,10 +119,14 @@ class Positions(Kind):
         """
         del num_heads
         if shared is not None:
-            raise ValueError(
-                f"Positions of kind t5, and no others, need a relative_bias, got kind={self.kind!r} and "
-                f"{type(shared).__name__}; a `Stack` makes one, `RelativeBias` too."
-            )
+            self.refuse_shared(shared)
+
+    def refuse_shared(self, shared: Any) -> NoReturn:
+        """Raise ValueError for a shared bias that is not used, or is missing."""
+        raise ValueError(
+            f"Positions of kind t5, and no others, need a relative_bias, got kind={self.kind!r} and "
+            f"{type(shared).__name__}; a `Stack` makes one, `RelativeBias` too."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

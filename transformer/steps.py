@@ -66,7 +66,7 @@ def _check_context(config: Config, devices: int) -> None:
     model = config.model
     balanced_order(config.data.sequence_length, devices)
     check_blocks(config.data.sequence_length, devices)
-    patterns = {block.attention.pattern for block in model.blocks}
+    patterns = {block.attention.pattern for block in model.block_counts}
     config.objective.check_context(config)
     require(
         all(pattern.sees_all for pattern in patterns),
@@ -75,7 +75,7 @@ def _check_context(config: Config, devices: int) -> None:
         "set parallel.context=1.",
     )
     require(
-        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.blocks),
+        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.block_counts),
         "parallel.context needs model.dropout=0 and attention.dropout=0: what is dropped is drawn by place in an array, and rows "
         "are dealt out in another order; set them, or parallel.context=1.",
     )

@@ -128,3 +128,9 @@ def test_what_nobody_registered_is_refused(monkeypatch):
     monkeypatch.delitem(POSITIONS._kinds, "clock")
     with pytest.raises(UserError, match=r"got 'clock'\. One's own kind is known once the module that registers it"):
         from_dict(Config, values)
+
+
+def test_own_vectors_of_positions_are_no_blocks_own():
+    """Before, the block took them and nothing was added."""
+    with pytest.raises(UserError, match="Clock positions are added to the embeddings of a model, a block cannot have"):
+        ModelConfig(pattern=(BlockConfig(own_positions=Clock()),))

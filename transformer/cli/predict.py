@@ -72,10 +72,10 @@ def _require_new(output: str) -> None:
 def _writer(output: str) -> Iterator[Write]:
     """What writes rows to a file, which is there once all of them are, or to standard output."""
     if output == "":
-        yield lambda place, row: _print(_as_json(row))
+        yield lambda place, row: _print(json.dumps(row))
         return
     with explained(output), writing_whole(expand(output)) as file:
-        yield _csv_writer(file, output) if output.endswith(".csv") else lambda place, row: _put(file, _as_json(row))
+        yield _csv_writer(file, output) if output.endswith(".csv") else lambda place, row: _put(file, row)
         _require_new(output)
 
 
@@ -84,12 +84,8 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def _put(file: Any, line: str) -> None:
-    file.write(f"{line}\n".encode())
-
-
-def _as_json(row: dict[str, Any]) -> str:
-    return json.dumps(row)
+def _put(file: Any, row: dict[str, Any]) -> None:
+    file.write(f"{json.dumps(row)}\n".encode())
 
 
 def _csv_writer(file: Any, output: str) -> Write:

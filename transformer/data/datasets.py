@@ -102,7 +102,7 @@ def open_data(config: DataConfig, objective: Objective, class_names: tuple[str, 
 
 
 def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[str, ...]) -> list[str]:
-    """Those of the sources that `open_data` would open; local text is not prepared."""
+    """Fingerprints of the sources that `open_data` would open; local text is not prepared."""
     if objective.reads == "text":
         return [find_source(name).fingerprint(name, config) for name in config.source]
     return [open_examples(config.source, objective.reads, config, class_names).fingerprint]

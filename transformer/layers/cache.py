@@ -71,7 +71,7 @@ class KVCache(Cache):
     overflow: Any  # bool []
 
     def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array:
-        """Those of the new tokens."""
+        """The new tokens."""
         if memory_BSD is not None:
             raise ValueError("Cross-attention needs a MemoryCache, got a KVCache; a memory does not grow.")
         return inputs_BTD
@@ -113,7 +113,7 @@ class MemoryCache(Cache):
     value_BSGK: Any  # [B, S, G, K]
 
     def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array | None:
-        """Those of the memory, in the first call."""
+        """The memory, in the first call."""
         if memory_BSD is None and self.key_BSGK.shape[1] == 0:
             raise ValueError("Cross-attention needs a memory in the first call with a cache; pass memory_BSD.")
         return memory_BSD
@@ -121,7 +121,7 @@ class MemoryCache(Cache):
     def extend(
         self, key: Array | None, value: Array | None, mask: AttentionMask
     ) -> tuple[Array, Array, AttentionMask, Cache]:
-        """Those of the memory: new ones, or the ones kept."""
+        """Keys and values of the memory: new ones, or the ones kept."""
         if key is None or value is None:
             return self.key_BSGK, self.value_BSGK, mask, self
         cache = MemoryCache(key.astype(self.key_BSGK.dtype), value.astype(self.value_BSGK.dtype))

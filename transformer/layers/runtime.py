@@ -72,13 +72,18 @@ class Runtime:
         return with_axes(nn.initializers.normal(scale * (self.init_std or 1.0 / math.sqrt(fan_in))), axes)
 
     def parameter(
-        self, module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], **initial: Any
+        self,
+        module: nn.Module,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        fan_in: int = 0,
+        fill: float | None = None,
     ) -> jax.Array:
-        """A parameter of a module, as `model_kinds.Parameter` describes it."""
-        fill = initial.get("fill")
-        if fill is None:
-            return module.param(name, self.initializer(initial["fan_in"], axes), shape, self.param_dtype)
-        return module.param(name, with_axes(nn.initializers.constant(fill), axes), shape, self.param_dtype)
+        """A parameter of a module, as `model_kinds` describes it."""
+        init = self.initializer(fan_in, axes) if fill is None else with_axes(nn.initializers.constant(fill), axes)
+        return module.param(name, init, shape, self.param_dtype)
 
     def constrain(self, x: Any, *names: str | None) -> Any:
         """`Sharding.constrain`."""

@@ -57,8 +57,6 @@ class Sharding:
 
         None without a mesh (`jax.set_mesh`), on one device, and where devices run a program each (`pmap`, inside `shard_map`).
         """
-        if not self.rules:
-            return {}
         mesh, known = jax.sharding.get_abstract_mesh(), {axis for _, axes in self.rules for axis in axes}
         sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1 and name in known}

@@ -96,13 +96,13 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
 def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     model, devices = config.model, devices // max(config.parallel.dcn, 1)
     powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
-    experts = {block.feed_forward.num_experts for block in model.blocks} - {0}
-    dense = all(block.attention.pattern.sees_all for block in model.blocks) and model.memory_length == 0
+    experts = {block.feed_forward.num_experts for block in model.block_counts} - {0}
+    dense = all(block.attention.pattern.sees_all for block in model.block_counts) and model.memory_length == 0
     for fsdp, tensor, context, expert in itertools.product(powers, powers, powers, powers):
         shared = fsdp * tensor * context * expert
         if devices % shared != 0 or tensor > 16 or context > 16:
             continue
-        heads = all(block.attention.kv_heads % tensor == 0 for block in model.blocks)
+        heads = all(block.attention.kv_heads % tensor == 0 for block in model.block_counts)
         divides = model.embed_dim % fsdp == 0 and model.vocab_size % tensor == 0
         places = context == 1 or (dense and config.data.sequence_length % (2 * context) == 0)
         held = expert == 1 or (len(experts) > 0 and all(number % expert == 0 for number in experts))

@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
-from transformer.model_kinds import PATTERNS, Pattern
+from transformer.model_kinds import PATTERNS
+from transformer.ops.patterns.strides import StridePattern
 from transformer.validation import require, require_at_least
 
 
 @PATTERNS.register
 @dataclasses.dataclass(frozen=True)
-class FixedPattern(Pattern):
+class FixedPattern(StridePattern):
     """The blocks of the same group of `stride`, and the last `summary` blocks of every group (Child et al. 2019).
 
     Both of the paper's heads in one, with blocks of `block_size` tokens for its tokens. Rows are blocks of queries, columns of
@@ -25,16 +26,12 @@ class FixedPattern(Pattern):
 
     kind = "fixed"
 
-    block_size: int = 64
-    """Tokens of a block."""
-    stride: int = 8
-    """Blocks of a group."""
     summary: int = 1
     """Blocks at the end of each group that everything sees."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "block_size", "stride", "summary")
+        require_at_least(self, 1, "summary")
         require(
             self.summary <= self.stride,
             f"FixedPattern.summary must not exceed stride={self.stride}, got {self.summary}.",

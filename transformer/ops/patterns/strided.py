@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-from transformer.model_kinds import PATTERNS, Pattern
-from transformer.validation import require_at_least
+from transformer.model_kinds import PATTERNS
+from transformer.ops.patterns.strides import StridePattern
 
 
 @PATTERNS.register
 @dataclasses.dataclass(frozen=True)
-class StridedPattern(Pattern):
+class StridedPattern(StridePattern):
     """The blocks fewer than `stride` away, and every `stride`-th one from there (Child et al. 2019).
 
     Both of the paper's heads in one, with blocks of `block_size` tokens for its tokens. Rows are blocks of queries, columns of
@@ -24,15 +24,6 @@ class StridedPattern(Pattern):
     """
 
     kind = "strided"
-
-    block_size: int = 64
-    """Tokens of a block."""
-    stride: int = 8
-    """Blocks of the local part, and from one block that is seen beyond it to the next."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "block_size", "stride")
 
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
         """Whether blocks with these numbers see these blocks."""

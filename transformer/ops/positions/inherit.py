@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 @POSITIONS.register
 @dataclasses.dataclass(frozen=True)
 class InheritPositions(Positions):
-    """Those of the model (`BlockConfig.own_positions`)."""
+    """The positions of the model (`BlockConfig.own_positions`)."""
 
     kind = "inherit"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from transformer.model_kinds import POSITIONS, Parameter, Positions
 from transformer.ops.ids import look_up
-from transformer.types import Array, UserError
+from transformer.types import Array
 
 if TYPE_CHECKING:
     from transformer.model_config import ModelConfig
@@ -20,10 +20,6 @@ class LearnedPositions(Positions):
 
     kind = "learned"
     absolute = True
-
-    def check_own(self, block: object, embed_dim: int) -> None:
-        """They are the model's."""
-        raise UserError("Learned positions are added to the embeddings of a model, a block cannot have its own.")
 
     def check_length(self, max_length: int, length: int) -> None:
         """There is a vector for each."""

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from transformer.model_kinds import POSITIONS, Positions
+from transformer.model_kinds import POSITIONS
+from transformer.ops.positions.waves import WavePositions
 from transformer.types import Array
 from transformer.validation import require, require_at_least
 
@@ -27,14 +28,12 @@ _LLAMA3_HIGH = 4.0
 
 @POSITIONS.register
 @dataclasses.dataclass(frozen=True)
-class RotaryPositions(Positions):
+class RotaryPositions(WavePositions):
     """Rotary embeddings of queries and keys (Su et al. 2021)."""
 
     kind = "rotary"
     between_tokens = True
 
-    theta: float = 10_000.0
-    """Base of the wavelengths."""
     fraction: float = 1.0
     """Share of each head's elements that is turned, its first ones (Black et al. 2022: a quarter)."""
     scaling: Scaling = "none"
@@ -46,7 +45,6 @@ class RotaryPositions(Positions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.theta > 0, f"RotaryPositions.theta must be positive, got {self.theta}.")
         require(0 < self.fraction <= 1, f"RotaryPositions.fraction must be above 0 and at most 1, got {self.fraction}.")
         require_at_least(self, 1, "scaling_factor", "original_length")
 

@@ -7,29 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from transformer.model_kinds import POSITIONS, Parameter, Positions
-from transformer.types import Array, UserError
-from transformer.validation import require
+from transformer.model_kinds import POSITIONS, Parameter
+from transformer.ops.positions.waves import WavePositions
+from transformer.types import Array
 
 
 @POSITIONS.register
 @dataclasses.dataclass(frozen=True)
-class SinusoidalPositions(Positions):
+class SinusoidalPositions(WavePositions):
     """Vectors of sines and cosines, added to the embeddings (Vaswani et al. 2017)."""
 
     kind = "sinusoidal"
     absolute = True
-
-    theta: float = 10_000.0
-    """Base of the wavelengths."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.theta > 0, f"SinusoidalPositions.theta must be positive, got {self.theta}.")
-
-    def check_own(self, block: object, embed_dim: int) -> None:
-        """They are the model's."""
-        raise UserError("Sinusoidal positions are added to the embeddings of a model, a block cannot have its own.")
 
     def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
         """Without an end."""

@@ -60,12 +60,7 @@ class T5Positions(Positions):
 
     def bias(self, num_heads: int, shared: Any) -> Any:
         """The shared one."""
-        if shared is None:
-            raise ValueError(
-                "Positions of kind t5, and no others, need a relative_bias, got kind='t5' and NoneType; a `Stack` makes one, "
-                "`RelativeBias` too."
-            )
-        return shared
+        return shared if shared is not None else self.refuse_shared(shared)
 
 
 def t5_buckets(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from transformer.model_kinds import POSITIONS, Parameter, Positions
+from transformer.model_kinds import POSITIONS, Parameter
 from transformer.ops.positions.sinusoidal import sinusoidal
+from transformer.ops.positions.waves import WavePositions
 from transformer.types import Array
 from transformer.validation import require
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @POSITIONS.register
 @dataclasses.dataclass(frozen=True)
-class TransformerXLPositions(Positions):
+class TransformerXLPositions(WavePositions):
     """Sinusoids of distances in the keys, and biases of the queries (Dai et al. 2019, section 3.3).
 
     Logits are `(q_i + u) · k_j + (q_i + v) · W R_{i-j}` (appendix B). `R` are sinusoids, so that the second product is one of
@@ -29,13 +30,6 @@ class TransformerXLPositions(Positions):
 
     kind = "transformer_xl"
     between_tokens = True
-
-    theta: float = 10_000.0
-    """Base of the wavelengths."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.theta > 0, f"TransformerXLPositions.theta must be positive, got {self.theta}.")
 
     def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
         """Sinusoids have as many sines as cosines."""
