@@ -15,6 +15,7 @@ STAIRS = [
         "kinds",
         "model_kinds",
         "objective",
+        "form",
         "optimizer",
         "model_config",
         "parallel_config",
@@ -82,7 +83,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 21_700
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 22_060
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}
@@ -139,7 +140,7 @@ PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transfo
 ASKED = {"kind", "reads", "strategy", "implementation"}
 CLASSES = {"Decoder", "Encoder", "EncoderDecoder", "Classifier", "Batch", "LabelledBatch", "PairBatch", "PairTokenizer"}
 # Nine are no kinds of ours: collectives in a compiled program, chips of a topology, words of a message.
-MOST_QUESTIONS = 46
+MOST_QUESTIONS = 23
 
 
 def kind_questions(tree):

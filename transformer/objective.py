@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
 from transformer.types import Array, Batch, Loss, LossOutput, PyTree, UserError
 from transformer.validation import require, require_at_least, require_range
@@ -73,10 +74,12 @@ class Objective(Kind):
     """Stacks of blocks of the model, each of which reads tokens of its own."""
     continues_text: ClassVar[bool] = False
     """Whether the model can continue a text."""
-    reads: ClassVar[Literal["text", "labelled", "pairs"]]
-    """The data that it learns from: text, labelled or pairs."""
+    reads: ClassVar[str]
+    """The form of the data that it learns from, by its name: text, labelled, pairs, or one's own."""
     predicts_from: ClassVar[str] = "text_key"
     """The field of the data's config that names what is read of a row to predict from it."""
+    draws_nothing: ClassVar[str] = ""
+    """Why `generate` draws no token, where it never does."""
     loss_chunks = 1
     """A setting of those whose logits can be computed in parts."""
 
@@ -92,6 +95,11 @@ class Objective(Kind):
     def __post_init__(self) -> None:
         require_range(self, 0, 1, "label_smoothing")
         require_at_least(self, 0, "z_loss", "load_balance", "router_z")
+
+    @property
+    def form(self) -> Form:
+        """The form of the data that it learns from."""
+        return FORMS.find(self.reads)()
 
     # ---- The model ---------------------------------------------------------------------------------------------------
 
@@ -177,6 +185,10 @@ class Objective(Kind):
         tokens, weights = shaped(shape, np.int32), shaped(shape, np.float32)
         return Batch(tokens, tokens, weights, tokens, tokens)
 
+    def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+        """The rows of a batch, for a person: by default, as the form of the data has them."""
+        return self.form.show(batch, tokenizer, class_names)
+
     def fit(self, data: Any) -> "tuple[Objective, str]":
         """Itself with the settings that are left to the data, and a line for the user."""
         del data
@@ -201,6 +213,27 @@ class Objective(Kind):
         del data
         return np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32)
 
+    def generate(
+        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
+    ) -> Iterator[str]:
+        """What a trained model says to a prompt, piece by piece.
+
+        Args:
+            run: the trained model.
+            prompt: a text.
+            max_new_tokens: at most; 0 means as many as the model has room for.
+            sampling: a `SamplingConfig`.
+            seed: for what is drawn.
+            note: called with what the user should know, before the first piece.
+
+        Raises:
+            UserError: the prompt does not fit; or it generates nothing.
+        """
+        self._refuse("generates must be a language model or a translator")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"A run that {what}, got one of {self.kind}; `transformer evaluate` scores it.")
+
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> Iterator[dict[str, Any]]:
@@ -217,10 +250,7 @@ class Objective(Kind):
         Raises:
             UserError: it cannot read a text; or it predicts nothing.
         """
-        raise UserError(
-            f"A run that predicts must be a classifier, a translator or a language model, got one of {self.kind}; "
-            "`transformer evaluate` scores it."
-        )
+        self._refuse("predicts must be a classifier, a translator or a language model")
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """What to type after training to use the model of a run, after `transformer` and without the run."""

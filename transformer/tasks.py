@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from transformer.config import Config
-from transformer.data.tokenizers import PairTokenizer, Vocabulary
+from transformer.data.tokenizers import Vocabulary, source_tokenizer
 from transformer.evaluation.confusion import macro_f1
 from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig
@@ -52,7 +52,7 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
         model,
         vocab_size=model.vocab_size or smallest,
         max_length=model.max_length or config.data.sequence_length + model.memory_length,
-        source_vocab_size=tokenizer.source.vocab_size if isinstance(tokenizer, PairTokenizer) else 0,
+        source_vocab_size=0 if source_tokenizer(tokenizer) is tokenizer else source_tokenizer(tokenizer).vocab_size,
         **own,
     )
     return dataclasses.replace(config, model=model)

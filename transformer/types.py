@@ -47,6 +47,8 @@ class Ids(NamedTuple):
     kind: str = "Tokens"
     limit: str = "vocab_size"
     """The setting that is the size."""
+    remedy: str = "; encode it with the model's own tokenizer"
+    """The end of the message about a wrong one."""
 
 
 class Batch(NamedTuple):
@@ -91,7 +93,7 @@ class LabelledBatch(NamedTuple):
 
     def ids(self, config: Any) -> tuple[Ids, ...]:
         """What must be ids of a model of this `ModelConfig`."""
-        labels = Ids("labels", self.labels, config.num_classes, self.weights, "Labels", "num_classes")
+        labels = Ids("labels", self.labels, config.num_classes, self.weights, "Labels", "num_classes", "")
         return Ids("inputs", self.inputs, config.vocab_size), labels
 
 

@@ -200,3 +200,12 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of thousands of digits, or a class whose own code fails
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in messages.
+
+    >>> counted(1, "text"), counted(1234, "pair")
+    ('1 text', '1,234 pairs')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -20,6 +20,7 @@ from transformer.generation.text import stream_text
 from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
+from transformer.objectives import continuation, seq2seq
 from transformer.runs.saved import Loaded
 from transformer.tasks import initialize, resolve
 from transformer.tokenizer import TOKENIZERS
@@ -61,11 +62,11 @@ def runs():
 @pytest.fixture
 def generate(runs, monkeypatch, capsys):
     """Run the command on a model that always says the same, or really; what it printed, and its notes."""
-    real = command.stream
+    real = continuation.stream
 
     def run(*arguments, kind="next_token", tokenizer="bytes", code=None, really=False):
-        monkeypatch.setattr(command, "stream", real if really else lambda *_, **__: iter(SAID))
-        monkeypatch.setattr(command, "translate", lambda *_, **__: [np.array(SAID)])
+        monkeypatch.setattr(continuation, "stream", real if really else lambda *_, **__: iter(SAID))
+        monkeypatch.setattr(seq2seq, "translate", lambda *_, **__: [np.array(SAID)])
         monkeypatch.setattr(command, "load", lambda *_, **__: runs(kind, tokenizer))
         capsys.readouterr()
         if code is None:
@@ -108,7 +109,7 @@ def test_a_model_continues_with_a_space(generate):
 def test_what_the_model_does_not_know_is_said(generate):
     captured = generate("--prompt", "the zebra", "--max-new-tokens", "2", tokenizer="words")
     assert captured.err == (
-        "note: 1 of the prompt's 3 tokens are not in the model's vocabulary, and are read as unknown.\n"
+        "note: 1 of the prompt's 3 tokens is not in the model's vocabulary, and is read as unknown.\n"
     )
     assert captured.out.startswith("the")
 

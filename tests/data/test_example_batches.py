@@ -8,8 +8,10 @@ import pytest
 
 from transformer.config import DataConfig
 from transformer.data.datasets import ExampleData
-from transformer.data.example_batches import ExampleEvaluationBatches, buckets
-from transformer.data.forms import TextExample, count_cut, labelled_form, pairs_form
+from transformer.data.example_batches import ExampleEvaluationBatches
+from transformer.data.forms.examples import buckets
+from transformer.data.forms.labelled import LabelledText, LabelledTexts
+from transformer.data.forms.pairs import Pairs, TextPair
 from transformer.data.source import ExampleSource
 from transformer.data.tokenizers import load_tokenizer
 from transformer.data.tokenizers.bytes import ByteTokenizer
@@ -20,16 +22,14 @@ CONFIG = DataConfig(sequence_length=32, batch_size=4, shuffle_seed=3)
 TOKENIZER = ByteTokenizer()
 LENGTHS = np.random.RandomState(0).randint(1, 31, 600)
 EXAMPLES = [
-    TextExample(f"{i:04d}{'x' * length}"[:length] if length < 4 else f"{i:04d}{'x' * (length - 4)}", label=i)
+    LabelledText(f"{i:04d}{'x' * length}"[:length] if length < 4 else f"{i:04d}{'x' * (length - 4)}", i)
     for i, length in enumerate(LENGTHS)
 ]
 
 
 def data(config=CONFIG, examples=EXAMPLES):
-    source = ExampleSource(
-        "toy", "fingerprint", {"train": 0, "test": 0}, "", lambda split: examples, "labelled", ("a", "b")
-    )
-    return ExampleData(config, source)
+    source = ExampleSource("toy", "fingerprint", {"train": 0, "test": 0}, "", lambda split: examples, ("a", "b"))
+    return ExampleData(config, LabelledTexts(), source)
 
 
 def take(iterator, count):
@@ -117,7 +117,7 @@ def test_evaluation_covers_a_split_once(count):
 
 
 def test_processes_share_an_evaluation():
-    arguments = (CONFIG, labelled_form(TOKENIZER, CONFIG), lambda: EXAMPLES[:9])
+    arguments = (CONFIG, LabelledTexts(), TOKENIZER, lambda: EXAMPLES[:9])
     whole = list(ExampleEvaluationBatches(*arguments, range(4)))
     halves = [list(ExampleEvaluationBatches(*arguments, rows)) for rows in (range(2), range(2, 4))]
     for batch, *parts in zip(whole, *halves, strict=True):
@@ -127,34 +127,34 @@ def test_processes_share_an_evaluation():
 @pytest.mark.parametrize(("truncate", "kept"), [("head", "abcdefg"), ("tail", "defghij"), ("head_tail", "abcdhij")])
 def test_long_texts_are_cut(truncate, kept):
     config = DataConfig(sequence_length=8, truncate=truncate)
-    encode = labelled_form(TOKENIZER, config).encode
-    tokens, label = encode(TextExample("abcdefghij", label=5))
+    tokens, label = LabelledTexts().encode(LabelledText("abcdefghij", 5), TOKENIZER, config)
     assert TOKENIZER.decode(tokens[1:]) == kept
     assert (tokens[0], label) == (256, 5)
-    assert TOKENIZER.decode(encode(TextExample("abcdefg"))[0]) == "abcdefg"
+    assert TOKENIZER.decode(LabelledTexts().encode(LabelledText("abcdefg", 0), TOKENIZER, config)[0]) == "abcdefg"
 
 
 def test_what_is_cut_is_counted():
-    pairs = [TextExample("a" * 7, 0, "b" * 8), TextExample("a" * 8, 0, "b" * 9), TextExample("", 0, "b")]
+    pairs = [TextPair("a" * 7, "b" * 8), TextPair("a" * 8, "b" * 9), TextPair("", "b")]
+    texts = [LabelledText(pair.source, 0) for pair in pairs]
     config = DataConfig(sequence_length=8)
-    assert count_cut(pairs_form(TOKENIZER, TOKENIZER, config), config, pairs) == {"sources": 1, "targets": 2}
-    assert count_cut(labelled_form(TOKENIZER, config), config, pairs) == {"texts": 1}
-    for example, fits in zip(pairs, (True, False, True), strict=True):  # as the rows themselves have it
-        tokens, _ = labelled_form(TOKENIZER, config).encode(example)
+    assert Pairs().count_cut(pairs, TOKENIZER, config) == {"sources": 1, "targets": 2}
+    assert LabelledTexts().count_cut(texts, TOKENIZER, config) == {"texts": 1}
+    for example, fits in zip(texts, (True, False, True), strict=True):  # as the rows themselves have it
+        tokens, _ = LabelledTexts().encode(example, TOKENIZER, config)
         assert (tokens[1:].tolist() == TOKENIZER.encode(example.text).tolist()) == fits
 
 
 def test_an_empty_text_is_its_end():
-    form = labelled_form(TOKENIZER, CONFIG)
-    batch = form.collate([form.encode(TextExample("", label=1))], 2, 8)
+    form = LabelledTexts()
+    batch = form.collate([form.encode(LabelledText("", 1), TOKENIZER, CONFIG)], 2, 8)
     assert batch.inputs[0].tolist() == [256] + [0] * 7
     assert batch.segment_ids.sum() == 1
 
 
 def test_pairs_are_shifted_and_ended():
-    form = pairs_form(TOKENIZER, TOKENIZER, DataConfig(sequence_length=6))
-    pairs = [TextExample("ab", target="xyz"), TextExample("", target=""), TextExample("abcdefgh", target="uvwxyzuvw")]
-    encoded = [form.encode(pair) for pair in pairs]
+    form, config = Pairs(), DataConfig(sequence_length=6)
+    pairs = [TextPair("ab", "xyz"), TextPair("", ""), TextPair("abcdefgh", "uvwxyzuvw")]
+    encoded = [form.encode(pair, TOKENIZER, config) for pair in pairs]
     assert [form.length(example) for example in encoded] == [4, 1, 6]
     batch = form.collate(encoded, 4, 6)
     a, x, u = ord("a"), ord("x"), ord("u")
@@ -169,10 +169,10 @@ def test_pairs_are_shifted_and_ended():
 
 
 def test_sources_may_have_a_vocabulary_of_their_own(tmp_path):
-    examples = [TextExample("one two one", target="eins zwei"), TextExample("two", target="zwei drei vier")] * 4
-    source = ExampleSource("toy", "f", {"train": 0}, "", lambda split: examples, "pairs", ())
+    examples = [TextPair("one two one", "eins zwei"), TextPair("two", "zwei drei vier")] * 4
+    source = ExampleSource("toy", "f", {"train": 0}, "", lambda split: examples, ())
     config = DataConfig(sequence_length=8, batch_size=2, tokenizer=Words(), share_vocabulary=False)
-    pairs = ExampleData(config, source)
+    pairs = ExampleData(config, Pairs(), source)
     tokenizer = pairs.make_tokenizer()
     assert (tokenizer.vocab_size, tokenizer.source.vocab_size) == (6, 4)
     tokenizer.save(tmp_path)
@@ -180,7 +180,7 @@ def test_sources_may_have_a_vocabulary_of_their_own(tmp_path):
     batches = [next(pairs.train_batches(each)) for each in (tokenizer, loaded)]
     assert_same([batches[0]], [batches[1]])
     assert batches[0].source.max() < 4 <= batches[0].targets.max()
-    shared = ExampleData(dataclasses.replace(config, share_vocabulary=True), source).make_tokenizer()
+    shared = ExampleData(dataclasses.replace(config, share_vocabulary=True), Pairs(), source).make_tokenizer()
     assert shared.vocab_size == 2 + 6
 
 

@@ -8,17 +8,18 @@ import lzma
 import pytest
 
 from transformer.config import DataConfig
-from transformer.data import registry
-from transformer.data.source_kind import LabelledText, TextPair
+from transformer.data.forms.labelled import LabelledText, LabelledTexts
+from transformer.data.forms.pairs import Pairs, TextPair
+from transformer.data.registry import find_source
 from transformer.types import UserError
 
 
 def read_labelled(paths, **keys):
-    return (text for _, text in registry.read_labelled(paths, DataConfig(**keys)))
+    return (text for _, text in LabelledTexts().read(find_source, paths, DataConfig(**keys)))
 
 
 def read_pairs(paths, **keys):
-    return (pair for _, pair in registry.read_pairs(paths, DataConfig(**keys)))
+    return (pair for _, pair in Pairs().read(find_source, paths, DataConfig(**keys)))
 
 
 EXAMPLES = [

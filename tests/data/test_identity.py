@@ -11,6 +11,7 @@ from transformer.data.datasets import describe_data, open_data
 from transformer.data.examples import prepare_examples
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.tokenizers.bytes import ByteTokenizer
+from transformer.form import FORMS
 from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
 
@@ -100,7 +101,7 @@ def test_a_prepared_dataset_of_the_same_name_and_size_is_told_by_its_content(tmp
         path.write_text("\n".join([header, *(f"text {i},{i % 2}" for i in range(19)), last]))
         config = DataConfig(source=("mine",), data_dir=str(data_dir), **changes)
         if not data_dir.exists():
-            prepare_examples(kind, "mine", {"train": [str(path)]}, config)
+            prepare_examples(FORMS.find(kind)(), "mine", {"train": [str(path)]}, config)
         return describe_data(open_data(config, OBJECTIVES.find(objective)()))
 
     first = prepared("one", "text a,1")

@@ -14,6 +14,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.datasets import open_data
 from transformer.data.examples import prepare_examples
+from transformer.data.forms.labelled import LabelledTexts
 from transformer.data.stored import find_stored, open_stored
 from transformer.objective import OBJECTIVES
 from transformer.objectives.classification import Classification
@@ -31,7 +32,7 @@ def prepared(tmp_path_factory):
     """A data_dir with one labelled dataset."""
     root = tmp_path_factory.mktemp("stored")
     (root / "a.csv").write_text("text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(8)))
-    prepare_examples("labelled", "mine", {"train": [str(root / "a.csv")]}, DataConfig(data_dir=str(root / "data")))
+    prepare_examples(LabelledTexts(), "mine", {"train": [str(root / "a.csv")]}, DataConfig(data_dir=str(root / "data")))
     return root / "data"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from transformer.config import Config
-from transformer.kinds import Kind, is_setting, section_of_kind
+from transformer.kinds import Family, Kind, is_setting, section_of_kind
 from transformer.terminal import printable
 from transformer.types import UserError
 from transformer.validation import alternatives, choices, described, did_you_mean, require, shown
@@ -71,6 +71,11 @@ class Flag(NamedTuple):
 def positional(default: Any) -> Any:
     """A field of a command that is given without a flag: one word, or none where it may be None, or any number for a tuple."""
     return dataclasses.field(default=default, metadata={"positional": True})
+
+
+def chosen_from(family: Family, default: str) -> Any:
+    """A field that names a kind of a family."""
+    return dataclasses.field(default=default, metadata={"family": family})
 
 
 def short(name: str, default: Any) -> Any:
@@ -263,7 +268,9 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
         elif any(dataclasses.is_dataclass(part) for part in typing.get_args(hints[field.name])):
             continue  # no parts, no flags
         else:
-            flag = Flag((path,), hints[field.name], value, documents.get(field.name, ""))
+            family = field.metadata.get("family")
+            hint = Literal[family.names] if family else hints[field.name]
+            flag = Flag((path,), hint, value, documents.get(field.name, ""))
             for name in filter(None, (other, path)):
                 yield f"--{_dashed(name)}", flag
             if name := field.metadata.get("short"):

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformer.cli.arguments import parse_config, parse_config_and
-from transformer.cli.fields import Flag, flags, parse, positional, short
+from transformer.cli.fields import Flag, chosen_from, flags, parse, positional, short
 from transformer.config import Config, DataConfig
+from transformer.form import FORMS
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -141,12 +142,6 @@ def _predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
 
 # ---- prepare -----------------------------------------------------------------------------------------------------------
 
-_OF_KINDS = {
-    "text": ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes"),
-    "labelled": ("name", "validation", "test", "text_key", "label_key"),
-    "pairs": ("name", "validation", "test", "source_key", "target_key"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
@@ -159,7 +154,7 @@ class PrepareOptions:
 
     files: tuple[str, ...] = positional(())
     """The text (a file, a folder, a .jsonl file, or python_stdlib), or the files of the training split."""
-    kind: Literal["text", "labelled", "pairs"] = "text"
+    kind: str = chosen_from(FORMS, "text")
     """Running text, texts with a class, or pairs of texts."""
     name: str = ""
     """Labelled texts and pairs: name of the dataset."""
@@ -192,17 +187,18 @@ class PrepareOptions:
 def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
     options, given = read(PrepareOptions(), arguments, "transformer prepare")
     require(len(options.files) > 0, "There must be something to prepare, got no file.")
-    of_some = {name for names in _OF_KINDS.values() for name in names}
+    form, forms = FORMS.find(options.kind), [FORMS.find(name) for name in FORMS.names]
+    of_some = {name for other in forms for name in other.prepares}
     refuse(
-        {name: given[name] for name in given if name in of_some.difference(_OF_KINDS[options.kind])},
+        {name: given[name] for name in given if name in of_some.difference(form.prepares)},
         lambda name: (
-            f"is for --kind {' or '.join(kind for kind, names in _OF_KINDS.items() if name in names)}, got --kind "
+            f"is for --kind {' or '.join(other.kind for other in forms if name in other.prepares)}, got --kind "
             f"{options.kind}; leave it out, or say which kind it is."
         ),
     )
     require(
-        options.kind == "text" or options.name != "",
-        f"A dataset of {options.kind} needs a name that training can ask for; give --name.",
+        not form.needs_name or options.name != "",
+        f"A dataset of {form.title} needs a name that training can ask for; give --name.",
     )
     return options, given
 

@@ -13,8 +13,8 @@ from rich.progress import Progress
 
 from transformer.cli.options import Given, PredictOptions
 from transformer.data.files import STANDARD_INPUT
+from transformer.data.forms.examples import text_field
 from transformer.data.registry import find_source
-from transformer.data.source_kind import text_field
 from transformer.runs.saved import load
 from transformer.storage import expand, explained, writing_whole
 from transformer.terminal import make_console, printable, say

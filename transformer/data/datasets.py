@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from transformer.config import DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
-from transformer.data.examples import open_examples
-from transformer.data.forms import Form, count_cut, labelled_form, pairs_form
+from transformer.data.examples import open_examples, prepare_examples
+from transformer.data.forms.examples import ExampleForm
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import make_pairs
 from transformer.data.source import ExampleSource, Source, split_text
-from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
+from transformer.data.tokenizers import Tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
-from transformer.validation import require
+from transformer.validation import counted, require
 
 
 @runtime_checkable
@@ -96,16 +95,39 @@ def open_data(config: DataConfig, objective: Objective, class_names: tuple[str, 
         objective: what reads it.
         class_names: of the run that scores it, if one does.
     """
-    if objective.reads == "text":
-        return TextData(config, objective, open_sources(config))
-    return ExampleData(config, open_examples(config.source, objective.reads, config, class_names))
+    return objective.form.open(Reader(config, objective, class_names))
 
 
 def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[str, ...]) -> list[str]:
     """Fingerprints of the sources that `open_data` would open; local text is not prepared."""
-    if objective.reads == "text":
-        return [find_source(name).fingerprint(name, config) for name in config.source]
-    return [open_examples(config.source, objective.reads, config, class_names).fingerprint]
+    return objective.form.fingerprints(Reader(config, objective, class_names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What a form opens and stores its data with: in streams of running text, or one example a row."""
+
+    config: DataConfig
+    objective: Objective | None = None
+    """What reads it, if anything does."""
+    class_names: tuple[str, ...] = ()
+    """Of the run that scores it, if one does."""
+
+    def running_text(self) -> "TextData":
+        """Each of `config.source` as running text, prepared now if it was not before."""
+        return TextData(self.config, self.objective, open_sources(self.config))
+
+    def text_fingerprints(self) -> list[str]:
+        """Those of `running_text`, without preparing it."""
+        return [find_source(name).fingerprint(name, self.config) for name in self.config.source]
+
+    def examples(self, form: ExampleForm) -> "ExampleData":
+        """The examples of `config.source`."""
+        return ExampleData(self.config, form, open_examples(self.config.source, form, self.config, self.class_names))
+
+    def store(self, form: ExampleForm, name: str, files: Mapping[str, Sequence[str]]) -> str:
+        """Store the examples of files as a dataset, and describe it."""
+        return prepare_examples(form, name, files, self.config)
 
 
 def describe_data(data: Dataset) -> list[dict[str, Any]]:
@@ -126,7 +148,7 @@ class TextData:
     """Running text, for language models."""
 
     config: DataConfig
-    objective: Objective
+    objective: Objective | None
     sources: tuple[Source, ...]
     class_names: tuple[str, ...] = ()
 
@@ -191,17 +213,20 @@ class TextData:
     def describe_scored(self, split: str, targets: int) -> str:
         """The tokens that were to be predicted."""
         del split
-        return f"{targets:,} tokens"
+        return counted(targets, "token")
 
     def _changes(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
+        if self.objective is None:
+            return {}
         return self.objective.changes(tokenizer, self.config.sequence_length, self.config.shuffle_seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleData:
-    """Labelled texts or pairs, one a row."""
+    """Labelled texts, pairs or other examples, one a row."""
 
     config: DataConfig
+    form: ExampleForm
     source: ExampleSource
 
     @property
@@ -226,45 +251,38 @@ class ExampleData:
 
     def texts(self, split: str) -> Iterator[str]:
         """The texts of a split; of pairs, the targets."""
-        for example in self.source.examples(split):
-            yield example.text if self.source.kind == "labelled" else example.target
+        return (self.form.text(example) for example in self.source.examples(split))
 
     def labels(self, split: str) -> Iterator[int]:
-        """The class of each text of a split; of pairs, 0."""
-        return (example.label for example in self.source.examples(split))
+        """The class of each example of a split; 0 where there are no classes."""
+        return (int(self.form.label(example)) for example in self.source.examples(split))
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
-        train = self.config.tokenizer.train
-        if self.source.kind == "labelled":
-            return train(self.texts("train"))
-        sources = (example.text for example in self.source.examples("train"))
-        if self.config.share_vocabulary:
-            return train(itertools.chain(sources, self.texts("train")))
-        return PairTokenizer(train(sources), train(self.texts("train")))
+        return self.form.make_tokenizer(self.config, lambda: self.source.examples("train"))
 
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
-        """Rows of `LabelledBatch`es or `PairBatch`es."""
+        """Rows of the form's batches."""
         rows = own_rows(self.config, process_index, process_count)
-        return prefetched(ExampleBatches(self.config, self._form(tokenizer), self.source, rows))
+        return prefetched(ExampleBatches(self.config, self.form, tokenizer, self.source, rows))
 
     def evaluation_batches(
         self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
-        """Rows of `LabelledBatch`es or `PairBatch`es."""
+        """Rows of the form's batches."""
         rows = own_rows(self.config, process_index, process_count)
         self.source.examples(split)  # a missing split is an error now, not at the first evaluation
         examples = functools.partial(self.source.examples, split)
-        return ExampleEvaluationBatches(self.config, self._form(tokenizer), examples, rows)
+        return ExampleEvaluationBatches(self.config, self.form, tokenizer, examples, rows)
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""
         examples = self.source.examples(split)
         count = min(len(examples), at_most or len(examples))
-        chosen = [examples[i * len(examples) // count] for i in range(count)]
-        return count_cut(self._form(tokenizer), self.config, chosen), count
+        chosen = (examples[i * len(examples) // count] for i in range(count))
+        return self.form.count_cut(chosen, tokenizer, self.config), count
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
         """Whole batches: what does not fill one is left out of an epoch, other examples in each."""
@@ -274,9 +292,4 @@ class ExampleData:
     def describe_scored(self, split: str, targets: int) -> str:
         """The examples."""
         del targets
-        return f"{len(self.source.examples(split)):,} {'texts' if self.source.kind == 'labelled' else 'pairs'}"
-
-    def _form(self, tokenizer: Tokenizer) -> Form:
-        if self.source.kind == "labelled":
-            return labelled_form(tokenizer, self.config)
-        return pairs_form(source_tokenizer(tokenizer), tokenizer, self.config)
+        return counted(len(self.source.examples(split)), self.form.noun)

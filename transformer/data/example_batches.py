@@ -9,26 +9,21 @@ import grain
 
 from transformer.config import DataConfig
 from transformer.data.draws import permutation
-from transformer.data.forms import Form, TextExample
+from transformer.data.forms.examples import ExampleForm, buckets
 from transformer.data.source import ExampleSource
+from transformer.data.tokenizers import Tokenizer
 from transformer.validation import require
 
 _BATCHES_OF_CHUNK = 64
 _ORDER = 1  # tells the order of a chunk's batches from other draws
 
 
-def _batch(encoded: Sequence[Any], form: Form, config: DataConfig, rows: range) -> Any:
+def _batch(encoded: Sequence[Any], form: ExampleForm, config: DataConfig, rows: range) -> Any:
     """Some rows of a batch, padded to the shortest bucket that holds all of them."""
     longest = max(form.length(example) for example in encoded)
     length = next(bucket for bucket in buckets(config) if bucket >= longest)
     batch = form.collate(encoded, config.batch_size, length)
     return type(batch)(*(field[rows.start : rows.stop] for field in batch))
-
-
-def buckets(config: DataConfig) -> tuple[int, ...]:
-    """The lengths that batches may have: one program is compiled for each."""
-    length = config.sequence_length
-    return config.buckets or tuple(sorted({-(-length // 4), -(-length // 2), length}))
 
 
 class ExampleBatches(grain.IterDataset):
@@ -39,9 +34,11 @@ class ExampleBatches(grain.IterDataset):
     which process asks, so that the state is `t`.
     """
 
-    def __init__(self, config: DataConfig, form: Form, source: ExampleSource, own_rows: range) -> None:
+    def __init__(
+        self, config: DataConfig, form: ExampleForm, tokenizer: Tokenizer, source: ExampleSource, own_rows: range
+    ) -> None:
         super().__init__()
-        self.config, self.form, self.own_rows = config, form, own_rows
+        self.config, self.form, self.tokenizer, self.own_rows = config, form, tokenizer, own_rows
         self.examples = source.examples("train")
         self.corpus = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16]
         self.batches_of_epoch = len(self.examples) // config.batch_size
@@ -60,7 +57,8 @@ class ExampleBatches(grain.IterDataset):
         order = permutation(len(self.examples), seed, epoch)
         count = min(_BATCHES_OF_CHUNK, self.batches_of_epoch - index * _BATCHES_OF_CHUNK)
         start = index * _BATCHES_OF_CHUNK * size
-        encoded = [self.form.encode(self.examples[int(i)]) for i in order[start : start + count * size]]
+        chosen = (self.examples[int(i)] for i in order[start : start + count * size])
+        encoded = [self.form.encode(example, self.tokenizer, self.config) for example in chosen]
         by_length = sorted(encoded, key=self.form.length)
         batches = [by_length[i * size : (i + 1) * size] for i in range(count)]
         return [batches[i] for i in permutation(count, seed, epoch, index, _ORDER)]
@@ -100,8 +98,9 @@ class ExampleEvaluationBatches:
     """A whole split, each example once, sorted by length within some dozens of batches; iterate as often as needed."""
 
     config: DataConfig
-    form: Form
-    examples: Callable[[], Sequence[TextExample]]
+    form: ExampleForm
+    tokenizer: Tokenizer
+    examples: Callable[[], Sequence[Any]]
     own_rows: range
 
     def __iter__(self) -> Iterator[Any]:
@@ -109,6 +108,9 @@ class ExampleEvaluationBatches:
         of_chunk = size * _BATCHES_OF_CHUNK
         for start in range(0, len(examples), of_chunk):
             stop = min(start + of_chunk, len(examples))
-            encoded = sorted((self.form.encode(examples[i]) for i in range(start, stop)), key=self.form.length)
+            chosen = (examples[i] for i in range(start, stop))
+            encoded = sorted(
+                (self.form.encode(example, self.tokenizer, self.config) for example in chosen), key=self.form.length
+            )
             for first in range(0, len(encoded), size):
                 yield _batch(encoded[first : first + size], self.form, self.config, self.own_rows)

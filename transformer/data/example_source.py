@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 
 from transformer.data.identity import ContentHash
-from transformer.data.source import Converted, ExampleSource, Reads
+from transformer.data.source import Converted, ExampleSource
 from transformer.data.splits import SPLIT_RULE, hold_out
-from transformer.validation import require
+from transformer.validation import counted, require
 
 
 def example_source(
     name: str,
-    reads: Reads,
     content: ContentHash,
     sizes: Mapping[str, int],
     class_names: tuple[str, ...],
@@ -26,7 +25,6 @@ def example_source(
 
     Args:
         name: for messages.
-        reads: labelled or pairs.
         content: what the examples are.
         sizes: split -> its examples.
         class_names: in the order of their numbers.
@@ -51,12 +49,12 @@ def example_source(
             indices = indices[held_out if split == "validation" else ~held_out]
         return Converted(stored, convert, indices)
 
-    description = f"{name}: " + ", ".join(f"{split} {count:,} examples" for split, count in sizes.items())
+    description = f"{name}: " + ", ".join(f"{split} {counted(count, 'example')}" for split, count in sizes.items())
     if class_names:
         description += f"; classes {', '.join(class_names)}"
     content.add(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
     lines = "\n".join(filter(None, (description, note)))
-    return ExampleSource(name, content.hexdigest(), sizes, lines, open_part, reads, class_names)
+    return ExampleSource(name, content.hexdigest(), sizes, lines, open_part, class_names)
 
 
 def class_numbers(names: Sequence[str], known: Sequence[str], where: str) -> list[int]:

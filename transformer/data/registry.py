@@ -1,7 +1,6 @@
 """Every kind of source, tried in order, and what a name in `data.source` is by the first that accepts it."""
 
 import os
-from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from etils import epath
@@ -9,13 +8,12 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.files import refuse_dangling
 from transformer.data.source import Source
-from transformer.data.source_kind import LabelledText, SourceKind, TextPair
+from transformer.data.source_kind import SourceKind
 from transformer.data.sources.files import JsonLines, Table, TextFile
 from transformer.data.sources.folders import Folder, StandardLibrary
 from transformer.data.sources.tfds import TfdsDataset
 from transformer.storage import expand
 from transformer.types import UserError
-from transformer.validation import require
 
 AnySource = TypeVar("AnySource", bound=SourceKind)
 
@@ -68,28 +66,3 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
 def open_source(source: str, config: DataConfig) -> Source:
     """A source of running text, ready to be read."""
     return find_source(source).open_text(source, config)
-
-
-def read_labelled(names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
-    """Labelled texts of files and folders, one after the other, each with its place; labels are as they are written."""
-    for name in names:
-        yield from find_source(name).labelled(name, config)
-
-
-def read_pairs(names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, TextPair]]:
-    """Pairs of one file, or of two files of which line n of one belongs to line n of the other, each with its place."""
-    require(len(names) in (1, 2), f"Pairs are read from one file, or two with a line for each, got {len(names)} files.")
-    if len(names) == 1:
-        yield from find_source(names[0]).pairs(names[0], config)
-        return
-    keys = (config.source_key, config.target_key)
-    sides = [
-        [(place, row[key]) for place, row in find_source(name).rows(name, (key,), "pairs")]
-        for name, key in zip(names, keys, strict=True)
-    ]
-    require(
-        len(sides[0]) == len(sides[1]),
-        f"Two files of pairs must have as many lines, {names[0]} has {len(sides[0]):,} and {names[1]} {len(sides[1]):,}.",
-    )
-    for (place, source), (_, target) in zip(*sides, strict=True):
-        yield place, TextPair(source, target)

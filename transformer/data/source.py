@@ -4,17 +4,15 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer.data.forms import TextExample
 from transformer.data.stored import readable
 from transformer.validation import require
 
 WHOLE = "all"
 """The name of all splits together, one after the other."""
-Reads = Literal["labelled", "pairs"]
 
 
 class Record(NamedTuple):
@@ -83,12 +81,11 @@ class Source(_Opened):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSource(_Opened):
-    """A dataset of labelled texts or pairs, ready to be read."""
+    """A dataset of labelled texts, pairs or other examples, ready to be read."""
 
-    kind: Reads
     class_names: tuple[str, ...]
 
-    def examples(self, split: str) -> Sequence[TextExample]:
+    def examples(self, split: str) -> Sequence[Any]:
         """The examples of a split (or of all: `WHOLE`), read at random.
 
         Raises:

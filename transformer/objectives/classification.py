@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.data.example_batches import buckets
-from transformer.data.forms import by_length, padded, text_tokens
+from transformer.data.forms.examples import buckets, by_length, padded
+from transformer.data.forms.labelled import text_tokens
 from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, mask_token, shaped
 from transformer.objectives.bases import ExampleObjective

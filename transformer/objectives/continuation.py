@@ -1,17 +1,68 @@
-"""What language models predict: how each text goes on, by the most likely token each time."""
+"""What language models say: how a text goes on."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from transformer.generation.generate import Generator
+from transformer.data.tokenizers import note_unknown
+from transformer.generation.generate import Generator, stream
 from transformer.generation.sampling import SamplingConfig
+from transformer.generation.text import stream_text
 from transformer.objective import Trained
+from transformer.objectives.bases import TokenObjective
 from transformer.validation import require
 
 _BATCHES_AT_ONCE = 8  # that texts are sorted within, by length
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuesText(TokenObjective):
+    """An objective whose model continues a text."""
+
+    continues_text = True
+
+    def generate(
+        self,
+        run: Trained,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> Iterator[str]:
+        """The prompt as the model reads it, and how it goes on."""
+        tokenizer = run.tokenizer
+        tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
+        room = run.config.model.max_length - len(tokens)
+        require(
+            0 <= max_new_tokens <= room and room > 0,
+            f"A prompt of {len(tokens)} tokens (with the one that starts a document) leaves room for {max(room, 0)} of the "
+            f"model's {run.config.model.max_length}, max_new_tokens is {max_new_tokens}; shorten the prompt or ask for fewer.",
+        )
+        note_unknown(tokenizer, tokens, note)
+        generated = stream(
+            run.model,
+            run.params,
+            tokens,
+            max_new_tokens=max_new_tokens or room,
+            sampling=sampling,
+            seed=seed,
+            end_of_text=tokenizer.end_of_text,
+        )
+        return stream_text(tokenizer.decode, tokens, generated)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
+    ) -> Iterator[dict[str, Any]]:
+        """The most likely `continuation`."""
+        return continuations(run, texts, names, batch_size, max_new_tokens)
+
+    def next_command(self, prompt: str) -> tuple[str, ...]:
+        """Continue a text."""
+        return ("generate", "--prompt", prompt or "Once upon a time")
 
 
 def continuations(

@@ -1,16 +1,14 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from transformer.models.decoder import Decoder
-from transformer.objective import OBJECTIVES, Trained
-from transformer.objectives.bases import TokenObjective
-from transformer.objectives.continuation import continuations
+from transformer.objective import OBJECTIVES
+from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, PyTree
@@ -22,12 +20,11 @@ if TYPE_CHECKING:
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class NextToken(TokenObjective):
+class NextToken(ContinuesText):
     """Cross-entropy of the token that follows."""
 
     kind = "next_token"
     model_class = Decoder
-    continues_text = True
     reads = "text"
 
     def loss(
@@ -84,13 +81,3 @@ class NextToken(TokenObjective):
             "parallel.context is for the next_token objective, whose rows have one length and no memory, got the next_token "
             f"objective and model.memory_length={config.model.memory_length}; set parallel.context=1.",
         )
-
-    def predict(
-        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
-    ) -> Iterator[dict[str, Any]]:
-        """The most likely `continuation`."""
-        return continuations(run, texts, names, batch_size, max_new_tokens)
-
-    def next_command(self, prompt: str) -> tuple[str, ...]:
-        """Continue a text."""
-        return ("generate", "--prompt", prompt or "Once upon a time")

@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.data.draws import random_at
+from transformer.data.forms.text import RunningText
+from transformer.form import Shown
 from transformer.models.decoder import Decoder
-from transformer.objective import OBJECTIVES, Trained
+from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TextObjective
-from transformer.objectives.continuation import continuations
+from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Batch, LossOutput, Noise, PyTree
@@ -23,13 +25,12 @@ _KEY = 8  # tells these draws from those of other parts that use the same seed
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class PrefixLM(TextObjective):
+class PrefixLM(ContinuesText, TextObjective):
     """Cross-entropy of the token that follows, behind a prefix read in both directions: the prompt, or a random part (Liu et al.
     2018; Raffel et al. 2020, section 3.2.1)."""
 
     kind = "prefix_lm"
     model_class = Decoder
-    continues_text = True
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool
@@ -62,15 +63,10 @@ class PrefixLM(TextObjective):
         """Rows have a random prefix."""
         return {"noise": random_prefixes(seed)}
 
-    def predict(
-        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
-    ) -> Iterator[dict[str, Any]]:
-        """The most likely `continuation`."""
-        return continuations(run, texts, names, batch_size, max_new_tokens)
-
-    def next_command(self, prompt: str) -> tuple[str, ...]:
-        """Continue a text."""
-        return ("generate", "--prompt", prompt or "Once upon a time")
+    def show(self, batch: Batch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+        """Rows of text, and a mask in which prefixes are read in both directions."""
+        prefix_BT = np.asarray(prefix_tokens(batch.weights, batch.segment_ids))
+        return RunningText().show(batch, tokenizer, class_names, prefix_BT)
 
 
 def random_prefixes(seed: int) -> Noise:

@@ -1,14 +1,14 @@
 """Sequence to sequence: the cross-entropy of each target token given the source and the tokens before it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from transformer.data.forms import source_tokens
-from transformer.data.tokenizers import PairTokenizer, source_tokenizer
+from transformer.data.forms.pairs import source_tokens
+from transformer.data.tokenizers import note_unknown, source_tokenizer
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
@@ -36,6 +36,7 @@ class Seq2Seq(ExampleObjective, TokenObjective):
     num_stacks = 2
     reads = "pairs"
     predicts_from = "source_key"
+    draws_nothing = "a translator takes the most likely token each time"
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
@@ -49,14 +50,14 @@ class Seq2Seq(ExampleObjective, TokenObjective):
 
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
         """Whether sources and targets have one vocabulary."""
-        return {"share_vocabulary": not isinstance(tokenizer, PairTokenizer)}
+        return {"share_vocabulary": source_tokenizer(tokenizer) is tokenizer}
 
     def generation_scores(
         self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
     ) -> dict[str, Any]:
         """BLEU and chrF of the translations of a whole split."""
         examples, room = data.source.examples(split), config.data.sequence_length
-        sources = [self.encode(example.text, tokenizer, config.data) for example in examples]
+        sources = [self.encode(example.source, tokenizer, config.data) for example in examples]
         targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
         return translation_scores(
             [tokenizer.decode(target) for target in targets], [example.target for example in examples]
@@ -64,7 +65,27 @@ class Seq2Seq(ExampleObjective, TokenObjective):
 
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
         """As much of the source as a row has room for, then end-of-text."""
-        return source_tokens(source_tokenizer(tokenizer), text, data)
+        return source_tokens(tokenizer, text, data)
+
+    def generate(
+        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
+    ) -> Iterator[str]:
+        """The translation of the prompt; a note says what of it was not read."""
+        del sampling, seed
+        data, room = run.config.data, run.config.data.sequence_length
+        tokens = source_tokenizer(run.tokenizer).encode(prompt)
+        require(
+            prompt.strip() != "" and len(tokens) > 0,
+            f"A translator needs a text to translate, got {prompt!r}; give --prompt, or pipe it in.",
+        )
+        note_unknown(source_tokenizer(run.tokenizer), tokens, note)
+        read = len(source_tokens(run.tokenizer, prompt, data)) - 1
+        if read < len(tokens):
+            parts = {"head": "the first", "tail": "the last", "head_tail": "the first and last"}[data.truncate]
+            note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
+        length = max_new_tokens or room
+        require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
+        return (said["translation"] for said in self.predict(run, [prompt], ["the prompt"], 1, length))
 
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 0

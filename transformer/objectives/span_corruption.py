@@ -1,14 +1,16 @@
 """Span corruption: the spans of a text that are hidden, told after what is left of it (Raffel et al. 2020)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 
 from transformer.data.draws import random_at
-from transformer.data.tokenizers import PairTokenizer, Tokenizer
+from transformer.data.forms.pairs import Pairs
+from transformer.data.tokenizers import Tokenizer, source_tokenizer
+from transformer.form import Shown
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TextObjective
@@ -69,7 +71,7 @@ class SpanCorruption(TextObjective):
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
         """A sentinel for each span."""
         require(
-            not isinstance(vocabulary, PairTokenizer),
+            source_tokenizer(vocabulary) is vocabulary,
             "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
             "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
         )
@@ -80,6 +82,10 @@ class SpanCorruption(TextObjective):
         length = config.data.sequence_length
         hidden, spans = self.num_hidden(length)
         return pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
+
+    def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+        """What is left of each text above its hidden spans."""
+        return Pairs().show(batch, tokenizer, class_names)
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Rows lose random spans, and become sources and targets."""

@@ -9,23 +9,25 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from transformer.model_config import ModelConfig
+from transformer.types import Ids
 from transformer.validation import require
 
+_TOKENS = Ids("", None, 0)
 
-def check_ids(ids: Any, size: int, what: str = "the input", *, kind: str = "Tokens", limit: str = "vocab_size") -> None:
+
+def check_ids(ids: Any, size: int, what: str = "the input", like: Ids = _TOKENS) -> None:
     """Raise UserError if an id is known, in Python or in an array that is not traced, and outside 0 ... size - 1.
 
-    A tracer is not checked, nor an array of which other processes hold a part. `what` holds the ids, such as "prompt 3"; `limit`
-    is the name of the setting that is the size.
+    A tracer is not checked, nor an array of which other processes hold a part. `what` holds the ids, such as "prompt 3"; `like`
+    says what they are ids of, without more of tokens.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     known = np.asarray(ids)
-    require(np.issubdtype(known.dtype, np.integer), f"{kind} must be integers, {what} holds {known.dtype}.")
+    require(np.issubdtype(known.dtype, np.integer), f"{like.kind} must be integers, {what} holds {known.dtype}.")
     low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
-    rule = f"{kind} must be at least 0 and below {limit}={size}, {what} holds {low} to {high}"
-    remedy = "; encode it with the model's own tokenizer" if kind == "Tokens" else ""
-    require(low >= 0 and high < size, f"{rule}{remedy}.")
+    rule = f"{like.kind} must be at least 0 and below {like.limit}={size}, {what} holds {low} to {high}"
+    require(low >= 0 and high < size, f"{rule}{like.remedy}.")
 
 
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -58,5 +60,5 @@ def check_batch_ids(config: ModelConfig, batch: Any) -> Any:
         values, what = part.values, f"the batch's {part.name}"
         if part.weights is not None:
             values, what = np.asarray(values)[np.asarray(part.weights) != 0], f"{what} with a weight"
-        check_ids(values, part.size, what, kind=part.kind, limit=part.limit)
+        check_ids(values, part.size, what, part)
     return batch

@@ -8,7 +8,7 @@ import jax
 
 from transformer.config import Config
 from transformer.config_io import differences, resume_conflicts, to_dict
-from transformer.data.tokenizers import PairTokenizer, Tokenizer
+from transformer.data.tokenizers import Tokenizer, describe_entries
 from transformer.memory import check_params
 from transformer.runs.directory import read_run
 from transformer.tasks import initialize
@@ -54,10 +54,8 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
         f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; ask for the same or leave it "
         "out, or leave out training.init_from.",
     )
-    entries = f"{tokenizer.vocab_size:,} entries"
-    if isinstance(tokenizer, PairTokenizer):
-        entries = f"{tokenizer.source.vocab_size:,} entries for sources, {entries} for targets"
-    return dataclasses.replace(config, data=theirs), f"tokenizer from {donor.path}: {tokenizer.kind}, {entries}"
+    note = f"tokenizer from {donor.path}: {tokenizer.kind}, {describe_entries(tokenizer)}"
+    return dataclasses.replace(config, data=theirs), note
 
 
 def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:

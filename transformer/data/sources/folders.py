@@ -10,7 +10,9 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.documents import Document, file_documents, visible_files
 from transformer.data.files import decode_text, read_file, refuse_dangling
-from transformer.data.source_kind import LabelledText, SourceKind, label_text
+from transformer.data.forms.examples import label_text
+from transformer.data.forms.labelled import LabelledText
+from transformer.data.source_kind import SourceKind
 from transformer.storage import expand
 from transformer.validation import require
 
@@ -39,9 +41,8 @@ class Folder(SourceKind):
         path = epath.Path(expand(name)).resolve()
         return f"{path} has {len(visible_files(path))} files and no text in them"
 
-    def labelled(self, name: str, config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
+    def class_folders(self, name: str) -> Iterator[tuple[str, LabelledText]]:
         """Each file, with its folder's name as the class."""
-        del config
         path = epath.Path(expand(name))
         classes = [child for child in _visible(path) if child.is_dir()]
         require(len(classes) > 0, f"A folder of labelled texts must hold one folder for each class, {path} holds none.")

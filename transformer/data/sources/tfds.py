@@ -12,17 +12,15 @@ import tensorflow_datasets as tfds
 from transformer.config import DataConfig
 from transformer.data.builder import Example
 from transformer.data.example_source import class_numbers, example_source
-from transformer.data.forms import TextExample
+from transformer.data.forms.examples import ExampleForm
 from transformer.data.identity import ContentHash, sampled
 from transformer.data.prepare import data_directory, pieces, quiet
-from transformer.data.source import Converted, ExampleSource, Reads, Record, Source
+from transformer.data.source import Converted, ExampleSource, Record, Source
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.stored import NAME, find_stored, in_order, open_stored, readable
 from transformer.types import UserError
 from transformer.validation import require
 
-KEYS = {"labelled": ("text_key", "label_key"), "pairs": ("source_key", "target_key")}
-"""Fields of `DataConfig` that name those of an example."""
 _FEW_RECORDS = 64  # a split with fewer records is cut into pieces, so that there is something to shuffle
 
 
@@ -61,38 +59,44 @@ class TfdsDataset(SourceKind):
         hash_tfds(content, builder, config, lambda example: _whole(config, example)[:2])
         return Source(full_name, content.hexdigest(), sizes, description, open_split)
 
-    def open_stored(self, name: str, reads: Reads, config: DataConfig, class_names: tuple[str, ...]) -> ExampleSource:
+    def open_stored(
+        self, name: str, form: ExampleForm, config: DataConfig, class_names: tuple[str, ...]
+    ) -> ExampleSource:
         """Its splits are its own; its labels are given the numbers that `class_names` have."""
-        builder = stored_builder(name, config)
-        keys = [getattr(config, option) for option in KEYS[reads]]
-        features = _features(name, builder, keys, KEYS[reads])
-        own: tuple[str, ...] = _class_names(name, features[keys[1]], config) if reads == "labelled" else ()
+        builder, keys, labelled = stored_builder(name, config), form.key_names(config), form.class_part
+        features = _features(name, builder, keys, form.keys)
+        own = (
+            ()
+            if labelled is None
+            else _class_names(name, features[keys[labelled]], form.keys[labelled], keys[labelled])
+        )
         numbers = class_numbers(own, class_names or own, name)
         content = ContentHash()
-        content.add(reads, *own)
+        content.add(form.kind, *own)
         content.add((builder.info.metadata or {}).get("fingerprint", ""))
         hash_tfds(content, builder, config, lambda example: [_present(example[key]) for key in keys])
 
-        def to_example(example: Example) -> TextExample:
-            first = example[keys[0]].decode("utf-8", "replace")
-            if not own:
-                return TextExample(first, target=example[keys[1]].decode("utf-8", "replace"))
-            label = int(example[keys[1]])
+        def number(label: int) -> int:
             require(
                 0 <= label < len(own),
                 f"A labelled text must have one of the {len(own)} classes of {name!r}, got label {label}, as in splits "
                 "without labels; choose another split.",
             )
-            return TextExample(first, label=numbers[label])
+            return numbers[label]
+
+        def to_example(example: Example) -> Any:
+            parts = (example[key] for key in keys)
+            return form.example(
+                *(number(int(p)) if i == labelled else p.decode("utf-8", "replace") for i, p in enumerate(parts))
+            )
 
         return example_source(
             builder.info.full_name,
-            reads,
             content,
             tfds_sizes(builder),
             class_names or own,
             lambda split: (tfds_split(builder, split, config), to_example),
-            lambda: _labels(builder, "train", config) if own else None,
+            lambda: None if labelled is None else _labels(builder, "train", keys[labelled], config),
             config.validation_fraction,
         )
 
@@ -109,10 +113,10 @@ def _features(name: str, builder: Any, keys: Sequence[str], options: Sequence[st
     return features
 
 
-def _class_names(name: str, label: Any, config: DataConfig) -> tuple[str, ...]:
+def _class_names(name: str, label: Any, option: str, key: str) -> tuple[str, ...]:
     require(
         isinstance(label, tfds.features.ClassLabel),
-        f"data.label_key must name a ClassLabel of {name!r}, {config.label_key!r} is {type(label).__name__}.",
+        f"data.{option} must name a ClassLabel of {name!r}, {key!r} is {type(label).__name__}.",
     )
     names = tuple(label.names)
     require(
@@ -211,8 +215,8 @@ def _present(value: Any) -> Any:
     return value
 
 
-def _labels(builder: Any, split: str, config: DataConfig) -> np.ndarray:
+def _labels(builder: Any, split: str, key: str, config: DataConfig) -> np.ndarray:
     """The class of each example, without decoding the texts."""
-    label: Any = tfds.features.FeaturesDict({config.label_key: builder.info.features[config.label_key]})
+    label: Any = tfds.features.FeaturesDict({key: builder.info.features[key]})
     raw = tfds_split(builder, split, config, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    return np.array([int(label.deserialize_example_np(example)[config.label_key]) for example in in_order(raw)])
+    return np.array([int(label.deserialize_example_np(example)[key]) for example in in_order(raw)])

@@ -1,8 +1,8 @@
 """What a tokenizer is, and how a run's directory holds one, or one for sources and one for targets."""
 
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -61,6 +61,9 @@ class Tokenizer(Vocabulary, Protocol):
         ...
 
 
+AnyVocabulary = TypeVar("AnyVocabulary", bound=Vocabulary)
+
+
 def known_ids(ids: Ids, vocab_size: int) -> np.ndarray:
     """The ids that are of a vocabulary."""
     flat = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -95,9 +98,25 @@ class PairTokenizer:
         self._target.save(directory)
 
 
-def source_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The one that reads sources: itself, if a vocabulary is shared."""
-    return tokenizer.source if isinstance(tokenizer, PairTokenizer) else tokenizer
+def source_tokenizer(tokenizer: AnyVocabulary) -> AnyVocabulary:
+    """The one that reads sources: that of a pair, else itself."""
+    return getattr(tokenizer, "source", tokenizer)
+
+
+def describe_entries(tokenizer: Tokenizer) -> str:
+    """The size of a vocabulary, or of both of a pair."""
+    entries, reader = f"{tokenizer.vocab_size:,} entries", source_tokenizer(tokenizer)
+    return entries if reader is tokenizer else f"{reader.vocab_size:,} entries for sources, {entries} for targets"
+
+
+def note_unknown(tokenizer: Tokenizer, tokens: Ids, note: Callable[[str], None]) -> None:
+    """Say how many words or characters of a prompt training did not see: they all look alike to the model."""
+    unknown = int(np.sum(np.asarray(tokens) == getattr(tokenizer, "unknown", -1)))
+    if unknown:
+        verb = "is" if unknown == 1 else "are"
+        note(
+            f"{unknown} of the prompt's {len(tokens)} tokens {verb} not in the model's vocabulary, and {verb} read as unknown."
+        )
 
 
 def load_tokenizer(directory: epath.PathLike, kind: TokenizerKind) -> Tokenizer:

@@ -1,0 +1,70 @@
+"""Labelled texts: a text and its class."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from transformer.config import DataConfig
+from transformer.data.forms.examples import ExampleForm, Find, padded, truncate
+from transformer.data.tokenizers import Tokenizer
+from transformer.form import FORMS, Shown
+from transformer.types import LabelledBatch
+
+
+class LabelledText(NamedTuple):
+    """A text, and the name or the number of its class."""
+
+    text: str
+    label: str | int
+
+
+@FORMS.register
+@dataclasses.dataclass(frozen=True)
+class LabelledTexts(ExampleForm):
+    """Labelled texts."""
+
+    kind = "labelled"
+    title = "labelled texts"
+    noun = "text"
+    prepares = ("name", "validation", "test", "text_key", "label_key")
+    keys = ("text_key", "label_key")
+    example = LabelledText
+    class_part = 1
+
+    def read(self, find: Find, names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
+        """The rows of files, and the texts of folders with one folder for each class."""
+        for name in names:
+            found = find(name).class_folders(name)
+            yield from super().read(find, [name], config) if found is None else found
+
+    def encode(
+        self, example: LabelledText, tokenizer: Tokenizer, config: DataConfig
+    ) -> tuple[Int[np.ndarray, " n"], int]:
+        """The text as a classifier reads it, and its class."""
+        return text_tokens(tokenizer, example.text, config), int(example.label)
+
+    def length(self, encoded: Any) -> int:
+        """That of the text."""
+        return len(encoded[0])
+
+    def collate(self, encoded: Sequence[Any], rows: int, length: int) -> LabelledBatch:
+        """Texts, and their classes."""
+        labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+        labels[: len(encoded)], weights[: len(encoded)] = [label for _, label in encoded], 1
+        return LabelledBatch(*padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
+
+    def show(self, batch: LabelledBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+        """Each text, under its class."""
+        for row, (tokens, segments) in enumerate(zip(batch.inputs, batch.segment_ids, strict=True)):
+            read = tokens[segments > 0]
+            heading = f"row {row}: class {class_names[batch.labels[row]]}, {len(read)} of {len(tokens)} tokens"
+            yield Shown(heading, [[(tokenizer.decode(read), "green")]])
+
+
+def text_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
+    """A text as a classifier reads it: end-of-text, which it may pool, then as much as a row has room for."""
+    tokens = truncate(tokenizer.encode(text), config.sequence_length - 1, config.truncate)
+    return np.concatenate([[tokenizer.end_of_text], tokens])

@@ -1,0 +1,76 @@
+"""Running text: documents in packed rows, or windows of them."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from transformer.form import FORMS, Form, Shown
+from transformer.ops.masks import AttentionMask
+from transformer.types import Array, Batch
+from transformer.validation import counted
+
+_COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
+_MASK_SIZE = 24
+
+
+@FORMS.register
+@dataclasses.dataclass(frozen=True)
+class RunningText(Form):
+    """Running text."""
+
+    kind = "text"
+    title = "running text"
+    noun = "token"
+    needs_name = False
+    prepares = ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes")
+
+    def open(self, reader: Any) -> Any:
+        """Documents, read in streams; local text is prepared now if it was not before."""
+        return reader.running_text()
+
+    def fingerprints(self, reader: Any) -> list[str]:
+        """Local text is not prepared."""
+        return reader.text_fingerprints()
+
+    def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
+        """As training itself does."""
+        config = dataclasses.replace(reader.config, source=tuple(files["train"]))
+        return dataclasses.replace(reader, config=config).running_text().description
+
+    def show(
+        self, batch: Batch, tokenizer: Any, class_names: Sequence[str], prefix_BT: Array | None = None
+    ) -> Iterator[Shown]:
+        """Rows with a colour for each document, and who attends to whom in the first one."""
+        for row in range(len(batch.inputs)):
+            count = int(np.sum(batch.weights[row] > 0))
+            documents = counted(len(set(batch.segment_ids[row].tolist()) - {0}), "document")
+            of_targets = f"{count} of {counted(len(batch.inputs[row]), 'target')} {'counts' if count == 1 else 'count'}"
+            yield Shown(f"row {row}: {documents}, {of_targets}", [list(_documents(batch, row, tokenizer))])
+        yield _mask_picture(batch.segment_ids[0], None if prefix_BT is None else np.asarray(prefix_BT)[0])
+
+
+def _documents(batch: Batch, row: int, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """The text of a row: a colour for each document, dim where the loss does not count."""
+    segments, weights = batch.segment_ids[row], batch.weights[row] > 0
+    starts = np.flatnonzero(np.diff(segments, prepend=-1) | np.diff(weights.astype(int), prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):
+        if segments[start] == 0:
+            yield f"({counted(int(end - start), 'token')} of padding)", "dim"
+            continue
+        style = _COLOURS[segments[start] % len(_COLOURS)] + ("" if weights[start] else " dim")
+        yield tokenizer.decode(batch.inputs[row, start:end]), style
+
+
+def _mask_picture(segments_T: np.ndarray, prefix_T: np.ndarray | None) -> Shown:
+    """Who attends to whom (■) where the row's documents meet or a prefix ends, or at its start."""
+    prefix_T = np.zeros(len(segments_T), bool) if prefix_T is None else prefix_T
+    borders = np.flatnonzero((np.diff(segments_T) != 0) | np.diff(prefix_T))
+    start = int(max(0, min(borders[0] - _MASK_SIZE // 2, len(segments_T) - _MASK_SIZE))) if len(borders) else 0
+    columns = slice(start, start + _MASK_SIZE)
+    part = np.asarray(segments_T[None, columns])
+    mask = AttentionMask(causal=True, query_segment_ids=part, key_segment_ids=part, key_prefix=prefix_T[None, columns])
+    allowed = np.asarray(mask.to_bool(*part.shape[-1:] * 2))[0, 0]
+    lines = [[("".join("■ " if cell else "· " for cell in line), "")] for line in allowed]
+    return Shown(f"attention among tokens {start} to {start + part.shape[1] - 1} of row 0", lines)
