@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_attention.py [--length 8192] [--rounds 5]
 
-One row, 4 heads of width 32, float32, causal; blocks are those that `ops.blockwise` chooses: 256 tokens for the dense mask and
+One row, 4 heads of width 32, float32, causal; blocks are those that `choose_blocks` chooses: 256 tokens for the dense mask and
 the window, 128 for the patterns. Times are minima over rounds in which all masks take turns.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.ops.attention import dot_product_attention
-from transformer.ops.blockwise import choose_blocks
+from transformer.ops.backends.blockwise import choose_blocks
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.patterns.strided import StridedPattern

@@ -83,7 +83,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 22_060
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 22_170
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}
@@ -94,7 +94,7 @@ MAY_RUN_CODE = {
     "transformer/cli/arguments.py",
     "transformer/cli/main.py",
     "transformer/kinds.py",
-    "transformer/ops/cudnn.py",
+    "transformer/ops/backends/cudnn.py",
 }
 
 
@@ -109,6 +109,50 @@ def test_no_file_runs_what_it_reads(path):
     }
     found = (modules & RUNS_CODE) | (called & {"eval", "exec", "__import__", "compile"}) | loads
     assert not found or str(path.relative_to(ROOT)) in MAY_RUN_CODE, f"{path} uses {', '.join(found)}"
+
+
+# What is left to divide. A list that only falls: take out what no longer stands here.
+LONG = {
+    "data/examples.py prepare_examples",
+    "layers/attention.py Attention.__call__",
+    "layers/block.py Block.__call__",
+    "layers/spread_attention.py spread_attention",
+    "layers/stack.py Stack.__call__",
+    "overrides.py override",
+    "parallel/mesh.py mesh_runner",
+    "parallel/pmap.py pmap_runner",
+    "planning/plan.py plan_decoding",
+    "runs/saved.py evaluate",
+    "runs/train.py _train_locked",
+    "training/loop.py train",
+    "training/step.py make_train_step",
+}
+
+
+def long_functions(node, within=""):
+    """Names of the functions of more than 60 lines, with their docstrings and the functions inside."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        name = f"{within}.{child.name}".removeprefix(".") if named else within
+        if named and not isinstance(child, ast.ClassDef) and child.end_lineno - child.lineno >= 60:
+            yield name
+        yield from long_functions(child, name)
+
+
+def test_functions_are_short():
+    found = {
+        f"{path.relative_to(ROOT / 'transformer')} {name}"
+        for path in FILES
+        for name in long_functions(ast.parse(path.read_text()))
+    }
+    assert found <= LONG, f"longer than 60 lines: {', '.join(sorted(found - LONG))}; name the steps"
+    assert found >= LONG, f"short by now: {', '.join(sorted(LONG - found))}; take them out of LONG"
+
+
+@pytest.mark.parametrize(("lines", "found"), [(60, []), (61, ["A.f"])])
+def test_long_functions_are_seen(lines, found):
+    body = "class A:\n  def f(self):\n" + "    1\n" * (lines - 1)
+    assert list(long_functions(ast.parse(body))) == found
 
 
 def test_loop_is_short():
@@ -140,7 +184,7 @@ PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transfo
 ASKED = {"kind", "reads", "strategy", "implementation"}
 CLASSES = {"Decoder", "Encoder", "EncoderDecoder", "Classifier", "Batch", "LabelledBatch", "PairBatch", "PairTokenizer"}
 # Nine are no kinds of ours: collectives in a compiled program, chips of a topology, words of a message.
-MOST_QUESTIONS = 23
+MOST_QUESTIONS = 16
 
 
 def kind_questions(tree):

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from transformer.layers.feed_forward import FeedForward
     from transformer.layers.runtime import Runtime
     from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
-    from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
+    from transformer.model_kinds import (
+        BACKENDS,
+        NORMS,
+        PATTERNS,
+        POOLINGS,
+        POSITIONS,
+        AttentionBackend,
+        AttentionCall,
+        Norm,
+        Pattern,
+        Pooling,
+        Positions,
+    )
     from transformer.models.classifier import Classifier
     from transformer.models.decoder import Decoder
     from transformer.models.encoder import Encoder
@@ -83,7 +95,7 @@ _NAMES = {
     "layers.feed_forward": "FeedForward",
     "layers.runtime": "Runtime",
     "model_config": "AttentionConfig BlockConfig FeedForwardConfig ModelConfig",
-    "model_kinds": "NORMS PATTERNS POOLINGS POSITIONS Norm Pattern Pooling Positions",
+    "model_kinds": "BACKENDS NORMS PATTERNS POOLINGS POSITIONS AttentionBackend AttentionCall Norm Pattern Pooling Positions",
     "models.classifier": "Classifier",
     "models.decoder": "Decoder",
     "models.encoder": "Encoder",

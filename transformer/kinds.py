@@ -34,10 +34,12 @@ class Family:
     Args:
         section: where a config holds the chosen kind, as `objective`.
         modules: name -> module that registers the kind; the first is the default.
+        field: the field of the config that has the name, if that is not the section's `kind`.
     """
 
-    def __init__(self, section: str, modules: Mapping[str, str]) -> None:
+    def __init__(self, section: str, modules: Mapping[str, str], field: str = "") -> None:
         self.section = section
+        self.field = field or f"{section}.kind"
         self._modules = dict(modules)
         self._kinds: dict[str, type[Kind]] = {}
 
@@ -70,7 +72,7 @@ class Family:
         """
         require(
             name in self.names,
-            f"{self.section}.kind must be one of {', '.join(self.names)}, got {shown(name)}"
+            f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}"
             f"{did_you_mean(name, list(self.names))} One's own kind is known once the module that registers it is imported.",
         )
         if name not in self._kinds:

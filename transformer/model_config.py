@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
+from transformer.model_kinds import BACKENDS, NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
 from transformer.validation import Settings, require, require_at_least, require_range
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -32,14 +32,15 @@ class AttentionConfig(Settings):
     """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
     """Probability of dropping an attention weight in training."""
-    implementation: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    implementation: str = "auto"
     """Attention backend: xla is the reference, blockwise needs memory linear in the sequence, splash is TPUs' own and cudnn
-    NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked."""
+    NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked; or one's own."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_heads")
         require_at_least(self, 0, "num_kv_heads", "head_dim", "window", "logits_soft_cap")
         require_range(self, 0, 1, "dropout")
+        BACKENDS.find(self.implementation)
         require(
             self.num_heads % self.kv_heads == 0,
             f"AttentionConfig.num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}.",

@@ -1,4 +1,4 @@
-"""What a model is made of by kind: the families and bases of positions, norms, block patterns and poolings.
+"""What a model is made of by kind: the families and bases of positions, norms, block patterns, attention backends and poolings.
 
 Kinds are settings with pure functions of arrays. Parameters are made in the module that calls, by a function that it gives,
 `parameter(name, shape, axes, *, fan_in=0, fill=None)`: normal with the standard deviation of the model's config (or
@@ -6,8 +6,8 @@ Kinds are settings with pure functions of arrays. Parameters are made in the mod
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Parameter = Callable[..., Array]
 
 
-def _family(section: str, package: str, *names: str) -> Family:
-    return Family(section, {name: f"transformer.ops.{package}.{name}" for name in names})
+def _family(section: str, package: str, *names: str, field: str = "") -> Family:
+    return Family(section, {name: f"transformer.ops.{package}.{name}" for name in names}, field)
 
 
 POSITIONS = _family(
@@ -32,6 +32,12 @@ POSITIONS = _family(
 )
 NORMS = _family("model.norm", "norms", "layer_norm", "rms_norm")
 PATTERNS = _family("model.attention.pattern", "patterns", "dense", "strided", "fixed")
+BACKENDS = _family(
+    "model.attention",
+    "backends",
+    *("auto", "xla", "blockwise", "splash", "cudnn"),
+    field="model.attention.implementation",
+)
 POOLINGS = _family("model.pooling", "poolings", "mean", "max", "first", "attention")
 
 
@@ -166,6 +172,74 @@ class Pattern(Kind):
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
         """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
         raise NotImplementedError(f"{type(self).__name__} must define sees().")
+
+
+class AttentionCall(NamedTuple):
+    """What attention is called with, after its checks; to choose a backend, shapes and dtypes of the arrays are enough."""
+
+    query_BTHK: Any
+    key_BSGK: Any
+    value_BSGK: Any
+    mask: Any
+    """An `AttentionMask`."""
+    bias: Any = None
+    """Floating-point numbers [B|1, H|1, T, S], a `BiasDescription`, or None."""
+    scale: float = 1.0
+    logits_soft_cap: float = 0.0
+    """0 means off."""
+    dropout_rate: float = 0.0
+    dropout_key: Any = None
+
+    def demands(self) -> Iterator[tuple[str, str]]:
+        """What not every backend can do: each name that `AttentionBackend.takes` may have, and its words for messages."""
+        if self.dropout_rate > 0:
+            yield "dropout_rate", f"dropout_rate={self.dropout_rate}"
+        if self.mask.visible is not None:
+            yield "visible", "an array as mask (an AttentionMask describes causal masks, windows, segments and lengths)"
+        if self.bias is not None:
+            yield "bias", "a bias"
+        for field in dataclasses.fields(self.mask):
+            value = getattr(self.mask, field.name)
+            if field.name != "visible" and (value is not None if field.default is None else value != field.default):
+                yield field.name, f"mask.{field.name}"
+        if self.logits_soft_cap > 0:
+            yield "logits_soft_cap", f"logits_soft_cap={self.logits_soft_cap}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBackend(Kind):
+    """A way to compute attention, which a config chooses by name. It must bring `compute`, and say what that `takes`."""
+
+    family = BACKENDS
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """What it honours: fields of an `AttentionMask`, bias, logits_soft_cap, dropout_rate. Calls with more are refused."""
+    dtypes: ClassVar[tuple[str, ...]] = ()
+    """Of queries, keys and values; none means any."""
+
+    def compute(self, call: AttentionCall) -> Array:
+        """Outputs [B, T, H, W] in the dtype of the queries; a query that sees no key gives zeros."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute().")
+
+    def refusal(self, call: AttentionCall) -> str:
+        """What it cannot honour, in words, or nothing; from what is known when tracing."""
+        dtype = str(call.query_BTHK.dtype)
+        fits = not self.dtypes or dtype in self.dtypes
+        other = "" if fits else f"inputs of {dtype} ({' and '.join(self.dtypes)} only)"
+        return next((words for name, words in call.demands() if name not in self.takes), other)
+
+    def preferred(self, call: AttentionCall, platform: str) -> bool:
+        """Whether `auto` takes it on a platform (cpu, cuda, tpu, ...), if it refuses nothing; by default never."""
+        del call, platform
+        return False
+
+    def attend(self, call: AttentionCall) -> Array:
+        """`compute`, in a program for whichever platforms have it."""
+        return self.compute(call)
+
+    def on(self, platform: str, call: AttentionCall) -> "AttentionBackend":
+        """What computes a call on a platform: itself, unless it chooses among others."""
+        del platform, call
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

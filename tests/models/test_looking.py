@@ -91,4 +91,4 @@ def test_calls_are_recorded_while_tracing(tiny):
     assert [request.backend("cpu") for request in requests] == ["xla", "xla"]
     tiny.build(config).apply({"params": params}, tokens)
     assert len(requests) == 2
-    assert requests[0].operands[0].shape == (1, 4, 4, 4)
+    assert requests[0].call.query_BTHK.shape == (1, 4, 4, 4)

@@ -12,8 +12,12 @@ import pytest
 from jax.test_util import check_grads
 
 from transformer.layers import spread_attention
-from transformer.ops import attention, blockwise, ring
-from transformer.ops.attention import attention_weights, dot_product_attention, select_implementation
+from transformer.model_kinds import AttentionCall
+from transformer.ops import attention, ring
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.backends import blockwise, xla
+from transformer.ops.backends.auto import AutoBackend
+from transformer.ops.backends.xla import attention_weights
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.patterns.strided import StridedPattern
@@ -326,7 +330,7 @@ def test_rows_hidden_by_a_finite_bias_are_those_of_the_reference(backend, descri
 
 def entries_that_take_a_bias():
     """Every function of the modules of attention with queries and an argument of that name."""
-    for module in (attention, blockwise, ring, spread_attention):
+    for module in (attention, blockwise, xla, ring, spread_attention):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             takes = inspect.signature(function).parameters
             if function.__module__ == module.__name__ and {"query_BTHK", "bias"} <= set(takes) and name[0] != "_":
@@ -488,7 +492,8 @@ def test_dropout_follows_its_key():
 def test_auto_takes_blocks_when_the_square_is_large_and_nothing_needs_it():
     def select(queries, keys, **settings):
         query, key = (jax.ShapeDtypeStruct((1, length, 2, K), jnp.float32) for length in (queries, keys))
-        return select_implementation("cpu", query, key, key, mask=AttentionMask(causal=True), **settings)
+        call = AttentionCall(query, key, key, AttentionMask(causal=True), **settings)
+        return AutoBackend().on("cpu", call).kind
 
     assert select(4096, 4096) == "blockwise"
     assert select(64, 64) == "xla"
@@ -510,7 +515,7 @@ def test_auto_equals_the_reference_where_it_takes_blocks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"implementation": "flash"}, "must be auto, xla, blockwise, splash or cudnn, got 'flash'"),
+        ({"implementation": "flash"}, "must be one of auto, xla, blockwise, splash, cudnn.*, got 'flash'"),
         (
             {"implementation": "blockwise", "dropout_rate": 0.1, "dropout_key": 0},
             r"'blockwise' cannot honour dropout_rate=0\.1; use 'auto'",

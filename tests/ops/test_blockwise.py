@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transformer.ops.attention import dot_product_attention
-from transformer.ops.blockwise import Blocks, blockwise_attention, choose_blocks
+from transformer.ops.backends.blockwise import Blocks, blockwise_attention, choose_blocks
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.patterns.strided import StridedPattern

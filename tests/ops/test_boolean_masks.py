@@ -11,7 +11,9 @@ import pytest
 from transformer.layers.attention import Attention
 from transformer.layers.cache import init_cache
 from transformer.model_config import AttentionConfig
-from transformer.ops.attention import dot_product_attention, select_implementation
+from transformer.model_kinds import AttentionCall
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.backends.auto import AutoBackend
 from transformer.ops.masks import AttentionMask
 
 B, T, H, K = 2, 6, 2, 4
@@ -34,6 +36,11 @@ CASES = {
     "keys of each row": (VALID[:, None, None, :], AttentionMask(key_segment_ids=VALID.astype(int))),
     "nothing": (jnp.zeros((1, 1, 1, 1), bool), AttentionMask(key_lengths=jnp.zeros((1,), int))),
 }
+
+
+def select(platform, *arrays, **settings):
+    """The backend that `auto` takes on a platform."""
+    return AutoBackend().on(platform, AttentionCall(*arrays, **settings)).kind
 
 
 def operands(length=T, heads=H):
@@ -66,7 +73,7 @@ def test_long_rows_are_refused_by_kernels_and_auto_takes_what_can():
     x = jax.ShapeDtypeStruct((B, 1024, H, 64), jnp.bfloat16)
     mask = AttentionMask.of(jnp.ones((B, 1, 1024, 1024), bool))
     for platform in ("cpu", "tpu", "cuda"):
-        assert select_implementation(platform, x, x, x, mask=mask) == "xla"
+        assert select(platform, x, x, x, mask=mask) == "xla"
     for implementation in ("blockwise", "splash", "cudnn"):
         with pytest.raises(ValueError, match=f"'{implementation}' cannot honour an array as mask"):
             dot_product_attention(*operands(), mask=CAUSAL, implementation=implementation)

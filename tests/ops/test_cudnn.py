@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from transformer.ops import cudnn
-from transformer.ops.attention import dot_product_attention, select_implementation
+from transformer.model_kinds import AttentionCall
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.backends import cudnn
+from transformer.ops.backends.auto import AutoBackend
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.planning.chips import find_topology
@@ -18,6 +20,11 @@ from transformer.planning.chips import find_topology
 CAUSAL = AttentionMask(causal=True)
 ATTEND = functools.partial(dot_product_attention, implementation="cudnn")
 PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def select(platform, *arrays, **settings):
+    """The backend that `auto` takes on a platform."""
+    return AutoBackend().on(platform, AttentionCall(*arrays, **settings)).kind
 
 
 def qkv(T=512, S=512, K=64, W=64, dtype=jnp.bfloat16):
@@ -98,11 +105,11 @@ def test_a_platform_without_it_is_named(installed):
 
 
 def test_auto_picks_it_for_whole_long_rows_in_half_precision(installed):
-    assert select_implementation("cuda", *qkv(), mask=CAUSAL) == "cudnn"
-    assert select_implementation("cuda", *qkv(dtype=jnp.float32), mask=CAUSAL) == "blockwise"
-    assert select_implementation("cuda", *qkv(T=128, S=128), mask=CAUSAL) == "xla"
+    assert select("cuda", *qkv(), mask=CAUSAL) == "cudnn"
+    assert select("cuda", *qkv(dtype=jnp.float32), mask=CAUSAL) == "blockwise"
+    assert select("cuda", *qkv(T=128, S=128), mask=CAUSAL) == "xla"
     packed = AttentionMask.packed(jnp.ones((2, 512), jnp.int32), causal=True)
-    assert select_implementation("cuda", *qkv(), mask=packed) == "blockwise"
+    assert select("cuda", *qkv(), mask=packed) == "blockwise"
 
 
 @pytest.mark.parametrize(

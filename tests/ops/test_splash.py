@@ -10,17 +10,24 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
-from transformer.ops.attention import dot_product_attention, select_implementation
+from transformer.model_kinds import AttentionCall
+from transformer.ops.attention import dot_product_attention
+from transformer.ops.backends.auto import AutoBackend
+from transformer.ops.backends.splash import block_size
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.patterns.strided import StridedPattern
 from transformer.ops.positions.alibi import AlibiBias
-from transformer.ops.splash import block_size
 
 CAUSAL = AttentionMask(causal=True)
 REFERENCE = functools.partial(dot_product_attention, implementation="xla")
 SPLASH = functools.partial(dot_product_attention, implementation="splash")
 KERNEL = "tpu_custom_call"
+
+
+def select(platform, *arrays, **settings):
+    """The backend that `auto` takes on a platform."""
+    return AutoBackend().on(platform, AttentionCall(*arrays, **settings)).kind
 
 
 def normal(seed, *shape):
@@ -205,7 +212,7 @@ def test_auto_is_a_plain_program_where_nothing_is_to_be_chosen():
 )
 def test_auto_says_what_it_picks(length, mask, settings, expected):
     arrays = qkv(length, length, 2, 1, 64, 64)
-    assert select_implementation("tpu", *arrays, mask=mask, **settings) == expected
+    assert select("tpu", *arrays, mask=mask, **settings) == expected
 
 
 def test_axes_that_xla_partitions_are_left_to_xla():

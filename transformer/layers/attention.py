@@ -16,7 +16,7 @@ from transformer.layers.runtime import Runtime
 from transformer.layers.spread_attention import context_size, spread_attention
 from transformer.model_config import AttentionConfig
 from transformer.model_kinds import Norm, Positions
-from transformer.ops.attention import attention_weights
+from transformer.ops.backends.xla import attention_weights
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.norms.rms_norm import RMSNorm

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from transformer.model_kinds import BACKENDS
 from transformer.ops.masks import AttentionMask
 from transformer.validation import require
 
@@ -100,8 +101,8 @@ class KVCache(Cache):
         return key_BPGK, value_BPGK, mask, cache
 
     def implementation(self, chosen: str) -> str:
-        """Where a row begins is data here, and fused kernels know it while compiling."""
-        return "auto" if chosen in ("splash", "cudnn") else chosen
+        """Where a row begins is data here; where a backend must know it while compiling, auto reads the cache."""
+        return chosen if {"query_offset", "key_lengths"} <= BACKENDS.find(chosen).takes else "auto"
 
 
 @jax.tree_util.register_dataclass

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.ops.backends.blockwise import Blocks, Settings, Softmax, attend_backward, attend_forward
+from transformer.ops.backends.xla import LOWEST
 from transformer.ops.bias import Bias, BiasDescription, check_bias
-from transformer.ops.blockwise import LOWEST, Blocks, Settings, Softmax, attend_backward, attend_forward
 from transformer.ops.masks import AttentionMask
 from transformer.ops.places import balanced_order
 from transformer.validation import require
 
-# Local queries up to which blocks are written out, as in `ops.blockwise`.
+# Local queries up to which blocks are written out, as in `ops.backends.blockwise`.
 _UNROLLED_QUERIES = 512
 # Of longer ones, what blocks are cut into; the late half of the queries meets whole keys, so that both must be.
 _SMALLEST_BLOCK = 64

@@ -17,6 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Float
 
+from transformer.model_kinds import BACKENDS, AttentionCall
+from transformer.ops.backends.fused import FusedBackend, by_platform
 from transformer.ops.masks import AttentionMask
 
 # The kernel wants blocks of whole vector registers, of 128 lanes.
@@ -32,28 +34,47 @@ _SINK = -1e30
 _HIDDEN_QUERY, _HIDDEN_KEY = np.iinfo(np.int32).min, np.iinfo(np.int32).min + 1
 
 
-def splash_refusal(query: Any, value: Any, *, mask: AttentionMask) -> str:
-    """What the kernel cannot honour, in words, or nothing; from what is known when tracing."""
-    given = [
-        name
-        for name in ("query_positions", "key_positions", "key_prefix", "query_offset")
-        if getattr(mask, name) is not None
-    ]
-    block = block_size(query.shape[1])
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = sorted(set(mesh.axis_names) - set(mesh.manual_axes))
-    if given:
-        return f"mask.{given[0]}"
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"inputs of {query.dtype} (float32 and bfloat16 only)"
-    widest = _WIDEST_HEADS[query.dtype.itemsize]
-    if query.shape[3] + value.shape[3] > widest:
-        return f"heads of {query.shape[3]} and values of {value.shape[3]} (together up to {widest} in {query.dtype})"
-    if mask.pattern is not None and block % mask.pattern.block_size and mask.pattern.block_size % block:
-        return f"a pattern of blocks of {mask.pattern.block_size} among its own of {block} (one must divide the other)"
-    if mesh.size > 1 and automatic:
-        return f"mesh axes that XLA partitions, {', '.join(automatic)} (call it inside jax.shard_map over all axes)"
-    return ""
+@BACKENDS.register
+@dataclasses.dataclass(frozen=True)
+class SplashBackend(FusedBackend):
+    """The kernel on a TPU; interpreted, and slow, on a CPU."""
+
+    kind = "splash"
+    platform = "tpu"
+    takes = frozenset(
+        {"causal", "window", "pattern", "query_segment_ids", "key_segment_ids", "key_lengths", "logits_soft_cap"}
+    )
+    dtypes = ("float32", "bfloat16")
+
+    interpret: bool = False
+    """Run the kernel's steps as ordinary operations."""
+
+    def refusal(self, call: AttentionCall) -> str:
+        """Also wide heads, blocks of a pattern that do not fit its own, and meshes that XLA partitions."""
+        if reason := super().refusal(call):
+            return reason
+        query, value, pattern = call.query_BTHK, call.value_BSGK, call.mask.pattern
+        block, widest = block_size(query.shape[1]), _WIDEST_HEADS[query.dtype.itemsize]
+        mesh = jax.sharding.get_abstract_mesh()
+        automatic = sorted(set(mesh.axis_names) - set(mesh.manual_axes))
+        if query.shape[3] + value.shape[3] > widest:
+            return (
+                f"heads of {query.shape[3]} and values of {value.shape[3]} (together up to {widest} in {query.dtype})"
+            )
+        if pattern is not None and block % pattern.block_size and pattern.block_size % block:
+            return f"a pattern of blocks of {pattern.block_size} among its own of {block} (one must divide the other)"
+        if mesh.size > 1 and automatic:
+            return f"mesh axes that XLA partitions, {', '.join(automatic)} (call it inside jax.shard_map over all axes)"
+        return ""
+
+    def kernel(self, call: AttentionCall) -> jax.Array:
+        """For each pass over the layer one."""
+        settings: dict[str, Any] = {"scale": call.scale, "logits_soft_cap": call.logits_soft_cap}
+        return splash_attention(*call[:3], mask=call.mask, interpret=self.interpret, **settings)
+
+    def attend(self, call: AttentionCall) -> jax.Array:
+        """In programs for TPUs and CPUs only."""
+        return by_platform(call, tpu=self, cpu=SplashBackend(interpret=True))
 
 
 # Compiled as a function of its own, so that the layers of a model, which all call it alike, trace it once.
@@ -77,7 +98,7 @@ def splash_attention(
         query_BTHK: queries, float32 or bfloat16.
         key_BSGK: keys, of the same dtype.
         value_BSGK: values, of the same dtype, of any width.
-        mask: one that `splash_refusal` does not name.
+        mask: one that `SplashBackend` does not refuse.
         scale: multiplies the logits.
         logits_soft_cap: bounds the scaled logits; 0 means off.
         interpret: run the kernel's steps as ordinary operations, on any platform and slowly: for tests.

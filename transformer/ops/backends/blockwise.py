@@ -9,15 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from transformer.model_kinds import BACKENDS, AttentionBackend, AttentionCall
+from transformer.ops.backends.xla import LOWEST, XLABackend
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.masks import AttentionMask, BlockPattern
 
-LOWEST = float(jnp.finfo(jnp.float32).min)
-"""Below every logit, so that a row that sees no key subtracts something finite from its -inf."""
 # Up to so many queries the blocks are written out; beyond, the program and its memory would grow with their number.
 _UNROLLED_QUERIES = 512
 # Products of smaller blocks cost more than what they skip.
 _SMALLEST = 64
+# Queries times keys from which on `auto` avoids [T, S] arrays: those of 256 tokens attending to themselves.
+_LARGE = 256 * 256
+
+
+@BACKENDS.register
+@dataclasses.dataclass(frozen=True)
+class BlockwiseBackend(AttentionBackend):
+    """Memory linear in the sequence, on any platform."""
+
+    kind = "blockwise"
+    takes = XLABackend.takes - {"visible", "dropout_rate"}
+
+    def compute(self, call: AttentionCall) -> Float[jax.Array, "B T H W"]:
+        """`blockwise_attention`."""
+        settings: dict[str, Any] = {"scale": call.scale, "logits_soft_cap": call.logits_soft_cap}
+        return blockwise_attention(*call[:3], mask=call.mask, bias=call.bias, **settings)
+
+    def preferred(self, call: AttentionCall, platform: str) -> bool:
+        """Where the reference's [T, S] arrays are what costs: many pairs, and no bias that is such an array anyway."""
+        del platform
+        described = call.bias is None or isinstance(call.bias, BiasDescription)
+        return described and call.query_BTHK.shape[1] * call.key_BSGK.shape[1] >= _LARGE
 
 
 class Blocks(NamedTuple):

@@ -1,0 +1,1 @@
+"""Backends of attention, one a file."""
