@@ -77,75 +77,30 @@ class Attention(nn.Module):
         Raises:
             ValueError: if the heads do not divide the width, or the arguments contradict each other.
         """
-        config, runtime, state = self.config, self.runtime, cache or NO_CACHE
-        num_tokens, embed_dim = inputs_BTD.shape[1:]
-        head_dim = config.resolved_head_dim(embed_dim)
+        state = cache or NO_CACHE
         self._check(memory_BSD, positions_BT, state)
-        mask = self._restrict(AttentionMask.of(mask))
-
-        query_BTHK = self._project("query", inputs_BTD, config.num_heads, head_dim)
-        source_BSD = state.key_inputs(inputs_BTD, memory_BSD)
-        key_BSGK: Any = None
-        value_BSGK: Any = None
-        if source_BSD is not None:
-            key_BSGK = self._project("key", source_BSD, config.kv_heads, head_dim)
-            value_BSGK = self._project("value", source_BSD, config.kv_heads, head_dim, normalize=False)
-
-        def own_positions() -> tuple[Array, Array]:
-            places_BS = state.positions(num_tokens, positions_BT)
-            if places_BS is None:
-                places_BS = jnp.arange(key_BSGK.shape[1], dtype=jnp.int32)[None]
-            return places_BS[:, -num_tokens:], places_BS
-
-        query_BTHK, key_BSGK = self.positions.rotate(query_BTHK, key_BSGK, own_positions)
-        bias = self.positions.bias(config.num_heads, relative_bias)
-        if positions_BT is not None and (bias is not None or mask.pattern is not None):
-            # A bias and a pattern see what the mask compares: in a packed row, places within each document. Without given
-            # positions these stay the indices, from which a backend knows while tracing which blocks to skip.
-            places_BT = jnp.broadcast_to(positions_BT, inputs_BTD.shape[:2])
-            mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
+        query_BTHK, key_BSGK, value_BSGK = self._project(inputs_BTD, state.key_inputs(inputs_BTD, memory_BSD))
+        query_BTHK, key_BSGK = self._rotate(query_BTHK, key_BSGK, state, positions_BT)
+        bias = self.positions.bias(self.config.num_heads, relative_bias)
+        mask = self._restrict(AttentionMask.of(mask), bias, positions_BT, inputs_BTD.shape[:2])
         key_BSGK, value_BSGK, mask, updated = state.extend(key_BSGK, value_BSGK, mask)
-        key_BSGK, value_BSGK = key_BSGK.astype(runtime.dtype), value_BSGK.astype(runtime.dtype)
-
-        def all_positions() -> tuple[Array, Array]:
-            if positions_BT is not None:
-                return positions_BT, positions_BT
-            return mask.query_places(0, num_tokens), mask.key_places(0, key_BSGK.shape[1])
-
-        relative = RelativePosition(self.positions, embed_dim, runtime, name="relative_position")
-        query_BTHK, key_BSGK = relative(query_BTHK, key_BSGK, all_positions)
-        request: dict[str, Any] = {
-            "mask": mask,
-            "bias": bias,
-            "scale": 1 / math.sqrt(head_dim),
-            "logits_soft_cap": config.logits_soft_cap,
-        }
-        if self.is_mutable_collection("attention") and not self.is_initializing():
-            self.sow("attention", "weights", attention_weights(query_BTHK, key_BSGK, **request))
-        dropout_rate = config.dropout if train else 0.0
-        out_BTHK = spread_attention(
-            query_BTHK,
-            key_BSGK,
-            value_BSGK,
-            **request,
-            dropout_rate=dropout_rate,
-            dropout_key=self.make_rng("dropout") if dropout_rate > 0 else None,
-            implementation=state.implementation(config.implementation),
-            sharding=runtime.sharding,
-        )
-        axes, scale = ("heads", "head_dim", "embed"), runtime.residual_init_scale
-        out = Linear((embed_dim,), axes, use_bias=config.use_bias, init_scale=scale, runtime=runtime, name="out")
-        out_BTD = out(out_BTHK)
+        key_BSGK, value_BSGK = (x_BSGK.astype(self.runtime.dtype) for x_BSGK in (key_BSGK, value_BSGK))
+        query_BTHK, key_BSGK = self._relate(query_BTHK, key_BSGK, mask, positions_BT, inputs_BTD.shape[-1])
+        backend = state.implementation(self.config.implementation)
+        out_BTHK = self._attend(query_BTHK, key_BSGK, value_BSGK, mask, bias, backend, train)
+        out_BTD = self._merge(out_BTHK, inputs_BTD.shape[-1])
         return out_BTD if cache is None else (out_BTD, updated)
 
-    def _restrict(self, mask: AttentionMask) -> AttentionMask:
-        """A mask with the window and the pattern of the config too."""
-        if self.config.window > 0:
-            window = min(self.config.window, mask.window or self.config.window)
-            mask = dataclasses.replace(mask, window=window)
-        return self.config.pattern.restrict(mask)
+    def _project(self, inputs_BTD: Array, source_BSD: Array | None) -> tuple[Array, Any, Any]:
+        """Queries, keys and values; without hidden states to compute keys from, none of the two."""
+        config, head_dim = self.config, self.config.resolved_head_dim(inputs_BTD.shape[-1])
+        query_BTHK = self._heads("query", inputs_BTD, config.num_heads, head_dim)
+        if source_BSD is None:
+            return query_BTHK, None, None
+        key_BSGK = self._heads("key", source_BSD, config.kv_heads, head_dim)
+        return query_BTHK, key_BSGK, self._heads("value", source_BSD, config.kv_heads, head_dim, normalize=False)
 
-    def _project(self, role: str, inputs: Array, heads: int, head_dim: int, *, normalize: bool = True) -> Array:
+    def _heads(self, role: str, inputs: Array, heads: int, head_dim: int, *, normalize: bool = True) -> Array:
         """Queries, keys or values, with QK-norm where it applies."""
         heads_axis = "heads" if role == "query" else "kv_heads"
         projected = Linear(
@@ -159,6 +114,76 @@ class Attention(nn.Module):
             norm = RMSNorm(epsilon=self.norm_epsilon)
             projected = Normalize(norm, axis="head_dim", runtime=self.runtime, name=f"{role}_norm")(projected)
         return self.runtime.constrain(projected, "batch", "length", heads_axis, None)
+
+    def _rotate(self, query_BTHK: Array, key_BSGK: Any, state: Cache, positions_BT: Any) -> tuple[Array, Any]:
+        """Queries and new keys with their positions, where these are rotated."""
+        num_tokens = query_BTHK.shape[1]
+
+        def positions() -> tuple[Array, Array]:
+            places_BS = state.positions(num_tokens, positions_BT)
+            if places_BS is None:
+                places_BS = jnp.arange(key_BSGK.shape[1], dtype=jnp.int32)[None]
+            return places_BS[:, -num_tokens:], places_BS
+
+        return self.positions.rotate(query_BTHK, key_BSGK, positions)
+
+    def _restrict(self, mask: AttentionMask, bias: Any, positions_BT: Any, shape: tuple[int, ...]) -> AttentionMask:
+        """A mask with the window and the pattern of the config too, and with positions where more than indices count."""
+        if self.config.window > 0:
+            window = min(self.config.window, mask.window or self.config.window)
+            mask = dataclasses.replace(mask, window=window)
+        mask = self.config.pattern.restrict(mask)
+        if positions_BT is not None and (bias is not None or mask.pattern is not None):
+            # A bias and a pattern see what the mask compares: in a packed row, places within each document. Without given
+            # positions these stay the indices, from which a backend knows while tracing which blocks to skip.
+            places_BT = jnp.broadcast_to(positions_BT, shape)
+            mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
+        return mask
+
+    def _relate(
+        self, query_BTHK: Array, key_BSGK: Array, mask: AttentionMask, positions_BT: Any, embed_dim: int
+    ) -> tuple[Array, Array]:
+        """Queries and all keys, those of a cache included, with what their positions add."""
+
+        def positions() -> tuple[Array, Array]:
+            if positions_BT is not None:
+                return positions_BT, positions_BT
+            return mask.query_places(0, query_BTHK.shape[1]), mask.key_places(0, key_BSGK.shape[1])
+
+        relative = RelativePosition(self.positions, embed_dim, self.runtime, name="relative_position")
+        return relative(query_BTHK, key_BSGK, positions)
+
+    def _attend(
+        self, query: Array, key: Array, value_BSGK: Array, mask: AttentionMask, bias: Any, backend: str, train: bool
+    ) -> Array:
+        """Means of values [B, T, H, K]; queries and keys may be wider, the scale stays that of the heads."""
+        request: dict[str, Any] = {
+            "mask": mask,
+            "bias": bias,
+            "scale": 1 / math.sqrt(value_BSGK.shape[-1]),
+            "logits_soft_cap": self.config.logits_soft_cap,
+        }
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            self.sow("attention", "weights", attention_weights(query, key, **request))
+        dropout_rate = self.config.dropout if train else 0.0
+        return spread_attention(
+            query,
+            key,
+            value_BSGK,
+            **request,
+            dropout_rate=dropout_rate,
+            dropout_key=self.make_rng("dropout") if dropout_rate > 0 else None,
+            implementation=backend,
+            sharding=self.runtime.sharding,
+        )
+
+    def _merge(self, out_BTHK: Array, embed_dim: int) -> Array:
+        """The heads as one vector of the stream."""
+        axes, scale = ("heads", "head_dim", "embed"), self.runtime.residual_init_scale
+        out = Linear(
+            (embed_dim,), axes, use_bias=self.config.use_bias, init_scale=scale, runtime=self.runtime, name="out"
+        )
+        return out(out_BTHK)
 
     def _check(self, memory_BSD: Any, positions_BT: Any, state: Cache) -> None:
         if positions_BT is not None and not state.takes_positions:

@@ -7,12 +7,12 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.attention import Attention
-from transformer.layers.cache import NO_CACHE, Cache
+from transformer.layers.cache import NO_CACHE, Cache, valid_tokens
 from transformer.layers.experts import MixtureOfExperts
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.norm import Normalize
 from transformer.layers.runtime import Runtime
-from transformer.model_config import BlockConfig
+from transformer.model_config import AttentionConfig, BlockConfig
 from transformer.model_kinds import Positions
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
@@ -87,27 +87,10 @@ class Block(nn.Module):
             cache: what earlier calls left.
             train: apply dropout, with the `dropout` key.
         """
-        placement = self.config.norm.placement
-
-        def norm(name: str, x_BTD: Array) -> Array:
-            return Normalize(self.config.norm, runtime=self.runtime, name=name)(x_BTD)
-
-        def before(role: str, x_BTD: Array) -> Array:
-            return x_BTD if placement == "post" else norm(f"pre_{role}_norm", x_BTD)
-
-        def after(role: str, x_BTD: Array, update_BTD: Array) -> Array:
-            if placement == "sandwich":
-                update_BTD = norm(f"post_{role}_norm", update_BTD)
-            x_BTD = x_BTD + nn.Dropout(self.dropout)(update_BTD, deterministic=not train)
-            return norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD
-
         kept = BlockCache(NO_CACHE) if cache is None else cache
-        epsilon = self.config.norm.epsilon
         positions = self.config.own_positions.within(self.positions)
-        attention = Attention(
-            self.config.attention, positions=positions, norm_epsilon=epsilon, runtime=self.runtime, name="attention"
-        )
-        normed_BTD, state = kept.attention.enter(inputs_BTD, lambda x_BTD: before("attention", x_BTD))
+        attention = self._attention("attention", self.config.attention, positions)
+        normed_BTD, state = kept.attention.enter(inputs_BTD, lambda x_BTD: self._before("attention", x_BTD))
         update, state = attention(
             normed_BTD,
             mask=mask,
@@ -117,30 +100,45 @@ class Block(nn.Module):
             train=train,
         )
         kept = kept._replace(attention=kept.attention.leave(inputs_BTD, state))
-        x_BTD = after("attention", inputs_BTD, update)
+        x_BTD = self._after("attention", inputs_BTD, update, train)
 
         if self.cross_attention:
             # A distance to a token of another sequence means nothing: no positions, no window, no pattern.
             config = dataclasses.replace(self.config.attention, window=0, pattern=DensePattern())
-            update, state = Attention(config, norm_epsilon=epsilon, runtime=self.runtime, name="cross_attention")(
-                before("cross_attention", x_BTD),
-                memory_BSD=memory_BSD,
-                mask=memory_mask,
-                cache=kept.cross_attention,
-                train=train,
-            )
+            attention = self._attention("cross_attention", config, NoPositions())
+            normed_BTD, state = self._before("cross_attention", x_BTD), kept.cross_attention
+            update, state = attention(normed_BTD, memory_BSD=memory_BSD, mask=memory_mask, cache=state, train=train)
             kept = kept._replace(cross_attention=state)
-            x_BTD = after("cross_attention", x_BTD, update)
+            x_BTD = self._after("cross_attention", x_BTD, update, train)
 
-        normed_BTD = before("feed_forward", x_BTD)
-        if self.config.feed_forward.num_experts > 0:
-            valid_BT = None if mask.query_segment_ids is None else mask.query_segment_ids != 0
-            mixture = MixtureOfExperts(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
-            update = mixture(normed_BTD, valid_BT=valid_BT)
-        else:
-            network = FeedForward(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
-            update = network(normed_BTD)
-        x_BTD = after("feed_forward", x_BTD, update)
+        update = self._feed_forward(self._before("feed_forward", x_BTD), mask)
+        x_BTD = self._after("feed_forward", x_BTD, update, train)
         if self.is_mutable_collection("stream") and not self.is_initializing():
             self.sow("stream", "output", x_BTD)
         return x_BTD if cache is None else (x_BTD, kept)
+
+    def _attention(self, name: str, config: AttentionConfig, positions: Positions) -> Attention:
+        epsilon = self.config.norm.epsilon
+        return Attention(config, positions=positions, norm_epsilon=epsilon, runtime=self.runtime, name=name)
+
+    def _feed_forward(self, normed_BTD: Array, mask: AttentionMask) -> Array:
+        """The update of the network, or of the experts, to which padding does not go."""
+        if self.config.feed_forward.num_experts == 0:
+            return FeedForward(self.config.feed_forward, runtime=self.runtime, name="feed_forward")(normed_BTD)
+        mixture = MixtureOfExperts(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
+        return mixture(normed_BTD, valid_BT=valid_tokens(mask))
+
+    def _before(self, role: str, x_BTD: Array) -> Array:
+        """What a sub-layer reads of the stream."""
+        return x_BTD if self.config.norm.placement == "post" else self._norm(f"pre_{role}_norm", x_BTD)
+
+    def _after(self, role: str, x_BTD: Array, update_BTD: Array, train: bool) -> Array:
+        """The stream with a sub-layer's output added."""
+        placement = self.config.norm.placement
+        if placement == "sandwich":
+            update_BTD = self._norm(f"post_{role}_norm", update_BTD)
+        x_BTD = x_BTD + nn.Dropout(self.dropout)(update_BTD, deterministic=not train)
+        return self._norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD
+
+    def _norm(self, name: str, x_BTD: Array) -> Array:
+        return Normalize(self.config.norm, runtime=self.runtime, name=name)(x_BTD)

@@ -1,7 +1,7 @@
 """Attention over a mesh: each device its rows and heads, and around a ring where the places of a row are spread too."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -18,6 +18,31 @@ def context_size(sharding: Sharding) -> int:
     """How many devices of the mesh that is set share the positions of a row."""
     spread = sharding.spread()
     return math.prod(spread.get(axis, 1) for axis in sharding.axes("length")) if spread else 1
+
+
+class _Axes(NamedTuple):
+    """Axes of the mesh over which parts of attention are cut; None where they are not."""
+
+    rows: Any = None
+    places: Any = None
+    heads: Any = None
+
+    def divide(self, rows: int, heads: int, spread: Any) -> bool:
+        """Whether so many rows and key/value heads can be cut."""
+        cut = ((rows, self.rows), (heads, self.heads))
+        return all(size % math.prod(spread[axis] for axis in axes_in(axes)) == 0 for size, axes in cut)
+
+    def of_mask(self, mask: AttentionMask) -> Any:
+        """How each array of a mask is cut."""
+
+        def spec(array: Any) -> PartitionSpec:
+            return PartitionSpec(None if array.shape[0] == 1 else self.rows, *(self.places,) * (array.ndim - 1))
+
+        return jax.tree.map(spec, mask)
+
+    def of_bias(self, bias: Any) -> Any:
+        """How each array of a description is cut: its last axis are heads."""
+        return jax.tree.map(lambda leaf: PartitionSpec(*(None,) * (leaf.ndim - 1), self.heads), bias)
 
 
 def spread_attention(
@@ -42,48 +67,28 @@ def spread_attention(
     """
     settings: dict[str, Any] = {"scale": scale, "logits_soft_cap": logits_soft_cap}
     spread = sharding.spread()
-    rows: Any
-    places: Any
-    heads: Any
-    rows, places, heads = sharding.spec(("batch", "length", "heads"), spread) if spread else (None, None, None)
-    ring = places is not None
+    axes = _Axes(*sharding.spec(("batch", "length", "heads"), spread)) if spread else _Axes()
     dense = dropout_rate > 0 or mask.visible is not None or not (bias is None or isinstance(bias, BiasDescription))
-    fits = all(
-        size % math.prod(spread[axis] for axis in axes_in(axes)) == 0
-        for size, axes in ((query_BTHK.shape[0], rows), (key_BSGK.shape[2], heads))
-    )
+    fits = axes.divide(query_BTHK.shape[0], key_BSGK.shape[2], spread)
+    ring = axes.places is not None
     if ring and (dense or not fits):
         raise ValueError(
             "Over a context axis, attention needs rows and heads that the mesh divides, no dropout, no array as bias or mask; "
             f"got {query_BTHK.shape[0]} rows, {key_BSGK.shape[2]} key/value heads, dropout {dropout_rate} and a mesh of {spread}."
         )
     if not spread or dense or not fits:
-        return dot_product_attention(
-            query_BTHK,
-            key_BSGK,
-            value_BSGK,
-            mask=mask,
-            bias=bias,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            implementation=implementation,
-            **settings,
-        )
+        settings |= {"dropout_rate": dropout_rate, "dropout_key": dropout_key, "implementation": implementation}
+        return dot_product_attention(query_BTHK, key_BSGK, value_BSGK, mask=mask, bias=bias, **settings)
 
     def attend(query: Any, key: Any, value: Any, mask: AttentionMask, bias: Any) -> Any:
         if ring:
-            return ring_attention(query, key, value, mask=mask, bias=bias, axis_name=places, **settings)
+            return ring_attention(query, key, value, mask=mask, bias=bias, axis_name=axes.places, **settings)
         return dot_product_attention(query, key, value, mask=mask, bias=bias, implementation=implementation, **settings)
 
-    def of_mask(array: Any) -> PartitionSpec:
-        return PartitionSpec(None if array.shape[0] == 1 else rows, *(places,) * (array.ndim - 1))
-
-    whole = PartitionSpec(rows, places, heads)
-    # The last axis of a description's arrays are heads.
-    of_bias = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * (leaf.ndim - 1), heads), bias)
+    whole = PartitionSpec(*axes)
     spread_attend = jax.shard_map(
         attend,
-        in_specs=(whole, whole, whole, jax.tree.map(of_mask, mask), of_bias),
+        in_specs=(whole, whole, whole, axes.of_mask(mask), axes.of_bias(bias)),
         out_specs=whole,
         check_vma=False,
     )

@@ -125,28 +125,14 @@ class Stack(nn.Module):
                 positions says how much of that belongs to its first segment.
             train: apply dropout, with the `dropout` key.
         """
-        config = self.config
-        runtime = self.runtime.of(config)
-        add_positions = PositionEmbedding(
-            config.positions, max_length=config.max_length, runtime=runtime, name="position_embedding"
-        )
-        x_BTD = add_positions(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache))
-        x_BTD = self.runtime.constrain(
-            nn.Dropout(config.dropout)(x_BTD, deterministic=not train), "batch", "length", None
-        )
-
-        heads = config.blocks[0].attention.num_heads
-        relative = RelativeBias(config.positions, heads, runtime=runtime, name="relative_bias")
+        config, runtime = self.config, self.runtime.of(self.config)
+        x_BTD = self._embed(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache), train)
+        relative = RelativeBias(config.positions, config.blocks[0].attention.num_heads, runtime, name="relative_bias")
         relative_bias = relative(bidirectional=not mask.causal or config.bidirectional_prefix)
         caches = cache
         if recurrence_BLPD is not None:
-            if cache is not None or positions_BT is None:
-                raise ValueError(
-                    "A recurrence needs positions_BT, whose first say how much of it a row continues, and no cache; "
-                    f"got {'no positions_BT' if positions_BT is None else 'a cache'}."
-                )
+            mask = _remember(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2], cache)
             # Places are indices from here on: they differ as positions do, which may be too large for a float32 angle.
-            mask = recurrent_mask(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2])
             positions_BT, caches = None, _by_block(recurrence_BLPD, config)
         context = {
             "mask": mask,
@@ -161,11 +147,16 @@ class Stack(nn.Module):
             x_BTD, updated = self._run(name, blocks, x_BTD, caches, context, runtime)
             if caches is not None:
                 kept, caches = (*kept, *updated), caches[len(blocks) :]
-        if recurrence_BLPD is not None:
-            kept = _by_row(kept, config)
         if config.final_norm and config.blocks[-1].norm.placement != "post":
             x_BTD = Normalize(config.blocks[-1].norm, runtime=runtime, name="final_norm")(x_BTD)
-        return x_BTD, kept
+        return x_BTD, kept if recurrence_BLPD is None else _by_row(kept, config)
+
+    def _embed(self, embedded_BTD: Array, positions_BT: Array, train: bool) -> Array:
+        """The stream before the first block: token vectors with those of positions, and dropout."""
+        config, runtime = self.config, self.runtime.of(self.config)
+        add_positions = PositionEmbedding(config.positions, config.max_length, runtime, name="position_embedding")
+        x_BTD = nn.Dropout(config.dropout)(add_positions(embedded_BTD, positions_BT), deterministic=not train)
+        return self.runtime.constrain(x_BTD, "batch", "length", None)
 
     def _run(
         self, name: str, blocks: tuple[BlockConfig, ...], x_BTD: Array, caches: Any, context: Any, runtime: Runtime
@@ -194,6 +185,16 @@ def _parts(config: ModelConfig) -> dict[str, tuple[BlockConfig, ...]]:
         return {"blocks": config.blocks}
     parts = {"first": config.first, "blocks": config.pattern, "last": config.remainder}
     return {name: blocks for name, blocks in parts.items() if blocks}
+
+
+def _remember(mask: AttentionMask, positions_BT: Any, rows: int, length: int, cache: Any) -> AttentionMask:
+    """The mask over the memory of a recurrence too."""
+    if cache is not None or positions_BT is None:
+        raise ValueError(
+            "A recurrence needs positions_BT, whose first say how much of it a row continues, and no cache; "
+            f"got {'no positions_BT' if positions_BT is None else 'a cache'}."
+        )
+    return recurrent_mask(mask, positions_BT, rows, length)
 
 
 def _by_block(recurrence_BLPD: Float[Array, "B L P D"], config: ModelConfig) -> StackCache:

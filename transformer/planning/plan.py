@@ -154,15 +154,7 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), steps.state.params, shardings
     )
     model: Any = steps.model
-
-    def placed(x: Any) -> jax.ShapeDtypeStruct:
-        # Keys and values are [B, G, P, K], lengths [B]; a scanned stack has a leading axis of periods.
-        scanned = (None,) * config.model.scan_layers
-        own = {4: ("batch", "kv_heads", None, None), 1: ("batch",)}.get(x.ndim - len(scanned))
-        axes = RULES.spec((*scanned, *own), mesh.axis_names) if own else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, axes))
-
-    cache = jax.tree.map(placed, jax.eval_shape(lambda: model.init_cache(rows, capacity)))
+    cache = _place_cache(jax.eval_shape(lambda: model.init_cache(rows, capacity)), config.model.scan_layers, mesh)
     token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
     def step(params: Any, token_B1: Any, cache: Any) -> Any:
@@ -192,6 +184,19 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
             least=0.0,
         )
     )
+
+
+def _place_cache(cache: Any, scanned: bool, mesh: Mesh) -> Any:
+    """The shapes of a model's cache with their shardings."""
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        # Keys and values are [B, G, P, K], lengths [B]; a scanned stack has a leading axis of periods.
+        leading = (None,) * scanned
+        own = {4: ("batch", "kv_heads", None, None), 1: ("batch",)}.get(x.ndim - len(leading))
+        axes = RULES.spec((*leading, *own), mesh.axis_names) if own else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, axes))
+
+    return jax.tree.map(placed, cache)
 
 
 def resolve_size(config: Config) -> Config:
