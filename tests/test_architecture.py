@@ -113,7 +113,6 @@ def test_no_file_runs_what_it_reads(path):
 
 # What is left to divide. A list that only falls: take out what no longer stands here.
 LONG = {
-    "data/examples.py prepare_examples",
     "overrides.py override",
     "parallel/mesh.py mesh_runner",
     "parallel/pmap.py pmap_runner",
