@@ -83,7 +83,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 22_170
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 22_230
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}
@@ -177,8 +177,8 @@ def test_the_table_of_stairs_is_the_one_that_is_held():
 PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transformer" / f"{room}.py")
 ASKED = {"kind", "reads", "strategy", "implementation"}
 CLASSES = {"Decoder", "Encoder", "EncoderDecoder", "Classifier", "Batch", "LabelledBatch", "PairBatch", "PairTokenizer"}
-# Nine are no kinds of ours: collectives in a compiled program, chips of a topology, words of a message.
-MOST_QUESTIONS = 16
+# Some are no kinds of ours: words of a message, and of JAX.
+MOST_QUESTIONS = 8
 
 
 def kind_questions(tree):

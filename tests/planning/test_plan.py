@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -13,7 +14,8 @@ from transformer.cli.arguments import parse_config
 from transformer.cli.options import OPTIONS
 from transformer.parallel.mesh import make_mesh
 from transformer.planning.chips import CHIPS, Topology, find_topology
-from transformer.planning.plan import StandIn, _links, _memory_error, least_network_bytes
+from transformer.planning.plan import StandIn, _links, _memory_error, _seconds, least_network_bytes
+from transformer.planning.program import Collective
 from transformer.planning.search import candidates, search
 from transformer.steps import make_steps
 from transformer.tasks import count_parameters
@@ -56,6 +58,61 @@ def test_what_cannot_be_planned_is_refused(arguments, message):
 
 def test_every_chip_has_a_peak():
     assert all(chip.peak_flops > 1e14 for chip in CHIPS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "asked"),
+    [
+        ("v4:2x2x2", 1, {"platform": "tpu", "topology_name": "v4:2x2x2", "chip_config_name": "megacore"}),
+        ("v6e-256", 1, {"platform": "tpu", "topology_name": "v6e:16x16"}),
+        ("v5p:4x4x4", 2, {"platform": "tpu", "topology_name": "v5p:4x4x4", "num_slices": 2}),
+        (
+            "h100:8",
+            1,
+            {"platform": "cuda", "topology_name": "h100", "topology": "1x1x8", "target_config": "NVIDIA H100"},
+        ),
+    ],
+)
+def test_a_chip_says_what_its_compiler_is_asked(name, slices, asked, monkeypatch):
+    found = {}
+
+    def describe(**given):
+        found.update(given)
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
+    find_topology(name, slices)
+    assert asked.pop("target_config", "") in found.pop("target_config", "")
+    assert found == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("v4:2x2x1", "libtpu"), ("h100:8", r"CUDA plugin \(pip install 'jax\[cuda12\]'\)")]
+)
+def test_a_chip_says_what_its_compiler_is_in(name, package, monkeypatch):
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **_: 1 / 0)
+    with pytest.raises(UserError, match=f"needs the compiler in .*{package}.*, or has no such shape: division by zero"):
+        find_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "devices", "speed"),
+    [
+        ("all-reduce", 4, (0, 1, 2, 3), 2 * 0.75 / 2 / 4.5e10),  # a square: by a link along each side
+        ("all-gather", 4, (0, 1, 2, 3), 0.75 / 2 / 4.5e10),
+        ("collective-permute", 2, (0, 1), 1 / 4.5e10),
+        ("send", 2, (), 1 / 3.1e9),
+        ("all-gather", 2, (0, 4), 0.5 / 3.1e9),  # of another slice
+    ],
+)
+def test_an_exchange_takes_the_time_of_its_wires(kind, group, devices, speed):
+    places = [types.SimpleNamespace(coords=(number % 2, number // 2 % 2, 0)) for number in range(8)]
+    topology = Topology("none", CHIPS["v5e"], places)
+    collective = Collective(kind, 1e9, group, devices, 1)
+    assert _seconds(collective, topology, places, 2) == pytest.approx(1e9 * speed)
+    switched = Topology("none", CHIPS["h100"], places)
+    inside = 5e10 if kind == "send" else 4.5e11
+    assert _seconds(collective, switched, places, 1) == pytest.approx(collective.wire_bytes / inside)
 
 
 def planned(capsys, *arguments, code=None):

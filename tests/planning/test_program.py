@@ -63,7 +63,9 @@ def test_exchanges_count_as_often_as_their_loop_runs():
     assert both == Collective("all-reduce", 64, 4, (0, 1, 4, 5), 1)
     assert sent == Collective("collective-permute", 64, 2, (0, 1), 1)
     assert gather.wire_bytes == 12 * 256 * 3 / 4
+    assert scatter.wire_bytes == gather.wire_bytes
     assert both.wire_bytes == 2 * 64 * 3 / 4
+    assert sent.wire_bytes == 64
     assert sent.wire_bytes == 64
     assert program.kernels == {"tpu_custom_call": 1}
 
@@ -97,6 +99,19 @@ ENTRY %main (a: bf16[8,4]) -> bf16[32,4] {
 
 def test_an_exchange_beside_other_work_counts_once():
     assert read_program(BESIDE).collectives == [Collective("all-gather", 256, 4, (0, 1, 2, 3), 1)] * 2
+
+
+def test_what_a_host_sends_goes_to_other_slices():
+    text = """ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %token = token[] after-all()
+  %out = (bf16[8,4]{1,0}, u32[], token[]) send(%a, %token), channel_id=1, is_host_transfer=true
+  %other = (bf16[8,4]{1,0}, u32[], token[]) send(%a, %token), channel_id=2
+}
+"""
+    (sent,) = read_program(text).collectives
+    assert sent == Collective("send", 64, 2, (), 1)
+    assert sent.wire_bytes == 64
 
 
 DEPTH, ROWS, WIDTH = 5, 64, 32

@@ -1,6 +1,7 @@
 """Accelerators as their makers describe them, and the names by which their compilers know groups of them."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 from jax.experimental import topologies
 
@@ -11,8 +12,12 @@ from transformer.validation import require
 GIB = 2.0**30
 
 
-class Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chip:
     """One device, as JAX counts them."""
+
+    package: ClassVar[str]
+    """What compiles for it."""
 
     kind: str
     """As JAX names it."""
@@ -34,16 +39,76 @@ class Chip(NamedTuple):
         """bfloat16 operations a second."""
         return published_peak_flops(self.kind)
 
+    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+        """JAX's description of a topology of these.
+
+        Args:
+            name: of the topology, with its shape.
+            shape: what follows the colon of the name.
+            num_slices: of such a shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define describe().")
+
+
+@dataclasses.dataclass(frozen=True)
+class TPU(Chip):
+    """In slices that are a torus."""
+
+    package = 'libtpu (pip install -e ".[plan]")'
+
+    options: tuple[tuple[str, str], ...] = ()
+    """Of the compiler's topology."""
+
+    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+        """One slice or several."""
+        del shape
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **slices, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU(Chip):
+    """In nodes behind a switch."""
+
+    package = "JAX's CUDA plugin (pip install 'jax[cuda12]')"
+
+    target: str = ""
+    """What XLA's compiler must know of a device that it cannot ask."""
+
+    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+        """So many devices."""
+        del num_slices
+        name, _, _ = name.partition(":")
+        require(shape.isdigit(), f"The shape of {name} is a number of devices, got {shape!r}; for example {name}:8.")
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=name, topology=f"1x1x{shape}", target_config=self.target
+        )
+
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
 
 # From the makers' data sheets (two devices share a TPU7x's links) and, for links and networks, from Austin et al. 2025, "How to
 # Scale Your Model", chapter 2.
 CHIPS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 1.2e12, 4.5e10, 3, 6.25e9),
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 8.1e11, 4.5e10, 2, 3.1e9),
-    "v5p": Chip("TPU v5", 95.73 * GIB, 2.8e12, 9e10, 3, 6.25e9),
-    "v6e": Chip("TPU v6 lite", 31.24 * GIB, 1.6e12, 9e10, 2, 1.25e10),
-    "tpu7x": Chip("TPU7x", 94.74 * GIB, 3.7e12, 5e10, 3, 1.25e10, per_chip=2),
-    "h100": Chip("NVIDIA H100", 80e9, 3.35e12, 4.5e11, 0, 5e10),
+    # A v4's two cores are one device.
+    "v4": TPU("TPU v4", 30.75 * GIB, 1.2e12, 4.5e10, 3, 6.25e9, options=(("chip_config_name", "megacore"),)),
+    "v5e": TPU("TPU v5 lite", 15.75 * GIB, 8.1e11, 4.5e10, 2, 3.1e9),
+    "v5p": TPU("TPU v5", 95.73 * GIB, 2.8e12, 9e10, 3, 6.25e9),
+    "v6e": TPU("TPU v6 lite", 31.24 * GIB, 1.6e12, 9e10, 2, 1.25e10),
+    "tpu7x": TPU("TPU7x", 94.74 * GIB, 3.7e12, 5e10, 3, 1.25e10, per_chip=2),
+    "h100": GPU("NVIDIA H100", 80e9, 3.35e12, 4.5e11, 0, 5e10, target=_H100),
 }
 NODE_DEVICES = 8
 """H100s behind one switch."""
@@ -89,37 +154,10 @@ def find_topology(name: str, num_slices: int = 1) -> Topology:
         f"{', '.join(ALIASES)}; got {name!r}.",
     )
     try:
-        description = _describe(kind, shape, full, num_slices)
+        description = CHIPS[kind].describe(full, shape, num_slices)
     except UserError:
         raise
     except Exception as error:
-        package = 'jax[cuda12]"' if kind == "h100" else 'libtpu (pip install -e ".[plan]")'
-        raise UserError(f"Topology {name!r} needs the compiler in {package}, or has no such shape: {error}.") from error
+        needed = CHIPS[kind].package
+        raise UserError(f"Topology {name!r} needs the compiler in {needed}, or has no such shape: {error}.") from error
     return Topology(full, CHIPS[kind], list(description.devices))
-
-
-def _describe(kind: str, shape: str, full: str, num_slices: int) -> Any:
-    if kind != "h100":
-        options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
-        # A v4's two cores are one device.
-        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
-    require(shape.isdigit(), f"The shape of h100 is a number of devices, got {shape!r}; for example h100:8.")
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology=f"1x1x{shape}", target_config=_H100_TARGET
-    )
-
-
-# What XLA's GPU compiler must know of a device that it cannot ask.
-_H100_TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""

@@ -315,12 +315,12 @@ def _seconds(collective: Collective, topology: Topology, order: list[Any], num_s
     """Time on the wires: those of the torus's directions that the group spans, or a switch, or the network between slices."""
     chip, numbers = topology.chip, collective.devices or range(len(order))
     island = NODE_DEVICES if chip.torus_dims == 0 else len(order) // num_slices
-    if collective.kind == "send" or len({number // island for number in numbers}) > 1:
+    if collective.exchange.through_hosts or len({number // island for number in numbers}) > 1:
         return collective.wire_bytes / chip.network_bandwidth
     if chip.torus_dims == 0:
         return collective.wire_bytes / chip.link_bandwidth
     links = 1
-    if collective.kind != "collective-permute":
+    if collective.exchange.passes:
         links = max(1, _links([order[n].coords for n in numbers], [d.coords for d in order], chip.torus_dims))
     return collective.wire_bytes / (chip.link_bandwidth * links)
 

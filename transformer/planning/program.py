@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
@@ -24,8 +23,29 @@ _NO_TRAFFIC = {
 }  # fmt: skip
 
 
+class Exchange(NamedTuple):
+    """What is particular to a kind of collective."""
+
+    passes: int = 1
+    """How often all but a device's own part goes round a ring; 0 if all of it goes to one other device."""
+    through_hosts: bool = False
+    """To other slices."""
+    returns_operands: bool = False
+    """Whether its asynchronous form returns them, before its results."""
+
+
+COLLECTIVES = {
+    "all-gather": Exchange(returns_operands=True),
+    "all-reduce": Exchange(passes=2),
+    "reduce-scatter": Exchange(),
+    "all-to-all": Exchange(),
+    "collective-permute": Exchange(passes=0),
+    "send": Exchange(passes=0, through_hosts=True),
+}
+
+
 class Collective(NamedTuple):
-    """An exchange between devices; `send` is one with other slices, through the hosts."""
+    """An exchange between devices."""
 
     kind: str
     bytes: float
@@ -38,10 +58,14 @@ class Collective(NamedTuple):
     """How often a step does it."""
 
     @property
+    def exchange(self) -> Exchange:
+        """Its kind."""
+        return COLLECTIVES[self.kind]
+
+    @property
     def wire_bytes(self) -> float:
         """What a device sends, all times together, by an algorithm that is optimal for a ring."""
-        share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "send": 1.0}.get(self.kind, share)
+        factor = self.exchange.passes * (self.group - 1) / self.group if self.exchange.passes else 1.0
         return factor * self.bytes * self.count
 
 
@@ -150,18 +174,17 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
 
 def _collective(instruction: _Instruction, computation: str, shapes: dict[str, str], count: float) -> Collective | None:
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES or (kind == "send" and "is_host_transfer=true" not in instruction.rest):
+    exchange = COLLECTIVES.get(kind)
+    if exchange is None or (exchange.through_hosts and "is_host_transfer=true" not in instruction.rest):
         return None
     # An all-reduce of which each device keeps a part is one instruction for the hardware.
     kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
     sizes = [_bytes(shapes.get(operand, "")) for operand in _operands(instruction)]
-    if kind == "send":
+    if exchange.through_hosts:
         return Collective(kind, sizes[0], 2, (), count)
-    if kind == "all-gather" and instruction.opcode.endswith("-start"):
-        # Operands, then results.
-        result = _bytes(instruction.shape) - sum(sizes)
-    else:
-        result = 0.0 if instruction.opcode.endswith("-start") else _bytes(instruction.shape)
+    result = _bytes(instruction.shape)
+    if instruction.opcode.endswith("-start"):
+        result = result - sum(sizes) if exchange.returns_operands else 0.0
     group, devices = _group(instruction.rest)
     return Collective(kind, max(sum(sizes), result), group, devices, count)
 
