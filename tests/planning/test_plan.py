@@ -100,7 +100,7 @@ def test_a_chip_says_what_its_compiler_is_in(name, package, monkeypatch):
     [
         ("all-reduce", 4, (0, 1, 2, 3), 2 * 0.75 / 2 / 4.5e10),  # a square: by a link along each side
         ("all-gather", 4, (0, 1, 2, 3), 0.75 / 2 / 4.5e10),
-        ("collective-permute", 2, (0, 1), 1 / 4.5e10),
+        ("collective-permute", 2, (0, 3), 1 / 4.5e10),  # by one way
         ("send", 2, (), 1 / 3.1e9),
         ("all-gather", 2, (0, 4), 0.5 / 3.1e9),  # of another slice
     ],
