@@ -113,7 +113,7 @@ def test_a_misspelt_name_is_corrected(own, tmp_path, capsys):
     message = " ".join(capsys.readouterr().err.split())
     assert "model.attention.implementation must be one of auto, xla, blockwise, splash, cudnn" in message
     assert "mean, got 'meen'; did you mean mean?" in message
-    with pytest.raises(UserError, match="got 'meen'; did you mean mean?"):
+    with pytest.raises(UserError, match="got 'meen'; did you mean mean"):
         AttentionConfig(implementation="meen")
 
 
