@@ -61,7 +61,6 @@ def get_config(kind: str = "pmap") -> Config:
         data |= {"source": ("pairs",), "tokenizer": Words(size=300), "buckets": (16, 32)}
     elif kind == "transformer_xl":
         model |= {"positions": TransformerXLPositions(), "memory_length": 32}
-        data |= {"continue_rows": True}
     elif kind == "muon_float16":
         model["dtype"] = "float16"
         rule = Muon

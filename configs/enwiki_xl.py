@@ -37,7 +37,6 @@ def get_config(variant: str = "") -> Config:
             validation_fraction=0.1,
             sequence_length=length,
             batch_size=16,
-            continue_rows=True,
             record_bytes=65_536,
             limit=200_000,
         ),

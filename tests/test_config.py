@@ -35,7 +35,8 @@ def remembering(kind="rotary", **changes):
     return ModelConfig(memory_length=8, positions=POSITIONS.find(kind)(), **changes)
 
 
-REMEMBERED = DataConfig(continue_rows=True)
+def with_memory(**data):
+    return Config(model=remembering(), data=DataConfig(**data))
 
 
 def own(positions):
@@ -92,19 +93,18 @@ def own(positions):
         (lambda: DataConfig(weights=(-1.0,)), "weights must be positive"),
         (lambda: DataConfig(validation_fraction=0.6, test_fraction=0.4), "leave something to train on"),
         (lambda: DataConfig(batch_size=12, num_streams=5), "divide batch_size=12 or be a multiple of it, got 5"),
-        (lambda: DataConfig(continue_rows=True, pack=False), "packed rows of one source .* got pack=False, stride=0"),
-        (lambda: DataConfig(continue_rows=True, stride=8), "stride=8 and 1 sources; set pack=True, stride=0 and one"),
-        (lambda: DataConfig(continue_rows=True, num_streams=4), "a stream for each of 16 rows, got num_streams=4; set"),
+        (lambda: with_memory(pack=False), "packed rows of one source .* data.pack=False, data.stride=0"),
+        (lambda: with_memory(stride=8), "data.stride=8 and 1 sources; set data.pack=True, data.stride=0 and one"),
+        (lambda: with_memory(source=("a", "b")), "data.stride=0 and 2 sources"),
+        (lambda: with_memory(num_streams=4), "a stream for each of 16 rows, got data.num_streams=4; set"),
         (lambda: remembering("learned"), "see distances, not places, got memory_length=8 and learned"),
         (
-            lambda: Config(model=remembering(), data=REMEMBERED, objective=MaskedLM()),
-            "Only next_token carries a memory",
+            lambda: Config(model=remembering(), objective=MaskedLM()),
+            "model.memory_length is for the objective next_token, got 8 for the masked_lm objective; leave it out",
         ),
         (lambda: remembering(bidirectional_prefix=True), "memory_length and bidirectional_prefix exclude each other"),
         (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern=FixedPattern())),)), "needs dense attention"),
         (lambda: ModelConfig(embed_dim=15, positions=TransformerXLPositions(), pattern=ODD), "even, got 15"),
-        (lambda: Config(model=remembering()), "memory_length=8 and data.continue_rows=False; set both or neither"),
-        (lambda: Config(data=DataConfig(continue_rows=True)), "memory_length=0 and data.continue_rows=True; set both"),
         (lambda: NextToken(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
         (lambda: Classification(token_dropout=1.0), "token_dropout must be at least 0 and below 1"),
         (
@@ -174,7 +174,7 @@ def test_json_round_trip(config):
 
 def test_fields_that_a_file_does_not_know_have_their_defaults():
     values = to_dict(CUSTOM)
-    del values["model"]["memory_length"], values["data"]["continue_rows"]
+    del values["model"]["memory_length"]
     del values["model"]["bidirectional_prefix"], values["objective"]["z_loss"]
     assert from_dict(Config, values) == CUSTOM
 

@@ -27,7 +27,7 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
             bidirectional_prefix=kind == "prefix_lm",
             **model,
         ),
-        data=DataConfig(sequence_length=length, continue_rows=model.get("memory_length", 0) > 0),
+        data=DataConfig(sequence_length=length),
         objective=OBJECTIVES.find(kind)(),
         parallel=ParallelConfig(data=1),
     )

@@ -97,7 +97,7 @@ def get_config(variant=""):
     block = BlockConfig(AttentionConfig(num_heads=2, window=8), FeedForwardConfig(activation="silu", gated=True))
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=16, pattern=(block,), logits_soft_cap=30.0, tie_embeddings=False),
-        data=DataConfig(source=("text",), sequence_length=32, batch_size=4, tokenizer=Characters(), buckets=(16, 32)),
+        data=DataConfig(source=("text",), sequence_length=32, batch_size=4, tokenizer=Characters(), weights=()),
         training=TrainingConfig(steps=steps, eval_every=0, sample_prompt="to be", profile_steps=(2, 4)),
     )
 '''

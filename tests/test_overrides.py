@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from transformer.cli.arguments import load_config
-from transformer.cli.fields import flags
+from transformer.cli.fields import all_flags, flags
 from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.config_io import RESUMABLE, resume_conflicts, to_dict
 from transformer.data.tokenizers.bpe import BytePairs
@@ -43,7 +43,6 @@ BIG = Config(
         source=("a", "b"),
         weights=(1, 2),
         sequence_length=256,
-        buckets=(32, 64, 256),
         stride=128,
         batch_size=32,
         num_streams=8,
@@ -57,7 +56,7 @@ BIG = Config(
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_can_be_made_smaller_by_one_change(path):
     config = load_config(str(path))
-    table = flags(config)
+    table = all_flags(config)
     for name, values in SIZES.items():
         for value in values:
             flag = table[f"--{name.replace('_', '-')}"]
@@ -97,10 +96,10 @@ def refusal(config, changes):
         ({"training.steps": 5}, {"optimizer.schedule.warmup_steps": 0, "training.profile_steps": (0, 0)}),
         ({"training.steps": 100}, {"optimizer.schedule.warmup_steps": 100}),
         ({"optimizer.schedule.restarts": (500, 550)}, {"optimizer.schedule.warmup_steps": 50}),
-        ({"data.sequence_length": 64}, {"data.buckets": (32, 64), "data.stride": 64}),
-        ({"data.sequence_length": 48}, {"data.buckets": (32, 48), "data.stride": 48}),
-        ({"data.sequence_length": 512}, {"data.buckets": (32, 64, 256, 512), "data.stride": 128}),
-        ({"model.max_length": 64}, {"data.sequence_length": 64, "data.buckets": (32, 64), "data.stride": 64}),
+        ({"data.sequence_length": 64}, {"data.stride": 64}),
+        ({"data.sequence_length": 48}, {"data.stride": 48}),
+        ({"data.sequence_length": 512}, {"data.stride": 128}),
+        ({"model.max_length": 64}, {"data.sequence_length": 64, "data.stride": 64}),
         ({"data.batch_size": 6}, {"optimizer.accumulate_steps": 6, "data.num_streams": 0}),
         ({"data.batch_size": 4}, {"optimizer.accumulate_steps": 4, "data.num_streams": 8}),
         ({"data.source": ("c",)}, {"data.weights": ()}),
@@ -123,14 +122,19 @@ def test_what_follows_and_how_far(changes, followed):
         ({"model.max_length": 256}, {"data.sequence_length": 128}, {"model.max_length": 256}),
         ({"optimizer.schedule.restarts": (300, 600)}, {"training.steps": 500}, {"optimizer.schedule.restarts": (300,)}),
         (
-            {"data.source": ("a",), "data.stride": 0, "data.buckets": ()},
+            {"data.source": ("a",), "data.stride": 0},
             {"model.memory_length": 8},
-            {"data.continue_rows": True, "data.num_streams": 0},
+            {"data.num_streams": 0},
         ),
         (
-            {"data.source": ("a",), "data.stride": 0, "data.buckets": (), "model.memory_length": 8},
-            {"data.continue_rows": False},
-            {"model.memory_length": 0},
+            {"objective.kind": "classification", "data.buckets": (32, 64, 256)},
+            {"data.sequence_length": 64},
+            {"data.buckets": (32, 64)},
+        ),
+        (
+            {"objective.kind": "classification", "data.buckets": (32, 64, 256)},
+            {"data.sequence_length": 512},
+            {"data.buckets": (32, 64, 256, 512)},
         ),
         ({"model.positions.kind": "t5"}, {"model.positions.max_distance": 8}, {"model.positions.num_buckets": 12}),
         (
@@ -148,14 +152,14 @@ def assert_followed(before, changes, followed):
     lines: list[str] = []
     config = override(before, changes, lines.append)
     for path, value in {**changes, **followed}.items():
-        assert flags(config)[f"--{path.replace('_', '-')}"].default == value
+        assert all_flags(config)[f"--{path.replace('_', '-')}"].default == value
     # What it reports is what changed, and nothing else changed.
     assert {line.split()[0] for line in lines} == different(config, before) - set(changes)
 
 
 def different(one, other):
     """The fields in which two configs differ."""
-    one, other = ({flag.paths[0]: flag.default for flag in flags(config).values()} for config in (one, other))
+    one, other = ({flag.paths[0]: flag.default for flag in all_flags(config).values()} for config in (one, other))
     return {path for path in one if one[path] != other[path]}
 
 
@@ -163,7 +167,7 @@ def different(one, other):
     ("changes", "message"),
     [
         ({"training.steps": 20, "optimizer.schedule.warmup_steps": 50}, "warmup_steps must not exceed"),
-        ({"data.sequence_length": 64, "data.buckets": (32, 128)}, "buckets must rise to"),
+        ({"data.sequence_length": 64, "objective.kind": "seq2seq", "data.buckets": (32, 128)}, "buckets must rise to"),
         ({"data.batch_size": 6, "optimizer.accumulate_steps": 4}, "accumulate_steps"),
         ({"optimizer.schedule.warmup_steps": 2000}, "warmup_steps must not exceed"),
         ({"data.sequence_length": 64, "data.stride": 128}, "stride must not exceed"),

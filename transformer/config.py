@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+from transformer.form import FORMS
 from transformer.model_config import ModelConfig
 from transformer.objective import OBJECTIVES, Objective
 from transformer.optimizer import OPTIMIZERS, Optimizer
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
 from transformer.tokenizer import TOKENIZERS, TokenizerKind
-from transformer.validation import Settings, require, require_at_least, require_range
+from transformer.validation import Settings, require, require_at_least, require_range, shown
 
 
 def _user_path(path: Any) -> Any:
@@ -67,8 +69,6 @@ class DataConfig(Settings):
     tokens, and only they are scored, so that (almost) a whole window precedes each."""
     limit: int = 0
     """Evaluation of running text: score no more than so many tokens of a split, its first ones; 0 means all."""
-    continue_rows: bool = False
-    """Row i of a batch continues row i of the batch before, and positions go on counting (for model.memory_length)."""
     num_streams: int = 0
     """Parts that the corpus is divided into, each shuffled and read by itself; 0: the largest divisor of batch_size up to 64."""
     shuffle_seed: Annotated[int, 63] = 0  # hashed, never an array
@@ -106,21 +106,15 @@ class DataConfig(Settings):
             and self.sequence_length in (self.buckets or (self.sequence_length,)),
             f"DataConfig.buckets must rise to sequence_length={self.sequence_length}, got {self.buckets}.",
         )
-        require(
-            not self.continue_rows or (self.pack and self.stride == 0 and len(self.source) == 1),
-            "DataConfig.continue_rows needs packed rows of one source that follow each other, got "
-            f"pack={self.pack}, stride={self.stride} and {len(self.source)} sources; set pack=True, stride=0 and one source, or "
-            "continue_rows=False.",
-        )
         n, b = self.num_streams, self.batch_size
-        require(
-            not self.continue_rows or n in (0, b),
-            f"DataConfig.continue_rows needs a stream for each of {b} rows, got num_streams={n}; set it to 0.",
-        )
         require(
             n == 0 or (n % b == 0 and n <= max(b, 2**16)) or b % n == 0,
             f"DataConfig.num_streams must divide batch_size={b} or be a multiple of it, got {n} (at most 65,536).",
         )
+
+    def unused(self) -> Mapping[str, str]:
+        """Shares of a single source."""
+        return {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +183,32 @@ class TrainingConfig(Settings):
             f"after the last of the run's {self.steps}, got {first} {last}.",
         )
 
+    def unused(self) -> Mapping[str, str]:
+        """What is of another run, of evaluations and of samples where there are none."""
+        found = {} if self.init_from else {"init_from_step": "runs that start from another (training.init_from)"}
+        if self.eval_every == 0:
+            found["patience"] = "runs that are evaluated (training.eval_every)"
+        if self.sample_length == 0:
+            found |= dict.fromkeys(("sample_every", "sample_prompt"), "runs with samples (training.sample_length)")
+        return found
+
+
+OF_SOME = (
+    *("model.memory_length", "model.pooling", "data.weights", "data.separator", "data.text_key", "data.prompt_key"),
+    *("data.label_key", "data.source_key", "data.target_key", "data.share_vocabulary", "data.test_fraction"),
+    *(
+        "data.truncate",
+        "data.buckets",
+        "data.pack",
+        "data.stride",
+        "data.limit",
+        "data.num_streams",
+        "data.record_bytes",
+    ),
+    *("training.sample_every", "training.sample_prompt", "training.sample_length"),
+)
+"""Settings that not every run uses: an objective, and the form of data that it reads, declare those that they do."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
@@ -209,10 +229,54 @@ class Config(Settings):
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
             f"got {self.model.max_length}.",
         )
-        require(
-            self.data.continue_rows == (self.model.memory_length > 0),
-            "A memory needs rows that continue those before, and they need a memory, got model.memory_length="
-            f"{self.model.memory_length} and data.continue_rows={self.data.continue_rows}; set both or neither.",
-        )
+        for path, purpose in self.unused().items():
+            value, default = value_and_default(self, path)
+            require(
+                says_nothing(value, default),
+                f"{path} is for {purpose or users(path)}, got {shown(value)} for the {self.objective.kind} objective; leave it "
+                "out.",
+            )
         self.objective.check(self)
         self.optimizer.check(self)
+
+    def unused(self) -> Mapping[str, str]:
+        """Settings of its parts that mean nothing in this run, by path, each with what it is for where values decide that."""
+        of_objective = {path: "" for path in OF_SOME if not self.objective.uses(path)}
+        if not self.model.has_experts:
+            of_objective |= dict.fromkeys(("objective.load_balance", "objective.router_z"), "models with experts")
+        parts = [(getattr(self, field.name), f"{field.name}.") for field in dataclasses.fields(self)]
+        return {path: purpose for part, start in parts for path, purpose in _unused_within(part, start)} | of_objective
+
+
+def _unused_within(part: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The unused settings of a part of a config and of the parts of that, by path."""
+    if isinstance(part, Settings):
+        yield from ((path + name, purpose) for name, purpose in part.unused().items())
+        for field in dataclasses.fields(part):
+            yield from _unused_within(getattr(part, field.name), f"{path}{field.name}.")
+    elif isinstance(part, tuple):
+        for index, element in enumerate(part):
+            yield from _unused_within(element, f"{path}{index}.")
+
+
+def says_nothing(value: Any, default: Any) -> bool:
+    """Whether a setting is as if it had not been set: it has its default, or is 0, so that nothing is asked for."""
+    return value == default or (type(value) is int and value == 0)
+
+
+def value_and_default(config: Config, path: str) -> tuple[Any, Any]:
+    """The value of a setting, and the one that it has where nothing is said."""
+    *sections, name = path.split(".")
+    part: Any = config
+    for section in sections:
+        part = part[int(section)] if isinstance(part, tuple) else getattr(part, section)
+    (field,) = (field for field in dataclasses.fields(part) if field.name == name)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(part, name), default
+
+
+def users(setting: str) -> str:
+    """Which objectives, or which forms of data, use a setting."""
+    forms = [form.title for form in map(FORMS.find, FORMS.names) if setting in form.settings]
+    kinds = [kind for kind in OBJECTIVES.names if OBJECTIVES.find(kind).uses(setting)]
+    return " and ".join(forms) or f"the objective{'s' * (len(kinds) > 1)} {' and '.join(kinds)}"

@@ -48,14 +48,15 @@ kind leaves its settings open too."""
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested dictionaries and lists, ready for JSON."""
-    return _plain(config)
+    return plain(config)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config, or a part of one, as JSON has it."""
     if dataclasses.is_dataclass(value):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": value.kind, **fields} if isinstance(value, Kind) else fields
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_dict(kind: Any, values: Any, name: str = "") -> Any:

@@ -37,6 +37,8 @@ class Form(Kind):
     """What it is called in messages, as `labelled texts`."""
     noun: ClassVar[str]
     """What a score is of, one of them: token, text, pair."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of a run that it uses, of those that not every run does (`config.OF_SOME`), as `data.label_key`."""
     needs_name: ClassVar[bool] = True
     """Whether `transformer prepare` stores it under a name of the user's."""
     prepares: ClassVar[tuple[str, ...]]

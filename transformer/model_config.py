@@ -1,6 +1,7 @@
 """The choices that make a model: attention, feed-forward, block, model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from transformer.model_kinds import BACKENDS, NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
@@ -197,6 +198,28 @@ class ModelConfig(Settings):
             )
         for block in self.block_counts:
             block.attention.resolved_head_dim(self.embed_dim)
+
+    def unused(self) -> Mapping[str, str]:
+        """What is of experts, where there are none, and of one network, where there are."""
+        named = [
+            *(("first", i, b) for i, b in enumerate(self.first)),
+            *(("pattern", i, b) for i, b in enumerate(self.pattern)),
+        ]
+        mixtures = self.has_experts
+        return {
+            f"{name}.{i}.feed_forward.{setting}": purpose
+            for name, i, block in named
+            for setting, purpose, here in (
+                ("experts_per_token", "models with experts (num_experts)", not mixtures),
+                ("use_bias", "networks without experts", block.feed_forward.num_experts > 0),
+            )
+            if here
+        }
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a block has a mixture of experts."""
+        return any(block.feed_forward.num_experts > 0 for block in self.block_counts)
 
     @property
     def num_periods(self) -> int:

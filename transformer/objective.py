@@ -11,7 +11,7 @@ import numpy as np
 from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
 from transformer.types import Array, Batch, Loss, LossOutput, PyTree, UserError
-from transformer.validation import require, require_at_least, require_range
+from transformer.validation import require_at_least, require_range
 
 if TYPE_CHECKING:
     from transformer.config import Config
@@ -76,6 +76,8 @@ class Objective(Kind):
     """Whether the model can continue a text."""
     reads: ClassVar[str]
     """The form of the data that it learns from, by its name: text, labelled, pairs, or one's own."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of a run that it uses, beside those of the form, of those that not every run does (`config.OF_SOME`)."""
     predicts_from: ClassVar[str] = "text_key"
     """The field of the data's config that names what is read of a row to predict from it."""
     draws_nothing: ClassVar[str] = ""
@@ -100,6 +102,12 @@ class Objective(Kind):
     def form(self) -> Form:
         """The form of the data that it learns from."""
         return FORMS.find(self.reads)()
+
+    @classmethod
+    def uses(cls, setting: str) -> bool:
+        """Whether a run of it uses a setting of `config.OF_SOME`: what a class declares, those that derive from it use too."""
+        kinds = (*cls.__mro__, FORMS.find(cls.reads))
+        return any(setting in vars(kind).get("settings", ()) for kind in kinds)
 
     # ---- The model ---------------------------------------------------------------------------------------------------
 
@@ -146,11 +154,6 @@ class Objective(Kind):
 
     def check(self, config: "Config") -> None:
         """Raise UserError where the config around it does not fit."""
-        require(
-            config.model.memory_length == 0,
-            f"Only next_token carries a memory from row to row, got the {self.kind} objective and "
-            f"model.memory_length={config.model.memory_length}; set it to 0.",
-        )
 
     def check_context(self, config: "Config") -> None:
         """Raise UserError unless rows may be spread over devices (`parallel.context`)."""

@@ -4,14 +4,15 @@ import copy
 import dataclasses
 import itertools
 import math
+import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from transformer.config import Config
-from transformer.config_io import RESUMABLE, from_dict, to_dict
+from transformer.config import Config, says_nothing, users, value_and_default
+from transformer.config_io import RESUMABLE, from_dict, plain, to_dict
 from transformer.kinds import chosen_kinds, kinds_with, switch
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import require, typed
 
 _Values = dict[str, Any]
 
@@ -43,16 +44,11 @@ def _buckets(new: _Values, old: _Values) -> list[int]:
     return [*(bucket for bucket in buckets if bucket < length), length] if buckets else []
 
 
-def _continue_rows(new: _Values, old: _Values) -> bool:
-    data = new["data"]
-    return new["model"]["memory_length"] > 0 and data["pack"] and data["stride"] == 0 and len(data["source"]) == 1
-
-
 def _streams(new: _Values, old: _Values) -> int:
     streams, batch = new["data"]["num_streams"], new["data"]["batch_size"]
     if streams == 0 or batch < 1:
         return streams
-    fits = streams == batch if new["data"]["continue_rows"] else streams % batch == 0 or batch % streams == 0
+    fits = streams == batch if new["model"]["memory_length"] > 0 else streams % batch == 0 or batch % streams == 0
     return streams if fits else 0
 
 
@@ -111,10 +107,7 @@ _RULES = (
     _Rule("data.buckets", ("data.sequence_length",), _buckets),
     _Rule("data.stride", ("data.sequence_length",), lambda new, old: (
         min(new["data"]["stride"], max(0, new["data"]["sequence_length"])))),
-    _Rule("data.continue_rows", ("model.memory_length",), _continue_rows),
-    _Rule("model.memory_length", ("data.continue_rows",), lambda new, old: (
-        new["model"]["memory_length"] if new["data"]["continue_rows"] else 0)),
-    _Rule("data.num_streams", ("data.batch_size", "data.continue_rows"), _streams),
+    _Rule("data.num_streams", ("data.batch_size", "model.memory_length"), _streams),
     _Rule("training.epochs", ("training.steps",), lambda new, old: 0.0),
     _Rule("optimizer.accumulate_steps", ("data.batch_size",), _accumulate),
     _Rule("optimizer.schedule.restarts", ("training.steps",), _restarts),
@@ -163,34 +156,56 @@ def override(
         not ("training.steps" in changes and changes.get("training.epochs")),
         "A run has training.steps or training.epochs, got both; leave one out.",
     )
-    config = with_kinds(config, changes)
-    old, new, changed = to_dict(config), to_dict(config), set(changes)
-    kept = to_dict(recorded) if recorded else None
-    for path, value in changes.items():
-        try:
-            section, name = _section(new, path)
-            section[name]
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise UserError(unknown_setting(config, path) or f"A config has no field {path!r}.") from error
-        section[name] = list(value) if isinstance(value, tuple) else value
-    for prefix, rule in _rules(len(old["model"]["pattern"])):
-        path, base = prefix + rule.field, prefix.removesuffix(".")
-        if path in changes:
-            continue
-        section, name = _section(new, path)
-        if name not in section:  # a setting of another kind
-            continue
-        if kept and not path.startswith(RESUMABLE) and all(after.startswith(RESUMABLE) for after in rule.after):
-            fitting, reason = _part(kept, path), "as the run that goes on has it"
-        elif any(prefix + after in changed for after in rule.after):
-            fitting, reason = rule.fit(_part(new, base), _part(old, base)), f"to fit {_causes(prefix, rule, changed)}"
-        else:
-            continue
-        if fitting != section[name]:
-            report(f"{path} {_shown(section[name])} -> {_shown(fitting)}, {reason}")
-            section[name] = fitting
-            changed.add(path)
-    return from_dict(Config, new)
+    fitted = _Fitted(with_kinds(config, changes), changes, report)
+    fitted.follow(to_dict(recorded) if recorded else None)
+    fitted.leave_unused()
+    return from_dict(Config, fitted.new)
+
+
+class _Fitted:
+    """A config's values with changes, and with those that follow them."""
+
+    def __init__(self, config: Config, changes: Mapping[str, Any], report: Callable[[str], None]) -> None:
+        self.config, self.given, self.report = config, changes, report
+        self.old, self.new, self.changed = to_dict(config), to_dict(config), set(changes)
+        for path, value in changes.items():
+            try:
+                section, name = _section(self.new, path)
+                section[name]
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                raise UserError(unknown_setting(config, path) or f"A config has no field {path!r}.") from error
+            section[name] = list(value) if isinstance(value, tuple) else value
+
+    def follow(self, kept: _Values | None) -> None:
+        """Fit each field that has a rule; `kept` are the values of the run that goes on, if one does."""
+        for prefix, rule in _rules(len(self.old["model"]["pattern"])):
+            path, base = prefix + rule.field, prefix.removesuffix(".")
+            section, name = _section(self.new, path)
+            if path in self.given or name not in section:  # the latter is a setting of another kind
+                continue
+            if kept and not path.startswith(RESUMABLE) and all(after.startswith(RESUMABLE) for after in rule.after):
+                self._set(path, _part(kept, path), "as the run that goes on has it")
+            elif any(prefix + after in self.changed for after in rule.after):
+                fitting = rule.fit(_part(self.new, base), _part(self.old, base))
+                self._set(path, fitting, f"to fit {_causes(prefix, rule, self.changed)}")
+
+    def leave_unused(self) -> None:
+        """Give each setting that the changed run does not use its default, as a config must have it."""
+        config, hints = self.config, typing.get_type_hints(Config)
+        for name, value in self.new.items():
+            config = _replace(config, [name], typed(hints[name], from_dict(hints[name], value), name))
+        for path, purpose in config.unused().items():
+            if not any(f"{given}.".startswith(f"{path}.") for given in self.given):
+                value, default = value_and_default(config, path)
+                if not says_nothing(value, default):
+                    self._set(path, plain(default), f"it is for {purpose or users(path)}")
+
+    def _set(self, path: str, value: Any, reason: str) -> None:
+        section, name = _section(self.new, path)
+        if value != section[name]:
+            self.report(f"{path} {_shown(section[name])} -> {_shown(value)}, {reason}")
+            section[name] = value
+            self.changed.add(path)
 
 
 def with_kinds(config: Config, changes: Mapping[str, Any]) -> Config:

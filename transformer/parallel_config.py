@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from transformer.validation import Settings, require, require_at_least
@@ -61,6 +62,15 @@ class ParallelConfig(Settings):
             self.strategy == "mesh" or not spread,
             f"parallel.strategy=pmap has data parallelism only, got {spread}; set strategy=mesh, or leave them at 1.",
         )
+
+    def unused(self) -> Mapping[str, str]:
+        """What is of several processes."""
+        alone = (
+            {} if self.coordinator else {"start_timeout": "several processes (parallel.coordinator, which may be auto)"}
+        )
+        if self.coordinator in ("", "auto"):
+            alone |= dict.fromkeys(("num_processes", "process_id"), "parallel.coordinator=HOST:PORT")
+        return alone
 
     @property
     def sizes(self) -> dict[str, int]:

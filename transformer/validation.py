@@ -5,7 +5,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from transformer.types import UserError
@@ -57,6 +57,13 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the fields of a class that has no rules of its own."""
         _check_fields(self)
+
+    def unused(self) -> Mapping[str, str]:
+        """Its settings that mean nothing beside its other values, each with what it is for.
+
+        A run has no flags for them, and its `Config` refuses them where they have not their default.
+        """
+        return {}
 
 
 def _typed_before(rules: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -20,7 +20,7 @@ def get_config(variant="prefix_lm"):
         model=ModelConfig(
             num_layers=1, embed_dim=32, pattern=(BlockConfig(AttentionConfig(num_heads=2)),), init_std=0.0,
         ),
-        data=DataConfig(sequence_length=32, batch_size=16, buckets=(32,)),
+        data=DataConfig(sequence_length=32, batch_size=16, **{"buckets": (32,)} if variant == "seq2seq" else {}),
         objective=OBJECTIVES.find(variant)(),
         optimizer=AdamW(learning_rate=1e-2, schedule=CosineSchedule(warmup_steps=5)),
         parallel=ParallelConfig(data=1),

@@ -20,12 +20,14 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 from transformer.optimizers.adamw import AdamW
 
+CUTS = {"buckets": (8, 24)}, {"record_bytes": 256}
+
 def get_config(kind):
     objective = OBJECTIVES.find(kind)()
     block = BlockConfig(AttentionConfig(num_heads=2))
     return Config(
         model=ModelConfig(num_layers=1, embed_dim=16, pattern=(block,)),
-        data=DataConfig(sequence_length=24, batch_size=8, buckets=() if kind == "next_token" else (8, 24), record_bytes=256),
+        data=DataConfig(sequence_length=24, batch_size=8, **CUTS[kind == "next_token"]),
         objective=objective,
         optimizer=AdamW(learning_rate=1e-2),
         parallel=ParallelConfig(data=1),

@@ -254,9 +254,9 @@ def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv") if active else "")
-    config = Config(
-        workdir="runs/a b", objective=OBJECTIVES.find(kind)(), training=TrainingConfig(sample_prompt="it's")
-    )
+    objective = OBJECTIVES.find(kind)()
+    training = TrainingConfig(sample_prompt="it's" if objective.continues_text else "")
+    config = Config(workdir="runs/a b", objective=objective, training=training)
     *activation, line = next_lines(config)
     assert activation == ([] if active else ["  source .venv/bin/activate"])
     name, *arguments = shlex.split(line)[1:]

@@ -35,7 +35,7 @@ def get_config():
             positions=TransformerXLPositions(),
             memory_length=16,
         ),
-        data=DataConfig(sequence_length=16, batch_size=4, record_bytes=512, validation_fraction=0.2, continue_rows=True),
+        data=DataConfig(sequence_length=16, batch_size=4, record_bytes=512, validation_fraction=0.2),
         optimizer=AdamW(accumulate_steps=2, schedule=ConstantSchedule()),
         parallel=ParallelConfig(data=2),
         training=TrainingConfig(steps=6, log_every=2, eval_every=3, checkpoint_every=3, sample_length=4),
@@ -95,7 +95,9 @@ def test_scores_with_other_memories(place, capsys):
 
 
 def test_a_stride_reads_tokens_twice_and_needs_memory_0(place):
-    with pytest.raises(UserError, match="got pack=True, stride=4 and 1 sources; set pack=True, stride=0"):
+    with pytest.raises(
+        UserError, match=r"data.pack=True, data.stride=4 and 1 sources; set data.pack=True, data.stride=0"
+    ):
         evaluate(place / "whole", stride=4)
     assert evaluate(place / "whole", stride=4, memory_length=0)["loss"] > 0
 
@@ -104,7 +106,7 @@ def test_a_run_without_memory_is_scored_with_one_however_it_was_read(place, tmp_
     shutil.copytree(place / "whole", tmp_path / "run")
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     values["model"]["memory_length"] = 0
-    values["data"] |= {"continue_rows": False, "pack": False, "num_streams": 1}
+    values["data"] |= {"pack": False, "num_streams": 1}
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
     with_memory = evaluate(tmp_path / "run", memory_length=16)
     assert with_memory["loss"] == evaluate(place / "whole")["loss"]

@@ -179,7 +179,7 @@ def test_blank_pairs_are_left_out_and_counted(config, tmp_path):
 
 def test_a_share_for_testing_is_refused_instead_of_ignored(config):
     asked_for = dataclasses.replace(config, source=("mine",), test_fraction=0.1)
-    with pytest.raises(UserError, match=r"files of its own .*, got data\.test_fraction=0\.1"):
+    with pytest.raises(UserError, match=r"data\.test_fraction is for running text, got 0\.1 for the class"):
         Config(data=asked_for, objective=Classification())
 
 

@@ -52,6 +52,7 @@ def own_kinds():
         noun = "statement pair"
         prepares = ("name", "validation", "test", "source_key", "target_key", "label_key")
 
+        settings = ("data.source_key", "data.target_key", "data.label_key", "data.buckets")
         keys = ("source_key", "target_key", "label_key")
         example = Statements
         class_part = 2

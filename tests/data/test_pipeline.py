@@ -171,9 +171,9 @@ def test_prompts_have_no_weight(make_config, write_jsonl):
 
 
 def test_continued_rows_go_on_where_the_batch_before_ended(make_config, write_folder):
-    config = make_config(write_folder(), continue_rows=True)
-    batches = _take(train_batches(config, BYTES), 40)
-    plain = _take(train_batches(dataclasses.replace(config, continue_rows=False, num_streams=4), BYTES), 40)
+    config = make_config(write_folder())
+    batches = _take(train_batches(config, BYTES, continued=True), 40)
+    plain = _take(train_batches(dataclasses.replace(config, num_streams=4), BYTES), 40)
     going_on = 0
     for before, batch, other in zip(batches, batches[1:], plain[1:], strict=False):
         for field in ("inputs", "targets", "weights", "segment_ids"):
@@ -194,9 +194,9 @@ def test_continued_rows_go_on_where_the_batch_before_ended(make_config, write_fo
 
 
 def test_continued_rows_need_a_stream_each(make_config, write_folder):
-    config = make_config(write_folder(), batch_size=16, continue_rows=True)
+    config = make_config(write_folder(), batch_size=16)
     with pytest.raises(UserError, match=r"a stream of text for each of 16 rows, folder has \d+ records: set a smaller"):
-        train_batches(config, BYTES)
+        train_batches(config, BYTES, continued=True)
 
 
 # ---- Mixtures --------------------------------------------------------------------------------------------------------
@@ -379,9 +379,9 @@ def test_a_limit_cuts_the_split_short(make_config, write_folder, stride):
 
 @pytest.mark.parametrize("limit", [0, 150])
 def test_continued_evaluation_reads_the_split_in_equal_parts(make_config, write_folder, limit):
-    config = make_config(write_folder(), validation_fraction=0.4, continue_rows=True, limit=limit)
-    batches = _evaluated(config)
-    plain = _concatenate(_evaluated(dataclasses.replace(config, continue_rows=False)))
+    config = make_config(write_folder(), validation_fraction=0.4, limit=limit)
+    batches = _evaluated(config, continued=True)
+    plain = _concatenate(_evaluated(config))
     # Each row's own text, one batch after the other.
     parts = Batch(*(np.concatenate(fields, axis=1) for fields in zip(*batches, strict=True)))
     assert parts.inputs.shape == (4, 16 * len(batches))
@@ -410,12 +410,15 @@ def test_evaluation_can_be_iterated_again(make_config, write_folder):
     _assert_equal(list(batches), list(batches))
 
 
-@pytest.mark.parametrize("continue_rows", [False, True])
+@pytest.mark.parametrize("continued", [False, True])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_evaluation_is_shared_by_rows(make_config, write_folder, process_count, continue_rows):
-    config = make_config(write_folder(), validation_fraction=0.4, continue_rows=continue_rows)
-    parts = [_evaluated(config, process_index=i, process_count=process_count) for i in range(process_count)]
-    _assert_equal([_concatenate(part) for part in zip(*parts, strict=True)], _evaluated(config))
+def test_evaluation_is_shared_by_rows(make_config, write_folder, process_count, continued):
+    config = make_config(write_folder(), validation_fraction=0.4)
+    shares = (
+        {"process_index": i, "process_count": process_count, "continued": continued} for i in range(process_count)
+    )
+    parts = [_evaluated(config, **share) for share in shares]
+    _assert_equal([_concatenate(part) for part in zip(*parts, strict=True)], _evaluated(config, continued=continued))
 
 
 def test_rows_that_fill_a_batch_exactly_are_not_followed_by_an_empty_one(tmp_path, make_config):

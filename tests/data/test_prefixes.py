@@ -102,5 +102,7 @@ def test_evaluation_is_the_same_each_time(data):
 
 @pytest.mark.parametrize("kind", ["masked_lm", "prefix_lm", "span_corruption"])
 def test_windows_that_move_on_are_refused(make_config, kind):
-    with pytest.raises(UserError, match=rf"are for next_token, {kind} draws .* got data.stride=4, set it to 0"):
+    with pytest.raises(
+        UserError, match=rf"data.stride is for the objective next_token, got 4 for the {kind} objective; leave"
+    ):
         Config(data=make_config("folder", stride=4), objective=OBJECTIVES.find(kind)())

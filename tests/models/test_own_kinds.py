@@ -14,6 +14,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 from transformer.model_kinds import NORMS, PATTERNS, POOLINGS, POSITIONS, Norm, Pattern, Pooling, Positions
 from transformer.models.classifier import Classifier
 from transformer.models.decoder import Decoder
+from transformer.objectives.classification import Classification
 from transformer.overrides import override
 from transformer.types import UserError
 
@@ -116,7 +117,8 @@ def test_configs_and_flags_have_them():
     assert from_dict(Config, to_dict(made)) == made
     assert "--model.positions.hours" in flags(made)
     chosen = override(
-        Config(), {"model.positions.kind": "clock", "model.positions.hours": 5, "model.pooling.kind": "last"}
+        Config(objective=Classification()),
+        {"model.positions.kind": "clock", "model.positions.hours": 5, "model.pooling.kind": "last"},
     )
     assert chosen.model.positions == Clock(hours=5)
     with pytest.raises(UserError, match=r"hours is a setting of clock, model\.positions\.kind is rotary"):

@@ -68,7 +68,7 @@ def make(kind, *, objective=None, optimizer=None, **settings):
     )
     config = Config(
         model=model,
-        data=DataConfig(sequence_length=LENGTH, batch_size=ROWS, continue_rows=model.memory_length > 0),
+        data=DataConfig(sequence_length=LENGTH, batch_size=ROWS),
         objective=OBJECTIVES.find(kind)(**(objective or {})),
         optimizer=optimizer or AdamW(),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer.cli.fields import as_flags, chosen, flags, parse
+from transformer.cli.fields import all_flags, as_flags, chosen, flags, parse
 from transformer.config import Config
 from transformer.config_io import CONFIG_FILE, from_dict
 from transformer.overrides import override, unknown_setting, with_kinds
@@ -112,9 +112,10 @@ def parse_config_and(
             f"`{command}` needs a config file, got none; for example `{command} configs/python_stdlib.py:debug`."
         )
     config = load_config(reference) if reference else Config()
-    table, own_table = flags(config), flags(own) if own is not None else {}
-    of_kinds = with_kinds(config, chosen(table, rest))
-    table = flags(of_kinds)
+    own_table = flags(own) if own is not None else {}
+    of_kinds = with_kinds(config, chosen(all_flags(config), rest))
+    # Another flag may make use of a setting: what is not used after all is refused by the config.
+    table = all_flags(of_kinds)
     given, words = parse(
         own_table | table,
         rest,
@@ -122,6 +123,7 @@ def parse_config_and(
         usage=f"{command} CONFIG[:VARIANT]",
         about=_ABOUT,
         unknown=lambda field: unknown_setting(of_kinds, field),
+        offered=own_table | flags(of_kinds),
     )
     if words:
         raise UserError(

@@ -84,6 +84,16 @@ def short(name: str, default: Any) -> Any:
 
 
 def flags(options: Any) -> dict[str, Flag]:
+    """The flags of a dataclass instance, by name; of a `Config`, without those for settings that its run does not use."""
+    unused = tuple(f"{path}." for path in options.unused()) if isinstance(options, Config) else ()
+    return {
+        name: flag
+        for name, flag in all_flags(options).items()
+        if not flag.paths or not all(f"{path}.".startswith(unused) for path in flag.paths)
+    }
+
+
+def all_flags(options: Any) -> dict[str, Flag]:
     """All flags of a dataclass instance, by name; dataclasses within it are sections."""
     table: dict[str, Flag] = {}
     for name, flag in _leaves(options, ""):
@@ -100,6 +110,7 @@ def parse(
     usage: str,
     about: str,
     unknown: Callable[[str], str] = lambda field: "",
+    offered: dict[str, Flag] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """What a command line says: values by field (`training.steps`), and the words that stand without a flag.
 
@@ -113,6 +124,7 @@ def parse(
         usage: the help's first line; its flags are added.
         about: what the help says before the flags.
         unknown: what there is to say of a field that has no flag, or nothing.
+        offered: the flags that the help has, if not all.
 
     Raises:
         UserError: an unknown flag, or a value that is none of its type.
@@ -120,7 +132,7 @@ def parse(
     """
     values, words = dict[str, Any](), list[str]()
     if {"-h", "--help"} & set(arguments):
-        print(_help(table, usage, about))
+        print(_help(offered or table, usage, about))
         raise SystemExit(0)
     rest = list(arguments)
     while rest:

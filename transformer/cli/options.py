@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformer.cli.arguments import parse_config, parse_config_and
-from transformer.cli.fields import Flag, chosen_from, flags, parse, positional, short
+from transformer.cli.fields import Flag, all_flags, chosen_from, flags, parse, positional, short
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
 from transformer.types import UserError
@@ -307,7 +307,7 @@ def _of_config(name: str) -> Command:
     def parsed(arguments: list[str]) -> tuple[Config]:
         return (parse_config(arguments, command=f"transformer {name}", trains=name == "train"),)
 
-    return Command(parsed, lambda: flags(Config()))
+    return Command(parsed, lambda: all_flags(Config()))
 
 
 def _of_options(name: str, default: Any) -> Command:
@@ -317,7 +317,7 @@ def _of_options(name: str, default: Any) -> Command:
 OPTIONS = {
     "train": _of_config("train"),
     "inspect": _of_config("inspect"),
-    "plan": Command(_plan, lambda: flags(Config()) | flags(PlanOptions())),
+    "plan": Command(_plan, lambda: all_flags(Config()) | flags(PlanOptions())),
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),
     "predict": Command(_predict, lambda: flags(PredictOptions())),

@@ -87,15 +87,18 @@ class Dataset(Protocol):
         ...
 
 
-def open_data(config: DataConfig, objective: Objective, class_names: tuple[str, ...] = ()) -> Dataset:
+def open_data(
+    config: DataConfig, objective: Objective, class_names: tuple[str, ...] = (), *, continued: bool = False
+) -> Dataset:
     """Open (and prepare, if it is local text) what `config` names, in the form the objective reads.
 
     Args:
         config: of the data.
         objective: what reads it.
         class_names: of the run that scores it, if one does.
+        continued: each row goes on where that of the batch before ended, for a model with a memory.
     """
-    return objective.form.open(Reader(config, objective, class_names))
+    return objective.form.open(Reader(config, objective, class_names, continued))
 
 
 def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[str, ...]) -> list[str]:
@@ -112,10 +115,12 @@ class Reader:
     """What reads it, if anything does."""
     class_names: tuple[str, ...] = ()
     """Of the run that scores it, if one does."""
+    continued: bool = False
+    """Each row goes on where that of the batch before ended."""
 
     def running_text(self) -> "TextData":
         """Each of `config.source` as running text, prepared now if it was not before."""
-        return TextData(self.config, self.objective, open_sources(self.config))
+        return TextData(self.config, self.objective, open_sources(self.config), self.continued)
 
     def text_fingerprints(self) -> list[str]:
         """Those of `running_text`, without preparing it."""
@@ -150,6 +155,7 @@ class TextData:
     config: DataConfig
     objective: Objective | None
     sources: tuple[Source, ...]
+    continued: bool = False
     class_names: tuple[str, ...] = ()
 
     @property
@@ -218,7 +224,8 @@ class TextData:
     def _changes(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
         if self.objective is None:
             return {}
-        return self.objective.changes(tokenizer, self.config.sequence_length, self.config.shuffle_seed)
+        changes = self.objective.changes(tokenizer, self.config.sequence_length, self.config.shuffle_seed)
+        return {"continued": self.continued, **changes}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,13 +35,15 @@ def train_batches(
     sources: Sequence[Source] = (),
     noise: Noise | None = None,
     convert: Convert | None = None,
+    continued: bool = False,
 ) -> CheckpointableIterator:
     """An endless iterator over this process's rows of each batch, from the training split.
 
     The rows of all processes together do not depend on how many there are. The state is
     `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams this process reads: the union of the `streams` of
     all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
-    changes every row, and `convert` makes something else of the batches.
+    changes every row, and `convert` makes something else of the batches. Where rows are `continued`, row i of a batch goes on
+    where row i of the batch before it ended, and positions go on counting.
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
@@ -49,8 +51,8 @@ def train_batches(
     for source, of_source in zip(sources, records, strict=True):
         _check_length(config, tokenizer, source.name, of_source)
     fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
-    num_streams = _num_streams(config, fewest, name)
-    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise)
+    num_streams = _num_streams(config, fewest, name, continued)
+    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued)
     return prefetched(batches if convert is None else batches.map(convert))
 
 
@@ -80,7 +82,7 @@ class EvaluationBatches:
 
     Rows are packed, and their documents kept apart, whatever `config.pack` says; a document longer than a row goes on
     in the next one, without its context. With `config.stride`, a row is a window of one document, and only what the window
-    before it did not score counts. With `config.continue_rows`, the split is cut into as many equal parts as a batch has rows,
+    before it did not score counts. Where rows are `continued`, the split is cut into as many equal parts as a batch has rows,
     and row i of the batches reads part i. The last batch is filled up with rows of weight 0.
     """
 
@@ -91,9 +93,10 @@ class EvaluationBatches:
     own_rows: range
     noise: Noise | None = None
     convert: Convert | None = None
+    continued: bool = False
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._continued_batches() if self.config.continue_rows else self._batches()
+        batches = self._continued_batches() if self.continued else self._batches()
         for index, batch in enumerate(batches):
             if self.noise is not None:
                 for row in self.own_rows:
@@ -191,13 +194,14 @@ def evaluation_batches(
     sources: Sequence[Source] = (),
     noise: Noise | None = None,
     convert: Convert | None = None,
+    continued: bool = False,
 ) -> EvaluationBatches:
     """This process's rows of the batches that cover the split: every target of it exactly once."""
     rows = own_rows(config, process_index, process_count)
     sources = tuple(sources or open_sources(config))
     for source in sources:
         source.records(split)  # a missing split is an error now, not at the first evaluation
-    return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert)
+    return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert, continued)
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
@@ -213,13 +217,13 @@ def own_rows(config: DataConfig, process_index: int, process_count: int) -> rang
     return range(size * process_index // process_count, size * (process_index + 1) // process_count)
 
 
-def _num_streams(config: DataConfig, fewest: int, name: str) -> int:
+def _num_streams(config: DataConfig, fewest: int, name: str, continued: bool) -> int:
     require(
-        not config.continue_rows or config.batch_size <= fewest,
-        f"data.continue_rows needs a stream of text for each of {config.batch_size} rows, {name} has {fewest} records: set a "
+        not continued or config.batch_size <= fewest,
+        f"A memory needs a stream of text for each of {config.batch_size} rows, {name} has {fewest} records: set a "
         "smaller data.batch_size or data.record_bytes.",
     )
-    if config.num_streams == 0 and config.continue_rows:
+    if config.num_streams == 0 and continued:
         return config.batch_size
     if config.num_streams == 0:
         most = min(_MAX_STREAMS, config.batch_size, fewest)

@@ -35,10 +35,11 @@ class StreamBatches(grain.IterDataset):
         num_streams: int,
         own_rows: range,
         noise: Noise | None = None,
+        continued: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.noise = noise
+        self.noise, self.continued = noise, continued
         self.own_rows = own_rows
         self.num_streams = num_streams
         self.rows_per_stream = max(1, config.batch_size // num_streams)
@@ -97,7 +98,7 @@ class _BatchIterator(grain.DatasetIterator):
             cursor = self._cursors[stream][batches.source(stream, row_of_stream)]
             if not batches.config.pack:
                 cursor.skip_to_window(batches.config.sequence_length)
-            cursor.fill(batch, index, batches.config.continue_rows)
+            cursor.fill(batch, index, batches.continued)
             if not batches.config.pack:
                 batch.segment_ids[index] = 1
                 batch.positions[index] = arange(batches.config.sequence_length)

@@ -13,7 +13,6 @@ from transformer.data.forms.examples import buckets, by_length, padded
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, mask_token, shaped
-from transformer.objectives.bases import ExampleObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.types import Array, LabelledBatch, LossOutput, PyTree
@@ -27,12 +26,13 @@ _BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class Classification(ExampleObjective):
+class Classification(Objective):
     """Cross-entropy of a text's class."""
 
     kind = "classification"
     model_class = Classifier
     reads = "labelled"
+    settings = ("model.pooling",)
 
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
     """Weight of each class in the training loss, which is the weighted mean; a number a class, or balanced, inversely to how

@@ -23,6 +23,7 @@ class ContinuesText(TokenObjective):
     """An objective whose model continues a text."""
 
     continues_text = True
+    settings = ("training.sample_every", "training.sample_prompt", "training.sample_length")
 
     def generate(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 from transformer.data.draws import random_at
 from transformer.models.encoder import Encoder
 from transformer.objective import OBJECTIVES, mask_token
-from transformer.objectives.bases import TextObjective
+from transformer.objectives.bases import TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, PyTree
@@ -22,10 +22,11 @@ _KEY = 7  # tells these draws from those of other parts that use the same seed
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class MaskedLM(TextObjective):
+class MaskedLM(TokenObjective):
     """Cross-entropy of masked tokens (Devlin et al. 2019)."""
 
     kind = "masked_lm"
+    reads = "text"
     model_class = Encoder
     init_method = "logits"
 

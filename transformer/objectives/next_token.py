@@ -26,6 +26,7 @@ class NextToken(ContinuesText):
     kind = "next_token"
     model_class = Decoder
     reads = "text"
+    settings = ("data.stride", "model.memory_length")
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
@@ -72,7 +73,18 @@ class NextToken(ContinuesText):
         return {"recurrence_BLPD": model.init_recurrence(rows)} if model.config.memory_length > 0 else ()
 
     def check(self, config: "Config") -> None:
-        """It carries a memory, and scores windows."""
+        """A memory is of rows that continue those before."""
+        data, memory_length = config.data, config.model.memory_length
+        require(
+            memory_length == 0 or (data.pack and data.stride == 0 and len(data.source) == 1),
+            "A memory needs packed rows of one source that follow each other, got "
+            f"model.memory_length={memory_length}, data.pack={data.pack}, data.stride={data.stride} and {len(data.source)} "
+            "sources; set data.pack=True, data.stride=0 and one source, or model.memory_length=0.",
+        )
+        require(
+            memory_length == 0 or data.num_streams in (0, data.batch_size),
+            f"A memory needs a stream for each of {data.batch_size} rows, got data.num_streams={data.num_streams}; set it to 0.",
+        )
 
     def check_context(self, config: "Config") -> None:
         """Rows have one length; a memory would be spread too."""

@@ -14,7 +14,6 @@ from transformer.data.forms.text import RunningText
 from transformer.form import Shown
 from transformer.models.decoder import Decoder
 from transformer.objective import OBJECTIVES
-from transformer.objectives.bases import TextObjective
 from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
@@ -25,11 +24,12 @@ _KEY = 8  # tells these draws from those of other parts that use the same seed
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class PrefixLM(ContinuesText, TextObjective):
+class PrefixLM(ContinuesText):
     """Cross-entropy of the token that follows, behind a prefix read in both directions: the prompt, or a random part (Liu et al.
     2018; Raffel et al. 2020, section 3.2.1)."""
 
     kind = "prefix_lm"
+    reads = "text"
     model_class = Decoder
 
     def loss(

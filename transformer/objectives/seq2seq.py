@@ -13,7 +13,7 @@ from transformer.evaluation.translation import translation_scores
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
-from transformer.objectives.bases import ExampleObjective, TokenObjective
+from transformer.objectives.bases import TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, LossOutput, PairBatch, PyTree
@@ -28,7 +28,7 @@ _BATCHES_AT_ONCE = 8  # that sources are sorted within, by length
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq(ExampleObjective, TokenObjective):
+class Seq2Seq(TokenObjective):
     """Cross-entropy of a target, given its source."""
 
     kind = "seq2seq"

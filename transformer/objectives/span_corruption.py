@@ -13,7 +13,7 @@ from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.form import Shown
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES
-from transformer.objectives.bases import TextObjective
+from transformer.objectives.bases import TokenObjective
 from transformer.objectives.seq2seq import pair_loss, pair_shapes
 from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
 from transformer.validation import require, require_at_least
@@ -26,10 +26,11 @@ _KEY = 9  # tells these draws from those of other parts that use the same seed
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class SpanCorruption(TextObjective):
+class SpanCorruption(TokenObjective):
     """Cross-entropy of the hidden spans of a text (Raffel et al. 2020, section 3.3.4)."""
 
     kind = "span_corruption"
+    reads = "text"
     model_class = EncoderDecoder
     num_stacks = 2
 
@@ -59,7 +60,6 @@ class SpanCorruption(TextObjective):
 
     def check(self, config: "Config") -> None:
         """Sources and targets fit in a row."""
-        super().check(config)
         length, (hidden, spans) = config.data.sequence_length, self.num_hidden(config.data.sequence_length)
         require(
             spans < hidden < length - spans,

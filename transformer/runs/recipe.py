@@ -67,7 +67,7 @@ def make_run(
         "optimizer.parameter_groups are of the config's optimizer, and one was given to train(optimizer=...), got "
         f"{config.optimizer.parameter_groups}; leave them out, and freeze with optax.partition.",
     )
-    data = data or open_data(config.data, config.objective)
+    data = data or open_data(config.data, config.objective, continued=config.model.memory_length > 0)
     training = config.training
     donor = read_donor(training.init_from, training.init_from_step) if training.init_from and not begun else None
     notes: list[str] = []

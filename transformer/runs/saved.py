@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from transformer.config import Config, DataConfig
-from transformer.data.datasets import fingerprints, open_data
+from transformer.data.datasets import Dataset, fingerprints, open_data
 from transformer.data.source import WHOLE
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import trusted
@@ -141,25 +141,18 @@ def evaluate(
         UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
             means nothing for this kind of run.
     """
-    (model, params, tokenizer, config, number), record = read_run(workdir, lambda found: (_load(found), found), step)
-    changes: dict[str, Any] = {
-        name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None
-    }
-    if memory_length is not None:
-        changes["continue_rows"] = memory_length > 0
-        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
-            changes |= {"pack": True, "num_streams": 0}
-        model = config.objective.make_model(dataclasses.replace(config.model, memory_length=memory_length))
-    named = trusted(config.data, str(workdir), source=source, data_dir=data_dir)
-    named = dataclasses.replace(named, **changes, **(keys or {}))
+    run, record = read_run(workdir, lambda found: (_load(found), found), step)
+    changes = {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
+    named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
+    config = _changed(run.config, named, {**changes, **(keys or {})}, memory_length)
     if split is None:
         split = "validation"
-        if source and not _trained_on(record, named):
+        if source and not _trained_on(record, config):
             # Only scored: nothing of it need be held out.
-            split, named = WHOLE, dataclasses.replace(named, validation_fraction=0.0, test_fraction=0.0)
-    config = dataclasses.replace(config, model=model.config, data=named)
+            split, whole = WHOLE, dataclasses.replace(config.data, validation_fraction=0.0, test_fraction=0.0)
+            config = dataclasses.replace(config, data=whole)
     check_batch(config)
-    data = open_data(config.data, config.objective, record.class_names)
+    data = open_data(config.data, config.objective, record.class_names, continued=config.model.memory_length > 0)
     if source:
         report(data.description)
     else:
@@ -169,24 +162,38 @@ def evaluate(
         f"A split to score (--split) must be one of {', '.join(data.split_names)}, or all, for "
         f"{', '.join(config.data.source)}, got {split!r}.",
     )
-    loss = config.objective.bind(model, tokenizer)
-    batches: Any = data.evaluation_batches(tokenizer, split)
+    scored = dataclasses.replace(run, model=config.objective.make_model(config.model), config=config)
+    which = "all" if split == WHOLE else f"the {split} split"
+    line = f"scoring {which} of {', '.join(config.data.source)} with {workdir} ..."
+    scores = _scores(scored, data, split, lambda: report(line))
+    names = list(source or config.data.source)
+    return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
+
+
+def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_length: int | None) -> Config:
+    """The config of a run with other data, and perhaps another memory."""
+    model = config.model
+    if memory_length is not None:
+        model = dataclasses.replace(model, memory_length=memory_length)
+        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
+            changes = {**changes, "pack": True, "num_streams": 0}
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **changes))
+
+
+def _scores(run: Loaded, data: Dataset, split: str, begin: Callable[[], object]) -> dict[str, Any]:
+    """The scores of a split, and what they are of; `begin` is called when nothing is left to refuse."""
+    config, loss = run.config, run.config.objective.bind(run.model, run.tokenizer)
+    batches: Any = data.evaluation_batches(run.tokenizer, split)
     carry = loss.init_carry(config.data.batch_size)
     checked = (check_batch_ids(config.model, batch) for batch in batches)
-    report(
-        f"scoring {'all' if split == WHOLE else f'the {split} split'} of {', '.join(config.data.source)} with {workdir} ..."
-    )
-    sums = sum_statistics(jax.jit(make_eval_step(loss)), params, checked, carry, split=split)
+    begin()
+    sums = sum_statistics(jax.jit(make_eval_step(loss)), run.params, checked, carry, split=split)
     scores: dict[str, Any] = {
-        "workdir": str(workdir),
-        "step": number,
-        "split": split,
-        "source": list(source or config.data.source),
         "scored": data.describe_scored(split, int(sums["weight"])),
         "targets": int(sums["weight"]),
-        **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
+        **{f"cut_{name}": count for name, count in data.count_cut(run.tokenizer, split)[0].items()},
         **split_metrics(sums),
-        **config.objective.generation_scores(model, params, tokenizer, data, split, config),
+        **config.objective.generation_scores(run.model, run.params, run.tokenizer, data, split, config),
     }
     if "bytes" in sums:
         others = compressed_bits_per_byte(batches.texts())
@@ -198,7 +205,7 @@ def evaluate(
     return scores
 
 
-def _trained_on(record: Record, data: DataConfig) -> bool:
+def _trained_on(record: Record, config: Config) -> bool:
     """Whether a config names the corpora of a run, whatever they are called and wherever they lie."""
-    found = fingerprints(data, record.config.objective, record.class_names)
+    found = fingerprints(config.data, config.objective, record.class_names)
     return found == [source.fingerprint for source in record.data]

@@ -147,7 +147,7 @@ def _train_locked(config: Config, given: Given, console: Console, results: Conso
     # ---- Build: every error of the config or the data comes before the first file is written -------------------------
     check_devices(config)
     check_config(config)
-    data = open_data(config.data, config.objective)
+    data = open_data(config.data, config.objective, continued=config.model.memory_length > 0)
     report(data.description)
     if jax.process_index() == 0:
         remember(config.data)

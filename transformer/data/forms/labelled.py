@@ -29,6 +29,7 @@ class LabelledTexts(ExampleForm):
     kind = "labelled"
     title = "labelled texts"
     noun = "text"
+    settings = ("data.text_key", "data.label_key", "data.truncate", "data.buckets")
     prepares = ("name", "validation", "test", "text_key", "label_key")
     keys = ("text_key", "label_key")
     example = LabelledText

@@ -31,6 +31,7 @@ class Pairs(ExampleForm):
     kind = "pairs"
     title = "pairs"
     noun = "pair"
+    settings = ("data.source_key", "data.target_key", "data.share_vocabulary", "data.truncate", "data.buckets")
     prepares = ("name", "validation", "test", "source_key", "target_key")
     keys = ("source_key", "target_key")
     example = TextPair

@@ -23,6 +23,17 @@ class RunningText(Form):
     kind = "text"
     title = "running text"
     noun = "token"
+    settings = (
+        "data.weights",
+        "data.separator",
+        "data.text_key",
+        "data.prompt_key",
+        "data.test_fraction",
+        "data.pack",
+        "data.limit",
+        "data.num_streams",
+        "data.record_bytes",
+    )
     needs_name = False
     prepares = ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes")
 

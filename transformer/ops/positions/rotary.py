@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -47,6 +47,11 @@ class RotaryPositions(WavePositions):
         super().__post_init__()
         require(0 < self.fraction <= 1, f"RotaryPositions.fraction must be above 0 and at most 1, got {self.fraction}.")
         require_at_least(self, 1, "scaling_factor", "original_length")
+
+    def unused(self) -> Mapping[str, str]:
+        """What is of other scalings."""
+        found = {} if self.scaling == "llama3" else {"original_length": "the scaling llama3"}
+        return found if self.scaling != "none" else found | {"scaling_factor": "positions that are scaled (scaling)"}
 
     def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
         """Elements of a head are turned in pairs."""
