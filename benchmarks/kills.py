@@ -46,9 +46,12 @@ WORDS = ("to", "be", "or", "not", "that", "is", "the", "question", "whether", "i
 def get_config(kind: str = "pmap") -> Config:
     """The run of a kind; this file is the config file of its runs."""
     model: dict[str, Any] = {"num_layers": 1, "embed_dim": 16, "dropout": 0.1}
-    data: dict[str, Any] = {"source": ("text",), "sequence_length": 32, "record_bytes": 512}
+    data: dict[str, Any] = {"source": ("text",), "sequence_length": 32}
     optimizer: dict[str, Any] = {"accumulate_steps": 2, "schedule": LinearSchedule(warmup_steps=5), "ema_decay": 0.9}
     rule, objective, parallel = AdamW, NextToken(), ParallelConfig(data=1)
+    training: dict[str, Any] = {}
+    if kind not in ("classifier", "translator"):
+        data["record_bytes"], training["sample_length"] = 512, 8
     if kind == "pmap":
         parallel = ParallelConfig(strategy="pmap")
     elif kind == "fsdp":
@@ -71,7 +74,7 @@ def get_config(kind: str = "pmap") -> Config:
         objective=objective,
         optimizer=rule(**optimizer),
         parallel=parallel,
-        training=TrainingConfig(steps=STEPS, log_every=3, eval_every=15, checkpoint_every=4, sample_length=8),
+        training=TrainingConfig(steps=STEPS, log_every=3, eval_every=15, checkpoint_every=4, **training),
     )
 
 

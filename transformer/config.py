@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from transformer.form import FORMS
 from transformer.model_config import ModelConfig
@@ -252,7 +252,7 @@ def _unused_within(part: Any, path: str) -> Iterator[tuple[str, str]]:
     """The unused settings of a part of a config and of the parts of that, by path."""
     if isinstance(part, Settings):
         yield from ((path + name, purpose) for name, purpose in part.unused().items())
-        for field in dataclasses.fields(part):
+        for field in dataclasses.fields(cast(Any, part)):
             yield from _unused_within(getattr(part, field.name), f"{path}{field.name}.")
     elif isinstance(part, tuple):
         for index, element in enumerate(part):

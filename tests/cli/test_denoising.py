@@ -15,6 +15,8 @@ from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfi
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 
+SAMPLES = {"prefix_lm": {"sample_length": 4}}
+
 def get_config(variant="prefix_lm"):
     return Config(
         model=ModelConfig(
@@ -24,7 +26,7 @@ def get_config(variant="prefix_lm"):
         objective=OBJECTIVES.find(variant)(),
         optimizer=AdamW(learning_rate=1e-2, schedule=CosineSchedule(warmup_steps=5)),
         parallel=ParallelConfig(data=1),
-        training=TrainingConfig(steps=40, log_every=10, eval_every=0, checkpoint_every=0, sample_length=4),
+        training=TrainingConfig(steps=40, log_every=10, eval_every=0, checkpoint_every=0, **SAMPLES.get(variant, {})),
     )
 """
 
@@ -128,7 +130,7 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("prefix_lm", ["--data.stride", "8"], "Windows that move on are for next_token"),
+        ("prefix_lm", ["--data.stride", "8"], "--data.stride is for the objective next_token, got 8"),
         (
             "prefix_lm",
             ["--model.bidirectional-prefix", "--objective.kind", "next_token"],

@@ -13,6 +13,7 @@ from transformer.data.tokenizers import PairTokenizer, load_tokenizer
 from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
+from transformer.objectives.next_token import NextToken
 from transformer.objectives.seq2seq import Seq2Seq
 from transformer.runs import donor as module
 from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
@@ -33,7 +34,7 @@ def donor_of(data, *, separate=False, class_names=()):
     tokenizer = data.tokenizer.train(TEXTS)
     tokenizer = PairTokenizer(tokenizer, data.tokenizer.train(TEXTS[:1])) if separate else tokenizer
     data = dataclasses.replace(data, tokenizer=data.tokenizer.filled(), share_vocabulary=not separate)
-    return Donor("there", Config(data=data), tokenizer, class_names)
+    return Donor("there", Config(data=data, objective=Seq2Seq() if separate else NextToken()), tokenizer, class_names)
 
 
 @pytest.mark.parametrize(("kind", "asked"), list(itertools.product(KINDS, ["auto", *KINDS])))

@@ -51,7 +51,7 @@ def config_of(place, objective=None, **training):
         sequence_length=LENGTH,
         batch_size=BATCH,
         validation_fraction=0.2,
-        record_bytes=64,
+        **({"record_bytes": 64} if objective is None else {}),
     )
     block = BlockConfig(AttentionConfig(num_heads=2))
     return Config(
