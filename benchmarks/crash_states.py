@@ -80,13 +80,18 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
             tokenizer={"decoder": Bytes(), "classifier": Words(size=260), "vocabulary": BytePairs(size=260)}[kind],
             sequence_length=16,
             batch_size=8,
-            record_bytes=512,
+            **({} if classifies else {"record_bytes": 512}),
         ),
         objective=(Classification if classifies else NextToken)(),
         optimizer=AdamW(schedule=CosineSchedule(warmup_steps=1)),
         parallel=ParallelConfig(data=1),
         training=TrainingConfig(
-            steps=6, log_every=1, eval_every=3, checkpoint_every=2, keep_checkpoints=1, sample_every=3, sample_length=4
+            steps=6,
+            log_every=1,
+            eval_every=3,
+            checkpoint_every=2,
+            keep_checkpoints=1,
+            **({} if classifies else {"sample_every": 3, "sample_length": 4}),
         ),
         workdir=str(workdir),
     )

@@ -26,7 +26,8 @@ def get_config(variant=""):
             init_std=0.0,
         ),
         data=DataConfig(
-            source=("mine",), tokenizer=Words(size=300), sequence_length=32, batch_size=8, **{"record_bytes": 512} if variant == "mlm" else {}
+            source=("mine",), tokenizer=Words(size=300), sequence_length=32, batch_size=8,
+            **{"record_bytes": 512} if variant == "mlm" else {},
         ),
         objective=MaskedLM() if variant == "mlm" else Classification(),
         optimizer=AdamW(learning_rate=1e-2),

@@ -204,6 +204,15 @@ def test_a_translator_says_what_it_does_not_read(generate):
 # ---- Pipes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["masked_lm", "span_corruption"])
+def test_what_generates_nothing_says_so(generate, kind):
+    captured = generate("--prompt", "a", kind=kind, code=2)
+    assert captured.err == (
+        f"error: A run that generates must be a language model or a translator, got one of {kind}; `transformer evaluate` "
+        "scores it.\n"
+    )
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_reader_that_has_gone_is_no_error(name, monkeypatch, capfd):
     """As a shell reports a tool that SIGPIPE ended, for every command."""
