@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.tokenizers import Tokenizer
+    from transformer.form import FORMS, Form, Shown
     from transformer.generation.generate import Generated, Generator, generate, stream
     from transformer.generation.sampling import SamplingConfig
     from transformer.generation.translate import translate
@@ -84,6 +85,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "config": "Config DataConfig TrainingConfig",
     "data.tokenizers": "Tokenizer",
+    "form": "FORMS Form Shown",
     "generation.generate": "Generated Generator generate stream",
     "generation.sampling": "SamplingConfig",
     "generation.translate": "translate",
