@@ -102,7 +102,7 @@ def small(name: str, data: pathlib.Path, workdir: str = "") -> Config:
         *("--model.num-layers", 2 * len(config.model.pattern), "--model.embed-dim", 32, "--model.vocab-size", 0),
         *("--model.max-length", 0, "--model.attention.num-heads", 4, "--model.attention.head-dim", 0),
         *("--model.feed-forward.hidden-dim", 48, "--data.data-dir", data / "prepared", "--data.batch-size", 10),
-        *("--data.sequence-length", LENGTH, "--data.validation-fraction", 0.2, "--data.record-bytes", 512),
+        *("--data.sequence-length", LENGTH, "--data.validation-fraction", 0.2),
         *("--data.limit", 0, "--training.steps", STEPS, "--training.log-every", 1, "--training.checkpoint-every", 0),
         *("--training.eval-every", 0, "--training.sample-length", 0, "--optimizer.schedule.warmup-steps", 1),
         *(
@@ -118,6 +118,8 @@ def small(name: str, data: pathlib.Path, workdir: str = "") -> Config:
     ]
     if getattr(config.data.tokenizer, "size", 0) > 0:
         flags += ["--data.tokenizer.size", TOKENIZER_SIZE]
+    if config.objective.uses("data.record_bytes"):
+        flags += ["--data.record-bytes", 512]
     if config.model.memory_length > 0:
         flags += ["--model.memory-length", 24]
     sources = {

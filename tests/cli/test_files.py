@@ -149,7 +149,7 @@ def test_pairs_are_scored_whole_and_blank_ones_counted(place, translator, capsys
     scores, told = capsys.readouterr()
     assert json.loads(scores)["scored"] == "2 pairs"
     assert "bleu" in json.loads(scores)
-    assert "1 pairs with an empty side are left out" in told
+    assert "1 pair with an empty side is left out" in told
 
 
 def test_running_text_is_scored_whole(place, language_model, capsys):
