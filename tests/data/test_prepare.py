@@ -209,7 +209,7 @@ def test_a_corpus_without_text_for_each_split_is_refused(tmp_path, make_config):
     path = tmp_path / "a.txt"
     path.write_text("x")
     with pytest.raises(
-        UserError, match=r"text for each split, a\.txt has 1 bytes in 1 documents and none for validation"
+        UserError, match=r"text for each split, a\.txt has 1 byte in 1 document and none for validation"
     ):
         open_source(str(path), make_config(path))
     assert open_source(str(path), make_config(path, validation_fraction=0.0)).split_names == ("train",)

@@ -23,7 +23,7 @@ from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_docum
 from transformer.data.stored import check_stored, open_stored
 from transformer.storage import expand
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import counted, require
 
 _FORMAT = 1  # of the prepared records; a change prepares every corpus anew
 
@@ -47,7 +47,8 @@ def open_corpus(corpus: Corpus, config: DataConfig) -> Source:
     name = f"{corpus.name} {corpus.version}" if corpus.version != "1.0.0" else corpus.name
     sizes: dict[str, dict[str, int]] = prepared["splits"]
     description = f"{name}: " + ", ".join(
-        f"{split} {size['documents']:,} documents, {size['bytes']:,} bytes" for split, size in sizes.items()
+        f"{split} {counted(size['documents'], 'document')}, {counted(size['bytes'], 'byte')}"
+        for split, size in sizes.items()
     )
     documents = {split: size["documents"] for split, size in sizes.items()}
     return Source(name, identity, documents, description, open_split)
@@ -81,9 +82,10 @@ def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, 
     missing = [split for split, share in zip(SPLITS, wanted, strict=True) if share > 0 and split not in splits]
     require(
         not missing,
-        f"A source must leave text for each split, {corpus.name} has {sum(corpus.sizes):,} bytes in {corpus.count:,} documents "
-        f"and none for {' and '.join(missing)} with data.validation_fraction={config.validation_fraction} and "
-        f"data.test_fraction={config.test_fraction}: add text, or set them to 0.",
+        f"A source must leave text for each split, {corpus.name} has {counted(sum(corpus.sizes), 'byte')} in "
+        f"{counted(corpus.count, 'document')} and none for {' and '.join(missing)} with "
+        f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}: add text, or "
+        "set them to 0.",
     )
     attempt = root / uuid.uuid4().hex
     try:

@@ -19,7 +19,7 @@ from transformer.data.source import Converted, ExampleSource, Record, Source
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.stored import NAME, find_stored, in_order, open_stored, readable
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import counted, require
 
 _FEW_RECORDS = 64  # a split with fewer records is cut into pieces, so that there is something to shuffle
 
@@ -54,7 +54,9 @@ class TfdsDataset(SourceKind):
             return [piece for record in records for piece in pieces(record.text, record.prompt, config.record_bytes)]
 
         sizes, full_name = tfds_sizes(builder), builder.info.full_name
-        description = f"{full_name}: " + ", ".join(f"{split} {count:,} records" for split, count in sizes.items())
+        description = f"{full_name}: " + ", ".join(
+            f"{split} {counted(count, 'record')}" for split, count in sizes.items()
+        )
         content = ContentHash()
         hash_tfds(content, builder, config, lambda example: _whole(config, example)[:2])
         return Source(full_name, content.hexdigest(), sizes, description, open_split)
