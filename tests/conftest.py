@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import os
 import sys
@@ -67,6 +68,15 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "make_steps", make_once)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """Every program lies in mappings of its own, of which Linux gives a process 65,530: a worker that keeps all it compiled
+    aborts in the midst of a long suite."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
