@@ -18,8 +18,7 @@ import numpy as np
 from train_step import make_config
 
 from transformer.parallel.mesh import make_mesh
-from transformer.planning.plan import StandIn
-from transformer.steps import make_steps
+from transformer.parts import StandIn, Steps
 from transformer.types import Batch
 
 
@@ -27,7 +26,7 @@ def compile_step(num_layers: int, *, scan_layers: bool) -> dict[str, float]:
     """Lower and compile the step once."""
     config = make_config("float32", True, "auto")
     model = dataclasses.replace(config.model, num_layers=num_layers, scan_layers=scan_layers)
-    steps = make_steps(dataclasses.replace(config, model=model), StandIn(model.vocab_size), make_mesh(1))
+    steps = Steps(dataclasses.replace(config, model=model), StandIn(model.vocab_size), make_mesh(1))
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, np.float32), tokens, tokens)

@@ -99,13 +99,13 @@ def make_config(root: pathlib.Path, kind: str, workdir: pathlib.Path) -> Config:
 
 def keep_compiled() -> None:
     """Have the runs of this process share their compiled steps."""
-    make, kept = recipe.make_steps, {}
+    make, kept = recipe.Steps, {}
 
     def make_once(config, tokenizer, *rest, **named):
         key = json.dumps(to_dict(dataclasses.replace(config, workdir=""))) + str((rest, sorted(named)))
         return kept.setdefault(key, None) or kept.__setitem__(key, make(config, tokenizer, *rest, **named)) or kept[key]
 
-    recipe.make_steps = make_once
+    recipe.Steps = make_once
 
 
 # ---- The record of system calls --------------------------------------------------------------------------------------

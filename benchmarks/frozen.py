@@ -45,10 +45,8 @@ from transformer import load
 from transformer.cli.arguments import parse_config
 from transformer.cli.main import main as transformer
 from transformer.config import Config
-from transformer.planning.plan import StandIn
+from transformer.parts import StandIn, Steps, resolve
 from transformer.runs.train import train
-from transformer.steps import make_steps
-from transformer.tasks import resolve
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 5
@@ -223,7 +221,7 @@ def count_operations(config: Config) -> dict[str, int]:
     follows; what it counts must not change.
     """
     config = resolve(config, StandIn(TOKENIZER_SIZE))
-    steps = make_steps(config, StandIn(TOKENIZER_SIZE))
+    steps = Steps(config, StandIn(TOKENIZER_SIZE))
     batch = config.objective.batch_shapes(config)
     program = steps.runner.lower(steps.state, batch).compile().as_text()
     return {

@@ -39,7 +39,7 @@ from transformer import load
 from transformer.data.datasets import open_data
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
-from transformer.tasks import initialize
+from transformer.parts import initialize
 
 CONTEXTS = 50  # of a unit, those that activate it most
 BATCH = 8

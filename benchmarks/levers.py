@@ -29,11 +29,11 @@ from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.optimizers.adamw import AdamW
-from transformer.tasks import count_parameters, initialize, training_runtime
+from transformer.parts import count_parameters, initialize, training_runtime
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
-from transformer.training.step import make_train_step
+from transformer.training.step import TrainStep
 from transformer.types import Batch
 
 LEVERS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def child(config: Config) -> None:
     params, _ = initialize(config.objective, model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size)))
-    step = make_train_step(objective, optimizer, schedule, accumulate_steps=config.optimizer.accumulate_steps)
+    step = TrainStep(objective, optimizer, schedule, accumulate_steps=config.optimizer.accumulate_steps)
     state = create_state(params, optimizer, jax.random.key(1), loss_scale=make_loss_scale(config.model))
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.int32)

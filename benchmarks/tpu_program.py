@@ -18,8 +18,7 @@ from jax.experimental import topologies
 from train_step import make_config
 
 from transformer.parallel.mesh import make_mesh
-from transformer.planning.plan import StandIn
-from transformer.steps import make_steps
+from transformer.parts import StandIn, Steps
 from transformer.types import Batch
 
 OPERATIONS = ("copy", "transpose", "convolution", "dot", "fusion", "all-reduce", "all-gather")
@@ -29,7 +28,7 @@ def compile_step(devices: list[Any], *, cpu_kernels: bool, dtype: str) -> Any:
     """The step, compiled for absent devices."""
     config = make_config(dtype, cpu_kernels, "auto")
     mesh = make_mesh(devices=devices)
-    steps = make_steps(config, StandIn(config.model.vocab_size), mesh)
+    steps = Steps(config, StandIn(config.model.vocab_size), mesh)
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
     batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, np.float32), tokens, tokens)

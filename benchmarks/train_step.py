@@ -11,21 +11,16 @@ import dataclasses
 import json
 import resource
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 
 from transformer.config import Config, DataConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
-from transformer.models.init import init_params
 from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
-from transformer.steps import make_runner
-from transformer.tasks import measure_work, training_runtime
+from transformer.parts import StandIn, Steps
 from transformer.training.hardware import keep_freed_memory, measured_peak_flops
-from transformer.training.optimizer import make_optimizer
-from transformer.training.state import create_state
 from transformer.types import Batch
 
 
@@ -51,16 +46,8 @@ def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Step time and what follows from it."""
-    model = config.objective.make_model(config.model, training_runtime(config.training.cpu_kernels))
-    params, _ = init_params(model, jax.random.key(0))
-    optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
-    _, runner = make_runner(
-        config,
-        config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size))),
-        optimizer,
-        schedule,
-    )
-    state = runner.place_state(create_state(params, optimizer, jax.random.key(1)))
+    steps = Steps(config, StandIn(config.model.vocab_size))
+    runner, state = steps.runner, steps.init_state()
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), dtype=np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -78,7 +65,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         jax.block_until_ready((state, statistics))
         times.append(time.perf_counter() - start)
     step_seconds = min(times)
-    work = measure_work(config, params)(batch)
+    work = steps.parts.measure_work()(batch)
     return {
         "step_ms": round(1e3 * step_seconds, 1),
         "tokens_per_second": round(work.tokens / step_seconds),

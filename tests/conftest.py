@@ -56,7 +56,7 @@ _hook.__enter__()
 def compiled_once():
     """The runs of a module share their compiled steps where their configs differ in directories only."""
     recipe = importlib.import_module("transformer.runs.recipe")
-    make, kept = recipe.make_steps, {}
+    make, kept = recipe.Steps, {}
 
     def make_once(config, tokenizer, optimizer=None):
         data = dataclasses.replace(config.data, source=("text",), data_dir="")
@@ -66,7 +66,7 @@ def compiled_once():
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "make_steps", make_once)
+        patch.setattr(recipe, "Steps", make_once)
         yield
 
 

@@ -10,9 +10,9 @@ from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
 from transformer.optimizers.adamw import AdamW
+from transformer.parts import resolve
 from transformer.runs.recipe import make_run
 from transformer.schedules.cosine import CosineSchedule
-from transformer.tasks import resolve
 from transformer.types import UserError
 
 

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from transformer.tasks import count_parameters, initialize
+from transformer.parts import count_parameters, initialize
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

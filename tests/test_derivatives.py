@@ -9,7 +9,7 @@ import pytest
 
 from transformer import AttentionConfig, AttentionMask, BlockConfig, Decoder, ModelConfig, dot_product_attention
 from transformer.objectives.next_token import NextToken
-from transformer.tasks import training_runtime
+from transformer.parts import training_runtime
 
 MODES = {
     "forward": lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],

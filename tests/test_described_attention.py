@@ -11,7 +11,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.model_kinds import POSITIONS
 from transformer.objective import OBJECTIVES
 from transformer.ops.patterns.strided import StridedPattern
-from transformer.tasks import describe_attention, initialize
+from transformer.parts import Parts, StandIn
 
 
 def make(attention=None, positions="rotary", length=512, kind="next_token", **model):
@@ -31,6 +31,10 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
         objective=OBJECTIVES.find(kind)(),
         parallel=ParallelConfig(data=1),
     )
+
+
+def describe_attention(config, platform):
+    return Parts(config, StandIn(config.model.vocab_size)).describe_attention(platform)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,7 @@ def test_the_attention_of_a_run_is_named(settings, cpu, tpu):
     given = {"prefix_BT": tokens > 0} if config.model.bidirectional_prefix else {}
     jaxpr = jax.make_jaxpr(
         lambda params: model.apply({"params": params}, tokens, positions_BT=tokens, segment_ids_BT=tokens, **given)
-    )(initialize(config.objective, model, None)[0])
+    )(Parts(config, StandIn(5)).shapes)
     assert ("platform_index" in str(jaxpr)) == (cpu != tpu)
 
 

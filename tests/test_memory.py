@@ -21,8 +21,7 @@ from transformer.ops.chunks import sum_over_chunks
 from transformer.ops.positions.t5 import T5Positions
 from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.overrides import override
-from transformer.steps import make_steps
-from transformer.tasks import count_parameters, initialize, resolve
+from transformer.parts import Steps, count_parameters, initialize, resolve
 from transformer.training import checkpoint, manifest
 from transformer.training.checkpoint import load_params
 from transformer.types import UserError
@@ -106,7 +105,7 @@ def test_a_field_is_refused_or_harmless(path, value):
     rows, length = config.data.batch_size, config.data.sequence_length
     assert rows * length < 1000
     if path[0] in ("model", "optimizer"):
-        steps = make_steps(config, ByteTokenizer())
+        steps = Steps(config, ByteTokenizer())
         assert device_bytes(steps.state) < 10**6
 
 
@@ -165,7 +164,7 @@ def test_a_cache_too_large_names_the_flag():
 
 def test_a_step_shares_its_state_among_devices():
     config = dataclasses.replace(resolve(SMALL, ByteTokenizer()), parallel=dataclasses.replace(SMALL.parallel, fsdp=8))
-    state = make_steps(config, ByteTokenizer()).state
+    state = Steps(config, ByteTokenizer()).state
     whole = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves((state.params, state.opt_state)))
     assert device_bytes(state) < 0.25 * whole
     memory.check_state(state, 8)

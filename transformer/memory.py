@@ -89,7 +89,7 @@ def check_config(config: Config) -> None:
     check_bytes(
         num_parameters(config.model, stacks)
         * _BYTES[config.model.param_dtype]
-        // (shares if config.parallel.strategy == "mesh" else 1),
+        // (shares if config.parallel.shares_state else 1),
         device_memory(),
         f"the parameters of a model of {_dimensions(config.model)}",
         "Choose a smaller model, or share it among more devices (parallel.fsdp).",

@@ -7,6 +7,9 @@ from typing import Literal
 
 from transformer.validation import Settings, require, require_at_least
 
+SHARES_STATE = {"mesh": True, "pmap": False}
+"""Whether devices may share the state of a run, by the name of a strategy; `parallel.strategies` has what runs it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Settings):
@@ -59,7 +62,7 @@ class ParallelConfig(Settings):
         )
         spread = [name for name, size in sizes.items() if name != "data" and size != 1]
         require(
-            self.strategy == "mesh" or not spread,
+            self.shares_state or not spread,
             f"parallel.strategy=pmap has data parallelism only, got {spread}; set strategy=mesh, or leave them at 1.",
         )
 
@@ -71,6 +74,11 @@ class ParallelConfig(Settings):
         if self.coordinator in ("", "auto"):
             alone |= dict.fromkeys(("num_processes", "process_id"), "parallel.coordinator=HOST:PORT")
         return alone
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether devices may share the state of a run; else each has a copy."""
+        return SHARES_STATE[self.strategy]
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -12,9 +12,9 @@ from etils import epath
 
 from transformer.cli.main import main
 from transformer.config import ParallelConfig
+from transformer.parts import count_parameters
 from transformer.runs.recipe import make_run
 from transformer.runs.saved import load
-from transformer.tasks import count_parameters
 from transformer.training import manifest
 from transformer.training.checkpoint import Checkpointer
 

@@ -21,8 +21,8 @@ from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import OBJECTIVES
 from transformer.objectives import continuation, seq2seq
+from transformer.parts import initialize, resolve
 from transformer.runs.saved import Loaded
-from transformer.tasks import initialize, resolve
 from transformer.tokenizer import TOKENIZERS
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]

@@ -13,11 +13,11 @@ import pytest
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.classifier import Classifier
 from transformer.objectives.classification import Classification, balanced_weights
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
+from transformer.parallel.pmap import AXIS_NAME, PmapRunner
 from transformer.training.metrics import derive
 from transformer.training.state import create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.step import EvaluateStep, TrainStep
 from transformer.types import LabelledBatch
 
 
@@ -149,8 +149,8 @@ def test_a_weighted_step_does_not_depend_on_how_rows_are_divided(model, params, 
 
     def step(parts=1, axis_name=None):
         options = {"accumulate_steps": parts, "axis_name": axis_name}
-        train_step = make_train_step(objective, optimizer, lambda _: 1.0, **options)
-        return train_step, make_eval_step(objective, axis_name=axis_name)
+        train_step = TrainStep(objective, optimizer, lambda _: 1.0, **options)
+        return train_step, EvaluateStep(objective, axis_name=axis_name)
 
     def after(runner):
         state = runner.init_state(
@@ -159,10 +159,10 @@ def test_a_weighted_step_does_not_depend_on_how_rows_are_divided(model, params, 
         state, found = runner.step(state, runner.place_batch(batch))
         return jax.device_get((runner.gather(runner.fetch_state(state)).params, found))
 
-    whole = after(mesh_runner(make_mesh(1), *step()))
+    whole = after(MeshRunner(make_mesh(1), *step()))
     divided = {
-        "micro-batches on a mesh": mesh_runner(make_mesh(2), *step(parts=2)),
-        "pmap": pmap_runner(4, *step(axis_name=AXIS_NAME)),
+        "micro-batches on a mesh": MeshRunner(make_mesh(2), *step(parts=2)),
+        "pmap": PmapRunner(4, *step(axis_name=AXIS_NAME)),
     }
     for name, runner in divided.items():
         jax.tree.map(

@@ -21,7 +21,7 @@ from transformer.objectives.next_token import NextToken
 from transformer.ops.experts import RoutingStatistics
 from transformer.training.metrics import derive
 from transformer.training.state import create_state
-from transformer.training.step import make_train_step
+from transformer.training.step import TrainStep
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 PLAIN, EXPERTS = FeedForwardConfig(12), FeedForwardConfig(12, num_experts=4)
@@ -177,7 +177,7 @@ def test_scan_is_loop():
 def test_gradient_has_the_mean_over_micro_batches_by_weight(accumulate_steps):
     """Micro-batches of 11 and of 3 targets: each has its own losses, which count by as much."""
     objective, params, batch = make("next_token", WEIGHTS)
-    step = make_train_step(objective, KEEP_GRADIENT, lambda _: 0.0, accumulate_steps=accumulate_steps)
+    step = TrainStep(objective, KEEP_GRADIENT, lambda _: 0.0, accumulate_steps=accumulate_steps)
     state, statistics = jit(step)(create_state(params, KEEP_GRADIENT, jax.random.key(3)), batch)
     parts = [jax.tree.map(lambda x, i=i: x[i::accumulate_steps], batch) for i in range(accumulate_steps)]
     model = Decoder(model_config())

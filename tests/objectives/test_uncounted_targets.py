@@ -15,7 +15,7 @@ from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.statistics import predicted_statistics, token_statistics
 from transformer.ops.ids import check_batch_ids
-from transformer.tasks import initialize, resolve
+from transformer.parts import initialize, resolve
 from transformer.types import Batch, LabelledBatch, PairBatch, UserError
 
 ROWS, T, CLASSES = 4, 8, ("no", "yes", "perhaps")

@@ -18,11 +18,11 @@ from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.places import balanced_order
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
+from transformer.parallel.pmap import AXIS_NAME, PmapRunner
 from transformer.parallel.rules import RULES
 from transformer.training.state import create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.step import EvaluateStep, TrainStep
 from transformer.types import Batch
 
 ROWS, T, V = 32, 16, 16
@@ -98,22 +98,22 @@ def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num
     optimizer = optax.sgd(0.1, momentum=1e-30)
     objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     axis_name = AXIS_NAME if layout == "pmap" else None
-    step = make_train_step(
+    step = TrainStep(
         objective, optimizer, lambda _: 0.1, accumulate_steps=accumulate_steps, ema_decay=0.9, axis_name=axis_name
     )
-    evaluate = make_eval_step(objective, axis_name=axis_name)
+    evaluate = EvaluateStep(objective, axis_name=axis_name)
 
     def make_state(params):
         return create_state(params, optimizer, jax.random.key(1), ema=True)
 
     params = jax.device_get(scan_params(looped) if scan_layers else looped)
     if layout == "pmap":
-        runner = pmap_runner(-1, step, evaluate)
+        runner = PmapRunner(-1, step, evaluate)
     else:
         mesh = make_mesh({**LAYOUTS, **EXPERT_LAYOUTS}[layout])
         context = mesh.shape["context"]
-        order = functools.partial(balanced_order, devices=context) if context > 1 else None
-        runner = mesh_runner(mesh, step, evaluate, axes, order)
+        order = balanced_order if context > 1 else None
+        runner = MeshRunner(mesh, step, evaluate, axes, order)
     return runner, functools.partial(runner.init_state, make_state, params), make_state, params
 
 
@@ -219,7 +219,7 @@ def test_state_made_on_a_mesh_is_that_of_one_device():
         params, _ = init_params(model, jax.random.key(3))
         return create_state(params, optax.adam(0.1), jax.random.key(1), ema=True)
 
-    runner = mesh_runner(make_mesh(LAYOUTS["fsdp_tensor"]), lambda s, b: (s, {}), lambda p, c, b: (c, {}), axes)
+    runner = MeshRunner(make_mesh(LAYOUTS["fsdp_tensor"]), lambda s, b: (s, {}), lambda p, c, b: (c, {}), axes)
     state = runner.init_state(make_state)
     expected = make_state()
     assert jax.tree.map(lambda x: x.shape, state.params) == jax.tree.map(lambda x: x.shape, shapes)

@@ -17,9 +17,9 @@ from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.ops.places import balanced_order
 from transformer.optimizers.adamw import AdamW
-from transformer.parallel.mesh import batch_sharding, make_mesh, mesh_runner, num_row_shards, process_rows
+from transformer.parallel.mesh import MeshRunner, batch_sharding, make_mesh, num_row_shards, process_rows
 from transformer.parallel.rules import AXES, RULES, Sharding, tree_shardings
-from transformer.steps import check_devices
+from transformer.parts import check_devices
 from transformer.types import UserError
 
 
@@ -191,7 +191,7 @@ def test_a_mesh_of_the_callers_changes_nothing():
 
 def test_rows_are_dealt_to_the_ring_in_order():
     mesh = make_mesh({"data": 2, "context": 4})
-    runner = mesh_runner(mesh, lambda s, b: (s, {}), lambda p, c, b: (c, {}), None, lambda n: balanced_order(n, 4))
+    runner = MeshRunner(mesh, lambda s, b: (s, {}), lambda p, c, b: (c, {}), None, balanced_order)
     batch = {"inputs": np.arange(32).reshape(2, 16), "rows": np.arange(2)}
     placed = runner.place_batch(batch)
     np.testing.assert_array_equal(placed["inputs"], batch["inputs"][:, balanced_order(16, 4)])

@@ -16,14 +16,14 @@ from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
 from transformer.optimizers.adamw import AdamW
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner, replicate, unreplicate
+from transformer.parallel.mesh import MeshRunner, make_mesh
+from transformer.parallel.pmap import AXIS_NAME, PmapRunner, replicate, unreplicate
 from transformer.parallel.runner import check_divisible, choose_devices
 from transformer.schedules.constant import ConstantSchedule
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.step import EvaluateStep, TrainStep
 from transformer.types import Batch, UserError
 
 ROWS, T, V = 16, 8, 13
@@ -46,14 +46,14 @@ def make_runner(kind, accumulate_steps=2, memory_length=0, num_experts=0):
     optimizer, schedule = make_optimizer(config, 10, params)
     objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     axis_name = AXIS_NAME if kind == "pmap" else None
-    step = make_train_step(
+    step = TrainStep(
         objective, optimizer, schedule, accumulate_steps=accumulate_steps, ema_decay=0.9, axis_name=axis_name
     )
-    evaluate = make_eval_step(objective, axis_name=axis_name)
+    evaluate = EvaluateStep(objective, axis_name=axis_name)
     runner = (
-        pmap_runner(0, step, evaluate)
+        PmapRunner(0, step, evaluate)
         if kind == "pmap"
-        else mesh_runner(make_mesh(1 if kind == "one" else 0), step, evaluate)
+        else MeshRunner(make_mesh(1 if kind == "one" else 0), step, evaluate)
     )
     return runner, create_state(params, optimizer, jax.random.key(1), carry=objective.init_carry(ROWS), ema=True)
 
@@ -228,8 +228,8 @@ def test_dropout_under_pmap_differs_between_devices():
         ._replace(weight=lambda batch: jnp.float32(1.0), loss=loss)
     )
     optimizer = optax.sgd(0.0)
-    step = make_train_step(objective, optimizer, lambda _: 0.0, axis_name=AXIS_NAME)
-    runner = pmap_runner(0, step, lambda params, carry, batch: (carry, {}))
+    step = TrainStep(objective, optimizer, lambda _: 0.0, axis_name=AXIS_NAME)
+    runner = PmapRunner(0, step, lambda params, carry, batch: (carry, {}))
     state = create_state(jnp.ones(()), optimizer, jax.random.key(0))
     _, statistics = runner.step(runner.place_state(state), runner.place_batch(np.ones((8, 1), np.float32)))
     mean, square = float(statistics["noise"]) / 8, float(statistics["square"]) / 8
@@ -241,7 +241,7 @@ def test_micro_batches_stay_on_their_device():
     model, params = model_and_params()
     objective = NextToken().bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     optimizer = optax.sgd(0.1)
-    step = make_train_step(objective, optimizer, lambda _: 0.1, accumulate_steps=2)
+    step = TrainStep(objective, optimizer, lambda _: 0.1, accumulate_steps=2)
     mesh = make_mesh()
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -13,12 +13,11 @@ from transformer.cli import plan as command
 from transformer.cli.arguments import parse_config
 from transformer.cli.options import OPTIONS
 from transformer.parallel.mesh import make_mesh
+from transformer.parts import StandIn, Steps, count_parameters
 from transformer.planning.chips import CHIPS, Topology, find_topology
-from transformer.planning.plan import StandIn, _links, _memory_error, _seconds, least_network_bytes
+from transformer.planning.plan import _links, _memory_error, _seconds, least_network_bytes
 from transformer.planning.program import Collective
 from transformer.planning.search import candidates, search
-from transformer.steps import make_steps
-from transformer.tasks import count_parameters
 from transformer.types import UserError
 
 CONFIG = "configs/gpt2_124m.py:debug"
@@ -156,7 +155,7 @@ def test_what_a_compiler_says_of_memory_is_understood(message):
 def test_the_least_to_send_is_of_parts_where_they_are_shared():
     config = get_config_of(8, "--parallel.data", "4", "--parallel.fsdp", "2")
     mesh = make_mesh(config.parallel.sizes)
-    steps = make_steps(config, StandIn(512), mesh)
+    steps = Steps(config, StandIn(512), mesh)
     bytes_of = 4 * count_parameters(steps.state.params)
     whole = 4 * sum(x.size for x in jax.tree.leaves(steps.state.params) if x.sharding.is_fully_replicated)
     shared = bytes_of - whole

@@ -11,10 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.parallel.mesh import make_mesh
-from transformer.planning.plan import StandIn
+from transformer.parts import StandIn, Steps
 from transformer.planning.program import Collective, read_program
-from transformer.steps import make_steps
-from transformer.tasks import count_step
 from transformer.training.flops import traced_flops
 from transformer.types import Batch
 
@@ -225,7 +223,7 @@ def steps_of(num_layers=2, scan_layers=True, window=0, remat="none", implementat
         ),
         data=DataConfig(sequence_length=32, batch_size=8),
     )
-    return config, make_steps(config, StandIn(64), make_mesh(1))
+    return Steps(config, StandIn(64), make_mesh(1))
 
 
 def shapes(length=32):
@@ -234,11 +232,8 @@ def shapes(length=32):
 
 
 def test_products_of_the_step_are_those_of_the_count():
-    config, steps = steps_of()
-    assert (
-        traced_flops(steps.train_step, steps.state, shapes())
-        == count_step(config, steps.state.params, shapes()).products
-    )
+    steps = steps_of()
+    assert traced_flops(steps.train_step, steps.state, shapes()) == steps.parts.count_step(shapes()).products
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -15,9 +15,9 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.seq2seq import Seq2Seq
+from transformer.parts import Parts, StandIn
 from transformer.runs import donor as module
 from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
-from transformer.tasks import initialize
 from transformer.tokenizer import TOKENIZERS
 from transformer.types import UserError
 
@@ -103,11 +103,11 @@ def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
         model=ModelConfig(vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2),
         objective=Classification(),
     )
-    model = config.objective.make_model(config.model)
-    given = jax.tree.map(lambda x: x + 1, initialize(config.objective, model, jax.random.key(7))[0])
+    parts = Parts(config, StandIn(9))
+    given = jax.tree.map(lambda x: x + 1, parts.init_params(jax.random.key(7)))
     monkeypatch.setattr(module, "read_run", lambda directory, read, step: (5, given))
     donor = donor_of(DataConfig(), class_names=there)._replace(path="there", config=config)
-    params, notes = inherit_params(config, model, donor, ("neg", "pos") if there else ())
+    params, notes = inherit_params(config, parts, donor, ("neg", "pos") if there else ())
     kernel = np.asarray(params["classifier"]["kernel"])
     assert np.array_equal(kernel, given["classifier"]["kernel"]) == taken
     assert ("fresh: classifier/kernel" in notes) != taken

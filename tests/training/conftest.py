@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from transformer.optimizers.adamw import AdamW
-from transformer.parallel.mesh import make_mesh, mesh_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
 from transformer.schedules.cosine import CosineSchedule
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.step import EvaluateStep, TrainStep
 from transformer.types import Batch, Loss
 
 V, D, H, K, F, T = 11, 8, 2, 4, 16, 6
@@ -121,15 +121,19 @@ def make_runner(devices=1, steps=30, dropout=0.25, schedule=None, **optimizer):
     )
     transform, rates = make_optimizer(config, steps, make_params())
     objective = make_objective(dropout)
-    step = make_train_step(
-        objective, transform, rates, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay
-    )
-    runner = mesh_runner(make_mesh(devices), step, make_eval_step(objective))
+    step = TrainStep(objective, transform, rates, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
+    runner = MeshRunner(make_mesh(devices), step, EvaluateStep(objective))
     return runner, lambda: create_state(make_params(), transform, jax.random.key(7), ema=config.ema_decay > 0)
 
 
 @pytest.fixture(scope="session")
 def toy():
     return types.SimpleNamespace(
-        params=make_params, objective=make_objective, batch=make_batch, Batches=Batches, runner=make_runner, rows=8, T=T
+        params=make_params,
+        objective=make_objective,
+        batch=make_batch,
+        Batches=Batches,
+        runner=make_runner,
+        rows=8,
+        T=T,
     )

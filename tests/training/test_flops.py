@@ -1,5 +1,7 @@
 """Operations of a step against arithmetic on the config, written out here, and against JAX's own gradients."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,8 @@ from transformer.ops.poolings.attention import AttentionPooling
 from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
-from transformer.tasks import StandIn, count_step, initialize, training_runtime
+from transformer.parts import Parts, StandIn, training_runtime
 from transformer.training.flops import count_flops, step_flops, traced_flops
-from transformer.training.optimizer import freeze
 from transformer.types import Batch, LabelledBatch, PairBatch
 
 ROWS, LENGTH, SOURCE, VOCAB, CLASSES = 3, 40, 28, 97, 5
@@ -72,17 +73,17 @@ def make(kind, *, objective=None, optimizer=None, **settings):
         objective=OBJECTIVES.find(kind)(**(objective or {})),
         optimizer=optimizer or AdamW(),
     )
-    params, _ = initialize(config.objective, config.objective.make_model(model), None)
+    parts = Parts(config, StandIn(VOCAB))
 
     def ids(*shape, dtype=np.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     row, weights = ids(ROWS, LENGTH), ids(ROWS, LENGTH, dtype=np.float32)
     if config.objective.num_stacks == 2:
-        return config, params, PairBatch(ids(ROWS, SOURCE), ids(ROWS, SOURCE), row, row, weights, row)
+        return parts, PairBatch(ids(ROWS, SOURCE), ids(ROWS, SOURCE), row, row, weights, row)
     if kind == "classification":
-        return config, params, LabelledBatch(row, row, ids(ROWS), ids(ROWS, dtype=np.float32))
-    return config, params, Batch(row, row, weights, row, row)
+        return parts, LabelledBatch(row, row, ids(ROWS), ids(ROWS, dtype=np.float32))
+    return parts, Batch(row, row, weights, row, row)
 
 
 def pairs(attention, queries, earlier, *, causal, prefix):
@@ -148,14 +149,18 @@ def expected_flops(config):
 @pytest.mark.parametrize("name", MODELS)
 def test_operations_are_those_of_arithmetic(name):
     kind, settings = MODELS[name]
-    config, params, batch = make(kind, **settings)
-    assert count_step(config, params, batch).total == pytest.approx(expected_flops(config), rel=0.01)
+    parts, batch = make(kind, **settings)
+    assert parts.count_step(batch).total == pytest.approx(expected_flops(parts.config), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
 def test_unequal_blocks_count_in_any_order(kind):
-    counts = {count_step(*make(kind, pattern=pattern)).total for pattern in ((WIDE, NARROW), (NARROW, WIDE))}
+    counts = {counted(*make(kind, pattern=pattern)).total for pattern in ((WIDE, NARROW), (NARROW, WIDE))}
     assert len(counts) == 1
+
+
+def counted(parts, batch):
+    return parts.count_step(batch)
 
 
 def gradient(objective, key):
@@ -175,12 +180,10 @@ def gradient(objective, key):
 @pytest.mark.parametrize("name", ["unequal", "transformer_xl", "masked, experts", "classes", "pairs, two vocabularies"])
 def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
     kind, settings = MODELS[name]
-    config, params, batch = make(kind, optimizer=AdamW(parameter_groups=groups), **settings)
-    objective = config.objective.bind(config.objective.make_model(config.model), StandIn(VOCAB))
-    objective = freeze(objective, config.optimizer, params)
-    carry = jax.eval_shape(lambda: objective.init_carry(ROWS))
-    traced = traced_flops(gradient(objective, jax.random.key(0)), params, carry, batch)
-    assert count_step(config, params, batch).products == traced
+    parts, batch = make(kind, optimizer=AdamW(parameter_groups=groups), **settings)
+    carry = jax.eval_shape(lambda: parts.loss.init_carry(ROWS))
+    traced = traced_flops(gradient(parts.loss, jax.random.key(0)), parts.shapes, carry, batch)
+    assert parts.count_step(batch).products == traced
 
 
 SAVED = {
@@ -194,19 +197,16 @@ SAVED = {
 @pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED)
 def test_saving_memory_changes_no_count_of_any_objective(settings):
     """Of the objective that is trained, not only of the plain one that `count_step` makes of it."""
-    config, params, batch = make(
-        "next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings
-    )
-    model = config.objective.make_model(config.model, training_runtime(True))
-    counted = step_flops(config.objective.bind(model, StandIn(VOCAB)), params, batch)
-    assert counted == count_step(config, params, batch)
-    plain = make("next_token", num_layers=4, pattern=(WIDE, EXPERTS))
-    assert counted == count_step(*plain)
+    parts, batch = make("next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings)
+    trained = dataclasses.replace(parts, runtime=training_runtime(True))
+    found = step_flops(trained.loss, trained.shapes, batch)
+    assert found == parts.count_step(batch) == trained.count_step(batch)
+    assert found == counted(*make("next_token", num_layers=4, pattern=(WIDE, EXPERTS)))
 
 
 def test_parts_that_are_filled_up_do_not_count():
     whole, parts = (make("masked_lm", objective={"loss_chunks": chunks}) for chunks in (1, 4))
-    assert count_step(*parts) == count_step(*whole), "6 hidden tokens in 4 parts are 8"
+    assert counted(*parts) == counted(*whole), "6 hidden tokens in 4 parts are 8"
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise", "splash", "auto"])

@@ -10,7 +10,7 @@ from transformer.layers.scan_params import loop_params, scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
-from transformer.parallel.mesh import make_mesh, mesh_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
 from transformer.training.checkpoint import Checkpointer, load_params
 from transformer.training.state import create_state
 from transformer.types import UserError
@@ -47,7 +47,7 @@ def make_state(params):
 
 def runner_of(sizes, scan_layers):
     shapes, axes = init_params(model(scan_layers), None)
-    runner = mesh_runner(make_mesh(sizes), lambda s, b: (s, {}), lambda p, c, b: (c, {}), axes)
+    runner = MeshRunner(make_mesh(sizes), lambda s, b: (s, {}), lambda p, c, b: (c, {}), axes)
     return runner, runner.abstract_state(jax.eval_shape(make_state, shapes))
 
 

@@ -1,6 +1,7 @@
 """The loop: rows, evaluation, samples, checkpoints, resuming and stopping, in the order and number that were asked for."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -24,6 +25,13 @@ from transformer.training.writers import JsonlWriter, read_jsonl
 from transformer.types import Interrupted, UserError
 
 STEPS = 23
+
+
+def with_step(runner, step):
+    """The runner with another step; the one that is given stays."""
+    other = copy.copy(runner)
+    other.step = step
+    return other
 
 
 class Accident(Exception):
@@ -211,7 +219,7 @@ def test_statistics_are_read_one_step_late(toy, tmp_path):
             log.append(f"step {int(state.step)}")
             return state, {**statistics, "weight": Reading(log, int(state.step))}
 
-        return runner._replace(step=step)
+        return with_step(runner, step)
 
     Run(toy, tmp_path, runner=spy).start(steps=4, log_every=1, checkpoint_every=0, evaluators={})
     assert log == ["step 1", "step 2", "read 1", "step 3", "read 2", "step 4", "read 3", "read 4"]
@@ -226,7 +234,7 @@ def test_no_row_has_a_speed_that_cannot_be(toy, tmp_path, every):
             time.sleep(0.05)
             return jax.block_until_ready(runner.step(state, batch))
 
-        return runner._replace(step=step)
+        return with_step(runner, step)
 
     run = Run(toy, tmp_path, runner=slow)
     run.start(steps=5, log_every=every, eval_every=3, checkpoint_every=0)
@@ -437,7 +445,7 @@ def spoil(step, name, value):
             state, statistics = runner.step(state, batch)
             return state, {**statistics, name: jnp.float32(value)} if now == step else statistics
 
-        return runner._replace(step=run_step)
+        return with_step(runner, run_step)
 
     return wrap
 
@@ -472,7 +480,7 @@ def test_parameters_that_are_not_finite_are_not_saved(toy, tmp_path):
                 state = state._replace(params=params)
             return state, statistics
 
-        return runner._replace(step=run_step)
+        return with_step(runner, run_step)
 
     run = Run(toy, tmp_path, runner=wrap)
     with pytest.raises(UserError, match="The parameters must be finite, they are not at step 10"):

@@ -20,8 +20,8 @@ from transformer.objectives.next_token import NextToken
 from transformer.ops.losses import cross_entropy
 from transformer.optimizer import OPTIMIZERS
 from transformer.optimizers.adamw import AdamW
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
+from transformer.parallel.pmap import AXIS_NAME, PmapRunner
 from transformer.schedules.cosine import CosineSchedule
 from transformer.training.checkpoint import Checkpointer, describe
 from transformer.training.folders import committed_steps
@@ -30,7 +30,7 @@ from transformer.training.loss_scale import INITIAL, LARGEST, PERIOD, LossScale,
 from transformer.training.metrics import TIMINGS
 from transformer.training.optimizer import make_optimizer
 from transformer.training.state import TrainState, create_state
-from transformer.training.step import make_eval_step, make_train_step, update_ema
+from transformer.training.step import EvaluateStep, TrainStep, update_ema
 from transformer.training.writers import JsonlWriter, read_jsonl
 from transformer.types import Batch, Loss, UserError
 
@@ -93,7 +93,7 @@ def compiled_step(optimizer, accumulate_steps):
     transform, schedule = make_optimizer(
         OPTIMIZERS.find(optimizer)(schedule=CosineSchedule(warmup_steps=9)), 10, make_params()
     )
-    step = make_train_step(make_objective(), transform, schedule, accumulate_steps=accumulate_steps, ema_decay=0.5)
+    step = TrainStep(make_objective(), transform, schedule, accumulate_steps=accumulate_steps, ema_decay=0.5)
     return jax.jit(step), transform
 
 
@@ -136,7 +136,7 @@ def test_a_good_step_changes_everything_and_keeps_the_scale():
 
 
 def test_skipped_steps_are_none_to_the_average():
-    step = make_train_step(make_objective(), optax.sgd(0.1), lambda _: 0.1, ema_decay=0.5)
+    step = TrainStep(make_objective(), optax.sgd(0.1), lambda _: 0.1, ema_decay=0.5)
     state = create_state(
         make_params(), optax.sgd(0.1), jax.random.key(1), ema=True, loss_scale=loss_scale(skipped_steps=3)
     )
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_its_carry_goes_on():
         return (loss_sum, weight), (new_carry, {"objective": loss_sum + carry[0]})  # which has no gradient
 
     optimizer = optax.sgd(0.1)
-    step = jax.jit(make_train_step(objective._replace(loss=loss), optimizer, lambda _: 0.1))
+    step = jax.jit(TrainStep(objective._replace(loss=loss), optimizer, lambda _: 0.1))
     for first, skipped in ((jnp.inf, 1), (5.0, 0)):
         carry = jnp.array([first, 2.0])
         state = create_state(make_params(), optimizer, jax.random.key(1), carry=carry, loss_scale=loss_scale(64.0))
@@ -189,7 +189,7 @@ def gradient(dtype, scale):
     model = Decoder(ModelConfig(vocab_size=V, num_layers=1, embed_dim=D, pattern=(block,), dtype=dtype))
     objective = NextToken().bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
     objective = objective._replace(weight=lambda batch: jnp.float32(1e7))
-    step = make_train_step(objective, KEEP_GRADIENT, lambda _: 0.0)
+    step = TrainStep(objective, KEEP_GRADIENT, lambda _: 0.0)
     params = init_params(model, jax.random.key(0))[0]
     state = create_state(params, KEEP_GRADIENT, jax.random.key(1), loss_scale=scale)
     return jax.jit(step)(state, make_batch())[0].opt_state["decoder"]["blocks"]["block_0"]
@@ -239,7 +239,7 @@ def test_without_float16_state_and_program_have_no_trace_of_it(dtype):
         return TrainState(state.step + 1, params, opt_state, (), state.key, ema_params), statistics
 
     def step(state, batch):
-        return make_train_step(objective, optimizer, lambda _: 0.1, ema_decay=0.5)(state, batch)
+        return TrainStep(objective, optimizer, lambda _: 0.1, ema_decay=0.5)(state, batch)
 
     plain.__name__ = step.__name__
     texts = [jax.jit(f).lower(state, make_batch()).as_text() for f in (step, plain)]
@@ -261,12 +261,12 @@ def trained(kind, accumulate_steps):
     params = make_params()
     optimizer, axis_name = optax.sgd(0.5), AXIS_NAME if kind == "pmap" else None
     options = {"accumulate_steps": accumulate_steps, "ema_decay": 0.5, "axis_name": axis_name}
-    step = make_train_step(make_objective(), optimizer, lambda _: 0.5, **options)
-    evaluate = make_eval_step(make_objective(), axis_name=axis_name)
+    step = TrainStep(make_objective(), optimizer, lambda _: 0.5, **options)
+    evaluate = EvaluateStep(make_objective(), axis_name=axis_name)
     if kind == "pmap":
-        runner = pmap_runner(0, step, evaluate)
+        runner = PmapRunner(0, step, evaluate)
     else:
-        runner = mesh_runner(make_mesh(1 if kind == "one" else 0), step, evaluate)
+        runner = MeshRunner(make_mesh(1 if kind == "one" else 0), step, evaluate)
     state = runner.place_state(create_state(params, optimizer, jax.random.key(1), ema=True, loss_scale=loss_scale()))
     scales = []
     for count, spoilt_row in enumerate((None, 5, None, None)):
@@ -322,8 +322,8 @@ class Batches:
 def loop_runner():
     params = make_params()
     transform, schedule = make_optimizer(AdamW(learning_rate=0.01), 20, params)
-    step = make_train_step(make_objective(), transform, schedule, ema_decay=0.9, accumulate_steps=2)
-    return mesh_runner(make_mesh(1), step, make_eval_step(make_objective())), transform
+    step = TrainStep(make_objective(), transform, schedule, ema_decay=0.9, accumulate_steps=2)
+    return MeshRunner(make_mesh(1), step, EvaluateStep(make_objective())), transform
 
 
 def run_loop(directory, spoilt, *, steps=20, scale=INITIAL, hooks=()):

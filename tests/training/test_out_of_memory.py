@@ -74,7 +74,8 @@ def test_wherever_memory_runs_out_in_a_run(config, tmp_path, monkeypatch, moment
         # Of these tests only the first state is compiled.
         steps = {"step": lambda state, batch: (state, {}), moment: fail}
         monkeypatch.setattr(runs_train.loop._Report, "settle", lambda self: None)
-        return run._replace(runner=run.runner._replace(**steps))
+        vars(run.runner).update(steps)
+        return run
 
     monkeypatch.setattr(runs_train, "peak_flops", lambda *_: 0.0)
     monkeypatch.setattr(runs_train, "make_run", fail if moment == "make_run" else make_run)

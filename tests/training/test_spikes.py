@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from transformer.config import TrainingConfig
-from transformer.parallel.mesh import make_mesh, mesh_runner
-from transformer.parallel.pmap import AXIS_NAME, pmap_runner
+from transformer.parallel.mesh import MeshRunner, make_mesh
+from transformer.parallel.pmap import AXIS_NAME, PmapRunner
 from transformer.training.checkpoint import Checkpointer, describe
 from transformer.training.loop import train
 from transformer.training.loss_scale import LossScale
 from transformer.training.spikes import FEWEST, WINDOW, Spikes, make_spikes, skip_spike
 from transformer.training.state import TrainState, create_state
-from transformer.training.step import make_eval_step, make_train_step
+from transformer.training.step import EvaluateStep, TrainStep
 from transformer.training.writers import JsonlWriter, read_jsonl
 from transformer.types import Loss, UserError
 
@@ -59,7 +59,7 @@ def make(kind="one", accumulate_steps=1, factor=FACTOR, float16=False):
     """A runner, and a function that makes the first state."""
     axis_name = AXIS_NAME if kind == "pmap" else None
     optimizer = optax.adam(lambda count: 0.1 / (1 + count))
-    step = make_train_step(
+    step = TrainStep(
         OBJECTIVE,
         optimizer,
         lambda count: 0.1 / (1 + count),
@@ -68,11 +68,11 @@ def make(kind="one", accumulate_steps=1, factor=FACTOR, float16=False):
         skip_spikes=factor,
         axis_name=axis_name,
     )
-    evaluate = make_eval_step(OBJECTIVE, axis_name=axis_name)
+    evaluate = EvaluateStep(OBJECTIVE, axis_name=axis_name)
     if kind == "pmap":
-        runner = pmap_runner(2, step, evaluate)
+        runner = PmapRunner(2, step, evaluate)
     else:
-        runner = mesh_runner(make_mesh(1 if kind == "one" else 2), step, evaluate)
+        runner = MeshRunner(make_mesh(1 if kind == "one" else 2), step, evaluate)
 
     def state():
         scale = LossScale(jnp.float32(8), jnp.int32(0), jnp.int32(0)) if float16 else ()
@@ -193,7 +193,7 @@ def test_off_there_is_no_trace_in_state_and_program():
     assert state().spikes == () and not [name for name in describe(state()) if "spike" in name]
     batch = runner.place_batch(next(Batches()))
     texts = [r.lower(runner.place_state(s()), batch).as_text() for r, s in ((runner, state), make(factor=0.0))]
-    bare = make_train_step(OBJECTIVE, optax.adam(0.1), lambda _: 0.1)
+    bare = TrainStep(OBJECTIVE, optax.adam(0.1), lambda _: 0.1)
     jaxpr = str(jax.make_jaxpr(bare)(create_state({"w": jnp.ones(3)}, optax.adam(0.1), jax.random.key(0)), batch))
     assert texts[0] == texts[1] and "sort" not in texts[0] and "sort" not in jaxpr
     on = make()

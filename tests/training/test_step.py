@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from transformer.training.state import create_state, evaluation_params
-from transformer.training.step import make_eval_step, make_train_step, update_ema
+from transformer.training.step import EvaluateStep, TrainStep, update_ema
 
 # "Updates" nothing and keeps the gradient as its state.
 KEEP_GRADIENT = optax.GradientTransformation(
@@ -20,7 +20,7 @@ def constant(_):
 
 
 def run(toy, batch, *, dropout=0.0, step_number=0, **options):
-    step = make_train_step(toy.objective(dropout), KEEP_GRADIENT, constant, **options)
+    step = TrainStep(toy.objective(dropout), KEEP_GRADIENT, constant, **options)
     state = create_state(toy.params(), KEEP_GRADIENT, jax.random.key(3))
     state = state._replace(step=jnp.int32(step_number))
     return jax.jit(step)(state, batch)
@@ -83,7 +83,7 @@ def test_micro_batches_have_their_own_randomness(toy):
         return toy.objective(0.5).loss(params, carry, micro_batch, key, train)
 
     objective = toy.objective()._replace(loss=record)
-    step = make_train_step(objective, KEEP_GRADIENT, constant, accumulate_steps=2)
+    step = TrainStep(objective, KEEP_GRADIENT, constant, accumulate_steps=2)
     with jax.disable_jit():
         step(create_state(toy.params(), KEEP_GRADIENT, jax.random.key(3)), batch)
     keys = {tuple(jax.random.key_data(key).tolist()) for key in seen[-2:]}
@@ -100,7 +100,7 @@ def test_micro_batches_are_strided_and_carry_goes_with_its_rows(toy):
         return (x, jnp.float32(batch.size)), (carry * 10 + batch, {})
 
     objective = toy.objective()._replace(loss=loss, weight=lambda batch: jnp.float32(batch.size))
-    step = make_train_step(objective, optax.sgd(0.0), constant, accumulate_steps=2)
+    step = TrainStep(objective, optax.sgd(0.0), constant, accumulate_steps=2)
     params = {"w": jnp.ones(())}
     state = create_state(params, optax.sgd(0.0), jax.random.key(0), carry=jnp.arange(4.0))
     with jax.disable_jit():
@@ -113,7 +113,7 @@ def test_ema_is_the_recurrence(toy):
     """By hand in float64, with the decay bounded by (1 + t) / (10 + t)."""
     optimizer = optax.sgd(0.5)
     # Donated, which fails if the average shares the buffers of the parameters it starts from.
-    step = jax.jit(make_train_step(toy.objective(), optimizer, constant, ema_decay=0.3), donate_argnums=0)
+    step = jax.jit(TrainStep(toy.objective(), optimizer, constant, ema_decay=0.3), donate_argnums=0)
     state = create_state(toy.params(), optimizer, jax.random.key(0), ema=True)
     average = np.asarray(state.params["block"]["up"]["kernel"], np.float64)
     for count in range(6):
@@ -137,7 +137,7 @@ def test_without_ema_parameters_are_scored(toy):
 
 
 def test_eval_step_has_no_dropout_and_sums(toy):
-    evaluate = jax.jit(make_eval_step(toy.objective(0.5)))
+    evaluate = jax.jit(EvaluateStep(toy.objective(0.5)))
     halves = [jax.tree.map(lambda x, part=part: x[part::2], toy.batch()) for part in (0, 1)]
     _, whole = evaluate(toy.params(), (), toy.batch())
     parts = [evaluate(toy.params(), (), half)[1] for half in halves]

@@ -9,9 +9,8 @@ from rich.text import Text
 from transformer.config import Config
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
+from transformer.parts import count_parameters
 from transformer.runs.recipe import Run, make_run
-from transformer.steps import make_steps
-from transformer.tasks import count_parameters
 from transformer.terminal import make_console, printable
 
 _ROWS = 4
@@ -36,7 +35,7 @@ def main(config: Config) -> None:
 
 def _print_parameters(console: Console, run: Run) -> None:
     config = run.config
-    params, axes = run.state.params, make_steps(run.config, run.tokenizer).axes
+    params, axes = run.state.params, run.steps.parts.axes
     shardings = parameter_shardings(make_mesh(config.parallel.sizes), axes, params)
     table = Table(
         Column("parameter", overflow="fold"),

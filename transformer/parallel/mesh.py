@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.parallel.rules import AXES, RULES, axes_in, tree_shardings
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
+from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
 
@@ -104,118 +105,156 @@ def whole_copy(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
 
 
-def mesh_runner(
-    mesh: Mesh,
-    train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
-    axes: PyTree | None = None,
-    row_order: Callable[[int], np.ndarray] | None = None,
-) -> Runner:
-    """Run the steps with the batch, the carry and the state spread over `mesh`.
+class MeshRunner(Runner):
+    """Runs the steps with the batch, the carry and the state spread over a mesh.
 
     The arithmetic is that of one device: XLA inserts the exchanges between devices.
 
     Args:
         mesh: of `make_mesh`.
-        train_step: of `make_train_step`.
-        evaluate_step: of `make_eval_step`.
+        train_step: `TrainStep`.
+        evaluate_step: `EvaluateStep`.
         axes: the parameters' logical names (`init_params`); None leaves a whole copy of the state on every device.
-        row_order: length -> the places of a row in the order in which the devices along `context` hold them; None leaves
-            rows as they are.
+        row_order: as for `make`.
     """
-    rows, whole = batch_sharding(mesh), replicated_sharding(mesh)
-    index, count = process_rows(mesh, jax.process_index()) if _is_local(mesh) else (0, 1)
-    programs: dict[str, Any] = {}
 
-    def shardings(tree: PyTree) -> PyTree:
-        rest, carry = carry_apart(tree)
-        return with_carry(tree_shardings(mesh, axes, rest), jax.tree.map(lambda _: rows, carry))
+    def __init__(
+        self,
+        mesh: Mesh,
+        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        axes: PyTree | None = None,
+        row_order: Callable[[int, int], np.ndarray] | None = None,
+    ) -> None:
+        super().__init__()
+        self._mesh, self._axes = mesh, axes
+        self._row_order = row_order if mesh.shape["context"] > 1 else None
+        self._train_step, self._evaluate_step = train_step, evaluate_step
+        self._rows, self._whole = batch_sharding(mesh), replicated_sharding(mesh)
+        self._train: Any = None
+        self._evaluate: Any = None
+        self.num_devices = mesh.size
+        self.feeds = process_rows(mesh, jax.process_index()) if _is_local(mesh) else (0, 1)
 
-    def batch_shardings(batch: Any) -> Any:
-        return jax.tree.map(lambda x: batch_sharding(mesh, min(x.ndim, 2)), batch)
+    @classmethod
+    def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
+        """Rows over all axes that share a batch, places over `context`."""
+        mesh = mesh or make_mesh(config.sizes)
+        return num_row_shards(mesh), mesh.shape["context"]
 
-    def train_apart(state: Any, carry: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
-        state, statistics = train_step(with_carry(state, carry), batch)
-        return *carry_apart(state), statistics
+    @classmethod
+    def check_memory(cls) -> None:
+        """It is spread with the rows."""
 
-    def train_program(state: Any, batch: Any) -> Any:
-        if "train" not in programs:
-            spread, carry = carry_apart(shardings(state))
-            programs["train"] = jax.jit(
-                train_apart,
-                in_shardings=(spread, carry, batch_shardings(batch)),
-                out_shardings=(spread, carry, whole),
-                donate_argnums=(0, 1),
-            )
-        return programs["train"]
+    @classmethod
+    def make(
+        cls,
+        config: ParallelConfig,
+        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        *,
+        mesh: Mesh | None = None,
+        axes: PyTree | None = None,
+        row_order: Callable[[int, int], np.ndarray] | None = None,
+    ) -> "MeshRunner":
+        """Over the mesh that is given, or of the config's axes."""
+        return cls(mesh or make_mesh(config.sizes), train_step, evaluate_step, axes, row_order)
 
-    def step(state: Any, batch: Any) -> tuple[Any, Statistics]:
+    # ---- The steps ---------------------------------------------------------------------------------------------------
+
+    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+        """The buffers of the state and of its carry are used again."""
         # Without the mesh in context, constraints are silently ignored.
-        with jax.set_mesh(mesh):
-            state, carry, statistics = train_program(state, batch)(*carry_apart(state), batch)
+        with jax.set_mesh(self._mesh):
+            state, carry, statistics = self._train_program(state, batch)(*carry_apart(state), batch)
         return with_carry(state, carry), statistics
 
-    def lower(state: Any, batch: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return train_program(state, batch).lower(*carry_apart(state), batch)
+    def lower(self, state: Any, batch: Any) -> Any:
+        """For the devices of the mesh, be they present or not."""
+        with jax.set_mesh(self._mesh):
+            return self._train_program(state, batch).lower(*carry_apart(state), batch)
 
-    def run_evaluate_step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        if "evaluate" not in programs:
-            spread = (tree_shardings(mesh, axes, params), rows, batch_shardings(batch))
-            programs["evaluate"] = jax.jit(evaluate_step, in_shardings=spread, out_shardings=(rows, whole))
-        with jax.set_mesh(mesh):
-            return programs["evaluate"](params, carry, batch)
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        """Parameters are spread as those of the state."""
+        if self._evaluate is None:
+            spread = (tree_shardings(self._mesh, self._axes, params), self._rows, self._batch_shardings(batch))
+            self._evaluate = jax.jit(self._evaluate_step, in_shardings=spread, out_shardings=(self._rows, self._whole))
+        with jax.set_mesh(self._mesh):
+            return self._evaluate(params, carry, batch)
 
-    def init_state(make: Callable[..., Any], *arguments: PyTree) -> Any:
+    def _train_program(self, state: Any, batch: Any) -> Any:
+        if self._train is None:
+            spread, carry = carry_apart(self._shardings(state))
+            self._train = jax.jit(
+                self._train_apart,
+                in_shardings=(spread, carry, self._batch_shardings(batch)),
+                out_shardings=(spread, carry, self._whole),
+                donate_argnums=(0, 1),
+            )
+        return self._train
+
+    def _train_apart(self, state: Any, carry: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
+        state, statistics = self._train_step(with_carry(state, carry), batch)
+        return *carry_apart(state), statistics
+
+    # ---- Between host and devices ------------------------------------------------------------------------------------
+
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+        """One program makes every device's part."""
         # With several processes, JAX takes no arrays of the host that it would have to cut.
-        given = [place_state(argument) for argument in arguments]
-        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments)))(*given)
+        given = [self.place_state(argument) for argument in arguments]
+        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make, *arguments)))(*given)
 
-    def abstract_state(tree: PyTree) -> PyTree:
+    def abstract_state(self, tree: PyTree) -> PyTree:
+        """With the shardings of the parameters and of what has their names."""
         return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree)
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, self._shardings(tree)
         )
 
-    def place_state(tree: PyTree) -> PyTree:
-        def place(x: Any, sharding: NamedSharding) -> jax.Array:
-            if isinstance(x, jax.Array) and x.sharding == sharding:
-                return x
-            # Device by device: `device_put` to them all would reuse the buffer it is given as one of the copies, and
-            # the step, which donates its state, would take it from the caller.
-            parts = sharding.addressable_devices_indices_map(x.shape)
-            pieces = [jax.device_put(x[part], device, may_alias=False) for device, part in parts.items()]
-            return jax.make_array_from_single_device_arrays(x.shape, sharding, pieces)
+    def place_state(self, tree: PyTree) -> PyTree:
+        """Each device is given its part."""
+        return jax.tree.map(_place, tree, self._shardings(tree))
 
-        return jax.tree.map(place, tree, shardings(tree))
+    def place_batch(self, tree: PyTree) -> PyTree:
+        """Its rows are a part of those of all processes."""
+        return jax.tree.map(self._place_rows, self.check_batch(tree))
 
-    def place_batch(tree: PyTree) -> PyTree:
-        def place(x: Any) -> jax.Array:
-            x = np.asarray(x)
-            if row_order is not None and x.ndim > 1:
-                x = x[:, row_order(x.shape[1])]
-            shape, first = (len(x) * count, *x.shape[1:]), len(x) * index
+    def fetch_state(self, tree: PyTree) -> PyTree:
+        """As it is: a checkpoint is written from the parts."""
+        return tree
 
-            def piece(place: Any) -> np.ndarray:
-                start, stop, _ = place[0].indices(shape[0])
-                return x[(slice(start - first, stop - first), *place[1:])]
+    def gather(self, tree: PyTree) -> PyTree:
+        """A whole copy on every device."""
+        return whole_copy(self._mesh, tree)
 
-            return jax.make_array_from_callback(shape, batch_sharding(mesh, min(x.ndim, 2)), piece)
+    def _shardings(self, tree: PyTree) -> PyTree:
+        rest, carry = carry_apart(tree)
+        return with_carry(tree_shardings(self._mesh, self._axes, rest), jax.tree.map(lambda _: self._rows, carry))
 
-        return jax.tree.map(place, tree)
+    def _batch_shardings(self, batch: Any) -> Any:
+        return jax.tree.map(lambda x: batch_sharding(self._mesh, min(x.ndim, 2)), batch)
 
-    return Runner(
-        init_state=init_state,
-        abstract_state=abstract_state,
-        place_state=place_state,
-        place_batch=place_batch,
-        step=step,
-        evaluate_step=run_evaluate_step,
-        fetch_state=lambda tree: tree,
-        gather=lambda tree: whole_copy(mesh, tree),
-        lower=lower,
-        num_devices=mesh.size,
-        feeds=(index, count),
-    )
+    def _place_rows(self, x: Any) -> jax.Array:
+        x, (index, count) = np.asarray(x), self.feeds
+        if self._row_order is not None and x.ndim > 1:
+            x = x[:, self._row_order(x.shape[1], self._mesh.shape["context"])]
+        shape, first = (len(x) * count, *x.shape[1:]), len(x) * index
+
+        def piece(place: Any) -> np.ndarray:
+            start, stop, _ = place[0].indices(shape[0])
+            return x[(slice(start - first, stop - first), *place[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(self._mesh, min(x.ndim, 2)), piece)
+
+
+def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
+    # Device by device: `device_put` to them all would reuse the buffer it is given as one of the copies, and
+    # the step, which donates its state, would take it from the caller.
+    parts = sharding.addressable_devices_indices_map(x.shape)
+    pieces = [jax.device_put(x[part], device, may_alias=False) for device, part in parts.items()]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, pieces)
 
 
 def _is_local(mesh: Mesh) -> bool:

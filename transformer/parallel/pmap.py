@@ -8,10 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
+from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics, UserError
+from transformer.validation import require
 
 AXIS_NAME = "data"
-"""What a step must sum over (`make_train_step(..., axis_name=AXIS_NAME)`)."""
+"""What a step must sum over (`TrainStep(..., axis_name=AXIS_NAME)`)."""
 
 
 def replicate(tree: PyTree, devices: list) -> PyTree:
@@ -30,74 +32,119 @@ def unreplicate(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.addressable_shards[0].data.reshape(x.shape[1:]), tree)
 
 
-def check_memory() -> None:
-    """Raise UserError unless a memory of earlier rows, which pmap keeps in one process, is all in this one."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
-            "set parallel.strategy=mesh, or model.memory_length=0."
-        )
-
-
-def pmap_runner(
-    data: int,
-    train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
-) -> Runner:
-    """Run the steps on `data` devices (-1 or 0: all), as many in each process.
+class PmapRunner(Runner):
+    """Runs the steps on so many devices, as many in each process.
 
     Args:
-        data: devices.
-        train_step: made with `axis_name=AXIS_NAME`.
+        data: devices; -1 or 0: all.
+        train_step: `TrainStep` with `axis_name=AXIS_NAME`.
         evaluate_step: likewise.
     """
-    devices = choose_devices(max(data, 0))
-    local_devices = [device for device in devices if device.process_index == jax.process_index()]
-    # The first device of every process: what they hold together is one copy, known to all (a checkpoint needs that).
-    first_devices = [next(d for d in devices if d.process_index == p) for p in range(jax.process_count())]
-    one_copy = NamedSharding(Mesh(np.array(first_devices), (AXIS_NAME,)), PartitionSpec())
-    train = jax.pmap(train_step, axis_name=AXIS_NAME, devices=devices, donate_argnums=0)
-    evaluate = jax.pmap(evaluate_step, axis_name=AXIS_NAME, devices=devices)
 
-    def place_batch(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: x.reshape(len(local_devices), -1, *x.shape[1:]), tree)
+    axis_name = AXIS_NAME
 
-    def place_state(tree: PyTree) -> PyTree:
+    def __init__(
+        self,
+        data: int,
+        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+    ) -> None:
+        super().__init__()
+        self._devices = devices = choose_devices(max(data, 0))
+        self._local_devices = [device for device in devices if device.process_index == jax.process_index()]
+        # The first device of every process: what they hold together is one copy, known to all (a checkpoint needs that).
+        first = [next(d for d in devices if d.process_index == p) for p in range(jax.process_count())]
+        self._one_copy = NamedSharding(Mesh(np.array(first), (AXIS_NAME,)), PartitionSpec())
+        self._train = jax.pmap(train_step, axis_name=AXIS_NAME, devices=devices, donate_argnums=0)
+        self._evaluate = jax.pmap(evaluate_step, axis_name=AXIS_NAME, devices=devices)
+        self.num_devices = self.num_programs = len(devices)
+        self.feeds = (jax.process_index(), jax.process_count())
+
+    @classmethod
+    def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
+        """Rows over all devices; each has whole ones."""
+        _check_present(mesh)
+        return len(choose_devices(max(config.data, 0))), 1
+
+    @classmethod
+    def check_memory(cls) -> None:
+        """In one process alone: it does not go from one to another."""
+        if jax.process_count() > 1:
+            raise UserError(
+                f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
+                "set parallel.strategy=mesh, or model.memory_length=0."
+            )
+
+    @classmethod
+    def make(
+        cls,
+        config: ParallelConfig,
+        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        *,
+        mesh: Mesh | None = None,
+        axes: PyTree | None = None,
+        row_order: Callable[[int, int], Any] | None = None,
+    ) -> "PmapRunner":
+        """On `config.data` devices, each of which has whole rows and a whole copy of the state."""
+        del axes, row_order
+        _check_present(mesh)
+        return cls(config.data, train_step, evaluate_step)
+
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+        """Made once, and copied."""
+        return self.place_state(make(*arguments))
+
+    def abstract_state(self, tree: PyTree) -> PyTree:
+        """Of one copy, without shardings."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def place_state(self, tree: PyTree) -> PyTree:
+        """A copy for each device, but for the carry's rows."""
         rest, carry = carry_apart(tree)
         if jax.tree.leaves(carry):
-            check_memory()
+            self.check_memory()
+        devices = self._devices
         spread = jax.tree.map(lambda x: _on_each(devices, jax.numpy.split(x, len(devices))), carry)
-        return with_carry(replicate(rest, local_devices), spread)
+        return with_carry(replicate(rest, self._local_devices), spread)
 
-    def step(state: Any, batch: Any) -> tuple[Any, Statistics]:
-        state, statistics = train(state, batch)
+    def place_batch(self, tree: PyTree) -> PyTree:
+        """With a new first axis, of this process's devices."""
+        devices = len(self._local_devices)
+        return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), self.check_batch(tree))
+
+    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+        """Statistics are those of one copy, which are of all rows."""
+        state, statistics = self._train(state, batch)
         return state, unreplicate(statistics)
 
-    def run_evaluate_step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        carry, statistics = evaluate(params, carry, batch)
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        """Statistics as of `step`."""
+        carry, statistics = self._evaluate(params, carry, batch)
         return carry, unreplicate(statistics)
 
-    def fetch_state(tree: PyTree) -> PyTree:
+    def fetch_state(self, tree: PyTree) -> PyTree:
+        """The copies of each process's first device, and all rows of the carry."""
         rest, carry = carry_apart(tree)
         one = jax.tree.map(
-            lambda x: jax.make_array_from_single_device_arrays(x.shape, one_copy, [x]), unreplicate(rest)
+            lambda x: jax.make_array_from_single_device_arrays(x.shape, self._one_copy, [x]), unreplicate(rest)
         )
-        rows = jax.tree.map(lambda x: jax.device_put(jax.device_get(x).reshape(-1, *x.shape[2:]), one_copy), carry)
+        rows = jax.tree.map(
+            lambda x: jax.device_put(jax.device_get(x).reshape(-1, *x.shape[2:]), self._one_copy), carry
+        )
         return with_carry(one, rows)
 
-    def lower(state: Any, batch: Any) -> Any:
-        return train.lower(state, batch)
+    def gather(self, tree: PyTree) -> PyTree:
+        """As it is."""
+        return tree
 
-    return Runner(
-        init_state=lambda make, *arguments: place_state(make(*arguments)),
-        abstract_state=lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
-        place_state=place_state,
-        place_batch=place_batch,
-        step=step,
-        evaluate_step=run_evaluate_step,
-        fetch_state=fetch_state,
-        gather=lambda tree: tree,
-        lower=lower,
-        num_devices=len(devices),
-        feeds=(jax.process_index(), jax.process_count()),
+    def lower(self, state: Any, batch: Any) -> Any:
+        """For the devices that are there."""
+        return self._train.lower(state, batch)
+
+
+def _check_present(mesh: Mesh | None) -> None:
+    require(
+        mesh is None,
+        "parallel.strategy=pmap runs on the devices that are there, and a mesh was given; set parallel.strategy=mesh.",
     )

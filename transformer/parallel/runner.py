@@ -1,44 +1,111 @@
 """What a way of running the step over devices consists of."""
 
+import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
+from jax.sharding import Mesh
 
+from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics, UserError
 
 
-class Runner(NamedTuple):
+class Runner(abc.ABC):
     """A compiled training and evaluation step, and the moves between host and devices that go with them."""
 
-    init_state: Callable[..., Any]
-    """`(make, *arguments) -> make(*arguments)`, a state made on all devices at once: no device holds more than its part.
-
-    Arguments are arrays on the host, such as parameters to start from.
-    """
-    abstract_state: Callable[[PyTree], PyTree]
-    """Shapes of a state -> the same with shardings: what a checkpoint is restored to."""
-    place_state: Callable[[PyTree], PyTree]
-    """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's.
-
-    A state's `carry` has rows as a batch has, and is spread as those are. What is placed already stays as it is.
-    """
-    place_batch: Callable[[PyTree], PyTree]
-    """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
-    step: Callable[[Any, Any], tuple[Any, Statistics]]
-    """`(state, batch) -> (state, statistics)` on placed arguments; the given state is donated, so unusable after."""
-    evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
-    """`(params, carry, batch) -> (carry, statistics)` on placed arguments, the carry as part of the batch."""
-    fetch_state: Callable[[PyTree], PyTree]
-    """The inverse of `place_state`, without a copy between devices; over a mesh, arrays stay spread over it."""
-    gather: Callable[[PyTree], PyTree]
-    """What `fetch_state` gave -> whole arrays, for programs of one device."""
-    lower: Callable[[Any, Any], Any]
-    """`(state, batch) -> jax.stages.Lowered` of the step, from shapes with shardings or arrays."""
+    axis_name: ClassVar[str | None] = None
+    """What a step must sum over (`TrainStep(..., axis_name=)`)."""
+    num_programs: int = 1
+    """Programs that draw random numbers for rows of their own, each with its own key."""
     num_devices: int
     """That share the work, of all processes."""
     feeds: tuple[int, int]
     """`(index, count)`: this process reads part `index` of `count` equal parts of every batch's rows."""
+
+    def __init__(self) -> None:
+        self.check_batch: Callable[[Any], Any] = lambda batch: batch
+        """Is given each batch before it is placed, and returns it or raises."""
+
+    @classmethod
+    @abc.abstractmethod
+    def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
+        """Into how many parts the devices of a config, or of a mesh, cut the rows of a batch, and the places of a row.
+
+        Raises:
+            UserError: there are no such devices.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def check_memory(cls) -> None:
+        """Raise UserError unless a memory of earlier rows can be kept."""
+
+    @classmethod
+    @abc.abstractmethod
+    def make(
+        cls,
+        config: ParallelConfig,
+        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
+        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        *,
+        mesh: Mesh | None = None,
+        axes: PyTree | None = None,
+        row_order: Callable[[int, int], Any] | None = None,
+    ) -> "Runner":
+        """The runner of a config.
+
+        Args:
+            config: which devices, and what they share.
+            train_step: `TrainStep` with this class's `axis_name`.
+            evaluate_step: `EvaluateStep` likewise.
+            mesh: of devices, present or absent; None takes those of the config.
+            axes: the parameters' logical names; None leaves a whole copy of the state on every device.
+            row_order: `(length, devices)` -> the places of a row in the order in which the devices that share it hold them; None
+                leaves rows as they are.
+        """
+
+    @abc.abstractmethod
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+        """`make(*arguments)`, a state made on all devices at once: no device holds more than its part.
+
+        Arguments are arrays on the host, such as parameters to start from.
+        """
+
+    @abc.abstractmethod
+    def abstract_state(self, tree: PyTree) -> PyTree:
+        """Shapes of a state -> the same with shardings: what a checkpoint is restored to."""
+
+    @abc.abstractmethod
+    def place_state(self, tree: PyTree) -> PyTree:
+        """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's.
+
+        A state's `carry` has rows as a batch has, and is spread as those are. What is placed already stays as it is.
+        """
+
+    @abc.abstractmethod
+    def place_batch(self, tree: PyTree) -> PyTree:
+        """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+        """`(state, statistics)` of placed arguments; the given state is donated, so unusable after."""
+
+    @abc.abstractmethod
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        """`(carry, statistics)` of placed arguments, the carry as part of the batch."""
+
+    @abc.abstractmethod
+    def fetch_state(self, tree: PyTree) -> PyTree:
+        """The inverse of `place_state`, without a copy between devices; over a mesh, arrays stay spread over it."""
+
+    @abc.abstractmethod
+    def gather(self, tree: PyTree) -> PyTree:
+        """What `fetch_state` gave -> whole arrays, for programs of one device."""
+
+    @abc.abstractmethod
+    def lower(self, state: Any, batch: Any) -> Any:
+        """The `jax.stages.Lowered` of the step, from shapes with shardings or arrays."""
 
 
 def carry_apart(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -16,10 +16,9 @@ from transformer.config import Config
 from transformer.memory import check_model, device_bytes
 from transformer.parallel.mesh import make_mesh, num_row_shards
 from transformer.parallel.rules import RULES, axes_in, parameter_shardings
+from transformer.parts import StandIn, Steps, check_devices, count_parameters, resolve
 from transformer.planning.chips import NODE_DEVICES, Topology
 from transformer.planning.program import COLLECTIVES, Collective, Program, read_program
-from transformer.steps import Steps, check_devices, make_steps
-from transformer.tasks import StandIn, count_parameters, count_step, resolve
 from transformer.training.flops import Flops, count_flops, traced_flops
 from transformer.types import UserError
 from transformer.validation import require
@@ -102,7 +101,7 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     check_devices(config, mesh)
     with jax.set_mesh(mesh):
         traced = traced_flops(steps.train_step, steps.state, batch)
-    flops = count_step(resolve_size(config), steps.state.params, batch)
+    flops = steps.parts.count_step(batch)
     # Of attention, the count has two products forward and four backward. A fused kernel has five, for it computes the logits
     # again, and two more where the layer is computed again.
     kernel = flops.attention / 6 * (7 + (0 if model.remat == "none" else 2))
@@ -149,11 +148,11 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         "axes of parallel.",
     )
     dtype = jnp.dtype(config.model.dtype)
-    shardings = parameter_shardings(mesh, steps.axes, steps.state.params)
+    shardings = parameter_shardings(mesh, steps.parts.axes, steps.state.params)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), steps.state.params, shardings
     )
-    model: Any = steps.model
+    model: Any = steps.parts.model
     cache = _place_cache(jax.eval_shape(lambda: model.init_cache(rows, capacity)), config.model.scan_layers, mesh)
     token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
 
@@ -200,7 +199,7 @@ def _place_cache(cache: Any, scanned: bool, mesh: Mesh) -> Any:
 
 
 def resolve_size(config: Config) -> Config:
-    """`tasks.resolve` without a tokenizer, for a config that names the size of its vocabulary."""
+    """`parts.resolve` without a tokenizer, for a config that names the size of its vocabulary."""
     require(
         config.model.vocab_size > 0,
         "A plan reads no data: model.vocab_size must be set, got 0; for example --model.vocab-size 32000.",
@@ -211,14 +210,14 @@ def resolve_size(config: Config) -> Config:
 def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
     config = resolve_size(config)
     require(
-        config.parallel.strategy == "mesh",
+        config.parallel.shares_state,
         f"plan compiles for a mesh, got parallel.strategy={config.parallel.strategy}; set it to mesh.",
     )
     # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
     check_model(config.model, config.objective.num_stacks)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
-    return mesh, make_steps(config, StandIn(config.model.vocab_size), mesh)
+    return mesh, Steps(config, StandIn(config.model.vocab_size), mesh)
 
 
 def _compile(work: _Work) -> Plan:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from transformer.config import Config
 from transformer.model_config import ModelConfig
 from transformer.objective import Objective
+from transformer.parts import Parts, StandIn, count_parameters, initialize
 from transformer.planning.chips import Topology
 from transformer.planning.plan import Plan, plan_training, resolve_size
-from transformer.tasks import count_parameters, count_step, initialize
 from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
 from transformer.validation import require
@@ -75,8 +75,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     """All choices that divide rows, heads and widths, estimated."""
     found = []
     resolved = resolve_size(config)
-    plain = dataclasses.replace(resolved.model, remat="none")
-    flops = count_step(resolved, _shapes(resolved.objective, plain), config.objective.batch_shapes(config)).total
+    flops = Parts(resolved, StandIn(resolved.model.vocab_size)).count_step(config.objective.batch_shapes(config)).total
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):

@@ -1,7 +1,6 @@
 """Where a run diverged: its steps since the last checkpoint are repeated, and the one that was not finite is looked into."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +9,10 @@ from etils import epath
 
 from transformer.layers.scan_params import loop_params
 from transformer.runs.directory import CHECKPOINTS
-from transformer.runs.recipe import Run, own_part
-from transformer.tasks import training_runtime
+from transformer.runs.recipe import Run
 from transformer.training import loop
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.divergence import first_not_finite, split
-from transformer.training.optimizer import freeze
 from transformer.types import UserError
 
 
@@ -51,7 +48,7 @@ def locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[st
 
 
 def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[str], object]) -> str:
-    batches: Any = run.data.train_batches(run.tokenizer, **own_part(run.runner))
+    batches: Any = run.data.train_batches(run.tokenizer, **run.own_part)
     restored = checkpointer.restore(run.state)
     if restored:
         batches.set_state(restored.loop["batches"])
@@ -63,21 +60,14 @@ def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[s
     state = run.runner.fetch_state(state)
 
     # Of a looped stack without recomputation, every module's output can be seen.
-    config = run.config
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, scan_layers=False, remat="none"),
-        objective=dataclasses.replace(config.objective, loss_chunks=1),
-    )
     params = loop_params(state.params) if run.config.model.scan_layers else state.params
-    model = config.objective.make_model(config.model, training_runtime(config.training.cpu_kernels))
-    objective = freeze(config.objective.bind(model, run.tokenizer), config.optimizer, params)
+    looped = run.steps.parts.changed(scan_layers=False, remat="none")
     parts = split(
         jax.device_get(state.carry),
         jax.device_get(next(batches)),
         jax.random.fold_in(state.key, state.step),
-        devices=run.runner.num_devices if config.parallel.strategy == "pmap" else 1,
-        accumulate_steps=config.optimizer.accumulate_steps,
+        devices=run.runner.num_programs,
+        accumulate_steps=run.config.optimizer.accumulate_steps,
     )
     scale = state.loss_scale.scale if state.loss_scale else 1.0
-    return first_not_finite(objective, params, list(parts), scale=scale)
+    return first_not_finite(looped.loss, params, list(parts), scale=scale)

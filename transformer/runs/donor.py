@@ -3,15 +3,14 @@
 import dataclasses
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 
 from transformer.config import Config
 from transformer.config_io import differences, resume_conflicts, to_dict
 from transformer.data.tokenizers import Tokenizer, describe_entries
 from transformer.memory import check_params
+from transformer.parts import Parts
 from transformer.runs.directory import read_run
-from transformer.tasks import initialize
 from transformer.training.checkpoint import load_step_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
@@ -58,12 +57,12 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
     return dataclasses.replace(config, data=theirs), note
 
 
-def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:
+def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:
     """Initial parameters on the host, the donor's where they fit, and lines that say which, and where the models differ.
 
     Args:
         config: of the run, as it was given.
-        model: of the run.
+        parts: of the run.
         donor: whose parameters are read.
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
@@ -73,7 +72,7 @@ def inherit_params(config: Config, model: nn.Module, donor: Donor, class_names: 
         params = {name: part for name, part in params.items() if name != _HEAD}
     # On the host: each device is given its part only.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        own, _ = initialize(config.objective, model, jax.random.key(config.training.seed))
+        own = parts.init_params(jax.random.key(config.training.seed))
         blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
         transferred = transfer(own, params, **blocks)
     # What shapes need not show: an activation, a window, the distances of position buckets.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 
@@ -16,10 +15,10 @@ from transformer.data.tokenizers import Tokenizer
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
+from transformer.parts import Steps, check_devices, resolve
 from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
-from transformer.steps import check_devices, make_steps
-from transformer.tasks import resolve, split_metrics
 from transformer.training import loop
+from transformer.training.metrics import derive
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require
@@ -28,18 +27,35 @@ from transformer.validation import require
 class Run(NamedTuple):
     """A config made real: everything the training loop needs."""
 
-    config: Config
-    """With vocab_size, max_length, num_classes, class weights and the tokenizer resolved."""
+    steps: Steps
+    """With the resolved config and the model (`steps.parts`)."""
     data: Dataset
     tokenizer: Tokenizer
-    model: nn.Module
-    runner: Runner
-    state: TrainState
-    """Shapes of the state, with the shardings of what a checkpoint is restored to."""
     init_state: Callable[[], TrainState]
     """Makes the state before the first step, on the devices."""
     notes: str
     """What the user should know of how it was made."""
+
+    @property
+    def config(self) -> Config:
+        """With vocab_size, max_length, num_classes, class weights and the tokenizer resolved."""
+        return self.steps.parts.config
+
+    @property
+    def runner(self) -> Runner:
+        """What runs the steps."""
+        return self.steps.runner
+
+    @property
+    def state(self) -> TrainState:
+        """Shapes of the state, with the shardings of what a checkpoint is restored to."""
+        return self.steps.state
+
+    @property
+    def own_part(self) -> dict[str, int]:
+        """Which part of each batch this process reads, as the batches of `data` take it."""
+        index, count = self.runner.feeds
+        return {"process_index": index, "process_count": count}
 
 
 def make_run(
@@ -87,13 +103,13 @@ def make_run(
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
     notes += [note] if note else []
-    steps = make_steps(config, tokenizer, optimizer=optimizer)
+    steps = Steps(config, tokenizer, optimizer=optimizer)
     init_state = steps.init_state
     if donor is not None:
-        params, note = inherit_params(given, steps.model, donor, data.class_names)
+        params, note = inherit_params(given, steps.parts, donor, data.class_names)
         init_state = functools.partial(steps.init_state, params)
         notes.append(note)
-    return Run(config, data, tokenizer, steps.model, steps.runner, steps.state, init_state, "\n".join(notes))
+    return Run(steps, data, tokenizer, init_state, "\n".join(notes))
 
 
 def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:
@@ -123,24 +139,19 @@ def epochs_a_step(config: Config, data: Dataset) -> float:
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
     """Placed parameters -> metrics of a whole split."""
-    batches = run.data.evaluation_batches(run.tokenizer, split, **own_part(run.runner))
-    init_carry = run.config.objective.bind(run.model, run.tokenizer).init_carry
+    parts, runner = run.steps.parts, run.runner
+    batches = run.data.evaluation_batches(run.tokenizer, split, **run.own_part)
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
-        placed = (run.runner.place_batch(batch) for batch in batches)
+        placed = (runner.place_batch(batch) for batch in batches)
         # Numpy: rows of this process, as those of a batch.
-        carry = run.runner.place_batch(jax.device_get(init_carry(run.config.data.batch_size // run.runner.feeds[1])))
-        metrics = split_metrics(sum_statistics(run.runner.evaluate_step, params, placed, carry, split=split))
-        one_copy = run.runner.gather(run.runner.fetch_state(params))
+        rows = run.config.data.batch_size // runner.feeds[1]
+        carry = runner.place_batch(jax.device_get(parts.loss.init_carry(rows)))
+        metrics = derive(sum_statistics(runner.evaluate_step, params, placed, carry, split=split))
+        one_copy = runner.gather(runner.fetch_state(params))
         generated = run.config.objective.generation_scores(
-            run.model, one_copy, run.tokenizer, run.data, split, run.config
+            parts.model, one_copy, run.tokenizer, run.data, split, run.config
         )
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
 
     return evaluate_split
-
-
-def own_part(runner: Runner) -> dict[str, int]:
-    """Which part of each batch this process reads, as the batches of `data` take it."""
-    index, count = runner.feeds
-    return {"process_index": index, "process_count": count}

@@ -19,11 +19,12 @@ from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.ops.ids import check_batch_ids
+from transformer.parts import Parts, resolve
 from transformer.runs.directory import Record, compare_data, read_run
-from transformer.tasks import initialize, resolve, split_metrics
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
-from transformer.training.step import make_eval_step
+from transformer.training.metrics import derive
+from transformer.training.step import EvaluateStep
 from transformer.types import PyTree
 from transformer.validation import require
 
@@ -103,10 +104,9 @@ def _load(record: Record) -> Loaded:
     tokenizer = record.load_tokenizer()
     config = resolve(record.config, tokenizer, record.class_names)
     check_params(config)
-    model = config.objective.make_model(config.model)
-    shapes, _ = initialize(config.objective, model, None)
-    step, params = load_step_params(record.path, shapes)
-    return Loaded(model, params, tokenizer, config, step, record.class_names)
+    parts = Parts(config, tokenizer)
+    step, params = load_step_params(record.path, parts.shapes)
+    return Loaded(parts.model, params, tokenizer, config, step, record.class_names)
 
 
 @out_of_memory.explained(what="Evaluating this run")
@@ -187,12 +187,12 @@ def _scores(run: Loaded, data: Dataset, split: str, begin: Callable[[], object])
     carry = loss.init_carry(config.data.batch_size)
     checked = (check_batch_ids(config.model, batch) for batch in batches)
     begin()
-    sums = sum_statistics(jax.jit(make_eval_step(loss)), run.params, checked, carry, split=split)
+    sums = sum_statistics(jax.jit(EvaluateStep(loss)), run.params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "scored": data.describe_scored(split, int(sums["weight"])),
         "targets": int(sums["weight"]),
         **{f"cut_{name}": count for name, count in data.count_cut(run.tokenizer, split)[0].items()},
-        **split_metrics(sums),
+        **derive(sums),
         **config.objective.generation_scores(run.model, run.params, run.tokenizer, data, split, config),
     }
     if "bytes" in sums:

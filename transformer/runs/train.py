@@ -19,6 +19,7 @@ from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_config, check_state
+from transformer.parts import check_devices, count_parameters
 from transformer.runs.directory import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -34,10 +35,8 @@ from transformer.runs.directory import (
 )
 from transformer.runs.divergence import located
 from transformer.runs.lock import locked
-from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run, own_part
-from transformer.steps import check_devices
+from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run
 from transformer.storage import WriteError, explain
-from transformer.tasks import count_parameters, describe_attention, measure_work
 from transformer.terminal import make_console, say
 from transformer.training import folders, loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer, retire
@@ -167,7 +166,7 @@ def _train_locked(config: Config, given: Given, console: Console, results: Conso
     needs = Needs(run.config, run.state, run.runner.num_devices, local)
     for note in filter(None, (run.notes, _describe_cut(run), change, out_of_memory.warning(needs))):
         report(note)
-    batches = data.train_batches(run.tokenizer, **own_part(run.runner))
+    batches = data.train_batches(run.tokenizer, **run.own_part)
     require(
         "validation" in (*data.split_names, *given.evaluators) or config.training.patience == 0,
         f"training.patience={config.training.patience} counts evaluations of a validation split, and the data has none; set "
@@ -184,7 +183,7 @@ def _train_locked(config: Config, given: Given, console: Console, results: Conso
     epochs = epochs_a_step(config, data)
     peak = peak_flops(config.model.dtype, run.runner.num_devices)
     devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
-    devices += f"attention {describe_attention(run.config, jax.devices()[0].platform)}"
+    devices += f"attention {run.steps.parts.describe_attention(jax.devices()[0].platform)}"
     report(
         f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
         f"peak {peak / 1e12:.2f} TFLOP/s"
@@ -216,7 +215,7 @@ def _train_locked(config: Config, given: Given, console: Console, results: Conso
                 record=stored_record(record),
                 report=report,
             ),
-            measure_work=measure_work(run.config, run.state.params, parts=run.runner.feeds[1]),
+            measure_work=run.steps.parts.measure_work(run.runner.feeds[1]),
             peak_flops=peak,
             epochs_a_step=epochs,
             writers=[*own_writers, *given.writers],
@@ -334,7 +333,7 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
 
 def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
     """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
-    model: Any = run.model
+    model: Any = run.steps.parts.model
     training = run.config.training
     prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
     length = min(training.sample_length, run.config.model.max_length - len(prompt))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer.evaluation.confusion import macro_f1
 from transformer.training.step import PER_STEP
 
 TIMINGS = ("tokens_per_second", "mfu")
@@ -19,9 +20,9 @@ _NAMED = ("loss", "weight", "correct", "bytes", "objective", "objective_weight")
 def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
 
-    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (where
-    classes have weights, / objective_weight). Every other sum that is a number, of routers or of one's own objective, is
-    reported as its mean, / weight, under its name.
+    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (where classes have
+    weights, / objective_weight), macro_f1 of a confusion matrix. Every other sum that is a number, of routers or of one's own
+    objective, is reported as its mean, / weight, under its name.
     With no weight at all (nothing but padding) there is nothing to report but zeros.
     """
     weight = sums["weight"] or 1.0
@@ -33,6 +34,8 @@ def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     if sums.get("objective", sums["loss"]) != sums["loss"]:
         metrics["objective"] = sums["objective"] / (sums.get("objective_weight", 0.0) or weight)
     own = {name: value / weight for name, value in sums.items() if name not in _NAMED and np.ndim(value) == 0}
+    if "confusion" in sums:
+        metrics["macro_f1"] = macro_f1(np.asarray(sums["confusion"]))
     return metrics | own
 
 

@@ -125,7 +125,7 @@ class Needs:
             if needs < 0.95 * self.total:
                 found.append((name, needs))
         data = config.parallel.data
-        if data > 1 and self.local == 1 and config.model.embed_dim % data == 0 and config.parallel.strategy == "mesh":
+        if data > 1 and self.local == 1 and config.model.embed_dim % data == 0 and config.parallel.shares_state:
             whole = self.state + self.gradients
             found.append((f"parallel.fsdp={data * config.parallel.fsdp}", self.total - whole * (1 - 1 / data)))
         return found

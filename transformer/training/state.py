@@ -39,7 +39,7 @@ def create_state(
 
     Args:
         params: initial parameters, plain arrays.
-        optimizer: as given to `make_train_step`.
+        optimizer: as given to `TrainStep`.
         key: a PRNG key (`jax.random.key(seed)`); dropout derives from it.
         carry: the objective's initial carry.
         ema: keep a moving average of the parameters, starting from `params`.

@@ -1,6 +1,6 @@
 """The training and evaluation step as pure functions: keys, micro-batches, gradient, update, moving average."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,115 +12,125 @@ from transformer.training.spikes import skip_spike, updates_done
 from transformer.training.state import TrainState
 from transformer.types import Array, Loss, PyTree, Statistics
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Statistics]]
-EvaluateStep = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
-
 PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skipped_spikes")
 """Statistics that do not add: they describe one step."""
 
 
-def make_train_step(
-    objective: Loss,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule | None,
-    *,
-    accumulate_steps: int = 1,
-    ema_decay: float = 0.0,
-    skip_spikes: float = 0.0,
-    axis_name: str | None = None,
-) -> TrainStep:
-    """One optimizer step, `(state, batch) -> (state, statistics)`, to be compiled by a runner of `parallel`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """One optimizer step, `(state, batch) -> (state, statistics)`, a pure function that a runner of `parallel` compiles.
 
     The gradient is of `loss_sum / weight`, where the weight is that of the whole batch, over micro-batches and
     devices, so that a step does not depend on how its rows are dealt out.
 
-    Args:
-        objective: what is minimised.
-        optimizer: turns gradients into updates.
-        schedule: learning rate by step, reported only (the optimizer has its own); None leaves it out.
-        accumulate_steps: micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch
-            r % accumulate_steps, which keeps every row on the device that has it.
-        ema_decay: decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off.
-        skip_spikes: `training.skip_spikes`, for a state with `spikes`.
-        axis_name: the axis to sum over when each device runs the step on its own rows (`pmap`).
-
-    Returns:
-        The step. Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch,
-        and the norm of the gradient before clipping and the learning rate, which are of this step and do not add.
-        A state with a `loss_scale` has its scale and the number of skipped steps among them, one with `spikes`
-        that of skipped spikes.
+    Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch, and the norm of the
+    gradient before clipping and the learning rate, which are of this step and do not add. A state with a `loss_scale` has its
+    scale and the number of skipped steps among them, one with `spikes` that of skipped spikes.
     """
 
-    def total(tree: PyTree) -> PyTree:
-        return jax.lax.psum(tree, axis_name) if axis_name else tree
+    objective: Loss
+    """What is minimised."""
+    optimizer: optax.GradientTransformation
+    """Turns gradients into updates."""
+    schedule: optax.Schedule | None
+    """Learning rate by step, reported only (the optimizer has its own); None leaves it out."""
+    accumulate_steps: int = 1
+    """Micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch r % accumulate_steps, which keeps every
+    row on the device that has it."""
+    ema_decay: float = 0.0
+    """Decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off."""
+    skip_spikes: float = 0.0
+    """`training.skip_spikes`, for a state with `spikes`."""
+    axis_name: str | None = None
+    """The axis to sum over when each device runs the step on its own rows (`pmap`)."""
 
-    def gradient(params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Statistics]:
+        """The state after a batch."""
+        key = jax.random.fold_in(state.key, state.step)
+        if self.axis_name:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        weight = _total(self.objective.weight(batch), self.axis_name)
+        # A batch of nothing but padding has gradient 0, not 0 / 0.
+        weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        scaling = state.loss_scale
+        if scaling:
+            # Of the loss times the scale, which the gradient is then divided by.
+            weight = weight / scaling.scale
+        compute = self._gradient if self.accumulate_steps == 1 else self._accumulated_gradient
+        grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
+        grads, statistics = _total((grads, statistics), self.axis_name)
+        if scaling:
+            grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
+        return self._update(state, carry, grads, statistics)
+
+    def _gradient(self, params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
         def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Statistics]]:
-            (loss_sum, weight_sum), (new_carry, statistics) = objective.loss(params, carry, batch, key, True)
-            statistics = {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
-            return loss_sum / weight, (new_carry, statistics)
+            (loss_sum, weight_sum), (new_carry, found) = self.objective.loss(params, carry, batch, key, True)
+            return loss_sum / weight, (new_carry, _sums(loss_sum, weight_sum, found))
 
         grads, (new_carry, statistics) = jax.grad(mean_loss, has_aux=True)(params)
         return grads, new_carry, statistics
 
-    def accumulated_gradient(params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+    def _accumulated_gradient(self, params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
         def add_micro_batch(sums: tuple, xs: tuple) -> tuple[tuple, PyTree]:
             index, micro_carry, micro_batch = xs
-            grads, new_carry, statistics = gradient(
+            grads, new_carry, statistics = self._gradient(
                 params, micro_carry, micro_batch, jax.random.fold_in(key, index), weight
             )
             return jax.tree.map(jnp.add, sums, (grads, statistics)), new_carry
 
-        indices = jnp.arange(accumulate_steps)
-        xs = (indices, *_split_rows((carry, batch), accumulate_steps))
+        indices = jnp.arange(self.accumulate_steps)
+        xs = (indices, *_split_rows((carry, batch), self.accumulate_steps))
         first = jax.tree.map(lambda x: x[0], xs)
-        shapes = jax.eval_shape(lambda xs: gradient(params, xs[1], xs[2], key, weight), first)
+        shapes = jax.eval_shape(lambda xs: self._gradient(params, xs[1], xs[2], key, weight), first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
         (grads, statistics), new_carry = jax.lax.scan(add_micro_batch, zeros, xs)
         return grads, _merge_rows(new_carry), statistics
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Statistics]:
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        weight = total(objective.weight(batch))
-        # A batch of nothing but padding has gradient 0, not 0 / 0.
-        weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
-        updates, scaling = updates_done(state), state.loss_scale
-        if scaling:
-            # Of the loss times the scale, which the gradient is then divided by.
-            weight = weight / scaling.scale
-        compute = gradient if accumulate_steps == 1 else accumulated_gradient
-        grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
-        grads, statistics = total((grads, statistics))
-        if scaling:
-            grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
-
+    def _update(
+        self, state: TrainState, carry: PyTree, grads: PyTree, statistics: Statistics
+    ) -> tuple[TrainState, Statistics]:
+        updates = updates_done(state)
         with jax.named_scope("optimizer"):
-            changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
-        with jax.named_scope("average"):
-            ema_params = update_ema(state.ema_params, params, updates, ema_decay) if ema_decay > 0 else state.ema_params
+        ema_params = state.ema_params
+        if self.ema_decay > 0:
+            with jax.named_scope("average"):
+                ema_params = update_ema(ema_params, params, updates, self.ema_decay)
         statistics["grad_norm"] = optax.tree.norm(grads)
-        if schedule is not None:
-            statistics["learning_rate"] = jnp.asarray(schedule(updates), jnp.float32)
-        new_state = TrainState(state.step + 1, params, opt_state, carry, state.key, ema_params, scaling, state.spikes)
+        if self.schedule is not None:
+            statistics["learning_rate"] = jnp.asarray(self.schedule(updates), jnp.float32)
+        new_state = state._replace(
+            step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema_params=ema_params
+        )
         if state.spikes:
-            new_state, statistics = skip_spike(state, new_state, statistics, skip_spikes)
-        return keep_if_finite(state, new_state, statistics) if scaling else (new_state, statistics)
-
-    return step
+            new_state, statistics = skip_spike(state, new_state, statistics, self.skip_spikes)
+        return keep_if_finite(state, new_state, statistics) if state.loss_scale else (new_state, statistics)
 
 
-def make_eval_step(objective: Loss, *, axis_name: str | None = None) -> EvaluateStep:
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluateStep:
     """`(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
 
-    def step(params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        (loss_sum, weight_sum), (carry, statistics) = objective.loss(params, carry, batch, jax.random.key(0), False)
-        statistics = {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
-        return carry, jax.lax.psum(statistics, axis_name) if axis_name else statistics
+    objective: Loss
+    """What is scored."""
+    axis_name: str | None = None
+    """As of `TrainStep`."""
 
-    return step
+    def __call__(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+        """The sums of a batch."""
+        (loss_sum, weight_sum), (carry, found) = self.objective.loss(params, carry, batch, jax.random.key(0), False)
+        return carry, _total(_sums(loss_sum, weight_sum, found), self.axis_name)
+
+
+def _sums(loss_sum: Array, weight_sum: Array, statistics: Statistics) -> Statistics:
+    """What is summed of every batch; an objective's statistics may say `loss` and the others more exactly."""
+    return {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
+
+
+def _total(tree: PyTree, axis_name: str | None) -> PyTree:
+    return jax.lax.psum(tree, axis_name) if axis_name else tree
 
 
 def update_ema(ema_params: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:

@@ -5,32 +5,29 @@ import pathlib
 import jax
 import numpy as np
 
-from transformer import tasks
+from transformer import parts
 from transformer.cli.arguments import load_config
 from transformer.config import Config, DataConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
-from transformer.models.decoder import Decoder
-from transformer.objectives.next_token import NextToken
-from transformer.tasks import count_parameters, count_step, initialize, measure_work
+from transformer.parts import Parts, StandIn, count_parameters
 from transformer.training.flops import step_flops
 from transformer.types import Batch
 
 MIXTRAL = str(pathlib.Path(__file__).parent.parent / "configs" / "moe_8x7b.py")
 
 
-def abstract_params(config):
-    """Shapes of a model's parameters, of which none is made."""
-    return initialize(NextToken(), Decoder(config), None)[0]
+def make(config):
+    return Parts(config, StandIn(config.model.vocab_size))
 
 
 def test_mixtral_has_as_many_parameters_as_published():
-    model = load_config(MIXTRAL).model
-    params = abstract_params(model)
+    made = make(Config(model=load_config(MIXTRAL).model))
+    params = made.shapes
     assert count_parameters(params) == 46_702_792_704
     # Jiang et al. 2024, section 2: a token uses 13 billion of them; in products, all but an embedding and 65 norms.
     token = jax.ShapeDtypeStruct((1, 1), np.int32)
     batch = Batch(token, token, jax.ShapeDtypeStruct((1, 1), np.float32), token, token)
-    used = count_step(Config(model=model), params, batch).products / 6
+    used = made.count_step(batch).products / 6
     assert used + 32_000 * 4096 + 65 * 4096 == 12_879_925_248
     block = jax.tree.map(lambda leaf: leaf.shape, params["decoder"]["blocks"]["block_0"])
     assert block["feed_forward"] == {
@@ -44,10 +41,10 @@ def test_mixtral_has_as_many_parameters_as_published():
 
 def test_work_is_counted_once_a_shape_and_for_all_processes(monkeypatch):
     model = ModelConfig(vocab_size=7, num_layers=1, embed_dim=8, pattern=(BlockConfig(AttentionConfig(num_heads=2)),))
-    config, params = Config(model=model, data=DataConfig(sequence_length=6, batch_size=6)), abstract_params(model)
+    config = Config(model=model, data=DataConfig(sequence_length=6, batch_size=6))
     traced = []
-    monkeypatch.setattr(tasks, "step_flops", lambda *a: traced.append(a) or step_flops(*a))
-    work = measure_work(config, params, parts=2)
+    monkeypatch.setattr(parts, "step_flops", lambda *a: traced.append(a) or step_flops(*a))
+    work = make(config).measure_work(parts=2)
 
     def batch(length):
         ids, weights = (np.zeros((3, length), dtype) for dtype in (np.int32, np.float32))

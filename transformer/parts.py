@@ -1,0 +1,293 @@
+"""The parts of a config: its model and loss, and the steps that train it on devices. No data is read for them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from transformer.config import Config
+from transformer.data.tokenizers import Vocabulary, source_tokenizer
+from transformer.layers.runtime import Runtime
+from transformer.model_config import BlockConfig, ModelConfig
+from transformer.models.init import init_params
+from transformer.objective import Objective
+from transformer.ops import dense_cpu, wide_product
+from transformer.ops.attention import recorded
+from transformer.ops.ids import check_batch_ids
+from transformer.ops.places import balanced_order
+from transformer.ops.ring import check_blocks
+from transformer.parallel.rules import RULES
+from transformer.parallel.runner import Runner, check_divisible
+from transformer.parallel.strategies import STRATEGIES
+from transformer.training.flops import Flops, step_flops
+from transformer.training.loss_scale import make_loss_scale
+from transformer.training.metrics import Work
+from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer
+from transformer.training.spikes import make_spikes
+from transformer.training.state import TrainState, create_state
+from transformer.training.step import EvaluateStep, TrainStep
+from transformer.types import Loss, PyTree
+from transformer.validation import require
+
+
+class StandIn:
+    """The vocabulary of a tokenizer that is not there: only its size is known."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.token_bytes = np.ones(vocab_size, np.int32)
+
+
+def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] = ()) -> Config:
+    """The config with the model's vocab_size, max_length and num_classes filled in.
+
+    After the tokenizer's entries come those that the objective needs (a mask, sentinels).
+    """
+    model, objective = config.model, config.objective
+    smallest = tokenizer.vocab_size + objective.extra_tokens(tokenizer, config.data.sequence_length)
+    require(
+        model.vocab_size == 0 or model.vocab_size >= smallest,
+        f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
+        "with room for a mask or sentinels.",
+    )
+    own = {"bidirectional_prefix": False, "num_classes": 0, **objective.model_settings(class_names)}
+    require(
+        own["bidirectional_prefix"] or not model.bidirectional_prefix,
+        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={objective.kind}; leave "
+        "it out.",
+    )
+    require(
+        model.num_classes in (0, own["num_classes"]) or own["num_classes"] == 0,
+        f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
+    )
+    model = dataclasses.replace(
+        model,
+        vocab_size=model.vocab_size or smallest,
+        max_length=model.max_length or config.data.sequence_length + model.memory_length,
+        source_vocab_size=0 if source_tokenizer(tokenizer) is tokenizer else source_tokenizer(tokenizer).vocab_size,
+        **own,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def count_parameters(params: PyTree) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def initialize(objective: Objective, model: nn.Module, key: Any) -> tuple[PyTree, PyTree]:
+    """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes."""
+    return init_params(model, key, *((1, 1),) * objective.num_stacks, method=objective.init_method)
+
+
+def training_runtime(cpu_kernels: bool) -> Runtime:
+    """How a trainer's model computes: with products that suit the platform, over the mesh that is set."""
+    return Runtime(dot_general=dense_cpu.dot_general if cpu_kernels else wide_product.dot_general, sharding=RULES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """The model of a resolved config and its loss; nothing is allocated.
+
+    Example:
+        >>> from transformer.model_config import ModelConfig
+        >>> parts = Parts(resolve(Config(model=ModelConfig(num_layers=1, embed_dim=8)), StandIn(11)), StandIn(11))
+        >>> parts.shapes["token_embedding"]["embedding"].shape
+        (11, 8)
+    """
+
+    config: Config
+    """As `resolve` gives it."""
+    vocabulary: Vocabulary
+    """The run's tokenizer, or what losses know of one."""
+    runtime: Runtime | None = None
+    """How the model computes; None as modules do by themselves."""
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The linen module."""
+        return self.config.objective.make_model(self.config.model, self.runtime)
+
+    @functools.cached_property
+    def _shapes_and_axes(self) -> tuple[PyTree, PyTree]:
+        return initialize(self.config.objective, self.model, None)
+
+    @property
+    def shapes(self) -> PyTree:
+        """Of the parameters."""
+        return self._shapes_and_axes[0]
+
+    @property
+    def axes(self) -> PyTree:
+        """Logical names of the parameters' axes."""
+        return self._shapes_and_axes[1]
+
+    @functools.cached_property
+    def loss(self) -> Loss:
+        """What is minimised: frozen parameters have no gradient."""
+        loss = self.config.objective.bind(self.model, self.vocabulary)
+        return freeze(loss, self.config.optimizer, self.shapes)
+
+    def init_params(self, key: Any) -> PyTree:
+        """Initial parameters."""
+        return initialize(self.config.objective, self.model, key)[0]
+
+    def changed(self, **model: Any) -> "Parts":
+        """The same arithmetic in another form: fields of the model's config; logits all at once."""
+        config = dataclasses.replace(
+            self.config,
+            model=dataclasses.replace(self.config.model, **model),
+            objective=self.config.objective.in_chunks(1),
+        )
+        return dataclasses.replace(self, config=config)
+
+    def count_step(self, batch: PyTree) -> Flops:
+        """Operations of a training step; of the batch, shapes are enough.
+
+        Traced is the plain model: what is saved by computing a part at a time, or again, changes no count, and a fused kernel
+        would only take longer to trace.
+        """
+
+        def in_plain(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+            return tuple(
+                dataclasses.replace(block, attention=dataclasses.replace(block.attention, implementation="xla"))
+                for block in blocks
+            )
+
+        model = self.config.model
+        plain = self.changed(first=in_plain(model.first), pattern=in_plain(model.pattern), remat="none")
+        return step_flops(dataclasses.replace(plain, runtime=None).loss, self.shapes, batch)
+
+    def measure_work(self, parts: int = 1) -> Callable[[Any], Work]:
+        """What a training step amounts to, of which a process sees one of so many parts of the batch.
+
+        Counted once for each shape of a batch, when the first comes (`training.flops`).
+        """
+        counted: dict[Any, float] = {}
+
+        def work(batch: Any) -> Work:
+            read = batch.read
+            shapes = tuple(tokens.shape for tokens in read)
+            if shapes not in counted:
+                counted[shapes] = parts * self.count_step(batch).total
+            return Work(parts * sum(tokens.size for tokens in read), counted[shapes])
+
+        return work
+
+    def describe_attention(self, platform: str) -> str:
+        """The attention backends of training on a platform (`jax.devices()[0].platform`), in full rows."""
+        config = self.config
+        _, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
+        if context > 1:
+            return "ring"
+        one = dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None)
+        loss, key = one.loss, jax.random.key(0)
+        carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
+        with recorded() as requests:
+            jax.eval_shape(
+                lambda params, carry, batch: loss.loss(params, carry, batch, key, True),
+                one.shapes,
+                carry,
+                config.objective.batch_shapes(config),
+            )
+        backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
+        return " and ".join(dict.fromkeys(backends))
+
+
+def check_devices(config: Config, mesh: Mesh | None = None) -> None:
+    """Raise UserError unless devices, batch and model fit each other, as far as a config says; before any data is read."""
+    runner = STRATEGIES[config.parallel.strategy]
+    shards, context = runner.shares(config.parallel, mesh)
+    if config.model.memory_length > 0:
+        runner.check_memory()
+    if context > 1:
+        balanced_order(config.data.sequence_length, context)
+        check_blocks(config.data.sequence_length, context)
+        config.objective.check_context(config)
+        _check_context(config.model)
+    check_divisible(config.data.batch_size, shards, config.optimizer.accumulate_steps)
+
+
+def _check_context(model: ModelConfig) -> None:
+    """Raise UserError unless the places of a row may lie on several devices, in another order."""
+    patterns = {block.attention.pattern for block in model.block_counts}
+    require(
+        all(pattern.sees_all for pattern in patterns),
+        "parallel.context needs dense attention (a window is fine), got "
+        f"attention.pattern={', '.join(sorted(pattern.kind for pattern in patterns))}; "
+        "set parallel.context=1.",
+    )
+    require(
+        model.dropout == 0 and all(block.attention.dropout == 0 for block in model.block_counts),
+        "parallel.context needs model.dropout=0 and attention.dropout=0: what is dropped is drawn by place in an array, and rows "
+        "are dealt out in another order; set them, or parallel.context=1.",
+    )
+
+
+class Steps:
+    """What trains a resolved config, on the devices that it names; nothing is allocated on any of them.
+
+    Args:
+        config: as `resolve` gives it.
+        vocabulary: the run's tokenizer, or what losses know of one.
+        mesh: of devices, present or absent; None takes those of `config.parallel`.
+        optimizer: in the place of the config's, learning rate and all.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        mesh: Mesh | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> None:
+        strategy = STRATEGIES[config.parallel.strategy]
+        # The kernels for CPUs fold batch and places, which over a context axis would gather both.
+        _, context = strategy.shares(config.parallel, mesh)
+        runtime = training_runtime(config.training.cpu_kernels and context == 1)
+        self.parts = parts = Parts(config, vocabulary, runtime)
+        """The model and the loss."""
+        if config.model.scan_layers:
+            check_scanned_groups(config.optimizer, parts.shapes)
+        schedule = None
+        if optimizer is None:
+            optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, parts.shapes)
+        self.train_step = TrainStep(
+            parts.loss,
+            optimizer,
+            schedule,
+            accumulate_steps=config.optimizer.accumulate_steps,
+            ema_decay=config.optimizer.ema_decay,
+            skip_spikes=config.training.skip_spikes,
+            axis_name=strategy.axis_name,
+        )
+        """The step that the runner compiles."""
+        evaluate_step = EvaluateStep(parts.loss, strategy.axis_name)
+        self.runner: Runner = strategy.make(
+            config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
+        )
+        self.runner.check_batch = functools.partial(check_batch_ids, config.model)
+        self.state = self.runner.abstract_state(jax.eval_shape(self._make_state))
+        """Shapes before the first step, with the shardings of what a checkpoint is restored to."""
+
+    def init_state(self, *params: PyTree) -> TrainState:
+        """The state before the first step, of the config's or of given parameters; no device ever holds more than its part."""
+        return self.runner.init_state(self._make_state, *params)
+
+    def _make_state(self, params: PyTree | None = None) -> TrainState:
+        config = self.parts.config
+        return create_state(
+            self.parts.init_params(jax.random.key(config.training.seed)) if params is None else params,
+            self.train_step.optimizer,
+            jax.random.key(config.training.seed + 1),
+            carry=self.parts.loss.init_carry(config.data.batch_size),
+            ema=config.optimizer.ema_decay > 0,
+            loss_scale=make_loss_scale(config.model),
+            spikes=make_spikes(config.training.skip_spikes),
+        )
