@@ -14,6 +14,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 # A line that each prints.
 PRINTS = {
+    "own_dataset": "step 200: 3+4=7",
     "own_objective": "metrics: loss, objective, entropy",
     "own_optimizer": "learning rates: 0.5 0.5 0.5 0.5 0.25 0.25 0.25 0.25 0.125 0.125 0.125 0.125",
     "narrow_and_wide": "wide      (1, 16, 256)      2,097,152  3hk² + hk²",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformer.config import Config, DataConfig, TrainingConfig
+    from transformer.data.batches import BatchData
     from transformer.data.tokenizers import Tokenizer
     from transformer.form import FORMS, Form, Shown
     from transformer.generation.generate import Generated, Generator, generate, stream
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformer.objective import OBJECTIVES, Objective, Trained
     from transformer.objectives.classification import Classification
     from transformer.objectives.masked_lm import MaskedLM
-    from transformer.objectives.next_token import NextToken
+    from transformer.objectives.next_token import LanguageModel, NextToken
     from transformer.objectives.prefix_lm import PrefixLM
     from transformer.objectives.seq2seq import Seq2Seq
     from transformer.objectives.span_corruption import SpanCorruption
@@ -78,12 +79,13 @@ if TYPE_CHECKING:
     from transformer.schedules.linear import LinearSchedule
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
-    from transformer.types import Batch, Ids, LabelledBatch, Loss, PairBatch, UserError
+    from transformer.types import Batch, CheckpointableIterator, Ids, LabelledBatch, Loss, PairBatch, UserError
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "config": "Config DataConfig TrainingConfig",
+    "data.batches": "BatchData",
     "data.tokenizers": "Tokenizer",
     "form": "FORMS Form Shown",
     "generation.generate": "Generated Generator generate stream",
@@ -106,7 +108,7 @@ _NAMES = {
     "objective": "OBJECTIVES Objective Trained",
     "objectives.classification": "Classification",
     "objectives.masked_lm": "MaskedLM",
-    "objectives.next_token": "NextToken",
+    "objectives.next_token": "LanguageModel NextToken",
     "objectives.prefix_lm": "PrefixLM",
     "objectives.seq2seq": "Seq2Seq",
     "objectives.span_corruption": "SpanCorruption",
@@ -144,7 +146,7 @@ _NAMES = {
     "schedules.linear": "LinearSchedule",
     "schedules.wsd": "WSDSchedule",
     "tokenizer": "TOKENIZERS TokenizerKind",
-    "types": "Batch Ids LabelledBatch Loss PairBatch UserError",
+    "types": "Batch CheckpointableIterator Ids LabelledBatch Loss PairBatch UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -115,6 +115,10 @@ class Objective(Kind):
         """The linen module of a resolved config; a runtime of None has every derivative and looks at no mesh."""
         return self.model_class(config) if runtime is None else self.model_class(config, runtime=runtime)
 
+    def init_inputs(self) -> tuple[Any, ...]:
+        """What the model is initialised with: by default, a token for each stack."""
+        return (np.zeros((1, 1), np.int32),) * self.num_stacks
+
     # ---- The loss ----------------------------------------------------------------------------------------------------
 
     def loss(

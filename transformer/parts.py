@@ -1,8 +1,9 @@
 """The parts of a config: its model and loss, and the steps that train it on devices. No data is read for them."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -15,24 +16,24 @@ from transformer.config import Config
 from transformer.data.tokenizers import Vocabulary, source_tokenizer
 from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
-from transformer.models.init import init_params
+from transformer.models.init import initialized
 from transformer.objective import Objective
 from transformer.ops import dense_cpu, wide_product
 from transformer.ops.attention import recorded
 from transformer.ops.ids import check_batch_ids
 from transformer.ops.places import balanced_order
 from transformer.ops.ring import check_blocks
-from transformer.parallel.rules import RULES
+from transformer.parallel.rules import RULES, is_names
 from transformer.parallel.runner import Runner, check_divisible
 from transformer.parallel.strategies import STRATEGIES
 from transformer.training.flops import Flops, step_flops
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.metrics import Work
-from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer
+from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer, parameter_path
 from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import EvaluateStep, TrainStep
-from transformer.types import Loss, PyTree
+from transformer.types import Loss, PyTree, UserError
 from transformer.validation import require
 
 
@@ -83,7 +84,7 @@ def count_parameters(params: PyTree) -> int:
 
 def initialize(objective: Objective, model: nn.Module, key: Any) -> tuple[PyTree, PyTree]:
     """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes."""
-    return init_params(model, key, *((1, 1),) * objective.num_stacks, method=objective.init_method)
+    return initialized(model, key, *objective.init_inputs(), method=objective.init_method)
 
 
 def training_runtime(cpu_kernels: bool) -> Runtime:
@@ -108,15 +109,18 @@ class Parts:
     """The run's tokenizer, or what losses know of one."""
     runtime: Runtime | None = None
     """How the model computes; None as modules do by themselves."""
+    module: nn.Module | None = None
+    """A model in the place of the config's."""
 
     @functools.cached_property
     def model(self) -> Any:
         """The linen module."""
-        return self.config.objective.make_model(self.config.model, self.runtime)
+        return self.module or self.config.objective.make_model(self.config.model, self.runtime)
 
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[PyTree, PyTree]:
-        return initialize(self.config.objective, self.model, None)
+        with self._explained():
+            return initialize(self.config.objective, self.model, None)
 
     @property
     def shapes(self) -> PyTree:
@@ -137,6 +141,33 @@ class Parts:
     def init_params(self, key: Any) -> PyTree:
         """Initial parameters."""
         return initialize(self.config.objective, self.model, key)[0]
+
+    def trace(self) -> None:
+        """Trace the loss of a batch of full rows, as training computes it."""
+        config, loss, key = self.config, self.loss, jax.random.key(0)
+        with self._explained():
+            jax.eval_shape(
+                lambda params, carry, batch: loss.loss(params, carry, batch, key, True),
+                self.shapes,
+                jax.eval_shape(lambda: loss.init_carry(config.data.batch_size)),
+                config.objective.batch_shapes(config),
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A model that was given and cannot be called as the objective calls its own is a `UserError`."""
+        objective = self.config.objective
+        try:
+            yield
+        except Exception as error:
+            if self.module is None or isinstance(error, UserError):
+                raise
+            text = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"model= must be a module that {type(objective).__name__} can train, called as its "
+                f"{objective.model_class.__name__} is and with parameters alone; {type(self.module).__name__} gave "
+                f"{type(error).__name__}: {text}"
+            ) from error
 
     def changed(self, **model: Any) -> "Parts":
         """The same arithmetic in another form: fields of the model's config; logits all at once."""
@@ -172,8 +203,8 @@ class Parts:
         counted: dict[Any, float] = {}
 
         def work(batch: Any) -> Work:
-            read = batch.read
-            shapes = tuple(tokens.shape for tokens in read)
+            read = getattr(batch, "read", ())  # of batches of one's own nobody knows what a token is
+            shapes = tuple(x.shape for x in jax.tree.leaves(batch))
             if shapes not in counted:
                 counted[shapes] = parts * self.count_step(batch).total
             return Work(parts * sum(tokens.size for tokens in read), counted[shapes])
@@ -186,16 +217,8 @@ class Parts:
         _, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
         if context > 1:
             return "ring"
-        one = dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None)
-        loss, key = one.loss, jax.random.key(0)
-        carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
         with recorded() as requests:
-            jax.eval_shape(
-                lambda params, carry, batch: loss.loss(params, carry, batch, key, True),
-                one.shapes,
-                carry,
-                config.objective.batch_shapes(config),
-            )
+            dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None).trace()
         backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
         return " and ".join(dict.fromkeys(backends))
 
@@ -238,6 +261,7 @@ class Steps:
         vocabulary: the run's tokenizer, or what losses know of one.
         mesh: of devices, present or absent; None takes those of `config.parallel`.
         optimizer: in the place of the config's, learning rate and all.
+        model: a linen module in the place of the config's.
     """
 
     def __init__(
@@ -246,14 +270,15 @@ class Steps:
         vocabulary: Vocabulary,
         mesh: Mesh | None = None,
         optimizer: optax.GradientTransformation | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         strategy = STRATEGIES[config.parallel.strategy]
         # The kernels for CPUs fold batch and places, which over a context axis would gather both.
         _, context = strategy.shares(config.parallel, mesh)
         runtime = training_runtime(config.training.cpu_kernels and context == 1)
-        self.parts = parts = Parts(config, vocabulary, runtime)
+        self.parts = parts = Parts(config, vocabulary, runtime, model)
         """The model and the loss."""
-        if config.model.scan_layers:
+        if config.model.scan_layers and model is None:
             check_scanned_groups(config.optimizer, parts.shapes)
         schedule = None
         if optimizer is None:
@@ -279,6 +304,18 @@ class Steps:
     def init_state(self, *params: PyTree) -> TrainState:
         """The state before the first step, of the config's or of given parameters; no device ever holds more than its part."""
         return self.runner.init_state(self._make_state, *params)
+
+    def describe_whole(self) -> str:
+        """The parameters that lie whole on every device for want of partition metadata; empty where nothing is shared."""
+        whole = [
+            parameter_path(path)
+            for path, names in jax.tree_util.tree_leaves_with_path(self.parts.axes, is_leaf=is_names)
+            if len(names) == 0
+        ]
+        sizes = self.parts.config.parallel.sizes
+        if not whole or all(sizes[name] == 1 for name in ("fsdp", "tensor", "expert")):
+            return ""
+        return f"{len(whole)} parameters have no partition metadata, and are whole on every device: {', '.join(whole)}"
 
     def _make_state(self, params: PyTree | None = None) -> TrainState:
         config = self.parts.config

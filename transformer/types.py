@@ -12,6 +12,8 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 Array = Any  # a jax.Array, a tracer or a numpy array; shapes stand in the suffix or in jaxtyping
 PyTree = Any
 Statistics = dict[str, Array]
@@ -63,6 +65,14 @@ class Batch(NamedTuple):
     segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding
     positions: Array  # int32, from 0 within each segment; where rows are continued, within each document
 
+    @classmethod
+    def of(cls, inputs: Array, targets: Array, **others: Array) -> "Batch":
+        """A batch of whole rows without padding, but for the fields that are given."""
+        inputs, targets = np.asarray(inputs), np.asarray(targets)
+        positions = np.broadcast_to(np.arange(inputs.shape[-1], dtype=np.int32), inputs.shape)
+        ones = np.ones(inputs.shape, np.int32)
+        return cls(inputs, targets, ones.astype(np.float32), ones, positions)._replace(**others)
+
     @property
     def read(self) -> tuple[Array, ...]:
         """The tokens that the model reads."""
@@ -85,6 +95,14 @@ class LabelledBatch(NamedTuple):
     segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
     labels: Array  # int32 [B], the class of each text
     weights: Array  # float32 [B], how much each text counts in the loss
+
+    @classmethod
+    def of(cls, inputs: Array, labels: Array, **others: Array) -> "LabelledBatch":
+        """A batch of whole rows without padding, but for the fields that are given."""
+        inputs, labels = np.asarray(inputs), np.asarray(labels)
+        return cls(inputs, np.ones(inputs.shape, np.int32), labels, np.ones(labels.shape, np.float32))._replace(
+            **others
+        )
 
     @property
     def read(self) -> tuple[Array, ...]:
@@ -109,6 +127,14 @@ class PairBatch(NamedTuple):
     targets: Array  # int32 [B, T], the token that follows each input; the last is end-of-text
     weights: Array  # float32 [B, T], how much each target counts in the loss
     segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+
+    @classmethod
+    def of(cls, source: Array, inputs: Array, targets: Array, **others: Array) -> "PairBatch":
+        """A batch of whole rows without padding, but for the fields that are given."""
+        source, inputs, targets = np.asarray(source), np.asarray(inputs), np.asarray(targets)
+        ones = np.ones(inputs.shape, np.int32)
+        batch = cls(source, np.ones(source.shape, np.int32), inputs, targets, ones.astype(np.float32), ones)
+        return batch._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformer.tasks import describe_attention
 
 from transformer.cli.main import main
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -20,7 +21,6 @@ from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.strided import StridedPattern
 from transformer.ops.positions.alibi import AlibiBias
 from transformer.runs.saved import load
-from transformer.tasks import describe_attention
 from transformer.types import UserError
 
 OWN = '''

@@ -240,7 +240,7 @@ def test_products_of_the_step_are_those_of_the_count():
 @pytest.mark.parametrize("implementation", ["blockwise", "splash", "auto"])
 def test_what_is_traced_leaves_attention_out_however_it_is_done(implementation, remat):
     def traced(implementation):
-        _, steps = steps_of(remat=remat, implementation=implementation)
+        steps = steps_of(remat=remat, implementation=implementation)
         return traced_flops(steps.train_step, steps.state, shapes(512))
 
     assert traced(implementation) == traced("xla")
@@ -248,7 +248,7 @@ def test_what_is_traced_leaves_attention_out_however_it_is_done(implementation, 
 
 def test_a_scanned_program_does_not_grow_with_its_depth():
     def size(num_layers):
-        _, steps = steps_of(num_layers=num_layers, remat="full")
+        steps = steps_of(num_layers=num_layers, remat="full")
         return len(steps.runner.lower(steps.state, shapes()).as_text())
 
     assert size(64) <= 1.1 * size(4)

@@ -9,8 +9,9 @@ import pytest
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.objectives.next_token import NextToken
 from transformer.optimizers.adamw import AdamW
-from transformer.runs.directory import describe_given
+from transformer.runs.given import describe
 from transformer.runs.saved import load
 from transformer.runs.train import train
 from transformer.training.writers import read_jsonl
@@ -73,11 +74,8 @@ def test_it_goes_on_to_the_bit_and_is_asked_for_again(text, tmp_path):
     with pytest.raises(Accident):
         train(other, optimizer=made(), hooks=(die,))
     recorded = json.loads((tmp_path / "other" / "given.json").read_text())
-    assert (
-        recorded
-        == {"optimizer": "optax.transforms._combining.chain.<locals>.update_fn"}
-        == describe_given(optimizer=made())
-    )
+    assert recorded == {"optimizer": "optax.transforms._combining.chain.<locals>.update_fn"}
+    assert recorded["optimizer"] == describe(made())
     with pytest.raises(
         UserError, match=r"optimizer it began with, .*other was made with optax\..*chain.*, got none; give train\("
     ):
@@ -137,6 +135,6 @@ class Callable:
 
 
 def test_objects_are_described_by_qualified_names():
-    found = describe_given(function=describe_given, none=None, kind=Callable, instance=Callable())
-    assert found["function"] == "transformer.runs.directory.describe_given"
-    assert "none" not in found and found["kind"] == found["instance"] and found["kind"].endswith(".Callable")
+    assert describe(describe) == "transformer.runs.given.describe"
+    assert describe(Callable) == describe(Callable()) and describe(Callable).endswith(".Callable")
+    assert "objectives.next_token.NextToken(label_smoothing=0.0, z_loss=0.5" in describe(NextToken(z_loss=0.5))

@@ -8,12 +8,13 @@ from transformer.layers.embedding import Embed
 from transformer.layers.linear import Linear
 from transformer.layers.runtime import Runtime
 from transformer.model_config import ModelConfig
+from transformer.types import UserError
 
 
 def token_embedding(config: ModelConfig, runtime: Runtime, name: str | None = None) -> Embed:
     """The embedding of a model's tokens; refuses a config whose vocabulary is still to be resolved."""
     if config.vocab_size < 1:
-        raise ValueError(
+        raise UserError(
             f"A model needs the size of its vocabulary, got vocab_size={config.vocab_size}; set it to the tokenizer's."
         )
     return Embed(

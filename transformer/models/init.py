@@ -25,12 +25,23 @@ def init_params(
         The parameters (or, without a key, a `jax.ShapeDtypeStruct` for each), nested dictionaries of arrays, and the same
         tree with a `PartitionSpec` of logical names (`embed`, `heads`, `vocab`, ...) in the place of each array.
     """
+    return initialized(model, key, *(jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)), method=method)
+
+
+def initialized(model: nn.Module, key: Any, *inputs: Any, method: str = "__call__") -> tuple[PyTree, PyTree]:
+    """`init_params` of any linen module: of one's own, names are those of its Flax partition metadata, none where there is none.
+
+    Args:
+        model: the module.
+        key: a PRNG key; None gives shapes alone.
+        *inputs: what the model is called with.
+        method: of the model, one that uses all its parameters.
+    """
 
     def init(key: Any) -> PyTree:
-        tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)]
-        return model.init(key, *tokens, method=method)["params"]
+        return model.init(key, *jax.tree.map(jnp.asarray, inputs), method=method)["params"]
 
     with named_axes():
         boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
-    params = nn.unbox(boxed) if key is None else jax.jit(init)(key)
+    params = nn.unbox(boxed) if key is None else nn.unbox(jax.jit(init)(key))
     return params, nn.get_partition_spec(boxed)

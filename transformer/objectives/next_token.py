@@ -1,10 +1,11 @@
 """Next-token prediction: the cross-entropy of each token given those before it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from transformer.models.decoder import Decoder
 from transformer.objective import OBJECTIVES
@@ -16,6 +17,23 @@ from transformer.validation import require
 
 if TYPE_CHECKING:
     from transformer.config import Config
+
+
+class LanguageModel(Protocol):
+    """How a linen module is called that `NextToken` trains in the place of a `Decoder`."""
+
+    def __call__(
+        self, tokens_BT: Array, *, positions_BT: Any = None, segment_ids_BT: Any = None, train: bool = False
+    ) -> Float[jax.Array, "B T V"]:
+        """Logits of the token that follows each. Initialised with tokens alone, and called with all.
+
+        Args:
+            tokens_BT: int32, from 0 up to `config.model.vocab_size`, which is V.
+            positions_BT: int32, from 0 in each document.
+            segment_ids_BT: int32; tokens see earlier ones of their own segment, 0 is padding.
+            train: with dropout, from the random stream `dropout`.
+        """
+        ...
 
 
 @OBJECTIVES.register
@@ -34,9 +52,8 @@ class NextToken(ContinuesText):
         """The loss of a decoder.
 
         Args:
-            model: called as `model.apply({"params": params}, inputs, positions_BT=, segment_ids_BT=, train=, rngs=)`,
-                giving logits [B, T, V], or with `head=False` hidden states [B, T, D]. With a memory_length, its
-                recurrence is what is carried from batch to batch.
+            model: a `LanguageModel`; where logits are computed in parts, a `Decoder`, which `head=False` has give hidden states
+                [B, T, D]. With a memory_length, its recurrence is what is carried from batch to batch.
             vocabulary: its `token_bytes`, int [V], are for bits per byte.
             params: of the model.
             carry: the recurrence.
@@ -55,8 +72,8 @@ class NextToken(ContinuesText):
             segment_ids_BT=batch.segment_ids,
             train=train,
             rngs={"dropout": key} if train else {},
-            head=not chunked(self),
             mutable="routing",
+            **({"head": False} if chunked(self) else {}),
             **(carry or {}),
         )
         if carry:
@@ -70,7 +87,8 @@ class NextToken(ContinuesText):
 
     def init_carry(self, model: Any, rows: int) -> PyTree:
         """An empty memory, where the model has one."""
-        return {"recurrence_BLPD": model.init_recurrence(rows)} if model.config.memory_length > 0 else ()
+        config = getattr(model, "config", None)
+        return {"recurrence_BLPD": model.init_recurrence(rows)} if getattr(config, "memory_length", 0) > 0 else ()
 
     def check(self, config: "Config") -> None:
         """A memory is of rows that continue those before."""

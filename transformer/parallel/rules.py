@@ -27,16 +27,16 @@ class Sharding:
     """(logical axis, mesh axes) pairs; no mesh axes means a whole copy on every device."""
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The mesh axes of a logical axis.
+        """The mesh axes of a logical axis; an axis of the mesh stands for itself, where no rule says otherwise.
 
         Raises:
-            ValueError: there is no rule for it.
+            UserError: there is no rule for it.
         """
-        table = dict(self.rules)
-        if name not in table:
-            raise ValueError(
-                f"A logical axis must have a rule in parallel/rules.py, got {name!r}; there are {list(table)}."
-            )
+        table = {**{axis: (axis,) for axis in AXES}, **dict(self.rules)}
+        require(
+            name in table,
+            f"An axis of a parameter must have a name of the sharding rules, got {name!r}; there are {', '.join(table)}.",
+        )
         return table[name]
 
     def spec(self, names: Any, axes: Any = AXES) -> PartitionSpec:
@@ -47,7 +47,7 @@ class Sharding:
             axes: those of the mesh; others of the rules are left out.
 
         Raises:
-            ValueError: a name without a rule.
+            UserError: a name without a rule.
         """
         found = [tuple(axis for axis in self.axes(name) if axis in axes) if name else () for name in names]
         return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
@@ -109,10 +109,10 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
         UserError: an axis of the mesh does not divide an axis of a parameter; which, and by how much.
     """
     shardings = jax.tree.map(
-        lambda names: NamedSharding(mesh, RULES.spec(names, mesh.axis_names)), axes, is_leaf=_is_names
+        lambda names: NamedSharding(mesh, RULES.spec(names, mesh.axis_names)), axes, is_leaf=is_names
     )
     if shapes is not None:
-        jax.tree_util.tree_map_with_path(_check_divides, axes, shapes, shardings, is_leaf=_is_names)
+        jax.tree_util.tree_map_with_path(_check_divides, axes, shapes, shardings, is_leaf=is_names)
     return shardings
 
 
@@ -130,7 +130,7 @@ def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
     whole = NamedSharding(mesh, PartitionSpec())
     if axes is None:
         return jax.tree.map(lambda _: whole, tree)
-    names = {_keys(path): value for path, value in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_names)}
+    names = {_keys(path): value for path, value in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_names)}
 
     def sharding(path: Any, x: Any) -> NamedSharding:
         keys = _keys(path)
@@ -160,5 +160,6 @@ def _keys(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _is_names(node: Any) -> bool:
+def is_names(node: Any) -> bool:
+    """Whether a node of a tree is the names of a parameter's axes."""
     return isinstance(node, PartitionSpec)

@@ -15,6 +15,7 @@ from etils import epath
 
 from transformer.config import Config
 from transformer.config_io import CONFIG_FILE, from_json, resume_conflicts, to_dict
+from transformer.data.batches import ids_alone
 from transformer.data.datasets import Dataset, describe_data
 from transformer.data.prepare import data_directory
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -69,9 +70,18 @@ class Record(NamedTuple):
     """All of it: name -> content."""
     evaluations: Patience
     """Since the lowest validation loss."""
+    given: dict[str, str]
+    """What was given to `train` in the place of the config's parts: the name of each object, by that of its argument."""
 
     def load_tokenizer(self) -> Tokenizer:
-        """The run's."""
+        """The run's; of one on batches of its own, a vocabulary alone."""
+        require(
+            "tokenizer" not in self.given,
+            f"A tokenizer that was given to train is not kept with the run, {self.path.parent.parent} was made with "
+            f"{self.given.get('tokenizer')}; give the same again (tokenizer=...).",
+        )
+        if "data" in self.given:
+            return ids_alone(self.config)
         with tempfile.TemporaryDirectory() as directory:
             for name, content in self.files.items():
                 path = epath.Path(directory) / name
@@ -123,7 +133,8 @@ def _read_record(path: epath.Path) -> Record:
         config = from_json(Config, files[CONFIG_FILE], f"{stored}: {CONFIG_FILE}")
         evaluations = Patience(description["loop"]["evaluations"])
         data = from_json(tuple[Corpus, ...], files[DATA_FILE], f"{stored}: {DATA_FILE}")
-    return Record(path, description["step"], config, classes, data, files, evaluations)
+        given = from_json(dict[str, str], files.get(GIVEN_FILE, b"{}"), f"{stored}: {GIVEN_FILE}")
+    return Record(path, description["step"], config, classes, data, files, evaluations, given)
 
 
 # ---- Go on -----------------------------------------------------------------------------------------------------------
@@ -251,30 +262,6 @@ def _sizes(source: Corpus) -> str:
 # ---- Write -----------------------------------------------------------------------------------------------------------
 
 
-def describe_given(**objects: Any) -> dict[str, str]:
-    """The qualified name of each object that is not None: of a function or a class, else of its `update` or of its class."""
-    named = {name: getattr(value, "update", value) for name, value in objects.items() if value is not None}
-    owners = {name: value if hasattr(value, "__qualname__") else type(value) for name, value in named.items()}
-    return {name: f"{owner.__module__}.{owner.__qualname__}" for name, owner in owners.items()}
-
-
-def compare_given(record: Record, given: dict[str, str]) -> None:
-    """Refuse to go on without the objects that a run was made with, or with others.
-
-    Raises:
-        UserError: which, and what they were.
-    """
-    was = from_json(dict[str, str], record.files.get(GIVEN_FILE, b"{}"), f"{record.path}: {GIVEN_FILE}")
-    for name in sorted(was.keys() | given.keys()):
-        before, now = was.get(name, "none"), given.get(name, "none")
-        remedy = f"give train({name}=...) the same again" if name in was else f"leave out {name}="
-        require(
-            before == now,
-            f"A run goes on with the {name} it began with, {record.path.parent.parent} was made with {before}, got {now}; "
-            f"{remedy}, or choose another workdir.",
-        )
-
-
 def make_record(
     config: Config, tokenizer: Tokenizer, data: Dataset, old: Record | None, given: dict[str, str]
 ) -> dict[str, bytes]:
@@ -282,7 +269,8 @@ def make_record(
     files: dict[str, bytes] = dict(old.files) if old else {}
     if not old:
         with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save(directory)
+            if "tokenizer" not in given:
+                tokenizer.save(directory)
             files |= {name: f.read_bytes() for name, f in files_below(epath.Path(directory)).items()}
         if data.class_names:
             files[CLASSES_FILE] = json.dumps(data.class_names).encode()

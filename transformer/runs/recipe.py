@@ -1,25 +1,30 @@
-"""A `Config` becomes the parts of a run: data, tokenizer, model, steps, evaluators."""
+"""A `Config` becomes the parts of a run: data, tokenizer, steps, evaluators, sampler."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import optax
+from rich.console import Console
 
 from transformer.config import Config
 from transformer.data.datasets import Dataset, open_data
 from transformer.data.tokenizers import Tokenizer
 from transformer.evaluation.scores import sum_statistics
+from transformer.generation.generate import generate
+from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
 from transformer.parts import Steps, check_devices, resolve
 from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
+from transformer.runs.given import NOTHING, Given
+from transformer.terminal import say
 from transformer.training import loop
 from transformer.training.metrics import derive
 from transformer.training.state import TrainState
+from transformer.training.writers import SamplesWriter
 from transformer.types import PyTree, UserError
 from transformer.validation import require
 
@@ -60,26 +65,26 @@ class Run(NamedTuple):
 
 def make_run(
     config: Config,
+    given: Given = NOTHING,
     *,
     data: Dataset | None = None,
     tokenizer: Tokenizer | None = None,
     begun: bool = False,
     counted: bool = False,
-    optimizer: optax.GradientTransformation | None = None,
 ) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
 
     Args:
-        config: of the run.
+        config: of the run (`given.applied`).
+        given: what takes the place of the config's parts.
         data: that of the config, if it is open already.
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
         begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
         counted: its steps are those of its epochs already.
-        optimizer: in the place of the config's, whose learning rate, schedule, decay, clipping and groups are then not used.
     """
     check_devices(config)
     require(
-        optimizer is None or not config.optimizer.parameter_groups,
+        given.optimizer is None or not config.optimizer.parameter_groups,
         "optimizer.parameter_groups are of the config's optimizer, and one was given to train(optimizer=...), got "
         f"{config.optimizer.parameter_groups}; leave them out, and freeze with optax.partition.",
     )
@@ -94,7 +99,7 @@ def make_run(
         tokenizer = data.make_tokenizer()
     if not counted:
         config = with_steps(config, data, tokenizer)
-    given = config = dataclasses.replace(
+    unresolved = config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
     )
     config = resolve(config, tokenizer, data.class_names)
@@ -102,11 +107,13 @@ def make_run(
     check_batch(config, jax.process_count())
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
-    notes += [note] if note else []
-    steps = Steps(config, tokenizer, optimizer=optimizer)
+    steps = Steps(config, tokenizer, optimizer=given.optimizer, model=given.model)
+    if given.model is not None and given.data is None:  # whose batches may have any shape
+        steps.parts.trace()
+    notes += [note for note in (note, steps.describe_whole()) if note]
     init_state = steps.init_state
     if donor is not None:
-        params, note = inherit_params(given, steps.parts, donor, data.class_names)
+        params, note = inherit_params(unresolved, steps.parts, donor, data.class_names)
         init_state = functools.partial(steps.init_state, params)
         notes.append(note)
     return Run(steps, data, tokenizer, init_state, "\n".join(notes))
@@ -155,3 +162,35 @@ def make_evaluator(run: Run, split: str) -> loop.Evaluator:
         return metrics | {name: value for name, value in generated.items() if isinstance(value, float)}
 
     return evaluate_split
+
+
+def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
+    """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
+    model: Any = run.steps.parts.model
+    training = run.config.training
+    prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
+    length = min(training.sample_length, run.config.model.max_length - len(prompt))
+    require(
+        length >= 1,
+        f"training.sample_prompt must leave room for a token: with end-of-text it has {len(prompt)}, and the model reaches "
+        f"{run.config.model.max_length} (model.max_length); shorten it, or set training.sample_length=0.",
+    )
+
+    def sample(params: PyTree, step: int) -> None:
+        output = generate(
+            model,
+            run.runner.gather(params),
+            [prompt],
+            max_new_tokens=length,
+            sampling=SamplingConfig(temperature=0.8, top_p=0.95),
+            seed=training.seed,
+            end_of_text=run.tokenizer.end_of_text,
+        )
+        text = run.tokenizer.decode([*prompt, *output.tokens[0][: output.lengths[0]].tolist()])
+        console.rule(f"sample at step {step}")
+        say(console, text)
+        console.rule()
+        if jax.process_index() == 0:
+            samples.add(step, text)
+
+    return sample

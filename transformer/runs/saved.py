@@ -3,9 +3,10 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -18,9 +19,11 @@ from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
+from transformer.objective import Objective
 from transformer.ops.ids import check_batch_ids
 from transformer.parts import Parts, resolve
 from transformer.runs.directory import Record, compare_data, read_run
+from transformer.runs.given import Given, as_dataset, ask_for
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.metrics import derive
@@ -84,27 +87,38 @@ class Loaded:
 
 
 @out_of_memory.explained(what="Loading this run")
-def load(workdir: str | os.PathLike[str], *, step: int | str = "latest") -> Loaded:
+def load(
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | str = "latest",
+    model: nn.Module | None = None,
+    objective: Objective | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Loaded:
     """The model of a run, from one of its checkpoints (the moving average where there is one).
 
     Args:
         workdir: of the run.
         step: `latest` (the latest undamaged one), `best` (the one with the lowest validation loss), or the number of a step.
+        model: that was given to `train`, if one was; and so the others. No directory makes this process import anything.
+        objective: likewise.
+        tokenizer: likewise.
 
     Raises:
-        UserError: there is no run, no such checkpoint, or no undamaged one.
+        UserError: there is no run, no such checkpoint, or no undamaged one; or it was made with other objects.
 
     Example:
         `model, params, tokenizer, config, step = load("runs/python_stdlib", step="best")`
     """
-    return read_run(workdir, _load, step)
+    return read_run(workdir, lambda record: _load(record, Given(model, objective, tokenizer=tokenizer)), step)
 
 
-def _load(record: Record) -> Loaded:
-    tokenizer = record.load_tokenizer()
-    config = resolve(record.config, tokenizer, record.class_names)
+def _load(record: Record, given: Given) -> Loaded:
+    ask_for(record, model=given.model, objective=given.objective, tokenizer=given.tokenizer)
+    tokenizer = given.tokenizer or record.load_tokenizer()
+    config = resolve(given.applied(record.config), tokenizer, record.class_names)
     check_params(config)
-    parts = Parts(config, tokenizer)
+    parts = Parts(config, tokenizer, module=given.model)
     step, params = load_step_params(record.path, parts.shapes)
     return Loaded(parts.model, params, tokenizer, config, step, record.class_names)
 
@@ -121,6 +135,10 @@ def evaluate(
     stride: int | None = None,
     limit: int | None = None,
     memory_length: int | None = None,
+    model: nn.Module | None = None,
+    objective: Objective | None = None,
+    tokenizer: Tokenizer | None = None,
+    data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
@@ -135,16 +153,48 @@ def evaluate(
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
+        model: that was given to `train`, if one was; and so `objective` and `tokenizer`.
+        objective: likewise.
+        tokenizer: likewise.
+        data: batches to score, as `train` takes them, instead of the run's data; all of them, unless a split is named.
         report: called with a line for the user before the split is scored, once nothing is left to refuse.
 
     Raises:
         UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
             means nothing for this kind of run.
     """
-    run, record = read_run(workdir, lambda found: (_load(found), found), step)
-    changes = {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
-    named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
-    config = _changed(run.config, named, {**changes, **(keys or {})}, memory_length)
+    given = Given(model, objective, tokenizer=tokenizer)
+    run, record = read_run(workdir, lambda found: (_load(found, given), found), step)
+    numbers = {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
+    changes = {**numbers, **(keys or {})}
+    if data is None:
+        named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
+        config = _changed(run.config, named, changes, memory_length)
+        config, split, opened = _open(record, config, source, split, report)
+    else:
+        config = _changed(run.config, run.config.data, changes, memory_length)
+        split, opened = split or WHOLE, as_dataset(data, config)
+    names = list(source or (config.data.source if data is None else opened.split_names))
+    require(
+        split in (*opened.split_names, WHOLE),
+        f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "
+        f"{split!r}.",
+    )
+    scored = dataclasses.replace(run, model=model or config.objective.make_model(config.model), config=config)
+    which = "all" if split == WHOLE else f"the {split} split"
+    scores = _scores(scored, opened, split, lambda: report(f"scoring {which} of {', '.join(names)} with {workdir} ..."))
+    return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
+
+
+def _open(
+    record: Record, config: Config, source: Sequence[str], split: str | None, report: Callable[[str], object]
+) -> tuple[Config, str, Dataset]:
+    """The data of a run, or the sources that are scored instead; and which split of them, if none is asked for."""
+    require(
+        bool(source) or "data" not in record.given,
+        f"{record.path.parent.parent} was trained on batches of its own, which are not in its directory; give evaluate(data=...) "
+        "batches in Python, or name what is to be scored with --data.source.",
+    )
     if split is None:
         split = "validation"
         if source and not _trained_on(record, config):
@@ -157,17 +207,7 @@ def evaluate(
         report(data.description)
     else:
         compare_data(record, data, remedy="Restore it, or name what is to be scored with --data.source.")
-    require(
-        split in (*data.split_names, WHOLE),
-        f"A split to score (--split) must be one of {', '.join(data.split_names)}, or all, for "
-        f"{', '.join(config.data.source)}, got {split!r}.",
-    )
-    scored = dataclasses.replace(run, model=config.objective.make_model(config.model), config=config)
-    which = "all" if split == WHOLE else f"the {split} split"
-    line = f"scoring {which} of {', '.join(config.data.source)} with {workdir} ..."
-    scores = _scores(scored, data, split, lambda: report(line))
-    names = list(source or config.data.source)
-    return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
+    return config, split, data
 
 
 def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_length: int | None) -> Config:
@@ -195,7 +235,7 @@ def _scores(run: Loaded, data: Dataset, split: str, begin: Callable[[], object])
         **derive(sums),
         **config.objective.generation_scores(run.model, run.params, run.tokenizer, data, split, config),
     }
-    if "bytes" in sums:
+    if "bytes" in sums and hasattr(batches, "texts"):  # of batches of one's own the text is not known
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import optax
 from etils import epath
@@ -13,12 +14,12 @@ from rich.console import Console
 
 from transformer.config import Config
 from transformer.config_io import fill_open
-from transformer.data.datasets import open_data
+from transformer.data.datasets import Dataset, open_data
+from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import remember
 from transformer.evaluation.compression import compressed_bits_per_byte
-from transformer.generation.generate import generate
-from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_config, check_state
+from transformer.objective import Objective
 from transformer.parts import check_devices, count_parameters
 from transformer.runs.directory import (
     CHECKPOINTS,
@@ -26,16 +27,15 @@ from transformer.runs.directory import (
     SAMPLES_FILE,
     Record,
     compare_data,
-    compare_given,
-    describe_given,
     make_record,
     open_workdir,
     stored_record,
     write_copies,
 )
 from transformer.runs.divergence import located
+from transformer.runs.given import Given, compare_given
 from transformer.runs.lock import locked
-from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run
+from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run, make_sampler
 from transformer.storage import WriteError, explain
 from transformer.terminal import make_console, say
 from transformer.training import folders, loop, out_of_memory
@@ -45,6 +45,7 @@ from transformer.training.learning_rate import describe_change
 from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
 from transformer.training.signals import interruptible
+from transformer.training.state import TrainState
 from transformer.training.writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -53,7 +54,6 @@ from transformer.training.writers import (
     Writer,
     read_jsonl,
 )
-from transformer.types import PyTree
 from transformer.validation import require
 
 _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
@@ -69,19 +69,14 @@ class Reached(NamedTuple):
     """Of the validation split at that step, by name; empty for a run without one."""
 
 
-class Given(NamedTuple):
-    """What the caller brings to a run, besides its config."""
-
-    optimizer: optax.GradientTransformation | None
-    evaluators: Mapping[str, loop.Evaluator]
-    writers: Sequence[Writer]
-    hooks: Sequence[loop.Hook]
-
-
 def train(
     config: Config,
     *,
+    model: nn.Module | None = None,
+    objective: Objective | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None = None,
+    tokenizer: Tokenizer | None = None,
     evaluators: Mapping[str, loop.Evaluator] | None = None,
     writers: Sequence[Writer] = (),
     hooks: Sequence[loop.Hook] = (),
@@ -89,10 +84,21 @@ def train(
 ) -> Reached:
     """Train a config in its workdir, from the latest checkpoint there if there is one.
 
+    What is given takes the place of what the config says. The directory of the run notes the name of what made it, and a run that
+    goes on, or is loaded (`load`), must be given the same again.
+
     Args:
         config: with a workdir.
+        model: a linen module that is called as the class that the objective trains is called (`Objective.model_class`; for
+            language models, `LanguageModel`). Of `config.model`, only `vocab_size`, `max_length` and `dtype` still count.
+            Parameters with Flax partition metadata are spread by it, over the axes that its names are of; others are copied to
+            every device.
+        objective: what is minimised, in the place of `config.objective`; its kind need not be registered.
         optimizer: in the place of the config's, learning rate and all; rows then have no learning rate. Of `config.optimizer`,
-            `accumulate_steps` and `ema_decay` still count. A run that goes on must be given it again.
+            `accumulate_steps` and `ema_decay` still count.
+        data: batches to train on, without end or to be iterated again; or a dictionary of such batches for the splits `train`,
+            `validation` and others; or a `Dataset`. See `BatchData` for what a batch is.
+        tokenizer: in the place of the one that the config names. Without one, a run on batches needs `model.vocab_size`.
         evaluators: name -> function of the parameters (whole, of one copy) that gives metrics; each has rows of its own, at the
             steps that are evaluated. One named `validation` takes the place of the run's, and its `loss` chooses the best.
         writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
@@ -107,133 +113,191 @@ def train(
             there is nothing to save.
         UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
+    given = Given.of(config, model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks)
     with (
         interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."),
         _explained(config),
         out_of_memory.explained(what="Building this run"),
     ):
-        given = Given(optimizer, evaluators or {}, writers, hooks)
-        return _train(config, given, console or make_console(), console or make_console(stderr=False))
+        session = _Session(config, given, console or make_console(), console or make_console(stderr=False))
+        if jax.process_index() > 0:
+            return session.start()
+        with locked(config.workdir, session.report):
+            return session.start()
 
 
-def _train(config: Config, given: Given, console: Console, results: Console) -> Reached:
-    if jax.process_index() > 0:
-        console.quiet = results.quiet = True
-        return _train_locked(config, given, console, results)
-    with locked(config.workdir, functools.partial(say, console)):
-        return _train_locked(config, given, console, results)
+class _Session:
+    """One start of a run in its directory: it is opened, built and trained, in this order.
 
+    Every error of the config or the data comes before the first file is written.
+    """
 
-def _train_locked(config: Config, given: Given, console: Console, results: Console) -> Reached:
-    report = functools.partial(say, console)
-    workdir = epath.Path(config.workdir)
-    old = open_workdir(config, report)
-    done, before = (old.step, old.config) if old else (0, config)
-    config = fill_open(config, before) if old else config
-    counted = old is not None and config.training.epochs == before.training.epochs
-    if old and ((done >= config.training.steps and (counted or config.training.epochs == 0)) or _ended(config, old)):
-        return _finished(config, old, report)
-    made_by = describe_given(optimizer=given.optimizer)
-    if old:
-        compare_given(old, made_by)
-    require(
-        "train" not in given.evaluators,
-        "An evaluator must have a name of its own, got train, which is that of the rows of training; choose another.",
-    )
-    use_compilation_cache()
-    keep_freed_memory()
+    def __init__(self, config: Config, given: Given, console: Console, results: Console) -> None:
+        if jax.process_index() > 0:
+            console.quiet = results.quiet = True
+        self.config, self.given = config, given
+        self.console, self.results = console, results
+        self.report = functools.partial(say, console)
+        self.workdir = epath.Path(config.workdir)
+        self.old: Record | None = None
+        """The latest checkpoint's, of a run that goes on."""
 
-    # ---- Build: every error of the config or the data comes before the first file is written -------------------------
-    check_devices(config)
-    check_config(config)
-    data = open_data(config.data, config.objective, continued=config.model.memory_length > 0)
-    report(data.description)
-    if jax.process_index() == 0:
-        remember(config.data)
-    if old:
-        compare_data(old, data, remedy="Restore it to go on, or start a new run in another workdir.")
-    tokenizer = old.load_tokenizer() if old else None
-    run = make_run(
-        config, data=data, tokenizer=tokenizer, begun=old is not None, counted=counted, optimizer=given.optimizer
-    )
-    config = dataclasses.replace(config, data=run.config.data, training=run.config.training)
-    if old and done >= config.training.steps:
-        return _finished(config, old, report)
-    change = describe_change(before, config, done) if given.optimizer is None else ""
-    check_state(run.state, run.runner.num_devices // jax.process_count())
-    # The devices of a host share its memory.
-    local = run.runner.num_devices // jax.process_count() if jax.devices()[0].platform == "cpu" else 1
-    needs = Needs(run.config, run.state, run.runner.num_devices, local)
-    for note in filter(None, (run.notes, _describe_cut(run), change, out_of_memory.warning(needs))):
-        report(note)
-    batches = data.train_batches(run.tokenizer, **run.own_part)
-    require(
-        "validation" in (*data.split_names, *given.evaluators) or config.training.patience == 0,
-        f"training.patience={config.training.patience} counts evaluations of a validation split, and the data has none; set "
-        "data.validation_fraction, or training.patience=0.",
-    )
-    evaluators = {"validation": make_evaluator(run, "validation")} if "validation" in data.split_names else {}
-    evaluators |= {name: _of_one_copy(run, evaluate) for name, evaluate in given.evaluators.items()}
-    continues = config.training.sample_length > 0 and config.objective.continues_text
-    samples = SamplesWriter(workdir / SAMPLES_FILE)
-    sampler = make_sampler(run, console, samples) if continues else None
-    record = make_record(config, run.tokenizer, data, old, made_by)
-    if jax.process_index() == 0:
-        write_copies(workdir, record, begun=old is not None)
-    epochs = epochs_a_step(config, data)
-    peak = peak_flops(config.model.dtype, run.runner.num_devices)
-    devices = f"{run.runner.num_devices} {jax.devices()[0].device_kind} device(s), {config.parallel.strategy}, "
-    devices += f"attention {run.steps.parts.describe_attention(jax.devices()[0].platform)}"
-    report(
-        f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}, "
-        f"peak {peak / 1e12:.2f} TFLOP/s"
-        + (f"; {config.training.steps:,} steps, {config.training.steps * epochs:.3g} epochs" if epochs else "")
-        + (f"; going on from step {done}" if done else "")
-    )
-
-    # ---- Train -------------------------------------------------------------------------------------------------------
-    latest = _Latest()
-    own_writers: list[Writer] = [latest]
-    if jax.process_index() == 0:
-        own_writers += [
-            ConsoleWriter(config.training.steps, console),
-            JsonlWriter(workdir / METRICS_FILE),
-            samples,
-            TensorBoardWriter(workdir / "tensorboard"),
-        ]
-    traced = trace_steps(config.training.profile_steps, workdir / "profile", report)
-    with traced as trace_hooks, out_of_memory.explained(needs), located(run, report):
-        state = loop.train(
-            run.state,
-            config=config.training,
-            runner=run.runner,
-            init_state=run.init_state,
-            batches=batches,
-            checkpointer=Checkpointer(
-                workdir / CHECKPOINTS,
-                keep=config.training.keep_checkpoints,
-                record=stored_record(record),
-                report=report,
-            ),
-            measure_work=run.steps.parts.measure_work(run.runner.feeds[1]),
-            peak_flops=peak,
-            epochs_a_step=epochs,
-            writers=[*own_writers, *given.writers],
-            evaluators=evaluators,
-            sampler=sampler,
-            hooks=[*given.hooks, *trace_hooks],
+    def start(self) -> Reached:
+        """Train, if there is something left to train."""
+        self.old = open_workdir(self.config, self.report)
+        before = self.old.config if self.old else self.config
+        self.config = fill_open(self.config, before)
+        counted = self.old is not None and self.config.training.epochs == before.training.epochs
+        if self._is_finished(counted or self.config.training.epochs == 0):
+            return self._finished()
+        compare_given(self.old, self.given)
+        require(
+            "train" not in self.given.evaluators,
+            "An evaluator must have a name of its own, got train, which is that of the rows of training; choose another.",
         )
-    if int(state.step) < config.training.steps:
-        report(_ended(config, open_workdir(config, report)))
-    last = latest.metrics
-    if last and jax.process_index() == 0:
-        scores = [f"{name.replace('_', ' ')} {last[name]:.4g}" for name in _SCORES if name in last]
-        if "bits_per_byte" in last:
-            scored: Any = data.evaluation_batches(run.tokenizer, "validation")
-            others = compressed_bits_per_byte(scored.texts())
-            scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
-        say(results, f"validation {', '.join(scores)}")
-    return Reached(str(workdir), int(state.step), last)
+        use_compilation_cache()
+        keep_freed_memory()
+        run = self._build(counted)
+        if self._is_finished(True):  # now that steps are counted
+            return self._finished()
+        return self._train(run, self._describe(run, before))
+
+    def _build(self, counted: bool) -> Run:
+        """The parts of the run, and its config with what the data decides."""
+        used = self.given.applied(self.config)
+        check_devices(used)
+        check_config(used)
+        data = self.given.data or open_data(used.data, used.objective, continued=used.model.memory_length > 0)
+        self.report(data.description)
+        if jax.process_index() == 0 and self.given.data is None:
+            remember(used.data)
+        if self.old:
+            compare_data(self.old, data, remedy="Restore it to go on, or start a new run in another workdir.")
+        tokenizer = self.given.tokenizer or (self.old.load_tokenizer() if self.old else None)
+        run = make_run(used, self.given, data=data, tokenizer=tokenizer, begun=self.old is not None, counted=counted)
+        self.config = dataclasses.replace(self.config, data=run.config.data, training=run.config.training)
+        return run
+
+    def _describe(self, run: Run, before: Config) -> Needs | None:
+        """Say what the user should know before the first step, and give what a step needs."""
+        processes, devices = jax.process_count(), run.runner.num_devices
+        check_state(run.state, devices // processes)
+        # The devices of a host share its memory.
+        local = devices // processes if jax.devices()[0].platform == "cpu" else 1
+        needs = Needs(run.config, run.state, devices, local) if self.given.model is None else None
+        done = self.old.step if self.old else 0
+        change = describe_change(before, self.config, done) if self.given.optimizer is None else ""
+        for note in (run.notes, _describe_cut(run), change, out_of_memory.warning(needs) if needs else ""):
+            if note:
+                self.report(note)
+        return needs
+
+    def _train(self, run: Run, needs: Needs | None) -> Reached:
+        config, workdir = self.config, self.workdir
+        batches = run.data.train_batches(run.tokenizer, **run.own_part)
+        evaluators = self._evaluators(run)
+        samples = SamplesWriter(workdir / SAMPLES_FILE)
+        sampler = make_sampler(run, self.console, samples) if self._continues(run) else None
+        record = make_record(config, run.tokenizer, run.data, self.old, self.given.described)
+        if jax.process_index() == 0:
+            write_copies(workdir, record, begun=self.old is not None)
+        peak = peak_flops(config.model.dtype, run.runner.num_devices)
+        epochs = epochs_a_step(config, run.data)
+        self.report(self._headline(run, peak, epochs))
+        latest = _Latest()
+        traced = trace_steps(config.training.profile_steps, workdir / "profile", self.report)
+        with traced as trace_hooks, out_of_memory.explained(needs), located(run, self.report):
+            state = loop.train(
+                run.state,
+                config=config.training,
+                runner=run.runner,
+                init_state=run.init_state,
+                batches=batches,
+                checkpointer=Checkpointer(
+                    workdir / CHECKPOINTS,
+                    keep=config.training.keep_checkpoints,
+                    record=stored_record(record),
+                    report=self.report,
+                ),
+                measure_work=run.steps.parts.measure_work(run.runner.feeds[1]),
+                peak_flops=peak,
+                epochs_a_step=epochs,
+                writers=[latest, *self._writers(samples), *self.given.writers],
+                evaluators=evaluators,
+                sampler=sampler,
+                hooks=[*self.given.hooks, *trace_hooks],
+            )
+        return self._reached(run, state, latest.metrics)
+
+    def _evaluators(self, run: Run) -> dict[str, loop.Evaluator]:
+        given, splits = self.given.evaluators, run.data.split_names
+        require(
+            "validation" in (*splits, *given) or self.config.training.patience == 0,
+            f"training.patience={self.config.training.patience} counts evaluations of a validation split, and the data has none; "
+            "set data.validation_fraction, or training.patience=0.",
+        )
+        own = {"validation": make_evaluator(run, "validation")} if "validation" in splits else {}
+        return own | {name: _of_one_copy(run, evaluate) for name, evaluate in given.items()}
+
+    def _continues(self, run: Run) -> bool:
+        """Whether samples are made: by the package's models, where there is a tokenizer."""
+        given = self.given
+        known = given.model is None and (given.data is None or given.tokenizer is not None)
+        return known and self.config.training.sample_length > 0 and run.config.objective.continues_text
+
+    def _writers(self, samples: SamplesWriter) -> list[Writer]:
+        if jax.process_index() > 0:
+            return []
+        return [
+            ConsoleWriter(self.config.training.steps, self.console),
+            JsonlWriter(self.workdir / METRICS_FILE),
+            samples,
+            TensorBoardWriter(self.workdir / "tensorboard"),
+        ]
+
+    def _headline(self, run: Run, peak: float, epochs: float) -> str:
+        """The model, the devices and the steps, in a line."""
+        steps, parts = self.config.training.steps, run.steps.parts
+        device = jax.devices()[0]
+        devices = f"{run.runner.num_devices} {device.device_kind} device(s), {run.config.parallel.strategy}, "
+        if self.given.data is None:  # whose batches may have any shape
+            devices += f"attention {parts.describe_attention(device.platform)}, "
+        return (
+            f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}"
+            f"peak {peak / 1e12:.2f} TFLOP/s"
+            + (f"; {steps:,} steps, {steps * epochs:.3g} epochs" if epochs else "")
+            + (f"; going on from step {self.old.step}" if self.old else "")
+        )
+
+    def _reached(self, run: Run, state: TrainState, metrics: dict[str, float]) -> Reached:
+        """Print the last scores."""
+        if int(state.step) < self.config.training.steps:
+            self.report(_ended(self.config, open_workdir(self.config, self.report)))
+        if metrics and jax.process_index() == 0:
+            scores = [f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in _SCORES if name in metrics]
+            if "bits_per_byte" in metrics and self.given.data is None:
+                scored: Any = run.data.evaluation_batches(run.tokenizer, "validation")
+                others = compressed_bits_per_byte(scored.texts())
+                scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
+            say(self.results, f"validation {', '.join(scores)}")
+        return Reached(str(self.workdir), int(state.step), metrics)
+
+    def _is_finished(self, counted: bool) -> bool:
+        """Whether nothing is left to do; the number of steps says so only once it is counted."""
+        if self.old is None:
+            return False
+        return (counted and self.old.step >= self.config.training.steps) or bool(_ended(self.config, self.old))
+
+    def _finished(self) -> Reached:
+        """A run that has nothing left to do is left as it is."""
+        old, workdir = self.old, self.workdir
+        assert old is not None
+        if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
+            folders.clean(workdir / CHECKPOINTS, old.step, self.report)
+            retire(workdir / CHECKPOINTS, self.config.training.keep_checkpoints)
+        why = _ended(self.config, old) or _how_to_go_on(self.config, old)
+        self.report(f"{workdir} is finished: step {old.step} of {self.config.training.steps}. {why}")
+        return Reached(str(workdir), old.step, _scores_at(workdir, old.step))
 
 
 @contextlib.contextmanager
@@ -265,17 +329,6 @@ def _of_one_copy(run: Run, evaluate: loop.Evaluator) -> loop.Evaluator:
     return lambda params: evaluate(run.runner.gather(run.runner.fetch_state(params)))
 
 
-def _finished(config: Config, old: Record, report: folders.Report) -> Reached:
-    """A run that has nothing left to do is left as it is."""
-    workdir, done = epath.Path(config.workdir), old.step
-    if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
-        folders.clean(workdir / CHECKPOINTS, done, report)
-        retire(workdir / CHECKPOINTS, config.training.keep_checkpoints)
-    why = _ended(config, old) or _how_to_go_on(config, old, done)
-    report(f"{workdir} is finished: step {done} of {config.training.steps}. {why}")
-    return Reached(str(workdir), done, _scores_at(workdir, done))
-
-
 def _ended(config: Config, old: Record | None) -> str:
     """Why a run has ended before its last step, and how it goes on; empty if it has not."""
     if old is None or not old.evaluations.ended(config.training.patience):
@@ -286,9 +339,9 @@ def _ended(config: Config, old: Record | None) -> str:
     )
 
 
-def _how_to_go_on(config: Config, old: Record | None, done: int) -> str:
+def _how_to_go_on(config: Config, old: Record) -> str:
     """What a finished run takes to go on: the restarts that it has had stay."""
-    schedule = (old.config if old else config).optimizer.schedule
+    schedule, done = old.config.optimizer.schedule, old.step
     restarts = " ".join(map(str, (*(step for step in schedule.restarts if step < done), done)))
     steps = f"--training.steps {done + max(1, schedule.warmup_steps)} or more"
     more, least = ("epochs", "") if config.training.epochs > 0 else ("steps", f" ({steps})")
@@ -329,35 +382,3 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
     rows = read_jsonl(path) if path.exists() else []
     found = [row for row in rows if (row["step"], row.get("split")) == (step, "validation")]
     return {name: value for row in found for name, value in row.items() if name not in ("step", "split")}
-
-
-def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
-    """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
-    model: Any = run.steps.parts.model
-    training = run.config.training
-    prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
-    length = min(training.sample_length, run.config.model.max_length - len(prompt))
-    require(
-        length >= 1,
-        f"training.sample_prompt must leave room for a token: with end-of-text it has {len(prompt)}, and the model reaches "
-        f"{run.config.model.max_length} (model.max_length); shorten it, or set training.sample_length=0.",
-    )
-
-    def sample(params: PyTree, step: int) -> None:
-        output = generate(
-            model,
-            run.runner.gather(params),
-            [prompt],
-            max_new_tokens=length,
-            sampling=SamplingConfig(temperature=0.8, top_p=0.95),
-            seed=training.seed,
-            end_of_text=run.tokenizer.end_of_text,
-        )
-        text = run.tokenizer.decode([*prompt, *output.tokens[0][: output.lengths[0]].tolist()])
-        console.rule(f"sample at step {step}")
-        say(console, text)
-        console.rule()
-        if jax.process_index() == 0:
-            samples.add(step, text)
-
-    return sample
