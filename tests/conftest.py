@@ -58,11 +58,11 @@ def compiled_once():
     recipe = importlib.import_module("transformer.runs.recipe")
     make, kept = recipe.Steps, {}
 
-    def make_once(config, tokenizer, optimizer=None):
+    def make_once(config, tokenizer, optimizer=None, model=None):
         data = dataclasses.replace(config.data, source=("text",), data_dir="")
-        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, optimizer
+        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, optimizer, model
         if key not in kept:
-            kept[key] = make(config, tokenizer, optimizer=optimizer)
+            kept[key] = make(config, tokenizer, optimizer=optimizer, model=model)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:

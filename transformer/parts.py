@@ -19,7 +19,7 @@ from transformer.model_config import BlockConfig, ModelConfig
 from transformer.models.init import initialized
 from transformer.objective import Objective
 from transformer.ops import dense_cpu, wide_product
-from transformer.ops.attention import recorded
+from transformer.ops.attention import Request, recorded
 from transformer.ops.ids import check_batch_ids
 from transformer.ops.places import balanced_order
 from transformer.ops.ring import check_blocks
@@ -142,16 +142,18 @@ class Parts:
         """Initial parameters."""
         return initialize(self.config.objective, self.model, key)[0]
 
-    def trace(self) -> None:
-        """Trace the loss of a batch of full rows, as training computes it."""
+    def trace(self) -> list[Request]:
+        """Trace the loss of a batch of full rows, as training computes it; what it asks of attention."""
         config, loss, key = self.config, self.loss, jax.random.key(0)
-        with self._explained():
+        carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
+        with self._explained(), recorded() as requests:
             jax.eval_shape(
                 lambda params, carry, batch: loss.loss(params, carry, batch, key, True),
                 self.shapes,
-                jax.eval_shape(lambda: loss.init_carry(config.data.batch_size)),
+                carry,
                 config.objective.batch_shapes(config),
             )
+        return requests
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -217,8 +219,7 @@ class Parts:
         _, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
         if context > 1:
             return "ring"
-        with recorded() as requests:
-            dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None).trace()
+        requests = dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None).trace()
         backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
         return " and ".join(dict.fromkeys(backends))
 

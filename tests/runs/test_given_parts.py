@@ -139,7 +139,7 @@ def test_the_loss_is_that_of_the_batch(tmp_path):
 
     class Uniform(nn.Module):
         @nn.compact
-        def __call__(self, tokens_BT, *, positions_BT, segment_ids_BT, train):
+        def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, train=False):
             return jnp.zeros((*tokens_BT.shape, V)) + self.param("nothing", nn.initializers.zeros, ())
 
     batch = make_batch(0) | {"weights": np.float32([[0, 1, 0, 0]] * ROWS)}

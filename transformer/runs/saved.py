@@ -239,8 +239,8 @@ def _scores(run: Loaded, data: Dataset, split: str, begin: Callable[[], object])
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:
-        per_class = dict(zip(data.class_names, class_scores(sums["confusion"]), strict=True))
-        scores |= {"classes": list(data.class_names), "per_class": per_class}
+        per_class = dict(zip(run.class_names, class_scores(sums["confusion"]), strict=True))
+        scores |= {"classes": list(run.class_names), "per_class": per_class}
         scores |= {"confusion": sums["confusion"].astype(int).tolist()}
     return scores
 
