@@ -15,7 +15,7 @@ from transformer.cli.options import OPTIONS
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = shlex.split(
-    "--training.steps 2 --training.log-every 1 --training.sample-length 4 --training.eval-every 0 "
+    "--training.steps 2 --training.log-every 1 --training.sample-length 0 --training.eval-every 0 "
     "--optimizer.schedule.warmup-steps 0 --model.num-layers 1 --model.embed-dim 16 --model.attention.num-heads 2 "
     "--data.sequence-length 64 --data.batch-size 8 --data.buckets"
 )
