@@ -209,7 +209,7 @@ def logits(model: Any, params: Any, objective: Any) -> Any:
     rows = -(-size // 16)
     tokens = jnp.arange(16 * rows, dtype=jnp.int32).reshape(rows, 16) * 7 % size
     if objective.num_stacks == 2:
-        source = tokens % (model.config.source_vocab_size or size)
+        source = tokens % (model.source_vocab_size or size)
         return jax.jit(lambda params: model.apply({"params": params}, source, tokens[:, ::-1]))(params)
     return jax.jit(lambda params: model.apply({"params": params}, tokens, method=objective.init_method))(params)
 

@@ -10,7 +10,7 @@ from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.span_corruption import SpanCorruption
 from transformer.optimizers.adamw import AdamW
-from transformer.parts import resolve
+from transformer.parts import Parts, resolve
 from transformer.runs.recipe import make_run
 from transformer.schedules.cosine import CosineSchedule
 from transformer.types import UserError
@@ -41,7 +41,7 @@ def test_the_seed_decides_parameters_and_randomness(tmp_path):
 
 def test_spans_are_of_one_vocabulary():
     config = Config(model=ModelConfig(), objective=SpanCorruption())
-    assert resolve(config, ByteTokenizer()).model.source_vocab_size == 0
+    assert Parts(resolve(config, ByteTokenizer()), ByteTokenizer()).sizes.source_vocab_size == 0
     with pytest.raises(
         UserError, match="needs one vocabulary, got a tokenizer with one for sources and one for targets"
     ):

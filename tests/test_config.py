@@ -102,7 +102,6 @@ def own(positions):
             lambda: Config(model=remembering(), objective=MaskedLM()),
             "model.memory_length is for the objective next_token, got 8 for the masked_lm objective; leave it out",
         ),
-        (lambda: remembering(bidirectional_prefix=True), "memory_length and bidirectional_prefix exclude each other"),
         (lambda: remembering(pattern=(BlockConfig(AttentionConfig(pattern=FixedPattern())),)), "needs dense attention"),
         (lambda: ModelConfig(embed_dim=15, positions=TransformerXLPositions(), pattern=ODD), "even, got 15"),
         (lambda: NextToken(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
@@ -174,8 +173,7 @@ def test_json_round_trip(config):
 
 def test_fields_that_a_file_does_not_know_have_their_defaults():
     values = to_dict(CUSTOM)
-    del values["model"]["memory_length"]
-    del values["model"]["bidirectional_prefix"], values["objective"]["z_loss"]
+    del values["model"]["memory_length"], values["objective"]["z_loss"]
     assert from_dict(Config, values) == CUSTOM
 
 

@@ -24,7 +24,6 @@ def make(attention=None, positions="rotary", length=512, kind="next_token", **mo
             embed_dim=8,
             pattern=(block,),
             positions=POSITIONS.find(positions)(),
-            bidirectional_prefix=kind == "prefix_lm",
             **model,
         ),
         data=DataConfig(sequence_length=length),
@@ -54,7 +53,7 @@ def test_the_attention_of_a_run_is_named(settings, cpu, tpu):
     config = make(**settings)
     assert (describe_attention(config, "cpu"), describe_attention(config, "tpu")) == (cpu, tpu)
     model, tokens = config.objective.make_model(config.model), jnp.zeros((2, config.data.sequence_length), jnp.int32)
-    given = {"prefix_BT": tokens > 0} if config.model.bidirectional_prefix else {}
+    given = {"prefix_BT": tokens > 0} if model.bidirectional_prefix else {}
     jaxpr = jax.make_jaxpr(
         lambda params: model.apply({"params": params}, tokens, positions_BT=tokens, segment_ids_BT=tokens, **given)
     )(Parts(config, StandIn(5)).shapes)

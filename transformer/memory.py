@@ -50,9 +50,7 @@ def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
         count += times * projections * (3 if stacks == 2 else 1)
         matrices = (2 + network.gated) * D * network.resolved_hidden_dim(D)
         count += times * stacks * (max(1, network.num_experts) * matrices + network.num_experts * D)
-    tables = config.vocab_size + config.source_vocab_size + config.num_classes
-    tables += 0 if config.tie_embeddings or config.num_classes else config.vocab_size
-    return count + tables * D
+    return count + config.vocab_size * (1 if config.tie_embeddings else 2) * D
 
 
 def check_model(config: ModelConfig, stacks: int = 1) -> None:
@@ -200,7 +198,7 @@ def _amount(size: int) -> str:
 
 def _dimensions(config: ModelConfig) -> str:
     """The numbers that a model's size comes from, as the config has them."""
-    names = ("vocab_size", "source_vocab_size", "max_length", "num_classes", "num_layers", "embed_dim")
+    names = ("vocab_size", "max_length", "num_layers", "embed_dim")
     named = {name: getattr(config, name) for name in names}
     for section, name in (
         *(("attention", name) for name in ("num_heads", "head_dim")),

@@ -117,8 +117,6 @@ class ModelConfig(Settings):
 
     vocab_size: int = 0
     """Entries of the embedding; 0 means the tokenizer's."""
-    source_vocab_size: int = 0
-    """encoder_decoder: entries of an embedding of its own for sources; 0 means that both sides share one."""
     max_length: int = 0
     """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length, and memory_length."""
     num_layers: int = 4
@@ -137,16 +135,12 @@ class ModelConfig(Settings):
     """Normalise after the last block (not for post-norm blocks, which already did)."""
     pooling: Pooling = dataclasses.field(default_factory=POOLINGS.default)
     """How a classifier makes one vector of a text."""
-    num_classes: int = 0
-    """Classes of a classifier; 0 means the data's."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output projection too."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
     logits_soft_cap: float = 0.0
     """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
-    bidirectional_prefix: bool = False
-    """decoder: the tokens of a prefix, or of a prompt, see each other in both directions; prefix_lm trains it so."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each sub-layer's output in training."""
     init_std: float = 0.02
@@ -162,7 +156,7 @@ class ModelConfig(Settings):
     products that are kept moved to the memory of the host (offload)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "vocab_size", "source_vocab_size", "max_length", "num_classes", "memory_length")
+        require_at_least(self, 0, "vocab_size", "max_length", "memory_length")
         require_at_least(self, 0, "logits_soft_cap", "init_std")
         require_at_least(self, 1, "num_layers", "embed_dim")
         require_range(self, 0, 1, "dropout")
@@ -190,11 +184,6 @@ class ModelConfig(Settings):
                 all(block.attention.pattern.sees_all for block in self.block_counts),
                 "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
                 "attention.pattern.kind=dense (a window is fine), or memory_length=0.",
-            )
-            require(
-                not self.bidirectional_prefix,
-                "ModelConfig.memory_length and bidirectional_prefix exclude each other: a prefix is read whole, in one row; set "
-                "memory_length=0 or bidirectional_prefix=False.",
             )
         for block in self.block_counts:
             block.attention.resolved_head_dim(self.embed_dim)

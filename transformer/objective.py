@@ -111,9 +111,19 @@ class Objective(Kind):
 
     # ---- The model ---------------------------------------------------------------------------------------------------
 
-    def make_model(self, config: "ModelConfig", runtime: Any = None) -> Any:
-        """The linen module of a resolved config; a runtime of None has every derivative and looks at no mesh."""
-        return self.model_class(config) if runtime is None else self.model_class(config, runtime=runtime)
+    def make_model(
+        self, config: "ModelConfig", runtime: Any = None, *, vocabulary: Any = None, class_names: tuple[str, ...] = ()
+    ) -> Any:
+        """The linen module of a resolved config.
+
+        Args:
+            config: of the model.
+            runtime: how it computes; None has every derivative and looks at no mesh.
+            vocabulary: the tokenizer's, where the model depends on it.
+            class_names: of the data, if it is labelled.
+        """
+        own = dict(self.model_settings(vocabulary, class_names))
+        return self.model_class(config, **(own if runtime is None else own | {"runtime": runtime}))
 
     def init_inputs(self) -> tuple[Any, ...]:
         """What the model is initialised with: by default, a token for each stack."""
@@ -171,9 +181,9 @@ class Objective(Kind):
         del vocabulary, length
         return 0
 
-    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
-        """Fields of the model's config that follow from it."""
-        del class_names
+    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Attributes of the model, besides its config, that follow from the objective and the data."""
+        del vocabulary, class_names
         return {}
 
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from transformer.config import Config
-from transformer.data.tokenizers import Vocabulary, source_tokenizer
+from transformer.data.tokenizers import Vocabulary
 from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.models.init import initialized
@@ -33,7 +33,7 @@ from transformer.training.optimizer import check_scanned_groups, freeze, make_op
 from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import EvaluateStep, TrainStep
-from transformer.types import Loss, PyTree, UserError
+from transformer.types import Loss, PyTree, Sizes, UserError
 from transformer.validation import require
 
 
@@ -45,8 +45,8 @@ class StandIn:
         self.token_bytes = np.ones(vocab_size, np.int32)
 
 
-def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] = ()) -> Config:
-    """The config with the model's vocab_size, max_length and num_classes filled in.
+def resolve(config: Config, tokenizer: Vocabulary) -> Config:
+    """The config with the model's vocab_size and max_length filled in.
 
     After the tokenizer's entries come those that the objective needs (a mask, sentinels).
     """
@@ -57,22 +57,10 @@ def resolve(config: Config, tokenizer: Vocabulary, class_names: tuple[str, ...] 
         f"model.vocab_size must be at least the tokenizer's {smallest}, got {model.vocab_size}; 0 takes the tokenizer's, "
         "with room for a mask or sentinels.",
     )
-    own = {"bidirectional_prefix": False, "num_classes": 0, **objective.model_settings(class_names)}
-    require(
-        own["bidirectional_prefix"] or not model.bidirectional_prefix,
-        f"model.bidirectional_prefix is for the prefix_lm objective, which sets it, got objective.kind={objective.kind}; leave "
-        "it out.",
-    )
-    require(
-        model.num_classes in (0, own["num_classes"]) or own["num_classes"] == 0,
-        f"model.num_classes must be the data's {len(class_names)}, got {model.num_classes}; 0 takes the data's.",
-    )
     model = dataclasses.replace(
         model,
         vocab_size=model.vocab_size or smallest,
         max_length=model.max_length or config.data.sequence_length + model.memory_length,
-        source_vocab_size=0 if source_tokenizer(tokenizer) is tokenizer else source_tokenizer(tokenizer).vocab_size,
-        **own,
     )
     return dataclasses.replace(config, model=model)
 
@@ -111,11 +99,23 @@ class Parts:
     """How the model computes; None as modules do by themselves."""
     module: nn.Module | None = None
     """A model in the place of the config's."""
+    class_names: tuple[str, ...] = ()
+    """Of labelled texts."""
 
     @functools.cached_property
     def model(self) -> Any:
         """The linen module."""
-        return self.module or self.config.objective.make_model(self.config.model, self.runtime)
+        if self.module is not None:
+            return self.module
+        return self.config.objective.make_model(
+            self.config.model, self.runtime, vocabulary=self.vocabulary, class_names=self.class_names
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many ids the model knows."""
+        own = self.config.objective.model_settings(self.vocabulary, self.class_names)
+        return Sizes(self.config.model.vocab_size, own.get("source_vocab_size", 0), len(self.class_names))
 
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[PyTree, PyTree]:
@@ -263,6 +263,7 @@ class Steps:
         mesh: of devices, present or absent; None takes those of `config.parallel`.
         optimizer: in the place of the config's, learning rate and all.
         model: a linen module in the place of the config's.
+        class_names: of labelled texts.
     """
 
     def __init__(
@@ -272,12 +273,13 @@ class Steps:
         mesh: Mesh | None = None,
         optimizer: optax.GradientTransformation | None = None,
         model: nn.Module | None = None,
+        class_names: tuple[str, ...] = (),
     ) -> None:
         strategy = STRATEGIES[config.parallel.strategy]
         # The kernels for CPUs fold batch and places, which over a context axis would gather both.
         _, context = strategy.shares(config.parallel, mesh)
         runtime = training_runtime(config.training.cpu_kernels and context == 1)
-        self.parts = parts = Parts(config, vocabulary, runtime, model)
+        self.parts = parts = Parts(config, vocabulary, runtime, model, class_names)
         """The model and the loss."""
         if config.model.scan_layers and model is None:
             check_scanned_groups(config.optimizer, parts.shapes)
@@ -298,7 +300,7 @@ class Steps:
         self.runner: Runner = strategy.make(
             config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
         )
-        self.runner.check_batch = functools.partial(check_batch_ids, config.model)
+        self.runner.check_batch = functools.partial(check_batch_ids, parts.sizes)
         self.state = self.runner.abstract_state(jax.eval_shape(self._make_state))
         """Shapes before the first step, with the shardings of what a checkpoint is restored to."""
 

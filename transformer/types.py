@@ -39,6 +39,15 @@ class Interrupted(KeyboardInterrupt):
         self.agreed = agreed
 
 
+class Sizes(NamedTuple):
+    """How many ids a model knows."""
+
+    vocab_size: int
+    source_vocab_size: int = 0
+    """Of sources with a vocabulary of their own."""
+    num_classes: int = 0
+
+
 class Ids(NamedTuple):
     """An array of a batch whose values must be at least 0 and below `size`, where their weight is not 0."""
 
@@ -78,10 +87,10 @@ class Batch(NamedTuple):
         """The tokens that the model reads."""
         return (self.inputs,)
 
-    def ids(self, config: Any) -> tuple[Ids, ...]:
-        """What must be ids of a model of this `ModelConfig`."""
-        return Ids("inputs", self.inputs, config.vocab_size), Ids(
-            "targets", self.targets, config.vocab_size, self.weights
+    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of these `Sizes`."""
+        return Ids("inputs", self.inputs, sizes.vocab_size), Ids(
+            "targets", self.targets, sizes.vocab_size, self.weights
         )
 
 
@@ -109,10 +118,10 @@ class LabelledBatch(NamedTuple):
         """The tokens that the model reads."""
         return (self.inputs,)
 
-    def ids(self, config: Any) -> tuple[Ids, ...]:
-        """What must be ids of a model of this `ModelConfig`."""
-        labels = Ids("labels", self.labels, config.num_classes, self.weights, "Labels", "num_classes", "")
-        return Ids("inputs", self.inputs, config.vocab_size), labels
+    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of these `Sizes`."""
+        labels = Ids("labels", self.labels, sizes.num_classes, self.weights, "Labels", "num_classes", "")
+        return Ids("inputs", self.inputs, sizes.vocab_size), labels
 
 
 class PairBatch(NamedTuple):
@@ -141,10 +150,10 @@ class PairBatch(NamedTuple):
         """The tokens that the model reads."""
         return self.source, self.inputs
 
-    def ids(self, config: Any) -> tuple[Ids, ...]:
-        """What must be ids of a model of this `ModelConfig`."""
-        size = config.vocab_size
-        source = Ids("source", self.source, config.source_vocab_size or size)
+    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+        """What must be ids of a model of these `Sizes`."""
+        size = sizes.vocab_size
+        source = Ids("source", self.source, sizes.source_vocab_size or size)
         return Ids("inputs", self.inputs, size), source, Ids("targets", self.targets, size, self.weights)
 
 

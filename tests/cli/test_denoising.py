@@ -81,7 +81,7 @@ def test_the_loss_falls_and_evaluate_repeats_it(name, request, capsys):
 
 def test_a_prefix_lm_generates_from_a_prompt(prefix_run, capsys):
     capsys.readouterr()
-    assert load(prefix_run).config.model.bidirectional_prefix
+    assert load(prefix_run).model.bidirectional_prefix
     main(["generate", str(prefix_run), "--prompt", "say abcd: ", "--max-new-tokens", "4", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("say abcd: ")
 

@@ -91,9 +91,9 @@ def test_greedy_is_the_most_likely_token_after_the_whole_row(config, rows):
 
 @pytest.mark.parametrize("kind", ["rotary", "t5"])
 def test_a_prefix_lm_reads_prompts_in_both_directions(kind):
-    config = make_config(kind, bidirectional_prefix=True)
-    model, params = make(config)
-    output = generator_of(config).generate(PROMPTS, max_new_tokens=12, sampling=GREEDY)
+    model, params = make(make_config(kind))
+    model = model.clone(bidirectional_prefix=True)
+    output = Generator(model, params).generate(PROMPTS, max_new_tokens=12, sampling=GREEDY)
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     rows = [np.concatenate([prompt, tokens]) for prompt, tokens in zip(PROMPTS, output.tokens, strict=True)]
     tokens = jnp.asarray([np.pad(row, (0, 20 - len(row))) for row in rows])

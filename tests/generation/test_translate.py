@@ -21,7 +21,6 @@ def model(request):
     own = request.param == "own vocabulary"
     config = ModelConfig(
         vocab_size=11,
-        source_vocab_size=17 if own else 0,
         max_length=23,
         num_layers=2,
         embed_dim=16,
@@ -29,7 +28,7 @@ def model(request):
         positions=POSITIONS.find("rotary" if own else request.param)(),
         init_std=0.6,
     )
-    model = EncoderDecoder(config)
+    model = EncoderDecoder(config, source_vocab_size=17 if own else 0)
     return model, model.init(jax.random.key(3), *[jnp.zeros((1, 2), jnp.int32)] * 2)["params"]
 
 

@@ -26,8 +26,18 @@ class PairConfig(ModelConfig):
     """A config that `build` makes an encoder-decoder of."""
 
 
-CONFIGS = {"decoder": ModelConfig, "encoder": EncoderConfig, "encoder_decoder": PairConfig}
-MODELS = {ModelConfig: Decoder, EncoderConfig: Encoder, PairConfig: EncoderDecoder}
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig(ModelConfig):
+    """A config that `build` makes a decoder of that reads prefixes in both directions."""
+
+
+CONFIGS = {"decoder": ModelConfig, "prefix": PrefixConfig, "encoder": EncoderConfig, "encoder_decoder": PairConfig}
+MODELS = {
+    ModelConfig: Decoder,
+    PrefixConfig: functools.partial(Decoder, bidirectional_prefix=True),
+    EncoderConfig: Encoder,
+    PairConfig: EncoderDecoder,
+}
 
 
 def config(kind="rotary", *, architecture="decoder", attention=(), block=(), **changes):

@@ -10,6 +10,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 from transformer.model_kinds import POOLINGS, POSITIONS
 from transformer.models.classifier import Classifier
 from transformer.models.encoder import Encoder
+from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 KINDS_OF_POOLING = ["mean", "max", "first", "attention"]
@@ -25,11 +26,10 @@ def make(pooling="mean", kind="rotary", implementation="xla", **changes):
         pattern=(block,),
         positions=POSITIONS.find(kind)(),
         pooling=POOLINGS.find(pooling)(),
-        num_classes=3,
         init_std=0.5,
         **changes,
     )
-    model = Classifier(config)
+    model = Classifier(config, num_classes=3)
     return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
@@ -92,7 +92,7 @@ def test_dropout_only_in_training_and_float32_logits():
 
 
 def test_classes_must_be_known():
-    with pytest.raises(ValueError, match="at least two classes, got num_classes=0"):
+    with pytest.raises(UserError, match="at least two classes, got num_classes=0"):
         Classifier(ModelConfig(vocab_size=3)).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 

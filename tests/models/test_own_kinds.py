@@ -104,7 +104,7 @@ def test_they_train_and_decode():
 
 
 def test_a_classifier_pools_by_it():
-    model = Classifier(config(num_classes=3, pooling=LastPooling()))
+    model = Classifier(config(pooling=LastPooling()), num_classes=3)
     tokens, segments = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
     logits, variables = model.init_with_output(jax.random.key(0), tokens, segment_ids_BT=segments)
     assert set(variables["params"]) == {"token_embedding", "encoder", "classifier"}

@@ -17,9 +17,7 @@ BACKENDS = ["xla", "blockwise"]
 def prefix_config(tiny, kind="rotary", backend="xla", **changes):
     # What follows a prefix shows how it was read from the second layer on.
     layers = 2 if kind == "rotary" else 1
-    return tiny.config(
-        kind, attention={"implementation": backend}, bidirectional_prefix=True, num_layers=layers, **changes
-    )
+    return tiny.config(kind, attention={"implementation": backend}, architecture="prefix", num_layers=layers, **changes)
 
 
 def first(counts, length):
@@ -117,5 +115,5 @@ def test_without_a_prefix_the_model_is_causal(tiny):
 
 def test_the_config_must_allow_it(tiny):
     model = tiny.build(tiny.config())
-    with pytest.raises(ValueError, match=r"A prefix needs ModelConfig.bidirectional_prefix=True, .* got False"):
+    with pytest.raises(ValueError, match=r"A prefix needs Decoder\(bidirectional_prefix=True\), .* got False"):
         jax.eval_shape(model.init, jax.random.key(0), tiny.tokens((1, 2)), prefix_BT=first([1], 2))

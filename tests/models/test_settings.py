@@ -26,12 +26,10 @@ SPARSE = [{"attention": {"pattern": p}} for p in (StridedPattern(1, 3), FixedPat
 # By the path of a number: another value, and the settings with which it counts, in the form of `make_config`'s arguments.
 NUMBERS = {
     "vocab_size": (17, {}),
-    "source_vocab_size": (17, {}),
     "max_length": (16, {"positions": {"kind": "learned"}}),
     "num_layers": (2, {}),
     "embed_dim": (16, {}),
     "memory_length": (4, {}),
-    "num_classes": (5, {}),
     "logits_soft_cap": (0.1, {}),
     "dropout": (0.5, {}),
     "init_std": (0.5, {}),
@@ -62,7 +60,7 @@ NUMBERS = {
         {"norm": {"placement": "sandwich"}, "attention": {"qk_norm": True}},
     ),
 }
-ONLY = {"source_vocab_size": "encoder_decoder", "memory_length": "decoder", "num_classes": "classifier"}
+ONLY = {"memory_length": "decoder"}
 
 
 def numbers(config, path=""):
@@ -96,7 +94,6 @@ def make_config(name, *, attention=(), feed_forward=(), norm=(), positions=(), *
         of_kind(NORMS, norm),
     )
     return ModelConfig(
-        num_classes=3 if name == "classifier" else 0,
         pattern=(block,),
         positions=of_kind(POSITIONS, positions),
         **{"vocab_size": 11, "max_length": 8, "num_layers": 1, "embed_dim": 8, **changes},
@@ -110,7 +107,8 @@ def build(name, config):
         # Positions behind a memory of ones, all of which they continue.
         memory = jnp.ones((len(TOKENS), config.num_layers, config.memory_length, config.embed_dim))
         arguments = {"recurrence_BLPD": memory, "positions_BT": config.memory_length + jnp.arange(8)[None]}
-    return MODELS[name](config), (TOKENS,) * (2 if name == "encoder_decoder" else 1), arguments
+    own = {"num_classes": 3} if name == "classifier" else {}
+    return MODELS[name](config, **own), (TOKENS,) * (2 if name == "encoder_decoder" else 1), arguments
 
 
 @functools.cache

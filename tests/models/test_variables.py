@@ -27,15 +27,17 @@ def make(name):
     """A model, its parameters, and the sizes of its tables in the order of its arguments."""
     config = ModelConfig(
         vocab_size=SIZES["target"],
-        source_vocab_size=SIZES["source"] if name == "encoder_decoder" else 0,
-        num_classes=3 if name == "classifier" else 0,
         max_length=4,
         num_layers=1,
         embed_dim=8,
         pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
         positions=LearnedPositions(),
     )
-    model, names = MODELS[name](config), ("source", "target") if name == "encoder_decoder" else ("target",)
+    own = {"encoder_decoder": {"source_vocab_size": SIZES["source"]}, "classifier": {"num_classes": 3}}
+    model, names = (
+        MODELS[name](config, **own.get(name, {})),
+        ("source", "target") if name == "encoder_decoder" else ("target",),
+    )
     tokens = [jnp.zeros((1, 1), jnp.int32)] * len(names)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *tokens))["params"]
     generator = np.random.default_rng(0)

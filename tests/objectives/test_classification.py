@@ -29,9 +29,9 @@ def model():
             num_layers=1,
             embed_dim=8,
             pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-            num_classes=3,
             init_std=1.0,
-        )
+        ),
+        num_classes=3,
     )
 
 

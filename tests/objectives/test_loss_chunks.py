@@ -45,7 +45,7 @@ def make(kind, tie, config):
             model = Decoder(model_config)
             shapes, method = ((1, 1),), "__call__"
         case "prefix_lm":
-            model = Decoder(dataclasses.replace(model_config, bidirectional_prefix=True))
+            model = Decoder(model_config, bidirectional_prefix=True)
             shapes, method = ((1, 1),), "__call__"
         case "masked_lm":
             model = Encoder(model_config)

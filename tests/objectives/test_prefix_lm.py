@@ -22,9 +22,9 @@ def model():
             num_layers=2,  # one layer sees only embeddings, which no mask changes
             embed_dim=8,
             pattern=(BlockConfig(AttentionConfig(num_heads=2)),),
-            bidirectional_prefix=True,
             init_std=0.7,
-        )
+        ),
+        bidirectional_prefix=True,
     )
 
 
@@ -84,9 +84,9 @@ def test_positions_are_those_of_the_batch():
             max_length=8,
             pattern=(block,),
             positions=LearnedPositions(),
-            bidirectional_prefix=True,
             init_std=0.7,
-        )
+        ),
+        bidirectional_prefix=True,
     )
     batch = make_batch()
     params = jax.jit(model.init)(jax.random.key(0), batch.inputs)["params"]

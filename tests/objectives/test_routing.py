@@ -62,16 +62,15 @@ def make_batch():
 def make(kind, weights, networks=(EXPERTS,)):
     """(objective, parameters, batch)."""
     batch, decoder = make_batch(), model_config(networks)
-    encoder = dataclasses.replace(decoder, num_classes=3)
     match kind:
         case "next_token":
             model = Decoder(decoder)
         case "prefix_lm":
-            model = Decoder(dataclasses.replace(decoder, bidirectional_prefix=True))
+            model = Decoder(decoder, bidirectional_prefix=True)
         case "masked_lm":
-            model = Encoder(encoder)
+            model = Encoder(decoder)
         case "classification":
-            model = Classifier(encoder)
+            model = Classifier(decoder, num_classes=3)
             batch = LabelledBatch(batch.inputs, batch.segment_ids, batch.inputs[:, 0] % 3, jnp.ones(4))
         case "seq2seq":
             model = EncoderDecoder(decoder)

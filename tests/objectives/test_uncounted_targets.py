@@ -15,7 +15,7 @@ from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.statistics import predicted_statistics, token_statistics
 from transformer.ops.ids import check_batch_ids
-from transformer.parts import initialize, resolve
+from transformer.parts import Parts, initialize, resolve
 from transformer.types import Batch, LabelledBatch, PairBatch, UserError
 
 ROWS, T, CLASSES = 4, 8, ("no", "yes", "perhaps")
@@ -50,10 +50,10 @@ def make(kind, chunks):
         objective=objective_of(kind, chunks),
         data=DataConfig(sequence_length=T),
     )
-    config = resolve(config, ByteTokenizer(), CLASSES if kind == "classification" else ())
-    model = config.objective.make_model(config.model)
-    objective = config.objective.bind(model, ByteTokenizer())
-    params = random_params(config.objective, model)
+    class_names = CLASSES if kind == "classification" else ()
+    parts = Parts(resolve(config, ByteTokenizer()), ByteTokenizer(), class_names=class_names)
+    objective = parts.loss
+    params = random_params(parts.config.objective, parts.model)
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def graded(batch):
@@ -63,7 +63,7 @@ def make(kind, chunks):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    return config, graded
+    return parts.sizes, graded
 
 
 def make_batch(kind):
@@ -84,39 +84,39 @@ def with_targets(batch, name, value, where):
 
 @pytest.mark.parametrize(("kind", "chunks"), KINDS)
 def test_a_target_of_weight_0_never_matters(kind, chunks):
-    config, graded = make(kind, chunks)
+    sizes, graded = make(kind, chunks)
     batch, name = make_batch(kind)
     expected = graded(batch)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
     for value in (-1, -100, 10**6):
         poisoned = with_targets(batch, name, value, batch.weights == 0)
-        check_batch_ids(config.model, poisoned)
+        check_batch_ids(sizes, poisoned)
         jax.tree.map(np.testing.assert_array_equal, graded(poisoned), expected)
 
 
 @pytest.mark.parametrize(("kind", "chunks"), KINDS)
 @pytest.mark.parametrize("value", [-1, -100, 10**6])
 def test_a_target_that_counts_must_be_the_models(kind, chunks, value):
-    config, graded = make(kind, chunks)
+    sizes, graded = make(kind, chunks)
     batch, name = make_batch(kind)
     first = np.zeros_like(batch.weights, bool)
     first.flat[1] = True
     poisoned = with_targets(batch, name, value, first)
     assert np.isnan(graded(poisoned)[0][0])
     with pytest.raises(UserError, match=rf"(targets|labels) with a weight .*(must be|holds).* {value}"):
-        check_batch_ids(config.model, poisoned)
+        check_batch_ids(sizes, poisoned)
 
 
 @pytest.mark.parametrize(("kind", "chunks"), KINDS)
 def test_a_token_outside_the_table_is_nan_and_refused(kind, chunks):
-    config, graded = make(kind, chunks)
+    sizes, graded = make(kind, chunks)
     batch, _ = make_batch(kind)
     for name in {"inputs", "source"} & set(batch._fields):
-        for value in (-1, config.model.vocab_size):
+        for value in (-1, sizes.vocab_size):
             poisoned = with_targets(batch, name, value, np.arange(T)[None] == 1)
             assert np.isnan(graded(poisoned)[0][0])
             with pytest.raises(UserError, match=f"must be at least 0 and below vocab_size.*{name} holds .*{value}"):
-                check_batch_ids(config.model, poisoned)
+                check_batch_ids(sizes, poisoned)
 
 
 def test_logits_of_weight_0_may_be_anything():
@@ -137,16 +137,17 @@ def test_logits_of_weight_0_may_be_anything():
 
 
 def test_hidden_states_of_weight_0_may_be_anything_in_chunks():
-    config, _ = make("next_token", 3)
-    model = config.objective.make_model(config.model)
-    params = random_params(config.objective, model)
+    objective = objective_of("next_token", 3)
+    block = BlockConfig(AttentionConfig(num_heads=2))
+    model = objective.make_model(ModelConfig(vocab_size=257, num_layers=1, embed_dim=8, pattern=(block,)))
+    params = random_params(objective, model)
     weights = jnp.asarray(np.arange(8)[None] % 2, jnp.float32)
     hidden, targets = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8)), jnp.float32), jnp.ones((1, 8), int)
 
     @jax.jit
     def graded(hidden):
         def loss(params, hidden):
-            return predicted_statistics(model, params, hidden, targets, weights, config.objective)["objective"]
+            return predicted_statistics(model, params, hidden, targets, weights, objective)["objective"]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
 

@@ -100,10 +100,10 @@ def test_a_head_for_other_classes_is_not_taken(there, taken, monkeypatch):
     """Of as many classes, so that the shapes fit."""
     block = BlockConfig(AttentionConfig(num_heads=1))
     config = Config(
-        model=ModelConfig(vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,), num_classes=2),
+        model=ModelConfig(vocab_size=9, num_layers=1, embed_dim=4, pattern=(block,)),
         objective=Classification(),
     )
-    parts = Parts(config, StandIn(9))
+    parts = Parts(config, StandIn(9), class_names=("a", "b"))
     given = jax.tree.map(lambda x: x + 1, parts.init_params(jax.random.key(7)))
     monkeypatch.setattr(module, "read_run", lambda directory, read, step: (5, given))
     donor = donor_of(DataConfig(), class_names=there)._replace(path="there", config=config)

@@ -49,22 +49,20 @@ MODELS = {
     "classes, attention pooling": ("classification", {"pooling": AttentionPooling()}),
     "classes, experts": ("classification", {"pattern": (EXPERTS,)}),
     "pairs": ("seq2seq", {}),
-    "pairs, two vocabularies": ("seq2seq", {"source_vocab_size": 51, "tie_embeddings": False}),
+    "pairs, two vocabularies": ("seq2seq", {"sources": 51, "tie_embeddings": False}),
     "pairs, unequal": ("seq2seq", {"pattern": (WIDE, NARROW)}),
     "pairs, experts": ("seq2seq", {"pattern": (EXPERTS,)}),
     "spans": ("span_corruption", {"pattern": (WIDE, NARROW)}),
 }
 
 
-def make(kind, *, objective=None, optimizer=None, **settings):
+def make(kind, *, objective=None, optimizer=None, sources=0, **settings):
     """A config, the shapes of its parameters and of a batch."""
     settings = {"embed_dim": 32, "pattern": (WIDE,), **settings}
     settings = {"num_layers": max(2, len(settings["pattern"])), **settings}
     model = ModelConfig(
         vocab_size=VOCAB,
         max_length=LENGTH + settings.get("memory_length", 0),
-        num_classes=CLASSES if kind == "classification" else 0,
-        bidirectional_prefix=kind == "prefix_lm",
         **settings,
     )
     config = Config(
@@ -73,7 +71,10 @@ def make(kind, *, objective=None, optimizer=None, **settings):
         objective=OBJECTIVES.find(kind)(**(objective or {})),
         optimizer=optimizer or AdamW(),
     )
-    parts = Parts(config, StandIn(VOCAB))
+    vocabulary = StandIn(VOCAB)
+    if sources:
+        vocabulary.source = StandIn(sources)
+    parts = Parts(config, vocabulary, class_names=("class",) * CLASSES)
 
     def ids(*shape, dtype=np.int32):
         return jax.ShapeDtypeStruct(shape, dtype)

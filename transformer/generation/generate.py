@@ -219,7 +219,7 @@ def _prefill(
         {"params": params},
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
-        prefix_BT=valid_BT if model.config.bidirectional_prefix else None,
+        prefix_BT=valid_BT if model.bidirectional_prefix else None,
         cache=model.init_cache(B, capacity),
     )
     logits_BTV, cache = outputs

@@ -57,7 +57,7 @@ def translate(
         ValueError: if a source is empty, holds a token outside the vocabulary, or too much is asked for; or if logits are NaN.
     """
     config = model.config
-    rows = token_rows(sources, config.source_vocab_size or config.vocab_size, "source")
+    rows = token_rows(sources, model.source_vocab_size or config.vocab_size, "source")
     check_ids(end_of_text, config.vocab_size, "end_of_text")
     limit = config.max_length or max_new_tokens
     require(

@@ -89,6 +89,7 @@ class Stack(nn.Module):
         config: the model.
         cross_attention: whether blocks attend to a memory too.
         runtime: the product and sharding; types and initialisation are the config's.
+        bidirectional_prefix: whether a causal stack sees a prefix in both directions.
 
     A scanned stack holds the parameters of the pattern's blocks under `blocks`, each with a leading axis `layers`, and those of
     the config's first blocks and of a last, incomplete period under `first` and `last`. A looped one holds all under `blocks`;
@@ -98,6 +99,7 @@ class Stack(nn.Module):
     config: ModelConfig
     cross_attention: bool = False
     runtime: Runtime = Runtime()
+    bidirectional_prefix: bool = False
 
     @nn.compact
     def __call__(
@@ -128,7 +130,7 @@ class Stack(nn.Module):
         config, runtime = self.config, self.runtime.of(self.config)
         x_BTD = self._embed(embedded_BTD, _resolve_positions(embedded_BTD.shape[1], positions_BT, mask, cache), train)
         relative = RelativeBias(config.positions, config.blocks[0].attention.num_heads, runtime, name="relative_bias")
-        relative_bias = relative(bidirectional=not mask.causal or config.bidirectional_prefix)
+        relative_bias = relative(bidirectional=not mask.causal or self.bidirectional_prefix)
         caches = cache
         if recurrence_BLPD is not None:
             mask = _remember(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2], cache)

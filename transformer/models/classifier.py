@@ -10,6 +10,7 @@ from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
 from transformer.models.head import capped, token_embedding
 from transformer.ops.masks import AttentionMask
+from transformer.types import UserError
 
 
 class Classifier(nn.Module):
@@ -18,14 +19,15 @@ class Classifier(nn.Module):
     Padding is neither attended to nor pooled, so that a text's logits do not depend on the texts beside it.
 
     Attributes:
-        config: the model, with vocab_size and num_classes set; `config.pooling` makes the vector.
+        config: the model, with vocab_size set; `config.pooling` makes the vector.
         runtime: the product and sharding; types and initialisation are the config's.
+        num_classes: C, two or more.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8, num_classes=3)
+        >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8)
         >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
-        >>> logits, variables = Classifier(config).init_with_output(
+        >>> logits, variables = Classifier(config, num_classes=3).init_with_output(
         ...     jax.random.key(0), tokens, segment_ids_BT=segment_ids
         ... )
         >>> logits.shape
@@ -34,6 +36,7 @@ class Classifier(nn.Module):
 
     config: ModelConfig
     runtime: Runtime = Runtime()
+    num_classes: int = 0
 
     @nn.compact
     def __call__(
@@ -51,8 +54,8 @@ class Classifier(nn.Module):
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
-        if config.num_classes < 2:
-            raise ValueError(f"A classifier needs at least two classes, got num_classes={config.num_classes}.")
+        if self.num_classes < 2:
+            raise UserError(f"A classifier needs at least two classes, got num_classes={self.num_classes}.")
         valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0
         runtime = self.runtime.of(config)
         embedding = token_embedding(config, runtime, name="token_embedding")
@@ -68,7 +71,7 @@ class Classifier(nn.Module):
         pooled_BD = config.pooling(hidden_BTD, valid_BT, scores)
         pooled_BD = nn.Dropout(config.dropout)(pooled_BD, deterministic=not train)
         logits_BC = Linear(
-            features=(config.num_classes,),
+            features=(self.num_classes,),
             axes=("embed", None),
             use_bias=True,
             output_dtype=jnp.dtype(jnp.float32),

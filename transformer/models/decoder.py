@@ -19,6 +19,7 @@ class Decoder(nn.Module):
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
         runtime: the product and sharding; types and initialisation are the config's.
+        bidirectional_prefix: the tokens of a prefix, or of a prompt, see each other in both directions.
 
     Example:
         >>> import jax
@@ -32,12 +33,13 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     runtime: Runtime = Runtime()
+    bidirectional_prefix: bool = False
 
     def setup(self) -> None:
         """Make the parts."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
-        self.decoder = Stack(self.config, runtime=runtime)
+        self.decoder = Stack(self.config, bidirectional_prefix=self.bidirectional_prefix, runtime=runtime)
         self.output = output_projection(self.config, runtime)
 
     def __call__(
@@ -59,7 +61,7 @@ class Decoder(nn.Module):
             positions_BT: of each token; None means its index. Give packed rows positions that restart.
             segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache, 0 marks right padding and
                 other values say nothing more.
-            prefix_BT: tokens that all of their segment see, those before them too (`config.bidirectional_prefix`). With a
+            prefix_BT: tokens that all of their segment see, those before them too (`bidirectional_prefix`). With a
                 cache, in the first call only, which must hold all of them.
             cache: of the tokens before these (`init_cache`); positions follow from it.
             recurrence_BLPD: what each layer remembers of the rows before (`init_recurrence`, then what the last call
@@ -71,9 +73,9 @@ class Decoder(nn.Module):
         Raises:
             ValueError: if the config leaves something open, or the arguments contradict each other.
         """
-        if prefix_BT is not None and not self.config.bidirectional_prefix:
+        if prefix_BT is not None and not self.bidirectional_prefix:
             raise ValueError(
-                "A prefix needs ModelConfig.bidirectional_prefix=True, which T5's positions and generation go by, got False."
+                "A prefix needs Decoder(bidirectional_prefix=True), which T5's positions and generation go by, got False."
             )
         hidden_BTD, kept = self.decoder(
             self.token_embedding(tokens_BT),

@@ -16,12 +16,13 @@ from transformer.ops.masks import AttentionMask
 class EncoderDecoder(nn.Module):
     """Logits of the next target token, given a source (Vaswani et al. 2017).
 
-    Both sides share one token embedding unless `config.source_vocab_size` is set. Several pairs may share a row: a target
+    Both sides share one token embedding unless `source_vocab_size` is given. Several pairs may share a row: a target
     attends to the source with its segment id.
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
         runtime: the product and sharding; types and initialisation are the config's.
+        source_vocab_size: entries of an embedding of its own for sources; 0 means that both sides share one.
 
     Example, reading the source once and then the target in pieces:
         >>> import jax
@@ -40,14 +41,15 @@ class EncoderDecoder(nn.Module):
 
     config: ModelConfig
     runtime: Runtime = Runtime()
+    source_vocab_size: int = 0
 
     def setup(self) -> None:
         """Make the parts."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
         self.source_embedding = None
-        if self.config.source_vocab_size > 0:
-            config = dataclasses.replace(self.config, vocab_size=self.config.source_vocab_size)
+        if self.source_vocab_size > 0:
+            config = dataclasses.replace(self.config, vocab_size=self.source_vocab_size)
             self.source_embedding = token_embedding(config, runtime)
         self.encoder = Stack(self.config, runtime=runtime)
         self.decoder = Stack(self.config, cross_attention=True, runtime=runtime)

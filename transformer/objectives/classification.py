@@ -146,7 +146,7 @@ class Classification(Objective):
         """The mask, also where nothing is masked: a classifier fits the encoder that it starts from."""
         return 1
 
-    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """A class for each name."""
         return {"num_classes": len(class_names)}
 

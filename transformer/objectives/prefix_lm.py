@@ -55,7 +55,7 @@ class PrefixLM(ContinuesText):
         statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    def model_settings(self, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """The decoder reads a prefix in both directions."""
         return {"bidirectional_prefix": True}
 

@@ -48,6 +48,12 @@ class Seq2Seq(TokenObjective):
         """A pair a row."""
         return pair_shapes(config.data.batch_size, config.data.sequence_length, config.data.sequence_length)
 
+    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Sources have an embedding of their own where they have a vocabulary of their own."""
+        del class_names
+        reader = source_tokenizer(vocabulary)
+        return {"source_vocab_size": 0 if reader is vocabulary else reader.vocab_size}
+
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
         """Whether sources and targets have one vocabulary."""
         return {"share_vocabulary": source_tokenizer(tokenizer) is tokenizer}

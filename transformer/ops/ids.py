@@ -8,8 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from transformer.model_config import ModelConfig
-from transformer.types import Ids
+from transformer.types import Ids, Sizes
 from transformer.validation import require
 
 _TOKENS = Ids("", None, 0)
@@ -51,12 +50,12 @@ def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n
     return [row.astype(np.int32) for row in rows]
 
 
-def check_batch_ids(config: ModelConfig, batch: Any) -> Any:
+def check_batch_ids(sizes: Sizes, batch: Any) -> Any:
     """What is given; UserError if it is a batch with a token, or a target whose weight is not 0, that the model does not have.
 
     For the host: a compiled step cannot refuse, and gives NaN.
     """
-    for part in batch.ids(config) if hasattr(batch, "ids") else ():
+    for part in batch.ids(sizes) if hasattr(batch, "ids") else ():
         values, what = part.values, f"the batch's {part.name}"
         if part.weights is not None:
             values, what = np.asarray(values)[np.asarray(part.weights) != 0], f"{what} with a weight"

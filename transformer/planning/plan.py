@@ -23,6 +23,9 @@ from transformer.training.flops import Flops, count_flops, traced_flops
 from transformer.types import UserError
 from transformer.validation import require
 
+CLASSES = ("no", "yes")
+"""Of a classifier whose data is not read: their number hardly matters."""
+
 
 class Plan(NamedTuple):
     """What one step takes on one device, unless it says otherwise."""
@@ -217,7 +220,7 @@ def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
     check_model(config.model, config.objective.num_stacks)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
-    return mesh, Steps(config, StandIn(config.model.vocab_size), mesh)
+    return mesh, Steps(config, StandIn(config.model.vocab_size), mesh, class_names=CLASSES)
 
 
 def _compile(work: _Work) -> Plan:

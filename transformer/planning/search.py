@@ -13,7 +13,7 @@ from transformer.model_config import ModelConfig
 from transformer.objective import Objective
 from transformer.parts import Parts, StandIn, count_parameters, initialize
 from transformer.planning.chips import Topology
-from transformer.planning.plan import Plan, plan_training, resolve_size
+from transformer.planning.plan import CLASSES, Plan, plan_training, resolve_size
 from transformer.training.out_of_memory import activation_bytes, output_bytes, row_shards
 from transformer.types import UserError
 from transformer.validation import require
@@ -75,7 +75,11 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     """All choices that divide rows, heads and widths, estimated."""
     found = []
     resolved = resolve_size(config)
-    flops = Parts(resolved, StandIn(resolved.model.vocab_size)).count_step(config.objective.batch_shapes(config)).total
+    flops = (
+        Parts(resolved, StandIn(resolved.model.vocab_size), class_names=CLASSES)
+        .count_step(config.objective.batch_shapes(config))
+        .total
+    )
     for parallel, remat, accumulate in itertools.product(
         _meshes(config, len(topology.devices)), REMATS, _micro_batches(config)
     ):
@@ -144,4 +148,4 @@ def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
 
 @functools.cache
 def _shapes(objective: Objective, model: ModelConfig) -> Any:
-    return initialize(objective, objective.make_model(model), None)[0]
+    return initialize(objective, objective.make_model(model, class_names=CLASSES), None)[0]

@@ -61,7 +61,7 @@ class Record(NamedTuple):
     """Of the checkpoint."""
     step: int
     config: Config
-    """As it was given: vocab_size, max_length and num_classes are not resolved."""
+    """As it was given: vocab_size and max_length are not resolved."""
     class_names: tuple[str, ...]
     """Of a classifier; none for other runs."""
     data: tuple[Corpus, ...]

@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
     @property
     def config(self) -> Config:
-        """With vocab_size, max_length, num_classes, class weights and the tokenizer resolved."""
+        """With vocab_size, max_length, class weights and the tokenizer resolved."""
         return self.steps.parts.config
 
     @property
@@ -102,12 +102,12 @@ def make_run(
     unresolved = config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
     )
-    config = resolve(config, tokenizer, data.class_names)
+    config = resolve(config, tokenizer)
     check_model(config.model, config.objective.num_stacks)
     check_batch(config, jax.process_count())
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
-    steps = Steps(config, tokenizer, optimizer=given.optimizer, model=given.model)
+    steps = Steps(config, tokenizer, optimizer=given.optimizer, model=given.model, class_names=data.class_names)
     if given.model is not None and given.data is None:  # whose batches may have any shape
         steps.parts.trace()
     notes += [note for note in (note, steps.describe_whole()) if note]

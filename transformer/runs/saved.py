@@ -116,9 +116,9 @@ def load(
 def _load(record: Record, given: Given) -> Loaded:
     ask_for(record, model=given.model, objective=given.objective, tokenizer=given.tokenizer)
     tokenizer = given.tokenizer or record.load_tokenizer()
-    config = resolve(given.applied(record.config), tokenizer, record.class_names)
+    config = resolve(given.applied(record.config), tokenizer)
     check_params(config)
-    parts = Parts(config, tokenizer, module=given.model)
+    parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names)
     step, params = load_step_params(record.path, parts.shapes)
     return Loaded(parts.model, params, tokenizer, config, step, record.class_names)
 
@@ -180,9 +180,11 @@ def evaluate(
         f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "
         f"{split!r}.",
     )
-    scored = dataclasses.replace(run, model=model or config.objective.make_model(config.model), config=config)
+    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names)
     which = "all" if split == WHOLE else f"the {split} split"
-    scores = _scores(scored, opened, split, lambda: report(f"scoring {which} of {', '.join(names)} with {workdir} ..."))
+    scores = _scores(
+        parts, run.params, opened, split, lambda: report(f"scoring {which} of {', '.join(names)} with {workdir} ...")
+    )
     return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
 
 
@@ -220,27 +222,28 @@ def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_l
     return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **changes))
 
 
-def _scores(run: Loaded, data: Dataset, split: str, begin: Callable[[], object]) -> dict[str, Any]:
+def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Callable[[], object]) -> dict[str, Any]:
     """The scores of a split, and what they are of; `begin` is called when nothing is left to refuse."""
-    config, loss = run.config, run.config.objective.bind(run.model, run.tokenizer)
-    batches: Any = data.evaluation_batches(run.tokenizer, split)
-    carry = loss.init_carry(config.data.batch_size)
-    checked = (check_batch_ids(config.model, batch) for batch in batches)
+    config: Config = parts.config
+    tokenizer: Any = parts.vocabulary
+    batches: Any = data.evaluation_batches(tokenizer, split)
+    carry = parts.loss.init_carry(config.data.batch_size)
+    checked = (check_batch_ids(parts.sizes, batch) for batch in batches)
     begin()
-    sums = sum_statistics(jax.jit(EvaluateStep(loss)), run.params, checked, carry, split=split)
+    sums = sum_statistics(jax.jit(EvaluateStep(parts.loss)), params, checked, carry, split=split)
     scores: dict[str, Any] = {
         "scored": data.describe_scored(split, int(sums["weight"])),
         "targets": int(sums["weight"]),
-        **{f"cut_{name}": count for name, count in data.count_cut(run.tokenizer, split)[0].items()},
+        **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
         **derive(sums),
-        **config.objective.generation_scores(run.model, run.params, run.tokenizer, data, split, config),
+        **config.objective.generation_scores(parts.model, params, tokenizer, data, split, config),
     }
     if "bytes" in sums and hasattr(batches, "texts"):  # of batches of one's own the text is not known
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
     if "confusion" in sums:
-        per_class = dict(zip(run.class_names, class_scores(sums["confusion"]), strict=True))
-        scores |= {"classes": list(run.class_names), "per_class": per_class}
+        per_class = dict(zip(parts.class_names, class_scores(sums["confusion"]), strict=True))
+        scores |= {"classes": list(parts.class_names), "per_class": per_class}
         scores |= {"confusion": sums["confusion"].astype(int).tolist()}
     return scores
 
