@@ -74,7 +74,7 @@ def test_the_fields_are_found():
     assert {("model", "num_layers"), ("model", "pattern", "feed_forward", "num_experts"), ("data", "buckets")} <= set(
         PATHS
     )
-    assert len(PATHS) >= 45
+    assert len(PATHS) >= 43
 
 
 def refusal(base, path, value):

@@ -26,17 +26,49 @@ if TYPE_CHECKING:
 _BATCHES_AT_ONCE = 8  # that sources are sorted within, by length
 
 
+class TranslatesText(TokenObjective):
+    """What runs of an encoder-decoder do with a text: they say one target."""
+
+    model_class = EncoderDecoder
+    num_stacks = 2
+    draws_nothing = "a translator takes the most likely token each time"
+
+    def generate(
+        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
+    ) -> Iterator[str]:
+        """The translation of the prompt; a note says what of it was not read."""
+        del sampling, seed
+        data, room = run.config.data, run.config.data.sequence_length
+        tokens = source_tokenizer(run.tokenizer).encode(prompt)
+        require(
+            prompt.strip() != "" and len(tokens) > 0,
+            f"A translator needs a text to translate, got {prompt!r}; give --prompt, or pipe it in.",
+        )
+        note_unknown(source_tokenizer(run.tokenizer), tokens, note)
+        read = len(source_tokens(run.tokenizer, prompt, data)) - 1
+        if read < len(tokens):
+            parts = {"head": "the first", "tail": "the last", "head_tail": "the first and last"}[data.truncate]
+            note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
+        length = max_new_tokens or room
+        require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
+        return translations(run, [source_tokens(run.tokenizer, prompt, data)], 1, length)
+
+
+def translations(run: Trained, sources: Sequence[Array], batch_size: int, length: int) -> Iterator[str]:
+    """The most likely target of each source, of so many tokens at most."""
+    end = run.tokenizer.end_of_text
+    targets = translate(run.model, run.params, sources, end_of_text=end, max_new_tokens=length, batch_size=batch_size)
+    return (run.tokenizer.decode(target) for target in targets)
+
+
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq(TokenObjective):
+class Seq2Seq(TranslatesText):
     """Cross-entropy of a target, given its source."""
 
     kind = "seq2seq"
-    model_class = EncoderDecoder
-    num_stacks = 2
     reads = "pairs"
     predicts_from = "source_key"
-    draws_nothing = "a translator takes the most likely token each time"
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
@@ -51,8 +83,8 @@ class Seq2Seq(TokenObjective):
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """Sources have an embedding of their own where they have a vocabulary of their own."""
         del class_names
-        reader = source_tokenizer(vocabulary)
-        return {"source_vocab_size": 0 if reader is vocabulary else reader.vocab_size}
+        reader = None if vocabulary is None else source_tokenizer(vocabulary)
+        return {"source_vocab_size": 0 if reader is None or reader is vocabulary else reader.vocab_size}
 
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
         """Whether sources and targets have one vocabulary."""
@@ -73,26 +105,6 @@ class Seq2Seq(TokenObjective):
         """As much of the source as a row has room for, then end-of-text."""
         return source_tokens(tokenizer, text, data)
 
-    def generate(
-        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
-    ) -> Iterator[str]:
-        """The translation of the prompt; a note says what of it was not read."""
-        del sampling, seed
-        data, room = run.config.data, run.config.data.sequence_length
-        tokens = source_tokenizer(run.tokenizer).encode(prompt)
-        require(
-            prompt.strip() != "" and len(tokens) > 0,
-            f"A translator needs a text to translate, got {prompt!r}; give --prompt, or pipe it in.",
-        )
-        note_unknown(source_tokenizer(run.tokenizer), tokens, note)
-        read = len(source_tokens(run.tokenizer, prompt, data)) - 1
-        if read < len(tokens):
-            parts = {"head": "the first", "tail": "the last", "head_tail": "the first and last"}[data.truncate]
-            note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
-        length = max_new_tokens or room
-        require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
-        return (said["translation"] for said in self.predict(run, [prompt], ["the prompt"], 1, length))
-
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 0
     ) -> Iterator[dict[str, Any]]:
@@ -103,11 +115,7 @@ class Seq2Seq(TokenObjective):
         require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {max_new_tokens}.")
         for start in range(0, len(texts), at_once):
             sources = [self.encode(text, run.tokenizer, run.config.data) for text in texts[start : start + at_once]]
-            end = run.tokenizer.end_of_text
-            for target in translate(
-                run.model, run.params, sources, end_of_text=end, max_new_tokens=length, batch_size=batch_size
-            ):
-                yield {"translation": run.tokenizer.decode(target)}
+            yield from ({"translation": text} for text in translations(run, sources, batch_size, length))
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Translate a text."""

@@ -11,10 +11,8 @@ from transformer.data.draws import random_at
 from transformer.data.forms.pairs import Pairs
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.form import Shown
-from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES
-from transformer.objectives.bases import TokenObjective
-from transformer.objectives.seq2seq import pair_loss, pair_shapes
+from transformer.objectives.seq2seq import TranslatesText, pair_loss, pair_shapes
 from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
 from transformer.validation import require, require_at_least
 
@@ -26,13 +24,11 @@ _KEY = 9  # tells these draws from those of other parts that use the same seed
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
-class SpanCorruption(TokenObjective):
+class SpanCorruption(TranslatesText):
     """Cross-entropy of the hidden spans of a text (Raffel et al. 2020, section 3.3.4)."""
 
     kind = "span_corruption"
     reads = "text"
-    model_class = EncoderDecoder
-    num_stacks = 2
 
     noise_density: float = 0.15
     """Share of tokens that are hidden."""

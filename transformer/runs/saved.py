@@ -1,6 +1,7 @@
 """A run's directory becomes a model again, to be used or scored."""
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -153,7 +154,7 @@ def evaluate(
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
-        model: that was given to `train`, if one was; and so `objective` and `tokenizer`.
+        model: that was given to `train`, if one was.
         objective: likewise.
         tokenizer: likewise.
         data: batches to score, as `train` takes them, instead of the run's data; all of them, unless a split is named.
@@ -165,8 +166,7 @@ def evaluate(
     """
     given = Given(model, objective, tokenizer=tokenizer)
     run, record = read_run(workdir, lambda found: (_load(found, given), found), step)
-    numbers = {name: value for name, value in (("stride", stride), ("limit", limit)) if value is not None}
-    changes = {**numbers, **(keys or {})}
+    changes = {"stride": stride, "limit": limit, **(keys or {})}
     if data is None:
         named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
         config = _changed(run.config, named, changes, memory_length)
@@ -180,11 +180,10 @@ def evaluate(
         f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "
         f"{split!r}.",
     )
-    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names)
     which = "all" if split == WHOLE else f"the {split} split"
-    scores = _scores(
-        parts, run.params, opened, split, lambda: report(f"scoring {which} of {', '.join(names)} with {workdir} ...")
-    )
+    begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
+    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names)
+    scores = _scores(parts, run.params, opened, split, begin)
     return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
 
 
@@ -215,6 +214,7 @@ def _open(
 def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_length: int | None) -> Config:
     """The config of a run with other data, and perhaps another memory."""
     model = config.model
+    changes = {name: value for name, value in changes.items() if value is not None}
     if memory_length is not None:
         model = dataclasses.replace(model, memory_length=memory_length)
         if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
