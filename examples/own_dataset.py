@@ -1,6 +1,6 @@
 """A model, a tokenizer and batches of one's own, trained as any run is: with rows, scores, checkpoints and exact resume.
 
-    python examples/own_dataset.py
+    python examples/own_dataset.py    # a program: no command takes it, since model and data are not in its config
 
 The task is to answer questions such as `3+4=`. Batches to train on come from a generator of NumPy arrays; those to score are a
 list. The model is a plain linen module, which is called as `transformer.LanguageModel` says. The partition metadata of its kernel

@@ -1,6 +1,7 @@
 """The stairs of docs/architecture.md: imports point down, files stay small and say what they are."""
 
 import ast
+import itertools
 import pathlib
 import re
 
@@ -82,7 +83,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 23_200
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 23_400
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}
@@ -163,6 +164,58 @@ def test_the_table_of_stairs_is_the_one_that_is_held():
     ]
     there = [{room for room in rooms if any(file_of(room).exists() for file_of in PLACES)} for rooms in STAIRS[:-1]]
     assert shown == there
+
+
+def picture():
+    """The picture of docs/architecture.md: its rooms from top to bottom, and the stops of each way in their order."""
+    (block,) = re.findall(
+        r"^```\n(rooms .*?)^```", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    header, *lines = block.splitlines()
+    columns = [header.index(name) for name in ("rooms", "a config", "a batch", "a parameter")]
+    cells = [
+        [line[start:end].strip() for start, end in zip(columns, (*columns[1:], None), strict=True)] for line in lines
+    ]
+    rooms = [name.strip("/") for row in cells for name in row[0].split() if name.endswith("/") or name == "parts"]
+    ways = [sorted((int(n), stop) for n, stop in (row[way].split() for row in cells if row[way])) for way in (1, 2, 3)]
+    return rooms, [[stop for _, stop in way] for way in ways]
+
+
+def test_the_picture_has_all_rooms_from_top_to_bottom():
+    rooms, _ = picture()
+    there = [{room for room in stair if any(place(room).exists() for place in PLACES)} for stair in STAIRS[1:-1]]
+    assert sorted(rooms) == sorted(room for stair in there for room in stair)
+    levels = [LEVEL[room] for room in rooms]
+    assert levels == sorted(levels, reverse=True)
+
+
+def mentioned(module):
+    """The modules of the package that a module imports, or names in a table of kinds."""
+    tree = ast.parse(PLACES[1](module).read_text())
+    names = {name for name, _ in imports(PLACES[1](module))}
+    names |= {f"{n.module}.{alias.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    names |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    paths = {name.removeprefix("transformer.").replace(".", "/") for name in names if name.startswith("transformer.")}
+    return {path for path in paths if PLACES[1](path).exists()}
+
+
+def reached_from(module):
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = {other for name in new for other in mentioned(name)} - found
+    return found
+
+
+@pytest.mark.parametrize("way", [0, 1, 2], ids=["config", "batch", "parameter"])
+def test_a_way_leads_from_stop_to_stop(way):
+    """Each stop knows the next one, or is known by it, or both are known by one above them."""
+    stops = picture()[1][way]
+    assert len(stops) >= 7
+    known = {stop: reached_from(stop) for stop in (*stops, "runs/train")}
+    for here, there in itertools.pairwise(stops):
+        joined = there in known[here] or here in known[there] or {here, there} <= known["runs/train"]
+        assert joined, f"{here} and {there} do not know each other"
 
 
 PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transformer" / f"{room}.py")

@@ -125,9 +125,9 @@ class Objective(Kind):
         own = dict(self.model_settings(vocabulary, class_names))
         return self.model_class(config, **(own if runtime is None else own | {"runtime": runtime}))
 
-    def init_inputs(self) -> tuple[Any, ...]:
-        """What the model is initialised with: by default, a token for each stack."""
-        return (np.zeros((1, 1), np.int32),) * self.num_stacks
+    def init_inputs(self, length: int) -> tuple[Any, ...]:
+        """What the model is initialised with: by default, a row of so many tokens for each stack."""
+        return (np.zeros((1, length), np.int32),) * self.num_stacks
 
     # ---- The loss ----------------------------------------------------------------------------------------------------
 

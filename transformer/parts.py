@@ -70,9 +70,12 @@ def count_parameters(params: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def initialize(objective: Objective, model: nn.Module, key: Any) -> tuple[PyTree, PyTree]:
-    """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes."""
-    return initialized(model, key, *objective.init_inputs(), method=objective.init_method)
+def initialize(objective: Objective, model: nn.Module, key: Any, length: int = 1) -> tuple[PyTree, PyTree]:
+    """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes.
+
+    The package's models are initialised alike by rows of any length.
+    """
+    return initialized(model, key, *objective.init_inputs(length), method=objective.init_method)
 
 
 def training_runtime(cpu_kernels: bool) -> Runtime:
@@ -120,7 +123,7 @@ class Parts:
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[PyTree, PyTree]:
         with self._explained():
-            return initialize(self.config.objective, self.model, None)
+            return initialize(self.config.objective, self.model, None, self._length)
 
     @property
     def shapes(self) -> PyTree:
@@ -140,7 +143,11 @@ class Parts:
 
     def init_params(self, key: Any) -> PyTree:
         """Initial parameters."""
-        return initialize(self.config.objective, self.model, key)[0]
+        return initialize(self.config.objective, self.model, key, self._length)[0]
+
+    @property
+    def _length(self) -> int:
+        return 1 if self.module is None else self.config.data.sequence_length
 
     def trace(self) -> list[Request]:
         """Trace the loss of a batch of full rows, as training computes it; what it asks of attention."""
@@ -318,7 +325,7 @@ class Steps:
         sizes = self.parts.config.parallel.sizes
         if not whole or all(sizes[name] == 1 for name in ("fsdp", "tensor", "expert")):
             return ""
-        return f"{len(whole)} parameters have no partition metadata, and are whole on every device: {', '.join(whole)}"
+        return f"without partition metadata, whole on every device: {', '.join(whole)}"
 
     def _make_state(self, params: PyTree | None = None) -> TrainState:
         config = self.parts.config

@@ -216,7 +216,6 @@ def test_inspect_shows_classes(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.num-classes", "5"], "--model.num-classes must be the data's 3, got 5"),
         (["--objective.class-weights", "1", "2"], "one a class (bad, good, so-so), got 2 numbers"),
         (["--objective.class-weights", "some"], "must be one of none, balanced, or numbers, got 'some'"),
         (["--data.source", "mine", "mine"], "read from one dataset, or from files"),

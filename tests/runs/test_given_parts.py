@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from transformer.cli.main import main
@@ -17,6 +18,9 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objective import Objective
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
+from transformer.optimizers.adamw import AdamW
+from transformer.runs.directory import Record
+from transformer.runs.given import Given, _same, describe
 from transformer.runs.saved import evaluate, load
 from transformer.runs.train import train
 from transformer.training.writers import read_jsonl
@@ -185,7 +189,7 @@ def test_a_run_on_ids_has_no_tokenizer(tmp_path):
         run.encode("a word")
     assert load(tmp_path, tokenizer=Letters()).encode("ab").tolist() == [0, 8, 9]
     assert "bits_per_byte" not in rows(tmp_path)[0]
-    with pytest.raises(UserError, match="needs the size of its vocabulary, got vocab_size=0"):
+    with pytest.raises(UserError, match=r"must know how many there are, got model.vocab_size=0"):
         train(config_of(tmp_path / "open", vocab_size=0), data=endless())
 
 
@@ -194,7 +198,7 @@ def test_a_run_on_ids_has_no_tokenizer(tmp_path):
     [
         (
             lambda: [make_batch(0, rows=5)],
-            r"must hold arrays of data.batch_size=8 rows, got arrays of 5 rows; set data.batch",
+            r"must have data.batch_size=8 rows, got inputs of shape .5, 4.; set data.batch",
         ),
         (
             lambda: iter([make_batch(0), make_batch(1)]),
@@ -202,19 +206,159 @@ def test_a_run_on_ids_has_no_tokenizer(tmp_path):
         ),
         (lambda: [], r"data= ended after 0"),
         (lambda: {"validation": [make_batch(0)]}, r"data= must have a split train, got validation"),
-        (lambda: {"train": endless(), "validation": iter([])}, r"Batches to score must be there each time"),
+        (
+            lambda: {"train": endless(), "validation": iter([])},
+            r"validation of data= can be iterated once; give a list",
+        ),
         (lambda: "text.txt", r"data= must be batches or splits of batches, got 'text.txt' for train; names of files"),
         (
             lambda: [{"inputs": make_batch(0)["inputs"]}],
             r"must have inputs, targets and may have .*, got inputs; an obj",
         ),
-        (lambda: [make_batch(0) | {"labels": 1}], r"for Batch, got inputs, targets, labels; an objective of your own"),
+        (
+            lambda: [make_batch(0) | {"labels": 1}],
+            r"may have .*, got inputs, targets, labels; an objective of your own",
+        ),
         (lambda: [make_batch(0) | {"inputs": np.full((ROWS, T), V, np.int32)}], r"below vocab_size=11.*holds 11 to 11"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         train(config_of(tmp_path), data=data())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": np.ones(ROWS, np.float32)}, r"weights of a batch .* must have the axes of .8, 4. .*, got .8."),
+        ({"positions": np.zeros((ROWS, 1), np.int32)}, r"positions of a batch .* as long as the others.*, got .8, 1."),
+        (
+            {"segment_ids": np.ones((ROWS, T), np.float32)},
+            "segment_ids of a batch given as data= must be integers, got float32",
+        ),
+        (
+            {"inputs": np.ones((ROWS, T + 1), np.int32)},
+            r"inputs of a batch .*data.sequence_length at most.*, got .8, 5.",
+        ),
+        ({"weights": None}, "must be a Batch"),
+    ],
+)
+def test_fields_have_the_axes_and_types_of_the_batch(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(config_of(tmp_path), data=[make_batch(0) | changes])
+
+
+def test_rows_may_be_shorter_and_ids_of_another_width(tmp_path):
+    short = {name: values[:, :2].astype(np.int64) for name, values in make_batch(0).items()}
+    train(config_of(tmp_path, steps=1), data=[short])
+    assert rows(tmp_path)[0]["loss"] > 0
+
+
+def test_labels_have_one_axis(tmp_path):
+    labelled = {"inputs": make_batch(0)["inputs"], "labels": np.zeros((ROWS, 1), np.int32)}
+    config = dataclasses.replace(config_of(tmp_path, vocab_size=V + 1), objective=Classification())
+    with pytest.raises(UserError, match=r"labels of a batch given as data= must have the axes of .8. .*, got .8, 1."):
+        train(config, data=BatchData([labelled], class_names=("no", "yes")))
+    with pytest.raises(UserError, match=r"got num_classes=0; of batches of your own, BatchData\(class_names="):
+        train(config, data=[labelled])
+
+
+class Gated(Bigrams):
+    activation: object = nn.gelu
+    sizes: tuple = (2, 3)
+
+
+class Untyped(Letters):
+    encode = property()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": Bigrams}, r"model= must be an object, got the class .*Bigrams; call it"),
+        ({"model": 3}, "model= must be a linen module, got 3"),
+        ({"objective": NextToken}, "objective= must be an object, got the class"),
+        ({"objective": 3}, "objective= must be a transformer.Objective, got 3"),
+        ({"optimizer": optax.adam}, "optimizer= must be an optax transformation"),
+        ({"optimizer": AdamW()}, r"belongs into Config\(optimizer="),
+        ({"tokenizer": Letters}, "tokenizer= must be an object"),
+        ({"tokenizer": "gpt2"}, "tokenizer= must have kind, .*'gpt2' lacks kind, vocab_size"),
+        ({"evaluators": [len]}, "evaluators= must be functions by name"),
+        ({"hooks": print}, "hooks= must be a list of functions"),
+        ({"writers": [1]}, "writers= must be a list of objects"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_such_object_is_refused_first(given, message):
+    empty = {
+        "model": None,
+        "objective": None,
+        "optimizer": None,
+        "tokenizer": None,
+        "evaluators": {},
+        "writers": (),
+        "hooks": (),
+    }
+    with pytest.raises(UserError, match=message):
+        Given(**(empty | given)).check()
+
+
+def test_models_differ_in_functions_tuples_and_modules_too():
+    first, second = describe(Gated()), describe(Gated(activation=jnp.sin, sizes=(2, 4)))
+    assert "gelu" in first and "(2, 3)" in first and "sin" in second and "(2, 4)" in second
+    same = "a.b.M(width=8)", "__main__.M(width=8)"
+    record = Record(None, 0, None, (), (), {}, None, {"model": same[0]})
+    assert _same(*same) and not _same("a.b.M(width=8)", "__main__.M(width=9)") and not _same("a.BM", "__main__.M")
+    assert record.given["model"] == same[0]
+
+
+@pytest.mark.parametrize("value", [np.float64(2.0), jnp.float32(2.0), 2])
+def test_evaluators_give_numbers(tmp_path, value):
+    train(config_of(tmp_path / "a", steps=1), data=endless(), evaluators={"mine": lambda params: {"score": value}})
+    assert rows(tmp_path / "a", "mine")[0]["score"] == 2.0
+    with pytest.raises(UserError, match=r"An evaluator must give numbers by name, .* got 2.0"):
+        train(config_of(tmp_path / "b", steps=1), data=endless(), evaluators={"mine": lambda params: 2.0})
+
+
+class Flat(nn.Module):
+    outputs: int = V
+    dtype: type = jnp.float32
+    pooled: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, train=False):
+        logits = nn.Embed(V, self.outputs)(tokens_BT).astype(self.dtype)
+        return logits[:, 0] if self.pooled else logits
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Flat(outputs=7), "a logit for each of the tokenizer's 11 ids, got 7"),
+        (Flat(dtype=jnp.int32), "logits of a floating type, got int32"),
+        (Flat(pooled=True), "must give logits .B, T, V. alone"),
+    ],
+)
+def test_logits_are_those_of_a_language_model(tmp_path, model, message):
+    with pytest.raises(UserError, match=message):
+        train(config_of(tmp_path), data=endless(), model=model)
+
+
+class Placed(nn.Module):
+    """A table of positions, as long as the rows that it is initialised with."""
+
+    @nn.compact
+    def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, train=False):
+        table = self.param("table", nn.initializers.zeros, (tokens_BT.shape[1], V))
+        return nn.Embed(V, V)(tokens_BT) + table[None]
+
+
+def test_a_model_may_depend_on_the_length(tmp_path):
+    train(config_of(tmp_path), data=endless(), model=Placed())
+    run = load(tmp_path, model=Placed())
+    assert run.params["table"].shape == (T, V)
+    with pytest.raises(UserError, match="Predictions are of the package's models, this run has a Placed"):
+        run.predict(["a"])
 
 
 def test_epochs_are_of_batches_that_can_be_counted(tmp_path):
@@ -244,8 +388,13 @@ class Squares(Objective):
     reads = "text"
     model_class = nn.Dense
 
-    def init_inputs(self):
+    def init_inputs(self, length):
         return (np.zeros((1, 3), np.float32),)
+
+    def batch_shapes(self, config):
+        rows = config.data.batch_size
+        shapes = {"x": (rows, 3), "y": (rows, 1)}
+        return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
 
     def weight(self, batch):
         return jnp.float32(len(batch["x"]))
@@ -286,7 +435,7 @@ def test_a_model_is_spread_by_its_metadata(tmp_path, strategy, capsys):
     said = capsys.readouterr().err.replace("\n", " ")
     if strategy == "fsdp":
         assert seen["kernel"].spec[0] == "fsdp" and seen["embedding"].is_fully_replicated
-        assert "whole on every device: Dense_0/bias, Embed_0/embedding" in said
+        assert "metadata, whole on every device: Dense_0/bias, Embed_0/embedding" in said
     for a, b in zip(*(leaves(tmp_path / name, model=model) for name in ("one", "spread")), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     if strategy == "fsdp":

@@ -20,9 +20,9 @@ _END = object()
 class BatchData:
     """Batches of one's own as the data of a run.
 
-    A batch is what the objective reads: for the package's, a `Batch`, `LabelledBatch` or `PairBatch` of numpy arrays, or a
-    dictionary of some of its fields (`{"inputs": ..., "targets": ...}`; see their `of`); for one's own, any tree of arrays whose
-    first axis are the rows. Each has `data.batch_size` rows; with several processes, each process brings its own part of them.
+    A batch has the arrays that the objective reads (`Objective.batch_shapes`): for the package's, a `Batch`, `LabelledBatch` or
+    `PairBatch` of numpy arrays, or a dictionary of some of its fields (`{"inputs": ..., "targets": ...}`; see their `of`). Each
+    has `data.batch_size` rows, of `data.sequence_length` tokens at most; with several processes, each brings its part of them.
 
     A run that goes on is given the iterable again. If it has `get_state` and `set_state` with a state that is JSON, it is set to
     where it was; else as many batches are skipped as were taken, so that it must give the same ones in the same order.
@@ -39,7 +39,7 @@ class BatchData:
         self.splits: dict[str, Iterable[Any]] = dict(splits) if isinstance(splits, Mapping) else {"train": splits}
         self.class_names = tuple(class_names)
         self.sources: tuple[Any, ...] = ()
-        self._kind: Any = None
+        self._shapes: Any = None
         self._rows, self._vocabulary = 0, NoTokenizer(0)
         for name, batches in self.splits.items():
             require(
@@ -47,18 +47,25 @@ class BatchData:
                 f"data= must be batches or splits of batches, got {batches!r:.80} for {name}; names of files and datasets belong "
                 "into the config (data.source).",
             )
+            require(
+                name == "train" or iter(batches) is not batches,
+                f"Batches to score are read more than once, {name} of data= can be iterated once; give a list, or an iterable "
+                "that starts anew each time.",
+            )
 
     def for_run(self, config: Config) -> "BatchData":
         """The same batches for a run of this config."""
         other = BatchData(self.splits, class_names=self.class_names)
-        other._kind, other._rows = type(config.objective.batch_shapes(config)), config.data.batch_size
+        other._shapes, other._rows = config.objective.batch_shapes(config), config.data.batch_size
         other._vocabulary = ids_alone(config)
         return other
 
     @property
     def description(self) -> str:
         """Its splits."""
-        return f"batches of your own: {', '.join(self.splits)}"
+        names = f"batches of your own: {', '.join(self.splits)}"
+        unscored = len(self.splits) > 1 and "validation" not in self.splits
+        return names + ("; none is called validation, so that none is scored while training" if unscored else "")
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ class BatchData:
     def batches_of_epoch(self, tokenizer: Any) -> float | None:
         """How many there are, where they can be counted."""
         batches: Any = self.splits.get("train")
-        if hasattr(batches, "__len__"):
+        if hasattr(batches, "__len__") and len(batches) < 2**31:  # more stand for batches without end
             return float(len(batches))
         require(
             tokenizer is None,
@@ -117,30 +124,62 @@ class BatchData:
         del split
         return f"{targets:,} targets"
 
+    def _checked(self, batch: Any, process_count: int) -> Any:
+        """The batch with the types of the objective's; UserError where it has others, or other axes."""
+        batch, kind = self._named(batch), type(self._shapes)
+        same = jax.tree.structure(batch) == jax.tree.structure(self._shapes)
+        require(
+            same,
+            f"A batch given as data= must be {_words(self._shapes)}, got {_words(batch)}; an objective of your own that reads "
+            "others says so in batch_shapes.",
+        )
+        rows, lengths = self._rows // process_count, {}
+
+        def check(path: Any, values: Any, expected: jax.ShapeDtypeStruct) -> np.ndarray:
+            values, name = np.asarray(values), jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+            require(
+                values.shape[:1] == (rows,),
+                f"A batch given as data= must have data.batch_size={self._rows} rows"
+                + (f", {rows} in each of {process_count} processes" if process_count > 1 else "")
+                + f", got {name} of shape {list(values.shape)}; set data.batch_size, or leave out what does not fill a batch.",
+            )
+            # A row may be shorter than the config's; all fields have one length.
+            longest = expected.shape[1:]
+            fits = len(values.shape) == len(expected.shape) and all(
+                size == most or (hasattr(kind, "of") and 0 < size < most)
+                for size, most in zip(values.shape[1:], longest, strict=True)
+            )
+            require(
+                fits and lengths.setdefault(longest, values.shape[1:]) == values.shape[1:],
+                f"{name} of a batch given as data= must have the axes of {[rows, *longest]} (data.sequence_length at most, as "
+                f"long as the others), got {list(values.shape)}.",
+            )
+            integers = np.issubdtype(expected.dtype, np.integer)
+            require(
+                np.issubdtype(values.dtype, np.integer) or (not integers and np.issubdtype(values.dtype, np.floating)),
+                f"{name} of a batch given as data= must be {'integers' if integers else 'numbers'}, got {values.dtype}.",
+            )
+            return values.astype(expected.dtype, copy=False)
+
+        return jax.tree_util.tree_map_with_path(check, batch, self._shapes)
+
     def _named(self, batch: Any) -> Any:
         """A dictionary as the batch whose fields it has; anything else as it is."""
-        fields = getattr(self._kind, "_fields", ())
-        if not isinstance(batch, Mapping) or not hasattr(self._kind, "of") or not set(fields) & set(batch):
+        kind = type(self._shapes)
+        if not isinstance(batch, Mapping) or not hasattr(kind, "of"):
             return batch
-        needed = list(inspect.signature(self._kind.of).parameters)[:-1]
+        needed = list(inspect.signature(kind.of).parameters)[:-1]
         require(
-            set(needed) <= set(batch) <= set(fields),
-            f"A batch given as data= must have {', '.join(needed)} and may have {', '.join(fields)} for {self._kind.__name__}, "
-            f"got {', '.join(map(str, batch))}; an objective of your own that reads others says so in batch_shapes.",
+            set(needed) <= set(batch) <= set(kind._fields),
+            f"A batch given as data= must have {', '.join(needed)} and may have {', '.join(kind._fields)}, got "
+            f"{', '.join(map(str, batch))}; an objective of your own that reads others says so in batch_shapes.",
         )
-        return self._kind.of(**batch)
+        return kind.of(**batch)
 
-    def _checked(self, batch: Any, process_count: int) -> Any:
-        batch = self._named(batch)
-        rows, sizes = self._rows // process_count, {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-        require(
-            sizes == {(rows,)},
-            f"A batch given as data= must hold arrays of data.batch_size={self._rows} rows"
-            + (f", {rows} in each of {process_count} processes" if process_count > 1 else "")
-            + f", got arrays of {', '.join(str(*size) if size else 'no' for size in sorted(sizes))} rows; set data.batch_size, "
-            "or leave out what does not fill a batch.",
-        )
-        return batch
+
+def _words(tree: Any) -> str:
+    """What a batch is: its class, or the keys of a dictionary."""
+    return f"a dictionary of {', '.join(map(str, tree))}" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
 
 
 class NoTokenizer:

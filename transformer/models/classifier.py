@@ -55,7 +55,10 @@ class Classifier(nn.Module):
         """
         config = self.config
         if self.num_classes < 2:
-            raise UserError(f"A classifier needs at least two classes, got num_classes={self.num_classes}.")
+            raise UserError(
+                f"A classifier needs at least two classes, got num_classes={self.num_classes}; "
+                "of batches of your own, BatchData(class_names=...) names them."
+            )
         valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0
         runtime = self.runtime.of(config)
         embedding = token_embedding(config, runtime, name="token_embedding")

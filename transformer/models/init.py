@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from transformer.layers.runtime import named_axes
 from transformer.types import PyTree
@@ -44,4 +45,10 @@ def initialized(model: nn.Module, key: Any, *inputs: Any, method: str = "__call_
     with named_axes():
         boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
     params = nn.unbox(boxed) if key is None else nn.unbox(jax.jit(init)(key))
-    return params, nn.get_partition_spec(boxed)
+    specs = nn.get_partition_spec(boxed)
+    return params, jax.tree.map(_whole_spec, specs, nn.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _whole_spec(spec: PartitionSpec, shape: Any) -> PartitionSpec:
+    """With a name or None for every axis, where there is any: the last ones may be left out."""
+    return PartitionSpec(*spec, *(None,) * (len(shape.shape) - len(spec))) if len(spec) else spec

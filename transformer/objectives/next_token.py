@@ -13,7 +13,7 @@ from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.types import Array, Batch, LossOutput, PyTree
-from transformer.validation import require
+from transformer.validation import require, shown
 
 if TYPE_CHECKING:
     from transformer.config import Config
@@ -79,6 +79,20 @@ class NextToken(ContinuesText):
         if carry:
             predicted, recurrence_BLPD = predicted
             carry = {"recurrence_BLPD": recurrence_BLPD}
+        require(
+            chunked(self) or (hasattr(predicted, "shape") and predicted.shape[:-1] == batch.targets.shape),
+            f"A language model must give logits [B, T, V] alone, got {shown(jax.tree.map(jnp.shape, predicted))} for tokens "
+            f"{batch.targets.shape}.",
+        )
+        require(
+            chunked(self) or predicted.shape[-1] >= len(vocabulary.token_bytes),
+            f"A language model must give a logit for each of the tokenizer's {len(vocabulary.token_bytes)} ids, got "
+            f"{predicted.shape[-1]}.",
+        )
+        require(
+            jnp.issubdtype(predicted.dtype, jnp.floating),
+            f"A language model must give logits of a floating type, got {predicted.dtype}, which have no gradient.",
+        )
         statistics = predicted_statistics(model, params, predicted, batch.targets, batch.weights, self)
         statistics = add_routing(statistics, routing, self)
         bytes_V = jnp.asarray(vocabulary.token_bytes, jnp.float32)

@@ -43,13 +43,19 @@ class Sharding:
         """The mesh axes of an array.
 
         Args:
-            names: a logical name or None for each axis of the array.
+            names: a logical name, several or None for each axis of the array.
             axes: those of the mesh; others of the rules are left out.
 
         Raises:
             UserError: a name without a rule.
         """
-        found = [tuple(axis for axis in self.axes(name) if axis in axes) if name else () for name in names]
+        parts = [(name,) if isinstance(name, str) else name or () for name in names]
+        found = [tuple(axis for name in part for axis in self.axes(name) if axis in axes) for part in parts]
+        used = [axis for part in found for axis in part]
+        require(
+            len(used) == len(set(used)),
+            f"An array can be cut along each axis of a mesh once, got the names {tuple(names)}.",
+        )
         return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
 
     def spread(self) -> dict[str, int]:

@@ -15,8 +15,9 @@ from transformer.objective import Objective
 from transformer.runs.directory import Record
 from transformer.training import loop
 from transformer.training.writers import Writer
-from transformer.validation import require
+from transformer.validation import require, shown
 
+_OF_A_TOKENIZER = ("kind", "vocab_size", "token_bytes", "end_of_text", "encode", "decode")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -44,7 +45,62 @@ class Given(NamedTuple):
     ) -> "Given":
         """As `train` is given them; batches become a dataset."""
         given = cls(model, objective, optimizer, None, *rest)
-        return given if data is None else given._replace(data=as_dataset(data, given.applied(config)))
+        given.check()
+        if data is None:
+            return given
+        given = given._replace(data=as_dataset(data, given.applied(config)))
+        tokens = hasattr(given.applied(config).objective.batch_shapes(config), "read")
+        require(
+            given.tokenizer is not None
+            or config.model.vocab_size > 0
+            or not (tokens and isinstance(given.data, BatchData)),
+            "A run on batches of tokens must know how many there are, got model.vocab_size=0 and no tokenizer; set it, or give "
+            "tokenizer=.",
+        )
+        return given
+
+    def check(self) -> None:
+        """Raise UserError unless each is what its argument takes."""
+        for name in ("model", "objective", "tokenizer"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, type),
+                f"{name}= must be an object, got the class {describe(value)}; call it ({name}=...()).",
+            )
+        model, objective, optimizer = self.model, self.objective, self.optimizer
+        require(model is None or isinstance(model, nn.Module), f"model= must be a linen module, got {shown(model)}.")
+        require(
+            objective is None or isinstance(objective, Objective),
+            f"objective= must be a transformer.Objective, got {shown(objective)}.",
+        )
+        require(
+            optimizer is None or (hasattr(optimizer, "init") and hasattr(optimizer, "update")),
+            f"optimizer= must be an optax transformation, such as optax.sgd(0.1), got {shown(optimizer)}; an optimizer of the "
+            "config's kinds belongs into Config(optimizer=...).",
+        )
+        lacking = [name for name in _OF_A_TOKENIZER if self.tokenizer is not None and not hasattr(self.tokenizer, name)]
+        require(
+            not lacking,
+            f"tokenizer= must have {', '.join(_OF_A_TOKENIZER)}, {shown(self.tokenizer)} lacks {', '.join(lacking)}.",
+        )
+        if self.tokenizer is not None:
+            sizes = (len(self.tokenizer.token_bytes), self.tokenizer.vocab_size)
+            require(
+                sizes[0] == sizes[1],
+                f"tokenizer= must have token_bytes for each of its vocab_size ids, got {sizes[0]} for {sizes[1]}.",
+            )
+        require(
+            isinstance(self.evaluators, Mapping) and all(map(callable, self.evaluators.values())),
+            f"evaluators= must be functions by name, such as {{'mine': function}}, got {shown(self.evaluators)}.",
+        )
+        require(
+            isinstance(self.hooks, Sequence) and all(map(callable, self.hooks)),
+            f"hooks= must be a list of functions, got {shown(self.hooks)}.",
+        )
+        require(
+            isinstance(self.writers, Sequence) and all(hasattr(writer, "write") for writer in self.writers),
+            f"writers= must be a list of objects with write, resume and close, got {shown(self.writers)}.",
+        )
 
     def applied(self, config: Config) -> Config:
         """The config with the objective that takes the place of its own."""
@@ -70,13 +126,30 @@ REPLACING = ("model", "objective", "optimizer", "data", "tokenizer")
 
 
 def describe(value: Any) -> str:
-    """The qualified name of a function or a class, else of its `update` or of its class, with the settings of a dataclass."""
-    owner: Any = getattr(value, "update", value) if isinstance(value, tuple) else value
+    """The qualified name of a function or a class, else of its `update` or of its class, with the settings of a dataclass.
+
+    Settings are numbers, texts, functions, and tuples and dataclasses of them; what else an object holds is not told.
+    """
+    owner: Any = getattr(value, "update", value) if isinstance(value, tuple) and hasattr(value, "update") else value
     kind: Any = owner if hasattr(owner, "__qualname__") else type(owner)
     found = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) and kind is type(owner) else ()
     values = {field.name: getattr(owner, field.name, None) for field in found if field.name not in ("parent", "name")}
-    settings = ", ".join(f"{name}={value!r}" for name, value in values.items() if isinstance(value, _PLAIN))
+    settings = ", ".join(f"{name}={text}" for name, value in values.items() if (text := _setting(value)))
     return f"{kind.__module__}.{kind.__qualname__}" + (f"({settings})" if settings else "")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_setting, value))})"
+    return describe(value) if callable(value) or dataclasses.is_dataclass(value) else ""
+
+
+def _same(before: str, now: str) -> bool:
+    """Whether two descriptions are of one object; a script that is run calls its own module `__main__`."""
+    names = [name.removeprefix("__main__.") for name in (before, now)]
+    return before == now or any(long.endswith(f".{short}") for long, short in (names, names[::-1]))
 
 
 def compare_given(record: Record | None, given: Given) -> None:
@@ -91,7 +164,7 @@ def compare_given(record: Record | None, given: Given) -> None:
         before, now = record.given.get(name, "none"), given.described.get(name, "none")
         remedy = f"give train({name}=...) the same again" if name in record.given else f"leave out {name}="
         require(
-            before == now,
+            _same(before, now),
             f"A run goes on with the {name} it began with, {record.path.parent.parent} was made with {before}, got {now}; "
             f"{remedy}, or choose another workdir.",
         )
@@ -113,7 +186,7 @@ def ask_for(record: Record, **objects: Any) -> None:
             else f"leave out {name}="
         )
         require(
-            before == now,
+            _same(before, now),
             f"A run is loaded with the {name} it was made with; {record.path.parent.parent} was made with {before}, got {now}; "
             f"{remedy}.",
         )

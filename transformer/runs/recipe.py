@@ -108,7 +108,7 @@ def make_run(
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
     steps = Steps(config, tokenizer, optimizer=given.optimizer, model=given.model, class_names=data.class_names)
-    if given.model is not None and given.data is None:  # whose batches may have any shape
+    if given.model is not None:
         steps.parts.trace()
     notes += [note for note in (note, steps.describe_whole()) if note]
     init_state = steps.init_state

@@ -45,6 +45,8 @@ class Loaded:
     step: int
     class_names: tuple[str, ...] = ()
     """Of a classifier, in the order of its logits."""
+    own_model: bool = False
+    """It is a module that was given to `train`."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params, self.tokenizer, self.config, self.step))
@@ -74,6 +76,11 @@ class Loaded:
     ) -> Iterator[dict[str, Any]]:
         """`predict`, some texts after the others; `names` is what they are called in messages."""
         objective = self.config.objective
+        require(
+            not self.own_model,
+            f"Predictions are of the package's models, this run has a {type(self.model).__name__} of one's own; call "
+            "run.model.apply({'params': run.params}, ...).",
+        )
         known = list(inspect.signature(objective.predict).parameters)[4:]
         for name in options:
             require(
@@ -121,7 +128,7 @@ def _load(record: Record, given: Given) -> Loaded:
     check_params(config)
     parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names)
     step, params = load_step_params(record.path, parts.shapes)
-    return Loaded(parts.model, params, tokenizer, config, step, record.class_names)
+    return Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
 
 
 @out_of_memory.explained(what="Evaluating this run")
@@ -174,7 +181,7 @@ def evaluate(
     else:
         config = _changed(run.config, run.config.data, changes, memory_length)
         split, opened = split or WHOLE, as_dataset(data, config)
-    names = list(source or (config.data.source if data is None else opened.split_names))
+    names = list(source or (config.data.source if data is None else ("batches of your own",)))
     require(
         split in (*opened.split_names, WHOLE),
         f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from etils import epath
 from rich.console import Console
@@ -54,7 +55,8 @@ from transformer.training.writers import (
     Writer,
     read_jsonl,
 )
-from transformer.validation import require
+from transformer.types import PyTree
+from transformer.validation import require, shown
 
 _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
 
@@ -97,7 +99,7 @@ def train(
         optimizer: in the place of the config's, learning rate and all; rows then have no learning rate. Of `config.optimizer`,
             `accumulate_steps` and `ema_decay` still count.
         data: batches to train on, without end or to be iterated again; or a dictionary of such batches for the splits `train`,
-            `validation` and others; or a `Dataset`. See `BatchData` for what a batch is.
+            `validation` and others; or a `Dataset`. See `BatchData` for what a batch is, and for the names of classes.
         tokenizer: in the place of the one that the config names. Without one, a run on batches needs `model.vocab_size`.
         evaluators: name -> function of the parameters (whole, of one copy) that gives metrics; each has rows of its own, at the
             steps that are evaluated. One named `validation` takes the place of the run's, and its `loss` chooses the best.
@@ -113,6 +115,7 @@ def train(
             there is nothing to save.
         UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
+    require(isinstance(config, Config), f"train takes a transformer.Config, got {shown(config)}.")
     given = Given.of(config, model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks)
     with (
         interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."),
@@ -234,7 +237,7 @@ class _Session:
         require(
             "validation" in (*splits, *given) or self.config.training.patience == 0,
             f"training.patience={self.config.training.patience} counts evaluations of a validation split, and the data has none; "
-            "set data.validation_fraction, or training.patience=0.",
+            "set data.validation_fraction (or give data= a split validation), or training.patience=0.",
         )
         own = {"validation": make_evaluator(run, "validation")} if "validation" in splits else {}
         return own | {name: _of_one_copy(run, evaluate) for name, evaluate in given.items()}
@@ -260,8 +263,8 @@ class _Session:
         steps, parts = self.config.training.steps, run.steps.parts
         device = jax.devices()[0]
         devices = f"{run.runner.num_devices} {device.device_kind} device(s), {run.config.parallel.strategy}, "
-        if self.given.data is None:  # whose batches may have any shape
-            devices += f"attention {parts.describe_attention(device.platform)}, "
+        attention = parts.describe_attention(device.platform)
+        devices += f"attention {attention}, " if attention else ""
         return (
             f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}"
             f"peak {peak / 1e12:.2f} TFLOP/s"
@@ -326,7 +329,16 @@ def _saved(config: Config) -> str:
 
 def _of_one_copy(run: Run, evaluate: loop.Evaluator) -> loop.Evaluator:
     """An evaluator that is given whole parameters, however the run spreads them."""
-    return lambda params: evaluate(run.runner.gather(run.runner.fetch_state(params)))
+
+    def evaluate_whole(params: PyTree) -> dict[str, float]:
+        metrics = evaluate(run.runner.gather(run.runner.fetch_state(params)))
+        require(
+            isinstance(metrics, Mapping) and all(np.ndim(value) == 0 for value in metrics.values()),
+            f"An evaluator must give numbers by name, such as {{'score': 0.5}}, got {shown(metrics)}.",
+        )
+        return {name: float(value) for name, value in metrics.items()}
+
+    return evaluate_whole
 
 
 def _ended(config: Config, old: Record | None) -> str:
