@@ -131,11 +131,6 @@ def test_a_translator_starts_from_span_corruption_and_says_what_it_took(place, s
     ("variant", "options", "message"),
     [
         ("prefix_lm", ["--data.stride", "8"], "--data.stride is for the objective next_token, got 8"),
-        (
-            "prefix_lm",
-            ["--model.bidirectional-prefix", "--objective.kind", "next_token"],
-            "--model.bidirectional-prefix is for the prefix_lm objective, which sets it, got --objective.kind=next_token",
-        ),
         ("span_corruption", ["--model.vocab-size", "258"], "at least the tokenizer's 259, got 258; 0 takes"),
     ],
 )
