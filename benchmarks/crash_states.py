@@ -9,6 +9,7 @@ Prints one JSON line a run.
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -103,7 +104,11 @@ def keep_compiled() -> None:
 
     def make_once(config, tokenizer, *rest, **named):
         key = json.dumps(to_dict(dataclasses.replace(config, workdir=""))) + str((rest, sorted(named)))
-        return kept.setdefault(key, None) or kept.__setitem__(key, make(config, tokenizer, *rest, **named)) or kept[key]
+        if key not in kept:
+            kept[key] = make(config, tokenizer, *rest, **named)
+        steps = copy.copy(kept[key])
+        steps.parts = dataclasses.replace(steps.parts, config=config)
+        return steps
 
     recipe.Steps = make_once
 

@@ -1,5 +1,6 @@
 """Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors."""
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -58,12 +59,14 @@ def compiled_once():
     recipe = importlib.import_module("transformer.runs.recipe")
     make, kept = recipe.Steps, {}
 
-    def make_once(config, tokenizer, optimizer=None, model=None):
+    def make_once(config, tokenizer, **others):
         data = dataclasses.replace(config.data, source=("text",), data_dir="")
-        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, optimizer, model
+        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, *others.values()
         if key not in kept:
-            kept[key] = make(config, tokenizer, optimizer=optimizer, model=model)
-        return kept[key]
+            kept[key] = make(config, tokenizer, **others)
+        steps = copy.copy(kept[key])
+        steps.parts = dataclasses.replace(steps.parts, config=config)
+        return steps
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "Steps", make_once)
