@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformer.tasks import describe_attention
 
 from transformer.cli.main import main
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -20,6 +19,7 @@ from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.strided import StridedPattern
 from transformer.ops.positions.alibi import AlibiBias
+from transformer.parts import Parts, StandIn
 from transformer.runs.saved import load
 from transformer.types import UserError
 
@@ -92,7 +92,7 @@ def test_a_config_file_trains_with_it(own, tmp_path, capsys, monkeypatch):
     main([*command, "--training.steps", "4"])
     after = load(run)
     assert json.loads((run / "config.json").read_text())["model"]["pattern"][0]["attention"]["implementation"] == "mean"
-    assert describe_attention(after.config, "tpu") == "mean"
+    assert Parts(after.config, StandIn(after.config.model.vocab_size)).describe_attention("tpu") == "mean"
     # Means have no use for queries: training leaves the projection where it was, and moves the others.
     old, new = (x.params["decoder"]["blocks"]["block_0"]["attention"] for x in (before, after))
     moved = {role: bool((new[role]["kernel"] != old[role]["kernel"]).any()) for role in new}

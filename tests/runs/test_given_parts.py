@@ -146,7 +146,7 @@ def test_the_loss_is_that_of_the_batch(tmp_path):
         def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, train=False):
             return jnp.zeros((*tokens_BT.shape, V)) + self.param("nothing", nn.initializers.zeros, ())
 
-    batch = make_batch(0) | {"weights": np.float32([[0, 1, 0, 0]] * ROWS)}
+    batch = make_batch(0) | {"weights": np.array([[False, True, False, False]] * ROWS)}
     train(config_of(tmp_path, steps=1), data={"train": [batch], "validation": [batch, batch]}, model=Uniform())
     assert rows(tmp_path)[0]["loss"] == pytest.approx(np.log(V))
     assert rows(tmp_path, "validation")[0]["loss"] == pytest.approx(np.log(V))

@@ -155,8 +155,9 @@ class BatchData:
                 f"long as the others), got {list(values.shape)}.",
             )
             integers = np.issubdtype(expected.dtype, np.integer)
+            taken = (np.integer,) if integers else (np.integer, np.floating, np.bool_)
             require(
-                np.issubdtype(values.dtype, np.integer) or (not integers and np.issubdtype(values.dtype, np.floating)),
+                any(np.issubdtype(values.dtype, kind) for kind in taken),
                 f"{name} of a batch given as data= must be {'integers' if integers else 'numbers'}, got {values.dtype}.",
             )
             return values.astype(expected.dtype, copy=False)
