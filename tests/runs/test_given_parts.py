@@ -441,6 +441,8 @@ def test_a_model_is_spread_by_its_metadata(tmp_path, strategy, capsys):
     if strategy == "fsdp":
         with pytest.raises(UserError, match="must have a name of the sharding rules, got 'wide'; there are"):
             train(config_of(tmp_path / "c", spread), data=endless(), model=Bigrams(axes=("wide", None)))
+        with pytest.raises(UserError, match="can be cut along each axis of a mesh once, got the names"):
+            train(config_of(tmp_path / "d", spread), data=endless(), model=Bigrams(axes=("fsdp", "embed")))
 
 
 class Narrow(nn.Module):

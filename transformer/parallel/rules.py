@@ -51,11 +51,6 @@ class Sharding:
         """
         parts = [(name,) if isinstance(name, str) else name or () for name in names]
         found = [tuple(axis for name in part for axis in self.axes(name) if axis in axes) for part in parts]
-        used = [axis for part in found for axis in part]
-        require(
-            len(used) == len(set(used)),
-            f"An array can be cut along each axis of a mesh once, got the names {tuple(names)}.",
-        )
         return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
 
     def spread(self) -> dict[str, int]:
@@ -114,9 +109,7 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
     Raises:
         UserError: an axis of the mesh does not divide an axis of a parameter; which, and by how much.
     """
-    shardings = jax.tree.map(
-        lambda names: NamedSharding(mesh, RULES.spec(names, mesh.axis_names)), axes, is_leaf=is_names
-    )
+    shardings = jax.tree.map(lambda names: _parameter_sharding(mesh, names), axes, is_leaf=is_names)
     if shapes is not None:
         jax.tree_util.tree_map_with_path(_check_divides, axes, shapes, shardings, is_leaf=is_names)
     return shardings
@@ -143,10 +136,19 @@ def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
         own = next((names[keys[i:]] for i in range(len(keys)) if keys[i:] in names), None)
         if own is None or len(own) != len(x.shape) or math.prod(x.shape) == 1:
             return whole
-        found = NamedSharding(mesh, RULES.spec(own, mesh.axis_names))
-        return _check_divides(path, own, x, found)
+        return _check_divides(path, own, x, _parameter_sharding(mesh, own))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _parameter_sharding(mesh: Mesh, names: Any) -> NamedSharding:
+    spec = RULES.spec(names, mesh.axis_names)
+    used = [axis for entry in spec for axis in axes_in(entry)]
+    require(
+        len(used) == len(set(used)),
+        f"A parameter can be cut along each axis of a mesh once, got the names {tuple(names)}.",
+    )
+    return NamedSharding(mesh, spec)
 
 
 def _check_divides(path: Any, names: Any, x: Any, sharding: NamedSharding) -> NamedSharding:
