@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_on_is_told(tmp_path, data, message):
             {"inputs": np.ones((ROWS, T + 1), np.int32)},
             r"inputs of a batch .*data.sequence_length at most.*, got .8, 5.",
         ),
-        ({"weights": None}, "must be a Batch"),
+        ({"weights": None}, r"got weights of shape \[\]"),
     ],
 )
 def test_fields_have_the_axes_and_types_of_the_batch(tmp_path, changes, message):

@@ -175,7 +175,7 @@ class BatchData:
             f"A batch given as data= must have {', '.join(needed)} and may have {', '.join(kind._fields)}, got "
             f"{', '.join(map(str, batch))}; an objective of your own that reads others says so in batch_shapes.",
         )
-        return kind.of(**batch)
+        return kind.of(**{name: np.asarray(values) for name, values in batch.items()})
 
 
 def _words(tree: Any) -> str:
