@@ -194,18 +194,27 @@ class TrainingConfig(Settings):
 
 
 OF_SOME = (
-    *("model.memory_length", "model.pooling", "data.weights", "data.separator", "data.text_key", "data.prompt_key"),
-    *("data.label_key", "data.source_key", "data.target_key", "data.share_vocabulary", "data.test_fraction"),
-    *(
-        "data.truncate",
-        "data.buckets",
-        "data.pack",
-        "data.stride",
-        "data.limit",
-        "data.num_streams",
-        "data.record_bytes",
-    ),
-    *("training.sample_every", "training.sample_prompt", "training.sample_length"),
+    "model.memory_length",
+    "model.pooling",
+    "data.weights",
+    "data.separator",
+    "data.text_key",
+    "data.prompt_key",
+    "data.label_key",
+    "data.source_key",
+    "data.target_key",
+    "data.share_vocabulary",
+    "data.test_fraction",
+    "data.truncate",
+    "data.buckets",
+    "data.pack",
+    "data.stride",
+    "data.limit",
+    "data.num_streams",
+    "data.record_bytes",
+    "training.sample_every",
+    "training.sample_prompt",
+    "training.sample_length",
 )
 """Settings that not every run uses: an objective, and the form of data that it reads, declare those that they do."""
 

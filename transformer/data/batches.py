@@ -1,6 +1,8 @@
 """Batches that a caller makes, in the place of the data that a config names."""
 
 import contextlib
+import copy
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,8 +41,7 @@ class BatchData:
         self.splits: dict[str, Iterable[Any]] = dict(splits) if isinstance(splits, Mapping) else {"train": splits}
         self.class_names = tuple(class_names)
         self.sources: tuple[Any, ...] = ()
-        self._shapes: Any = None
-        self._rows, self._vocabulary = 0, NoTokenizer(0)
+        self._config = Config()
         for name, batches in self.splits.items():
             require(
                 isinstance(batches, Iterable) and not isinstance(batches, str),
@@ -55,9 +56,8 @@ class BatchData:
 
     def for_run(self, config: Config) -> "BatchData":
         """The same batches for a run of this config."""
-        other = BatchData(self.splits, class_names=self.class_names)
-        other._shapes, other._rows = config.objective.batch_shapes(config), config.data.batch_size
-        other._vocabulary = ids_alone(config)
+        other = copy.copy(self)
+        other._config = config
         return other
 
     @property
@@ -83,8 +83,18 @@ class BatchData:
         return iter(())
 
     def make_tokenizer(self) -> Any:
-        """A vocabulary without a tokenizer, whose size is the config's `model.vocab_size`."""
-        return self._vocabulary
+        """A vocabulary without a tokenizer, whose size is the config's `model.vocab_size`.
+
+        Raises:
+            UserError: the batches are of tokens, and the config does not say how many there are.
+        """
+        config = self._config
+        require(
+            config.model.vocab_size > 0 or not hasattr(config.objective.batch_shapes(config), "read"),
+            "A run on batches of tokens must know how many there are, got model.vocab_size=0 and no tokenizer; set it, or give "
+            "tokenizer=.",
+        )
+        return ids_alone(config)
 
     def train_batches(
         self, tokenizer: Any, *, process_index: int = 0, process_count: int = 1
@@ -92,7 +102,7 @@ class BatchData:
         """Those of `train`, over and over."""
         del tokenizer, process_index
         require("train" in self.splits, f"data= must have a split train, got {', '.join(self.splits)}.")
-        return _Endless(self.splits["train"], lambda batch: self._checked(batch, process_count))
+        return _Endless(self.splits["train"], _Checked(self._config, process_count))
 
     def evaluation_batches(
         self, tokenizer: Any, split: str, *, process_index: int = 0, process_count: int = 1
@@ -100,7 +110,7 @@ class BatchData:
         """Those of a split, once."""
         del tokenizer, process_index
         names = tuple(self.splits) if split == WHOLE else (split,)
-        return _Once([self.splits[name] for name in names], lambda batch: self._checked(batch, process_count))
+        return _Once([self.splits[name] for name in names], _Checked(self._config, process_count))
 
     def count_cut(self, tokenizer: Any, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """Nothing is known of what was cut."""
@@ -124,58 +134,68 @@ class BatchData:
         del split
         return f"{targets:,} targets"
 
-    def _checked(self, batch: Any, process_count: int) -> Any:
-        """The batch with the types of the objective's; UserError where it has others, or other axes."""
-        batch, kind = self._named(batch), type(self._shapes)
-        same = jax.tree.structure(batch) == jax.tree.structure(self._shapes)
+
+class _Checked:
+    """Gives a batch the types of the objective's; UserError where it has others, or other axes."""
+
+    def __init__(self, config: Config, process_count: int) -> None:
+        self._shapes, self._size = config.objective.batch_shapes(config), config.data.batch_size
+        self._processes, self._rows = process_count, config.data.batch_size // process_count
+        make = getattr(type(self._shapes), "of", None)  # of the package's batches
+        self._of: Any = make
+        self._needed = list(inspect.signature(make).parameters)[:-1] if make else []
+
+    def __call__(self, batch: Any) -> Any:
+        """The batch as the runner places it."""
+        batch = self._named(batch)
         require(
-            same,
+            jax.tree.structure(batch) == jax.tree.structure(self._shapes),
             f"A batch given as data= must be {_words(self._shapes)}, got {_words(batch)}; an objective of your own that reads "
             "others says so in batch_shapes.",
         )
-        rows, lengths = self._rows // process_count, {}
-
-        def check(path: Any, values: Any, expected: jax.ShapeDtypeStruct) -> np.ndarray:
-            values, name = np.asarray(values), jax.tree_util.keystr(path, simple=True, separator="/") or "array"
-            require(
-                values.shape[:1] == (rows,),
-                f"A batch given as data= must have data.batch_size={self._rows} rows"
-                + (f", {rows} in each of {process_count} processes" if process_count > 1 else "")
-                + f", got {name} of shape {list(values.shape)}; set data.batch_size, or leave out what does not fill a batch.",
-            )
-            # A row may be shorter than the config's; all fields have one length.
-            longest = expected.shape[1:]
-            fits = len(values.shape) == len(expected.shape) and all(
-                size == most or (hasattr(kind, "of") and 0 < size < most)
-                for size, most in zip(values.shape[1:], longest, strict=True)
-            )
-            require(
-                fits and lengths.setdefault(longest, values.shape[1:]) == values.shape[1:],
-                f"{name} of a batch given as data= must have the axes of {[rows, *longest]} (data.sequence_length at most, as "
-                f"long as the others), got {list(values.shape)}.",
-            )
-            integers = np.issubdtype(expected.dtype, np.integer)
-            taken = (np.integer,) if integers else (np.integer, np.floating, np.bool_)
-            require(
-                any(np.issubdtype(values.dtype, kind) for kind in taken),
-                f"{name} of a batch given as data= must be {'integers' if integers else 'numbers'}, got {values.dtype}.",
-            )
-            return values.astype(expected.dtype, copy=False)
-
-        return jax.tree_util.tree_map_with_path(check, batch, self._shapes)
+        lengths: dict[tuple[int, ...], tuple[int, ...]] = {}
+        return jax.tree_util.tree_map_with_path(functools.partial(self._array, lengths), batch, self._shapes)
 
     def _named(self, batch: Any) -> Any:
         """A dictionary as the batch whose fields it has; anything else as it is."""
-        kind = type(self._shapes)
-        if not isinstance(batch, Mapping) or not hasattr(kind, "of"):
+        if not isinstance(batch, Mapping) or self._of is None:
             return batch
-        needed = list(inspect.signature(kind.of).parameters)[:-1]
+        fields = self._shapes._fields
         require(
-            set(needed) <= set(batch) <= set(kind._fields),
-            f"A batch given as data= must have {', '.join(needed)} and may have {', '.join(kind._fields)}, got "
+            set(self._needed) <= set(batch) <= set(fields),
+            f"A batch given as data= must have {', '.join(self._needed)} and may have {', '.join(fields)}, got "
             f"{', '.join(map(str, batch))}; an objective of your own that reads others says so in batch_shapes.",
         )
-        return kind.of(**{name: np.asarray(values) for name, values in batch.items()})
+        return self._of(**{name: np.asarray(values) for name, values in batch.items()})
+
+    def _array(
+        self, lengths: dict[tuple[int, ...], tuple[int, ...]], path: Any, values: Any, expected: jax.ShapeDtypeStruct
+    ) -> np.ndarray:
+        """An array of the batch; `lengths` are the axes that earlier ones have, by those of full rows."""
+        values, name = np.asarray(values), jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+        require(
+            values.shape[:1] == (self._rows,),
+            f"A batch given as data= must have data.batch_size={self._size} rows"
+            + (f", {self._rows} in each of {self._processes} processes" if self._processes > 1 else "")
+            + f", got {name} of shape {list(values.shape)}; set data.batch_size, or leave out what does not fill a batch.",
+        )
+        # A row may be shorter than the config's; all fields have one length.
+        longest, own = expected.shape[1:], values.shape[1:]
+        fits = len(own) == len(longest) and all(
+            size == most or (self._of is not None and 0 < size < most) for size, most in zip(own, longest, strict=True)
+        )
+        require(
+            fits and lengths.setdefault(longest, own) == own,
+            f"{name} of a batch given as data= must have the axes of {[self._rows, *longest]} (data.sequence_length at most, as "
+            f"long as the others), got {list(values.shape)}.",
+        )
+        integers = np.issubdtype(expected.dtype, np.integer)
+        taken = (np.integer,) if integers else (np.integer, np.floating, np.bool_)
+        require(
+            any(np.issubdtype(values.dtype, kind) for kind in taken),
+            f"{name} of a batch given as data= must be {'integers' if integers else 'numbers'}, got {values.dtype}.",
+        )
+        return values.astype(expected.dtype, copy=False)
 
 
 def _words(tree: Any) -> str:

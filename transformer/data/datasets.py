@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from transformer.config import DataConfig
+from transformer.config import Config, DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
@@ -99,6 +99,11 @@ def open_data(
         continued: each row goes on where that of the batch before ended, for a model with a memory.
     """
     return objective.form.open(Reader(config, objective, class_names, continued))
+
+
+def data_of(config: Config, class_names: tuple[str, ...] = ()) -> Dataset:
+    """`open_data` of a run."""
+    return open_data(config.data, config.objective, class_names, continued=config.model.memory_length > 0)
 
 
 def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[str, ...]) -> list[str]:

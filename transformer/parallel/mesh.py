@@ -10,7 +10,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.parallel.rules import AXES, RULES, axes_in, tree_shardings
-from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
+from transformer.parallel.runner import (
+    EvaluateFunction,
+    RowOrder,
+    Runner,
+    TrainFunction,
+    carry_apart,
+    choose_devices,
+    with_carry,
+)
 from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
@@ -121,10 +129,10 @@ class MeshRunner(Runner):
     def __init__(
         self,
         mesh: Mesh,
-        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        train_step: TrainFunction,
+        evaluate_step: EvaluateFunction,
         axes: PyTree | None = None,
-        row_order: Callable[[int, int], np.ndarray] | None = None,
+        row_order: RowOrder | None = None,
     ) -> None:
         super().__init__()
         self._mesh, self._axes = mesh, axes
@@ -150,12 +158,12 @@ class MeshRunner(Runner):
     def make(
         cls,
         config: ParallelConfig,
-        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        train_step: TrainFunction,
+        evaluate_step: EvaluateFunction,
         *,
         mesh: Mesh | None = None,
         axes: PyTree | None = None,
-        row_order: Callable[[int, int], np.ndarray] | None = None,
+        row_order: RowOrder | None = None,
     ) -> "MeshRunner":
         """Over the mesh that is given, or of the config's axes."""
         return cls(mesh or make_mesh(config.sizes), train_step, evaluate_step, axes, row_order)

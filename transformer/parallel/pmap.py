@@ -7,7 +7,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transformer.parallel.runner import Runner, carry_apart, choose_devices, with_carry
+from transformer.parallel.runner import (
+    EvaluateFunction,
+    RowOrder,
+    Runner,
+    TrainFunction,
+    carry_apart,
+    choose_devices,
+    with_carry,
+)
 from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics, UserError
 from transformer.validation import require
@@ -46,8 +54,8 @@ class PmapRunner(Runner):
     def __init__(
         self,
         data: int,
-        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        train_step: TrainFunction,
+        evaluate_step: EvaluateFunction,
     ) -> None:
         super().__init__()
         self._devices = devices = choose_devices(max(data, 0))
@@ -79,12 +87,12 @@ class PmapRunner(Runner):
     def make(
         cls,
         config: ParallelConfig,
-        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        train_step: TrainFunction,
+        evaluate_step: EvaluateFunction,
         *,
         mesh: Mesh | None = None,
         axes: PyTree | None = None,
-        row_order: Callable[[int, int], Any] | None = None,
+        row_order: RowOrder | None = None,
     ) -> "PmapRunner":
         """On `config.data` devices, each of which has whole rows and a whole copy of the state."""
         del axes, row_order

@@ -10,6 +10,13 @@ from jax.sharding import Mesh
 from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics, UserError
 
+TrainFunction = Callable[[Any, Any], tuple[Any, Statistics]]
+"""`(state, batch) -> (state, statistics)`, such as a `TrainStep`."""
+EvaluateFunction = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
+"""`(params, carry, batch) -> (carry, statistics)`, such as an `EvaluateStep`."""
+RowOrder = Callable[[int, int], Any]
+"""`(length, devices)` -> the places of a row in the order in which the devices that share it hold them."""
+
 
 class Runner(abc.ABC):
     """A compiled training and evaluation step, and the moves between host and devices that go with them."""
@@ -46,12 +53,12 @@ class Runner(abc.ABC):
     def make(
         cls,
         config: ParallelConfig,
-        train_step: Callable[[Any, Any], tuple[Any, Statistics]],
-        evaluate_step: Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]],
+        train_step: TrainFunction,
+        evaluate_step: EvaluateFunction,
         *,
         mesh: Mesh | None = None,
         axes: PyTree | None = None,
-        row_order: Callable[[int, int], Any] | None = None,
+        row_order: RowOrder | None = None,
     ) -> "Runner":
         """The runner of a config.
 
@@ -61,8 +68,7 @@ class Runner(abc.ABC):
             evaluate_step: `EvaluateStep` likewise.
             mesh: of devices, present or absent; None takes those of the config.
             axes: the parameters' logical names; None leaves a whole copy of the state on every device.
-            row_order: `(length, devices)` -> the places of a row in the order in which the devices that share it hold them; None
-                leaves rows as they are.
+            row_order: of rows that devices share; None leaves rows as they are.
         """
 
     @abc.abstractmethod

@@ -27,37 +27,17 @@ class Given(NamedTuple):
     model: nn.Module | None = None
     objective: Objective | None = None
     optimizer: optax.GradientTransformation | None = None
-    data: Dataset | None = None
+    data: Any = None
+    """A `Dataset`, once it is `opened`."""
     tokenizer: Tokenizer | None = None
     evaluators: Mapping[str, loop.Evaluator] = {}
     writers: Sequence[Writer] = ()
     hooks: Sequence[loop.Hook] = ()
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        model: nn.Module | None,
-        objective: Objective | None,
-        optimizer: optax.GradientTransformation | None,
-        data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None,
-        *rest: Any,
-    ) -> "Given":
-        """As `train` is given them; batches become a dataset."""
-        given = cls(model, objective, optimizer, None, *rest)
-        given.check()
-        if data is None:
-            return given
-        given = given._replace(data=as_dataset(data, given.applied(config)))
-        tokens = hasattr(given.applied(config).objective.batch_shapes(config), "read")
-        require(
-            given.tokenizer is not None
-            or config.model.vocab_size > 0
-            or not (tokens and isinstance(given.data, BatchData)),
-            "A run on batches of tokens must know how many there are, got model.vocab_size=0 and no tokenizer; set it, or give "
-            "tokenizer=.",
-        )
-        return given
+    def opened(self, config: Config) -> "Given":
+        """The same, checked, and with a dataset in the place of batches."""
+        self.check()
+        return self if self.data is None else self._replace(data=as_dataset(self.data, self.applied(config)))
 
     def check(self) -> None:
         """Raise UserError unless each is what its argument takes."""
@@ -158,35 +138,41 @@ def compare_given(record: Record | None, given: Given) -> None:
     Raises:
         UserError: which, and what they were.
     """
-    if record is None:
-        return
-    for name in REPLACING:
-        before, now = record.given.get(name, "none"), given.described.get(name, "none")
-        remedy = f"give train({name}=...) the same again" if name in record.given else f"leave out {name}="
-        require(
-            _same(before, now),
-            f"A run goes on with the {name} it began with, {record.path.parent.parent} was made with {before}, got {now}; "
-            f"{remedy}, or choose another workdir.",
+    if record is not None:
+        now = given.described
+        _compare(
+            record,
+            REPLACING,
+            now,
+            "goes on with the {} it began with,",
+            "give train({}=...)",
+            ", or choose another workdir",
         )
 
 
-def ask_for(record: Record, **objects: Any) -> None:
+def ask_for(record: Record, given: Given) -> None:
     """Refuse to load a run without the objects that it was made with, or with others; its directory holds their names alone.
 
     Raises:
         UserError: which, and what they were.
     """
-    for name, value in objects.items():
-        if name == "tokenizer" and "data" in record.given and name not in record.given:
-            continue  # it only reads and writes what was trained on as ids
-        before, now = record.given.get(name, "none"), "none" if value is None else describe(value)
-        remedy = (
-            f"in Python, give load or evaluate ({name}=...) the same again"
-            if name in record.given
-            else f"leave out {name}="
-        )
+    names = ["model", "objective"]
+    if (
+        "data" not in record.given or "tokenizer" in record.given
+    ):  # else it only reads and writes what was trained on as ids
+        names.append("tokenizer")
+    now = given.described
+    _compare(record, names, now, "is loaded with the {} it was made with;", "in Python, give load or evaluate ({}=...)")
+
+
+def _compare(
+    record: Record, names: Iterable[str], described: Mapping[str, str], rule: str, give: str, others: str = ""
+) -> None:
+    """Compare what is given with what a run was made with, by the names of arguments; the words are of the message."""
+    for name in names:
+        before, now = record.given.get(name, "none"), described.get(name, "none")
+        remedy = f"{give.format(name)} the same again" if name in record.given else f"leave out {name}="
         require(
             _same(before, now),
-            f"A run is loaded with the {name} it was made with; {record.path.parent.parent} was made with {before}, got {now}; "
-            f"{remedy}.",
+            f"A run {rule.format(name)} {record.path.parent.parent} was made with {before}, got {now}; {remedy}{others}.",
         )

@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from transformer.config import Config
-from transformer.data.datasets import Dataset, open_data
+from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
@@ -88,7 +88,7 @@ def make_run(
         "optimizer.parameter_groups are of the config's optimizer, and one was given to train(optimizer=...), got "
         f"{config.optimizer.parameter_groups}; leave them out, and freeze with optax.partition.",
     )
-    data = data or open_data(config.data, config.objective, continued=config.model.memory_length > 0)
+    data = data or data_of(config)
     training = config.training
     donor = read_donor(training.init_from, training.init_from_step) if training.init_from and not begun else None
     notes: list[str] = []

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from transformer.config import Config, DataConfig
-from transformer.data.datasets import Dataset, fingerprints, open_data
+from transformer.data.datasets import Dataset, data_of, fingerprints
 from transformer.data.source import WHOLE
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import trusted
@@ -122,7 +122,7 @@ def load(
 
 
 def _load(record: Record, given: Given) -> Loaded:
-    ask_for(record, model=given.model, objective=given.objective, tokenizer=given.tokenizer)
+    ask_for(record, given)
     tokenizer = given.tokenizer or record.load_tokenizer()
     config = resolve(given.applied(record.config), tokenizer)
     check_params(config)
@@ -210,7 +210,7 @@ def _open(
             split, whole = WHOLE, dataclasses.replace(config.data, validation_fraction=0.0, test_fraction=0.0)
             config = dataclasses.replace(config, data=whole)
     check_batch(config)
-    data = open_data(config.data, config.objective, record.class_names, continued=config.model.memory_length > 0)
+    data = data_of(config, record.class_names)
     if source:
         report(data.description)
     else:

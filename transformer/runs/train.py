@@ -15,7 +15,7 @@ from rich.console import Console
 
 from transformer.config import Config
 from transformer.config_io import fill_open
-from transformer.data.datasets import Dataset, open_data
+from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import remember
 from transformer.evaluation.compression import compressed_bits_per_byte
@@ -116,7 +116,7 @@ def train(
         UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
     """
     require(isinstance(config, Config), f"train takes a transformer.Config, got {shown(config)}.")
-    given = Given.of(config, model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks)
+    given = Given(model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks).opened(config)
     with (
         interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."),
         _explained(config),
@@ -170,7 +170,7 @@ class _Session:
         used = self.given.applied(self.config)
         check_devices(used)
         check_config(used)
-        data = self.given.data or open_data(used.data, used.objective, continued=used.model.memory_length > 0)
+        data = self.given.data or data_of(used)
         self.report(data.description)
         if jax.process_index() == 0 and self.given.data is None:
             remember(used.data)
