@@ -231,7 +231,7 @@ def _compile(work: _Work) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         peak, capacity = _memory_error(str(error))
         arguments = min(peak, device_bytes(work.operands))
-        program = Program([], 0.0, 0.0, {})
+        program = Program([], 0.0, 0.0, {}, 0.0)
         fits = False
     else:
         stats = compiled.memory_analysis()

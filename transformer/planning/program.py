@@ -79,6 +79,8 @@ class Program(NamedTuple):
     """Operands and results of its operations in main memory, where they lie unless a fusion or a cache keeps them."""
     kernels: dict[str, float]
     """Custom calls by target, and how often each runs."""
+    launches: float
+    """Operations that move data, each as often as it runs; a fusion is one."""
 
 
 class _Instruction(NamedTuple):
@@ -96,7 +98,7 @@ def read_program(text: str) -> Program:
     computations, entry = _parse(text)
     times = _multiplicities(computations, entry)
     collectives: list[Collective] = []
-    flops = traffic = 0.0
+    flops = traffic = launches = 0.0
     kernels: dict[str, float] = {}
     # Of a fused computation, where it is called.
     fused = {
@@ -121,9 +123,12 @@ def read_program(text: str) -> Program:
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
                 kernel = target.group(1) if target else "?"
                 kernels[kernel] = kernels.get(kernel, 0.0) + count
-            if name not in fused and instruction.opcode not in _NO_TRAFFIC and not found:
+            if name in fused or instruction.opcode in _NO_TRAFFIC:
+                continue
+            launches += count
+            if not found:
                 traffic += count * _traffic(instruction, shapes, computations)
-    return Program(collectives, flops, traffic, kernels)
+    return Program(collectives, flops, traffic, kernels, launches)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -274,7 +279,12 @@ def _window_pairs(rest: str, axis: int, input_size: int, window_size: int, outpu
 
 
 def _traffic(instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
-    """Bytes of operands and result in main memory; of arrays of which a slice is read or replaced, those of the slice."""
+    """Bytes that an operation reads from main memory and writes to it: of each array, the elements that it needs.
+
+    An operation in a fusion needs as many elements of its operands as it gives itself, so that of a table of which some rows are
+    gathered, after whatever was done to single elements, these rows count. An array that is updated in place counts with
+    what is replaced.
+    """
     operands = _operands(instruction)
     body = next((computations[name] for name in _called(instruction) if name in computations), [])
     if instruction.opcode != "fusion" or not body:
@@ -282,39 +292,60 @@ def _traffic(instruction: _Instruction, shapes: dict[str, str], computations: di
             instruction
         ]
     inner = {i.name: i for i in body}
-    users: dict[str, list[tuple[_Instruction, int]]] = {}
-    for user in body:
-        for place, operand in enumerate(_operands(user) if user.opcode != "parameter" else []):
-            users.setdefault(operand, []).append((user, place))
-
-    def read(name: str, shape: str) -> float:
-        if _main_memory_bytes(shape) == 0:
-            return 0.0
-        total = 0.0
-        for user, place in users.get(name, []):
-            if user.opcode in ("dynamic-slice", "gather") and place == 0:
-                total += _bytes(user.shape)
-            elif user.opcode in ("bitcast", "reshape") and user is not body[-1]:
-                total += read(user.name, shape)
-            elif not (user.opcode == "dynamic-update-slice" and place == 0):
-                return _bytes(shape)
-        return min(total, _bytes(shape))
-
-    def written(result: _Instruction) -> float:
-        if result.opcode == "dynamic-update-slice":
-            update = inner.get(_operands(result)[1])
-            return _bytes(update.shape) if update else 0.0
-        if result.opcode == "tuple":
-            return sum(written(inner[o]) for o in _operands(result) if o in inner)
-        if result.opcode in ("bitcast", "reshape") and _operands(result)[0] in inner and result is body[-1]:
-            return written(inner[_operands(result)[0]])
-        return _bytes(result.shape)
-
-    out = written(body[-1]) if _main_memory_bytes(instruction.shape) else 0.0
-    parameters = [i for i in body if i.opcode == "parameter"]
-    places = {i.name: int(re.match(r"\d+", i.rest).group()) for i in parameters}  # type: ignore[union-attr]
+    results = _results(body[-1], inner)
+    written = sum(_bytes(_updated(result, inner).shape) for result in results)
+    needed = _needed(body, inner, {result.name for result in results})
     outer = [shapes.get(operand, "") for operand in operands]
-    return out + sum(read(i.name, outer[places[i.name]]) for i in parameters if places[i.name] < len(outer))
+    read = 0.0
+    for parameter in (i for i in body if i.opcode == "parameter"):
+        place = int(re.match(r"\d+", parameter.rest).group())  # type: ignore[union-attr]
+        shape = outer[place] if place < len(outer) else ""
+        read += _main_memory_bytes(shape) * needed.get(parameter.name, 0.0) / max(1, _elements(parameter.shape))
+    return read + (written if _main_memory_bytes(instruction.shape) else 0.0)
+
+
+def _results(root: _Instruction, inner: dict[str, _Instruction]) -> list[_Instruction]:
+    """What a fusion writes."""
+    if root.opcode == "tuple":
+        return [result for name in _operands(root) if name in inner for result in _results(inner[name], inner)]
+    if root.opcode in ("bitcast", "reshape") and _operands(root)[0] in inner:
+        return _results(inner[_operands(root)[0]], inner)
+    return [root]
+
+
+def _updated(result: _Instruction, inner: dict[str, _Instruction]) -> _Instruction:
+    """The part of a result that is written: all, or of one that is updated in place the update."""
+    if result.opcode != "dynamic-update-slice":
+        return result
+    return inner.get(_operands(result)[1], result)
+
+
+def _needed(body: list[_Instruction], inner: dict[str, _Instruction], results: set[str]) -> dict[str, float]:
+    """How many elements of each value in a fusion are needed; users stand after what they use."""
+    needed: dict[str, float] = {}
+    for user in reversed(body):
+        size = _elements(user.shape)
+        given = size if user.name in results or user is body[-1] else min(needed.get(user.name, 0.0), size)
+        for place, name in enumerate(_operands(user) if user.opcode != "parameter" else []):
+            if name in inner:
+                whole = _elements(inner[name].shape)
+                count = _of_operand(user, place, given, size, whole, in_place=user.name in results)
+                needed[name] = min(whole, needed.get(name, 0.0) + count)
+    return needed
+
+
+def _of_operand(user: _Instruction, place: int, given: float, size: int, whole: int, *, in_place: bool) -> float:
+    """How many of an operand's elements give so many of the user's."""
+    if user.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
+        return given
+    if user.opcode == "dynamic-update-slice" and place == 0:
+        return 0.0 if in_place else given
+    if user.opcode == "tuple":
+        return 0.0 if in_place else float(whole)
+    if user.opcode in ("broadcast", "concatenate", "pad", "dynamic-update-slice"):
+        return min(given, whole)
+    # Elementwise, one for one; a reduction, its part of the whole.
+    return whole * given / size if size else float(whole)
 
 
 def _operands(instruction: _Instruction) -> list[str]:
@@ -331,6 +362,11 @@ def _operands(instruction: _Instruction) -> list[str]:
 def _dims(shape: str) -> list[int]:
     found = _ARRAY.search(shape)
     return [int(n) for n in found.group(2).split(",") if n] if found else []
+
+
+def _elements(shape: str) -> int:
+    """Of all arrays of a shape."""
+    return sum(math.prod(int(n) for n in dims.split(",") if n) for _, dims in _ARRAY.findall(shape))
 
 
 def _array_bytes(array: tuple[str, str]) -> float:
