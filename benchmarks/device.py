@@ -1,0 +1,172 @@
+"""Whether the project is right and fast on the device of this machine: made for one NVIDIA GPU that is there for minutes.
+
+    python benchmarks/device.py [SECTION ...] [--out DIR] [--budget SECONDS] [--tiny] [--again]
+
+Prints one JSON line a result, and appends it to DIR/results.jsonl at once. A part that fails is a line with "error"
+(type, message, where), one that does not fit in the time that is left a line with "skipped"; the others go on. Run
+again with the same DIR, it does what has no result yet (`--again`: everything). Without a section it does all, in this
+order and by default in so many seconds:
+
+    environment   30  device, driver, versions; speed of matrix products and copies
+    attention    120  values and gradients of each attention backend beside float32, and whether a repeat has the same bits
+    step         310  GPT-2 124M: tokens a second, MFU, memory, compile time; the same model in PyTorch, and the ratio
+    resume       240  by the command line: train twice, kill and resume, deterministic operations; CPU to GPU and back
+    decode       120  tokens a second at batch 1, 8 and 64; Hugging Face's GPT-2 beside it
+    tests        240  the device part of the test suite (`make test-device`)
+    profile       90  kernels of a training step by time, and what its compiled program holds
+
+The first three take 460 seconds together at most; time that a section leaves goes to those after it. Each section is a
+process of its own, so that a crash ends that section only. `--tiny` makes everything small: all of it runs on a CPU in
+a few minutes.
+
+docs/gpu.md says what each line means.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from device_report import Report, describe, note
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Section(NamedTuple):
+    """A part of the check that can be asked for."""
+
+    seconds: float
+    """That it has."""
+    jobs: tuple[str, ...]
+    """Functions `module:name` that take a `Report`, each run in a process of its own, with equal parts of what is left."""
+
+
+SECTIONS = {
+    "environment": Section(30, ("device_environment:run",)),
+    "attention": Section(120, ("device_attention:run",)),
+    "step": Section(310, ("device_step:run", "device_torch:run_steps")),
+    "resume": Section(240, ("device_resume:run",)),
+    "decode": Section(120, ("device_decode:run", "device_torch:run_decode")),
+    "tests": Section(240, ("device_tests:run",)),
+    "profile": Section(90, ("device_profile:run",)),
+}
+GRACE = 8.0
+"""Seconds after its deadline in which a section may end its last part, before it is killed."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the sections."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("device_results"), help="folder of the results"
+    )
+    parser.add_argument("--budget", type=float, help="seconds for all sections together")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--again", action="store_true", help="repeat what has a result")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.out = options.out.resolve()
+    if options.job:
+        run_job(options)
+    else:
+        run_sections(options)
+
+
+def run_sections(options: argparse.Namespace) -> None:
+    """Each section in its processes, one after the other."""
+    start = deadline = time.time()
+    end = start + options.budget if options.budget is not None else float("inf")
+    for name in options.sections or SECTIONS:
+        section = SECTIONS[name]
+        # A part of a section that is tiny has the time that it takes.
+        deadline = min(end, deadline + section.seconds * (3 if options.tiny else 1))
+        for index, job in enumerate(section.jobs):
+            share = (deadline - time.time()) / (len(section.jobs) - index)
+            start_job(options, name, job, min(deadline, time.time() + share))
+        note(f"# {name} took until {time.time() - start:.0f} s")
+
+
+def start_job(options: argparse.Namespace, section: str, job: str, deadline: float) -> None:
+    """One process; its death is a line."""
+    report = Report(options.out, section, deadline, tiny=options.tiny)
+    if report.left <= 0:
+        report.emit(job, skipped="no time left")
+        return
+    flags = [flag for flag, given in (("--tiny", options.tiny), ("--again", options.again)) if given]
+    command = [sys.executable, str(ROOT / "benchmarks" / "device.py"), section, *flags, "--out", str(options.out)]
+    command += ["--job", job, "--deadline", str(deadline)]
+    log = options.out / f"{section}.{job.partition(':')[2]}.log"
+    with log.open("a") as errors:
+        # A group of its own, which has whatever it starts.
+        process = subprocess.Popen(
+            command, env=job_environment(options.out), stderr=errors, cwd=ROOT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=max(0.0, report.left) + GRACE)
+        except subprocess.TimeoutExpired:
+            message = f"killed {GRACE:.0f} s after its time"
+            report.emit(job, error={"type": "Timeout", "message": message, "where": [str(log)]})
+            return
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status != 0:
+        end = log.read_text(errors="replace")[-800:]
+        report.emit(job, error={"type": "ExitStatus", "message": f"status {status}: {end}", "where": [str(log)]})
+
+
+def job_environment(out: pathlib.Path) -> dict[str, str]:
+    """Programs are kept between processes and runs; memory is taken as it is needed, since processes share the card."""
+    own = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "TORCHINDUCTOR_CACHE_DIR": str(out / "torch"),
+        "TRITON_CACHE_DIR": str(out / "triton"),
+    }
+    others = {
+        "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONUNBUFFERED": "1",
+    }
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms:  # which has the reference
+        own["JAX_PLATFORMS"] = f"{platforms},cpu"
+    return {**others, **os.environ, **own}
+
+
+def run_job(options: argparse.Namespace) -> None:
+    """What a process of a section does."""
+    (section,) = options.sections
+    report = Report(options.out, section, options.deadline, tiny=options.tiny)
+    try:
+        module, _, function = options.job.partition(":")
+        job = getattr(importlib.import_module(module), function)
+        report = Report(
+            options.out, section, options.deadline, tiny=options.tiny, card=name_card(), again=options.again
+        )
+        job(report)
+    except Exception as error:
+        report.emit(options.job, error=describe(error))
+
+
+def name_card() -> str:
+    """The device, as JAX names it."""
+    return importlib.import_module("jax").devices()[0].device_kind
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Results of `benchmarks/device.py`: one JSON line each, kept at once; parts that fail, do not fit or are done already."""
+
+import json
+import pathlib
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+RESULTS = "results.jsonl"
+
+
+class Skip(Exception):
+    """A part has no result here, for the reason that is its message: an optional package, another platform."""
+
+
+class Report:
+    """Writes the lines of one section.
+
+    Args:
+        folder: of the results.
+        section: that the lines belong to.
+        deadline: of `time.time()`, after which no part starts.
+        tiny: whether everything is small, so that it runs on a CPU; such results do not stand for others.
+        card: the device's name; results of another one do not stand for those of this.
+        again: repeat what has a result.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        section: str,
+        deadline: float,
+        *,
+        tiny: bool = False,
+        card: str = "",
+        again: bool = False,
+    ) -> None:
+        self.folder, self.tiny, self.deadline = folder, tiny, deadline
+        self._section, self._card, self._start = section, card, time.time()
+        self._done = {} if again else {line["part"]: line for line in self.lines(section)}
+
+    @property
+    def left(self) -> float:
+        """Seconds before the deadline."""
+        return self.deadline - time.time()
+
+    def lines(self, section: str) -> Iterator[dict[str, Any]]:
+        """Results of a section on this card, of this size, from the first to the last."""
+        for line in read_lines(self.folder):
+            fits = line.get("tiny", False) == self.tiny and line.get("card", "") == self._card
+            if line["section"] == section and fits and not {"error", "skipped"} & line.keys():
+                yield line
+
+    def emit(self, part: str, **fields: Any) -> dict[str, Any]:
+        """Write a line."""
+        line: dict[str, Any] = {"section": self._section, "part": part}
+        line |= {"card": self._card} if self._card else {}
+        line |= {"tiny": True} if self.tiny else {}
+        line |= {"at": round(time.time() - self._start, 1), **fields}
+        text = json.dumps(line, default=str)
+        print(text, flush=True)
+        with open(self.folder / RESULTS, "a") as file:
+            file.write(text + "\n")
+        return line
+
+    def is_due(self, part: str, *, needs: float = 0.0, **fields: Any) -> bool:
+        """Whether a part has no result yet and fits; a line says so if it does not fit.
+
+        Args:
+            part: its name.
+            needs: seconds that it takes on a card; tiny parts always fit before the deadline.
+            fields: of that line.
+        """
+        if part in self._done:
+            return False
+        needs = 0.0 if self.tiny else needs
+        if self.left <= needs:
+            self.emit(part, **fields, skipped=f"{max(0.0, self.left):.0f} s left, needs {needs:.0f} s")
+            return False
+        return True
+
+    def run(
+        self, part: str, work: Callable[[], dict[str, Any]], *, needs: float = 0.0, **fields: Any
+    ) -> dict[str, Any] | None:
+        """Do a part and write what it found; its line if it is done now or was before, else None.
+
+        Args:
+            part: its name, which no other part of the section has.
+            work: gives the fields of the line; what it raises is a line too.
+            needs: seconds that it takes on a card.
+            fields: of the line, whatever becomes of the part.
+        """
+        if not self.is_due(part, needs=needs, **fields):
+            return self._done.get(part)
+        try:
+            found = work()
+        except Skip as reason:
+            self.emit(part, **fields, skipped=str(reason))
+        except Exception as error:
+            self.emit(part, **fields, error=describe(error))
+        else:
+            self._done[part] = self.emit(part, **fields, **found)
+        return self._done.get(part)
+
+
+def read_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All lines of earlier runs; one that a kill has cut is left out."""
+    path, lines = folder / RESULTS, []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"section", "part"} <= line.keys():
+            lines.append(line)
+    return lines
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Type, message and place of what was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{pathlib.Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
+    return {"type": type(error).__name__, "message": str(error)[:800], "where": where}
+
+
+def seconds_of(call: Callable[[], Any], *, calls: int, rounds: int = 3) -> tuple[float, list[float]]:
+    """Median over rounds of the seconds of a call, and each round's; `calls` are started before the last is waited for.
+
+    Args:
+        call: starts the work, and returns a function that waits for it.
+        calls: of a round.
+        rounds: after one that is not counted.
+    """
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        waits = [call() for _ in range(calls)]
+        waits[-1]()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times[1:]), times[1:]
+
+
+def note(text: str) -> None:
+    """For who looks on; not a result."""
+    print(text, file=sys.stderr, flush=True)
