@@ -64,6 +64,9 @@ class DataConfig(Settings):
     """Lengths that batches of labelled texts or pairs are padded to; empty means 1/4, 1/2 and 1 of sequence_length."""
     pack: bool = True
     """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
+    max_segments: int = 32
+    """Most documents that a row is packed from; a row that has so many ends in padding. 0 is no limit, and attention on a GPU
+    then takes no fused kernel for packed rows, which must know a limit; its memory grows with it."""
     stride: int = 0
     """Evaluation of running text: 0 scores rows of packed documents; else each window of a document moves on by so many
     tokens, and only they are scored, so that (almost) a whole window precedes each."""
@@ -95,7 +98,7 @@ class DataConfig(Settings):
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
-        require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit")
+        require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit", "max_segments")
         require(
             self.stride <= self.sequence_length,
             f"DataConfig.stride must not exceed sequence_length={self.sequence_length}, got {self.stride}.",
@@ -208,6 +211,7 @@ OF_SOME = (
     "data.truncate",
     "data.buckets",
     "data.pack",
+    "data.max_segments",
     "data.stride",
     "data.limit",
     "data.num_streams",
@@ -253,6 +257,8 @@ class Config(Settings):
         of_objective = {path: "" for path in OF_SOME if not self.objective.uses(path)}
         if not self.model.has_experts:
             of_objective |= dict.fromkeys(("objective.load_balance", "objective.router_z"), "models with experts")
+        if self.model.memory_length > 0:
+            of_objective["data.max_segments"] = "rows that do not continue each other (model.memory_length=0)"
         parts = [(getattr(self, field.name), f"{field.name}.") for field in dataclasses.fields(self)]
         return {path: purpose for part, start in parts for path, purpose in _unused_within(part, start)} | of_objective
 

@@ -69,6 +69,15 @@ class Form(Kind):
         """
         raise NotImplementedError(f"{type(self).__name__} must define prepare().")
 
+    def max_segments(self, data: Any) -> int:
+        """What is promised of the segment ids of its batches (`AttentionMask.max_segments`); by default nothing.
+
+        Args:
+            data: a `DataConfig`.
+        """
+        del data
+        return 0
+
     def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """The rows of a batch, for a person."""
         raise NotImplementedError(f"{type(self).__name__} must define show().")

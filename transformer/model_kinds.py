@@ -200,7 +200,8 @@ class AttentionCall(NamedTuple):
             yield "bias", "a bias"
         for field in dataclasses.fields(self.mask):
             value = getattr(self.mask, field.name)
-            if field.name != "visible" and (value is not None if field.default is None else value != field.default):
+            said = value is not None if field.default is None else value != field.default
+            if said and field.name != "visible" and not field.metadata.get("promise"):
                 yield field.name, f"mask.{field.name}"
         if self.logits_soft_cap > 0:
             yield "logits_soft_cap", f"logits_soft_cap={self.logits_soft_cap}"

@@ -192,9 +192,15 @@ class Objective(Kind):
         return {}
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
-        """What it does to rows of running text: `noise` changes a row in place, `convert` makes other batches of them."""
+        """What it does to rows of running text: `noise` changes a row in place, `convert` makes other batches of them; where they
+        are `joined`, the documents of a row are one text.
+        """
         del tokenizer, length, seed
         return {}
+
+    def max_segments(self, config: "Config") -> int:
+        """What is promised of the segment ids of its batches (`AttentionMask.max_segments`), made as the config says."""
+        return self.form.max_segments(config.data)
 
     def batch_shapes(self, config: "Config") -> Any:
         """Shapes of a training batch of full rows: by default, of running text."""

@@ -104,15 +104,24 @@ class Parts:
     """A model in the place of the config's."""
     class_names: tuple[str, ...] = ()
     """Of labelled texts."""
+    own_batches: bool = False
+    """Whether the model is called with what a caller brings, so that nothing can be promised of its segment ids."""
 
     @functools.cached_property
     def model(self) -> Any:
         """The linen module."""
         if self.module is not None:
             return self.module
-        return self.config.objective.make_model(
+        model = self.config.objective.make_model(
             self.config.model, self.runtime, vocabulary=self.vocabulary, class_names=self.class_names
         )
+        # Of the package's models; one's own may have no use for a promise.
+        return model.clone(max_segments=self.max_segments) if hasattr(model, "max_segments") else model
+
+    @property
+    def max_segments(self) -> int:
+        """What is promised of the segment ids of batches (`AttentionMask.max_segments`)."""
+        return 0 if self.own_batches else self.config.objective.max_segments(self.config)
 
     @property
     def sizes(self) -> Sizes:
@@ -271,6 +280,7 @@ class Steps:
         optimizer: in the place of the config's, learning rate and all.
         model: a linen module in the place of the config's.
         class_names: of labelled texts.
+        own_batches: nothing is promised of the segment ids of batches, which a caller brings.
     """
 
     def __init__(
@@ -281,12 +291,13 @@ class Steps:
         optimizer: optax.GradientTransformation | None = None,
         model: nn.Module | None = None,
         class_names: tuple[str, ...] = (),
+        own_batches: bool = False,
     ) -> None:
         strategy = STRATEGIES[config.parallel.strategy]
         # The kernels for CPUs fold batch and places, which over a context axis would gather both.
         _, context = strategy.shares(config.parallel, mesh)
         runtime = training_runtime(config.training.cpu_kernels and context == 1)
-        self.parts = parts = Parts(config, vocabulary, runtime, model, class_names)
+        self.parts = parts = Parts(config, vocabulary, runtime, model, class_names, own_batches)
         """The model and the loss."""
         if config.model.scan_layers and model is None:
             check_scanned_groups(config.optimizer, parts.shapes)
@@ -307,7 +318,7 @@ class Steps:
         self.runner: Runner = strategy.make(
             config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
         )
-        self.runner.check_batch = functools.partial(check_batch_ids, parts.sizes)
+        self.runner.check_batch = functools.partial(check_batch_ids, parts.sizes, max_segments=parts.max_segments)
         self.state = self.runner.abstract_state(jax.eval_shape(self._make_state))
         """Shapes before the first step, with the shardings of what a checkpoint is restored to."""
 

@@ -13,12 +13,14 @@ from transformer.model_kinds import AttentionCall
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.backends import cudnn
 from transformer.ops.backends.auto import AutoBackend
+from transformer.ops.backends.cudnn_packed import Target
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
 from transformer.planning.chips import find_topology
 
 CAUSAL = AttentionMask(causal=True)
 ATTEND = functools.partial(dot_product_attention, implementation="cudnn")
+ONES = jnp.ones((2, 512), jnp.int32)
 PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
@@ -41,8 +43,10 @@ def gradient_of(implementation, mask):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As with JAX's CUDA plugin, whose version of cuDNN JAX asks for while tracing; a program not compiled needs no more."""
+    """As with JAX's CUDA plugin, whose version of cuDNN JAX asks for while tracing, for an H100; a program not compiled needs no
+    more."""
     monkeypatch.setattr(cudnn, "_INSTALLED", True)
+    monkeypatch.setattr(cudnn, "find_target", lambda: Target((9, 0), present=False))
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_100)
 
 
@@ -55,6 +59,11 @@ def installed(monkeypatch):
         (AttentionMask(causal=True, window=7), "CAUSAL", 7),
         (AttentionMask(causal=True, key_lengths=jnp.asarray([3])), "PADDING_CAUSAL", 0),
         (AttentionMask(key_lengths=jnp.asarray([0, 600])), "PADDING", 0),
+        (AttentionMask.packed(ONES, max_segments=1), "PADDING", 0),
+        (AttentionMask.packed(ONES, max_segments=1, causal=True), "PADDING_CAUSAL", 0),
+        (AttentionMask(query_segment_ids=ONES, max_segments=1, causal=True, window=7), "CAUSAL", 7),
+        (AttentionMask.packed(ONES, max_segments=3), "PADDING", 0),
+        (AttentionMask.packed(ONES, max_segments=3, causal=True), "PADDING_CAUSAL", 0),
     ],
 )
 def test_kernels_are_asked_for_what_the_mask_says(installed, implementation, mask, mask_type, window):
@@ -108,27 +117,67 @@ def test_auto_picks_it_for_whole_long_rows_in_half_precision(installed):
     assert select("cuda", *qkv(), mask=CAUSAL) == "cudnn"
     assert select("cuda", *qkv(dtype=jnp.float32), mask=CAUSAL) == "blockwise"
     assert select("cuda", *qkv(T=128, S=128), mask=CAUSAL) == "xla"
-    packed = AttentionMask.packed(jnp.ones((2, 512), jnp.int32), causal=True)
-    assert select("cuda", *qkv(), mask=packed) == "blockwise"
+    assert select("cuda", *qkv(), mask=AttentionMask.packed(ONES, causal=True)) == "blockwise"
+    assert select("cuda", *qkv(), mask=AttentionMask.packed(ONES, causal=True, max_segments=9)) == "cudnn"
+    assert select("tpu", *qkv(K=128, W=128), mask=AttentionMask.packed(ONES, max_segments=9)) == "splash"
+    assert select("cpu", *qkv(), mask=AttentionMask.packed(ONES, max_segments=9)) == "blockwise"
+
+
+@pytest.mark.parametrize("capability", [(), (8, 9)])
+def test_packed_rows_and_wide_heads_need_a_known_gpu_of_hopper_or_later(installed, monkeypatch, capability):
+    one, several = (AttentionMask.packed(ONES, causal=True, max_segments=most) for most in (1, 2))
+    assert [select("cuda", *qkv(), mask=mask) for mask in (one, several)] == ["cudnn", "cudnn"]
+    assert select("cuda", *qkv(K=256, W=256), mask=CAUSAL) == "cudnn"
+    monkeypatch.setattr(cudnn, "find_target", lambda: Target(capability, present=False))
+    assert [select("cuda", *qkv(), mask=mask) for mask in (one, several)] == ["cudnn", "blockwise"]
+    assert select("cuda", *qkv(K=256, W=256), mask=CAUSAL) == "blockwise"
+    with pytest.raises(ValueError, match=r"mask\.max_segments=2 for a GPU that is unknown or older than an H100"):
+        jax.eval_shape(functools.partial(ATTEND, mask=several), *qkv())
+    with pytest.raises(ValueError, match=r"heads of 256 .* or 256 on an H100 or later"):
+        jax.eval_shape(functools.partial(ATTEND, mask=CAUSAL), *qkv(K=256, W=256))
 
 
 @pytest.mark.parametrize(
     ("arrays", "settings", "message"),
     [
-        ({}, {"mask": AttentionMask.packed(jnp.ones((2, 512), jnp.int32))}, "mask.query_segment_ids; use 'auto'"),
+        (
+            {},
+            {"mask": AttentionMask.packed(ONES)},
+            r"mask\.query_segment_ids without a promise of how many there are: data\.max_segments in training, "
+            r"AttentionMask\(max_segments=\) in Python",
+        ),
+        (
+            {},
+            {"mask": AttentionMask(query_segment_ids=ONES, key_lengths=jnp.ones(2, jnp.int32), max_segments=1)},
+            r"mask\.key_lengths beside mask\.query_segment_ids",
+        ),
+        (
+            {},
+            {"mask": AttentionMask(key_segment_ids=ONES, max_segments=4)},
+            r"mask\.key_segment_ids with max_segments=4 \(1, or self-attention with the ids of both sides\)",
+        ),
+        (
+            {},
+            {"mask": AttentionMask.packed(ONES, causal=True, window=9, max_segments=4)},
+            r"mask\.window=9 \(with causal=True and without segment ids and key_lengths only\)",
+        ),
         ({}, {"mask": AttentionMask(query_offset=jnp.zeros(2, jnp.int32))}, "mask.query_offset"),
         ({}, {"mask": AttentionMask(pattern=FixedPattern(block_size=64, stride=2))}, "mask.pattern"),
-        ({}, {"mask": AttentionMask(window=9)}, r"mask\.window=9 \(with causal=True and without key_lengths only\)"),
+        ({}, {"mask": AttentionMask(window=9)}, r"mask\.window=9 \(with causal=True and without segment ids"),
         (
             {"T": 256},
             {"mask": CAUSAL},
             r"causal attention of 256 queries to 512 keys \(as many only\)",
         ),
         ({}, {"logits_soft_cap": 5.0}, r"logits_soft_cap=5\.0"),
-        ({}, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, r"dropout_rate=0\.1"),
+        ({}, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, r"dropout_rate=0\.1 \(JAX fixes the seed"),
         ({}, {"bias": jnp.zeros((1, 1, 512, 512))}, "a bias"),
         ({"dtype": jnp.float32}, {}, r"inputs of float32 \(bfloat16 and float16 only\)"),
-        ({"K": 136, "W": 136}, {}, r"heads of 136 and values of 136 \(one width, a multiple of 8 up to 128\)"),
+        (
+            {"K": 264, "W": 264},
+            {},
+            r"heads of 264 and values of 264 \(one width, a multiple of 8 up to 128, or 256 on an H100",
+        ),
         ({"K": 64, "W": 32}, {}, "heads of 64 and values of 32"),
     ],
 )

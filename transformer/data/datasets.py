@@ -9,9 +9,9 @@ from transformer.config import Config, DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
-from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches
+from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, segment_limit, train_batches
 from transformer.data.registry import find_source, open_sources
-from transformer.data.rows import make_pairs
+from transformer.data.rows import make_pairs, packed_tokens
 from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer
 from transformer.objective import Objective
@@ -207,8 +207,8 @@ class TextData:
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
         """The tokens of the training split over those of a batch: each of the streams reads its part over and over.
 
-        Packed rows have no padding, so that the streams come to their ends at about that step; windows (`pack=False`) cover as
-        much text by then, some of it twice.
+        Padding behind the last of `data.max_segments` documents counts too, so that the streams come to their ends at about that
+        step; windows (`pack=False`) cover as much text by then, some of it twice.
         """
         if tokenizer is None:
             return None
@@ -218,8 +218,12 @@ class TextData:
             "often; set training.steps.",
         )
         records = self.sources[0].records("train")
-        tokens = sum(len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
-        return tokens / (self.config.batch_size * self.config.sequence_length)
+        sizes = (len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
+        joined = bool(self._changes(tokenizer).get("joined"))
+        most = segment_limit(self.config, self.continued, joined) if self.config.pack else 0
+        return packed_tokens(sizes, self.config.sequence_length, most) / (
+            self.config.batch_size * self.config.sequence_length
+        )
 
     def describe_scored(self, split: str, targets: int) -> str:
         """The tokens that were to be predicted."""

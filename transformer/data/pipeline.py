@@ -36,6 +36,7 @@ def train_batches(
     noise: Noise | None = None,
     convert: Convert | None = None,
     continued: bool = False,
+    joined: bool = False,
 ) -> CheckpointableIterator:
     """An endless iterator over this process's rows of each batch, from the training split.
 
@@ -43,7 +44,8 @@ def train_batches(
     `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams this process reads: the union of the `streams` of
     all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
     changes every row, and `convert` makes something else of the batches. Where rows are `continued`, row i of a batch goes on
-    where row i of the batch before it ended, and positions go on counting.
+    where row i of the batch before it ended, and positions go on counting. Where they are `joined`, the documents of a row are
+    one text, so that it may have any number of them.
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
@@ -52,7 +54,8 @@ def train_batches(
         _check_length(config, tokenizer, source.name, of_source)
     fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
     num_streams = _num_streams(config, fewest, name, continued)
-    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued)
+    most = segment_limit(config, continued, joined) if config.pack else 0
+    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued, most)
     return prefetched(batches if convert is None else batches.map(convert))
 
 
@@ -94,6 +97,7 @@ class EvaluationBatches:
     noise: Noise | None = None
     convert: Convert | None = None
     continued: bool = False
+    joined: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         batches = self._continued_batches() if self.continued else self._batches()
@@ -106,11 +110,12 @@ class EvaluationBatches:
 
     def _batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
+        most = segment_limit(self.config, self.continued, self.joined) or length
         batch, row, column, segment = empty_batch(size, length), 0, 0, 0
         for pairs in self._windows():
             offset = 0
             while offset < len(pairs.inputs):
-                if column == length or (self.config.stride > 0 and column > 0):
+                if column == length or segment == most or (self.config.stride > 0 and column > 0):
                     row, column, segment = row + 1, 0, 0
                 if row == size:
                     yield batch
@@ -195,13 +200,19 @@ def evaluation_batches(
     noise: Noise | None = None,
     convert: Convert | None = None,
     continued: bool = False,
+    joined: bool = False,
 ) -> EvaluationBatches:
     """This process's rows of the batches that cover the split: every target of it exactly once."""
     rows = own_rows(config, process_index, process_count)
     sources = tuple(sources or open_sources(config))
     for source in sources:
         source.records(split)  # a missing split is an error now, not at the first evaluation
-    return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert, continued)
+    return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert, continued, joined)
+
+
+def segment_limit(config: DataConfig, continued: bool, joined: bool) -> int:
+    """Most documents of a packed row; 0 is any number."""
+    return 0 if continued or joined else config.max_segments
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------

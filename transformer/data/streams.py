@@ -36,9 +36,11 @@ class StreamBatches(grain.IterDataset):
         own_rows: range,
         noise: Noise | None = None,
         continued: bool = False,
+        max_segments: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
+        self.max_segments = max_segments
         self.noise, self.continued = noise, continued
         self.own_rows = own_rows
         self.num_streams = num_streams
@@ -98,7 +100,7 @@ class _BatchIterator(grain.DatasetIterator):
             cursor = self._cursors[stream][batches.source(stream, row_of_stream)]
             if not batches.config.pack:
                 cursor.skip_to_window(batches.config.sequence_length)
-            cursor.fill(batch, index, batches.continued)
+            cursor.fill(batch, index, batches.continued, batches.max_segments)
             if not batches.config.pack:
                 batch.segment_ids[index] = 1
                 batch.positions[index] = arange(batches.config.sequence_length)
@@ -173,10 +175,10 @@ class _Cursor:
         room = size if record.last else max(1, size - length + 1)
         self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
 
-    def fill(self, batch: Batch, row: int, continues: bool) -> None:
-        """Write the next row; if it continues the last one, positions go on from there."""
+    def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
+        """Write the next row, of at most so many documents (0: any); if it continues the last one, positions go on from there."""
         column, segment, last_used = 0, 0, self.record
-        while column < batch.inputs.shape[1]:
+        while column < batch.inputs.shape[1] and (most == 0 or segment < most):
             pairs = self._pairs = self._pairs or make_pairs(self._tokenizer, self._read_record())
             if len(pairs.inputs) > 0:
                 segment, last_used = segment + 1, self.record

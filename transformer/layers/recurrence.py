@@ -31,4 +31,5 @@ def recurrent_mask(
         query_segment_ids=segments_BT,
         key_segment_ids=jnp.concatenate([segments_BP, segments_BT], axis=1),
         query_offset=jnp.full((1,), num_earlier, jnp.int32),
+        max_segments=0,  # ids of what came before may have gaps, and be those of padding
     )

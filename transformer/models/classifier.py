@@ -22,6 +22,7 @@ class Classifier(nn.Module):
         config: the model, with vocab_size set; `config.pooling` makes the vector.
         runtime: the product and sharding; types and initialisation are the config's.
         num_classes: C, two or more.
+        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -37,6 +38,7 @@ class Classifier(nn.Module):
     config: ModelConfig
     runtime: Runtime = Runtime()
     num_classes: int = 0
+    max_segments: int = 0
 
     @nn.compact
     def __call__(
@@ -64,7 +66,9 @@ class Classifier(nn.Module):
         embedding = token_embedding(config, runtime, name="token_embedding")
         hidden_BTD, _ = Stack(config, runtime=runtime, name="encoder")(
             embedding(tokens_BT),
-            mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            mask=AttentionMask(
+                query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, max_segments=self.max_segments
+            ),
             train=train,
         )
 

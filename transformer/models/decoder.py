@@ -20,6 +20,7 @@ class Decoder(nn.Module):
         config: the model, with vocab_size (and for learned positions max_length) set.
         runtime: the product and sharding; types and initialisation are the config's.
         bidirectional_prefix: the tokens of a prefix, or of a prompt, see each other in both directions.
+        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
 
     Example:
         >>> import jax
@@ -34,6 +35,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     runtime: Runtime = Runtime()
     bidirectional_prefix: bool = False
+    max_segments: int = 0
 
     def setup(self) -> None:
         """Make the parts."""
@@ -83,7 +85,11 @@ class Decoder(nn.Module):
             # Order in the row decides what is earlier: a segment is contiguous, so that its positions would say the
             # same, but only indices tell a backend while tracing what it need not compute.
             mask=AttentionMask(
-                causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, key_prefix=prefix_BT
+                causal=True,
+                query_segment_ids=segment_ids_BT,
+                key_segment_ids=segment_ids_BT,
+                key_prefix=prefix_BT,
+                max_segments=self.max_segments,
             ),
             cache=cache,
             recurrence_BLPD=recurrence_BLPD,

@@ -17,6 +17,7 @@ class Encoder(nn.Module):
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
         runtime: the product and sharding; types and initialisation are the config's.
+        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
 
     Example:
         >>> import jax
@@ -30,6 +31,7 @@ class Encoder(nn.Module):
 
     config: ModelConfig
     runtime: Runtime = Runtime()
+    max_segments: int = 0
 
     def setup(self) -> None:
         """Make the parts."""
@@ -57,7 +59,9 @@ class Encoder(nn.Module):
         hidden_BTD, _ = self.encoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
-            mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            mask=AttentionMask(
+                query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, max_segments=self.max_segments
+            ),
             train=train,
         )
         return hidden_BTD

@@ -23,6 +23,7 @@ class EncoderDecoder(nn.Module):
         config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
         runtime: the product and sharding; types and initialisation are the config's.
         source_vocab_size: entries of an embedding of its own for sources; 0 means that both sides share one.
+        max_segments: what `AttentionMask.max_segments` promises of the segment ids of either side; 0 is nothing.
 
     Example, reading the source once and then the target in pieces:
         >>> import jax
@@ -42,6 +43,7 @@ class EncoderDecoder(nn.Module):
     config: ModelConfig
     runtime: Runtime = Runtime()
     source_vocab_size: int = 0
+    max_segments: int = 0
 
     def setup(self) -> None:
         """Make the parts."""
@@ -102,7 +104,9 @@ class EncoderDecoder(nn.Module):
         memory_BSD, _ = self.encoder(
             embedding(source_BS),
             positions_BT=positions_BS,
-            mask=AttentionMask(query_segment_ids=segment_ids_BS, key_segment_ids=segment_ids_BS),
+            mask=AttentionMask(
+                query_segment_ids=segment_ids_BS, key_segment_ids=segment_ids_BS, max_segments=self.max_segments
+            ),
             train=train,
         )
         return memory_BSD
@@ -136,9 +140,19 @@ class EncoderDecoder(nn.Module):
         hidden_BTD, cache = self.decoder(
             self.token_embedding(target_BT),
             positions_BT=positions_BT,
-            mask=AttentionMask(causal=True, query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT),
+            mask=AttentionMask(
+                causal=True,
+                query_segment_ids=segment_ids_BT,
+                key_segment_ids=segment_ids_BT,
+                max_segments=self.max_segments,
+            ),
             memory_BSD=memory_BSD,
-            memory_mask=AttentionMask(query_segment_ids=segment_ids_BT, key_segment_ids=source_segment_ids_BS),
+            memory_mask=AttentionMask(
+                query_segment_ids=segment_ids_BT,
+                key_segment_ids=source_segment_ids_BS,
+                # Of several pairs in a row, sources and targets have other ids at each position.
+                max_segments=self.max_segments if self.max_segments == 1 else 0,
+            ),
             cache=cache,
             train=train,
         )

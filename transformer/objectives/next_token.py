@@ -118,6 +118,10 @@ class NextToken(ContinuesText):
             f"A memory needs a stream for each of {data.batch_size} rows, got data.num_streams={data.num_streams}; set it to 0.",
         )
 
+    def max_segments(self, config: "Config") -> int:
+        """Rows that continue each other have as many documents as there are."""
+        return 0 if config.model.memory_length > 0 else super().max_segments(config)
+
     def check_context(self, config: "Config") -> None:
         """Rows have one length; a memory would be spread too."""
         require(

@@ -73,6 +73,15 @@ class SpanCorruption(TranslatesText):
         )
         return self.num_hidden(length)[1]
 
+    @classmethod
+    def uses(cls, setting: str) -> bool:
+        """Its rows are one text each, of whatever number of documents."""
+        return setting != "data.max_segments" and super().uses(setting)
+
+    def max_segments(self, config: "Config") -> int:
+        """A source and a target."""
+        return 1
+
     def batch_shapes(self, config: "Config") -> PairBatch:
         """What is visible and what is hidden, each with the sentinels and end-of-text."""
         length = config.data.sequence_length
@@ -85,7 +94,7 @@ class SpanCorruption(TranslatesText):
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Rows lose random spans, and become sources and targets."""
-        return {"noise": hide_spans(self, seed), "convert": span_pairs(self, tokenizer, length)}
+        return {"noise": hide_spans(self, seed), "convert": span_pairs(self, tokenizer, length), "joined": True}
 
 
 def hide_spans(objective: SpanCorruption, seed: int) -> Noise:

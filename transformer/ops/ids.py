@@ -50,11 +50,33 @@ def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n
     return [row.astype(np.int32) for row in rows]
 
 
-def check_batch_ids(sizes: Sizes, batch: Any) -> Any:
-    """What is given; UserError if it is a batch with a token, or a target whose weight is not 0, that the model does not have.
+def check_segments(ids: Any, most: int, what: str) -> None:
+    """Raise UserError unless the ids of each row are as `AttentionMask.max_segments` promises; unknown ones are not checked."""
+    if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
+        return
+    known = np.asarray(ids)
+    numbers = np.where(known == 0, known.max(axis=1, keepdims=True) + 1, known)
+    steps = np.diff(numbers, axis=1, prepend=0)
+    wrong = (steps < 0) | (steps > 1) | (known < 0) | (known > most)
+    wrong[:, 0] |= numbers[:, 0] != 1
+    row = int(np.argmax(wrong.any(axis=1)))
+    require(
+        not wrong.any(),
+        f"Segment ids must be 1, 2, ... in order, at most {most}, with padding (0) at a row's end, as the model is promised, "
+        f"{what} hold {list(dict.fromkeys(known[row].tolist()))} in row {row}; number the documents of each row anew, or promise "
+        "nothing (Objective.max_segments, or data.max_segments=0 for running text).",
+    )
+
+
+def check_batch_ids(sizes: Sizes, batch: Any, max_segments: int = 0) -> Any:
+    """What is given; UserError if it is a batch with a token, or a target whose weight is not 0, that the model does not have, or
+    with segment ids that are not as `max_segments` promises.
 
     For the host: a compiled step cannot refuse, and gives NaN.
     """
+    for name in ("segment_ids", "source_segment_ids") if max_segments else ():
+        if (ids := getattr(batch, name, None)) is not None:
+            check_segments(ids, max_segments, f"the batch's {name}")
     for part in batch.ids(sizes) if hasattr(batch, "ids") else ():
         values, what = part.values, f"the batch's {part.name}"
         if part.weights is not None:

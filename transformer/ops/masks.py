@@ -76,6 +76,10 @@ class AttentionMask:
     key_lengths: Any = None  # int [B]; keys with an index from here on are invisible
     query_offset: Any = None  # int [B]; the index of the first query among the keys
     visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition, which only the reference takes
+    max_segments: int = dataclasses.field(default=0, metadata={"static": True, "promise": True})
+    """A promise that segment ids count up along each row without gaps, `1 1 2 2 2 3 0 0`, that padding is at its end, and that
+    there are at most so many; with more than one, the ids of the keys are those of the queries. 0 promises nothing. It hides no
+    key, and only some kernels need it: they give NaN for a row that breaks it, others ignore it."""
 
     @classmethod
     def of(cls, mask: Any) -> "AttentionMask":
@@ -93,13 +97,16 @@ class AttentionMask:
         return cls(visible=array)
 
     @classmethod
-    def packed(cls, segment_ids: Int[jax.Array, "B T"], *, causal: bool = False, window: int = 0) -> "AttentionMask":
+    def packed(
+        cls, segment_ids: Int[jax.Array, "B T"], *, causal: bool = False, window: int = 0, max_segments: int = 0
+    ) -> "AttentionMask":
         """Self-attention within each segment of packed rows.
 
         Positions are not needed: a segment is contiguous, so that indices differ by as much as positions do, and
         comparing indices lets a backend skip blocks that no row needs.
         """
-        return cls(causal=causal, window=window, query_segment_ids=segment_ids, key_segment_ids=segment_ids)
+        ids, others = segment_ids, {"causal": causal, "window": window, "max_segments": max_segments}
+        return cls(query_segment_ids=ids, key_segment_ids=ids, **others)
 
     @property
     def compares_indices(self) -> bool:
@@ -202,6 +209,8 @@ class AttentionMask:
             )
         if self.window < 0:
             raise ValueError(f"AttentionMask.window must be 0 (any distance) or positive, got {self.window}.")
+        if self.max_segments < 0:
+            raise ValueError(f"AttentionMask.max_segments must be 0 (no promise) or positive, got {self.max_segments}.")
         sizes = {"query": num_queries, "key": num_keys}
         for name in ("query_segment_ids", "key_segment_ids", "query_positions", "key_positions", "key_prefix"):
             _check_shape(name, getattr(self, name), (batch, sizes[name.split("_")[0]]))

@@ -126,7 +126,7 @@ def _load(record: Record, given: Given) -> Loaded:
     tokenizer = given.tokenizer or record.load_tokenizer()
     config = resolve(given.applied(record.config), tokenizer)
     check_params(config)
-    parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names)
+    parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names, own_batches=True)
     step, params = load_step_params(record.path, parts.shapes)
     return Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
 
@@ -189,7 +189,7 @@ def evaluate(
     )
     which = "all" if split == WHOLE else f"the {split} split"
     begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
-    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names)
+    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names, own_batches=data is not None)
     scores = _scores(parts, run.params, opened, split, begin)
     return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
 

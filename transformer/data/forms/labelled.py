@@ -57,6 +57,10 @@ class LabelledTexts(ExampleForm):
         labels[: len(encoded)], weights[: len(encoded)] = [label for _, label in encoded], 1
         return LabelledBatch(*padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
 
+    def max_segments(self, data: DataConfig) -> int:
+        """One text, then padding."""
+        return 1
+
     def show(self, batch: LabelledBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """Each text, under its class."""
         for row, (tokens, segments) in enumerate(zip(batch.inputs, batch.segment_ids, strict=True)):

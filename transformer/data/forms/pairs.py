@@ -99,6 +99,10 @@ class Pairs(ExampleForm):
         source, target = source_tokenizer(tokenizer).encode(example.source), tokenizer.encode(example.target)
         return {"sources": len(source), "targets": len(target)}
 
+    def max_segments(self, data: DataConfig) -> int:
+        """One text, then padding, on either side."""
+        return 1
+
     def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """Each source above its target."""
         reader = source_tokenizer(tokenizer)

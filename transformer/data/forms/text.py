@@ -30,6 +30,7 @@ class RunningText(Form):
         "data.prompt_key",
         "data.test_fraction",
         "data.pack",
+        "data.max_segments",
         "data.limit",
         "data.num_streams",
         "data.record_bytes",
@@ -49,6 +50,10 @@ class RunningText(Form):
         """As training itself does."""
         config = dataclasses.replace(reader.config, source=tuple(files["train"]))
         return dataclasses.replace(reader, config=config).running_text().description
+
+    def max_segments(self, data: Any) -> int:
+        """As many documents as a row is packed from."""
+        return data.max_segments
 
     def show(
         self, batch: Batch, tokenizer: Any, class_names: Sequence[str], prefix_BT: Array | None = None

@@ -20,7 +20,7 @@ class XLABackend(AttentionBackend):
     """The definition of correct."""
 
     kind = "xla"
-    takes = frozenset(field.name for field in dataclasses.fields(AttentionMask)) | {
+    takes = frozenset(x.name for x in dataclasses.fields(AttentionMask) if not x.metadata.get("promise")) | {
         "bias",
         "logits_soft_cap",
         "dropout_rate",
