@@ -2,6 +2,8 @@
 # make test    the same for the tests
 # make test-all  and all combinations of which that has a covering few
 # make test-gpu  compiles attention and a training step for a GPU that need not be there: installs JAX's CUDA plugin (5 GB)
+#              unless that of CUDA 12 or 13 is there
+# make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
 # make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
@@ -12,8 +14,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
+HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu prove check bench clean
+.PHONY: train test test-all test-gpu test-device prove check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -25,8 +28,11 @@ test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "exhaustive or not exhaustive" $(TESTS)
 
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
+	$(BIN)/python -c "$(HAS_CUDA)" || $(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
 	$(BIN)/python -m pytest -m gpu -rs tests/ops tests/planning
+
+test-device: $(VENV)/installed-dev
+	TRANSFORMER_TEST_DEVICE=1 $(BIN)/python -m pytest -rs @tests/device.txt
 
 prove: $(VENV)/installed
 	$(BIN)/python -m transformer prove

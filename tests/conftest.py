@@ -1,4 +1,7 @@
-"""Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors."""
+"""Strict settings for every test: eight CPU devices, no implicit rank promotion, typed shapes, warnings are errors.
+
+With TRANSFORMER_TEST_DEVICE=1 (`make test-device`) tests run on the devices that JAX finds instead: see `ON_DEVICE`.
+"""
 
 import copy
 import dataclasses
@@ -6,22 +9,34 @@ import functools
 import gc
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import types
 
-# Before JAX starts its backend.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-# What training remembers of its user is the user's, not the tests'.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")
-
-import signal
-
 import beartype
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+
+ON_DEVICE = os.environ.get("TRANSFORMER_TEST_DEVICE", "0") not in ("", "0")
+"""Whether JAX chooses the devices. Products are of float32 numbers then (a GPU's may be TF32), memory is taken as it is needed,
+tests of more devices than there are (`@pytest.mark.devices(8)`) are skipped, and no tolerance is below `DEVICE_TOLERANCE`, unless
+the device is a CPU."""
+DEVICE_TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+"""Of float32 sums in another order than a CPU's. No card was there when it was chosen."""
+
+# Before JAX starts its backend; what a test starts has it too.
+if ON_DEVICE:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+# What training remembers of its user is the user's, not the tests'.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it
@@ -107,6 +122,35 @@ def signals_as_in_a_terminal():
     """Under nohup a process ignores SIGHUP, and so do the runs that a test starts."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_runtest_setup(item):
+    """Skip tests of more devices than there are."""
+    for marker in item.iter_markers("devices"):
+        (needed,), there = marker.args, jax.device_count()
+        if there < needed:
+            pytest.skip(f"needs {needed} devices, JAX has {there}")
+
+
+def no_closer_than(tolerance, check):
+    """`np.testing.assert_allclose` with tolerances that are at least these."""
+
+    @functools.wraps(check)
+    def check_loosely(actual, desired, rtol=1e-7, atol=0, *rest, **others):
+        return check(actual, desired, max(rtol, tolerance["rtol"]), max(atol, tolerance["atol"]), *rest, **others)
+
+    return check_loosely
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tolerances_of_the_device():
+    """A CPU's stay as they are."""
+    if not ON_DEVICE or jax.default_backend() == "cpu":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.testing, "assert_allclose", no_closer_than(DEVICE_TOLERANCE, np.testing.assert_allclose))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

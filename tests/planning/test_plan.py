@@ -21,6 +21,7 @@ from transformer.planning.search import candidates, search
 from transformer.types import UserError
 
 CONFIG = "configs/gpt2_124m.py:debug"
+PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install -e ".[plan]"'
 )
@@ -260,7 +261,7 @@ def test_a_step_of_decoding(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs JAX's CUDA plugin")
+@pytest.mark.skipif(not PLUGIN, reason="needs JAX's CUDA plugin")
 def test_a_small_step_for_absent_gpus(capsys):
     (plan,) = planned(
         capsys,

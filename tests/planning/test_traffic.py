@@ -10,6 +10,7 @@ import pytest
 from transformer.planning.chips import find_topology
 from transformer.planning.program import read_program
 
+PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 N = 1024
 MATRIX = jax.ShapeDtypeStruct((N, N), jnp.float32)
 X = N * N * 4
@@ -64,7 +65,7 @@ def device(topology):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs JAX's CUDA plugin")
+@pytest.mark.skipif(not PLUGIN, reason="needs JAX's CUDA plugin")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_traffic_of_a_gpu_is_that_by_hand(name):
     assert traffic(name, device("h100:1")) == pytest.approx(PROGRAMS[name][-1], rel=0.02)
