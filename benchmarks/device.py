@@ -56,6 +56,8 @@ SECTIONS = {
     "tests": Section(240, ("device_tests:run",)),
     "profile": Section(90, ("device_profile:run",)),
 }
+SHARE = ("device_torch", "device_resume", "device_tests")
+"""Modules whose processes leave memory of the card to others; JAX takes three quarters at once in the rest."""
 GRACE = 8.0
 """Seconds after its deadline in which a section may end its last part, before it is killed."""
 
@@ -88,10 +90,13 @@ def run_sections(options: argparse.Namespace) -> None:
     """Each section in its processes, one after the other."""
     start = deadline = time.time()
     end = start + options.budget if options.budget is not None else float("inf")
-    for name in options.sections or SECTIONS:
+    names = options.sections or list(SECTIONS)
+    # A budget beyond what the sections have is theirs in proportion; on a CPU, parts take the time that they take.
+    usual = sum(SECTIONS[name].seconds for name in names)
+    factor = max(3.0 if options.tiny else 1.0, (options.budget or 0.0) / usual)
+    for name in names:
         section = SECTIONS[name]
-        # A part of a section that is tiny has the time that it takes.
-        deadline = min(end, deadline + section.seconds * (3 if options.tiny else 1))
+        deadline = min(end, deadline + section.seconds * factor)
         for index, job in enumerate(section.jobs):
             share = (deadline - time.time()) / (len(section.jobs) - index)
             start_job(options, name, job, min(deadline, time.time() + share))
@@ -111,7 +116,7 @@ def start_job(options: argparse.Namespace, section: str, job: str, deadline: flo
     with log.open("a") as errors:
         # A group of its own, which has whatever it starts.
         process = subprocess.Popen(
-            command, env=job_environment(options.out), stderr=errors, cwd=ROOT, start_new_session=True
+            command, env=job_environment(options.out, job), stderr=errors, cwd=ROOT, start_new_session=True
         )
         try:
             status = process.wait(timeout=max(0.0, report.left) + GRACE)
@@ -128,8 +133,8 @@ def start_job(options: argparse.Namespace, section: str, job: str, deadline: flo
         report.emit(job, error={"type": "ExitStatus", "message": f"status {status}: {end}", "where": [str(log)]})
 
 
-def job_environment(out: pathlib.Path) -> dict[str, str]:
-    """Programs are kept between processes and runs; memory is taken as it is needed, since processes share the card."""
+def job_environment(out: pathlib.Path, job: str) -> dict[str, str]:
+    """Programs are kept between processes and runs."""
     own = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "TORCHINDUCTOR_CACHE_DIR": str(out / "torch"),
@@ -138,7 +143,7 @@ def job_environment(out: pathlib.Path) -> dict[str, str]:
     others = {
         "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if job.startswith(SHARE) else "true",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONUNBUFFERED": "1",
     }

@@ -4,19 +4,20 @@ A line for each case and backend. `errors` are norms of the differences from the
 outputs and the gradients of queries, keys and values; `worst` are the largest differences over the root mean squares.
 The definition is the `xla` backend in float32 at the highest precision, on the CPU. Float32 cases are computed with
 `jax.default_matmul_precision("highest")`: float32 products of a GPU may be TF32 otherwise. Backends that refuse a case
-are named in a line of their own, with their reasons.
+are named in a line of their own, with their reasons. What `auto` takes is computed by way of `auto`.
 """
 
 import functools
 import math
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device_report import Report, describe
+from device_report import Report, Skip, describe
 
 from transformer.model_kinds import BACKENDS, AttentionCall
 from transformer.ops.attention import dot_product_attention
@@ -56,13 +57,32 @@ class Prepared(NamedTuple):
     """What `auto` takes on this platform."""
 
 
-def packed(mean: int, padding: int = 0, **fields: Any) -> Callable[[int, int, int], AttentionMask]:
-    """Rows of documents whose lengths have this mean (a part of the row), some ending in padding."""
+def packed(
+    mean: int, padding: int = 0, promise: bool = True, **fields: Any
+) -> Callable[[int, int, int], AttentionMask]:
+    """Rows of documents whose lengths have this mean (a part of the row), some ending in padding.
+
+    With a `promise` of how many there are in a row, as training gives it; without, as a caller's own ids are.
+    """
 
     def mask(rows: int, queries: int, keys: int) -> AttentionMask:
         del keys
         ids = segment_ids(rows, queries, max(2, queries // mean), queries // padding if padding else 0)
-        return AttentionMask.packed(jnp.asarray(ids), **fields)
+        most = max(32, int(ids.max())) if promise else 0
+        return AttentionMask.packed(jnp.asarray(ids), max_segments=most, **fields)
+
+    return mask
+
+
+def padded(**fields: Any) -> Callable[[int, int, int], AttentionMask]:
+    """One text a row, then padding, on the side of the keys and, in self-attention, of the queries: labelled texts and pairs."""
+
+    def mask(rows: int, queries: int, keys: int) -> AttentionMask:
+        ends = np.linspace(keys // 3, keys, rows).astype(np.int32)
+        ids = jnp.asarray(np.arange(keys) < ends[:, None], jnp.int32)
+        return AttentionMask(
+            query_segment_ids=ids if queries == keys else None, key_segment_ids=ids, max_segments=1, **fields
+        )
 
     return mask
 
@@ -99,6 +119,8 @@ CASES = (
     Case("packed", packed(6, causal=True)),
     Case("packed padded", packed(6, 3, causal=True), tiny=True),
     Case("packed grouped", packed(6, causal=True), heads=(8, 2)),
+    Case("packed without promise", packed(6, promise=False, causal=True)),
+    Case("packed 256", packed(6, causal=True), width=256),
     Case("packed one document", packed(1, causal=True)),
     Case("packed many documents", packed(64, causal=True)),
     Case("packed float16", packed(6, causal=True), dtype="float16"),
@@ -119,6 +141,9 @@ CASES = (
     # Lengths of 64 mod 128 with a mask as a tensor: reported to give NaN in the backward pass of sm90 (pytorch/pytorch#196678).
     Case("lengths half tile", lengths(causal=True), rows=3, more=(64, 64)),
     Case("lengths odd", lengths(causal=True), rows=3, more=(1, 1), width=40),
+    Case("padded", padded(), rows=3),
+    Case("padded causal", padded(causal=True), rows=3, heads=(4, 2)),
+    Case("padded cross", padded(), rows=3, more=(0, 128)),
     Case("cross", lengths(), heads=(4, 2), more=(0, 128)),
     Case("bidirectional", plain()),
     Case("decode", decoding, rows=4, heads=(8, 2), more=(-1, 0), tiny=True),
@@ -126,30 +151,38 @@ CASES = (
 
 
 def run(report: Report) -> None:
-    """All cases; programs are compiled side by side."""
+    """All cases; programs are compiled side by side, and measured as they are ready."""
     cases = [case for case in CASES if case.tiny or not report.tiny]
-    with ThreadPoolExecutor(2 if report.tiny else 12) as pool:
-        jobs = [(case, pool.submit(prepare, case, report)) for case in cases if report.is_due(case.name, needs=10)]
-        for case, job in jobs:
+    with ThreadPoolExecutor(max(2, min(12, (os.cpu_count() or 2) - 2))) as pool:
+        jobs = {pool.submit(prepare, case, report): case for case in cases if report.is_due(case.name, needs=10)}
+        for job in as_completed(jobs):
+            case = jobs[job]
             shape = {"dtype": case.dtype, "shape": shape_of(case, report.tiny)}
             try:
-                prepared = job.result(timeout=max(1.0, report.left))
-            except Exception as error:  # of the reference, or no time
+                prepared = job.result()
+            except Skip as reason:
+                report.emit(case.name, **shape, skipped=str(reason))
+            except Exception as error:  # of the reference
                 report.emit(case.name, **shape, error=describe(error))
-                continue
-            for backend in prepared.programs:
-                work = functools.partial(measure, case, prepared, backend)
-                report.run(f"{case.name}/{backend}", work, **shape)
-            # Last, and under this name only if nothing failed: with it the case has all its results.
-            failed = [name for name, program in prepared.programs.items() if isinstance(program, Exception)]
-            part = f"{case.name}, in part" if failed else case.name
-            report.emit(part, auto=prepared.chosen, refused=prepared.refused)
+            else:
+                report_case(report, case, prepared, shape)
+
+
+def report_case(report: Report, case: Case, prepared: Prepared, shape: dict[str, Any]) -> None:
+    """A line for each backend, and one for the case."""
+    for backend in prepared.programs:
+        chosen: dict[str, Any] = {"chosen": prepared.chosen} if backend == "auto" else {}
+        report.run(f"{case.name}/{backend}", functools.partial(measure, case, prepared, backend), **shape, **chosen)
+    # Last, and under this name only if nothing failed: with it the case has all its results.
+    failed = [name for name, program in prepared.programs.items() if isinstance(program, Exception)]
+    part = f"{case.name}, in part" if failed else case.name
+    report.emit(part, auto=prepared.chosen, refused=prepared.refused)
 
 
 def prepare(case: Case, report: Report) -> Prepared:
-    """Operands, the reference's results and the compiled program of each backend that does not refuse."""
+    """Operands, the reference's results and the compiled programs of `auto` and of each backend that it has not taken."""
     if report.left <= 0:
-        raise TimeoutError("no time left to compile")
+        raise Skip("no time left to compile")
     rows, queries, keys, heads, groups, width = shape_of(case, report.tiny)
     names = jax.random.split(jax.random.key(len(case.name)), 4)
     shapes = [(rows, queries, heads, width), *[(rows, keys, groups, width)] * 2, (rows, queries, heads, width)]
@@ -160,8 +193,8 @@ def prepare(case: Case, report: Report) -> Prepared:
     mask = case.mask(rows, queries, keys)
     call = AttentionCall(query, key, value, mask, scale=1 / math.sqrt(width), logits_soft_cap=case.soft_cap)
     operands, platform = (query, key, value, mask, cotangent), platform_name()
-    programs, refused = {}, {}
-    for name in BACKENDS.names:
+    chosen, programs, refused = choice(call, platform), {}, {}
+    for name in (name for name in BACKENDS.names if name != chosen):
         if reason := refusal(name, call, platform):
             refused[name] = reason
             continue
@@ -170,13 +203,13 @@ def prepare(case: Case, report: Report) -> Prepared:
                 programs[name] = jax.jit(graded(name, case)).lower(*operands).compile()
         except Exception as error:
             programs[name] = error
-    return Prepared(operands, reference(case, operands), programs, refused, choice(call, platform))
+    return Prepared(operands, reference(case, operands), programs, refused, chosen)
 
 
 def platform_name() -> str:
     """As backends name it."""
     platform = jax.devices()[0].platform
-    return {"gpu": "cuda"}.get(platform, platform)
+    return "cuda" if platform == "gpu" else platform
 
 
 def choice(call: AttentionCall, platform: str) -> str:
@@ -188,7 +221,9 @@ def refusal(name: str, call: AttentionCall, platform: str) -> str:
     """Why a backend does not compute a call here; empty if it does."""
     backend = BACKENDS.find(name)()
     made_for = getattr(backend, "platform", platform)
-    return f"made for {made_for}" if made_for != platform else backend.refusal(call)
+    if made_for != platform:
+        return f"made for {made_for}"
+    return str(backend.refusal(call))
 
 
 def graded(implementation: str, case: Case) -> Callable[..., Any]:

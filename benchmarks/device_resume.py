@@ -26,7 +26,7 @@ from transformer.runs.compare import compare, read_outcome
 from transformer.runs.directory import CHECKPOINTS
 from transformer.training.folders import committed_steps
 
-STEPS, KILL_FROM = 60, 25
+STEPS, KILL_FROM = 60, 15
 DETERMINISTIC = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
 ANEW = {"JAX_COMPILATION_CACHE_DIR": "of its own"}
 """Neither programs nor the compiler's measurements of kernels are found, which JAX keeps in one directory."""

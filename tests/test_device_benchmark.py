@@ -67,7 +67,7 @@ def test_every_section_has_results(lines):
     assert not [line for line in found if "error" in line]
     parts = {section: {line["part"] for line in found if line["section"] == section} for section in JOBS}
     assert {"environment", "matmul bfloat16 default", "copy"} <= parts["environment"]
-    assert {"decode/auto", "decode/xla", "decode/blockwise", "decode"} <= parts["attention"]
+    assert {"decode/auto", "decode/blockwise", "decode"} <= parts["attention"]
     assert {"whole 2", "packed 2"} <= parts["step"]
     assert {"ours 2"} <= parts["decode"]
     assert {"program whole", "trace whole"} <= parts["profile"]
@@ -195,7 +195,7 @@ def test_a_wrong_backend_is_found_wrong(tmp_path, monkeypatch):
 
     def drift(*operands):
         calls.append(operands)
-        out, *gradients = prepared.programs["xla"](*operands)
+        out, *gradients = prepared.programs["auto"](*operands)
         return out + jnp.asarray(len(calls) * 1e-2, out.dtype), *gradients
 
     prepared.programs["wrong"] = drift
@@ -216,7 +216,7 @@ def test_a_torch_step_learns_and_is_compared(tmp_path):
     found = run_jobs(tmp_path, "step")
     by_part = {line["part"]: line for line in found}
     assert by_part["torch sdpa 2"]["first_loss"] == pytest.approx(np.log(384), rel=0.05)
-    assert by_part["ratio 2"]["whole_over_torch"] > 0
+    assert by_part["ratio sdpa 2"]["whole_over_torch"] > 0
 
 
 TRACE = {
@@ -237,3 +237,27 @@ def test_a_trace_is_read_from_the_viewers_file_where_the_other_cannot_be(tmp_pat
     (tmp_path / "a.xplane.pb").write_bytes(b"\xff damaged")
     (tmp_path / "a.trace.json.gz").write_bytes(gzip.compress(json.dumps(TRACE).encode()))
     assert device_profile.read_trace(tmp_path) == ("*.trace.json.gz", [("gemm", 5.0)])
+
+
+def test_the_runs_that_are_compared_exist_and_are_configs():
+    resume, config = load("device_resume"), load("device_run").get_config
+    named = {name for comparison in resume.COMPARISONS for name in comparison[:2]}
+    assert named == set(resume.TRAININGS)
+    for comparison in resume.COMPARISONS:
+        # A run starts when its reference has ended, which therefore comes first.
+        names = list(resume.TRAININGS)
+        assert names.index(comparison.reference) < names.index(comparison.run)
+    assert config().data.sequence_length >= 512 and config().model.dtype == "bfloat16"
+    assert config("tiny").training.checkpoint_every < resume.KILL_FROM
+
+
+def test_a_budget_beyond_the_usual_one_is_shared(tmp_path, monkeypatch):
+    device, starts = load("device"), []
+    monkeypatch.setattr(device, "start_job", lambda options, name, job, deadline: starts.append((name, deadline)))
+    begin = time.time()
+    device.main(["environment", "attention", "--out", str(tmp_path), "--budget", "300"])
+    (_, first), (_, second) = starts
+    assert first - begin == pytest.approx(60, abs=2) and second - begin == pytest.approx(300, abs=2)
+    starts.clear()
+    device.main(["--out", str(tmp_path), "--budget", "100"])
+    assert max(deadline for _, deadline in starts) - begin == pytest.approx(100, abs=3)

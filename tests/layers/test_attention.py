@@ -205,6 +205,7 @@ def test_refusals(small, config, positions, arguments, message):
         jax.eval_shape(lambda: layer.init(keys, small.normal(1, 2, 8), **{name: values[name] for name in arguments}))
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)
 def test_attention_dropout_over_a_mesh(small, sizes):
     """What is dropped does not depend on the devices, and something is."""

@@ -93,6 +93,7 @@ def test_what_is_asked_for_is_the_reference(monkeypatch, mask):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.devices(4)
 def test_heads_and_rows_may_be_split_by_shard_map(installed):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     spec = PartitionSpec("data", None, "tensor")
