@@ -206,7 +206,7 @@ class Objective(Kind):
         """Shapes of a training batch of full rows: by default, of running text."""
         shape = (config.data.batch_size, config.data.sequence_length)
         tokens, weights = shaped(shape, np.int32), shaped(shape, np.float32)
-        return Batch(tokens, tokens, weights, tokens, tokens)
+        return Batch(tokens, tokens, weights, tokens if config.data.pack else None, tokens)
 
     def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """The rows of a batch, for a person: by default, as the form of the data has them."""

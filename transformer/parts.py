@@ -230,12 +230,17 @@ class Parts:
         return work
 
     def describe_attention(self, platform: str) -> str:
-        """The attention backends of training on a platform (`jax.devices()[0].platform`), in full rows."""
+        """The attention backends of training on a platform (`jax.devices()[0].platform`), in full rows, as many as one has."""
         config = self.config
-        _, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
+        shards, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
         if context > 1:
             return "ring"
-        requests = dataclasses.replace(self.changed(scan_layers=True, remat="none"), runtime=None).trace()
+        plain = self.changed(scan_layers=True, remat="none")
+        rows = max(1, config.data.batch_size // (shards * config.optimizer.accumulate_steps))
+        data = dataclasses.replace(config.data, batch_size=rows, num_streams=0)
+        optimizer = dataclasses.replace(config.optimizer, accumulate_steps=1)
+        config = dataclasses.replace(plain.config, data=data, optimizer=optimizer)
+        requests = dataclasses.replace(plain, config=config, runtime=None).trace()
         backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
         return " and ".join(dict.fromkeys(backends))
 

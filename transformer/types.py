@@ -68,13 +68,14 @@ def _ones(values: Array) -> Array:
 class Batch(NamedTuple):
     """A batch of rows for a language model; every field has shape [B, T].
 
-    Padding has `segment_ids == 0` and `weights == 0`. Tokens attend only within their segment.
+    Padding has `segment_ids == 0` and `weights == 0`. Tokens attend only within their segment. No segment ids, None, mean that
+    every row is one document without padding: attention then has less to look at, and any fused kernel takes it.
     """
 
     inputs: Array  # int32, the tokens read
     targets: Array  # int32, the token that follows each input
     weights: Array  # float32, how much each target counts in the loss
-    segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding
+    segment_ids: Array  # int32, 1, 2, ... for the documents packed in a row, 0 for padding; or None
     positions: Array  # int32, from 0 within each segment; where rows are continued, within each document
 
     @classmethod
@@ -82,7 +83,7 @@ class Batch(NamedTuple):
         """A batch of whole rows without padding, but for the fields that are given."""
         ones = _ones(inputs)
         positions = ones.cumsum(axis=-1, dtype="int32") - 1
-        return cls(inputs, targets, ones.astype("float32"), ones, positions)._replace(**others)
+        return cls(inputs, targets, ones.astype("float32"), None, positions)._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:
@@ -103,14 +104,14 @@ class LabelledBatch(NamedTuple):
     """
 
     inputs: Array  # int32 [B, T], the tokens read
-    segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+    segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding; or None, where there is no padding
     labels: Array  # int32 [B], the class of each text
     weights: Array  # float32 [B], how much each text counts in the loss
 
     @classmethod
     def of(cls, inputs: Array, labels: Array, **others: Array) -> "LabelledBatch":
         """A batch of whole rows without padding, but for the fields that are given."""
-        return cls(inputs, _ones(inputs), labels, _ones(labels).astype("float32"))._replace(**others)
+        return cls(inputs, None, labels, _ones(labels).astype("float32"))._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:
@@ -130,17 +131,17 @@ class PairBatch(NamedTuple):
     """
 
     source: Array  # int32 [B, S], the tokens of the source
-    source_segment_ids: Array  # int32 [B, S], 1 for tokens, 0 for padding
+    source_segment_ids: Array  # int32 [B, S], 1 for tokens, 0 for padding; or None, where there is no padding
     inputs: Array  # int32 [B, T], the target tokens read: end-of-text, then all but the last
     targets: Array  # int32 [B, T], the token that follows each input; the last is end-of-text
     weights: Array  # float32 [B, T], how much each target counts in the loss
-    segment_ids: Array  # int32 [B, T], 1 for tokens, 0 for padding
+    segment_ids: Array  # int32 [B, T], likewise
 
     @classmethod
     def of(cls, source: Array, inputs: Array, targets: Array, **others: Array) -> "PairBatch":
         """A batch of whole rows without padding, but for the fields that are given."""
-        ones = _ones(inputs)
-        return cls(source, _ones(source), inputs, targets, ones.astype("float32"), ones)._replace(**others)
+        weights = _ones(inputs).astype("float32")
+        return cls(source, None, inputs, targets, weights, None)._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:

@@ -86,7 +86,7 @@ def test_windows_are_contiguous_and_read_across_documents(make_config, write_fol
     batches = _take(train_batches(config, BYTES), 30)
     ends = 0
     for batch in batches:
-        assert np.all(batch.segment_ids == 1)
+        assert batch.segment_ids is None  # each row is one document
         np.testing.assert_array_equal(batch.positions, np.tile(np.arange(16), (4, 1)))
         np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
         ends += np.count_nonzero(batch.inputs[:, 1:-1] == E)

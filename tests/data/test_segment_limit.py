@@ -84,8 +84,7 @@ def test_a_state_goes_on_exactly(make_config, short):
 
 def test_rows_that_are_continued_joined_or_windows_have_no_limit(make_config, short):
     config = make_config(short, sequence_length=32, max_segments=MOST)
-    for settings in ({"continued": True}, {"joined": True}):
-        assert min(batch.segment_ids.min() for batch in taken(train_batches(config, BYTES, **settings))) == 1
+    assert min(batch.segment_ids.min() for batch in taken(train_batches(config, BYTES, continued=True))) == 1
     changes = SpanCorruption().changes(BYTES, 32, 0)
     (few, _), (many, _) = (
         (next(train_batches(dataclasses.replace(config, max_segments=most), BYTES, **changes)), most)

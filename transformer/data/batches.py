@@ -148,13 +148,22 @@ class _Checked:
     def __call__(self, batch: Any) -> Any:
         """The batch as the runner places it."""
         batch = self._named(batch)
+        shapes = self._shapes if self._of is None or type(batch) is not type(self._shapes) else self._like(batch)
         require(
-            jax.tree.structure(batch) == jax.tree.structure(self._shapes),
+            jax.tree.structure(batch) == jax.tree.structure(shapes),
             f"A batch given as data= must be {_words(self._shapes)}, got {_words(batch)}; an objective of your own that reads "
             "others says so in batch_shapes.",
         )
         lengths: dict[tuple[int, ...], tuple[int, ...]] = {}
-        return jax.tree_util.tree_map_with_path(functools.partial(self._array, lengths), batch, self._shapes)
+        return jax.tree_util.tree_map_with_path(functools.partial(self._array, lengths), batch, shapes)
+
+    def _like(self, batch: Any) -> Any:
+        """The shapes of a batch of the package, with segment ids where it has them: whether rows are whole is its own affair."""
+        shapes = self._shapes
+        ids = {"segment_ids": shapes.inputs, "source_segment_ids": getattr(shapes, "source", None)}
+        present = {name: like for name, like in ids.items() if name in shapes._fields}
+        given = {name: None if getattr(batch, name) is None else like for name, like in present.items()}
+        return shapes._replace(**given)
 
     def _named(self, batch: Any) -> Any:
         """A dictionary as the batch whose fields it has; anything else as it is."""
@@ -166,7 +175,8 @@ class _Checked:
             f"A batch given as data= must have {', '.join(self._needed)} and may have {', '.join(fields)}, got "
             f"{', '.join(map(str, batch))}; an objective of your own that reads others says so in batch_shapes.",
         )
-        return self._of(**{name: np.asarray(values) for name, values in batch.items()})
+        whole = {name: None for name, values in batch.items() if values is None and name.endswith("segment_ids")}
+        return self._of(**{name: np.asarray(values) for name, values in batch.items()} | whole)
 
     def _array(
         self, lengths: dict[tuple[int, ...], tuple[int, ...]], path: Any, values: Any, expected: jax.ShapeDtypeStruct

@@ -45,7 +45,8 @@ def train_batches(
     all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
     changes every row, and `convert` makes something else of the batches. Where rows are `continued`, row i of a batch goes on
     where row i of the batch before it ended, and positions go on counting. Where they are `joined`, the documents of a row are
-    one text, so that it may have any number of them.
+    one text, so that it may have any number of them. Rows of one text each, joined ones and windows (`pack=False`), are full, and
+    their batches have no segment ids.
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
@@ -56,7 +57,21 @@ def train_batches(
     num_streams = _num_streams(config, fewest, name, continued)
     most = segment_limit(config, continued, joined) if config.pack else 0
     batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued, most)
-    return prefetched(batches if convert is None else batches.map(convert))
+    if convert is not None:
+        batches = batches.map(convert)
+    # What a conversion of one's own makes of windows, nobody knows.
+    return prefetched(batches.map(whole_rows) if joined or (not config.pack and convert is None) else batches)
+
+
+def whole_rows(batch: Any) -> Any:
+    """A batch whose rows are one document each, without the segment ids that say so."""
+    names = [name for name in batch._fields if name.endswith("segment_ids")]
+    require(
+        all((getattr(batch, name) == 1).all() for name in names),
+        "Windows of text (data.pack=False) must be one document each, got segment ids other than 1 from Objective.changes; set "
+        "data.pack=True.",
+    )
+    return batch._replace(**dict.fromkeys(names))
 
 
 def prefetched(batches: grain.IterDataset) -> CheckpointableIterator:

@@ -72,7 +72,9 @@ class Classification(Objective):
         dropout_key, token_key = jax.random.split(key)
         inputs_BT = batch.inputs
         if train and self.token_dropout:
-            hidden_BT = jax.random.bernoulli(token_key, self.token_dropout, inputs_BT.shape) & (batch.segment_ids > 0)
+            hidden_BT = jax.random.bernoulli(token_key, self.token_dropout, inputs_BT.shape)
+            if batch.segment_ids is not None:
+                hidden_BT &= batch.segment_ids > 0
             inputs_BT = jnp.where(hidden_BT, mask_token(vocabulary), inputs_BT)
         logits_BC, routing = model.apply(
             {"params": params},

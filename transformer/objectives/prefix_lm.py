@@ -88,15 +88,17 @@ def random_prefixes(seed: int) -> Noise:
 
 
 def prefix_tokens(
-    weights_BT: Float[Array | np.ndarray, "B T"], segment_ids_BT: Int[Array | np.ndarray, "B T"]
+    weights_BT: Float[Array | np.ndarray, "B T"], segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None
 ) -> Bool[Array, "B T"]:
-    """Which inputs are a prefix: those of each segment up to the one whose target is the first that counts.
+    """Which inputs are a prefix: those of each segment, or of the row, up to the one whose target is the first that counts.
 
     >>> prefix_tokens(jnp.array([[0.0, 0, 1, 1, 0, 1]]), jnp.array([[1, 1, 1, 1, 2, 2]])).astype(int).tolist()
     [[1, 1, 1, 0, 1, 1]]
     """
     counted_BT = (weights_BT > 0).astype(jnp.int32)
     before_BT = jnp.cumsum(counted_BT, axis=1) - counted_BT
+    if segment_ids_BT is None:
+        return before_BT == 0
     starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
     # It never falls, so that its value at the latest start is the largest of those at starts so far.
     at_start_BT = jax.lax.cummax(jnp.where(starts_BT, before_BT, 0), axis=1)

@@ -86,7 +86,8 @@ class SpanCorruption(TranslatesText):
         """What is visible and what is hidden, each with the sentinels and end-of-text."""
         length = config.data.sequence_length
         hidden, spans = self.num_hidden(length)
-        return pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
+        shapes = pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
+        return shapes._replace(source_segment_ids=None, segment_ids=None)
 
     def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """What is left of each text above its hidden spans."""

@@ -63,8 +63,8 @@ class LabelledTexts(ExampleForm):
 
     def show(self, batch: LabelledBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """Each text, under its class."""
-        for row, (tokens, segments) in enumerate(zip(batch.inputs, batch.segment_ids, strict=True)):
-            read = tokens[segments > 0]
+        for row, tokens in enumerate(batch.inputs):
+            read = tokens if batch.segment_ids is None else tokens[batch.segment_ids[row] > 0]
             heading = f"row {row}: class {class_names[batch.labels[row]]}, {len(read)} of {len(tokens)} tokens"
             yield Shown(heading, [[(tokenizer.decode(read), "green")]])
 

@@ -107,8 +107,9 @@ class Pairs(ExampleForm):
         """Each source above its target."""
         reader = source_tokenizer(tokenizer)
         for row in range(len(batch.inputs)):
-            source = batch.source[row][batch.source_segment_ids[row] > 0]
-            target = batch.targets[row][batch.segment_ids[row] > 0]
+            source, target = batch.source[row], batch.targets[row]
+            source = source if batch.source_segment_ids is None else source[batch.source_segment_ids[row] > 0]
+            target = target if batch.segment_ids is None else target[batch.segment_ids[row] > 0]
             lengths = f"{len(source)} of {batch.source.shape[1]} and {len(target)} of {batch.inputs.shape[1]} tokens"
             yield Shown(
                 f"row {row}: {lengths}",

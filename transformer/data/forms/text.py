@@ -59,6 +59,8 @@ class RunningText(Form):
         self, batch: Batch, tokenizer: Any, class_names: Sequence[str], prefix_BT: Array | None = None
     ) -> Iterator[Shown]:
         """Rows with a colour for each document, and who attends to whom in the first one."""
+        if batch.segment_ids is None:
+            batch = batch._replace(segment_ids=np.ones(batch.inputs.shape, np.int32))
         for row in range(len(batch.inputs)):
             count = int(np.sum(batch.weights[row] > 0))
             documents = counted(len(set(batch.segment_ids[row].tolist()) - {0}), "document")
