@@ -205,7 +205,7 @@ def test_rows_of_windows_must_be_whole(tmp_path):
 def test_a_runner_takes_batches_with_ids_and_without():
     steps = Steps(resolve(make("next_token", length=16), BYTES), BYTES)
     tokens, state = np.ones((2, 16), np.int32), steps.init_state()
-    for others in ({}, {"segment_ids": np.ones((2, 16), np.int32)}, {}):
+    for others in ({"segment_ids": np.ones((2, 16), np.int32)}, {}, {"segment_ids": np.ones((2, 16), np.int32)}):
         batch = steps.runner.place_batch(Batch.of(tokens, tokens, **others))
         _, scores = steps.runner.evaluate_step(state.params, state.carry, batch)
         state, sums = steps.runner.step(state, batch)

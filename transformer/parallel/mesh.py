@@ -139,8 +139,8 @@ class MeshRunner(Runner):
         self._row_order = row_order if mesh.shape["context"] > 1 else None
         self._train_step, self._evaluate_step = train_step, evaluate_step
         self._rows, self._whole = batch_sharding(mesh), replicated_sharding(mesh)
-        self._train: dict[Any, Any] = {}  # by what parts a batch has
-        self._evaluate: dict[Any, Any] = {}
+        self._train: Any = None
+        self._evaluate: Any = None
         self.num_devices = mesh.size
         self.feeds = process_rows(mesh, jax.process_index()) if _is_local(mesh) else (0, 1)
 
@@ -184,25 +184,22 @@ class MeshRunner(Runner):
 
     def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
         """Parameters are spread as those of the state."""
-        parts = jax.tree.structure(batch)
-        if parts not in self._evaluate:
+        if self._evaluate is None:
             spread = (tree_shardings(self._mesh, self._axes, params), self._rows, self._batch_shardings(batch))
-            out = (self._rows, self._whole)
-            self._evaluate[parts] = jax.jit(self._evaluate_step, in_shardings=spread, out_shardings=out)
+            self._evaluate = jax.jit(self._evaluate_step, in_shardings=spread, out_shardings=(self._rows, self._whole))
         with jax.set_mesh(self._mesh):
-            return self._evaluate[parts](params, carry, batch)
+            return self._evaluate(params, carry, batch)
 
     def _train_program(self, state: Any, batch: Any) -> Any:
-        parts = jax.tree.structure(batch)
-        if parts not in self._train:
+        if self._train is None:
             spread, carry = carry_apart(self._shardings(state))
-            self._train[parts] = jax.jit(
+            self._train = jax.jit(
                 self._train_apart,
                 in_shardings=(spread, carry, self._batch_shardings(batch)),
                 out_shardings=(spread, carry, self._whole),
                 donate_argnums=(0, 1),
             )
-        return self._train[parts]
+        return self._train
 
     def _train_apart(self, state: Any, carry: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
         state, statistics = self._train_step(with_carry(state, carry), batch)
