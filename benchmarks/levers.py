@@ -74,7 +74,7 @@ def make_config(options: argparse.Namespace, lever: str) -> Config:
 
 def child(config: Config) -> None:
     """Compile, say what the step needs, and take a step for each line that comes in."""
-    model = config.objective.make_model(config.model, training_runtime(True))
+    model = config.objective.make_model(config.model, training_runtime("cpu"))
     params, _ = initialize(config.objective, model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
     objective = config.objective.bind(model, SimpleNamespace(token_bytes=np.ones(config.model.vocab_size)))

@@ -1,13 +1,12 @@
 """Time of one training step of a 10.7M-parameter decoder, in float32 and bfloat16; prints one JSON line.
 
-    python benchmarks/train_step.py [--steps 8] [--dtypes float32 bfloat16] [--no-cpu-kernels]
+    python benchmarks/train_step.py [--steps 8] [--dtypes float32 bfloat16]
 
 6 layers, width 384, 6 heads, 16 x 256 tokens, vocabulary 65, AdamW with clipping: the size of nanoGPT's Shakespeare model.
 Times are minima; compare two programs only within one run on one machine.
 """
 
 import argparse
-import dataclasses
 import json
 import resource
 import time
@@ -24,10 +23,10 @@ from transformer.training.hardware import keep_freed_memory, measured_peak_flops
 from transformer.types import Batch
 
 
-def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
+def make_config(dtype: str, attention: str) -> Config:
     """The benchmark's run."""
     block = BlockConfig(AttentionConfig(num_heads=6, implementation=attention), FeedForwardConfig(activation="gelu"))
-    config = Config(
+    return Config(
         model=ModelConfig(
             vocab_size=65,
             max_length=256,
@@ -41,7 +40,6 @@ def make_config(dtype: str, cpu_kernels: bool, attention: str) -> Config:
         optimizer=AdamW(b2=0.99),
         parallel=ParallelConfig(data=1),
     )
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=cpu_kernels))
 
 
 def measure(config: Config, steps: int) -> dict[str, float]:
@@ -81,13 +79,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="compute types")
     parser.add_argument("--attention", default="auto", help="attention implementation")
-    parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
-    if options.cpu_kernels:
-        keep_freed_memory()
+    keep_freed_memory()
     result: dict = {"benchmark": "train_step", "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     for dtype in options.dtypes:
-        result[dtype] = measure(make_config(dtype, options.cpu_kernels, options.attention), options.steps)
+        result[dtype] = measure(make_config(dtype, options.attention), options.steps)
         result[dtype]["peak_gflops"] = round(measured_peak_flops(dtype) / 1e9)
         # The process's high-water mark: with several dtypes, of the largest so far.
         result[dtype]["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

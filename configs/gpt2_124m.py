@@ -2,15 +2,15 @@
 
     python train.py configs/gpt2_124m.py --data.source openwebtext.jsonl
 
-A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 5 micro-batches.
-Hardware: a GPU or TPU, or several: rows are spread over all devices; `transformer plan` says if they fit. No run was measured.
+A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 10 micro-batches.
+Hardware: one GPU of 80 GB: compiled for it, micro-batches of 48 rows take 34 GB (docs/gpu.md). `gpt2_124m.py:small` has 12 rows,
+10 GB, for a card of 16 GB. With eight devices, which share the rows, `--optimizer.accumulate-steps 1`. No run was measured.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.data.tokenizers.bpe import BytePairs
 from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
-from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.layer_norm import LayerNorm
 from transformer.ops.positions.learned import LearnedPositions
 from transformer.optimizers.adamw import AdamW
@@ -18,7 +18,7 @@ from transformer.schedules.cosine import CosineSchedule
 
 
 def get_config(variant: str = "") -> Config:
-    debug = {"": False, "debug": True}[variant]
+    debug = {"": False, "small": False, "debug": True}[variant]
     steps = 20 if debug else 100_000
     block = BlockConfig(
         AttentionConfig(num_heads=2 if debug else 12, use_bias=True),
@@ -34,8 +34,6 @@ def get_config(variant: str = "") -> Config:
             pattern=(block,),
             positions=LearnedPositions(),
             dtype="float32" if debug else "bfloat16",
-            scan_layers=not debug,
-            remat="none" if debug else "dots",
         ),
         data=DataConfig(
             source=("python_stdlib",) if debug else ("openwebtext.jsonl",),
@@ -44,12 +42,11 @@ def get_config(variant: str = "") -> Config:
             sequence_length=128 if debug else 1024,
             batch_size=8 if debug else 480,
         ),
-        objective=NextToken(loss_chunks=1 if debug else 8),
         optimizer=AdamW(
             learning_rate=6e-4,
             schedule=CosineSchedule(warmup_steps=min(2000, steps)),
             weight_decay=0.1,
-            accumulate_steps=1 if debug else 5,
+            accumulate_steps={"": 10, "small": 40, "debug": 1}[variant],
         ),
         training=TrainingConfig(steps=steps, eval_every=0 if debug else 1000, checkpoint_every=1000, log_every=10),
     )

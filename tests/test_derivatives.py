@@ -59,8 +59,8 @@ def test_every_derivative_of_a_model(mode, dtype, settings):
 def test_a_loaded_model_has_them_and_a_trained_one_its_own_products():
     params, loss = model_loss("bfloat16", 8, make=NextToken().make_model)
     lower(MODES["forward"](loss), params)
-    for kernels in (True, False):
-        _, loss = model_loss("bfloat16", 8, make=functools.partial(Decoder, runtime=training_runtime(kernels)))
+    for choice in (("cpu",), ("cpu", False), ("gpu",)):
+        _, loss = model_loss("bfloat16", 8, make=functools.partial(Decoder, runtime=training_runtime(*choice)))
         with pytest.raises(TypeError, match="forward-mode autodiff"):
             lower(MODES["forward"](loss), params)
 

@@ -160,8 +160,6 @@ class TrainingConfig(Settings):
     hang_timeout: int = 0
     """Seconds after which a step that does not end ends the process, with a traceback, so that the others of a run end too; 0
     means 1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""
-    cpu_kernels: bool = True
-    """On CPU, use matrix products laid out for it; other platforms compile the same program either way."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")

@@ -36,7 +36,6 @@ RESUMABLE = (
     "training.sample_every",
     "training.sample_prompt",
     "training.sample_length",
-    "training.cpu_kernels",
     "training.profile_steps",
     "training.hang_timeout",
 )

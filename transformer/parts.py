@@ -18,10 +18,11 @@ from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.models.init import initialized
 from transformer.objective import Objective
-from transformer.ops import dense_cpu, wide_product
+from transformer.ops import dense_cpu, fused_loss, wide_product
 from transformer.ops.attention import Request, recorded
 from transformer.ops.ids import check_batch_ids
 from transformer.ops.places import balanced_order
+from transformer.ops.recompute import recomputed
 from transformer.ops.ring import check_blocks
 from transformer.parallel.rules import RULES, is_names
 from transformer.parallel.runner import Runner, check_divisible
@@ -78,9 +79,16 @@ def initialize(objective: Objective, model: nn.Module, key: Any, length: int = 1
     return initialized(model, key, *objective.init_inputs(length), method=objective.init_method)
 
 
-def training_runtime(cpu_kernels: bool) -> Runtime:
-    """How a trainer's model computes: with products that suit the platform, over the mesh that is set."""
-    return Runtime(dot_general=dense_cpu.dot_general if cpu_kernels else wide_product.dot_general, sharding=RULES)
+def training_runtime(platform: str, fold: bool = True) -> Runtime:
+    """How a trainer's model computes on devices of a platform (`jax.Device.platform`), over the mesh that is set.
+
+    On a CPU products have their own gradient, which may fold a batch's axes. Accelerators read the logits once, and a GPU
+    computes activations and norms again for their gradient: its compiler keeps them in float32 otherwise, a TPU's does not.
+    """
+    if platform == "cpu":
+        return Runtime(dot_general=dense_cpu.dot_general if fold else wide_product.dot_general, sharding=RULES)
+    runtime = Runtime(dot_general=wide_product.dot_general, summarize=fused_loss.summarize, sharding=RULES)
+    return runtime if platform == "tpu" else dataclasses.replace(runtime, recompute=recomputed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,7 +309,8 @@ class Steps:
         strategy = STRATEGIES[config.parallel.strategy]
         # The kernels for CPUs fold batch and places, which over a context axis would gather both.
         _, context = strategy.shares(config.parallel, mesh)
-        runtime = training_runtime(config.training.cpu_kernels and context == 1)
+        platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+        runtime = training_runtime(platform, context == 1)
         self.parts = parts = Parts(config, vocabulary, runtime, model, class_names, own_batches)
         """The model and the loss."""
         if config.model.scan_layers and model is None:

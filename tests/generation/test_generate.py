@@ -10,7 +10,7 @@ import pytest
 
 from transformer.generation import generate as module
 from transformer.generation.generate import Generator, generate, stream
-from transformer.generation.prepare import prepare
+from transformer.generation.prepare import loop_model, prepare
 from transformer.generation.sampling import SamplingConfig
 from transformer.layers.scan_params import scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
@@ -240,6 +240,22 @@ def test_prepared_parameters_are_another_tree_with_panels_for_every_kernel():
             changed[index] = dataclasses.replace(panels, panels=jnp.zeros_like(panels.panels))
             assert np.abs(apply(jax.tree.unflatten(tree, changed)) - expected).max() > 1e-3
     assert prepare(model, params, 64) is params
+
+
+def test_on_a_gpu_kernels_have_the_type_that_they_are_multiplied_in(monkeypatch):
+    monkeypatch.setattr("transformer.generation.prepare._platform", lambda params: "gpu")
+    config = dataclasses.replace(make_config(tie_embeddings=True), dtype="bfloat16", scan_layers=True)
+    model, params = loop_model(*make(config))
+    assert not model.config.scan_layers
+    prepared = prepare(model, params, 4)
+    types = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree.leaves_with_path(prepared)}
+    multiplied = {path for path, dtype in types.items() if dtype == jnp.bfloat16}
+    unused = "['decoder']['position_embedding']['embedding']"
+    assert multiplied == {path for path in types if path.endswith(("['kernel']", "['embedding']"))} - {unused}
+    logits = [model.apply({"params": tree}, jnp.array([[4, 7]])) for tree in (params, prepared)]
+    np.testing.assert_array_equal(*logits)
+    whole = make(make_config())
+    assert prepare(*whole, 4) is whole[1], "float32 is multiplied in float32"
 
 
 def test_prepared_parameters_have_gradients_of_their_own():

@@ -170,6 +170,8 @@ def test_packed_rows_and_wide_heads_need_a_known_gpu_of_hopper_or_later(installe
             {"mask": CAUSAL},
             r"causal attention of 256 queries to 512 keys \(as many only\)",
         ),
+        ({"T": 513, "S": 513}, {"mask": CAUSAL}, r"513 queries and 513 keys \(even numbers only"),
+        ({"S": 601}, {}, r"512 queries and 601 keys \(even numbers only"),
         ({}, {"logits_soft_cap": 5.0}, r"logits_soft_cap=5\.0"),
         ({}, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, r"dropout_rate=0\.1 \(JAX fixes the seed"),
         ({}, {"bias": jnp.zeros((1, 1, 512, 512))}, "a bias"),

@@ -19,7 +19,9 @@ def logits_and_targets():
 @pytest.mark.usefixtures("strict_dtypes")
 def test_equals_the_definition(logits_and_targets, label_smoothing, z_loss):
     logits, targets = logits_and_targets
-    loss, nll = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), label_smoothing=label_smoothing, z_loss=z_loss)
+    loss, nll, _ = cross_entropy(
+        jnp.asarray(logits), jnp.asarray(targets), label_smoothing=label_smoothing, z_loss=z_loss
+    )
     exact = logits.astype(np.float64)
     normalizer = np.log(np.exp(exact).sum(-1))
     log_p = exact - normalizer[..., None]
@@ -30,7 +32,7 @@ def test_equals_the_definition(logits_and_targets, label_smoothing, z_loss):
 
 
 def test_far_logits_neither_overflow_nor_vanish():
-    loss, nll = cross_entropy(jnp.array([[1e4, 0.0], [-1e4, 0.0]]), jnp.array([0, 0]))
+    loss, nll, _ = cross_entropy(jnp.array([[1e4, 0.0], [-1e4, 0.0]]), jnp.array([0, 0]))
     np.testing.assert_allclose(nll, [0.0, 1e4])
     np.testing.assert_array_equal(loss, nll)
 
@@ -38,7 +40,7 @@ def test_far_logits_neither_overflow_nor_vanish():
 def test_half_precision_logits_are_scored_in_float32(logits_and_targets):
     logits, targets = logits_and_targets
     half = jnp.asarray(logits, jnp.bfloat16)
-    loss, nll = cross_entropy(half, jnp.asarray(targets), z_loss=1e-3)
+    loss, nll, _ = cross_entropy(half, jnp.asarray(targets), z_loss=1e-3)
     assert loss.dtype == nll.dtype == jnp.float32
     np.testing.assert_array_equal(nll, cross_entropy(half.astype(jnp.float32), jnp.asarray(targets))[1])
 
@@ -63,5 +65,5 @@ def test_an_impossible_token_is_as_if_it_were_not_there(settings):
 @pytest.mark.parametrize("target", [-1, -100, 3, 1000])
 def test_a_target_outside_the_logits_is_nan(target):
     for settings in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
-        loss, nll = jax.jit(lambda t, s=settings: cross_entropy(jnp.zeros((1, 3)), t, **s))(jnp.array([target]))
+        loss, nll, _ = jax.jit(lambda t, s=settings: cross_entropy(jnp.zeros((1, 3)), t, **s))(jnp.array([target]))
         assert np.isnan(loss).all() and np.isnan(nll).all()

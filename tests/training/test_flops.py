@@ -195,11 +195,12 @@ SAVED = {
 }
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED)
-def test_saving_memory_changes_no_count_of_any_objective(settings):
+def test_saving_memory_changes_no_count_of_any_objective(settings, platform):
     """Of the objective that is trained, not only of the plain one that `count_step` makes of it."""
     parts, batch = make("next_token", objective={"loss_chunks": 4}, num_layers=4, pattern=(WIDE, EXPERTS), **settings)
-    trained = dataclasses.replace(parts, runtime=training_runtime(True))
+    trained = dataclasses.replace(parts, runtime=training_runtime(platform))
     found = step_flops(trained.loss, trained.shapes, batch)
     assert found == parts.count_step(batch) == trained.count_step(batch)
     assert found == counted(*make("next_token", num_layers=4, pattern=(WIDE, EXPERTS)))

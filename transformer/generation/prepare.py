@@ -19,26 +19,45 @@ from transformer.types import PyTree
 
 
 def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
-    """On CPU a scanned model as a loop: a scan copies a layer's parameters and cache in every step."""
-    if not (model.config.scan_layers and _on_cpu(params)):
+    """On a CPU or GPU a scanned model as a loop: a scan copies a layer's parameters and cache in every step."""
+    if not (model.config.scan_layers and _platform(params) in ("cpu", "gpu")):
         return model, params
     config = dataclasses.replace(model.config, scan_layers=False)
     return model.clone(config=config), jax.jit(loop_params)(params)
 
 
 def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
-    """Parameters with which `model.apply` decodes `batch_size` rows faster: on CPU `Panels` stand for kernels.
+    """Parameters with which `model.apply` decodes `batch_size` rows faster, to the same logits.
 
-    Another tree, to be made anew when the parameters change; elsewhere, and for many rows, it is `params` itself.
+    On a CPU `Panels` stand for kernels. On a GPU kernels have the type that they are multiplied in: a step reads each once, and
+    would cast it each time. Another tree, to be made anew when the parameters change; elsewhere, and for many rows on a CPU,
+    it is `params` itself.
     """
-    if not (_on_cpu(params) and panel_width(batch_size) > 0):
-        return params
-    return unflatten_dict({**flatten_dict(params), **_in_large_pages(_cut(model, params, batch_size))})
+    platform, made = _platform(params), {}
+    if platform == "cpu" and panel_width(batch_size) > 0:
+        made = _in_large_pages(_cut(model, params, batch_size))
+    if platform == "gpu" and model.config.dtype != model.config.param_dtype:
+        made = _cast(model, params)
+    return unflatten_dict({**flatten_dict(params), **made}) if made else params
 
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
 def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Panels]:
-    """By their paths, the parameters that a step of decoding multiplies with, each cut by the layer whose it is."""
+    """The multiplied parameters by their paths, each cut by the layer whose it is."""
+    flat: Any = flatten_dict(params)
+    owners = _multiplied(model, params, batch_size)
+    return {path: owner.cut(flat[path], panel_width(batch_size)) for path, owner in owners.items()}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _cast(model: Decoder, params: PyTree) -> dict[tuple[str, ...], Any]:
+    """The multiplied parameters by their paths, in the model's type."""
+    flat: Any = flatten_dict(params)
+    return {path: flat[path].astype(owner.runtime.dtype) for path, owner in _multiplied(model, params, 1).items()}
+
+
+def _multiplied(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Linear | Embed]:
+    """The layer of each parameter that a step of decoding multiplies with, by the parameter's path."""
     owners: dict[tuple[str, ...], Linear | Embed] = {}
 
     def look(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -52,8 +71,7 @@ def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...
     with nn.intercept_methods(look):
         tokens_B1 = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
         jax.eval_shape(lambda params, tokens: model.apply({"params": params}, tokens), params, tokens_B1)
-    flat: Any = flatten_dict(params)
-    return {path: owner.cut(flat[path], panel_width(batch_size)) for path, owner in owners.items()}
+    return owners
 
 
 def _in_large_pages(tree: PyTree) -> PyTree:
@@ -75,7 +93,9 @@ def _in_large_pages(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, placed)
 
 
-def _on_cpu(params: PyTree) -> bool:
+def _platform(params: PyTree) -> str:
+    """Of the devices that hold parameters (those of the host: where JAX would put them); empty if they differ."""
     leaf = jax.tree.leaves(params)[0]
     devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
-    return all(device.platform == "cpu" for device in devices)
+    platforms = {device.platform for device in devices}
+    return platforms.pop() if len(platforms) == 1 else ""

@@ -30,6 +30,7 @@ def network(
     """Up, activation (or gate), down; `linear(role, features, axes)` makes the map that has this role."""
     hidden_dim = config.resolved_hidden_dim(inputs.shape[-1])
 
+    @runtime.recompute
     def activation(x: Array) -> Array:
         # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
         return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)

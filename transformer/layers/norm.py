@@ -36,4 +36,8 @@ class Normalize(nn.Module):
             parameter = self.runtime.parameter(self, name, inputs.shape[-1:], (self.axis,), fill=fill)
             return parameter.astype(jnp.float32).reshape((1,) * (inputs.ndim - 1) + (-1,))
 
-        return self.config.normalize(inputs.astype(jnp.float32), vector).astype(self.runtime.dtype)
+        def normalize(x: Array) -> Array:
+            return self.config.normalize(x.astype(jnp.float32), vector).astype(self.runtime.dtype)
+
+        # A function that makes parameters cannot be traced apart.
+        return normalize(inputs) if self.is_initializing() else self.runtime.recompute(normalize)(inputs)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer.model_config import ModelConfig
+from transformer.ops.losses import Summarize, summarize
+from transformer.ops.recompute import stored
 from transformer.parallel.rules import Sharding
 
 DotGeneral = Callable[..., jax.Array]
@@ -54,6 +56,10 @@ class Runtime:
     """Multiplies it for the projections back to the residual stream."""
     dot_general: DotGeneral = jax.lax.dot_general
     """The product of linear layers. The default has every derivative; a trainer takes `ops.dense_cpu` or `ops.wide_product`."""
+    summarize: Summarize = summarize
+    """How a loss reads logits. The default has every derivative; a trainer takes `ops.fused_loss.summarize`."""
+    recompute: Callable[[Callable[..., Any]], Callable[..., Any]] = stored
+    """Wraps activations and norms: `ops.recompute.stored` or, where reading memory costs more than arithmetic, `recomputed`."""
     sharding: Sharding = Sharding()
     """Mesh axes by logical axis. Without rules, the mesh that a caller has set (`jax.set_mesh`) changes nothing."""
 

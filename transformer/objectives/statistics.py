@@ -6,14 +6,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from transformer.layers.runtime import Runtime
 from transformer.objective import Objective
 from transformer.ops.chunks import sum_over_chunks
-from transformer.ops.losses import counted_only, cross_entropy
+from transformer.ops.losses import Summarize, counted_only, cross_entropy, summarize
 from transformer.types import PyTree, Statistics
 
 
 def token_statistics(
-    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Float[Array, "*B"], config: Objective
+    logits: Float[Array, "*B V"],
+    targets: Int[Array, "*B"],
+    weights: Float[Array, "*B"],
+    config: Objective,
+    summarize: Summarize = summarize,
 ) -> Statistics:
     """Sums over targets, float32; a target of weight 0 counts for nothing, whatever it and its logits hold.
 
@@ -21,13 +26,13 @@ def token_statistics(
     `objective` (what is minimised: the loss with label smoothing and z-loss).
     """
     logits, targets = counted_only(weights, logits, targets)
-    objective, nll = cross_entropy(logits, targets, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    settings = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
+    found = cross_entropy(logits, targets, **settings, summarize=summarize)
     return {
-        "loss": jnp.sum(nll * weights),
+        "loss": jnp.sum(found.nll * weights),
         "weight": jnp.sum(weights),
-        "correct": jnp.sum(correct * weights),
-        "objective": jnp.sum(objective * weights),
+        "correct": jnp.sum(found.correct * weights),
+        "objective": jnp.sum(found.loss * weights),
     }
 
 
@@ -48,14 +53,15 @@ def predicted_statistics(
 
     In chunks, only `objective` has a gradient.
     """
+    summarize = getattr(model, "runtime", Runtime()).summarize
     if not chunked(config):
-        return token_statistics(predicted_BTX, targets_BT, weights_BT, config)
+        return token_statistics(predicted_BTX, targets_BT, weights_BT, config, summarize)
 
     def statistics_of(
         head: PyTree, hidden_BTD: Array, targets_BT: Array, weights_BT: Array
     ) -> tuple[Array, Statistics]:
         logits_BTV: Any = model.apply({"params": head}, hidden_BTD, method="project")
-        statistics = token_statistics(logits_BTV, targets_BT, weights_BT, config)
+        statistics = token_statistics(logits_BTV, targets_BT, weights_BT, config, summarize)
         return statistics.pop("objective"), statistics
 
     # Before they are projected: the gradient of a kernel has a term for every hidden state, times 0 or not.

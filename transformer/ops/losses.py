@@ -1,8 +1,60 @@
 """Cross-entropy of logits, with label smoothing and z-loss, and what does not count left out."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+class LogitSummary(NamedTuple):
+    """What a loss needs of the logits of each target, float32 but for `best`."""
+
+    log_normalizer: Array  # [*B], log sum_v exp(logit)
+    target: Array  # [*B], the logit of the target; undefined for a target outside the vocabulary
+    mean: Array  # [*B], mean of the logits of possible tokens, those above -inf; 0 where it is not wanted
+    best: Array  # int32 [*B], the first of the most likely tokens
+
+
+Summarize = Callable[[Array, Array, bool], LogitSummary]
+"""`(logits, targets, with_mean) -> LogitSummary`: the reference below, or `ops.fused_loss`."""
+
+
+def summarize(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], with_mean: bool = False) -> LogitSummary:
+    """The reference, with derivatives of every order.
+
+    Args:
+        logits: of each token, float32.
+        targets: from 0 up to V; others give an undefined `target`.
+        with_mean: compute the mean.
+    """
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target = logit_of(logits, targets)
+    mean = jnp.zeros_like(target)
+    if with_mean:
+        possible = logits > -jnp.inf
+        mean = jnp.mean(jnp.where(possible, logits, 0.0), axis=-1, where=possible)
+    return LogitSummary(log_normalizer, target, mean, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def logit_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """The logit of each target; of one outside the vocabulary, any."""
+    places = jnp.where(is_known(logits, targets), targets, 0)[..., None]
+    return jnp.take_along_axis(logits, places, axis=-1, mode="promise_in_bounds")[..., 0]
+
+
+def is_known(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Array:
+    """Whether each target is in the vocabulary."""
+    return (targets >= 0) & (targets < logits.shape[-1])
+
+
+class TokenLoss(NamedTuple):
+    """Of each target, float32."""
+
+    loss: Array  # [*B], what is minimised
+    nll: Array  # [*B], negative log-likelihood, nats
+    correct: Array  # [*B], 1 where the target is the most likely token, else 0
 
 
 def cross_entropy(
@@ -11,8 +63,9 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Per-target training loss and plain negative log-likelihood, both in nats and float32.
+    summarize: Summarize = summarize,
+) -> TokenLoss:
+    """Of each target, the training loss and the plain negative log-likelihood, both in nats, and whether it was the best guess.
 
     With `p = softmax(logits)`, the training loss is
     `-(1 - s) log p[target] - s * mean_v log p[v] + z * (logsumexp logits)^2`, where `s` is `label_smoothing`
@@ -22,25 +75,26 @@ def cross_entropy(
     A logit of -inf is that of an impossible token: smoothing is over the others, and the loss is finite unless such a token is
     the target. A target outside 0 ... V-1 gives NaN; `counted_only` takes out those that do not count.
 
+    Args:
+        logits: of any floating-point type.
+        targets: int32.
+        label_smoothing: s, from 0 to 1.
+        z_loss: z, at least 0.
+        summarize: how the logits are read; the default has every derivative, `ops.fused_loss.summarize` reads them once.
+
     Example:
-        >>> loss, nll = cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
-        >>> round(float(nll[0]), 4)
+        >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).nll[0]), 4)
         1.3863
     """
     logits = logits.astype(jnp.float32)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    places = jnp.where(known, targets, 0)[..., None]
-    target_logits = jnp.take_along_axis(logits, places, axis=-1, mode="promise_in_bounds")[..., 0]
-    nll = jnp.where(known, log_normalizer - target_logits, jnp.nan)
+    found = summarize(logits, targets, label_smoothing > 0)
+    nll = jnp.where(is_known(logits, targets), found.log_normalizer - found.target, jnp.nan)
     loss = nll
     if label_smoothing:
-        possible = logits > -jnp.inf
-        smooth = log_normalizer - jnp.mean(jnp.where(possible, logits, 0.0), axis=-1, where=possible)
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * smooth
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * (found.log_normalizer - found.mean)
     if z_loss:
-        loss = loss + z_loss * jnp.square(log_normalizer)
-    return loss, nll
+        loss = loss + z_loss * jnp.square(found.log_normalizer)
+    return TokenLoss(loss, nll, (found.best == targets).astype(jnp.float32))
 
 
 def counted_only(

@@ -216,8 +216,6 @@ def _make_steps(config: Config, topology: Topology) -> tuple[Mesh, Steps]:
         config.parallel.shares_state,
         f"plan compiles for a mesh, got parallel.strategy={config.parallel.strategy}; set it to mesh.",
     )
-    # Kernels of CPUs are for CPUs, but a program compiled for others would carry both ways until it is lowered.
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, cpu_kernels=False))
     check_model(config.model, config.objective.num_stacks)
     mesh = make_mesh(config.parallel.sizes, topology.devices)
     return mesh, Steps(config, StandIn(config.model.vocab_size), mesh, class_names=CLASSES)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.model_kinds import NORMS, Norm
+from transformer.ops.recompute import keep
 
 
 @NORMS.register
@@ -22,7 +23,7 @@ class LayerNorm(Norm):
 
     def normalize(self, x: Float[Array, "*B D"], vector: Callable[[str, float], Array]) -> Float[Array, "*B D"]:
         """With parameters `scale`, and `bias` where it is used."""
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        x = x - keep(jnp.mean(x, axis=-1, keepdims=True))
+        x = x * keep(jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon))
         x = x * vector("scale", 1.0)
         return x + vector("bias", 0.0) if self.use_bias else x

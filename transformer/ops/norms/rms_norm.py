@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.model_kinds import NORMS, Norm
+from transformer.ops.recompute import keep
 
 
 @NORMS.register
@@ -19,5 +20,5 @@ class RMSNorm(Norm):
 
     def normalize(self, x: Float[Array, "*B D"], vector: Callable[[str, float], Array]) -> Float[Array, "*B D"]:
         """With a parameter `scale`."""
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        x = x * keep(jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon))
         return x * vector("scale", 1.0)
