@@ -60,7 +60,7 @@ def _combine(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array
 
 def _forward(with_mean: bool, logits: Array, targets: Array) -> tuple[LogitSummary, Any]:
     # Second derivatives differentiate this: by the rule again, since the reduction has none of its own.
-    found = _summarize(with_mean, logits, targets)
+    found: Any = _summarize(with_mean, logits, targets)
     return found, (logits, targets, found.log_normalizer)
 
 
