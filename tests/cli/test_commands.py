@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 
 import jax
@@ -303,6 +304,20 @@ def test_inspect_shows_rows_masks_and_parameters(workdir, arguments, capsys, mon
     params = load(workdir).params
     assert f"{count_parameters(params):,} parameters, vocabulary 257" in text
     assert all(name in text for name in ("query/kernel", "pre_attention_norm/scale", "down/kernel"))
+
+
+def test_a_row_holds_as_many_documents_as_it_may(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "short.jsonl").write_text("".join(f'{{"text": "no {index}"}}\n' for index in range(400)))
+    data = ["--data.source", str(tmp_path / "short.jsonl"), "--data.data-dir", str(tmp_path / "data")]
+    shown = {}
+    for most in (0, 3):
+        command = [str(place / "config.py"), *data, "--data.max-segments", str(most)]
+        main(["inspect", *command])
+        shown[most] = {int(count) for count in re.findall(r"row \d+: (\d+) documents", capsys.readouterr().out)}
+    assert shown[3] == {3} and min(shown[0]) > 3
+    main(["train", *command, "--workdir", str(tmp_path / "run"), "--training.steps", "3"])
+    assert (tmp_path / "run" / "checkpoints" / "3").exists()
 
 
 def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):

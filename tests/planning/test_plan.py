@@ -65,6 +65,8 @@ def test_every_chip_has_a_peak():
     [
         ("v4:2x2x2", 1, {"platform": "tpu", "topology_name": "v4:2x2x2", "chip_config_name": "megacore"}),
         ("v6e-256", 1, {"platform": "tpu", "topology_name": "v6e:16x16"}),
+        ("v5e:1x1", 1, {"platform": "tpu", "topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)}),
+        ("v5p:1x1x2", 1, {"platform": "tpu", "topology_name": "v5p:1x1x2", "chips_per_host_bounds": (1, 1, 2)}),
         ("v5p:4x4x4", 2, {"platform": "tpu", "topology_name": "v5p:4x4x4", "num_slices": 2}),
         (
             "h100:8",
@@ -192,6 +194,13 @@ def test_a_search_tries_experts_and_leaves_slices_alone():
         assert math.prod(sizes.values()) == 8 and sizes["dcn"] == 2
     with pytest.raises(UserError, match="No mesh of 64 devices divides the 7 rows"):
         search(get_config_of(7), Topology("none", CHIPS["v5e"], [None] * 64))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1"])
+def test_one_chip_is_a_topology(capsys, topology):
+    (plan,) = planned(capsys, "--topology", topology)
+    assert plan["fits"] and plan["devices"] == 1 and plan["collectives"] == {}
 
 
 @needs_libtpu

@@ -1,6 +1,7 @@
 """Accelerators as their makers describe them, and the names by which their compilers know groups of them."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 from jax.experimental import topologies
@@ -50,6 +51,10 @@ class Chip:
         raise NotImplementedError(f"{type(self).__name__} must define describe().")
 
 
+_HOST_CHIPS = 4
+"""Of a TPU's host, as the compiler takes it to be: two by two."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TPU(Chip):
     """In slices that are a torus."""
@@ -60,9 +65,11 @@ class TPU(Chip):
     """Of the compiler's topology."""
 
     def describe(self, name: str, shape: str, num_slices: int) -> Any:
-        """One slice or several."""
-        del shape
-        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        """One slice or several; fewer chips than a host has are as if it had no more."""
+        slices: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+        sizes = [int(size) for size in shape.split("x") if size.isdigit()]
+        if 0 < math.prod(sizes) < _HOST_CHIPS:
+            slices["chips_per_host_bounds"] = (*sizes, *(1,) * (3 - len(sizes)))
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **slices, **dict(self.options))
 
 
@@ -135,7 +142,7 @@ class Topology(NamedTuple):
 
 
 def find_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of a topology: `v5e:4x4`, `v5p:8x8x8`, an alias (`v6e-256`), or `h100:8`.
+    """The devices of a topology: `v5e:4x4`, `v5p:8x8x8`, one chip (`v6e:1x1`), an alias (`v6e-256`), or `h100:8`.
 
     TPUs need libtpu (`pip install -e ".[plan]"`), H100s JAX's CUDA plugin.
 
