@@ -107,8 +107,8 @@ def make_run(
     check_batch(config, jax.process_count())
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
-    own_batches = given.data is not None
-    steps = Steps(config, tokenizer, None, given.optimizer, given.model, data.class_names, own_batches)
+    own = {"optimizer": given.optimizer, "model": given.model, "own_batches": given.data is not None}
+    steps = Steps(config, tokenizer, class_names=data.class_names, **own)
     if given.model is not None:
         steps.parts.trace()
     notes += [note for note in (note, steps.describe_whole()) if note]
