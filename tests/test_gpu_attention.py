@@ -70,6 +70,7 @@ def has_square(text, length):
     [
         ("next_token", {}, 1),
         ("next_token", {"max_segments": 1}, 1),
+        ("next_token", {"attention": {"implementation": "cudnn"}}, 1),
         ("next_token", {"pack": False}, 1),
         ("next_token", {"pack": False, "max_segments": 0}, 1),
         ("masked_lm", {}, 1),
@@ -85,7 +86,7 @@ def test_the_step_of_an_objective_asks_for_kernels(installed, kind, settings, ca
     assert found == (calls, calls)
     assert not has_square(text, 512)
     assert parts.describe_attention("gpu") == "cudnn"
-    assert parts.describe_attention("cpu") == "blockwise"
+    assert parts.describe_attention("cpu") == ("cudnn" if "attention" in settings else "blockwise")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,14 @@ def test_shipped_configs_for_accelerators_ask_for_kernels(installed, name):
     if name in ("gpt2_124m", "llama_1b"):  # whose rows fit eight devices
         eight = dataclasses.replace(shipped, parallel=ParallelConfig(data=1, fsdp=8))
         assert Parts(eight, StandIn(config.model.vocab_size)).describe_attention("gpu") == "cudnn"
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_batches_of_ones_own_are_described_with_ids_and_without(installed, pack):
+    config = resolve(make("next_token", pack=pack), BYTES)
+    parts = Steps(config, BYTES, own_batches=True).parts
+    assert parts.describe_attention("gpu") == "cudnn for rows without segment ids, blockwise for others"
+    assert parts.describe_attention("cpu") == "blockwise"
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformer.objectives.span_corruption import SpanCorruption
     from transformer.ops.attention import dot_product_attention
     from transformer.ops.bias import BiasDescription
+    from transformer.ops.losses import LogitSummary
     from transformer.ops.masks import AttentionMask, BlockPattern
     from transformer.ops.norms.layer_norm import LayerNorm
     from transformer.ops.norms.rms_norm import RMSNorm
@@ -114,6 +115,7 @@ _NAMES = {
     "objectives.span_corruption": "SpanCorruption",
     "ops.attention": "dot_product_attention",
     "ops.bias": "BiasDescription",
+    "ops.losses": "LogitSummary",
     "ops.masks": "AttentionMask BlockPattern",
     "ops.norms.layer_norm": "LayerNorm",
     "ops.norms.rms_norm": "RMSNorm",

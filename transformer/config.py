@@ -65,8 +65,8 @@ class DataConfig(Settings):
     pack: bool = True
     """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
     max_segments: int = 32
-    """Most documents that a row is packed from; a row that has so many ends in padding. 0 is no limit, and attention on a GPU
-    then takes no fused kernel for packed rows, which must know a limit; its memory grows with it."""
+    """A row ends in padding after this many documents. 0 means no limit; fused attention on a GPU then refuses packed rows. A
+    higher limit takes more memory there."""
     stride: int = 0
     """Evaluation of running text: 0 scores rows of packed documents; else each window of a document moves on by so many
     tokens, and only they are scored, so that (almost) a whole window precedes each."""

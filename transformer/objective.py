@@ -169,6 +169,9 @@ class Objective(Kind):
     def check(self, config: "Config") -> None:
         """Raise UserError where the config around it does not fit."""
 
+    def check_batch(self, batch: Any) -> None:
+        """Raise UserError where a batch on the host is not as the loss takes it; ids and shapes are checked elsewhere."""
+
     def check_context(self, config: "Config") -> None:
         """Raise UserError unless rows may be spread over devices (`parallel.context`)."""
         raise UserError(

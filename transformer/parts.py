@@ -166,8 +166,13 @@ class Parts:
     def _length(self) -> int:
         return 1 if self.module is None else self.config.data.sequence_length
 
-    def trace(self) -> list[Request]:
-        """Trace the loss of a batch of full rows, as training computes it; what it asks of attention."""
+    def check_batch(self, batch: Any) -> Any:
+        """The batch on the host, if it is one that the loss can take; else `UserError`."""
+        self.config.objective.check_batch(batch)
+        return check_batch_ids(self.sizes, batch, max_segments=self.max_segments)
+
+    def trace(self, batch: Any = None) -> list[Request]:
+        """Trace the loss of a batch (None: of full rows), as training computes it; what it asks of attention."""
         config, loss, key = self.config, self.loss, jax.random.key(0)
         carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
         with self._explained(), recorded() as requests:
@@ -175,7 +180,7 @@ class Parts:
                 lambda params, carry, batch: loss.loss(params, carry, batch, key, True),
                 self.shapes,
                 carry,
-                config.objective.batch_shapes(config),
+                config.objective.batch_shapes(config) if batch is None else batch,
             )
         return requests
 
@@ -248,9 +253,20 @@ class Parts:
         data = dataclasses.replace(config.data, batch_size=rows, num_streams=0)
         optimizer = dataclasses.replace(config.optimizer, accumulate_steps=1)
         config = dataclasses.replace(plain.config, data=data, optimizer=optimizer)
-        requests = dataclasses.replace(plain, config=config, runtime=None).trace()
-        backends = (request.backend({"gpu": "cuda"}.get(platform, platform)) for request in requests)
-        return " and ".join(dict.fromkeys(backends))
+        plain, platform = (
+            dataclasses.replace(plain, config=config, runtime=None),
+            {"gpu": "cuda"}.get(platform, platform),
+        )
+
+        def named(batch: Any) -> str:
+            return " and ".join(dict.fromkeys(request.backend(platform) for request in plain.trace(batch)))
+
+        batch = config.objective.batch_shapes(config)
+        if not self.own_batches or not hasattr(batch, "segment_ids"):
+            return named(batch)
+        # Rows of one's own may have segment ids or none; which is known when they come.
+        packed, whole = (named(batch._replace(segment_ids=ids)) for ids in (batch.inputs, None))
+        return packed if packed == whole else f"{whole} for rows without segment ids, {packed} for others"
 
 
 def check_devices(config: Config, mesh: Mesh | None = None) -> None:
@@ -332,7 +348,7 @@ class Steps:
         self.runner: Runner = strategy.make(
             config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
         )
-        self.runner.check_batch = functools.partial(check_batch_ids, parts.sizes, max_segments=parts.max_segments)
+        self.runner.check_batch = parts.check_batch
         self.state = self.runner.abstract_state(jax.eval_shape(self._make_state))
         """Shapes before the first step, with the shardings of what a checkpoint is restored to."""
 

@@ -65,6 +65,19 @@ def _ones(values: Array) -> Array:
     return (values * 0 + 1).astype("int32")
 
 
+def _real(segment_ids: Array) -> Array:
+    """1 where there is a token, 0 where there is padding, float32."""
+    return (segment_ids != 0).astype("float32")
+
+
+def _positions(segment_ids: Array) -> Array:
+    """From 0 within each segment, int32."""
+    numpy = segment_ids.__array_namespace__()  # of the library that the array is of
+    index = _ones(segment_ids).cumsum(axis=-1, dtype="int32") - 1
+    new = numpy.concatenate([index[:, :1] == 0, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - numpy.maximum.accumulate(numpy.where(new, index, 0), axis=1)
+
+
 class Batch(NamedTuple):
     """A batch of rows for a language model; every field has shape [B, T].
 
@@ -80,10 +93,13 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Array, targets: Array, **others: Array) -> "Batch":
-        """A batch of whole rows without padding, but for the fields that are given."""
-        ones = _ones(inputs)
-        positions = ones.cumsum(axis=-1, dtype="int32") - 1
-        return cls(inputs, targets, ones.astype("float32"), None, positions)._replace(**others)
+        """A batch of rows without padding. With `segment_ids`, tokens of segment 0 have weight 0, and positions restart.
+
+        Fields that are given stay as they are.
+        """
+        ids = others.get("segment_ids")
+        whole = ids if ids is not None and ids.shape == inputs.shape else _ones(inputs)
+        return cls(inputs, targets, _real(whole), None, _positions(whole))._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:
@@ -139,9 +155,12 @@ class PairBatch(NamedTuple):
 
     @classmethod
     def of(cls, source: Array, inputs: Array, targets: Array, **others: Array) -> "PairBatch":
-        """A batch of whole rows without padding, but for the fields that are given."""
-        weights = _ones(inputs).astype("float32")
-        return cls(source, None, inputs, targets, weights, None)._replace(**others)
+        """A batch of pairs without padding. With `segment_ids`, targets of segment 0 have weight 0.
+
+        Fields that are given stay as they are.
+        """
+        ids = others.get("segment_ids")
+        return cls(source, None, inputs, targets, _real(_ones(inputs) if ids is None else ids), None)._replace(**others)
 
     @property
     def read(self) -> tuple[Array, ...]:

@@ -318,6 +318,10 @@ def test_a_row_holds_as_many_documents_as_it_may(place, tmp_path, capsys, monkey
     assert shown[3] == {3} and min(shown[0]) > 3
     main(["train", *command, "--workdir", str(tmp_path / "run"), "--training.steps", "3"])
     assert (tmp_path / "run" / "checkpoints" / "3").exists()
+    told = capsys.readouterr().err
+    assert "of the training rows are padding, since a row holds at most 3 documents" in told
+    main(["train", *command, "--workdir", str(tmp_path / "whole"), "--training.steps", "3", "--data.max-segments", "0"])
+    assert "rows are padding" not in capsys.readouterr().err
 
 
 def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):

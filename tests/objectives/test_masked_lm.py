@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.config import Config
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.models.encoder import Encoder
 from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.positions.learned import LearnedPositions
-from transformer.types import Batch
+from transformer.parts import Parts, StandIn
+from transformer.types import Batch, UserError
 
 CONFIG = MaskedLM(mask_rate=0.4)
 
@@ -103,3 +105,18 @@ def test_dropout_is_drawn_from_the_steps_key(batch):
     )
     assert first == again != other
     assert plain == still != first
+
+
+def test_more_tokens_to_predict_than_logits_are_refused():
+    """Computed for the first of them only, the loss would be divided by the weights of all."""
+    tokens = np.ones((2, 16), np.int32)
+    objective = MaskedLM(mask_rate=0.25)
+    weights = np.zeros((2, 16), np.float32)
+    weights[1, :4] = 1
+    objective.check_batch(Batch.of(tokens, tokens, weights=weights))
+    weights[1, 4] = 0.5
+    with pytest.raises(UserError, match="predicts at most 4 tokens of a row of 16, a row of the batch has 5"):
+        objective.check_batch(Batch.of(tokens, tokens, weights=weights))
+    parts = Parts(Config(objective=objective, model=ModelConfig(vocab_size=9)), StandIn(8))
+    with pytest.raises(UserError, match="a row of the batch has 16"):
+        parts.check_batch(Batch.of(tokens, tokens))

@@ -12,7 +12,7 @@ from transformer.data.forms.examples import ExampleForm
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, segment_limit, train_batches
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import make_pairs, packed_tokens
-from transformer.data.source import ExampleSource, Source, split_text
+from transformer.data.source import ExampleSource, Record, Source, split_text
 from transformer.data.tokenizers import Tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
@@ -72,6 +72,10 @@ class Dataset(Protocol):
 
         Running text is never cut.
         """
+        ...
+
+    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
+        """The part of packed training rows that is padding because a row holds no more documents, by so many records."""
         ...
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
@@ -217,13 +221,21 @@ class TextData:
             f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
             "often; set training.steps.",
         )
+        tokens = self._packed_tokens(tokenizer, self.sources[0].records("train"))[1]
+        return tokens / (self.config.batch_size * self.config.sequence_length)
+
+    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
+        """By the first records of the first source."""
         records = self.sources[0].records("train")
-        sizes = (len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
+        text, all_tokens = self._packed_tokens(tokenizer, [records[i] for i in range(min(at_most, len(records)))])
+        return 1 - text / all_tokens if all_tokens else 0.0
+
+    def _packed_tokens(self, tokenizer: Tokenizer, records: Sequence[Record]) -> tuple[int, int]:
+        """Tokens of records, and of the rows that they fill, but for the padding of the last."""
+        sizes = [len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records))]
         joined = bool(self._changes(tokenizer).get("joined"))
         most = segment_limit(self.config, self.continued, joined) if self.config.pack else 0
-        return packed_tokens(sizes, self.config.sequence_length, most) / (
-            self.config.batch_size * self.config.sequence_length
-        )
+        return sum(sizes), packed_tokens(sizes, self.config.sequence_length, most)
 
     def describe_scored(self, split: str, targets: int) -> str:
         """The tokens that were to be predicted."""
@@ -292,6 +304,11 @@ class ExampleData:
         self.source.examples(split)  # a missing split is an error now, not at the first evaluation
         examples = functools.partial(self.source.examples, split)
         return ExampleEvaluationBatches(self.config, self.form, tokenizer, examples, rows)
+
+    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
+        """Each row is one text."""
+        del tokenizer, at_most
+        return 0.0
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""

@@ -47,6 +47,18 @@ class MaskedLM(TokenObjective):
         """How many of `length` tokens are to be predicted."""
         return max(1, round(self.mask_rate * length))
 
+    def check_batch(self, batch: Any) -> None:
+        """No row has more tokens to predict than logits are computed for."""
+        weights = getattr(batch, "weights", None)
+        if isinstance(weights, np.ndarray):
+            most = self.num_masked(weights.shape[1])
+            found = int(np.max(np.count_nonzero(weights, axis=1), initial=0))
+            require(
+                found <= most,
+                f"MaskedLM(mask_rate={self.mask_rate}) predicts at most {most} tokens of a row of {weights.shape[1]}, a row "
+                f"of the batch has {found} of a weight that is not 0; hide and weigh as many, or set objective.mask_rate.",
+            )
+
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
     ) -> LossOutput:

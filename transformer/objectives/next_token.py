@@ -30,7 +30,8 @@ class LanguageModel(Protocol):
         Args:
             tokens_BT: int32, from 0 up to `config.model.vocab_size`, which is V.
             positions_BT: int32, from 0 in each document.
-            segment_ids_BT: int32; tokens see earlier ones of their own segment, 0 is padding. None means that each row is one
+            segment_ids_BT: int32; tokens see earlier ones of their own segment, 0 is padding. None: each row is one
+                document, as rows of `data.pack=False` are. None means that each row is one
                 document without padding.
             train: with dropout, from the random stream `dropout`.
         """

@@ -78,8 +78,8 @@ class AttentionMask:
     visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition, which only the reference takes
     max_segments: int = dataclasses.field(default=0, metadata={"static": True, "promise": True})
     """A promise that segment ids count up along each row without gaps, `1 1 2 2 2 3 0 0`, that padding is at its end, and that
-    there are at most so many; with more than one, the ids of the keys are those of the queries. 0 promises nothing. It hides no
-    key, and only some kernels need it: they give NaN for a row that breaks it, others ignore it."""
+    there are at most so many; with more than one, the ids of the keys are those of the queries. 0 promises nothing. It changes
+    no mask. Kernels that need it return NaN for a row that breaks it; others ignore it."""
 
     @classmethod
     def of(cls, mask: Any) -> "AttentionMask":

@@ -21,7 +21,6 @@ from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch, check_params
 from transformer.objective import Objective
-from transformer.ops.ids import check_batch_ids
 from transformer.parts import Parts, resolve
 from transformer.runs.directory import Record, compare_data, read_run
 from transformer.runs.given import Given, as_dataset, ask_for
@@ -235,7 +234,7 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
     tokenizer: Any = parts.vocabulary
     batches: Any = data.evaluation_batches(tokenizer, split)
     carry = parts.loss.init_carry(config.data.batch_size)
-    checked = (check_batch_ids(parts.sizes, batch) for batch in batches)
+    checked = map(parts.check_batch, batches)
     begin()
     sums = sum_statistics(jax.jit(EvaluateStep(parts.loss)), params, checked, carry, split=split)
     scores: dict[str, Any] = {

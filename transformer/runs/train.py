@@ -36,7 +36,15 @@ from transformer.runs.directory import (
 from transformer.runs.divergence import located
 from transformer.runs.given import Given, compare_given
 from transformer.runs.lock import locked
-from transformer.runs.recipe import Run, epochs_a_step, make_evaluator, make_run, make_sampler
+from transformer.runs.recipe import (
+    Run,
+    describe_cut,
+    describe_padding,
+    epochs_a_step,
+    make_evaluator,
+    make_run,
+    make_sampler,
+)
 from transformer.storage import WriteError, explain
 from transformer.terminal import make_console, say
 from transformer.training import folders, loop, out_of_memory
@@ -190,7 +198,8 @@ class _Session:
         needs = Needs(run.config, run.state, devices, local) if self.given.model is None else None
         done = self.old.step if self.old else 0
         change = describe_change(before, self.config, done) if self.given.optimizer is None else ""
-        for note in (run.notes, _describe_cut(run), change, out_of_memory.warning(needs) if needs else ""):
+        warning = out_of_memory.warning(needs) if needs else ""
+        for note in (run.notes, describe_cut(run), describe_padding(run), change, warning):
             if note:
                 self.report(note)
         return needs
@@ -360,16 +369,6 @@ def _how_to_go_on(config: Config, old: Record) -> str:
     return (
         f"It goes on with more --training.{more}. With --optimizer.schedule.restarts {restarts} it warms up and decays anew "
         f"over the added steps{least}."
-    )
-
-
-def _describe_cut(run: Run) -> str:
-    """How many training texts are longer than a row, by up to a thousand of them; empty if none is."""
-    cut, count = run.data.count_cut(run.tokenizer, "train", at_most=1000)
-    longer = " and ".join(f"{n} of {count} {name}" for name, n in cut.items() if n)
-    return longer and (
-        f"{longer} of the training split are longer than a row ({run.config.data.sequence_length - 1} tokens) and are cut; "
-        "a longer data.sequence_length has room for more."
     )
 
 

@@ -46,7 +46,8 @@ class CudnnBackend(FusedBackend):
                 f"heads of {K} and values of {W} (one width, a multiple of 8 up to {_WIDEST_HEAD}, or {_WIDEST_ON_HOPPER} on an "
                 "H100 or later)"
             )
-        if T % 2 or S % 2:
+        # One token is what a model is initialised with, without a gradient.
+        if max(T, S) > 1 and (T % 2 or S % 2):
             return f"{T} queries and {S} keys (even numbers only: for others JAX has no gradient)"
         if mask.causal and T != S:
             return f"causal attention of {T} queries to {S} keys (as many only)"
