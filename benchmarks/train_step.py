@@ -44,8 +44,8 @@ def make_config(dtype: str, attention: str) -> Config:
 
 def measure(config: Config, steps: int) -> dict[str, float]:
     """Step time and what follows from it."""
-    steps = Steps(config, StandIn(config.model.vocab_size))
-    runner, state = steps.runner, steps.init_state()
+    made = Steps(config, StandIn(config.model.vocab_size))
+    runner, state = made.runner, made.init_state()
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), dtype=np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -63,7 +63,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
         jax.block_until_ready((state, statistics))
         times.append(time.perf_counter() - start)
     step_seconds = min(times)
-    work = steps.parts.measure_work()(batch)
+    work = made.parts.measure_work()(batch)
     return {
         "step_ms": round(1e3 * step_seconds, 1),
         "tokens_per_second": round(work.tokens / step_seconds),
