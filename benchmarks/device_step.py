@@ -11,7 +11,6 @@ are whole. Layers are not scanned and nothing is recomputed.
 """
 
 import dataclasses
-import importlib.util
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from device_report import Report, seconds_of
 
+from transformer.cli.arguments import load_config
 from transformer.config import Config
 from transformer.data.datasets import data_of
 from transformer.parts import Steps, resolve
@@ -100,11 +100,8 @@ def write_corpus(folder: pathlib.Path, shape: Shape) -> pathlib.Path:
 
 def gpt2_config(folder: pathlib.Path, *, tiny: bool, rows: int, pack: bool) -> Config:
     """The run of configs/gpt2_124m.py on the random corpus: one device, one micro-batch, layers unrolled, no recomputation."""
-    root, shape = pathlib.Path(__file__).resolve().parent.parent, TINY if tiny else GPT2
-    spec = importlib.util.spec_from_file_location("gpt2_124m", root / "configs" / "gpt2_124m.py")
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    config: Config = module.get_config("debug" if tiny else "")
+    shape, path = TINY if tiny else GPT2, pathlib.Path(__file__).resolve().parent.parent / "configs" / "gpt2_124m.py"
+    config = load_config(f"{path}:debug" if tiny else str(path))
     data = dataclasses.replace(
         config.data,
         source=(str(write_corpus(folder, shape)),),

@@ -9,10 +9,10 @@ from transformer.config import Config, DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
-from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, segment_limit, train_batches
+from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches, training_limit
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import make_pairs, packed_tokens
-from transformer.data.source import ExampleSource, Record, Source, split_text
+from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
@@ -221,21 +221,22 @@ class TextData:
             f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
             "often; set training.steps.",
         )
-        tokens = self._packed_tokens(tokenizer, self.sources[0].records("train"))[1]
-        return tokens / (self.config.batch_size * self.config.sequence_length)
+        records = self.sources[0].records("train")
+        sizes = (len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
+        length = self.config.sequence_length
+        return packed_tokens(sizes, length, self._limit(tokenizer)) / (self.config.batch_size * length)
 
     def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
-        """By the first records of the first source."""
-        records = self.sources[0].records("train")
-        text, all_tokens = self._packed_tokens(tokenizer, [records[i] for i in range(min(at_most, len(records)))])
-        return 1 - text / all_tokens if all_tokens else 0.0
+        """By the first records of the first source, no more than fill 64 rows: where rows are padded, records are short."""
+        records, length, most = self.sources[0].records("train"), self.config.sequence_length, self._limit(tokenizer)
+        sizes: list[int] = []
+        while most > 0 and len(sizes) < min(at_most, len(records)) and sum(sizes) < 64 * length:
+            sizes.append(len(make_pairs(tokenizer, records[len(sizes)]).inputs))
+        return 1 - sum(sizes) / packed_tokens(sizes, length, most) if sum(sizes) else 0.0
 
-    def _packed_tokens(self, tokenizer: Tokenizer, records: Sequence[Record]) -> tuple[int, int]:
-        """Tokens of records, and of the rows that they fill, but for the padding of the last."""
-        sizes = [len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records))]
-        joined = bool(self._changes(tokenizer).get("joined"))
-        most = segment_limit(self.config, self.continued, joined) if self.config.pack else 0
-        return sum(sizes), packed_tokens(sizes, self.config.sequence_length, most)
+    def _limit(self, tokenizer: Tokenizer) -> int:
+        """Most documents of a training row; 0 is any number."""
+        return training_limit(self.config, self.continued, bool(self._changes(tokenizer).get("joined")))
 
     def describe_scored(self, split: str, targets: int) -> str:
         """The tokens that were to be predicted."""

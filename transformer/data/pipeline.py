@@ -55,7 +55,7 @@ def train_batches(
         _check_length(config, tokenizer, source.name, of_source)
     fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
     num_streams = _num_streams(config, fewest, name, continued)
-    most = segment_limit(config, continued, joined) if config.pack else 0
+    most = training_limit(config, continued, joined)
     batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued, most)
     if convert is not None:
         batches = batches.map(convert)
@@ -228,6 +228,11 @@ def evaluation_batches(
 def segment_limit(config: DataConfig, continued: bool, joined: bool) -> int:
     """Most documents of a packed row; 0 is any number."""
     return 0 if continued or joined else config.max_segments
+
+
+def training_limit(config: DataConfig, continued: bool, joined: bool) -> int:
+    """`segment_limit` of training rows, which are packed or windows of any number of documents."""
+    return segment_limit(config, continued, joined) if config.pack else 0
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------

@@ -66,9 +66,7 @@ class Classifier(nn.Module):
         embedding = token_embedding(config, runtime, name="token_embedding")
         hidden_BTD, _ = Stack(config, runtime=runtime, name="encoder")(
             embedding(tokens_BT),
-            mask=AttentionMask(
-                query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, max_segments=self.max_segments
-            ),
+            mask=AttentionMask.packed(segment_ids_BT, max_segments=self.max_segments),
             train=train,
         )
 

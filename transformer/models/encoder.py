@@ -59,9 +59,7 @@ class Encoder(nn.Module):
         hidden_BTD, _ = self.encoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
-            mask=AttentionMask(
-                query_segment_ids=segment_ids_BT, key_segment_ids=segment_ids_BT, max_segments=self.max_segments
-            ),
+            mask=AttentionMask.packed(segment_ids_BT, max_segments=self.max_segments),
             train=train,
         )
         return hidden_BTD

@@ -104,9 +104,7 @@ class EncoderDecoder(nn.Module):
         memory_BSD, _ = self.encoder(
             embedding(source_BS),
             positions_BT=positions_BS,
-            mask=AttentionMask(
-                query_segment_ids=segment_ids_BS, key_segment_ids=segment_ids_BS, max_segments=self.max_segments
-            ),
+            mask=AttentionMask.packed(segment_ids_BS, max_segments=self.max_segments),
             train=train,
         )
         return memory_BSD

@@ -50,18 +50,32 @@ def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n
     return [row.astype(np.int32) for row in rows]
 
 
+def number_runs(ids_BT: Any, numpy: Any = jnp) -> Any:
+    """Segment ids in which padding, 0, is one more document, behind those of its row; `numpy` is the library of the array."""
+    return numpy.where(ids_BT == 0, ids_BT.max(axis=1, keepdims=True) + 1, ids_BT)
+
+
+def are_in_order(ids_BT: Any, most: int, numpy: Any = jnp) -> Any:
+    """Whether the ids of each row are as `AttentionMask.max_segments=most` promises, bool [B].
+
+    >>> are_in_order(np.array([[1, 1, 2, 0], [1, 0, 2, 2], [0, 0, 0, 0]]), 2, np).tolist()
+    [True, False, True]
+    """
+    numbers_BT = number_runs(ids_BT, numpy)
+    steps_BT = numpy.diff(numbers_BT, axis=1)
+    rises_B = ((steps_BT == 0) | (steps_BT == 1)).all(axis=1)
+    return (numbers_BT[:, 0] == 1) & rises_B & (ids_BT.max(axis=1) <= most)
+
+
 def check_segments(ids: Any, most: int, what: str) -> None:
     """Raise UserError unless the ids of each row are as `AttentionMask.max_segments` promises; unknown ones are not checked."""
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     known = np.asarray(ids)
-    numbers = np.where(known == 0, known.max(axis=1, keepdims=True) + 1, known)
-    steps = np.diff(numbers, axis=1, prepend=0)
-    wrong = (steps < 0) | (steps > 1) | (known < 0) | (known > most)
-    wrong[:, 0] |= numbers[:, 0] != 1
-    row = int(np.argmax(wrong.any(axis=1)))
+    kept = are_in_order(known, most, np)
+    row = int(np.argmin(kept))
     require(
-        not wrong.any(),
+        bool(kept.all()),
         f"Segment ids must be 1, 2, ... in order, at most {most}, with padding (0) at a row's end, as the model is promised, "
         f"{what} hold {list(dict.fromkeys(known[row].tolist()))} in row {row}; number the documents of each row anew, or promise "
         "nothing (Objective.max_segments, or data.max_segments=0 for running text).",

@@ -98,15 +98,20 @@ class AttentionMask:
 
     @classmethod
     def packed(
-        cls, segment_ids: Int[jax.Array, "B T"], *, causal: bool = False, window: int = 0, max_segments: int = 0
+        cls, segment_ids: Int[jax.Array, "B T"] | None, *, causal: bool = False, window: int = 0, max_segments: int = 0
     ) -> "AttentionMask":
-        """Self-attention within each segment of packed rows.
+        """Self-attention within each segment of packed rows; None means that each row is one.
 
         Positions are not needed: a segment is contiguous, so that indices differ by as much as positions do, and
         comparing indices lets a backend skip blocks that no row needs.
         """
-        ids, others = segment_ids, {"causal": causal, "window": window, "max_segments": max_segments}
-        return cls(query_segment_ids=ids, key_segment_ids=ids, **others)
+        return cls(
+            causal=causal,
+            window=window,
+            query_segment_ids=segment_ids,
+            key_segment_ids=segment_ids,
+            max_segments=max_segments,
+        )
 
     @property
     def compares_indices(self) -> bool:

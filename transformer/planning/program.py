@@ -340,11 +340,9 @@ def _of_operand(user: _Instruction, place: int, given: float, size: int, whole: 
         return given
     if user.opcode == "dynamic-update-slice" and place == 0:
         return 0.0 if in_place else given
-    if user.opcode == "tuple":
-        return 0.0 if in_place else float(whole)
     if user.opcode in ("broadcast", "concatenate", "pad", "dynamic-update-slice"):
         return min(given, whole)
-    # Elementwise, one for one; a reduction, its part of the whole.
+    # Elementwise and of a tuple, one for one; a reduction, its part of the whole.
     return whole * given / size if size else float(whole)
 
 

@@ -107,8 +107,8 @@ def make_run(
     check_batch(config, jax.process_count())
     objective, note = config.objective.fit(data)
     config = dataclasses.replace(config, objective=objective)
-    own = {"optimizer": given.optimizer, "model": given.model, "own_batches": given.data is not None}
-    steps = Steps(config, tokenizer, class_names=data.class_names, **own)
+    own, names = given.data is not None, data.class_names
+    steps = Steps(config, tokenizer, optimizer=given.optimizer, model=given.model, class_names=names, own_batches=own)
     if given.model is not None:
         steps.parts.trace()
     notes += [note for note in (note, steps.describe_whole()) if note]
@@ -209,12 +209,10 @@ def describe_cut(run: Run) -> str:
 
 def describe_padding(run: Run) -> str:
     """How much of packed rows is padding, by a thousand records; empty if it is little."""
-    share, data = run.data.share_of_padding(run.tokenizer, at_most=1000), run.config.data
+    share = run.data.share_of_padding(run.tokenizer, at_most=1000)
+    if share < 0.1:
+        return ""
     return (
-        ""
-        if share < 0.1
-        else (
-            f"{share:.0%} of the training rows are padding, since a row holds at most {data.max_segments} documents; a larger "
-            "data.max_segments packs more (0: any number, for which attention on a GPU has no fused kernel)."
-        )
+        f"{share:.0%} of the training rows are padding, since a row holds at most {run.config.data.max_segments} documents; a "
+        "larger data.max_segments packs more (0: any number, for which attention on a GPU has no fused kernel)."
     )

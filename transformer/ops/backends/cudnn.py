@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from transformer.model_kinds import BACKENDS, AttentionCall
 from transformer.ops.backends import cudnn_packed
 from transformer.ops.backends.cudnn_packed import HOPPER, find_runs, find_target, packed_attention, traced_for
 from transformer.ops.backends.fused import FusedBackend, by_platform
+from transformer.ops.ids import are_in_order
 from transformer.ops.masks import AttentionMask
 
 # JAX looks for cuDNN while tracing, wherever the program will run.
@@ -121,7 +122,7 @@ def cudnn_attention(
     else:
         lengths_B = None if key_ids is None else jnp.sum(key_ids != 0, axis=1, dtype=jnp.int32)
         out_BTHK = _attend_up_to(lengths_B, *arrays, mask=mask, scale=scale)
-        kept_B = functools.reduce(operator.and_, (_is_one_document(x) for x in (query_ids, key_ids) if x is not None))
+        kept_B = functools.reduce(operator.and_, (are_in_order(x, 1) for x in (query_ids, key_ids) if x is not None))
     if query_ids is not None:
         out_BTHK = jnp.where((query_ids != 0)[:, :, None, None], out_BTHK, 0)
     return jnp.where(kept_B[:, None, None, None], out_BTHK, jnp.nan)
@@ -141,9 +142,3 @@ def _attend_up_to(lengths_B: Any, *arrays: jax.Array, mask: AttentionMask, scale
         implementation="cudnn",
     )
     return out_BTHK if lengths_B is None else jnp.where((lengths_B > 0)[:, None, None, None], out_BTHK, 0)
-
-
-def _is_one_document(ids: jax.Array) -> Bool[jax.Array, " B"]:
-    """Whether the ids of each row are ones, and zeros behind them."""
-    falls_B = jnp.all(ids[:, 1:] <= ids[:, :-1], axis=1)
-    return falls_B & jnp.all((ids == 0) | (ids == 1), axis=1)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from transformer.ops.ids import are_in_order, number_runs
+
 try:
     from jax._src.cudnn import fused_attention_stablehlo as private
 except ImportError:  # of another JAX; `unavailable` says so
@@ -94,18 +96,15 @@ def find_runs(ids_BT: Int[jax.Array, "B T"], most: int) -> Runs:
     >>> runs.starts_BM.tolist(), runs.lengths_BM.tolist(), runs.kept_B.tolist()
     ([[0, 2, 3, -1]], [[2, 1, 2, -1]], [True])
     """
-    documents_B1 = jnp.max(ids_BT, axis=1, keepdims=True)
-    numbers_BT = jnp.where(ids_BT == 0, documents_B1 + 1, ids_BT)
+    numbers_BT = number_runs(ids_BT)
     numbers_M = jnp.arange(1, most + 2, dtype=ids_BT.dtype)
     lengths_BM = jnp.sum(numbers_BT[:, :, None] == numbers_M[None, None], axis=1, dtype=jnp.int32)
     starts_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32) - lengths_BM
-    steps_BT = jnp.diff(numbers_BT, axis=1)
-    in_order_B = (numbers_BT[:, 0] == 1) & jnp.all((steps_BT == 0) | (steps_BT == 1), axis=1)
     there_BM = lengths_BM > 0
     return Runs(
         jnp.where(there_BM, starts_BM, -1),
         jnp.where(there_BM, lengths_BM, -1),
-        in_order_B & (documents_B1[:, 0] <= most),
+        are_in_order(ids_BT, most),
     )
 
 
