@@ -197,6 +197,10 @@ class TrainingConfig(Settings):
 OF_SOME = (
     "model.memory_length",
     "model.pooling",
+    "model.pooler",
+    "model.token_types",
+    "model.masked_head",
+    "model.head_bias",
     "data.weights",
     "data.separator",
     "data.text_key",

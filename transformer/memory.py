@@ -42,6 +42,7 @@ def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
     """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
     D = config.embed_dim
     count = stacks * config.positions.num_parameters(config)
+    count += (config.token_types + D * (config.masked_head + config.pooler)) * D
     for block, times in config.block_counts.items():
         attention, network = block.attention, block.feed_forward
         head_dim = attention.head_dim or D // attention.num_heads
@@ -198,7 +199,7 @@ def _amount(size: int) -> str:
 
 def _dimensions(config: ModelConfig) -> str:
     """The numbers that a model's size comes from, as the config has them."""
-    names = ("vocab_size", "max_length", "num_layers", "embed_dim")
+    names = ("vocab_size", "max_length", "num_layers", "embed_dim", "token_types")
     named = {name: getattr(config, name) for name in names}
     for section, name in (
         *(("attention", name) for name in ("num_heads", "head_dim")),

@@ -22,9 +22,15 @@ class AttentionConfig(Settings):
     head_dim: int = 0
     """Width of a head; 0 means embed_dim / num_heads."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head (Henry et al. 2020)."""
+    """RMS-normalise queries and keys (Henry et al. 2020), with the epsilon and the unit offset of the block's norm."""
+    qk_norm_scope: Literal["head", "all"] = "head"
+    """What QK-norm normalises: each head, or all heads of a token together (OLMo 2)."""
+    query_scale: float = 0.0
+    """Multiplies logits; 0 means 1 / sqrt(head_dim)."""
     use_bias: bool = False
     """Add a bias to the four projections."""
+    out_bias: bool = True
+    """Where use_bias: of the output projection too (Qwen 2: not)."""
     window: int = 0
     """Attend to tokens fewer than this many positions away; 0 means all."""
     pattern: Pattern = dataclasses.field(default_factory=PATTERNS.default)
@@ -39,13 +45,18 @@ class AttentionConfig(Settings):
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_heads")
-        require_at_least(self, 0, "num_kv_heads", "head_dim", "window", "logits_soft_cap")
+        require_at_least(self, 0, "num_kv_heads", "head_dim", "query_scale", "window", "logits_soft_cap")
         require_range(self, 0, 1, "dropout")
         BACKENDS.find(self.implementation)
         require(
             self.num_heads % self.kv_heads == 0,
             f"AttentionConfig.num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}.",
         )
+
+    def unused(self) -> Mapping[str, str]:
+        """What is of QK-norm and of biases, where there are none."""
+        found = {} if self.qk_norm else {"qk_norm_scope": "normalised queries and keys (qk_norm)"}
+        return found if self.use_bias else found | {"out_bias": "projections with biases (use_bias)"}
 
     @property
     def kv_heads(self) -> int:
@@ -78,6 +89,8 @@ class FeedForwardConfig(Settings):
     """Networks of a mixture of experts (Shazeer et al. 2017), of which a router chooses for each token; 0 means one, without."""
     experts_per_token: int = 2
     """Experts that a token goes to: 2 as Mixtral does (Jiang et al. 2024), 1 as the Switch Transformer (Fedus et al. 2022)."""
+    normalize_experts: bool = True
+    """Weights of a token's experts sum to one (Mixtral); off: they stay shares of the softmax over all experts (OLMoE)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "hidden_dim", "num_experts")
@@ -107,8 +120,32 @@ class BlockConfig(Settings):
     """The feed-forward network, or the experts."""
     norm: Norm = dataclasses.field(default_factory=NORMS.default)
     """The normalisation of both sub-layers."""
+    attention_norm: bool = True
+    """Normalise what attention reads (ModernBERT's first block: not)."""
+    parallel: bool = False
+    """Attention and the feed-forward network both read the block's input (GPT-NeoX), not one after the other."""
     own_positions: Positions = dataclasses.field(default_factory=lambda: POSITIONS.find("inherit")())
     """Positions of this block's self-attention, if not the model's."""
+
+    def __post_init__(self) -> None:
+        placement = self.norm.placement
+        require(
+            placement == "pre" or not self.parallel,
+            f"BlockConfig.parallel=True is for norm.placement=pre, got {placement}; change one of them.",
+        )
+        require(
+            self.norm.before or self.attention_norm,
+            f"BlockConfig.attention_norm=False is for norm.placement=pre or sandwich, got {placement}; leave it out.",
+        )
+
+    def unused(self) -> Mapping[str, str]:
+        """What is of norms before a sub-layer."""
+        found = {} if self.norm.before else {"attention_norm": "norms before sub-layers (norm.placement)"}
+        return (
+            found
+            if self.norm.placement == "pre"
+            else found | {"parallel": "norms before sub-layers only (norm.placement)"}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +176,20 @@ class ModelConfig(Settings):
     """Use the embedding matrix as output projection too."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
+    embedding_norm: bool = False
+    """Normalise embeddings, with those of positions added, before the first block (BERT)."""
+    token_types: int = 0
+    """Encoder: entries of a table of token types, added to the embeddings (BERT: 2); 0 means none."""
+    masked_head: bool = False
+    """Encoder: a dense layer, the activation of the feed-forward network and a norm before the output projection (BERT)."""
+    head_bias: bool = True
+    """Where masked_head: a bias in its dense layer (ModernBERT: none)."""
+    pooler: bool = False
+    """Classifier: a dense layer and tanh on the vector of a text (BERT)."""
+    output_bias: bool = False
+    """Add a bias to the output logits, one number for each token of the vocabulary."""
+    logits_scale: float = 1.0
+    """Multiplies hidden states before the output projection (T5 with tied embeddings: embed_dim ** -0.5)."""
     logits_soft_cap: float = 0.0
     """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
@@ -156,7 +207,10 @@ class ModelConfig(Settings):
     products that are kept moved to the memory of the host (offload)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "vocab_size", "max_length", "memory_length")
+        require_at_least(self, 0, "vocab_size", "max_length", "memory_length", "token_types")
+        require(
+            self.logits_scale != 0, "ModelConfig.logits_scale must not be 0: all logits would be the same; 1 is none."
+        )
         require_at_least(self, 0, "logits_soft_cap", "init_std")
         require_at_least(self, 1, "num_layers", "embed_dim")
         require_range(self, 0, 1, "dropout")
@@ -189,17 +243,19 @@ class ModelConfig(Settings):
             block.attention.resolved_head_dim(self.embed_dim)
 
     def unused(self) -> Mapping[str, str]:
-        """What is of experts, where there are none, and of one network, where there are."""
+        """What is of experts, where there are none, of one network, where there are, and of a head that is not there."""
         named = [
             *(("first", i, b) for i, b in enumerate(self.first)),
             *(("pattern", i, b) for i, b in enumerate(self.pattern)),
         ]
         mixtures = self.has_experts
-        return {
+        of_head = {} if self.masked_head else {"head_bias": "models with a head of their own (masked_head)"}
+        return of_head | {
             f"{name}.{i}.feed_forward.{setting}": purpose
             for name, i, block in named
             for setting, purpose, here in (
                 ("experts_per_token", "models with experts (num_experts)", not mixtures),
+                ("normalize_experts", "models with experts (num_experts)", not mixtures),
                 ("use_bias", "networks without experts", block.feed_forward.num_experts > 0),
             )
             if here

@@ -141,13 +141,19 @@ class Norm(Kind):
 
     family = NORMS
 
-    placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Before each sub-layer, after the residual sum, or before and after the sub-layer."""
+    placement: Literal["pre", "post", "sandwich", "output"] = "pre"
+    """Before each sub-layer; after the residual sum (post); before and after the sub-layer (sandwich); or of its output only,
+    before the residual sum (output: OLMo 2)."""
     epsilon: float = 1e-5
     """Added to the variance."""
 
     def __post_init__(self) -> None:
         require(self.epsilon > 0, f"Norm.epsilon must be positive, got {self.epsilon}.")
+
+    @property
+    def before(self) -> bool:
+        """Whether it normalises what a sub-layer reads."""
+        return self.placement in ("pre", "sandwich")
 
     def normalize(self, x: Array, vector: Callable[[str, float], Array]) -> Array:
         """Normalise float32 vectors over the last axis; `vector(name, fill)` makes a parameter that broadcasts to them."""

@@ -11,6 +11,7 @@ from transformer.layers.runtime import Runtime
 from transformer.model_config import AttentionConfig
 from transformer.model_kinds import POSITIONS
 from transformer.ops.masks import AttentionMask
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.positions.rotary import RotaryPositions
 from transformer.parallel.mesh import make_mesh
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 CAUSAL = AttentionMask(causal=True)
 
 
-def per_head(params, inputs, memory, visible, config, head_dim):
+def per_head(params, inputs, memory, visible, config, head_dim, norm):
     """Vaswani et al. 2017, section 3.2.2, written as a loop over heads in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     inputs, memory = np.asarray(inputs, np.float64), np.asarray(memory, np.float64)
@@ -26,16 +27,24 @@ def per_head(params, inputs, memory, visible, config, head_dim):
     def project(role, x, head):
         projected = x @ params[role]["kernel"][:, head] + params[role].get("bias", np.zeros((9, 1)))[head]
         if config.qk_norm and role != "value":
-            projected /= np.sqrt((projected**2).mean(axis=-1, keepdims=True) + 1e-5)
-            projected *= params[f"{role}_norm"]["scale"]
+            projected /= np.sqrt((of_norm(role, x, projected) ** 2).mean(axis=-1, keepdims=True) + norm.epsilon)
+            scale = params[f"{role}_norm"]["scale"]
+            projected *= norm.unit_offset + (scale[head] if config.qk_norm_scope == "all" else scale)
         return projected
+
+    def of_norm(role, x, projected):
+        """What is normalised together: a head, or all of them."""
+        if config.qk_norm_scope == "head":
+            return projected
+        all_heads = np.einsum("btd,dhk->bthk", x, params[role]["kernel"]) + params[role].get("bias", 0)
+        return all_heads.reshape(*x.shape[:2], -1)
 
     out = np.zeros_like(inputs) + params["out"].get("bias", 0)
     for head in range(config.num_heads):
         shared = head * config.kv_heads // config.num_heads
         query = project("query", inputs, head)
         key, value = project("key", memory, shared), project("value", memory, shared)
-        logits = np.einsum("btk,bsk->bts", query, key) / np.sqrt(head_dim)
+        logits = np.einsum("btk,bsk->bts", query, key) * (config.query_scale or 1 / np.sqrt(head_dim))
         if config.logits_soft_cap:
             logits = config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
         weights = np.where(visible, np.exp(logits), 0)
@@ -51,20 +60,39 @@ def per_head(params, inputs, memory, visible, config, head_dim):
         AttentionConfig(num_heads=4, num_kv_heads=2, use_bias=True, qk_norm=True),
         AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=3, logits_soft_cap=1.5),
         AttentionConfig(num_heads=2, implementation="blockwise", use_bias=True),
+        AttentionConfig(num_heads=4, num_kv_heads=2, use_bias=True, out_bias=False, query_scale=0.9),
+        AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, qk_norm_scope="all", use_bias=True),
+        AttentionConfig(num_heads=4, query_scale=0.3, implementation="blockwise", qk_norm=True),
     ],
-    ids=["plain", "grouped_bias_norm", "one_kv_head_cap", "blockwise"],
+    ids=[
+        "plain",
+        "grouped_bias_norm",
+        "one_kv_head_cap",
+        "blockwise",
+        "scale_no_out_bias",
+        "norm_of_all",
+        "blockwise_scale",
+    ],
 )
 @pytest.mark.parametrize("cross", [False, True])
 def test_multi_head_is_a_loop_over_heads(small, config, cross):
-    layer, inputs = Attention(config), small.normal(2, 5, 8)
+    norm = RMSNorm(epsilon=0.3, unit_offset=config.query_scale > 0)
+    layer, inputs = Attention(config, norm=norm), small.normal(2, 5, 8)
     memory = small.normal(2, 7, 6, seed=1) if cross else None
     params = small.random_params(layer, inputs, memory_BSD=memory)
-    assert all(("bias" in params[role]) == config.use_bias for role in ("query", "key", "value", "out"))
+    assert all(("bias" in params[role]) == config.use_bias for role in ("query", "key", "value"))
+    assert ("bias" in params["out"]) == (config.use_bias and config.out_bias)
     mask = AttentionMask() if cross else CAUSAL
     visible = np.ones((5, 7), bool) if cross else np.tri(5, dtype=bool)
     out = small.apply(layer, params, inputs, memory_BSD=memory, mask=mask)
     expected = per_head(
-        params, inputs, inputs if memory is None else memory, visible, config, config.head_dim or 8 // config.num_heads
+        params,
+        inputs,
+        inputs if memory is None else memory,
+        visible,
+        config,
+        config.head_dim or 8 // config.num_heads,
+        norm,
     )
     np.testing.assert_allclose(out, expected, atol=2e-5)
 

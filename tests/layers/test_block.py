@@ -12,14 +12,16 @@ from transformer.layers.norm import Normalize
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig
 from transformer.model_kinds import NORMS
 from transformer.ops.masks import AttentionMask
+from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.ops.positions.rotary import RotaryPositions
+from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 CAUSAL = AttentionMask(causal=True)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "output"])
 @pytest.mark.parametrize("cross", [False, True])
 def test_block_is_its_formula(small, kind, placement, cross):
     config = BlockConfig(attention=AttentionConfig(num_heads=2, window=3), norm=NORMS.find(kind)(placement))
@@ -47,13 +49,15 @@ def test_block_is_its_formula(small, kind, placement, cross):
                 x = x + f(role, n(f"pre_{role}_norm", x))
             elif placement == "post":
                 x = n(f"post_{role}_norm", x + f(role, x))
+            elif placement == "output":
+                x = x + n(f"post_{role}_norm", f(role, x))
             else:
                 x = x + n(f"post_{role}_norm", f(role, n(f"pre_{role}_norm", x)))
         return x
 
     np.testing.assert_allclose(small.apply(block, params, inputs, **arguments), formula(inputs), atol=2e-5)
     roles = ["attention", "feed_forward"] + ["cross_attention"] * cross
-    sides = {"pre": ["pre"], "post": ["post"], "sandwich": ["pre", "post"]}[placement]
+    sides = {"pre": ["pre"], "post": ["post"], "sandwich": ["pre", "post"], "output": ["post"]}[placement]
     assert sorted(params) == sorted(roles + [f"{side}_{role}_norm" for side in sides for role in roles])
 
 
@@ -70,3 +74,34 @@ def test_dropout_is_on_what_sub_layers_add(small):
     added = small.apply(block, params, inputs, train=True, rngs={"dropout": jax.random.key(0)}) - inputs
     np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2])
     np.testing.assert_allclose(small.apply(block, params, inputs) - inputs, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_parallel_sub_layers_and_a_block_without_its_first_norm(small, normed, parallel):
+    config = BlockConfig(AttentionConfig(num_heads=2), attention_norm=normed, parallel=parallel)
+    block, x = Block(config), small.normal(2, 5, 8)
+    params = small.random_params(block, x, mask=CAUSAL)
+
+    def n(name, x):
+        return Normalize(config.norm).apply({"params": params[name]}, x)
+
+    attended = Attention(config.attention).apply(
+        {"params": params["attention"]}, n("pre_attention_norm", x) if normed else x, mask=CAUSAL
+    )
+    read = x if parallel else x + attended
+    network = FeedForward(config.feed_forward).apply(
+        {"params": params["feed_forward"]}, n("pre_feed_forward_norm", read)
+    )
+    np.testing.assert_allclose(small.apply(block, params, x, mask=CAUSAL), x + attended + network, atol=2e-5)
+    assert ("pre_attention_norm" in params) == normed
+
+
+def test_what_a_block_refuses(small):
+    with pytest.raises(UserError, match=r"parallel=True is for norm.placement=pre, got sandwich"):
+        BlockConfig(norm=RMSNorm(placement="sandwich"), parallel=True)
+    with pytest.raises(UserError, match=r"attention_norm=False is for norm.placement=pre or sandwich, got output"):
+        BlockConfig(norm=RMSNorm(placement="output"), attention_norm=False)
+    block = Block(BlockConfig(AttentionConfig(num_heads=2), parallel=True), cross_attention=True)
+    with pytest.raises(UserError, match="parallel=True is for blocks without cross-attention"):
+        block.init(jax.random.key(0), small.normal(2, 5, 8), memory_BSD=small.normal(2, 5, 8))

@@ -53,6 +53,19 @@ def test_position_vectors(small, kind):
     np.testing.assert_allclose(small.apply(layer, params, inputs, positions), inputs + added, atol=1e-6)
 
 
+def test_rows_before_position_0(small):
+    """RoBERTa's table: position p has row p + 2, and those before it are of no position."""
+    plain, offset = (PositionEmbedding(LearnedPositions(rows), max_length=6) for rows in (0, 2))
+    inputs, positions = small.normal(2, 3, 8), jnp.array([[0, 5, 2]])
+    params = small.random_params(offset, inputs, positions)
+    assert params["embedding"].shape == (8, 8)
+    expected = small.apply(plain, {"embedding": params["embedding"][2:]}, inputs, positions)
+    np.testing.assert_array_equal(small.apply(offset, params, inputs, positions), expected)
+    np.testing.assert_allclose(expected[0, 0], inputs[0, 0] + params["embedding"][2], rtol=1e-6)
+    beyond = small.apply(offset, params, inputs, jnp.array([[-1, 6, 0]]))
+    assert np.isnan(beyond[:, :2]).all() and np.isfinite(beyond[:, 2]).all()
+
+
 def test_learned_positions_end(small):
     inputs = small.normal(1, 3, 4)
     layer = PositionEmbedding(LearnedPositions(), max_length=2)

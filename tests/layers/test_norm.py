@@ -1,5 +1,6 @@
 """Norms against their formulas in float64, and their float32 statistics."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def rms_norm(x, scale, bias, epsilon):
         (LayerNorm(epsilon=0.1), layer_norm, ["scale"]),
         (LayerNorm(use_bias=True), layer_norm, ["bias", "scale"]),
         (RMSNorm(epsilon=0.1), rms_norm, ["scale"]),
+        (RMSNorm(unit_offset=True), lambda x, scale, bias, epsilon: rms_norm(x, 1 + scale, bias, epsilon), ["scale"]),
     ],
 )
 def test_norm_is_its_formula(small, config, formula, names, dtype):
@@ -52,3 +54,20 @@ def test_statistics_are_float32(small):
     layer = Normalize(RMSNorm(), runtime=Runtime(dtype=jnp.float16))
     out = small.apply(layer, {"scale": jnp.ones(64)}, large)
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0)
+
+
+def test_the_offset_is_added_in_float32(small):
+    """1 + 2^-10 is 1 in bfloat16, which has 8 bits."""
+    layer = Normalize(RMSNorm(unit_offset=True), runtime=Runtime(param_dtype=jnp.bfloat16))
+    out = small.apply(layer, {"scale": jnp.full(4, 2.0**-10, jnp.bfloat16)}, jnp.ones((1, 4)))
+    np.testing.assert_allclose(out, (1 + 2.0**-10) / np.sqrt(1 + 1e-5), rtol=1e-6)
+    np.testing.assert_array_equal(layer.init(jax.random.key(0), jnp.ones((1, 4)))["params"]["scale"], 0)
+
+
+def test_several_axes_are_normalised_together(small):
+    inputs, layer = small.normal(2, 3, 4, 5), Normalize(RMSNorm(), axes=("heads", "head_dim"))
+    params = small.random_params(layer, inputs)
+    x = np.asarray(inputs, np.float64)
+    expected = x / np.sqrt((x**2).mean(axis=(-2, -1), keepdims=True) + 1e-5) * np.asarray(params["scale"], np.float64)
+    assert params["scale"].shape == (4, 5)
+    np.testing.assert_allclose(small.apply(layer, params, inputs), expected, atol=2e-5)

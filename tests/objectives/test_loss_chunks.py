@@ -37,9 +37,12 @@ def pairs():
     return PairBatch(plain.targets, plain.segment_ids, *plain[:4])
 
 
-def make(kind, tie, config):
+def make(kind, tie, config, ends=False):
     """Objective, parameters and batch."""
     model_config = dataclasses.replace(MODEL, tie_embeddings=tie)
+    if ends:
+        own = {"masked_head": True} if kind == "masked_lm" else {}
+        model_config = dataclasses.replace(model_config, output_bias=True, logits_scale=0.5, **own)
     match kind:
         case "next_token":
             model = Decoder(model_config)
@@ -58,10 +61,10 @@ def make(kind, tie, config):
     return objective, params, pairs() if kind == "seq2seq" else batch()
 
 
-def graded(kind, tie, chunks):
+def graded(kind, tie, chunks, ends=False):
     rates = {"mask_rate": 0.7} if kind == "masked_lm" else {}
     config = OBJECTIVES.find(kind)(loss_chunks=chunks, label_smoothing=0.1, z_loss=1e-2, **rates)
-    objective, params, data = make(kind, tie, config)
+    objective, params, data = make(kind, tie, config, ends)
 
     @jax.jit
     def run(params, data):
@@ -84,9 +87,10 @@ def graded(kind, tie, chunks):
         ("seq2seq", True, 4),
     ],
 )
-def test_chunks_change_nothing(kind, tie, chunks):
-    (loss, statistics), gradients = graded(kind, tie, chunks)
-    (expected, expected_statistics), expected_gradients = graded(kind, tie, 1)
+@pytest.mark.parametrize("ends", [False, True], ids=["plain", "a head and a bias"])
+def test_chunks_change_nothing(kind, tie, chunks, ends):
+    (loss, statistics), gradients = graded(kind, tie, chunks, ends)
+    (expected, expected_statistics), expected_gradients = graded(kind, tie, 1, ends)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert statistics.keys() == expected_statistics.keys()
     for name, value in expected_statistics.items():

@@ -65,6 +65,8 @@ def test_routing_by_hand():
     experts, weights = route(jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]])), 2)
     assert experts.tolist() == [[0, 2], [1, 0]]
     np.testing.assert_allclose(weights, [[5 / 9, 4 / 9], [7 / 9, 2 / 9]], rtol=1e-6)
+    _, shares = route(jnp.log(jnp.array([[0.5, 0.1, 0.4], [0.2, 0.7, 0.1]])), 2, normalize=False)
+    np.testing.assert_allclose(shares, [[0.5, 0.4], [0.7, 0.2]], rtol=1e-6)
     # One expert keeps its probability, by which the router learns.
     np.testing.assert_allclose(route(jnp.log(jnp.array([[0.5, 0.1, 0.4]])), 1)[1], [[0.5]], rtol=1e-6)
 

@@ -52,25 +52,46 @@ EXPERT_FACTORS = [factors for factors in FACTORS if factors[2] == 1]
 EXPERT_CASES = [("expert", EXPERT_FACTORS[0]), ("expert_tensor", EXPERT_FACTORS[3]), ("expert_fsdp", EXPERT_FACTORS[1])]
 
 
-@functools.cache
-def make_model(scan_layers, remat, num_experts=0):
-    block = BlockConfig(
-        AttentionConfig(num_heads=4, num_kv_heads=2, window=11),
-        FeedForwardConfig(hidden_dim=16, gated=True, num_experts=num_experts),
-        RMSNorm(),
-    )
-    config = ModelConfig(
+def tiny_config(block, scan_layers, remat, **others):
+    return ModelConfig(
         vocab_size=V,
         max_length=T,
         num_layers=2,
         embed_dim=16,
         pattern=(block,),
-        tie_embeddings=False,
         init_std=0.15,
         scan_layers=scan_layers,
         remat=remat,
+        **others,
     )
-    return Decoder(config, runtime=Runtime(sharding=RULES))
+
+
+@functools.cache
+def make_model(scan_layers, remat, num_experts=0, fields=False):
+    """A decoder; with `fields`, one that has what pretrained families add."""
+    if fields:
+        block = BlockConfig(
+            AttentionConfig(
+                num_heads=4,
+                num_kv_heads=2,
+                qk_norm=True,
+                qk_norm_scope="all",
+                query_scale=0.7,
+                use_bias=True,
+                out_bias=False,
+            ),
+            FeedForwardConfig(hidden_dim=16, gated=True),
+            RMSNorm(unit_offset=True),
+            parallel=True,
+        )
+        around = {"embedding_norm": True, "output_bias": True, "logits_scale": 0.5}
+        return Decoder(tiny_config(block, scan_layers, remat, tie_embeddings=True, **around), Runtime(sharding=RULES))
+    block = BlockConfig(
+        AttentionConfig(num_heads=4, num_kv_heads=2, window=11),
+        FeedForwardConfig(hidden_dim=16, gated=True, num_experts=num_experts),
+        RMSNorm(),
+    )
+    return Decoder(tiny_config(block, scan_layers, remat, tie_embeddings=False), runtime=Runtime(sharding=RULES))
 
 
 def make_batch(seed):
@@ -90,10 +111,10 @@ def make_batch(seed):
     )
 
 
-def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0):
+def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0, fields=False):
     """The runner and what makes its state; the momentum of nothing but the last gradient keeps that in the state."""
-    model = make_model(scan_layers, remat, num_experts)
-    looped, _ = init_params(make_model(False, "none", num_experts), jax.random.key(0))
+    model = make_model(scan_layers, remat, num_experts, fields)
+    looped, _ = init_params(make_model(False, "none", num_experts, fields), jax.random.key(0))
     _, axes = init_params(model, None)
     optimizer = optax.sgd(0.1, momentum=1e-30)
     objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
@@ -118,9 +139,9 @@ def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num
 
 
 @functools.cache
-def trained(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0):
+def trained(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0, fields=False):
     """Losses of three steps, and the state after them as that of a loop."""
-    runner, init_state, _, _ = make_runner(layout, scan_layers, remat, accumulate_steps, num_experts)
+    runner, init_state, _, _ = make_runner(layout, scan_layers, remat, accumulate_steps, num_experts, fields)
     state, losses = init_state(), []
     for seed in range(3):
         state, statistics = runner.step(state, runner.place_batch(make_batch(seed)))
@@ -140,9 +161,9 @@ def assert_equal(found, expected, tolerance=1e-5):
     jax.tree_util.tree_map_with_path(compare, found, expected)
 
 
-def check(layout, factors, num_experts=0):
-    losses, state = trained(layout, *factors, num_experts)
-    expected_losses, expected_state = trained("single", num_experts=num_experts)
+def check(layout, factors, num_experts=0, fields=False):
+    losses, state = trained(layout, *factors, num_experts, fields)
+    expected_losses, expected_state = trained("single", num_experts=num_experts, fields=fields)
     assert_equal(losses, expected_losses)
     assert_equal(state.params, expected_state.params)
     assert_equal(state.ema_params, expected_state.ema_params)
@@ -153,6 +174,11 @@ def check(layout, factors, num_experts=0):
 @pytest.mark.parametrize(("layout", "factors"), PAIRWISE, ids=str)
 def test_equals_one_device(layout, factors):
     check(layout, factors)
+
+
+@pytest.mark.parametrize("layout", ["fsdp_tensor", "data_context"])
+def test_fields_of_pretrained_families_equal_those_of_one_device(layout):
+    check(layout, (layout == "fsdp_tensor", "none", 1), fields=True)
 
 
 @pytest.mark.parametrize(("layout", "factors"), EXPERT_CASES, ids=str)

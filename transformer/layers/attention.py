@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from transformer.kinds import switch
 from transformer.layers.cache import NO_CACHE, Cache
 from transformer.layers.linear import Linear
 from transformer.layers.norm import Normalize
@@ -31,7 +32,7 @@ class Attention(nn.Module):
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
         positions: rotary, alibi, t5 and transformer_xl act here, other kinds on the embeddings.
-        norm_epsilon: added to the mean square in QK-norm, the epsilon of the block's norm.
+        norm: the block's norm, whose epsilon and unit offset QK-norm has too.
         runtime: types, initialisation, the product and sharding.
 
     Example:
@@ -45,7 +46,7 @@ class Attention(nn.Module):
 
     config: AttentionConfig
     positions: Positions = NoPositions()
-    norm_epsilon: float = Norm.epsilon
+    norm: Norm = RMSNorm()
     runtime: Runtime = Runtime()
 
     @nn.compact
@@ -111,8 +112,9 @@ class Attention(nn.Module):
             name=role,
         )(inputs)
         if self.config.qk_norm and normalize:
-            norm = RMSNorm(epsilon=self.norm_epsilon)
-            projected = Normalize(norm, axis="head_dim", runtime=self.runtime, name=f"{role}_norm")(projected)
+            axes = (heads_axis, "head_dim") if self.config.qk_norm_scope == "all" else ("head_dim",)
+            norm: Any = switch(self.norm, RMSNorm.kind)
+            projected = Normalize(norm, axes=axes, runtime=self.runtime, name=f"{role}_norm")(projected)
         return self.runtime.constrain(projected, "batch", "length", heads_axis, None)
 
     def _rotate(self, query_BTHK: Array, key_BSGK: Any, state: Cache, positions_BT: Any) -> tuple[Array, Any]:
@@ -156,11 +158,11 @@ class Attention(nn.Module):
     def _attend(
         self, query: Array, key: Array, value_BSGK: Array, mask: AttentionMask, bias: Any, backend: str, train: bool
     ) -> Array:
-        """Means of values [B, T, H, K]; queries and keys may be wider, the scale stays that of the heads."""
+        """Means of values [B, T, H, K]; queries and keys may be wider, the scale stays the config's or that of the heads."""
         request: dict[str, Any] = {
             "mask": mask,
             "bias": bias,
-            "scale": 1 / math.sqrt(value_BSGK.shape[-1]),
+            "scale": self.config.query_scale or 1 / math.sqrt(value_BSGK.shape[-1]),
             "logits_soft_cap": self.config.logits_soft_cap,
         }
         if self.is_mutable_collection("attention") and not self.is_initializing():
@@ -179,9 +181,13 @@ class Attention(nn.Module):
 
     def _merge(self, out_BTHK: Array, embed_dim: int) -> Array:
         """The heads as one vector of the stream."""
-        axes, scale = ("heads", "head_dim", "embed"), self.runtime.residual_init_scale
         out = Linear(
-            (embed_dim,), axes, use_bias=self.config.use_bias, init_scale=scale, runtime=self.runtime, name="out"
+            (embed_dim,),
+            ("heads", "head_dim", "embed"),
+            use_bias=self.config.use_bias and self.config.out_bias,
+            init_scale=self.runtime.residual_init_scale,
+            runtime=self.runtime,
+            name="out",
         )
         return out(out_BTHK)
 

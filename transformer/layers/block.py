@@ -18,6 +18,7 @@ from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.dense import DensePattern
 from transformer.ops.positions.none import NoPositions
+from transformer.validation import require
 
 
 class BlockCache(NamedTuple):
@@ -39,6 +40,9 @@ class Block(nn.Module):
         pre        x + f(n(x))
         post       n(x + f(x))
         sandwich   x + n(f(n(x)))
+        output     x + n(f(x))
+
+    With `config.parallel`, attention and feed-forward network read the same `x`: x + a(n(x)) + f(n'(x)).
 
     Attributes:
         config: attention, feed-forward network and norms.
@@ -87,6 +91,10 @@ class Block(nn.Module):
             cache: what earlier calls left.
             train: apply dropout, with the `dropout` key.
         """
+        require(
+            not (self.config.parallel and self.cross_attention),
+            "BlockConfig.parallel=True is for blocks without cross-attention, got a block that has it; leave it out.",
+        )
         kept = BlockCache(NO_CACHE) if cache is None else cache
         positions = self.config.own_positions.within(self.positions)
         attention = self._attention("attention", self.config.attention, positions)
@@ -111,15 +119,15 @@ class Block(nn.Module):
             kept = kept._replace(cross_attention=state)
             x_BTD = self._after("cross_attention", x_BTD, update, train)
 
-        update = self._feed_forward(self._before("feed_forward", x_BTD), mask)
+        read_BTD = inputs_BTD if self.config.parallel else x_BTD
+        update = self._feed_forward(self._before("feed_forward", read_BTD), mask)
         x_BTD = self._after("feed_forward", x_BTD, update, train)
         if self.is_mutable_collection("stream") and not self.is_initializing():
             self.sow("stream", "output", x_BTD)
         return x_BTD if cache is None else (x_BTD, kept)
 
     def _attention(self, name: str, config: AttentionConfig, positions: Positions) -> Attention:
-        epsilon = self.config.norm.epsilon
-        return Attention(config, positions=positions, norm_epsilon=epsilon, runtime=self.runtime, name=name)
+        return Attention(config, positions=positions, norm=self.config.norm, runtime=self.runtime, name=name)
 
     def _feed_forward(self, normed_BTD: Array, mask: AttentionMask) -> Array:
         """The update of the network, or of the experts, to which padding does not go."""
@@ -130,12 +138,13 @@ class Block(nn.Module):
 
     def _before(self, role: str, x_BTD: Array) -> Array:
         """What a sub-layer reads of the stream."""
-        return x_BTD if self.config.norm.placement == "post" else self._norm(f"pre_{role}_norm", x_BTD)
+        normed = self.config.norm.before and (role != "attention" or self.config.attention_norm)
+        return self._norm(f"pre_{role}_norm", x_BTD) if normed else x_BTD
 
     def _after(self, role: str, x_BTD: Array, update_BTD: Array, train: bool) -> Array:
         """The stream with a sub-layer's output added."""
         placement = self.config.norm.placement
-        if placement == "sandwich":
+        if placement in ("sandwich", "output"):
             update_BTD = self._norm(f"post_{role}_norm", update_BTD)
         x_BTD = x_BTD + nn.Dropout(self.dropout)(update_BTD, deterministic=not train)
         return self._norm(f"post_{role}_norm", x_BTD) if placement == "post" else x_BTD

@@ -20,17 +20,19 @@ class Embed(nn.Module):
         num_embeddings: rows of the table.
         embed_dim: their width.
         scale: multiply what is looked up by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4).
+        axis: logical name of the rows.
         runtime: types, initialisation and the product.
     """
 
     num_embeddings: int
     embed_dim: int
     scale: bool = False
+    axis: str | None = "vocab"
     runtime: Runtime = Runtime()
 
     def setup(self) -> None:
         """Make the table."""
-        init = self.runtime.initializer(self.embed_dim, ("vocab", "embed"))
+        init = self.runtime.initializer(self.embed_dim, (self.axis, "embed"))
         self.embedding = stored(self, "embedding", init, (self.num_embeddings, self.embed_dim))
 
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -64,7 +64,8 @@ class MixtureOfExperts(nn.Module):
         float32 = dataclasses.replace(self.runtime, dtype=jnp.float32)
         router = Linear((num_experts,), ("embed", None), runtime=float32, name="router")
         logits_BTE = router(inputs_BTD)
-        experts_BTA, weights_BTA = experts.route(logits_BTE, config.experts_per_token)
+        chosen = experts.route(logits_BTE, config.experts_per_token, normalize=config.normalize_experts)
+        experts_BTA, weights_BTA = chosen
         if self.is_mutable_collection("routing") and not self.is_initializing():
             fold = (-1, logits_BTE.shape[-1]), (-1, config.experts_per_token)
             valid_N = None if valid_BT is None else valid_BT.reshape(-1)

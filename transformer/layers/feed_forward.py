@@ -21,6 +21,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def nonlinearity(config: FeedForwardConfig, runtime: Runtime) -> Callable[[Array], Array]:
+    """The activation of a network, in the type of what it is given."""
+
+    @runtime.recompute
+    def activation(x: Array) -> Array:
+        # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
+        return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
+
+    return activation
+
+
 def network(
     config: FeedForwardConfig,
     inputs: Float[Array, "*B D"],
@@ -28,13 +39,7 @@ def network(
     runtime: Runtime,
 ) -> Float[Array, "*B D"]:
     """Up, activation (or gate), down; `linear(role, features, axes)` makes the map that has this role."""
-    hidden_dim = config.resolved_hidden_dim(inputs.shape[-1])
-
-    @runtime.recompute
-    def activation(x: Array) -> Array:
-        # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
-        return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
-
+    hidden_dim, activation = config.resolved_hidden_dim(inputs.shape[-1]), nonlinearity(config, runtime)
     hidden = linear("up", hidden_dim, ("embed", "hidden"))(inputs)
     if config.gated:
         hidden = activation(linear("gate", hidden_dim, ("embed", "hidden"))(inputs)) * hidden

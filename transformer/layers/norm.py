@@ -9,11 +9,11 @@ from transformer.model_kinds import Norm
 
 
 class Normalize(nn.Module):
-    """The norm of a config, over the last axis; its parameters are `scale` and, if it has one, `bias`.
+    """The norm of a config, over the last axis or the last ones together; its parameters are `scale` and, if it has one, `bias`.
 
     Attributes:
         config: the kind of norm.
-        axis: logical name of the normalised axis.
+        axes: logical names of the normalised axes.
         runtime: types.
 
     Example:
@@ -25,19 +25,21 @@ class Normalize(nn.Module):
     """
 
     config: Norm
-    axis: str | None = "norm"
+    axes: tuple[str | None, ...] = ("norm",)
     runtime: Runtime = Runtime()
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalise each vector; the result has the runtime's dtype."""
+        others, shape = inputs.shape[: -len(self.axes)], inputs.shape[-len(self.axes) :]
 
         def vector(name: str, fill: float) -> Array:
-            parameter = self.runtime.parameter(self, name, inputs.shape[-1:], (self.axis,), fill=fill)
-            return parameter.astype(jnp.float32).reshape((1,) * (inputs.ndim - 1) + (-1,))
+            parameter = self.runtime.parameter(self, name, shape, self.axes, fill=fill)
+            return parameter.astype(jnp.float32).reshape((1,) * len(others) + (-1,))
 
         def normalize(x: Array) -> Array:
-            return self.config.normalize(x.astype(jnp.float32), vector).astype(self.runtime.dtype)
+            x = x.astype(jnp.float32).reshape(*others, -1)
+            return self.config.normalize(x, vector).astype(self.runtime.dtype).reshape(inputs.shape)
 
         # A function that makes parameters cannot be traced apart.
         return normalize(inputs) if self.is_initializing() else self.runtime.recompute(normalize)(inputs)

@@ -154,10 +154,13 @@ class Stack(nn.Module):
         return x_BTD, kept if recurrence_BLPD is None else _by_row(kept, config)
 
     def _embed(self, embedded_BTD: Array, positions_BT: Array, train: bool) -> Array:
-        """The stream before the first block: token vectors with those of positions, and dropout."""
+        """The stream before the first block: token vectors with those of positions, a norm where there is one, and dropout."""
         config, runtime = self.config, self.runtime.of(self.config)
         add_positions = PositionEmbedding(config.positions, config.max_length, runtime, name="position_embedding")
-        x_BTD = nn.Dropout(config.dropout)(add_positions(embedded_BTD, positions_BT), deterministic=not train)
+        x_BTD = add_positions(embedded_BTD, positions_BT)
+        if config.embedding_norm:
+            x_BTD = Normalize(config.blocks[0].norm, runtime=runtime, name="embedding_norm")(x_BTD)
+        x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=not train)
         return self.runtime.constrain(x_BTD, "batch", "length", None)
 
     def _run(

@@ -8,7 +8,7 @@ from transformer.layers.linear import Linear
 from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
-from transformer.models.head import capped, token_embedding
+from transformer.models.head import capped, token_embedding, token_type_embedding, with_token_types
 from transformer.ops.masks import AttentionMask
 from transformer.types import UserError
 
@@ -46,6 +46,7 @@ class Classifier(nn.Module):
         tokens_BT: Int[Array, "B T"],
         *,
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B C"]:
         """Float32 logits of each class.
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
         Args:
             tokens_BT: the tokens of one text a row.
             segment_ids_BT: 0 is padding; None means there is none.
+            token_types_BT: of each token, where the config has token types; None means 0.
             train: apply dropout, with the `dropout` key.
         """
         config = self.config
@@ -64,8 +66,9 @@ class Classifier(nn.Module):
         valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0
         runtime = self.runtime.of(config)
         embedding = token_embedding(config, runtime, name="token_embedding")
+        types = token_type_embedding(config, runtime, name="token_type_embedding")
         hidden_BTD, _ = Stack(config, runtime=runtime, name="encoder")(
-            embedding(tokens_BT),
+            with_token_types(embedding(tokens_BT), types, token_types_BT),
             mask=AttentionMask.packed(segment_ids_BT, max_segments=self.max_segments),
             train=train,
         )
@@ -74,6 +77,9 @@ class Classifier(nn.Module):
             return Linear(features=(1,), axes=("embed", None), runtime=runtime, name="pooling")(hidden_BTD)[..., 0]
 
         pooled_BD = config.pooling(hidden_BTD, valid_BT, scores)
+        if config.pooler:
+            dense = Linear((config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime, name="pooler")
+            pooled_BD = jnp.tanh(dense(pooled_BD).astype(jnp.float32)).astype(pooled_BD.dtype)
         pooled_BD = nn.Dropout(config.dropout)(pooled_BD, deterministic=not train)
         logits_BC = Linear(
             features=(self.num_classes,),

@@ -7,7 +7,15 @@ from jaxtyping import Array, Float, Int
 from transformer.layers.runtime import Runtime
 from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
-from transformer.models.head import output_projection, token_embedding, token_logits
+from transformer.models.head import (
+    masked_head,
+    output_projection,
+    token_embedding,
+    token_logits,
+    token_type_embedding,
+    transformed,
+    with_token_types,
+)
 from transformer.ops.masks import AttentionMask
 
 
@@ -37,7 +45,9 @@ class Encoder(nn.Module):
         """Make the parts."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
+        self.token_type_embedding = token_type_embedding(self.config, runtime)
         self.encoder = Stack(self.config, runtime=runtime)
+        self.head_dense, self.head_norm = masked_head(self.config, runtime)
         self.output = output_projection(self.config, runtime)
 
     def __call__(
@@ -46,6 +56,7 @@ class Encoder(nn.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states, in the model's dtype.
@@ -54,10 +65,11 @@ class Encoder(nn.Module):
             tokens_BT: the tokens read.
             positions_BT: of each token; None means its index.
             segment_ids_BT: tokens attend within their segment, 0 is padding.
+            token_types_BT: of each token, where the config has token types; None means 0.
             train: apply dropout, with the `dropout` key.
         """
         hidden_BTD, _ = self.encoder(
-            self.token_embedding(tokens_BT),
+            with_token_types(self.token_embedding(tokens_BT), self.token_type_embedding, token_types_BT),
             positions_BT=positions_BT,
             mask=AttentionMask.packed(segment_ids_BT, max_segments=self.max_segments),
             train=train,
@@ -70,6 +82,7 @@ class Encoder(nn.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
         places_BN: Int[Array, "B N"] | None = None,
         train: bool = False,
         head: bool = True,
@@ -80,15 +93,24 @@ class Encoder(nn.Module):
             tokens_BT: the tokens read.
             positions_BT: of each token; None means its index.
             segment_ids_BT: tokens attend within their segment, 0 is padding.
+            token_types_BT: of each token, where the config has token types; None means 0.
             places_BN: indices of the tokens wanted; None means all.
             train: apply dropout, with the `dropout` key.
             head: project to logits; without, the hidden states [B, N, D] are returned in their place (`project`).
         """
-        hidden_BTD = self(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, train=train)
+        hidden_BTD = self(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segment_ids_BT=segment_ids_BT,
+            token_types_BT=token_types_BT,
+            train=train,
+        )
         if places_BN is not None:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, places_BN[..., None], axis=1)
         return self.project(hidden_BTD) if head else hidden_BTD
 
     def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of hidden states: what is left out with `head=False`."""
+        runtime = self.runtime.of(self.config)
+        hidden_BTD = transformed(self.config, hidden_BTD, self.head_dense, self.head_norm, runtime)
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)

@@ -32,7 +32,7 @@ class Classification(Objective):
     kind = "classification"
     model_class = Classifier
     reads = "labelled"
-    settings = ("model.pooling",)
+    settings = ("model.pooling", "model.pooler", "model.token_types")
 
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
     """Weight of each class in the training loss, which is the weighted mean; a number a class, or balanced, inversely to how

@@ -29,6 +29,7 @@ class MaskedLM(TokenObjective):
     reads = "text"
     model_class = Encoder
     init_method = "logits"
+    settings = ("model.token_types", "model.masked_head", "model.head_bias")
 
     mask_rate: float = 0.15
     """Share of tokens to be predicted."""

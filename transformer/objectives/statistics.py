@@ -67,9 +67,9 @@ def predicted_statistics(
     # Before they are projected: the gradient of a kernel has a term for every hidden state, times 0 or not.
     predicted_BTX, targets_BT = counted_only(weights_BT, predicted_BTX, targets_BT)
     # What projects, and nothing else, gets a gradient here.
-    head = {name: params[name] for name in ("output",) if name in params} or {
-        "token_embedding": params["token_embedding"]
-    }
+    head = {name: params[name] for name in ("output", "head_dense", "head_norm") if name in params}
+    if "kernel" not in head.get("output", ()):
+        head["token_embedding"] = params["token_embedding"]
     objective, statistics = sum_over_chunks(
         statistics_of, head, predicted_BTX, (targets_BT, weights_BT), config.loss_chunks
     )

@@ -22,19 +22,21 @@ class RoutingStatistics(NamedTuple):
     """The largest `f_e`, 1 / E where all experts get as many tokens."""
 
 
-def route(logits: Float[Array, "*N E"], experts_per_token: int) -> tuple[Int[Array, "*N A"], Float[Array, "*N A"]]:
+def route(
+    logits: Float[Array, "*N E"], experts_per_token: int, *, normalize: bool = True
+) -> tuple[Int[Array, "*N A"], Float[Array, "*N A"]]:
     """The experts of each token, most probable first, and their weights in float32.
 
     Probabilities are a softmax over all experts; the largest are kept and divided by their sum (Jiang et al. 2024,
-    section 2.1). A single one keeps its probability (Fedus et al. 2022, eq. 2): divided by itself it would be 1, without a
-    gradient for the router.
+    section 2.1), or without `normalize` kept as they are (Muennighoff et al. 2024). A single one keeps its probability always
+    (Fedus et al. 2022, eq. 2): divided by itself it would be 1, without a gradient for the router.
 
     >>> experts, weights = route(jnp.log(jnp.array([[0.125, 0.5, 0.25]])), 2)
     >>> experts.tolist(), [round(float(weight), 3) for weight in weights[0]]
     ([[1, 2]], [0.667, 0.333])
     """
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), experts_per_token)
-    if experts_per_token > 1:
+    if normalize and experts_per_token > 1:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return experts, weights
 

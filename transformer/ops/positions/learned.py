@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from transformer.model_kinds import POSITIONS, Parameter, Positions
 from transformer.ops.ids import look_up
 from transformer.types import Array
+from transformer.validation import require_at_least
 
 if TYPE_CHECKING:
     from transformer.model_config import ModelConfig
@@ -21,6 +22,12 @@ class LearnedPositions(Positions):
     kind = "learned"
     absolute = True
 
+    offset: int = 0
+    """Rows of the table before that of position 0, which are not used (RoBERTa, OPT: 2)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "offset")
+
     def check_length(self, max_length: int, length: int) -> None:
         """There is a vector for each."""
         if length > max_length:
@@ -31,12 +38,13 @@ class LearnedPositions(Positions):
 
     def num_parameters(self, config: "ModelConfig") -> int:
         """The table."""
-        return config.max_length * config.embed_dim
+        return (config.max_length + self.offset) * config.embed_dim
 
     def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
         """NaN at a position beyond the table."""
         self.check_length(max_length, positions_BT.shape[1])
         embed_dim = x_BTD.shape[-1]
-        table = parameter("embedding", (max_length, embed_dim), ("position", "embed"), fan_in=embed_dim)
-        vectors = look_up(table, positions_BT).astype(x_BTD.dtype)
+        rows = max_length + self.offset
+        table = parameter("embedding", (rows, embed_dim), ("position", "embed"), fan_in=embed_dim)
+        vectors = look_up(table[self.offset :] if self.offset else table, positions_BT).astype(x_BTD.dtype)
         return x_BTD + jnp.broadcast_to(vectors, x_BTD.shape)
