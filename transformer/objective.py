@@ -10,6 +10,7 @@ import numpy as np
 
 from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
+from transformer.tokenizer import prompt_ids
 from transformer.types import Array, Batch, Loss, LossOutput, PyTree, UserError
 from transformer.validation import require_at_least, require_range
 
@@ -237,7 +238,7 @@ class Objective(Kind):
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
         """Ids of a text as a trained model reads it, int32 [n]; `data` is the config of the data."""
         del data
-        return np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.int32)
+        return np.array(prompt_ids(tokenizer, text), np.int32)
 
     def generate(
         self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
@@ -287,8 +288,3 @@ class Objective(Kind):
 def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """The shape of a part of a batch."""
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def mask_token(vocabulary: Any) -> int:
-    """The id of the mask: the one after the tokenizer's."""
-    return vocabulary.vocab_size

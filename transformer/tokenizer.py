@@ -1,8 +1,11 @@
-"""How text becomes tokens: the base of every kind of tokenizer, the package's and one's own."""
+"""How text becomes tokens: the base of every kind of tokenizer, and the special ids that stand around a text."""
 
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
 
 from transformer.kinds import Family, Kind
 from transformer.validation import require
@@ -16,8 +19,10 @@ TOKENIZERS = Family(
         "bpe": "transformer.data.tokenizers.bpe",
         "wordpiece": "transformer.data.tokenizers.wordpiece",
         "words": "transformer.data.tokenizers.words",
+        "pretrained": "transformer.data.tokenizers.pretrained",
     },
 )
+FILE_NAME = "tokenizer.json"
 _DEFAULT_SIZE = 4096
 
 
@@ -45,6 +50,10 @@ class TokenizerKind(Kind):
             UserError: it is not of this kind.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load().")
+
+    def open(self, directory: epath.PathLike) -> Any:
+        """The tokenizer that a run has saved in a directory: by default, `load` of its file alone."""
+        return self.load((epath.Path(directory) / FILE_NAME).read_bytes().decode())
 
     def filled(self) -> "TokenizerKind":
         """With what it leaves open as it is used."""
@@ -80,3 +89,82 @@ class SizedTokenizer(TokenizerKind):
     def going_on(self, recorded: TokenizerKind) -> TokenizerKind:
         """With the size of another run."""
         return recorded if self.size == 0 and recorded.kind == self.kind else self
+
+
+# ---- Special ids -----------------------------------------------------------------------------------------------------
+#
+# A tokenizer of a pretrained model has `begin`, `end`, `stop`, `decoder_start`, `mask` and `sentinels`. One that this package
+# trains has none of these, and `end_of_text` in their places.
+
+
+def prompt_start(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that stand before a prompt."""
+    return tuple(getattr(tokenizer, "begin", (tokenizer.end_of_text,)))
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as a language model reads it; an empty one is what stands before a document, never nothing."""
+    return [*prompt_start(tokenizer), *tokenizer.encode(text).tolist()] or [document_start(tokenizer)]
+
+
+def document_start(tokenizer: Any) -> int:
+    """The id that stands before each document of a language model's rows."""
+    return (prompt_start(tokenizer) or (tokenizer.end_of_text,))[-1]
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which generation ends."""
+    return tuple(getattr(tokenizer, "stop", ())) or (tokenizer.end_of_text,)
+
+
+def around_text(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and after a text that an encoder reads, such as a classifier's."""
+    return prompt_start(tokenizer), tuple(getattr(tokenizer, "end", ()))
+
+
+def around_source(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and after a source that an encoder-decoder reads."""
+    return tuple(getattr(tokenizer, "begin", ())), tuple(getattr(tokenizer, "end", (tokenizer.end_of_text,)))
+
+
+def target_start(tokenizer: Any) -> int:
+    """The id that stands before a target of an encoder-decoder."""
+    start = getattr(tokenizer, "decoder_start", -1)
+    return tokenizer.end_of_text if start < 0 else start
+
+
+def never_hidden(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that masking leaves as they are: those around a text."""
+    begin, end = around_text(tokenizer)
+    return tuple(dict.fromkeys((*begin, *end, tokenizer.end_of_text)))
+
+
+def mask_id(tokenizer: Any) -> int:
+    """The id of the mask: its own, else the one after all others."""
+    own = getattr(tokenizer, "mask", -1)
+    return tokenizer.vocab_size if own < 0 else own
+
+
+def sentinel_ids(tokenizer: Any, count: int) -> np.ndarray:
+    """Ids that stand for hidden spans, int [count]: its own in their order, then those after all others."""
+    own = list(getattr(tokenizer, "sentinels", ()))[:count]
+    return np.array([*own, *range(tokenizer.vocab_size, tokenizer.vocab_size + count - len(own))])
+
+
+def known_tokens(tokenizer: Any) -> np.ndarray:
+    """Which ids below `vocab_size` a token has, bool [V]: all, but for holes in the table of a pretrained tokenizer."""
+    known = getattr(tokenizer, "known", None)
+    return np.ones(tokenizer.vocab_size, bool) if known is None else known
+
+
+def drawable(tokenizer: Any, num_rows: int, extra: int = 0) -> np.ndarray | None:
+    """Which rows of a model's table a token has, bool [num_rows], so that no other is drawn; None where all have one.
+
+    Args:
+        tokenizer: of the model.
+        num_rows: of its table, which may be padded.
+        extra: ids after the tokenizer's that the objective uses.
+    """
+    known = np.concatenate([known_tokens(tokenizer), np.ones(extra, bool)])[:num_rows]
+    allowed = np.pad(known, (0, num_rows - len(known)))
+    return None if allowed.all() else allowed

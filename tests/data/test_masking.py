@@ -7,8 +7,8 @@ from transformer.config import DataConfig
 from transformer.data.datasets import open_data
 from transformer.data.rows import empty_batch
 from transformer.data.tokenizers.bytes import ByteTokenizer
-from transformer.objective import mask_token
 from transformer.objectives.masked_lm import MaskedLM
+from transformer.tokenizer import mask_id
 
 TOKENIZER = ByteTokenizer()
 
@@ -33,9 +33,9 @@ def test_share_and_scheme(scheme):
     np.testing.assert_array_equal(batch.targets[0], before)
     np.testing.assert_array_equal(batch.inputs[0][~chosen], before[~chosen])
     inputs = batch.inputs[0][chosen]
-    shares = np.mean(inputs == mask_token(TOKENIZER)), np.mean(inputs == 7)
+    shares = np.mean(inputs == mask_id(TOKENIZER)), np.mean(inputs == 7)
     np.testing.assert_allclose(shares, (0.8, 0.1) if scheme == "bert" else (1, 0), atol=0.06)
-    assert inputs.max() == 257 == mask_token(TOKENIZER)
+    assert inputs.max() == 257 == mask_id(TOKENIZER)
 
 
 def test_place_and_seed_decide():

@@ -323,3 +323,30 @@ def test_refuses(prompts, count, message):
 def test_an_end_of_text_that_is_no_token_is_refused(end):
     with pytest.raises(UserError, match=f"end_of_text must be a token below vocab_size=13, .* got {end}"):
         generate(*make(make_config()), PROMPTS, max_new_tokens=1, end_of_text=end)
+
+
+def test_a_row_ends_at_any_of_several_tokens():
+    generator = generator_of(make_config())
+    whole = generator.generate(PROMPTS, max_new_tokens=8, sampling=GREEDY).tokens
+    ends = [int(whole[0, 2]), int(whole[1, 4])]
+    found = generator.generate(PROMPTS, max_new_tokens=8, sampling=GREEDY, end_of_text=ends)
+    for row, tokens, length in zip(whole, found.tokens, found.lengths, strict=True):
+        expected = next((place for place, token in enumerate(row) if token in ends), 8)
+        assert length == expected
+        np.testing.assert_array_equal(tokens[:length], row[:length])
+        assert set(tokens[length:].tolist()) <= set(ends)
+    streamed = list(generator.stream(PROMPTS[1], max_new_tokens=8, sampling=GREEDY, end_of_text=ends))
+    assert streamed == found.tokens[1, : found.lengths[1]].tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, SamplingConfig(temperature=2.0)])
+def test_only_what_is_drawable_is_drawn(sampling):
+    generator = generator_of(make_config())
+    allowed = np.zeros(13, bool)
+    allowed[[3, 7]] = True
+    found = generator.generate(PROMPTS * 4, max_new_tokens=8, sampling=sampling, drawable=allowed).tokens
+    assert set(found.ravel().tolist()) == {3, 7}
+    all_alike = generator.generate(PROMPTS, max_new_tokens=8, sampling=sampling, drawable=np.ones(13, bool)).tokens
+    np.testing.assert_array_equal(all_alike, generator.generate(PROMPTS, max_new_tokens=8, sampling=sampling).tokens)
+    with pytest.raises(UserError, match="truth value for each of vocab_size=13"):
+        generator.generate(PROMPTS, max_new_tokens=1, drawable=np.ones(12, bool))

@@ -90,3 +90,21 @@ def test_bad_requests(model):
     with pytest.raises(UserError, match=r"below vocab_size=11, end_of_text holds 11 to 11"):
         translate(*model, [[1]], end_of_text=11, max_new_tokens=3)
     assert translate(*model, [], end_of_text=END, max_new_tokens=3) == []
+
+
+def test_a_target_may_start_and_end_with_other_tokens(model, sources):
+    plain = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH)
+    same = translate(*model, sources, end_of_text=[END], start=END, max_new_tokens=LENGTH, drawable=np.ones(11, bool))
+    for one, other in zip(plain, same, strict=True):
+        np.testing.assert_array_equal(one, other)
+    others = translate(*model, sources, end_of_text=END, start=7, max_new_tokens=LENGTH)
+    assert [t.tolist() for t in others] != [t.tolist() for t in plain]
+    longest = max(plain, key=len)
+    assert len(longest) > 1
+    ends = [END, int(longest[-1])]
+    for whole, found in zip(plain, translate(*model, sources, end_of_text=ends, max_new_tokens=LENGTH), strict=True):
+        cut = np.flatnonzero(np.isin(whole, ends))
+        np.testing.assert_array_equal(found, whole[: cut[0]] if len(cut) else whole)
+    allowed = np.isin(np.arange(11), [2, 5])
+    drawn = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH, drawable=allowed)
+    assert set(np.concatenate(drawn).tolist()) <= {2, 5} and all(len(t) == LENGTH for t in drawn)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
+from transformer.tokenizer import document_start
 from transformer.types import Batch
 
 
@@ -21,17 +22,17 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
-    """Pairs of a record; end-of-text stands before a document and after it.
+    """Pairs of a record; a document begins with `document_start` and ends with end-of-text.
 
     The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
     since what precedes it is in another record. A document without text has no pairs.
     """
     prompt = tokenizer.encode(record.prompt) if record.prompt else np.empty(0, np.int32)
     text = tokenizer.encode(record.text)
-    end = np.array([tokenizer.end_of_text], np.int32)
+    start, end = np.array([[document_start(tokenizer)], [tokenizer.end_of_text]], np.int32)
     if len(text) == 0:
         return Pairs(text, text, np.empty(0, np.float32))
-    tokens = np.concatenate([end[:0] if record.continues else end, prompt, text, end if record.last else end[:0]])
+    tokens = np.concatenate([end[:0] if record.continues else start, prompt, text, end if record.last else end[:0]])
     weights = np.ones(len(tokens) - 1, np.float32)
     weights[: len(prompt)] = 0
     return Pairs(tokens[:-1], tokens[1:], weights)

@@ -10,7 +10,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.generation.prepare import loop_model, prepare
-from transformer.generation.sampling import NO_TOKEN, SamplingConfig, check_drawn, sample_tokens
+from transformer.generation.sampling import (
+    NO_TOKEN,
+    SamplingConfig,
+    check_drawable,
+    check_drawn,
+    only_drawable,
+    sample_tokens,
+)
 from transformer.layers.cache import cache_overflow, check_capacity
 from transformer.layers.stack import StackCache
 from transformer.memory import check_cache
@@ -27,7 +34,7 @@ _CHUNK = 8
 
 
 class Generated(NamedTuple):
-    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and end-of-text from there on."""
+    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and tokens that end a text from there on."""
 
     tokens: np.ndarray  # int32 [B, max_new_tokens]
     lengths: np.ndarray  # int32 [B], end-of-text not counted
@@ -47,7 +54,8 @@ class _Draw(NamedTuple):
     """What decides the next token, besides the logits."""
 
     key: Any
-    end_of_text: Any  # int32
+    stop_E: Any  # int32: tokens at which a row ends
+    drawable_V: Any  # bool: tokens that may be drawn, None for all
 
 
 class Generator:
@@ -77,17 +85,18 @@ class Generator:
         max_new_tokens: int,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         seed: int = 0,
-        end_of_text: int = -1,
+        end_of_text: int | Sequence[int] = -1,
+        drawable: np.ndarray | None = None,
     ) -> Generated:
         """Continue each prompt; see the function `generate`."""
-        state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text)
+        state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text, drawable)
         state = self._extend(state, max_new_tokens, sampling, draw)
         steps_N = np.arange(max_new_tokens)
         read_B = np.array([len(prompt) for prompt in prompts])
         tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), read_B[:, None] + steps_N, axis=1)
         check_drawn(tokens_BN, read_B)
-        tokens_BN = np.where(steps_N < int(state.num_new), tokens_BN, end_of_text)
-        ended_BN = tokens_BN == end_of_text
+        tokens_BN = np.where(steps_N < int(state.num_new), tokens_BN, draw.stop_E[0])
+        ended_BN = np.isin(tokens_BN, draw.stop_E)
         lengths_B = np.where(ended_BN.any(axis=1), ended_BN.argmax(axis=1), max_new_tokens)
         return Generated(tokens_BN.astype(np.int32), lengths_B.astype(np.int32))
 
@@ -98,16 +107,17 @@ class Generator:
         max_new_tokens: int,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         seed: int = 0,
-        end_of_text: int = -1,
+        end_of_text: int | Sequence[int] = -1,
+        drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
         """The tokens of `generate([prompt])`, as they come; end-of-text is not among them."""
-        state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text)
+        state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text, drawable)
         given = 0
         while True:
             available = int(state.num_new)
             for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available]:
                 check_drawn(token[None, None], np.array([len(prompt) + given]))
-                if token == end_of_text:
+                if token in draw.stop_E:
                     return
                 given += 1
                 yield int(token)
@@ -116,7 +126,13 @@ class Generator:
             state = self._extend(state, min(given + _CHUNK, max_new_tokens), sampling, draw)
 
     def _start(
-        self, prompts: Any, max_new_tokens: int, sampling: SamplingConfig, seed: int, end_of_text: int
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        end_of_text: int | Sequence[int],
+        drawable: np.ndarray | None,
     ) -> tuple[_State, _Draw]:
         """Read the prompts and draw the first token of each row."""
         vocab_size = self._model.config.vocab_size
@@ -125,10 +141,12 @@ class Generator:
             len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing."
         )
         require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        stop_E = np.atleast_1d(np.asarray(end_of_text, np.int32))
         require(
-            -1 <= end_of_text < vocab_size,
-            f"end_of_text must be a token below vocab_size={vocab_size}, or -1 for none, got {end_of_text}.",
+            len(stop_E) > 0 and bool(np.all((stop_E >= -1) & (stop_E < vocab_size))),
+            f"end_of_text must be a token below vocab_size={vocab_size}, or several, or -1 for none, got {end_of_text}.",
         )
+        check_drawable(drawable, vocab_size)
         longest = max(len(row) for row in rows)
         limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
         check_capacity(limit, longest, max_new_tokens)
@@ -139,7 +157,7 @@ class Generator:
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
-        draw = _Draw(jax.random.key(seed), np.int32(end_of_text))
+        draw = _Draw(jax.random.key(seed), stop_E, drawable)
         state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
         return state, draw
 
@@ -163,7 +181,8 @@ def generate(
     max_new_tokens: int,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
-    end_of_text: int = -1,
+    end_of_text: int | Sequence[int] = -1,
+    drawable: np.ndarray | None = None,
 ) -> Generated:
     """Continue each prompt.
 
@@ -175,13 +194,14 @@ def generate(
         sampling: how tokens are drawn.
         seed: a row's draws depend on it, on the row's place among the prompts and on the token's position, on nothing
             else: not on the other rows, and not on how many tokens were asked for.
-        end_of_text: the token at which a row ends; -1 if none does.
+        end_of_text: the token at which a row ends, or several; -1 if none does.
+        drawable: which tokens may be drawn, bool [V]; None for all. A table may have rows that are no token's.
 
     Raises:
         ValueError: if a prompt is empty, holds a token outside the vocabulary, or is too long; or if a row's logits are NaN.
     """
     return Generator(model, params).generate(
-        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
+        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
     )
 
 
@@ -193,11 +213,12 @@ def stream(
     max_new_tokens: int,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     seed: int = 0,
-    end_of_text: int = -1,
+    end_of_text: int | Sequence[int] = -1,
+    drawable: np.ndarray | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(model, params, [prompt], ...)`, as they come; end-of-text is not among them."""
     return Generator(model, params).stream(
-        prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
+        prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
     )
 
 
@@ -259,11 +280,12 @@ def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling
     keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
         rows_B, state.lengths_B
     )
-    tokens_B = jnp.where(state.ended_B, draw.end_of_text, sample_tokens(logits_BV, keys_B, sampling))
+    tokens_B = sample_tokens(only_drawable(logits_BV, draw.drawable_V), keys_B, sampling)
+    tokens_B = jnp.where(state.ended_B, draw.stop_E[0], tokens_B)
     return _State(
         tokens_BP=state.tokens_BP.at[rows_B, state.lengths_B].set(tokens_B),
         lengths_B=state.lengths_B + 1,
         num_new=state.num_new + 1,
-        ended_B=state.ended_B | (tokens_B == draw.end_of_text) | (tokens_B == NO_TOKEN),
+        ended_B=state.ended_B | jnp.isin(tokens_B, draw.stop_E) | (tokens_B == NO_TOKEN),
         cache=state.cache,
     )

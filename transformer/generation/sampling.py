@@ -55,6 +55,23 @@ def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingC
     return jnp.where(is_distribution_B, tokens_B, NO_TOKEN).astype(jnp.int32)
 
 
+def only_drawable(logits_BV: Float[Array, "B V"], drawable_V: Any) -> Float[Array, "B V"]:
+    """Logits with -inf for tokens that may not be drawn; None: all may. Unusable logits stay so."""
+    if drawable_V is None:
+        return logits_BV
+    broken_B1 = ~jnp.isfinite(jnp.max(logits_BV, axis=-1, keepdims=True))
+    return jnp.where(broken_B1 | jnp.asarray(drawable_V)[None], logits_BV, -jnp.inf)
+
+
+def check_drawable(drawable: np.ndarray | None, vocab_size: int) -> None:
+    """Raise UserError unless it says of each token whether it may be drawn, and one may."""
+    require(
+        drawable is None or (drawable.shape == (vocab_size,) and bool(drawable.any())),
+        f"drawable must be a truth value for each of vocab_size={vocab_size} tokens, one of them true, got "
+        f"{None if drawable is None else drawable.shape}.",
+    )
+
+
 def check_drawn(tokens_BN: Int[np.ndarray, "B N"], read_B: Int[np.ndarray, " B"], what: str = "") -> None:
     """Raise UserError if a token could not be drawn, after `read_B` tokens of each row, of a prompt or of `what`."""
     for row, column in np.argwhere(tokens_BN == NO_TOKEN):

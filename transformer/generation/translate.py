@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from transformer.generation.sampling import NO_TOKEN, SamplingConfig, check_drawn, sample_tokens
+from transformer.generation.sampling import (
+    NO_TOKEN,
+    SamplingConfig,
+    check_drawable,
+    check_drawn,
+    only_drawable,
+    sample_tokens,
+)
 from transformer.memory import check_cache
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.ops.ids import check_ids, token_rows
@@ -22,8 +29,16 @@ _LENGTH_UNIT = 16
 _GREEDY = SamplingConfig(temperature=0)
 
 
+class _Draw(NamedTuple):
+    """Where a target starts and ends, and what may be drawn."""
+
+    start: Any  # int32
+    stop_E: Any  # int32
+    drawable_V: Any  # bool, None for all
+
+
 class _State(NamedTuple):
-    """Targets as they grow: end-of-text, the tokens drawn, then zeros."""
+    """Targets as they grow: the token that starts them, the tokens drawn, then zeros."""
 
     tokens_BP: Int[Array, "B P"]
     count: Int[Array, ""]
@@ -36,9 +51,11 @@ def translate(
     params: PyTree,
     sources: Sequence[Sequence[int] | np.ndarray],
     *,
-    end_of_text: int,
+    end_of_text: int | Sequence[int],
     max_new_tokens: int,
     batch_size: int = 64,
+    start: int = -1,
+    drawable: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """The most likely next token, again and again until end-of-text, for each source.
 
@@ -46,9 +63,11 @@ def translate(
         model: an encoder-decoder.
         params: its parameters.
         sources: tokens of each, as the model was trained on (with end-of-text at their end).
-        end_of_text: the token that starts a target, and at which it ends.
+        end_of_text: the token that starts a target, and at which it ends; of several, each ends one.
         max_new_tokens: the longest target, at most the model's max_length, if it has one.
         batch_size: sources that are read together, those of similar length.
+        start: the token that starts a target; -1: end_of_text.
+        drawable: which tokens may be drawn, bool [V]; None for all.
 
     Returns:
         The tokens of each target, in the order of the sources, without end-of-text.
@@ -58,7 +77,12 @@ def translate(
     """
     config = model.config
     rows = token_rows(sources, model.source_vocab_size or config.vocab_size, "source")
-    check_ids(end_of_text, config.vocab_size, "end_of_text")
+    stop_E = np.atleast_1d(np.asarray(end_of_text, np.int32))
+    check_ids(stop_E, config.vocab_size, "end_of_text")
+    start = int(stop_E[0]) if start < 0 else start
+    check_ids(start, config.vocab_size, "start")
+    check_drawable(drawable, config.vocab_size)
+    draw = _Draw(np.int32(start), stop_E, drawable)
     limit = config.max_length or max_new_tokens
     require(
         1 <= max_new_tokens <= limit,
@@ -74,12 +98,10 @@ def translate(
         source_BS, segment_ids_BS = np.zeros((2, batch_size, length), np.int32)
         for row, index in enumerate(chosen):
             source_BS[row, : len(rows[index])], segment_ids_BS[row, : len(rows[index])] = rows[index], 1
-        tokens_BN = _translate(
-            model, params, source_BS, segment_ids_BS, np.int32(end_of_text), max_new_tokens=max_new_tokens
-        )
+        tokens_BN = _translate(model, params, source_BS, segment_ids_BS, draw, max_new_tokens=max_new_tokens)
         for index, tokens in zip(chosen, np.asarray(tokens_BN), strict=False):
             check_drawn(tokens[None], np.array([0]), f"the target of source {index}")
-            ended = np.flatnonzero(tokens == end_of_text)
+            ended = np.flatnonzero(np.isin(tokens, stop_E))
             targets[index] = tokens[: ended[0]] if len(ended) else tokens
     return targets
 
@@ -90,7 +112,7 @@ def _translate(
     params: PyTree,
     source_BS: Int[Array, "B S"],
     segment_ids_BS: Int[Array, "B S"],
-    end_of_text: Any,
+    draw: _Draw,
     *,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
@@ -103,9 +125,10 @@ def _translate(
         )
 
     def append(state: _State, logits_B1V: Array, cache: Any) -> _State:
-        best_B = jnp.where(state.ended_B, end_of_text, sample_tokens(logits_B1V[:, 0], None, _GREEDY))
+        best_B = sample_tokens(only_drawable(logits_B1V[:, 0], draw.drawable_V), None, _GREEDY)
+        best_B = jnp.where(state.ended_B, draw.stop_E[0], best_B)
         tokens_BP = jax.lax.dynamic_update_slice(state.tokens_BP, best_B[:, None], (0, state.count))
-        ended_B = state.ended_B | (best_B == end_of_text) | (best_B == NO_TOKEN)
+        ended_B = state.ended_B | jnp.isin(best_B, draw.stop_E) | (best_B == NO_TOKEN)
         return _State(tokens_BP, state.count + 1, ended_B, cache)
 
     def goes_on(state: _State) -> Bool[Array, ""]:
@@ -115,7 +138,7 @@ def _translate(
         last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BP, state.count - 1, 1, axis=1)
         return append(state, *decode(last_B1, state.cache))
 
-    tokens_BP = jnp.full((batch_size, max_new_tokens + 1), end_of_text, jnp.int32)
+    tokens_BP = jnp.full((batch_size, max_new_tokens + 1), draw.start, jnp.int32)
     # A row that only fills up the batch has nothing to say.
     ended_B = jnp.all(segment_ids_BS == 0, axis=1)
     state = _State(tokens_BP, jnp.int32(1), ended_B, model.init_cache(batch_size, max_new_tokens))

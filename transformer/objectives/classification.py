@@ -12,9 +12,10 @@ import numpy as np
 from transformer.data.forms.examples import buckets, by_length, padded
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.classifier import Classifier
-from transformer.objective import OBJECTIVES, Objective, Trained, mask_token, shaped
+from transformer.objective import OBJECTIVES, Objective, Trained, shaped
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
+from transformer.tokenizer import mask_id
 from transformer.types import Array, LabelledBatch, LossOutput, PyTree
 from transformer.validation import require, require_range
 
@@ -56,7 +57,7 @@ class Classification(Objective):
 
         Args:
             model: called as `model.apply({"params": params}, inputs, segment_ids_BT=, train=, rngs=)`, giving logits [B, C].
-            vocabulary: the mask is the id after its last.
+            vocabulary: its mask is that of a pretrained tokenizer, else the id after the last.
             params: of the model.
             carry: nothing.
             batch: labelled texts.
@@ -75,7 +76,7 @@ class Classification(Objective):
             hidden_BT = jax.random.bernoulli(token_key, self.token_dropout, inputs_BT.shape)
             if batch.segment_ids is not None:
                 hidden_BT &= batch.segment_ids > 0
-            inputs_BT = jnp.where(hidden_BT, mask_token(vocabulary), inputs_BT)
+            inputs_BT = jnp.where(hidden_BT, mask_id(vocabulary), inputs_BT)
         logits_BC, routing = model.apply(
             {"params": params},
             inputs_BT,
@@ -146,7 +147,7 @@ class Classification(Objective):
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
         """The mask, also where nothing is masked: a classifier fits the encoder that it starts from."""
-        return 1
+        return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """A class for each name."""

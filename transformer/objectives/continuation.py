@@ -13,6 +13,7 @@ from transformer.generation.sampling import SamplingConfig
 from transformer.generation.text import stream_text
 from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective
+from transformer.tokenizer import drawable, prompt_ids, stop_ids
 from transformer.validation import require
 
 _BATCHES_AT_ONCE = 8  # that texts are sorted within, by length
@@ -36,7 +37,7 @@ class ContinuesText(TokenObjective):
     ) -> Iterator[str]:
         """The prompt as the model reads it, and how it goes on."""
         tokenizer = run.tokenizer
-        tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
+        tokens = prompt_ids(tokenizer, prompt)
         room = run.config.model.max_length - len(tokens)
         require(
             0 <= max_new_tokens <= room and room > 0,
@@ -51,7 +52,8 @@ class ContinuesText(TokenObjective):
             max_new_tokens=max_new_tokens or room,
             sampling=sampling,
             seed=seed,
-            end_of_text=tokenizer.end_of_text,
+            end_of_text=stop_ids(tokenizer),
+            drawable=drawable(tokenizer, run.config.model.vocab_size),
         )
         return stream_text(tokenizer.decode, tokens, generated)
 
@@ -95,7 +97,8 @@ def continuations(
                     [prompts[index] for index in batch],
                     max_new_tokens=count,
                     sampling=SamplingConfig(temperature=0),
-                    end_of_text=run.tokenizer.end_of_text,
+                    end_of_text=stop_ids(run.tokenizer),
+                    drawable=drawable(run.tokenizer, run.config.model.vocab_size),
                 )
                 for index, tokens, length in zip(batch, generated.tokens, generated.lengths, strict=True):
                     said[index] = _behind(run.tokenizer, prompts[index], tokens[:length])

@@ -10,10 +10,11 @@ import numpy as np
 
 from transformer.data.draws import random_at
 from transformer.models.encoder import Encoder
-from transformer.objective import OBJECTIVES, mask_token
+from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
+from transformer.tokenizer import known_tokens, mask_id, never_hidden
 from transformer.types import Array, Batch, LossOutput, PyTree
 from transformer.validation import require
 
@@ -41,8 +42,8 @@ class MaskedLM(TokenObjective):
         require(0 < self.mask_rate < 1, f"MaskedLM.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
-        """The mask."""
-        return 1
+        """The mask, unless the tokenizer has one."""
+        return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
     def num_masked(self, length: int) -> int:
         """How many of `length` tokens are to be predicted."""
@@ -89,13 +90,14 @@ class MaskedLM(TokenObjective):
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Hide a share of a row's tokens and make them the targets; end-of-text and padding stay, and are no targets."""
+        others = np.flatnonzero(known_tokens(tokenizer))
 
         def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
             random = random_at(seed, _KEY, *place)
             inputs_T = batch.inputs[row]
             order_T, kind_T = random.permutation(len(inputs_T)), random.uniform(size=len(inputs_T))
-            other_T = random.randint(tokenizer.vocab_size, size=len(inputs_T))
-            eligible_T = (batch.segment_ids[row] > 0) & (inputs_T != tokenizer.end_of_text)
+            other_T = others[random.randint(len(others), size=len(inputs_T))]
+            eligible_T = (batch.segment_ids[row] > 0) & ~np.isin(inputs_T, never_hidden(tokenizer))
             eligible = order_T[eligible_T[order_T]]
             chosen_T = np.zeros(len(inputs_T), bool)
             chosen_T[eligible[: self.num_masked(len(eligible))]] = True
@@ -103,7 +105,7 @@ class MaskedLM(TokenObjective):
             batch.weights[row] = chosen_T
             if self.mask_scheme == "plain":
                 kind_T = np.zeros_like(kind_T)
-            inputs_T[chosen_T & (kind_T < 0.8)] = mask_token(tokenizer)
+            inputs_T[chosen_T & (kind_T < 0.8)] = mask_id(tokenizer)
             replaced_T = chosen_T & (kind_T >= 0.8) & (kind_T < 0.9)
             inputs_T[replaced_T] = other_T[replaced_T]
 

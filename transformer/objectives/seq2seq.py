@@ -16,6 +16,7 @@ from transformer.objective import OBJECTIVES, Trained, shaped
 from transformer.objectives.bases import TokenObjective
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
+from transformer.tokenizer import around_source, drawable, stop_ids, target_start
 from transformer.types import Array, LossOutput, PairBatch, PyTree
 from transformer.validation import require
 
@@ -45,20 +46,28 @@ class TranslatesText(TokenObjective):
             f"A translator needs a text to translate, got {prompt!r}; give --prompt, or pipe it in.",
         )
         note_unknown(source_tokenizer(run.tokenizer), tokens, note)
-        read = len(source_tokens(run.tokenizer, prompt, data)) - 1
+        source = source_tokens(run.tokenizer, prompt, data)
+        read = len(source) - sum(map(len, around_source(source_tokenizer(run.tokenizer))))
         if read < len(tokens):
             parts = {"head": "the first", "tail": "the last", "head_tail": "the first and last"}[data.truncate]
             note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
         length = max_new_tokens or room
         require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
-        return translations(run, [source_tokens(run.tokenizer, prompt, data)], 1, length)
+        return translations(run, [source], 1, length)
 
 
 def translations(run: Trained, sources: Sequence[Array], batch_size: int, length: int) -> Iterator[str]:
     """The most likely target of each source, of so many tokens at most."""
-    end = run.tokenizer.end_of_text
-    targets = translate(run.model, run.params, sources, end_of_text=end, max_new_tokens=length, batch_size=batch_size)
+    ids = _special_ids(run.tokenizer, run.config)
+    targets = translate(run.model, run.params, sources, **ids, max_new_tokens=length, batch_size=batch_size)
     return (run.tokenizer.decode(target) for target in targets)
+
+
+def _special_ids(tokenizer: Any, config: "Config") -> dict[str, Any]:
+    """Where targets start and end, and what may be drawn."""
+    extra = config.objective.extra_tokens(tokenizer, config.data.sequence_length)
+    allowed = drawable(tokenizer, config.model.vocab_size, extra)
+    return {"end_of_text": stop_ids(tokenizer), "start": target_start(tokenizer), "drawable": allowed}
 
 
 @OBJECTIVES.register
@@ -96,7 +105,7 @@ class Seq2Seq(TranslatesText):
         """BLEU and chrF of the translations of a whole split."""
         examples, room = data.source.examples(split), config.data.sequence_length
         sources = [self.encode(example.source, tokenizer, config.data) for example in examples]
-        targets = translate(model, params, sources, end_of_text=tokenizer.end_of_text, max_new_tokens=room)
+        targets = translate(model, params, sources, **_special_ids(tokenizer, config), max_new_tokens=room)
         return translation_scores(
             [tokenizer.decode(target) for target in targets], [example.target for example in examples]
         )

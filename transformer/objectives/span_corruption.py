@@ -13,6 +13,7 @@ from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.form import Shown
 from transformer.objective import OBJECTIVES
 from transformer.objectives.seq2seq import TranslatesText, pair_loss, pair_shapes
+from transformer.tokenizer import sentinel_ids, target_start
 from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
 from transformer.validation import require, require_at_least
 
@@ -65,13 +66,14 @@ class SpanCorruption(TranslatesText):
         )
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
-        """A sentinel for each span."""
+        """A sentinel for each span, but for those that the tokenizer has."""
         require(
             source_tokenizer(vocabulary) is vocabulary,
             "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
             "sources and one for targets; leave out training.init_from, or start from a run with data.share_vocabulary=True.",
         )
-        return self.num_hidden(length)[1]
+        spans = self.num_hidden(length)[1]
+        return max(0, spans - len(getattr(vocabulary, "sentinels", ())))
 
     @classmethod
     def uses(cls, setting: str) -> bool:
@@ -132,7 +134,7 @@ def span_pairs(objective: SpanCorruption, tokenizer: Tokenizer, length: int) -> 
     """What makes of rows of `length` tokens, of which those with a weight are hidden, sources and targets.
 
     In the source a sentinel stands for each hidden span; the target holds each sentinel and the tokens it stands for.
-    Both end with end-of-text. Sentinels are the ids after the tokenizer's, in order.
+    Both end with end-of-text. Sentinels are those of the tokenizer, then the ids after it, in order.
     """
     hidden, spans = objective.num_hidden(length)
 
@@ -147,12 +149,12 @@ def span_pairs(objective: SpanCorruption, tokenizer: Tokenizer, length: int) -> 
             (starts,) = np.nonzero(np.diff(is_hidden, prepend=False) & is_hidden)
             if len(starts) == 0:
                 continue
-            sentinels = tokenizer.vocab_size + np.arange(len(starts))
+            sentinels = sentinel_ids(tokenizer, len(starts))
             visible = tokens.copy()
             visible[starts] = sentinels
             kept = np.append(visible[~is_hidden | np.isin(np.arange(len(tokens)), starts)], tokenizer.end_of_text)
             told = np.insert(tokens, starts, sentinels)[np.insert(is_hidden, starts, True)]
-            told = np.concatenate([[tokenizer.end_of_text], told, [tokenizer.end_of_text]])
+            told = np.concatenate([[target_start(tokenizer)], told, [tokenizer.end_of_text]])
             source[row, : len(kept)], source_segment_ids[row, : len(kept)] = kept, 1
             target[row, : len(told)], segment_ids[row, : len(told) - 1] = told, 1
         inputs, targets = target[:, :-1] * segment_ids, target[:, 1:]

@@ -21,6 +21,7 @@ from transformer.parts import Steps, check_devices, resolve
 from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
 from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
+from transformer.tokenizer import drawable, prompt_ids, stop_ids
 from transformer.training import loop
 from transformer.training.metrics import derive
 from transformer.training.state import TrainState
@@ -169,7 +170,8 @@ def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sam
     """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
     model: Any = run.steps.parts.model
     training = run.config.training
-    prompt = [run.tokenizer.end_of_text, *run.tokenizer.encode(training.sample_prompt)]
+    prompt = prompt_ids(run.tokenizer, training.sample_prompt)
+    allowed = drawable(run.tokenizer, run.config.model.vocab_size)
     length = min(training.sample_length, run.config.model.max_length - len(prompt))
     require(
         length >= 1,
@@ -185,7 +187,8 @@ def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sam
             max_new_tokens=length,
             sampling=SamplingConfig(temperature=0.8, top_p=0.95),
             seed=training.seed,
-            end_of_text=run.tokenizer.end_of_text,
+            end_of_text=stop_ids(run.tokenizer),
+            drawable=allowed,
         )
         text = run.tokenizer.decode([*prompt, *output.tokens[0][: output.lengths[0]].tolist()])
         console.rule(f"sample at step {step}")

@@ -15,6 +15,7 @@ from transformer.config import DataConfig
 from transformer.data.files import without_surrogates
 from transformer.data.tokenizers import Tokenizer
 from transformer.form import Form
+from transformer.tokenizer import around_text
 from transformer.validation import require
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
@@ -145,8 +146,8 @@ class ExampleForm(Form):
         raise NotImplementedError(f"{type(self).__name__} must define collate().")
 
     def lengths(self, example: Any, tokenizer: Tokenizer) -> dict[str, int]:
-        """Tokens of each text of an example before it is cut: of what a row has room for `config.sequence_length - 1`."""
-        return {"texts": len(tokenizer.encode(self.text(example)))}
+        """Tokens of each text before it is cut, with the ids around it but one: a row has room for `sequence_length - 1`."""
+        return {"texts": len(tokenizer.encode(self.text(example))) + sum(map(len, around_text(tokenizer))) - 1}
 
     def count_cut(self, examples: Iterable[Any], tokenizer: Tokenizer, config: DataConfig) -> dict[str, int]:
         """How many texts of each kind (of `lengths`) are longer than a row has room for, and so are cut."""
@@ -221,6 +222,20 @@ def truncate(tokens: Int[np.ndarray, " n"], room: int, keep: str) -> Int[np.ndar
         return tokens
     head = {"head": room, "tail": 0, "head_tail": (room + 1) // 2}[keep]
     return np.concatenate([tokens[:head], tokens[len(tokens) - (room - head) :]])
+
+
+def framed(
+    tokens: Int[np.ndarray, " n"], around: tuple[tuple[int, ...], tuple[int, ...]], config: DataConfig
+) -> Int[np.ndarray, " m"]:
+    """Tokens between the ids that stand around a text, as many as a row has room for."""
+    begin, end = around
+    room = config.sequence_length - len(begin) - len(end)
+    require(
+        room >= 1,
+        f"A row must have room for a text and the {len(begin) + len(end)} ids around it, got "
+        f"data.sequence_length={config.sequence_length}.",
+    )
+    return np.concatenate([begin, truncate(tokens, room, config.truncate), end]).astype(np.int32)
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

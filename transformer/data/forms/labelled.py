@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
-from transformer.data.forms.examples import ExampleForm, Find, padded, truncate
+from transformer.data.forms.examples import ExampleForm, Find, framed, padded
 from transformer.data.tokenizers import Tokenizer
 from transformer.form import FORMS, Shown
+from transformer.tokenizer import around_text
 from transformer.types import LabelledBatch
 
 
@@ -70,6 +71,8 @@ class LabelledTexts(ExampleForm):
 
 
 def text_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
-    """A text as a classifier reads it: end-of-text, which it may pool, then as much as a row has room for."""
-    tokens = truncate(tokenizer.encode(text), config.sequence_length - 1, config.truncate)
-    return np.concatenate([[tokenizer.end_of_text], tokens])
+    """A text as a classifier reads it: end-of-text, which it may pool, then as much as a row has room for.
+
+    A pretrained tokenizer has ids of its own in the place of end-of-text, and perhaps some after the text.
+    """
+    return framed(tokenizer.encode(text), around_text(tokenizer), config)

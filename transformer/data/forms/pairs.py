@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
-from transformer.data.forms.examples import ExampleForm, Find, padded, truncate
+from transformer.data.forms.examples import ExampleForm, Find, framed, padded
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.form import FORMS, Shown
+from transformer.tokenizer import around_source, target_start
 from transformer.types import PairBatch
 from transformer.validation import counted, require
 
@@ -77,10 +78,10 @@ class Pairs(ExampleForm):
     def encode(
         self, example: TextPair, tokenizer: Tokenizer, config: DataConfig
     ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """The source ends with end-of-text, the target starts and ends with it."""
-        room, end = config.sequence_length - 1, [tokenizer.end_of_text]
-        target = tokenizer.encode(example.target)[:room]
-        return source_tokens(tokenizer, example.source, config), np.concatenate([end, target, end])
+        """The source ends with end-of-text, the target starts and ends with it; a pretrained model may have other ids there."""
+        target = tokenizer.encode(example.target)[: config.sequence_length - 1]
+        target = np.concatenate([[target_start(tokenizer)], target, [tokenizer.end_of_text]])
+        return source_tokens(tokenizer, example.source, config), target
 
     def length(self, encoded: Any) -> int:
         """That of the longer side."""
@@ -96,8 +97,12 @@ class Pairs(ExampleForm):
 
     def lengths(self, example: TextPair, tokenizer: Tokenizer) -> dict[str, int]:
         """Of both sides."""
-        source, target = source_tokenizer(tokenizer).encode(example.source), tokenizer.encode(example.target)
-        return {"sources": len(source), "targets": len(target)}
+        reader = source_tokenizer(tokenizer)
+        around = sum(map(len, around_source(reader)))
+        return {
+            "sources": len(reader.encode(example.source)) + around - 1,
+            "targets": len(tokenizer.encode(example.target)),
+        }
 
     def max_segments(self, data: DataConfig) -> int:
         """One text, then padding, on either side."""
@@ -120,8 +125,7 @@ class Pairs(ExampleForm):
 def source_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
     """A source as a translator reads it: as much as a row has room for, then end-of-text."""
     reader = source_tokenizer(tokenizer)
-    tokens = truncate(reader.encode(text), config.sequence_length - 1, config.truncate)
-    return np.append(tokens, reader.end_of_text)
+    return framed(reader.encode(text), around_source(reader), config)
 
 
 def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -8,11 +8,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from transformer.tokenizer import TokenizerKind
+from transformer.tokenizer import FILE_NAME, TokenizerKind
 from transformer.types import UserError
 from transformer.validation import require
 
-FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 _SOURCE = "source_tokenizer"
 
@@ -30,7 +29,10 @@ class Vocabulary(Protocol):
 
     @property
     def token_bytes(self) -> Int[np.ndarray, " V"]:
-        """UTF-8 bytes each id stands for, 0 for special ids: what bits per byte divides by."""
+        """UTF-8 bytes each id stands for, 0 for special ids: what bits per byte divides by.
+
+        Where a tokenizer puts a space before each text that the text has not, `end_of_text` has -1 for it.
+        """
         ...
 
 
@@ -130,7 +132,7 @@ def _load(directory: epath.PathLike, kind: TokenizerKind) -> Tokenizer:
     path = epath.Path(directory) / FILE_NAME
     require(path.exists(), f"A run directory must hold {FILE_NAME}, which training writes; {directory} does not.")
     try:
-        return kind.load(path.read_text())
+        return kind.open(directory)
     except UserError:
         raise
     except Exception as error:  # the library raises nothing more special, and one's own what it likes

@@ -1,0 +1,228 @@
+"""The tokenizer of a pretrained model: its `tokenizer.json` as it is, and the special ids that its folder names."""
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Bool, Int
+
+from transformer.data.files import without_surrogates
+from transformer.data.tokenizers.base import Ids, known_ids
+from transformer.data.tokenizers.byte_counts import count_bytes, in_alphabet
+from transformer.tokenizer import FILE_NAME, TOKENIZERS, TokenizerKind
+from transformer.types import UserError
+from transformer.validation import require
+
+CHAT_FILE = "chat_template.json"
+"""Templates of conversations by name, and the texts of special tokens that they use."""
+_MOST_IDS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds(TokenizerKind):
+    """The special ids of a pretrained tokenizer, as `from_folder` finds them. -1 and an empty list are none."""
+
+    begin: tuple[int, ...] = ()
+    """Ids before a text, such as BERT's [CLS] or Llama's <|begin_of_text|>."""
+    end: tuple[int, ...] = ()
+    """Ids after a text that an encoder reads, such as [SEP] or T5's </s>."""
+    end_of_text: int = 0
+    """The id that ends a document."""
+    stop: tuple[int, ...] = ()
+    """Ids that end generation; none: end_of_text alone."""
+    pad: int = -1
+    """The id of padding."""
+    decoder_start: int = -1
+    """The id before a target of an encoder-decoder; -1: end_of_text."""
+    mask: int = -1
+    """The id that hides a token; -1: one after all others."""
+
+    def train(self, texts: Iterable[str]) -> NoReturn:
+        """It is trained already."""
+        del texts
+        raise UserError(
+            f"A tokenizer of the kind {self.kind} comes with a pretrained model and is not trained; start from an imported run "
+            "(training.init_from), or choose another data.tokenizer.kind."
+        )
+
+    @property
+    def all_ids(self) -> set[int]:
+        """Every id that is named."""
+        named = {*self.begin, *self.end, *self.stop, self.end_of_text, self.pad, self.decoder_start, self.mask}
+        return named - {-1}
+
+
+class SpecialTokenizer:
+    """What tokenizers of pretrained models have in common: special ids stand for no text, and no text becomes one."""
+
+    def __init__(self, settings: SpecialIds, known_V: Bool[np.ndarray, " V"], special: set[int]) -> None:
+        self.kind, self.settings, self.known, self.vocab_size = settings.kind, settings, known_V, len(known_V)
+        missing = [index for index in settings.all_ids if not (0 <= index < len(known_V) and known_V[index])]
+        require(
+            not missing,
+            f"Special ids must be of the tokenizer, which has {int(known_V.sum())} tokens below {len(known_V)}, got "
+            f"{', '.join(map(str, sorted(missing)))}.",
+        )
+        self.begin, self.end, self.end_of_text = settings.begin, settings.end, settings.end_of_text
+        self.stop, self.decoder_start, self.mask, self.pad = (
+            settings.stop,
+            settings.decoder_start,
+            settings.mask,
+            settings.pad,
+        )
+        self.special = special | settings.all_ids
+        self._special_N = np.array(sorted(self.special))
+        self.chat_file = b""
+
+    def drop_special(self, ids: Ids) -> list[int]:
+        """The ids that stand for text."""
+        flat = known_ids(ids, self.vocab_size)
+        return flat[~np.isin(flat, self._special_N)].tolist()
+
+    def spell_special(self, ids_N: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+        """Ids of a text in which the name of a special token is text: the pieces of that name in its place."""
+        if not np.isin(ids_N, self._special_N).any():
+            return ids_N
+        return np.array([piece for index in ids_N.tolist() for piece in self.spelled(index)], np.int32)
+
+    def spelled(self, index: int) -> list[int]:
+        """Ids of what a text has where it seems to have a special token; itself for an ordinary id."""
+        raise NotImplementedError
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Write the files as they were found."""
+        path = epath.Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / FILE_NAME).write_bytes(self.content)
+        if self.chat_file:
+            (path / CHAT_FILE).write_bytes(self.chat_file)
+
+    content: bytes
+
+
+class PretrainedTokenizer(SpecialTokenizer):
+    """A tokenizer of the `tokenizers` library that another program has made."""
+
+    def __init__(self, content: bytes, settings: SpecialIds) -> None:
+        self.content, fields = content, read_fields(content)
+        self._model = read_model(content)
+        vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
+        known_V, added = table_of(vocabulary), fields.get("added_tokens") or []
+        super().__init__(settings, known_V, {token["id"] for token in added if token["special"]})
+        self.unknown = _unknown(fields["model"], vocabulary)
+        counts = count_bytes(fields, vocabulary, self.special, self.vocab_size)
+        self.token_bytes = counts.token_bytes
+        if counts.adds_space:
+            self.token_bytes[self.end_of_text] = -1
+        names = (f"<extra_id_{number}>" for number in range(len(vocabulary)))
+        found = list(map(vocabulary.get, names))
+        self.sentinels = tuple(found[: found.index(None)] if None in found else found)
+        self._byte_level = '"ByteLevel"' in json.dumps([fields.get("pre_tokenizer"), fields.get("normalizer")])
+
+    def encode(self, text: str, special: bool = False) -> Int[np.ndarray, " n"]:
+        """Ids of a text, without those around it.
+
+        Args:
+            text: any.
+            special: names of special tokens in it stand for these, as in the text of a chat template; else they are text.
+        """
+        model = self._with_special if special else self._model
+        ids = model.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)[0].ids
+        ids_N = np.array(ids, np.int32)
+        return ids_N if special else self.spell_special(ids_N)
+
+    def decode(self, ids: Ids) -> str:
+        """Text of ids, special ones dropped; what is not UTF-8 becomes U+FFFD."""
+        return self._model.decode(self.drop_special(ids), skip_special_tokens=True)
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        model = copy.deepcopy(self._model)
+        model.encode_special_tokens = False
+        return model
+
+    def spelled(self, index: int) -> list[int]:
+        """Of a special token's name, cut in two so that it is not found again; the unknown token stays."""
+        if index == self.unknown or index not in self.special:
+            return [index]
+        name = self._model.id_to_token(index) or ""
+        name = in_alphabet(name) if self._byte_level else name.replace(" ", "▁")
+        pieces = [piece.id for part in (name[:1], name[1:]) if part for piece in self._model.model.tokenize(part)]
+        return [piece for piece in pieces if piece == self.unknown or piece not in self.special]
+
+
+@TOKENIZERS.register
+@dataclasses.dataclass(frozen=True)
+class Pretrained(SpecialIds):
+    """The tokenizer.json of a pretrained model, as it is."""
+
+    kind = "pretrained"
+
+    def load(self, content: str) -> PretrainedTokenizer:
+        """The file of the `tokenizers` library, whatever it holds."""
+        return PretrainedTokenizer(content.encode(), self)
+
+    def open(self, directory: epath.PathLike) -> Any:
+        """With its chat templates."""
+        return with_chat(super().open(directory), directory)
+
+
+def with_chat(tokenizer: SpecialTokenizer, directory: epath.PathLike) -> SpecialTokenizer:
+    """A tokenizer with the chat templates that lie in its directory."""
+    path = epath.Path(directory) / CHAT_FILE
+    tokenizer.chat_file = path.read_bytes() if path.exists() else b""
+    return tokenizer
+
+
+def read_fields(content: bytes) -> dict[str, Any]:
+    """The fields of a `tokenizer.json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    fields = json.loads(content.decode())
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
+        raise ValueError(f"it has {content[:80]!r}")
+    return fields
+
+
+def read_model(content: bytes) -> tokenizers.Tokenizer:
+    """The library's tokenizer, without the padding and truncation that the file may ask for.
+
+    Raises:
+        ValueError: the library does not take it.
+    """
+    try:
+        model: Any = tokenizers.Tokenizer.from_str(content.decode())
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises no more special exception, or a panic that is no Exception
+        raise ValueError(str(error)) from None
+    model.no_padding()
+    model.no_truncation()
+    model.encode_special_tokens = True
+    return model
+
+
+def table_of(vocabulary: dict[str, int]) -> Bool[np.ndarray, " V"]:
+    """Which ids up to the largest one a token has."""
+    size = max(vocabulary.values(), default=-1) + 1
+    require(
+        0 < size <= _MOST_IDS,
+        f"A tokenizer must have from 1 to {_MOST_IDS:,} ids, the largest of this one is {size - 1:,}.",
+    )
+    known_V = np.zeros(size, bool)
+    known_V[list(vocabulary.values())] = True
+    return known_V
+
+
+def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
+    """The id of what has no token, -1 for none."""
+    index = model.get("unk_id") if model.get("type") == "Unigram" else vocabulary.get(model.get("unk_token") or "")
+    return index if isinstance(index, int) else -1
