@@ -70,11 +70,11 @@ def test_a_run_has_few_settings(path):
         ),
         (
             lambda: Config(model=ModelConfig(positions=RotaryPositions(scaling_factor=2.0))),
-            "model.positions.scaling_factor is for positions that are scaled .scaling., got 2.0",
+            "model.positions.scaling_factor is for the scalings linear, llama3, yarn, longrope, dynamic, got 2.0",
         ),
         (
             lambda: Config(model=ModelConfig(positions=RotaryPositions(scaling="linear", original_length=64))),
-            "model.positions.original_length is for the scaling llama3, got 64",
+            "model.positions.original_length is for the scalings llama3, yarn, longrope, dynamic, got 64",
         ),
         (lambda: Config(training=TrainingConfig(init_from_step="best")), "init_from_step is for runs that start from"),
         (

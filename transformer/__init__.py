@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from transformer.models.classifier import Classifier
     from transformer.models.decoder import Decoder
+    from transformer.models.embedder import Embedder
     from transformer.models.encoder import Encoder
     from transformer.models.encoder_decoder import EncoderDecoder
     from transformer.models.init import init_params
@@ -103,6 +104,7 @@ _NAMES = {
     "model_kinds": "BACKENDS NORMS PATTERNS POOLINGS POSITIONS AttentionBackend AttentionCall Norm Pattern Pooling Positions",
     "models.classifier": "Classifier",
     "models.decoder": "Decoder",
+    "models.embedder": "Embedder",
     "models.encoder": "Encoder",
     "models.encoder_decoder": "EncoderDecoder",
     "models.init": "init_params",

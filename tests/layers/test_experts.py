@@ -46,9 +46,9 @@ def is_statistics(x):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("experts_per_token", [1, 2])
-def test_is_its_experts_token_by_token(small, gated, experts_per_token):
-    layer = MixtureOfExperts(config(gated=gated, experts_per_token=experts_per_token))
+@pytest.mark.parametrize(("experts_per_token", "normalize"), [(1, True), (2, True), (2, False)])
+def test_is_its_experts_token_by_token(small, gated, experts_per_token, normalize):
+    layer = MixtureOfExperts(config(gated=gated, experts_per_token=experts_per_token, normalize_experts=normalize))
     inputs = small.normal(2, 5, 8)
     params = small.random_params(layer, inputs)
     said = np.asarray(small.jit(functools.partial(all_experts, layer.config))(params, inputs))
@@ -57,7 +57,7 @@ def test_is_its_experts_token_by_token(small, gated, experts_per_token):
         for t in range(5):
             p = np.exp(np.asarray(inputs[b, t] @ params["router"]["kernel"], np.float64))
             best = np.argsort(-p)[:experts_per_token]
-            total = p[best].sum() if experts_per_token > 1 else p.sum()
+            total = p[best].sum() if normalize and experts_per_token > 1 else p.sum()
             expected[b, t] = sum(p[e] / total * said[e, b, t] for e in best)
             busy |= set(best.tolist())
     assert len(busy) > 2

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.layers.block import Block
 from transformer.layers.scan_params import loop_params, scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig
 from transformer.models.decoder import Decoder
+from transformer.ops.masks import AttentionMask
 from transformer.ops.positions.none import NoPositions
 from transformer.ops.positions.rotary import RotaryPositions
 from transformer.ops.positions.t5 import T5Positions
@@ -90,6 +92,22 @@ def test_own_positions_are_a_model_of_them(tiny):
     np.testing.assert_array_equal(*outs)
     other = Decoder(tiny.config("rotary", pattern=(block,))).apply({"params": tiny.params(as_models)}, tokens)
     assert np.abs(outs[0] - other).max() > 1e-3
+
+
+def test_a_block_without_rotary_positions(tiny):
+    """Every fourth block turns nothing (SmolLM3): as its blocks one by one."""
+    tokens, turned = tiny.tokens((2, 7)), BlockConfig(HEADS, FeedForwardConfig(24))
+    still = dataclasses.replace(turned, own_positions=NoPositions())
+    config = tiny.config("rotary", num_layers=4, pattern=(turned, turned, turned, still), final_norm=False)
+    params = tiny.params(config)
+    x = params["token_embedding"]["embedding"][tokens]
+    for index, kind in enumerate([RotaryPositions()] * 3 + [NoPositions()]):
+        block = {"params": params["decoder"]["blocks"][f"block_{index}"]}
+        x = Block(turned, positions=kind).apply(block, x, mask=AttentionMask(causal=True))
+    expected = x @ params["token_embedding"]["embedding"].T
+    np.testing.assert_allclose(Decoder(config).apply({"params": params}, tokens), expected, atol=1e-4)
+    everywhere = Decoder(dataclasses.replace(config, pattern=(turned,))).apply({"params": params}, tokens)
+    assert np.abs(everywhere - expected).max() > 1e-3
 
 
 def test_a_shared_bias_reaches_only_blocks_without_their_own(tiny):

@@ -23,6 +23,11 @@ MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDeco
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 11, (2, 8)), jnp.int32)
 SPARSE = [{"attention": {"pattern": p}} for p in (StridedPattern(1, 3), FixedPattern(1, 3))]
 
+YARN = {
+    **{"scaling": "yarn", "scaling_factor": 4.0, "original_length": 64, "theta": 100.0},
+    **{"beta_slow": 0.5, "truncate": False},
+}
+
 # By the path of a number: another value, and the settings with which it counts, in the form of `make_config`'s arguments.
 NUMBERS = {
     "vocab_size": (17, {}),
@@ -42,6 +47,11 @@ NUMBERS = {
         *({"positions": {"scaling": scaling, "original_length": 4}} for scaling in ("linear", "llama3")),
     ),
     "positions.original_length": (4, {"positions": {"scaling": "llama3", "scaling_factor": 4.0}}),
+    "positions.low_factor": (3.0, {"positions": {"scaling": "llama3", "scaling_factor": 4.0, "original_length": 16}}),
+    "positions.high_factor": (1.5, {"positions": {"scaling": "llama3", "scaling_factor": 4.0, "original_length": 16}}),
+    "positions.beta_fast": (1.5, {"positions": YARN}),
+    "positions.beta_slow": (0.2, {"positions": YARN}),
+    "positions.attention_factor": (3.0, {"positions": YARN}),
     "positions.offset": (2, {"positions": {"kind": "learned"}}),
     "positions.num_buckets": (16, {"positions": {"kind": "t5"}}),
     "positions.max_distance": (5, {"positions": {"kind": "t5", "num_buckets": 8}}),

@@ -1,6 +1,6 @@
 """Rotary products depend on distances only, scalings follow their formulas, sinusoids are the paper's."""
 
-import inspect
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from transformer.ops.positions.rotary import rotary, rotary_frequencies
+from transformer.ops.positions.rotary import RotaryPositions
+from transformer.ops.positions.scalings import frequencies, plain_frequencies
 from transformer.ops.positions.sinusoidal import sinusoidal
 from transformer.ops.positions.transformer_xl import turn_to_query
+from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -22,7 +24,11 @@ SCALINGS = {
 }
 
 
-compiled_rotary = jax.jit(rotary, static_argnames=("theta", "scaling", "scaling_factor", "original_length"))
+def turned(x, positions, **settings):
+    return RotaryPositions(**settings).rotate(x, x, lambda: (positions, positions))[0]
+
+
+compiled_rotary = jax.jit(turned, static_argnames=[field.name for field in dataclasses.fields(RotaryPositions)])
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -85,7 +91,7 @@ def test_rotary_computes_in_float32_and_returns_the_dtype_it_got():
 def test_rotary_is_the_same_compiled_and_vmapped_and_keeps_norms():
     x, positions = normal(3, 4, 2, 8), jnp.asarray(np.arange(12).reshape(3, 4), jnp.int32)
     with jax.disable_jit():
-        expected = rotary(x, positions)
+        expected = turned(x, positions)
     np.testing.assert_allclose(compiled_rotary(x, positions), expected, atol=1e-6)
     each = jax.vmap(lambda x, positions: compiled_rotary(x[None], positions[None])[0])(x, positions)
     np.testing.assert_allclose(each, expected, atol=1e-6)
@@ -100,8 +106,8 @@ def test_linear_scaling_divides_positions():
 
 
 def test_llama3_scaling_by_wavelength():
-    plain = rotary_frequencies(64, theta=500_000.0).astype(np.float64)
-    scaled = rotary_frequencies(64, theta=500_000.0, scaling="llama3", scaling_factor=8.0, original_length=8192)
+    plain = plain_frequencies(64, 500_000.0)
+    scaled = frequencies(RotaryPositions(theta=500_000.0, scaling="llama3", scaling_factor=8.0), 64)
     wavelengths = 2 * np.pi / plain
     expected = []
     for frequency, wavelength in zip(plain, wavelengths, strict=True):
@@ -138,13 +144,12 @@ def test_sinusoidal_of_an_odd_width_drops_the_last_cosine():
 
 def test_an_odd_head_is_an_error():
     with pytest.raises(ValueError, match="head_dim must be even, got 7"):
-        rotary_frequencies(7)
+        plain_frequencies(7, 10.0)
 
 
 def test_an_unknown_scaling_is_an_error():
-    with pytest.raises(ValueError, match="must be none, linear or llama3, got 'yarn'"):
-        # Past the annotations, as in a run without the tests' type checks.
-        inspect.unwrap(rotary_frequencies)(8, scaling="yarn")
+    with pytest.raises(UserError, match=r"scaling must be one of none, linear, llama3, .*, got 'ntk'"):
+        RotaryPositions(scaling="ntk")
 
 
 def test_turned_vectors_make_products_with_distances_products_with_positions():

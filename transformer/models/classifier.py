@@ -6,10 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from transformer.layers.linear import Linear
 from transformer.layers.runtime import Runtime
-from transformer.layers.stack import Stack
 from transformer.model_config import ModelConfig
-from transformer.models.head import capped, token_embedding, token_type_embedding, with_token_types
-from transformer.ops.masks import AttentionMask
+from transformer.models.head import capped
+from transformer.models.pooled import pooled_states
 from transformer.types import UserError
 
 
@@ -63,23 +62,16 @@ class Classifier(nn.Module):
                 f"A classifier needs at least two classes, got num_classes={self.num_classes}; "
                 "of batches of your own, BatchData(class_names=...) names them."
             )
-        valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0
         runtime = self.runtime.of(config)
-        embedding = token_embedding(config, runtime, name="token_embedding")
-        types = token_type_embedding(config, runtime, name="token_type_embedding")
-        hidden_BTD, _ = Stack(config, runtime=runtime, name="encoder")(
-            with_token_types(embedding(tokens_BT), types, token_types_BT),
-            mask=AttentionMask.packed(segment_ids_BT, max_segments=self.max_segments),
+        pooled_BD = pooled_states(
+            config,
+            runtime,
+            tokens_BT,
+            segment_ids_BT=segment_ids_BT,
+            token_types_BT=token_types_BT,
+            max_segments=self.max_segments,
             train=train,
         )
-
-        def scores() -> Array:
-            return Linear(features=(1,), axes=("embed", None), runtime=runtime, name="pooling")(hidden_BTD)[..., 0]
-
-        pooled_BD = config.pooling(hidden_BTD, valid_BT, scores)
-        if config.pooler:
-            dense = Linear((config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime, name="pooler")
-            pooled_BD = jnp.tanh(dense(pooled_BD).astype(jnp.float32)).astype(pooled_BD.dtype)
         pooled_BD = nn.Dropout(config.dropout)(pooled_BD, deterministic=not train)
         logits_BC = Linear(
             features=(self.num_classes,),

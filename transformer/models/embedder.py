@@ -1,0 +1,68 @@
+"""The embedder: an encoder whose pooled hidden states are a vector of each text, for search and comparison."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.layers.runtime import Runtime
+from transformer.model_config import ModelConfig
+from transformer.models.pooled import pooled_states
+
+
+class Embedder(nn.Module):
+    """A vector for each text (Reimers and Gurevych 2019); its parameters have the names of an `Encoder`'s.
+
+    Padding is neither attended to nor pooled, so that a text's vector does not depend on the texts beside it.
+
+    Attributes:
+        config: the model, with vocab_size set; `config.pooling` makes the vector.
+        runtime: the product and sharding; types and initialisation are the config's.
+        normalize: divide each vector by its length, so that products of vectors are cosines.
+        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = Embedder(ModelConfig(vocab_size=11, num_layers=1, embed_dim=8))
+        >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
+        >>> vectors, variables = model.init_with_output(jax.random.key(0), tokens, segment_ids_BT=segment_ids)
+        >>> vectors.shape, float(jnp.linalg.norm(vectors[0]).round(4))
+        ((1, 8), 1.0)
+    """
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+    normalize: bool = True
+    max_segments: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B D"]:
+        """Float32 vectors; zeros for a row without a token.
+
+        Args:
+            tokens_BT: the tokens of one text a row.
+            segment_ids_BT: 0 is padding; None means there is none.
+            token_types_BT: of each token, where the config has token types; None means 0.
+            train: apply dropout, with the `dropout` key.
+        """
+        pooled_BD = pooled_states(
+            self.config,
+            self.runtime.of(self.config),
+            tokens_BT,
+            segment_ids_BT=segment_ids_BT,
+            token_types_BT=token_types_BT,
+            max_segments=self.max_segments,
+            train=train,
+        ).astype(jnp.float32)
+        if not self.normalize:
+            return pooled_BD
+        # The bound is on the square: a gradient of zeros is zero, where that of their norm is NaN.
+        squared_B1 = jnp.sum(jnp.square(pooled_BD), axis=-1, keepdims=True)
+        return pooled_BD * jax.lax.rsqrt(jnp.maximum(squared_B1, 1e-24))
