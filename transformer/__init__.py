@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformer.data.tokenizers import Tokenizer
     from transformer.form import FORMS, Form, Shown
     from transformer.generation.generate import Generated, Generator, generate, stream
+    from transformer.generation.prompts import unpad
     from transformer.generation.sampling import SamplingConfig
     from transformer.generation.translate import translate
     from transformer.kinds import Family, Kind
@@ -91,6 +92,7 @@ _NAMES = {
     "data.tokenizers": "Tokenizer",
     "form": "FORMS Form Shown",
     "generation.generate": "Generated Generator generate stream",
+    "generation.prompts": "unpad",
     "generation.sampling": "SamplingConfig",
     "generation.translate": "translate",
     "kinds": "Family Kind",

@@ -16,6 +16,7 @@ from transformer.cli.main import COMMANDS, main
 from transformer.cli.options import OPTIONS
 from transformer.cli.train import next_lines
 from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.generation.sampling import SamplingConfig
 from transformer.generation.text import stream_text
 from transformer.kinds import kinds_with
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -64,9 +65,14 @@ def generate(runs, monkeypatch, capsys):
     """Run the command on a model that always says the same, or really; what it printed, and its notes."""
     real = continuation.stream
 
+    def said(tokens, given):
+        """`run.given` is what the model was told."""
+        run.given = given
+        return tokens
+
     def run(*arguments, kind="next_token", tokenizer="bytes", code=None, really=False):
-        monkeypatch.setattr(continuation, "stream", real if really else lambda *_, **__: iter(SAID))
-        monkeypatch.setattr(seq2seq, "translate", lambda *_, **__: [np.array(SAID)])
+        monkeypatch.setattr(continuation, "stream", real if really else lambda *_, **given: said(iter(SAID), given))
+        monkeypatch.setattr(seq2seq, "translate", lambda *_, **given: said([np.array(SAID)], given))
         monkeypatch.setattr(command, "load", lambda *_, **__: runs(kind, tokenizer))
         capsys.readouterr()
         if code is None:
@@ -174,6 +180,8 @@ def parse_of(name):
         (["--temperature", "0", "--seed", "0"], "--seed 0 means nothing here"),
         (["--temperature", "0", "--top-k", "5"], "--top-k 5 means nothing here"),
         (["--temperature", "0", "--top-p", "0.5"], "--top-p 0.5 means nothing here"),
+        (["--temperature", "0", "--min-p", "0.5"], "--min-p 0.5 means nothing here"),
+        (["--temperature", "0", "--min-p", "0", "--repetition-penalty", "1.5"], ""),
     ],
 )
 @pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
@@ -186,6 +194,17 @@ def test_where_nothing_is_drawn(generate, kind, flags, refused):
 def test_a_translator_draws_nothing(generate, flags):
     assert "a translator takes the most likely token" in generate("--prompt", "a", *flags, kind="seq2seq", code=2)
     assert generate("--prompt", "a", "--max-new-tokens", "2", *flags)  # a language model draws
+
+
+@pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
+def test_sampling_reaches_the_model(generate, kind):
+    """Every field of a language model, of a translator the penalty."""
+    flags = ["--top-k", "5", "--top-p", "0.9", "--min-p", "0.25", "--temperature", "0.5"] * (kind == "next_token")
+    generate("--prompt", "the cat", "--max-new-tokens", "2", "--repetition-penalty", "1.5", *flags, kind=kind)
+    drawn = (
+        {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.25} if kind == "next_token" else {"temperature": 0}
+    )
+    assert generate.given["sampling"] == SamplingConfig(repetition_penalty=1.5, **drawn)
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", None])

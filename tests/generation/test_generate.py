@@ -11,6 +11,7 @@ import pytest
 from transformer.generation import generate as module
 from transformer.generation.generate import Generator, generate, stream
 from transformer.generation.prepare import loop_model, prepare
+from transformer.generation.prompts import unpad
 from transformer.generation.sampling import SamplingConfig
 from transformer.layers.scan_params import scan_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
@@ -153,6 +154,70 @@ def test_a_prompt_may_hold_end_of_text():
     output = generator_of(config).generate([[0, 3, 1], [4, 0]], max_new_tokens=1, sampling=GREEDY, end_of_text=0)
     for tokens, prompt in zip(output.tokens, ([0, 3, 1], [4, 0]), strict=True):
         assert_greedy(config, prompt, tokens)
+
+
+def test_several_tokens_may_end_a_row():
+    generator = generator_of(make_config())
+    run = functools.partial(generator.generate, PROMPTS, max_new_tokens=20, sampling=DRAWN, seed=1)
+    free = run().tokens
+    ends = int(free[0, 6]), int(free[2, 0])
+    first = [next((n for n, token in enumerate(row) if token in ends), 20) for row in free.tolist()]
+    output = run(end_of_text=ends)
+    assert output.lengths.tolist() == first
+    for row, expected, length in zip(output.tokens, free, first, strict=True):
+        # The token that ended the row is there, and repeats.
+        np.testing.assert_array_equal(row[: length + 1], expected[: length + 1])
+        assert set(row[length:].tolist()) == ({int(expected[length])} if length < 20 else set())
+    assert len({int(row[length]) for row, length in zip(free, first, strict=True) if length < 20}) == 2
+    streamed = list(generator.stream(PROMPTS[0], max_new_tokens=20, sampling=DRAWN, seed=1, end_of_text=list(ends)))
+    assert streamed == free[0, : first[0]].tolist()
+    programs = module._decode._cache_size()
+    run(end_of_text=(ends[1], 12))
+    run(end_of_text=(-1, 0))
+    assert module._decode._cache_size() == programs
+
+
+def test_a_penalty_counts_prompt_and_continuation():
+    """Greedy: each token is the best of penalized logits of full passes."""
+    config, sampling = make_config(), SamplingConfig(temperature=0, repetition_penalty=2.5)
+    output = generator_of(config).generate(PROMPTS, max_new_tokens=20, sampling=sampling)
+    for prompt, tokens in zip(PROMPTS, output.tokens.tolist(), strict=True):
+        row = [*prompt, *tokens]
+        logits = forward(config)(make(config)[1], jnp.asarray(np.pad(row, (0, 32 - len(row)))[None]))
+        for place in range(len(prompt), len(row)):
+            scores = np.array(logits[0, place - 1])
+            seen = list(set(row[:place]))
+            scores[seen] = np.where(scores[seen] > 0, scores[seen] / 2.5, scores[seen] * 2.5)
+            assert scores[row[place]] >= scores.max() - 1e-4
+    assert (
+        output.tokens.tolist()
+        != generator_of(config).generate(PROMPTS, max_new_tokens=20, sampling=GREEDY).tokens.tolist()
+    )
+
+
+def test_a_batch_padded_on_the_left_is_its_rows():
+    tokens, mask = np.full((3, 9), 11), np.zeros((3, 9), bool)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, True
+    run = functools.partial(generator_of(make_config()).generate, max_new_tokens=20, sampling=DRAWN, seed=3)
+    np.testing.assert_array_equal(run(unpad(tokens, mask)).tokens, run(PROMPTS).tokens)
+    rows = unpad(tokens[:, ::-1], mask[:, ::-1].astype(np.int64))  # on the right
+    assert [row.tolist() for row in rows] == [prompt[::-1] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1]], r"one shape \[B, T\], got \(2, 2\) and \(1, 2\)"),
+        ([[1, 1], [0, 0]], "Every row must have a token, row 1 is padding only"),
+        ([[1, 1], [0, 2]], "A mask must be 1 where a token is"),
+    ],
+)
+def test_masks_that_are_none_are_refused(mask, message):
+    with pytest.raises(UserError, match=message):
+        unpad([[1, 2], [3, 4]], mask)
+    with pytest.raises(UserError, match="row 0 has some between its tokens"):
+        unpad([[1, 2, 3]], [[1, 0, 1]])
 
 
 def test_stops_when_every_row_has_ended(monkeypatch):
@@ -323,20 +388,6 @@ def test_refuses(prompts, count, message):
 def test_an_end_of_text_that_is_no_token_is_refused(end):
     with pytest.raises(UserError, match=f"end_of_text must be a token below vocab_size=13, .* got {end}"):
         generate(*make(make_config()), PROMPTS, max_new_tokens=1, end_of_text=end)
-
-
-def test_a_row_ends_at_any_of_several_tokens():
-    generator = generator_of(make_config())
-    whole = generator.generate(PROMPTS, max_new_tokens=8, sampling=GREEDY).tokens
-    ends = [int(whole[0, 2]), int(whole[1, 4])]
-    found = generator.generate(PROMPTS, max_new_tokens=8, sampling=GREEDY, end_of_text=ends)
-    for row, tokens, length in zip(whole, found.tokens, found.lengths, strict=True):
-        expected = next((place for place, token in enumerate(row) if token in ends), 8)
-        assert length == expected
-        np.testing.assert_array_equal(tokens[:length], row[:length])
-        assert set(tokens[length:].tolist()) <= set(ends)
-    streamed = list(generator.stream(PROMPTS[1], max_new_tokens=8, sampling=GREEDY, end_of_text=ends))
-    assert streamed == found.tokens[1, : found.lengths[1]].tolist()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, SamplingConfig(temperature=2.0)])

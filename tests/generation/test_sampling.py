@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from transformer.generation.sampling import SamplingConfig, filter_logits, sample_tokens
+from transformer.generation.sampling import (
+    NO_TOKEN,
+    SamplingConfig,
+    filter_logits,
+    penalize,
+    sample_tokens,
+)
 from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -90,7 +96,15 @@ def test_low_temperature_approaches_greedy(logits, seed):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 4, "top_p": 0.9}]
+    "config",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 4, "top_p": 0.9},
+        {"min_p": 0.3},
+    ],
 )
 def test_draws_follow_the_distribution(config):
     config = SamplingConfig(**config)
@@ -127,5 +141,80 @@ def test_a_row_draws_by_its_own_key():
     ],
 )
 def test_refuses(config, message):
+    with pytest.raises(UserError, match=message):
+        SamplingConfig(**config)
+
+
+# ---- min-p, repetition penalty ----------------------------------------------------------------------------------------
+
+
+@few
+@given(LOGITS, st.sampled_from([0.0, 0.01, 0.3, 0.9, 1.0]))
+def test_min_p_keeps_what_is_likely_enough(logits, min_p):
+    ratios = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    clear = np.abs(ratios - min_p) > 1e-5  # rounding decides about the others
+    mask = kept(logits, min_p=min_p)
+    np.testing.assert_array_equal(mask[clear], (ratios >= min_p)[clear])
+    assert mask[ratios == 1].all()
+
+
+def test_min_p_after_temperature_and_top_p():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
+    assert kept(logits, min_p=0.4).sum() == 2
+    assert kept(logits, min_p=0.4, temperature=2.0).sum() == 3  # ratios become roots
+    assert kept(logits, min_p=0.4, top_p=0.4).sum() == 1
+    assert kept(logits, min_p=0.05, top_k=3).sum() == 3
+
+
+@few
+@given(LOGITS, st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6), st.sampled_from([0.5, 1.3, 5.0]))
+def test_the_penalty_is_for_the_tokens_of_the_row_once(logits, row, penalty):
+    tokens = np.array([[*row, 3, 3], [NO_TOKEN, *row, 5]])
+    found = np.asarray(penalize(jnp.asarray(logits), jnp.asarray(tokens), jnp.array([len(row), 1]), penalty))
+    expected = logits.copy()
+    for token in set(row):
+        expected[0, token] = logits[0, token] / penalty if logits[0, token] > 0 else logits[0, token] * penalty
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+SETTINGS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"min_p": 0.1}, id="min_p"),
+    pytest.param({"repetition_penalty": 1.4}, id="penalty"),
+    pytest.param({"temperature": 0.7, "top_k": 8, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3}, id="all"),
+]
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+def test_the_whole_distribution_is_that_of_transformers(config):
+    """Their processors in the order of their `generate`."""
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    generator = np.random.default_rng(0)
+    logits, tokens = generator.normal(0, 3, (5, 30)).astype(np.float32), generator.integers(0, 30, (5, 9))
+    settings = SamplingConfig(**config)
+    ours = penalize(jnp.asarray(logits), jnp.asarray(tokens), jnp.full(5, 9), settings.repetition_penalty)
+    ours = filter_logits(ours, settings)
+    processors = [
+        library.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty),
+        library.TemperatureLogitsWarper(settings.temperature),
+        *([library.TopKLogitsWarper(settings.top_k)] if settings.top_k else []),
+        library.TopPLogitsWarper(settings.top_p),
+        library.MinPLogitsWarper(settings.min_p),
+    ]
+    theirs = torch.tensor(logits)
+    for processor in processors:
+        theirs = processor(torch.tensor(tokens), theirs)
+    np.testing.assert_allclose(jax.nn.softmax(ours), torch.softmax(theirs, -1).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"min_p": -0.1}, r"SamplingConfig.min_p must be at least 0 and at most 1, got -0.1"),
+        ({"min_p": 1.1}, r"SamplingConfig.min_p must be at least 0 and at most 1, got 1.1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be above 0, where 1 is none, got 0.0"),
+    ],
+)
+def test_refuses_further(config, message):
     with pytest.raises(UserError, match=message):
         SamplingConfig(**config)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.generation.sampling import SamplingConfig
 from transformer.generation.translate import translate
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.model_kinds import POSITIONS
@@ -38,15 +39,18 @@ def sources():
     return [generator.integers(1, 11, length) for length in (3, 1, 23, 7, 7, 2, 12)]
 
 
-def by_full_passes(model, params, source):
+def by_full_passes(model, params, source, first=END, penalty=1.0):
     padded = np.zeros((2, 1, 23), np.int32)
     padded[0, 0, : len(source)], padded[1, 0, : len(source)] = source, 1
-    target = [END]
+    target = [first]
     while len(target) <= LENGTH:
         # What comes later has no influence: the decoder is causal.
         inputs = np.zeros((1, LENGTH + 1), np.int32)
         inputs[0, : len(target)] = target
-        best = int(full_pass(model, params, padded[0], padded[1], inputs)[0, len(target) - 1].argmax())
+        scores = np.array(full_pass(model, params, padded[0], padded[1], inputs)[0, len(target) - 1])
+        seen = list(set(target))
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        best = int(scores.argmax())
         if best == END:
             break
         target.append(best)
@@ -64,6 +68,29 @@ def test_equals_full_passes_in_any_batch(model, sources):
     for batch_size in (1, 8):
         targets = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH, batch_size=batch_size)
         assert [target.tolist() for target in targets] == expected
+
+
+def test_another_token_may_start_a_target(model, sources):
+    first = functools.partial(by_full_passes, *model, first=4)
+    expected = [first(source) for source in sources]
+    assert expected != [by_full_passes(*model, source) for source in sources]
+    targets = translate(*model, sources, end_of_text=END, start=4, max_new_tokens=LENGTH)
+    assert [target.tolist() for target in targets] == expected
+
+
+def test_a_penalty_is_for_the_tokens_of_the_target(model, sources):
+    sampling = SamplingConfig(temperature=0, repetition_penalty=3.0)
+    expected = [by_full_passes(*model, source, penalty=3.0) for source in sources]
+    assert expected != [by_full_passes(*model, source) for source in sources]
+    targets = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH, sampling=sampling)
+    assert [target.tolist() for target in targets] == expected
+
+
+def test_a_drawn_target_does_not_depend_on_its_batch(model, sources):
+    run = functools.partial(translate, *model, end_of_text=END, max_new_tokens=LENGTH, sampling=SamplingConfig())
+    drawn = [[target.tolist() for target in run(sources, seed=5, batch_size=size)] for size in (1, 8)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != [target.tolist() for target in run(sources, seed=6)]
 
 
 def test_a_target_is_the_same_however_long_it_may_be(model, sources):

@@ -1,5 +1,6 @@
 """`transformer generate DIR --prompt TEXT`: continue a prompt with a run's model as it comes, or translate it."""
 
+import dataclasses
 import itertools
 import sys
 
@@ -19,7 +20,9 @@ def main(options: GenerateOptions, given: Given) -> None:
 
     A terminal is shown nothing that it would obey; a file or a pipe gets the text as it is.
     """
-    sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    sampling = SamplingConfig(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
+    )
     prompt = _text(options.prompt, "--prompt") if options.prompt is not None else _piped()
     run = load(options.workdir, step=options.step)
     objective = run.config.objective
@@ -48,7 +51,7 @@ def _text(prompt: str, name: str) -> str:
 
 def _refuse_unused(given: Given, because: str) -> None:
     """Where nothing is drawn: refuse flags that say how to draw, and take those that say that nothing is drawn."""
-    fine = {"temperature": (0.0,), "top_k": (0, 1), "top_p": (1.0,), "seed": ()}
+    fine = {"temperature": (0.0,), "top_k": (0, 1), "top_p": (1.0,), "min_p": (0.0,), "seed": ()}
     if given.get("top_k") == 1:
         fine["temperature"] = (given.get("temperature"),)
     unused = {name: given[name] for name in fine if name in given and given[name] not in fine[name]}

@@ -90,6 +90,10 @@ class GenerateOptions:
     """Sample among this many most likely tokens; 0 means all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample among the tokens at least this many times as likely as the most likely one; 0 means all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text has (of a translation, the translation) are less likely; 1 changes nothing."""
     seed: int = 0
     """The same seed gives the same text."""
 

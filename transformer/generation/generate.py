@@ -7,19 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from transformer.generation.loop import Draw, State, append, extend
 from transformer.generation.prepare import loop_model, prepare
-from transformer.generation.sampling import (
-    NO_TOKEN,
-    SamplingConfig,
-    check_drawable,
-    check_drawn,
-    only_drawable,
-    sample_tokens,
-)
+from transformer.generation.prompts import end_ids
+from transformer.generation.sampling import SamplingConfig, check_drawable, check_drawn
 from transformer.layers.cache import cache_overflow, check_capacity
-from transformer.layers.stack import StackCache
 from transformer.memory import check_cache
 from transformer.models.decoder import Decoder
 from transformer.ops.ids import token_rows
@@ -34,28 +28,10 @@ _CHUNK = 8
 
 
 class Generated(NamedTuple):
-    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and tokens that end a text from there on."""
+    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and from there on the token that ended the row."""
 
     tokens: np.ndarray  # int32 [B, max_new_tokens]
     lengths: np.ndarray  # int32 [B], end-of-text not counted
-
-
-class _State(NamedTuple):
-    """Rows as they grow: prompt, new tokens, then zeros."""
-
-    tokens_BP: Int[Array, "B P"]
-    lengths_B: Int[Array, " B"]
-    num_new: Int[Array, ""]
-    ended_B: Bool[Array, " B"]
-    cache: StackCache
-
-
-class _Draw(NamedTuple):
-    """What decides the next token, besides the logits."""
-
-    key: Any
-    stop_E: Any  # int32: tokens at which a row ends
-    drawable_V: Any  # bool: tokens that may be drawn, None for all
 
 
 class Generator:
@@ -93,10 +69,11 @@ class Generator:
         state = self._extend(state, max_new_tokens, sampling, draw)
         steps_N = np.arange(max_new_tokens)
         read_B = np.array([len(prompt) for prompt in prompts])
-        tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), read_B[:, None] + steps_N, axis=1)
+        # Where all rows have ended early, each repeats its last token.
+        columns_BN = read_B[:, None] + np.minimum(steps_N, int(state.num_new) - 1)
+        tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), columns_BN, axis=1)
         check_drawn(tokens_BN, read_B)
-        tokens_BN = np.where(steps_N < int(state.num_new), tokens_BN, draw.stop_E[0])
-        ended_BN = np.isin(tokens_BN, draw.stop_E)
+        ended_BN = np.isin(tokens_BN, draw.ends_E)
         lengths_B = np.where(ended_BN.any(axis=1), ended_BN.argmax(axis=1), max_new_tokens)
         return Generated(tokens_BN.astype(np.int32), lengths_B.astype(np.int32))
 
@@ -117,7 +94,7 @@ class Generator:
             available = int(state.num_new)
             for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available]:
                 check_drawn(token[None, None], np.array([len(prompt) + given]))
-                if token in draw.stop_E:
+                if token in draw.ends_E:
                     return
                 given += 1
                 yield int(token)
@@ -133,7 +110,7 @@ class Generator:
         seed: int,
         end_of_text: int | Sequence[int],
         drawable: np.ndarray | None,
-    ) -> tuple[_State, _Draw]:
+    ) -> tuple[State, Draw]:
         """Read the prompts and draw the first token of each row."""
         vocab_size = self._model.config.vocab_size
         rows = token_rows(prompts, vocab_size, "prompt")
@@ -141,11 +118,7 @@ class Generator:
             len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing."
         )
         require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        stop_E = np.atleast_1d(np.asarray(end_of_text, np.int32))
-        require(
-            len(stop_E) > 0 and bool(np.all((stop_E >= -1) & (stop_E < vocab_size))),
-            f"end_of_text must be a token below vocab_size={vocab_size}, or several, or -1 for none, got {end_of_text}.",
-        )
+        ends_E = end_ids(end_of_text, vocab_size)
         check_drawable(drawable, vocab_size)
         longest = max(len(row) for row in rows)
         limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
@@ -157,11 +130,11 @@ class Generator:
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
-        draw = _Draw(jax.random.key(seed), stop_E, drawable)
+        draw = Draw(jax.random.key(seed), np.arange(len(rows), dtype=np.int32), ends_E, drawable)
         state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
         return state, draw
 
-    def _extend(self, state: _State, num_new: int, sampling: SamplingConfig, draw: _Draw) -> _State:
+    def _extend(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> State:
         """Rows with `num_new` new tokens, fewer if all have ended."""
         batch_size = len(state.tokens_BP)
         if batch_size not in self._prepared:
@@ -189,7 +162,7 @@ def generate(
     Args:
         model: a decoder.
         params: its parameters.
-        prompts: tokens of each row, which may differ in number; at least one a row.
+        prompts: tokens of each row, which may differ in number; at least one a row. `unpad` takes the padding from a batch.
         max_new_tokens: how many to add; with the longest prompt at most the model's max_length, if it has one.
         sampling: how tokens are drawn.
         seed: a row's draws depend on it, on the row's place among the prompts and on the token's position, on nothing
@@ -228,11 +201,11 @@ def _prefill(
     params: PyTree,
     tokens_BT: Int[Array, "B T"],
     lengths_B: Int[Array, " B"],
-    draw: _Draw,
+    draw: Draw,
     *,
     capacity: int,
     sampling: SamplingConfig,
-) -> _State:
+) -> State:
     """Read right-padded prompts, which are the prefix of a prefix-LM, and draw the first token of each row."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
@@ -246,46 +219,24 @@ def _prefill(
     logits_BTV, cache = outputs
     logits_BV = jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BP = jnp.pad(tokens_BT, ((0, 0), (0, capacity - T)))
-    state = _State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((B,), bool), cache)
-    return _append(state, logits_BV, draw, sampling)
+    state = State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((B,), bool), cache)
+    return append(state, logits_BV, draw, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def _decode(
     model: Decoder,
     params: PyTree,
-    state: _State,
+    state: State,
     num_new: Any,
-    draw: _Draw,
+    draw: Draw,
     *,
     sampling: SamplingConfig,
-) -> tuple[_State, Bool[Array, ""]]:
+) -> tuple[State, Bool[Array, ""]]:
     """Draw tokens until there are `num_new` new ones in each row, or all rows have ended; and whether any was lost."""
 
-    def goes_on(state: _State) -> Bool[Array, ""]:
-        return (state.num_new < num_new) & ~jnp.all(state.ended_B)
+    def step(last_B1: Array, cache: Any) -> Any:
+        return model.apply({"params": params}, last_B1, cache=cache)
 
-    def step(state: _State) -> _State:
-        last_B1 = jnp.take_along_axis(state.tokens_BP, state.lengths_B[:, None] - 1, axis=1)
-        logits_B1V, cache = model.apply({"params": params}, last_B1, cache=state.cache)
-        return _append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
-
-    state = jax.lax.while_loop(goes_on, step, state)
+    state = extend(state, num_new, step, draw, sampling)
     return state, cache_overflow(state.cache)
-
-
-def _append(state: _State, logits_BV: Float[Array, "B V"], draw: _Draw, sampling: SamplingConfig) -> _State:
-    """Draw the next token of each row; one that has ended repeats end-of-text, one without usable logits ends."""
-    rows_B = jnp.arange(len(logits_BV))
-    keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
-        rows_B, state.lengths_B
-    )
-    tokens_B = sample_tokens(only_drawable(logits_BV, draw.drawable_V), keys_B, sampling)
-    tokens_B = jnp.where(state.ended_B, draw.stop_E[0], tokens_B)
-    return _State(
-        tokens_BP=state.tokens_BP.at[rows_B, state.lengths_B].set(tokens_B),
-        lengths_B=state.lengths_B + 1,
-        num_new=state.num_new + 1,
-        ended_B=state.ended_B | jnp.isin(tokens_B, draw.stop_E) | (tokens_B == NO_TOKEN),
-        cache=state.cache,
-    )

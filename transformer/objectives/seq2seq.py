@@ -10,6 +10,7 @@ import numpy as np
 from transformer.data.forms.pairs import source_tokens
 from transformer.data.tokenizers import note_unknown, source_tokenizer
 from transformer.evaluation.translation import translation_scores
+from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
@@ -35,10 +36,16 @@ class TranslatesText(TokenObjective):
     draws_nothing = "a translator takes the most likely token each time"
 
     def generate(
-        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
+        self,
+        run: Trained,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        note: Callable[[str], None],
     ) -> Iterator[str]:
-        """The translation of the prompt; a note says what of it was not read."""
-        del sampling, seed
+        """The translation of the prompt; a note says what of it was not read. Of `sampling` it takes the penalty."""
+        del seed
         data, room = run.config.data, run.config.data.sequence_length
         tokens = source_tokenizer(run.tokenizer).encode(prompt)
         require(
@@ -53,13 +60,17 @@ class TranslatesText(TokenObjective):
             note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
         length = max_new_tokens or room
         require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
-        return translations(run, [source], 1, length)
+        sampling = dataclasses.replace(GREEDY, repetition_penalty=sampling.repetition_penalty)
+        return translations(run, [source], 1, length, sampling)
 
 
-def translations(run: Trained, sources: Sequence[Array], batch_size: int, length: int) -> Iterator[str]:
+def translations(
+    run: Trained, sources: Sequence[Array], batch_size: int, length: int, sampling: SamplingConfig = GREEDY
+) -> Iterator[str]:
     """The most likely target of each source, of so many tokens at most."""
     ids = _special_ids(run.tokenizer, run.config)
-    targets = translate(run.model, run.params, sources, **ids, max_new_tokens=length, batch_size=batch_size)
+    options: Any = {"max_new_tokens": length, "batch_size": batch_size, "sampling": sampling}
+    targets = translate(run.model, run.params, sources, **ids, **options)
     return (run.tokenizer.decode(target) for target in targets)
 
 

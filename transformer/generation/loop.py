@@ -1,0 +1,68 @@
+"""The loop of generation: a token of every row at a time, until all rows have ended. Decoders and encoder-decoders share it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from transformer.generation.sampling import NO_TOKEN, SamplingConfig, only_drawable, penalize, sample_tokens
+
+Step = Callable[[Int[Array, "B 1"], Any], tuple[Float[Array, "B 1 V"], Any]]
+"""The model: the latest token of each row and the cache before it give logits and the cache after it."""
+
+
+class State(NamedTuple):
+    """Rows as they grow: what was read, new tokens, then zeros."""
+
+    tokens_BP: Int[Array, "B P"]
+    lengths_B: Int[Array, " B"]
+    num_new: Int[Array, ""]
+    ended_B: Bool[Array, " B"]
+    cache: Any
+
+
+class Draw(NamedTuple):
+    """What decides the next token, besides the logits."""
+
+    key: Any
+    rows_B: Any  # int32 [B], the number of each row
+    ends_E: Any  # int32 [E], the ids at which a row ends
+    drawable_V: Any  # bool [V], the ids that may be drawn; None for all
+
+
+def extend(state: State, num_new: Any, step: Step, draw: Draw, sampling: SamplingConfig) -> State:
+    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended."""
+
+    def goes_on(state: State) -> Bool[Array, ""]:
+        return (state.num_new < num_new) & ~jnp.all(state.ended_B)
+
+    def one_more(state: State) -> State:
+        logits_B1V, cache = step(_last(state)[:, None], state.cache)
+        return append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
+
+    return jax.lax.while_loop(goes_on, one_more, state)
+
+
+def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: SamplingConfig) -> State:
+    """Draw the next token of each row; one that has ended repeats its last token, one without usable logits ends."""
+    keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
+        draw.rows_B, state.lengths_B
+    )
+    logits_BV = only_drawable(logits_BV, draw.drawable_V)
+    if sampling.repetition_penalty != 1:
+        logits_BV = penalize(logits_BV, state.tokens_BP, state.lengths_B, sampling.repetition_penalty)
+    tokens_B = jnp.where(state.ended_B, _last(state), sample_tokens(logits_BV, keys_B, sampling))
+    ends_B = jnp.isin(tokens_B, draw.ends_E)
+    return State(
+        tokens_BP=state.tokens_BP.at[jnp.arange(len(tokens_B)), state.lengths_B].set(tokens_B),
+        lengths_B=state.lengths_B + 1,
+        num_new=state.num_new + 1,
+        ended_B=state.ended_B | ends_B | (tokens_B == NO_TOKEN),
+        cache=state.cache,
+    )
+
+
+def _last(state: State) -> Int[Array, " B"]:
+    return jnp.take_along_axis(state.tokens_BP, state.lengths_B[:, None] - 1, axis=1)[:, 0]
