@@ -258,6 +258,22 @@ class Objective(Kind):
         """
         self._refuse("generates must be a language model or a translator")
 
+    def reply(
+        self,
+        run: Trained,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int,
+        sampling: Any,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> Iterator[str]:
+        """What a trained model says next in a conversation, piece by piece, as `generate`.
+
+        Raises:
+            UserError: there is no chat template, the conversation does not fit, or the model holds none.
+        """
+        self._refuse("replies must be a language model")
+
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"A run that {what}, got one of {self.kind}; `transformer evaluate` scores it.")
 

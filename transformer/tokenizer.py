@@ -20,6 +20,7 @@ TOKENIZERS = Family(
         "wordpiece": "transformer.data.tokenizers.wordpiece",
         "words": "transformer.data.tokenizers.words",
         "pretrained": "transformer.data.tokenizers.pretrained",
+        "sentencepiece": "transformer.data.tokenizers.pieces",
     },
 )
 FILE_NAME = "tokenizer.json"

@@ -17,6 +17,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_installed(package: Any, name: str, extra: str) -> None:
+    """Raise UserError, with the command that installs it, unless a package that not everybody needs is there."""
+    require(package is not None, f'This needs the package {name}; pip install "transformer[{extra}]".')
+
+
 def require_range(config: Any, low: float, high: float, *names: str) -> None:
     """`low <= value` and `value < high` for each field of `config`."""
     for name in names:

@@ -145,7 +145,7 @@ def test_the_byte_pair_file_is_the_librarys(tmp_path):
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"must hold tokenizer\.json"):
         load_tokenizer(tmp_path, Bytes())
-    for kind in FAMILY.names[1:]:
+    for kind in [name for name in FAMILY.names if name not in ("auto", "sentencepiece")]:  # its file needs the library
         for content in ('{"kind": "runes"}', "[]", "", '{"model": 3}', "[" * 10_000):
             (tmp_path / "tokenizer.json").write_text(content)
             with pytest.raises(UserError, match=rf"tokenizer\.json must describe a tokenizer of the kind '{kind}' as"):

@@ -21,7 +21,7 @@ from transformer.runs.donor import Donor, inherit_params, inherit_tokenizer
 from transformer.tokenizer import TOKENIZERS
 from transformer.types import UserError
 
-KINDS = [kind for kind in TOKENIZERS.names if kind not in ("auto", "pretrained")]
+KINDS = [kind for kind in TOKENIZERS.names if kind not in ("auto", "pretrained", "sentencepiece")]
 SIZED = kinds_with(TOKENIZERS, "size")
 TEXTS = ["one two three", "two three four"]
 

@@ -10,6 +10,7 @@ from transformer.generation.sampling import SamplingConfig
 from transformer.runs.saved import load
 from transformer.terminal import printable
 from transformer.training.out_of_memory import explained
+from transformer.validation import require
 
 _NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "that on standard input"
 
@@ -24,14 +25,29 @@ def main(options: GenerateOptions, given: Given) -> None:
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
     )
     prompt = _text(options.prompt, "--prompt") if options.prompt is not None else _piped()
+    require(
+        options.system is None or options.chat,
+        "--system is a message of a conversation; give --chat too, or leave it out.",
+    )
     run = load(options.workdir, step=options.step)
     objective = run.config.objective
     if why := objective.draws_nothing or ("the most likely token is taken each time" if sampling.greedy else ""):
         _refuse_unused(given, why)
-    pieces = objective.generate(run, prompt, options.max_new_tokens, sampling, options.seed, _note)
+    how = (options.max_new_tokens, sampling, options.seed, _note)
+    if options.chat:
+        pieces = objective.reply(run, _messages(prompt, options.system), *how)
+    else:
+        pieces = objective.generate(run, prompt, *how)
     for piece in itertools.chain(pieces, "\n"):
         sys.stdout.write(printable(piece, lines=True) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """A conversation of a user's message, and perhaps one of the system before it."""
+    require(prompt.strip() != "", "A message to reply to must not be blank; give --prompt, or pipe it in.")
+    before = [] if system is None else [{"role": "system", "content": _text(system, "--system")}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def _piped() -> str:

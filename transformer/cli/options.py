@@ -82,6 +82,10 @@ class GenerateOptions:
     """Of the checkpoint: latest, best (by validation loss), or a number."""
     prompt: str | None = None
     """The text to continue, or to translate; an empty one starts a new document."""
+    chat: bool = False
+    """The prompt is a user's message, and what is printed is the reply, by the chat template of an imported model."""
+    system: str | None = None
+    """With --chat: the system's message before it."""
     max_new_tokens: int = 0
     """Tokens to add at most; 0 means as many as the model's length has room for."""
     temperature: float = 1.0

@@ -1,6 +1,7 @@
 """Documents of running text, corpora of them, and the text files of a folder."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from transformer.data.files import decode_text, read_file
 from transformer.data.identity import ContentHash
 from transformer.storage import is_local
 from transformer.validation import require
+
+CONVERSATION = "\0conversation"
+"""The prompt of a document whose text is a conversation: JSON of its messages, which is never cut."""
 
 
 class Document(NamedTuple):
@@ -94,3 +98,10 @@ def visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> li
                 yield from below(path)
 
     return list(below(root))
+
+
+def plain_text(prompt: str, text: str) -> str:
+    """A document's prompt and text; of a conversation, its messages one after the other."""
+    if prompt != CONVERSATION:
+        return prompt + text
+    return "\n".join(message["content"] for message in json.loads(text))

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from transformer.config import DataConfig
+from transformer.data.documents import CONVERSATION
 from transformer.data.registry import open_sources
 from transformer.data.rows import Pairs, empty_batch, make_pairs, write_pairs
 from transformer.data.source import Record, Source, whole_documents
@@ -183,14 +184,18 @@ class EvaluationBatches:
                 scored = stop
 
     def texts(self) -> Iterator[str]:
-        """What is scored, without prompts: whole texts, or as much of them as the limit allows."""
-        if self.config.limit == 0:
-            for source in self.sources:
-                for _, text in whole_documents(source, self.split):
-                    yield text
-        else:
+        """What is scored, without prompts: whole texts, or as much of them as the limit allows; of conversations, the replies."""
+        if self.config.limit > 0:
             for pairs in self.documents():
-                yield self.tokenizer.decode(pairs.targets[pairs.weights > 0])
+                yield self._learnt(pairs)
+            return
+        for source in self.sources:
+            for prompt, text in whole_documents(source, self.split):
+                record = Record(text, prompt, continues=False, last=True)
+                yield self._learnt(make_pairs(self.tokenizer, record)) if prompt == CONVERSATION else text
+
+    def _learnt(self, pairs: Pairs) -> str:
+        return self.tokenizer.decode(pairs.targets[pairs.weights > 0])
 
     def documents(self) -> Iterator[Pairs]:
         """The documents that are scored, the last one cut at the limit."""

@@ -16,7 +16,7 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, Example, builder_class
-from transformer.data.documents import Corpus
+from transformer.data.documents import CONVERSATION, Corpus
 from transformer.data.identity import ContentHash
 from transformer.data.source import Converted, Record, Source
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
@@ -120,7 +120,7 @@ def _examples(documents: Callable[[], Iterator], record_bytes: int) -> Iterator[
 
 def pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
     """A document as records of about so many bytes."""
-    parts = list(cut(text, record_bytes))
+    parts = [text] if prompt == CONVERSATION else list(cut(text, record_bytes))
     for index, part in enumerate(parts):
         yield Record(part, prompt if index == 0 else "", index > 0, index == len(parts) - 1)
 

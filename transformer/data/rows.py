@@ -1,14 +1,17 @@
 """Tokens as aligned pairs, and rows that pairs are written into."""
 
 import functools
+import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from transformer.data.documents import CONVERSATION
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers.chat import learnt_ids
 from transformer.tokenizer import document_start
 from transformer.types import Batch
 
@@ -25,8 +28,12 @@ def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
     """Pairs of a record; a document begins with `document_start` and ends with end-of-text.
 
     The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
-    since what precedes it is in another record. A document without text has no pairs.
+    since what precedes it is in another record. A document without text has no pairs. Of a conversation, what an assistant says
+    has weight 1; its template begins and ends it.
     """
+    if record.prompt == CONVERSATION:
+        ids, learnt = learnt_ids(tokenizer, json.loads(record.text))
+        return Pairs(ids[:-1], ids[1:], learnt[1:].astype(np.float32))
     prompt = tokenizer.encode(record.prompt) if record.prompt else np.empty(0, np.int32)
     text = tokenizer.encode(record.text)
     start, end = np.array([[document_start(tokenizer)], [tokenizer.end_of_text]], np.int32)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer.data.documents import plain_text
 from transformer.data.stored import readable
 from transformer.validation import require
 
@@ -97,7 +98,7 @@ class ExampleSource(_Opened):
 def split_text(source: Source, split: str) -> Iterator[str]:
     """The documents of a split, whole and in order, with their prompts in front."""
     for prompt, text in whole_documents(source, split):
-        yield prompt + text
+        yield plain_text(prompt, text)
 
 
 def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:

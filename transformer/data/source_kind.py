@@ -1,17 +1,18 @@
 """The base of every kind of source: how a name in `data.source` is read, as running text, labelled texts or pairs."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from transformer.config import DataConfig
-from transformer.data.documents import Corpus, Document, make_corpus
+from transformer.data.documents import CONVERSATION, Corpus, Document, make_corpus
 from transformer.data.files import without_surrogates
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.forms.labelled import LabelledText
 from transformer.data.prepare import corpus_fingerprint, open_corpus
 from transformer.data.source import ExampleSource, Source
 from transformer.types import UserError
-from transformer.validation import require
+from transformer.validation import require, shown
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """The rows of a file: the place of each, for messages, and its fields."""
@@ -97,11 +98,25 @@ class SourceKind:
 
 
 def _document(row: dict[str, Any], place: str, config: DataConfig) -> Document:
-    text: Any = row.get(config.text_key)
+    text: Any = row.get(config.text_key, row.get("messages"))
+    if isinstance(text, list):
+        return Document(_conversation(text, place), CONVERSATION, "")
     prompt: Any = row.get(config.prompt_key, "")
     require(
         isinstance(text, str) and isinstance(prompt, str),
-        f"data.text_key={config.text_key!r} must name a string in each line (and data.prompt_key={config.prompt_key!r} "
-        f"too, where present); {place} has {', '.join(f'{k:.40} ({type(v).__name__})' for k, v in row.items())}.",
+        f"data.text_key={config.text_key!r} must name a string in each line, or it must have messages (and "
+        f"data.prompt_key={config.prompt_key!r} a string, where present); {place} has "
+        f"{', '.join(f'{k:.40} ({type(v).__name__})' for k, v in row.items())}.",
     )
     return Document(without_surrogates(text), without_surrogates(prompt), "")
+
+
+def _conversation(messages: list[Any], place: str) -> str:
+    """Messages as JSON; each has a role and its content, and keeps what else it has."""
+    for number, message in enumerate(messages, 1):
+        strings = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        require(
+            strings,
+            f"A message must have a role and its content, both text; message {number} of {place} is {shown(message)}.",
+        )
+    return without_surrogates(json.dumps(messages, ensure_ascii=False)) if messages else ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from transformer.data.documents import Corpus, Document
+from transformer.data.documents import CONVERSATION, Corpus, Document
 from transformer.types import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -29,6 +29,9 @@ def split_documents(corpus: Corpus, parts: Parts, split: str) -> Iterator[Docume
             )
         if of_document[column] == of_document.sum():
             yield document
+        elif document.prompt == CONVERSATION:  # whole, where most of it belongs
+            if column == of_document.argmax():
+                yield document
         elif of_document[column] > 0:
             start, stop = _stretches(document.text, of_document.tolist())[column]
             if start < stop:

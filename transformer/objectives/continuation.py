@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from transformer.data.tokenizers import note_unknown
+from transformer.data.tokenizers.chat import Messages, chat_ids
 from transformer.generation.generate import Generator, stream
 from transformer.generation.sampling import SamplingConfig
 from transformer.generation.text import stream_text
@@ -36,8 +37,35 @@ class ContinuesText(TokenObjective):
         note: Callable[[str], None],
     ) -> Iterator[str]:
         """The prompt as the model reads it, and how it goes on."""
+        tokens = prompt_ids(run.tokenizer, prompt)
+        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
+        return stream_text(run.tokenizer.decode, tokens, generated)
+
+    def reply(
+        self,
+        run: Trained,
+        messages: Messages,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> Iterator[str]:
+        """The next message of a conversation, as the chat template of the model's tokenizer writes it."""
+        tokens = chat_ids(run.tokenizer, messages, reply=True).tolist()
+        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
+        return stream_text(run.tokenizer.decode, (), generated)
+
+    def _follow(
+        self,
+        run: Trained,
+        tokens: list[int],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> Iterator[int]:
+        """The tokens behind others, as they come."""
         tokenizer = run.tokenizer
-        tokens = prompt_ids(tokenizer, prompt)
         room = run.config.model.max_length - len(tokens)
         require(
             0 <= max_new_tokens <= room and room > 0,
@@ -45,7 +73,7 @@ class ContinuesText(TokenObjective):
             f"model's {run.config.model.max_length}, max_new_tokens is {max_new_tokens}; shorten the prompt or ask for fewer.",
         )
         note_unknown(tokenizer, tokens, note)
-        generated = stream(
+        return stream(
             run.model,
             run.params,
             tokens,
@@ -55,7 +83,6 @@ class ContinuesText(TokenObjective):
             end_of_text=stop_ids(tokenizer),
             drawable=drawable(tokenizer, run.config.model.vocab_size),
         )
-        return stream_text(tokenizer.decode, tokens, generated)
 
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64

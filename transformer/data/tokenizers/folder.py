@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
+from transformer.data.tokenizers.pieces import Pieces, read_proto, wrapped
 from transformer.data.tokenizers.pretrained import (
+    CHAT_FILE,
     Pretrained,
-    PretrainedTokenizer,
     SpecialIds,
     read_fields,
     read_model,
@@ -22,6 +23,10 @@ from transformer.validation import require, shown
 
 _LARGEST, _LARGEST_CONFIG = 2**29, 2**25  # bytes
 _NAMED = ("tokenizer_config.json", "special_tokens_map.json")
+_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
+_AS_THEY_ARE = ("llama", "codellama", "gemma", "t5", "mt5", "pretrained", "tokenizersbackend", "")
+_WITH_END = ("t5", "mt5")
+_USUAL = {"bos": "<s>", "eos": "</s>"}
 _PROBES = ("a", "A", "1", "the", "\N{HIRAGANA LETTER A}")
 
 
@@ -49,22 +54,59 @@ def from_folder(directory: epath.PathLike) -> tuple[SpecialIds, dict[str, bytes]
         `kind, files = from_folder("SmolLM2-135M")`; then `kind.load(files["tokenizer.json"].decode())` is the tokenizer.
     """
     folder = _read(epath.Path(expand(directory)))
+    model = next((folder.path / name for name in _MODELS if (folder.path / name).exists()), None)
+    whole = (folder.path / FILE_NAME).exists()
     require(
-        (folder.path / FILE_NAME).exists(),
-        f"A pretrained tokenizer must be a {FILE_NAME}, {folder.path} has none; load the folder with "
-        "transformers.AutoTokenizer and save it again (save_pretrained), which writes one.",
+        whole or model is not None,
+        f"A pretrained tokenizer must be a {FILE_NAME} or a SentencePiece tokenizer.model, {folder.path} has neither; load the "
+        "folder with transformers.AutoTokenizer and save it again (save_pretrained), which writes one.",
     )
-    content = _bytes(folder.path / FILE_NAME, _LARGEST)
+    path = folder.path / FILE_NAME if whole or model is None else model
+    content = _bytes(path, _LARGEST)
     try:
-        read_fields(content)
-        model = read_model(content)
-        kind = Pretrained(**_special_ids(folder, model))
-        PretrainedTokenizer(content, kind)
+        kind, content = _library(folder, content) if whole else _pieces(folder, content)
+        kind.load(content.decode())
     except UserError as error:
-        raise UserError(f"{folder.path / FILE_NAME}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:
-        raise UserError(f"{folder.path / FILE_NAME} must be a file of the tokenizers library: {error!s:.200}") from None
-    return kind, {FILE_NAME: content}
+        raise UserError(f"{path} must be a file of the library that reads it: {error!s:.200}") from None
+    return kind, {FILE_NAME: content, **_chat(folder)}
+
+
+def _library(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
+    read_fields(content)
+    model = read_model(content)
+    special = {t.content: index for index, t in model.get_added_tokens_decoder().items() if t.special}
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    return Pretrained(**_special_ids(folder, vocabulary, special, _template(model))), content
+
+
+def _pieces(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
+    """Of a SentencePiece model: ids that its class in `transformers` puts around a text, and tokens beside it."""
+    named = str(_fields(folder.path / _NAMED[0]).get("tokenizer_class") or folder.config.get("model_type") or "")
+    family = named.lower().removesuffix("fast").removesuffix("tokenizer")
+    require(
+        family in _AS_THEY_ARE,
+        f"A SentencePiece model without a {FILE_NAME} is read where its ids are those of its pieces, not so or not known "
+        f"for {named!r}; load the folder with transformers.AutoTokenizer and save it again (save_pretrained).",
+    )
+    settings = _fields(folder.path / _NAMED[0])
+    vocabulary = {piece.piece: index for index, piece in enumerate(read_proto(content).pieces)}
+    decoder = settings.get("added_tokens_decoder") or {}
+    require(isinstance(decoder, dict), f"added_tokens_decoder must be an object of fields, got {shown(decoder)}.")
+    listed = {str(token["content"]): int(index) for index, token in decoder.items()}
+    added = {text: index for text, index in listed.items() if vocabulary.get(text) != index}
+    wrong = [text for text, index in added.items() if index < len(vocabulary)]
+    require(not wrong, f"Added tokens must come after the {len(vocabulary)} pieces, {shown(wrong[:1])} does not.")
+    content = wrapped(content, added, bool(settings.get("legacy", family not in ("llama", "codellama"))))
+    known = vocabulary | added
+    found = {role: known.get(folder.tokens.get(f"{role}_token", usual)) for role, usual in _USUAL.items()}
+    adds = {"bos": settings.get("add_bos_token") is True, "eos": settings.get("add_eos_token") is True}
+    if family in _WITH_END:
+        adds = {"bos": False, "eos": True}
+    begin, end = (tuple(i for i in (found[role],) if adds[role] and i is not None) for role in ("bos", "eos"))
+    special = {text: index for text, index in known.items() if text in ("<pad>", "<mask>", "[MASK]", "</s>")}
+    return Pieces(**_special_ids(folder, known, special, (begin, end))), content
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -99,11 +141,49 @@ def _fields(path: epath.Path) -> dict[str, Any]:
     return fields
 
 
+def _chat(folder: _Folder) -> dict[str, bytes]:
+    """The chat templates: those of files, else those of `tokenizer_config.json`, one text or several with names."""
+    files = {"default": folder.path / "chat_template.jinja"}
+    more = folder.path / "additional_chat_templates"
+    if more.is_dir():
+        files |= {path.name.removesuffix(".jinja"): path for path in more.glob("*.jinja")}
+    templates: Any = {name: _text(path) for name, path in files.items() if path.exists()}
+    where = folder.path / _NAMED[0]
+    if not templates:
+        found: Any = _fields(where).get("chat_template")
+        templates = {"default": found} if isinstance(found, str) else found or {}
+    if isinstance(templates, list):
+        named = [part for part in templates if isinstance(part, dict)]
+        templates = {part.get("name"): part.get("template") for part in named}
+    strange = not isinstance(templates, dict) or any(
+        not isinstance(text, str) for pair in templates.items() for text in pair
+    )
+    require(
+        not strange,
+        f"The chat_template of {where} must be a text, or a list of name and template, got {shown(templates)}.",
+    )
+    if not templates:
+        return {}
+    return {CHAT_FILE: json.dumps({"templates": templates, "tokens": folder.tokens}, indent=1).encode()}
+
+
+def _text(path: epath.Path) -> str:
+    try:
+        return _bytes(path, _LARGEST_CONFIG).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be text in UTF-8, but is not ({error}).") from None
+
+
 # ---- Special ids -----------------------------------------------------------------------------------------------------
 
 
-def _special_ids(folder: _Folder, model: tokenizers.Tokenizer) -> dict[str, Any]:
-    known_V = table_of(model.get_vocab(with_added_tokens=True))
+def _special_ids(
+    folder: _Folder,
+    vocabulary: Mapping[str, int],
+    special: Mapping[str, int],
+    around: tuple[tuple[int, ...], tuple[int, ...]],
+) -> dict[str, Any]:
+    known_V = table_of(dict(vocabulary))
 
     def known(values: Any) -> list[int]:
         """Those of an id, or of a list, that a token has: a config may name others."""
@@ -112,13 +192,15 @@ def _special_ids(folder: _Folder, model: tokenizers.Tokenizer) -> dict[str, Any]
             i for i in flat if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < len(known_V) and known_V[i]
         ]
 
-    def of(role: str) -> list[int]:
-        """The id of a special token, by its name, else by the model's config."""
-        index = model.token_to_id(folder.tokens[f"{role}_token"]) if f"{role}_token" in folder.tokens else None
-        return [index] if index is not None else known(folder.config.get(f"{role}_token_id"))
+    def of(role: str, *usual: str) -> list[int]:
+        """The id of a special token, by its name, else by the model's config, else by the names that it usually has."""
+        index = vocabulary.get(folder.tokens.get(f"{role}_token", ""))
+        if index is not None:
+            return [index]
+        return known(folder.config.get(f"{role}_token_id")) or [i for i in map(special.get, usual) if i is not None]
 
-    begin, end = _template(model)
-    ends = of("eos") or of("sep") or known(folder.generation.get("eos_token_id")) or list(end[-1:])
+    begin, end = around
+    ends = of("eos") or of("sep") or known(folder.generation.get("eos_token_id")) or list(end[-1:]) or of("eos", "</s>")
     require(
         len(ends) > 0,
         f"A pretrained tokenizer must say which token ends a text, {folder.path} names no eos_token and no sep_token that it "
@@ -132,9 +214,9 @@ def _special_ids(folder: _Folder, model: tokenizers.Tokenizer) -> dict[str, Any]
         "end": end,
         "end_of_text": ends[0],
         "stop": tuple(dict.fromkeys((*stop, ends[0]))),
-        "pad": first(of("pad")),
+        "pad": first(of("pad", "[PAD]", "<pad>")),
         "decoder_start": first(starts),
-        "mask": first(of("mask")),
+        "mask": first(of("mask", "[MASK]", "<mask>")),
     }
 
 
