@@ -27,6 +27,7 @@ OBJECTIVES = Family(
         "classification": "transformer.objectives.classification",
         "seq2seq": "transformer.objectives.seq2seq",
         "span_corruption": "transformer.objectives.span_corruption",
+        "embedding": "transformer.objectives.embedding",
     },
 )
 

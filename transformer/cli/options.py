@@ -243,6 +243,51 @@ def _plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
     return config, options
 
 
+# ---- import, export --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """Make a run's directory of a pretrained model: a folder as Hugging Face has them, with safetensors.
+
+    Every tensor and every key of its config must be known, or the folder is refused. `transformer inspect HF_DIR` says whether it
+    is, without reading a weight. The run can be used by every command, and others can start from it:
+    transformer train DIR --data.source my.txt --workdir runs/mine
+    """
+
+    folder: str = positional("")
+    """The folder of the pretrained model."""
+    workdir: str = ""
+    """A new directory for the run."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of parameters and activations; empty means as the weights are stored."""
+
+
+def _import(arguments: list[str]) -> tuple[ImportOptions, Given]:
+    options, given = read(ImportOptions(), arguments, "transformer import")
+    require(options.workdir != "", "An imported model needs a directory of its own; give --workdir DIR.")
+    return options, given
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's model as a folder that Hugging Face's libraries read: config, safetensors and tokenizer.
+
+    A model that no family can express is refused, and the fields in the way are named.
+    """
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    folder: str = positional("")
+    """A new folder."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of the weights; empty means as the imported files had them, or as the parameters are."""
+    family: str = ""
+    """The model_type to write, such as llama; empty means that of the import, or the first that can express the model."""
+
+
 # ---- prove -------------------------------------------------------------------------------------------------------------
 
 
@@ -330,5 +375,7 @@ OPTIONS = {
     "generate": _of_options("generate", GenerateOptions()),
     "predict": Command(_predict, lambda: flags(PredictOptions())),
     "prove": _of_options("prove", ProveOptions()),
+    "import": Command(_import, lambda: flags(ImportOptions())),
+    "export": _of_options("export", ExportOptions()),
     "prepare": Command(_prepare, lambda: flags(PrepareOptions())),
 }

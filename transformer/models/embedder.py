@@ -1,10 +1,13 @@
 """The embedder: an encoder whose pooled hidden states are a vector of each text, for search and comparison."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from transformer.layers.linear import Linear
 from transformer.layers.runtime import Runtime
 from transformer.model_config import ModelConfig
 from transformer.models.pooled import pooled_states
@@ -13,7 +16,8 @@ from transformer.models.pooled import pooled_states
 class Embedder(nn.Module):
     """A vector for each text (Reimers and Gurevych 2019); its parameters have the names of an `Encoder`'s.
 
-    Padding is neither attended to nor pooled, so that a text's vector does not depend on the texts beside it.
+    Padding is neither attended to nor pooled, so that a text's vector does not depend on the texts beside it. With
+    `config.pooler` it has the parameters of that layer, which a classifier may start from, and does not use them.
 
     Attributes:
         config: the model, with vocab_size set; `config.pooling` makes the vector.
@@ -52,15 +56,18 @@ class Embedder(nn.Module):
             token_types_BT: of each token, where the config has token types; None means 0.
             train: apply dropout, with the `dropout` key.
         """
+        runtime = self.runtime.of(self.config)
         pooled_BD = pooled_states(
-            self.config,
-            self.runtime.of(self.config),
+            dataclasses.replace(self.config, pooler=False),
+            runtime,
             tokens_BT,
             segment_ids_BT=segment_ids_BT,
             token_types_BT=token_types_BT,
             max_segments=self.max_segments,
             train=train,
         ).astype(jnp.float32)
+        if self.config.pooler:
+            Linear((self.config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime, name="pooler")(pooled_BD)
         if not self.normalize:
             return pooled_BD
         # The bound is on the square: a gradient of zeros is zero, where that of their norm is NaN.

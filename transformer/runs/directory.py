@@ -33,6 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 CLASSES_FILE = "classes.json"  # their names, of a classifier
 GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by the name of what made it; never imported
+IMPORT_FILE = "import.json"  # of an imported model: its family, and the files that it was read from
 DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
 RECORD_FILE = "run.json"
 """The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
@@ -166,6 +167,11 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
     path = folders.latest_undamaged(checkpoints, report, only=only)
     assert path is not None
     record = _read_record(path)
+    require(
+        IMPORT_FILE not in record.files,
+        f"An imported model is not trained on in its own directory, {workdir} is one; start a run from it in another, with "
+        f"training.init_from={workdir}.",
+    )
     conflicts = resume_conflicts(record.config, to_dict(config))
     require(
         not conflicts,

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from transformer.config import Config, DataConfig
 from transformer.data.datasets import Dataset, data_of, fingerprints
@@ -19,11 +20,13 @@ from transformer.data.trust import trusted
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
+from transformer.interop.folder import is_folder
 from transformer.memory import check_batch, check_params
 from transformer.objective import Objective
 from transformer.parts import Parts, resolve
-from transformer.runs.directory import Record, compare_data, read_run
+from transformer.runs.directory import IMPORT_FILE, Record, compare_data, read_run
 from transformer.runs.given import Given, as_dataset, ask_for
+from transformer.runs.pretrained import Dtype, open_folder, placed
 from transformer.training import out_of_memory
 from transformer.training.checkpoint import load_step_params
 from transformer.training.metrics import derive
@@ -101,32 +104,47 @@ def load(
     model: nn.Module | None = None,
     objective: Objective | None = None,
     tokenizer: Tokenizer | None = None,
+    mesh: Mesh | None = None,
+    dtype: Dtype = "",
 ) -> Loaded:
-    """The model of a run, from one of its checkpoints (the moving average where there is one).
+    """The model of a run, from one of its checkpoints (the moving average where there is one), or of a pretrained folder.
 
     Args:
-        workdir: of the run.
+        workdir: of the run, or a Hugging Face folder, which is opened as `transformer import` would.
         step: `latest` (the latest undamaged one), `best` (the one with the lowest validation loss), or the number of a step.
         model: that was given to `train`, if one was; and so the others. No directory makes this process import anything.
         objective: likewise.
         tokenizer: likewise.
+        mesh: of the devices that parameters are spread over, as the rules of training have them; None takes the first device.
+        dtype: of a folder's parameters and activations; empty is as they are stored. A run has its own.
 
     Raises:
-        UserError: there is no run, no such checkpoint, or no undamaged one; or it was made with other objects.
+        UserError: there is no run, no such checkpoint, or no undamaged one; or it was made with other objects. Or a folder is not
+            one that our models can be.
 
     Example:
         `model, params, tokenizer, config, step = load("runs/python_stdlib", step="best")`
     """
-    return read_run(workdir, lambda record: _load(record, Given(model, objective, tokenizer=tokenizer)), step)
+    given = Given(model, objective, tokenizer=tokenizer)
+    if is_folder(workdir):
+        require(
+            given == Given() and step == "latest",
+            f"A pretrained folder has no steps and no objects of one's own: {workdir}.",
+        )
+        opened = open_folder(workdir, dtype=dtype)
+        config = opened.config
+        return Loaded(opened.parts.model, opened.params(mesh), opened.tokenizer, config, 0, opened.class_names)
+    require(dtype == "", f"dtype= is for pretrained folders, a run has its own: {workdir}; import it with another.")
+    return read_run(workdir, lambda record: _load(record, given, mesh), step)
 
 
-def _load(record: Record, given: Given) -> Loaded:
+def _load(record: Record, given: Given, mesh: Mesh | None = None) -> Loaded:
     ask_for(record, given)
     tokenizer = given.tokenizer or record.load_tokenizer()
     config = resolve(given.applied(record.config), tokenizer)
     check_params(config)
     parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names, own_batches=True)
-    step, params = load_step_params(record.path, parts.shapes)
+    step, params = load_step_params(record.path, placed(parts, mesh))
     return Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
 
 
@@ -197,6 +215,11 @@ def _open(
     record: Record, config: Config, source: Sequence[str], split: str | None, report: Callable[[str], object]
 ) -> tuple[Config, str, Dataset]:
     """The data of a run, or the sources that are scored instead; and which split of them, if none is asked for."""
+    require(
+        bool(source) or IMPORT_FILE not in record.files,
+        f"{record.path.parent.parent} is an imported model, whose training data is not there; name what is to be scored with "
+        "--data.source.",
+    )
     require(
         bool(source) or "data" not in record.given,
         f"{record.path.parent.parent} was trained on batches of its own, which are not in its directory; give evaluate(data=...) "

@@ -34,9 +34,13 @@ class LibraryTokenizer:
         """Text of ids; what is not UTF-8 becomes U+FFFD."""
         return self._model.decode(known_ids(ids, self.vocab_size).tolist())
 
+    def to_json(self) -> str:
+        """The file of the `tokenizers` library."""
+        return self._model.to_str()
+
     def save(self, directory: epath.PathLike) -> None:
         """Write the JSON of the `tokenizers` library."""
-        write_tokenizer(directory, self._model.to_str())
+        write_tokenizer(directory, self.to_json())
 
 
 def read_library(content: str, kind: str) -> tokenizers.Tokenizer:

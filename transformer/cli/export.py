@@ -1,0 +1,22 @@
+"""`transformer export DIR HF_DIR`: a run's model as a folder that Hugging Face's libraries read."""
+
+import functools
+
+from transformer.cli.options import ExportOptions, Given
+from transformer.runs.pretrained import export_model
+from transformer.terminal import make_console, say
+from transformer.training.hardware import use_compilation_cache
+
+
+def main(options: ExportOptions, given: Given) -> None:
+    """Export, and say what was written."""
+    del given
+    use_compilation_cache()
+    export_model(
+        options.workdir,
+        options.folder,
+        step=options.step,
+        dtype=options.dtype,
+        family=options.family,
+        report=functools.partial(say, make_console()),
+    )

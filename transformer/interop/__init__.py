@@ -1,0 +1,1 @@
+"""Pretrained models in and out: Hugging Face folders as parameters of this package's models, and back."""

@@ -1,0 +1,249 @@
+"""A folder as Hugging Face has them: its config, its tensors in one file or in pieces, and what it is."""
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from transformer.interop.family import FAMILIES, Keys, ModelFamily, Pretrained
+from transformer.interop.tensors import DTYPES, Stored, map_file, read_header
+from transformer.model_kinds import POOLINGS
+from transformer.storage import expand
+from transformer.types import UserError
+from transformer.validation import did_you_mean, require, shown
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+_MAX_JSON = 64_000_000
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|h5|msgpack)")
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of a folder of a pretrained model, rather than of a run."""
+    root = pathlib.Path(expand(path))
+    if not root.is_dir() or (root / "checkpoints").exists():
+        return False
+    values = _quietly(root / CONFIG)
+    return isinstance(values, dict) and "model_type" in values
+
+
+def _quietly(path: pathlib.Path) -> Any:
+    try:
+        return read_json(path)
+    except (UserError, OSError):
+        return None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a small JSON file holds.
+
+    Raises:
+        UserError: it is missing, too large, or no JSON.
+    """
+    require(path.is_file(), f"A pretrained model must have {path.name}, {path.parent} has none; copy all its files.")
+    size = path.stat().st_size
+    require(size <= _MAX_JSON, f"{path} must be a small file, it has {size:,} bytes.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} must be JSON, but is damaged ({f'{error}':.100}); copy it again.") from error
+
+
+class Folder:
+    """A pretrained model on the disk; its weights are read where they are asked for.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        UserError: it is no such folder, or of a model that ours cannot be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(expand(path))
+        require(self.path.is_dir(), f"A pretrained model must be a folder, {self.path} is none.")
+        self.values = self._config()
+        name = self.values["model_type"]
+        self.family: ModelFamily = FAMILIES.find(name)()
+        self.tensors = self._open_weights()
+        """By name, as the headers of all pieces describe them."""
+        self.pretrained: Pretrained
+        self.keys: Keys
+        self.pretrained, self.keys = self.family.pretrained(self.values, str(self.path / CONFIG), self.tensors)
+        if self.pretrained.objective == "embedding":
+            self.pretrained = sentence_encoder(self.path, self.pretrained)
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def _config(self) -> dict[str, Any]:
+        path = self.path / CONFIG
+        values = read_json(path)
+        require(isinstance(values, dict), f"{path} must be an object of keys, got {shown(values)}.")
+        require(
+            "auto_map" not in values,
+            f"{path} must describe a model of a known family, it names code of its own (auto_map), which is never run.",
+        )
+        name = values.get("model_type")
+        require(
+            isinstance(name, str) and name in FAMILIES.names,
+            f"{path}: model_type must be one of {', '.join(FAMILIES.names)}, got {shown(name)}"
+            f"{did_you_mean(str(name), list(FAMILIES.names))}",
+        )
+        return values
+
+    def _open_weights(self) -> dict[str, Stored]:
+        index = self.path / INDEX
+        files = [WEIGHTS] if not index.exists() else self._pieces(index)
+        if index.exists() and (self.path / WEIGHTS).exists() and WEIGHTS not in files:
+            raise UserError(
+                f"{self.path} must have {WEIGHTS} or {INDEX}, it has both; remove the one that is not meant."
+            )
+        tensors: dict[str, Stored] = {}
+        for name in files:
+            found, _ = read_header(self._file(name))
+            twice = sorted(set(found) & set(tensors))
+            require(not twice, f"{self.path} must have each tensor once, {twice[:1]} is in {name} and another piece.")
+            tensors |= found
+        if index.exists():
+            self._compare(index, tensors)
+        return self._renamed(tensors)
+
+    def _file(self, name: str) -> pathlib.Path:
+        path = self.path / name
+        if not path.exists():
+            pickled = sorted(found.name for found in self.path.iterdir() if _PICKLES.fullmatch(found.name))
+            remedy = (
+                f"it has {pickled[0]}, which is never read: loading it can run code. Convert it with transformers' "
+                "save_pretrained, which writes safetensors"
+                if pickled
+                else "copy all its files"
+            )
+            raise UserError(f"A pretrained model must have its weights in {name}, {self.path} has not; {remedy}.")
+        # A link is followed, as the caches of Hugging Face are made of links; what it leads to is a regular file.
+        require(os.path.isfile(path), f"{path} must be a regular file, or a link to one.")
+        return path
+
+    def _pieces(self, index: pathlib.Path) -> list[str]:
+        values = read_json(index)
+        names = values.get("weight_map") if isinstance(values, dict) else None
+        require(
+            isinstance(names, dict) and len(names) > 0 and all(isinstance(name, str) for name in names.values()),
+            f"{index} must have a weight_map, a file for each tensor, got {shown(names)}.",
+        )
+        assert isinstance(names, dict)
+        files = sorted(set(names.values()))
+        strange = [name for name in files if not _PLAIN.fullmatch(name) or not name.endswith(".safetensors")]
+        require(not strange, f"{index} must name plain files of this folder, got {shown(strange[:1])}.")
+        return files
+
+    def _compare(self, index: pathlib.Path, tensors: Mapping[str, Stored]) -> None:
+        names: dict[str, str] = read_json(index)["weight_map"]
+        wrong = [
+            name
+            for name in {*names, *tensors}
+            if name not in tensors or os.path.basename(tensors[name].file) != names.get(name)
+        ]
+        require(
+            not wrong,
+            f"{index} must say in which piece each tensor is, {sorted(wrong)[0]!r} is not there, or in another one; copy all "
+            "files of one version.",
+        )
+
+    def _renamed(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        """With the endings of today, and the prefix that models with a head have."""
+        found: dict[str, Stored] = {}
+        bare = not any(name.startswith(self.family.prefix) for name in tensors)
+        for name, tensor in tensors.items():
+            new = name
+            for old, now in self.family.renamed.items():
+                new = new.removesuffix(old) + now if new.endswith(old) else new
+            new = f"{self.family.prefix}{new}" if bare and not self.family.outside_prefix(new) else new
+            require(new not in found, f"{self.path} must have each tensor once, it has {name} and another for {new}.")
+            found[new] = tensor
+        return found
+
+    def view(self, tensor: Stored) -> np.ndarray:
+        """A tensor as a view of its mapped file."""
+        if tensor.file not in self._maps:
+            self._maps[tensor.file] = map_file(tensor.file)
+        return tensor.view(self._maps[tensor.file])
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that is read: of the config, the weights and the tokenizer."""
+        names = [CONFIG, INDEX, WEIGHTS, *(self._pieces(self.path / INDEX) if (self.path / INDEX).exists() else ())]
+        names += sorted(p.name for p in self.path.iterdir() if p.suffix in (".json", ".model", ".jinja", ".txt"))
+        return {name: _sha256(self.path / name) for name in dict.fromkeys(names) if os.path.isfile(self.path / name)}
+
+
+_SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
+_POOLINGS = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max"}
+
+
+def sentence_encoder(root: pathlib.Path, found: Pretrained) -> Pretrained:
+    """With the pooling that the `modules.json` of a sentence encoder names; without such a file, means that are not normalised.
+
+    Raises:
+        UserError: it names modules that ours cannot be.
+    """
+    path = root / "modules.json"
+    if not path.exists():
+        return found._replace(settings={"normalize": False})
+    modules = read_json(path)
+    known = isinstance(modules, list) and all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules
+    )
+    names = tuple(module["type"].rpartition(".")[2] for module in modules) if known else ()
+    require(
+        names in (_SENTENCE_MODULES, _SENTENCE_MODULES[:2]),
+        f"{path} must list {', '.join(_SENTENCE_MODULES[:2])} and perhaps Normalize, in turn, got {shown(names or modules)}.",
+    )
+    folder = modules[1]["path"]
+    require(_PLAIN.fullmatch(folder) is not None, f"{path} must name plain folders of this one, got {shown(folder)}.")
+    values = read_json(root / folder / CONFIG)
+    require(isinstance(values, dict), f"{root / folder / CONFIG} must be an object of keys, got {shown(values)}.")
+    name = values.get("pooling_mode")
+    chosen = [mode for mode in values if mode.startswith("pooling_mode_") and values[mode] is True]
+    modes = [f"{name}_token{'s' * (name != 'cls')}"] if isinstance(name, str) else [m[13:] for m in chosen]
+    require(
+        len(modes) == 1 and modes[0] in _POOLINGS,
+        f"{root / folder / CONFIG} must choose one pooling of {', '.join(_POOLINGS)}, got {shown(modes)}.",
+    )
+    pooling = POOLINGS.find(_POOLINGS[modes[0]])()
+    model = dataclasses.replace(found.model, pooling=pooling)
+    return found._replace(model=model, settings={"normalize": len(names) == 3})
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_dtypes(tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
+    """The names of the tensors of each type."""
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.dtype, []).append(name)
+    return found
+
+
+def common_dtype(tensors: Mapping[str, Stored], where: object) -> Any:
+    """The type that all tensors have.
+
+    Raises:
+        UserError: they have several, or one that parameters cannot have.
+    """
+    found = stored_dtypes(tensors)
+    counts = ", ".join(f"{len(names)} of {dtype}" for dtype, names in found.items())
+    require(
+        len(found) == 1 and next(iter(found), "") in ("F32", "F16", "BF16"),
+        f"The parameters of a model must have one type of float32, float16 or bfloat16, {where} has {counts}; choose with "
+        "--dtype.",
+    )
+    return DTYPES[next(iter(found))]

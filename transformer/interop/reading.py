@@ -1,0 +1,85 @@
+"""The weights of a folder as parameters on devices; each process reads the bytes of its own shards only."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from transformer.interop import table
+from transformer.interop.folder import Folder, common_dtype
+from transformer.interop.tensors import DTYPES, Stored
+from transformer.model_config import ModelConfig
+from transformer.types import PyTree
+
+
+class Weights(NamedTuple):
+    """The tensors of a folder, checked against the parameters of a model; none is read yet."""
+
+    folder: Folder
+    tensors: dict[str, Stored]
+    bound: list[table.Bound]
+    shapes: dict[str, tuple[int, ...]]
+    """Of the parameters of the looped model."""
+    leaves: dict[str, table.Leaf]
+    """The parameters of the model."""
+    ignored: list[str]
+    """Tensors that are left out."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type that all parameters are stored in.
+
+        Raises:
+            UserError: they have several.
+        """
+        return common_dtype({rule.theirs: self.tensors[rule.theirs] for rule in self.bound}, self.folder.path)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The stored type of each tensor that is used."""
+        return {rule.theirs: str(DTYPES.get(self.tensors[rule.theirs].dtype)) for rule in self.bound}
+
+    def read(self, params: PyTree) -> PyTree:
+        """The parameters.
+
+        Args:
+            params: their shapes and types, with the shardings that they are wanted in; without one, the first device's.
+        """
+        view = self._view
+        found = table.sources(self.bound, self.shapes, view)
+        leaves = iter(self.leaves.values())
+
+        def array(shape: Any) -> jax.Array:
+            sharding = getattr(shape, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+            return table.make_array(next(leaves), found, shape.dtype, sharding)
+
+        return jax.tree.map(array, params)
+
+    def _view(self, name: str) -> np.ndarray:
+        return self.folder.view(self.tensors[name])
+
+
+def open_weights(folder: Folder, config: ModelConfig, shapes: PyTree) -> Weights:
+    """The weights of a folder for a model, whose every parameter they fill.
+
+    Args:
+        folder: of the pretrained model.
+        config: of the model, which may have its layers scanned.
+        shapes: of its parameters.
+
+    Raises:
+        UserError: a tensor is missing, has another shape or no place; or tied ones differ.
+    """
+    family, where = folder.family, str(folder.path)
+    tensors = folder.tensors
+    leaves = table.leaves(shapes, len(config.first), len(config.pattern), scanned=config.scan_layers)
+    looped = table.looped_shapes(leaves)
+    bound = table.bind(family.rules(config, folder.pretrained.objective), looped, config.num_layers)
+    stored: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+    copies = family.copies(config)
+    ignored = table.check_tensors(stored, bound, looped, family.ignored, copies, where)
+    weights = Weights(folder, tensors, bound, looped, leaves, ignored)
+    ignored += table.check_copies(tensors, copies, weights._view, where)
+    return weights

@@ -1,0 +1,289 @@
+"""The table of a family: which tensor of theirs is which parameter of ours, read in both directions, exact or refused."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from transformer.interop.forms import Form, parse
+from transformer.types import PyTree
+from transformer.validation import require
+
+_LAYER, _EXPERT = "{layer}", "{expert}"
+_BLOCK = re.compile(r"(?P<stack>.*?)(?P<part>first|blocks|last)/block_(?P<index>\d+)/(?P<rest>.*)")
+
+
+class Rule(NamedTuple):
+    """One tensor of theirs (or one for each layer, or each expert), and one or more parameters of ours.
+
+    `{layer}` in a name is the number of the layer; `{expert}`, in theirs only, that of an expert: ours has an axis of experts
+    before those of the form.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    """Paths in the tree of a looped model, with `/`. Several are fused in one of theirs, along the form's axis `part` or, where
+    it has none, one after the other on the first axis of theirs."""
+    form: str
+
+
+class Bound(NamedTuple):
+    """A rule for one layer and one expert."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    expert: int | None
+    form: Form
+
+
+def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: int) -> list[Bound]:
+    """The rules for every layer and expert of a model; those whose parameters it does not have are left out.
+
+    Args:
+        rules: of a family.
+        shapes: of the parameters of a looped model, by path.
+        layers: of each stack.
+    """
+    bound = []
+    for rule in rules:
+        form, ours = parse(rule.form), ((rule.ours,) if isinstance(rule.ours, str) else rule.ours)
+        for layer in range(layers) if _LAYER in rule.theirs + ours[0] else (0,):
+            paths = tuple(path.replace(_LAYER, str(layer)) for path in ours)
+            theirs = rule.theirs.replace(_LAYER, str(layer))
+            axes = form.num_axes + (_EXPERT in theirs)  # layers without experts have the same paths
+            if not all(len(shapes.get(path, ())) == axes for path in paths):
+                continue
+            experts = range(shapes[paths[0]][0]) if _EXPERT in theirs else (None,)
+            bound += [Bound(theirs.replace(_EXPERT, str(expert)), paths, expert, form) for expert in experts]
+    return bound
+
+
+def check_bound(bound: Sequence[Bound], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every parameter of ours is in exactly one rule, and every tensor of theirs in one."""
+    counts: dict[str, int] = dict.fromkeys(shapes, 0)
+    for rule in bound:
+        for path in rule.ours:
+            counts[path] += not rule.expert
+    wrong = {path: count for path, count in counts.items() if count != 1}
+    names = [rule.theirs for rule in bound]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if wrong or twice:
+        raise ValueError(f"A table must name every parameter and every tensor once, got {wrong or twice}.")
+
+
+def own_shapes(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of a rule's parameters, those of one expert where it is of one."""
+    return [shapes[path][1:] if bound.expert is not None else shapes[path] for path in bound.ours]
+
+
+def their_shape(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a rule's tensor."""
+    return bound.form.shape(own_shapes(bound, shapes))
+
+
+# ---- Looped and scanned trees ------------------------------------------------------------------------------------------
+
+
+class Leaf(NamedTuple):
+    """A parameter of a tree, which holds one parameter of a looped model, or those of the periods of a scanned one."""
+
+    looped: tuple[str, ...]
+    """Paths in the tree of the looped model; several are stacked on a leading axis."""
+    value: Any
+    scanned: bool
+
+
+def leaves(tree: PyTree, num_first: int, period: int, *, scanned: bool) -> dict[str, Leaf]:
+    """The parameters of a tree by path; of a scanned one, each says which layers it holds.
+
+    Args:
+        tree: of parameters or of their shapes.
+        num_first: blocks before the pattern.
+        period: blocks of the pattern.
+        scanned: whether the pattern's blocks have a leading axis of periods.
+    """
+    found = {}
+    for keys, value in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        block = _BLOCK.fullmatch(path) if scanned else None
+        if block is None:
+            found[path] = Leaf((path,), value, False)
+            continue
+        stack, index = block["stack"], int(block["index"])
+        periods = _periods(tree, stack)
+        numbers = {
+            "first": [index],
+            "blocks": [num_first + index + period * number for number in range(periods)],
+            "last": [num_first + period * periods + index],
+        }[block["part"]]
+        looped = tuple(f"{stack}blocks/block_{number}/{block['rest']}" for number in numbers)
+        found[path] = Leaf(looped, value, block["part"] == "blocks")
+    return found
+
+
+def _periods(tree: PyTree, stack: str) -> int:
+    for name in filter(None, stack.split("/")):
+        tree = tree[name]
+    return jax.tree.leaves(tree["blocks"])[0].shape[0]
+
+
+def looped_shapes(tree: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of the looped model, by path."""
+    return {
+        path: tuple(leaf.value.shape[1:] if leaf.scanned else leaf.value.shape)
+        for leaf in tree.values()
+        for path in leaf.looped
+    }
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Where the values of a parameter of the looped model are: views of theirs, of one or of each expert."""
+
+    views: tuple[Callable[[], np.ndarray], ...]
+    experts: bool
+
+    def fill(self, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Copy the part of the parameter at an index, cast to the type of `out`."""
+        if not self.experts:
+            out[...] = self.views[0]()[index]
+            return
+        for place, expert in enumerate(range(len(self.views))[index[0]]):
+            out[place] = self.views[expert]()[index[1:]]
+
+
+def sources(
+    bound: Sequence[Bound], shapes: Mapping[str, tuple[int, ...]], view: Callable[[str], np.ndarray]
+) -> dict[str, Source]:
+    """The source of each parameter of the looped model.
+
+    Args:
+        bound: the rules of a model.
+        shapes: of its parameters.
+        view: gives a tensor of theirs, by name, as a view.
+    """
+    found: dict[str, list[Callable[[], np.ndarray]]] = {}
+    experts = set()
+    for rule in bound:
+        for place, path in enumerate(rule.ours):
+            found.setdefault(path, []).append(functools.partial(_part, rule, own_shapes(rule, shapes), view, place))
+            if rule.expert is not None:
+                experts.add(path)
+    return {path: Source(tuple(views), path in experts) for path, views in found.items()}
+
+
+def _part(rule: Bound, shapes: list[tuple[int, ...]], view: Callable[[str], np.ndarray], place: int) -> np.ndarray:
+    return rule.form.to_ours(view(rule.theirs), shapes)[place]
+
+
+def make_array(leaf: Leaf, found: Mapping[str, Source], dtype: Any, sharding: Any) -> jax.Array:
+    """A parameter on its devices; a process reads the bytes of its own shards, into memory of its own."""
+    shape = tuple(leaf.value.shape)
+
+    def shard(index: Any) -> np.ndarray:
+        out = _aligned(tuple(len(range(size)[part]) for size, part in zip(shape, index, strict=True)), dtype)
+        if not leaf.scanned:
+            found[leaf.looped[0]].fill(index, out)
+            return out
+        for place, path in enumerate(leaf.looped[index[0]]):
+            found[path].fill(index[1:], out[place])
+        return out
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device takes as it is: XLA copies what is not aligned to 64 bytes, which doubles a large table."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+# ---- Strictness --------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(
+    stored: Mapping[str, tuple[int, ...]],
+    bound: Sequence[Bound],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignored: Sequence[str],
+    copies: Mapping[str, str],
+    where: str,
+) -> list[str]:
+    """Raise UserError unless every tensor of theirs is used once, and every parameter of ours is filled.
+
+    Args:
+        stored: shape of each tensor of theirs.
+        bound: the rules of the model.
+        shapes: of its parameters.
+        ignored: patterns of the names that the family may leave out.
+        copies: names that may be there beside the tensor that they must equal.
+        where: names the folder, in messages.
+
+    Returns:
+        The names that are left out.
+    """
+    wanted = {rule.theirs: their_shape(rule, shapes) for rule in bound}
+    missing = [name for name in wanted if name not in stored]
+    unfilled = sorted(set(shapes).difference(path for rule in bound for path in rule.ours))
+    extra = [name for name in stored if name not in wanted and name not in copies]
+    left_out = [name for name in extra if any(re.fullmatch(pattern, name) for pattern in ignored)]
+    unknown = [name for name in extra if name not in left_out]
+    differing = [name for name in wanted if name in stored and stored[name] != wanted[name]]
+    require(
+        not missing,
+        f"{where} must hold every tensor of its model, it lacks {_some(missing)}; copy all its files, or check config.json.",
+    )
+    require(
+        not differing,
+        f"{where} must have the shapes that its config.json says, but "
+        + _some([f"{name} has {list(stored[name])} in the place of {list(wanted[name])}" for name in differing])
+        + ".",
+    )
+    require(
+        not unknown,
+        f"{where} must hold no tensor that has no place in the model, it has {_some(unknown)}; the model is another one than "
+        "config.json says, or of a variant that is not supported.",
+    )
+    require(not unfilled, f"{where} must fill every parameter, it does not fill {_some(unfilled)}.")
+    return left_out
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_copies(
+    stored: Mapping[str, Any], copies: Mapping[str, str], view: Callable[[str], np.ndarray], where: str
+) -> Iterator[str]:
+    """The redundant tensors that are there; each must be the other bit for bit.
+
+    Raises:
+        UserError: one differs.
+    """
+    for name, other in copies.items():
+        if name in stored:
+            copy, original = view(name), view(other)
+            require(
+                copy.dtype == original.dtype and copy.shape == original.shape and _same_bits(copy, original),
+                f"{where} must have {name} equal to {other}, with which it is tied, but they differ: config.json says "
+                "tie_word_embeddings, and the weights do not.",
+            )
+            yield name
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Compared in pieces, so that no copy of a large table is made."""
+    kind = f"u{one.dtype.itemsize}"
+    rows = max(1, 2**24 // max(1, one[:1].nbytes)) if one.ndim else 1
+    flat = (one.view(kind), other.view(kind)) if one.ndim else (one.reshape(1).view(kind), other.reshape(1).view(kind))
+    return all(
+        np.array_equal(flat[0][start : start + rows], flat[1][start : start + rows])
+        for start in range(0, len(flat[0]), rows)
+    )

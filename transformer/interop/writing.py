@@ -1,0 +1,184 @@
+"""Parameters of our models as a folder that Hugging Face's libraries read: weights, config, tokenizer."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from transformer.interop import table
+from transformer.interop.family import FAMILIES, Keys, ModelFamily
+from transformer.interop.folder import CONFIG, INDEX, WEIGHTS
+from transformer.interop.tensors import DTYPES, Planned, pieces, total_bytes, write_tensors
+from transformer.model_config import BlockConfig, ModelConfig
+from transformer.storage import write_whole, writing_whole
+from transformer.types import PyTree, UserError
+from transformer.validation import require
+
+PIECE_BYTES = 5 * 10**9
+"""A file of weights has at most so many, as transformers' own."""
+# Of a model's config: how it computes and is trained, which no family has a word for.
+_COMPUTING = frozenset(
+    ["dtype", "param_dtype", "scan_layers", "remat", "init_std", "dropout", "memory_length", "pooling"]
+)
+_OF_TRAINING = frozenset(("dropout", "implementation"))
+
+
+def expressing_family(model: ModelConfig, objective: str, name: str = "") -> tuple[ModelFamily, dict[str, Any]]:
+    """The family that can express a model exactly, and the config.json that says it.
+
+    Args:
+        model: resolved.
+        objective: the kind of objective that the model is for.
+        name: of the family that is asked for; without, the first that can.
+
+    Raises:
+        UserError: none can, or not this one; the fields in the way are named.
+    """
+    tried: dict[str, list[str]] = {}
+    for found in [name] if name else FAMILIES.names:
+        family: ModelFamily = FAMILIES.find(found)()
+        if objective in family.architectures.values():
+            values, differing = _expressed(family, model, objective)
+            if not differing:
+                return family, values
+            tried[found] = differing
+    require(
+        len(tried) > 0,
+        f"A model to export must be of an objective that a family knows, none{f' of {name}' if name else ''} has {objective!r}.",
+    )
+    nearest = min(tried, key=lambda found: len(tried[found]))
+    raise UserError(
+        f"A model to export must be one that a family can express; {nearest}, the nearest, cannot express\n  "
+        + "\n  ".join(tried[nearest][:10])
+        + "\nTrain a model without these, or use it with this library."
+    )
+
+
+def _expressed(family: ModelFamily, model: ModelConfig, objective: str) -> tuple[dict[str, Any], list[str]]:
+    """The config.json of a model, and where the model that it describes differs."""
+    try:
+        architecture = next(name for name, kind in family.architectures.items() if kind == objective)
+        values = {
+            "architectures": [architecture],
+            "model_type": family.kind,
+            **family.write(dataclasses.replace(model, scan_layers=False)),
+        }
+        tensors = {rule.theirs for rule in family.rules(model, objective)} - set(family.copies(model))
+        back = family.read(Keys(values, family.defaults, CONFIG, tensors), architecture)
+    except (UserError, AttributeError, KeyError) as error:
+        return {}, [str(error)]
+    return values, list(differences(model, back))
+
+
+def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Where the models of two configs compute something else, a line each, as `logits_soft_cap: 30.0 -> 0.0`."""
+    lines = []
+    for field in dataclasses.fields(ModelConfig):
+        before, after = getattr(model, field.name), getattr(other, field.name)
+        if field.name not in _COMPUTING | {"first", "pattern"} and before != after:
+            lines.append(f"{field.name}: {before} -> {after}")
+    for layer, (block, another) in enumerate(zip(model.blocks, other.blocks, strict=False)):
+        one, two = (_resolved(b, model.embed_dim) for b in (block, another))
+        lines += [
+            f"layer {layer}: {name}: {one[name]} -> {two.get(name)}" for name in one if one[name] != two.get(name)
+        ]
+    return lines
+
+
+def _resolved(block: BlockConfig, embed_dim: int) -> dict[str, Any]:
+    """The fields of a block, with what is left open as it is used."""
+    attention = dataclasses.replace(
+        block.attention,
+        num_kv_heads=block.attention.kv_heads,
+        head_dim=block.attention.resolved_head_dim(embed_dim),
+    )
+    network = dataclasses.replace(block.feed_forward, hidden_dim=block.feed_forward.resolved_hidden_dim(embed_dim))
+    found: dict[str, Any] = {"norm": block.norm, "own_positions": block.own_positions}
+    for section, part in (("attention", attention), ("feed_forward", network)):
+        found |= {
+            f"{section}.{field.name}": getattr(part, field.name)
+            for field in dataclasses.fields(part)
+            if field.name not in _OF_TRAINING
+        }
+    others = [field.name for field in dataclasses.fields(block) if field.name not in ("attention", "feed_forward")]
+    return found | {name: getattr(block, name) for name in others}
+
+
+# ---- Weights -----------------------------------------------------------------------------------------------------------
+
+
+def planned(
+    family: ModelFamily, model: ModelConfig, objective: str, params: PyTree, dtype: Callable[[str, Any], Any]
+) -> dict[str, Planned]:
+    """The tensors of a model by their names in the family, to be fetched one after the other.
+
+    Args:
+        family: that expresses it.
+        model: its config.
+        objective: the kind of objective that it is for.
+        params: arrays, perhaps over several processes, all of which must fetch.
+        dtype: gives the type of a tensor, for its name and the type of the parameter.
+    """
+    tree = table.leaves(params, len(model.first), len(model.pattern), scanned=model.scan_layers)
+    shapes = table.looped_shapes(tree)
+    places = {path: (leaf, place) for leaf in tree.values() for place, path in enumerate(leaf.looped)}
+    bound = table.bind(family.rules(model, objective), shapes, model.num_layers)
+    unsaid = sorted(set(shapes).difference(path for rule in bound for path in rule.ours))
+    require(
+        not unsaid,
+        f"A model of the family {family.kind} has no tensor for {', '.join(unsaid[:3])}; it cannot be exported so.",
+    )
+    found = {}
+    for rule in bound:
+        values = functools.partial(_values, rule, [places[path] for path in rule.ours])
+        own = places[rule.ours[0]][0].value.dtype
+        found[rule.theirs] = Planned(dtype(rule.theirs, own), table.their_shape(rule, shapes), values)
+    return found
+
+
+def _values(rule: table.Bound, places: Sequence[tuple[table.Leaf, int]]) -> np.ndarray:
+    parts = []
+    for leaf, place in places:
+        index = ((place,) if leaf.scanned else ()) + ((rule.expert,) if rule.expert is not None else ())
+        parts.append(_fetched(leaf.value[index] if index else leaf.value))
+    return rule.form.to_theirs(parts)
+
+
+def _fetched(value: Any) -> np.ndarray:
+    """The whole of an array on the host, also where other processes have parts of it."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
+
+
+def write_weights(folder: pathlib.Path, tensors: Mapping[str, Planned]) -> None:
+    """Write the tensors in a file, or in pieces with an index; with several processes, the first one writes."""
+    groups = pieces(tensors, PIECE_BYTES)
+    names = [WEIGHTS] if len(groups) == 1 else [_piece(number, len(groups)) for number in range(len(groups))]
+    for name, group in zip(names, groups, strict=True):
+        if jax.process_index() != 0:
+            write_tensors(None, group, {})
+            continue
+        with writing_whole(folder / name) as file:
+            write_tensors(file, group, {"format": "pt"})
+    if len(groups) > 1 and jax.process_index() == 0:
+        where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        index = {"metadata": {"total_size": total_bytes(tensors.values())}, "weight_map": where}
+        write_whole(folder / INDEX, json.dumps(index, indent=2))
+
+
+def _piece(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a type in config.json."""
+    known = {str(value) for value in DTYPES.values()}
+    require(str(dtype) in known, f"Weights must be of a type that files can have ({', '.join(known)}), got {dtype}.")
+    return str(dtype)

@@ -1,0 +1,74 @@
+"""Sentence embeddings: a vector of each text, by a model that was trained elsewhere."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer.data.forms.examples import buckets, by_length, padded
+from transformer.data.forms.labelled import text_tokens
+from transformer.models.embedder import Embedder
+from transformer.objective import OBJECTIVES, Objective, Trained
+from transformer.types import Array, PyTree, UserError
+from transformer.validation import require
+
+_BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
+
+
+@OBJECTIVES.register
+@dataclasses.dataclass(frozen=True)
+class Embedding(Objective):
+    """No loss: the model of an imported encoder gives a vector of each text. Other objectives start from it."""
+
+    kind = "embedding"
+    reads = "labelled"
+    model_class = Embedder
+    settings = ("model.pooling", "model.token_types", "model.pooler")
+
+    normalize: bool = True
+    """Scale each vector to the length one."""
+
+    def fit(self, data: Any) -> Any:
+        """It is not trained."""
+        del data
+        raise UserError(
+            "A model for embeddings is used, not trained; train one of another objective, such as classification or masked_lm, "
+            "that starts from it (training.init_from)."
+        )
+
+    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+        """None: nothing is hidden."""
+        return 0
+
+    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+        """Whether vectors have the length one."""
+        return {"normalize": self.normalize}
+
+    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+        """As much of the text as a row has room for, between the ids that stand around it."""
+        return text_tokens(tokenizer, text, data)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        """`embedding`, a list of numbers."""
+        data, at_once = run.config.data, _BATCHES_AT_ONCE * batch_size
+        for start in range(0, len(texts), at_once):
+            encoded = [self.encode(text, run.tokenizer, data) for text in texts[start : start + at_once]]
+            vectors_ND = np.zeros((len(encoded), run.config.model.embed_dim), np.float32)
+            for indices in by_length(encoded, batch_size):
+                length = next(bucket for bucket in buckets(data) if bucket >= len(encoded[indices[-1]]))
+                tokens_BT, segment_ids_BT = padded([encoded[index] for index in indices], batch_size, length)
+                found_BD = _embed(run.model, run.params, tokens_BT, segment_ids_BT)
+                vectors_ND[indices] = np.asarray(found_BD)[: len(indices)]
+            for name, vector_D in zip(names[start:], vectors_ND, strict=False):
+                require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
+                yield {"embedding": vector_D.tolist()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: Any, params: PyTree, tokens_BT: Array, segment_ids_BT: Array) -> Array:
+    return model.apply({"params": params}, tokens_BT, segment_ids_BT=segment_ids_BT)

@@ -1,0 +1,295 @@
+"""Pretrained models in and out: a Hugging Face folder becomes a run, or is opened as it is; a run becomes a folder."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.config_io import CONFIG_FILE, to_dict
+from transformer.data.batches import ids_alone
+from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers.folder import from_folder
+from transformer.data.tokenizers.to_folder import class_words, generation_texts, tokenizer_texts
+from transformer.interop.folder import CONFIG, Folder
+from transformer.interop.reading import Weights, open_weights
+from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
+from transformer.memory import check_params
+from transformer.objective import OBJECTIVES
+from transformer.parallel.mesh import make_mesh
+from transformer.parallel.rules import parameter_shardings
+from transformer.parts import Parts, resolve
+from transformer.runs.directory import (
+    CHECKPOINTS,
+    CLASSES_FILE,
+    DATA_FILE,
+    GIVEN_FILE,
+    IMPORT_FILE,
+    Record,
+    open_workdir,
+    read_run,
+    stored_record,
+    write_copies,
+)
+from transformer.runs.lock import locked
+from transformer.storage import expand, explained
+from transformer.training.checkpoint import Checkpointer, load_step_params
+from transformer.training.state import TrainState
+from transformer.types import PyTree, UserError
+from transformer.validation import require
+
+Dtype = Literal["", "float32", "bfloat16", "float16"]
+_LONGEST_ROW = 1024
+_KEPT = (
+    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
+"""Small files of a folder that an export writes as they were; those of sentence encoders too."""
+_NO_TOKENIZER = "the folder, which has no tokenizer"
+
+
+class Opened(NamedTuple):
+    """A pretrained folder as the parts of a run; its weights are not read yet."""
+
+    config: Config
+    """Resolved."""
+    tokenizer: Tokenizer
+    tokenizer_files: dict[str, bytes]
+    class_names: tuple[str, ...]
+    parts: Parts
+    weights: Weights
+    given: dict[str, str]
+
+    def params(self, mesh: Mesh | None) -> PyTree:
+        """The parameters, on the devices of a mesh as the rules of training have them; None takes the first device."""
+        return self.weights.read(placed(self.parts, mesh))
+
+
+def placed(parts: Parts, mesh: Mesh | None) -> PyTree:
+    """The shapes of parameters with the shardings of a mesh."""
+    if mesh is None:
+        return parts.shapes
+    shardings = parameter_shardings(mesh, parts.axes, parts.shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parts.shapes, shardings)
+
+
+def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
+    """The model of a Hugging Face folder, checked: every tensor has its place, and every key of its config a meaning.
+
+    Args:
+        path: of the folder.
+        dtype: of parameters and activations; as they are stored, if empty.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    folder = Folder(path)
+    found = folder.pretrained
+    settings, files = _tokenizer_of(folder.path)
+    data = DataConfig(sequence_length=min(found.model.max_length or 512, _LONGEST_ROW))
+    given = {} if settings else {"data": _NO_TOKENIZER}
+    if settings:
+        data = dataclasses.replace(data, tokenizer=settings)
+    objective = OBJECTIVES.find(found.objective)(**found.settings)
+    config = Config(model=found.model, data=data, objective=objective, training=TrainingConfig(sample_length=0))
+    tokenizer = _opened_tokenizer(settings, files) if settings else ids_alone(config)
+    weights = open_weights(folder, config.model, Parts(config, tokenizer, class_names=found.class_names).shapes)
+    name: Any = dtype or dtype_name(weights.dtype)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=name, param_dtype=name))
+    config = resolve(config, tokenizer)
+    check_params(config)
+    parts = Parts(config, tokenizer, class_names=found.class_names, own_batches=True)
+    return Opened(config, tokenizer, files, found.class_names, parts, weights, given)
+
+
+def _tokenizer_of(path: pathlib.Path) -> tuple[Any, dict[str, bytes]]:
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    return from_folder(path) if any((path / name).exists() for name in names) else (None, {})
+
+
+def _opened_tokenizer(kind: Any, files: Mapping[str, bytes]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in files.items():
+            (pathlib.Path(directory) / name).write_bytes(content)
+        return kind.open(directory)
+
+
+# ---- In ----------------------------------------------------------------------------------------------------------------
+
+
+def import_model(
+    path: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    dtype: Dtype = "",
+    report: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Make a run's directory of a Hugging Face folder: a checkpoint of step 0, with its config and tokenizer.
+
+    Each process reads the bytes of its own shards only.
+
+    Args:
+        path: of the folder.
+        workdir: a new directory.
+        dtype: of parameters and activations; as they are stored, if empty.
+        report: called with a line for the user.
+
+    Raises:
+        UserError: the folder is not as it must be, our models cannot express it, or `workdir` holds something.
+
+    Example:
+        `import_model("SmolLM2-135M-Instruct", "runs/smollm2")`
+    """
+    workdir = expand(workdir)
+    opened = open_folder(path, dtype=dtype)
+    config = dataclasses.replace(opened.config, workdir=workdir)
+    first = jax.process_index() == 0
+    with locked(epath.Path(workdir), report) if first else contextlib.nullcontext():
+        require(
+            open_workdir(config, report) is None,
+            f"A model is imported to a new directory, {workdir} holds a run; choose another.",
+        )
+        files = _record_files(opened, config)
+        if first:
+            write_copies(epath.Path(workdir), files, begun=False)
+        params = opened.params(_widest_mesh(opened.parts))
+        state = TrainState(np.zeros((), np.int32), params, (), (), (), ())
+        checkpointer = Checkpointer(epath.Path(workdir) / CHECKPOINTS, record=stored_record(files))
+        try:
+            checkpointer.save(state, {"evaluations": {}})
+        finally:
+            checkpointer.close()
+    report(describe(opened))
+
+
+def _widest_mesh(parts: Parts) -> Mesh | None:
+    """A mesh that spreads parameters over as many devices as divide them; None for one device."""
+    count = jax.device_count()
+    for shards in (n for n in range(count, 1, -1) if count % n == 0):
+        mesh = make_mesh({"data": count // shards, "fsdp": shards})
+        try:
+            parameter_shardings(mesh, parts.axes, parts.shapes)
+        except UserError:
+            continue
+        return mesh
+    return make_mesh(-1) if jax.process_count() > 1 else None
+
+
+def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
+    folder, weights = opened.weights.folder, opened.weights
+    kinds = set(weights.dtypes.values())
+    source = {
+        "family": folder.family.kind,
+        "architecture": (folder.values.get("architectures") or [next(iter(folder.family.architectures))])[0],
+        "files": folder.hashes(),
+        "dtypes": next(iter(kinds)) if len(kinds) == 1 else weights.dtypes,
+        "ignored_tensors": sorted(weights.ignored),
+        "ignored_keys": folder.keys.ignored,
+        "texts": {name: (folder.path / name).read_text() for name in _KEPT if (folder.path / name).is_file()},
+    }
+    files = {
+        CONFIG_FILE: json.dumps(to_dict(config), indent=2).encode(),
+        DATA_FILE: b"[]",
+        IMPORT_FILE: json.dumps(source, indent=1).encode(),
+        **opened.tokenizer_files,
+    }
+    if opened.class_names:
+        files[CLASSES_FILE] = json.dumps(opened.class_names).encode()
+    if opened.given:
+        files[GIVEN_FILE] = json.dumps(opened.given).encode()
+    return files
+
+
+def describe(opened: Opened) -> str:
+    """A line on what a folder holds."""
+    config, folder = opened.config, opened.weights.folder
+    count = sum(int(np.prod(shape, dtype=np.int64)) for shape in opened.weights.shapes.values())
+    return (
+        f"{folder.path.name}: {folder.family.kind}, {count / 1e6:,.1f} million parameters, {config.model.num_layers} layers of "
+        f"width {config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
+        + (f"; without a place: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
+    )
+
+
+# ---- Out ---------------------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    workdir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    step: int | str = "latest",
+    dtype: Dtype = "",
+    family: str = "",
+    report: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read.
+
+    Args:
+        workdir: of the run.
+        path: a new folder; it appears when it is complete.
+        step: of the checkpoint, as for `load`.
+        dtype: of the weights; empty is that of the files that were imported, or the parameters'.
+        family: the `model_type` to write; empty is that of the import, or the first that can express the model.
+        report: called with a line for the user.
+
+    Raises:
+        UserError: no family can express the model; the fields in the way are named. Or the folder exists.
+    """
+    folder = pathlib.Path(expand(path))
+    require(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"A model is exported to a new folder, {folder} exists; choose another, or remove it.",
+    )
+    read_run(workdir, lambda record: _export(record, folder, dtype, family, report), step)
+
+
+def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, report: Callable[[str], object]) -> None:
+    require(
+        not {"model", "objective"} & set(record.given),
+        f"A model of one's own has no family to be exported as, {record.path.parent.parent} was made with "
+        f"{record.given.get('model') or record.given.get('objective')}.",
+    )
+    source = json.loads(record.files[IMPORT_FILE]) if IMPORT_FILE in record.files else {}
+    tokenizer = record.load_tokenizer()
+    config = resolve(record.config, tokenizer)
+    chosen, values = expressing_family(config.model, config.objective.kind, family or source.get("family", ""))
+    check_params(config)
+    parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
+    _, params = load_step_params(record.path, placed(parts, _widest_mesh(parts)))
+    stored = source.get("dtypes", {})
+
+    def written_dtype(name: str, own: Any) -> Any:
+        return np.dtype(dtype or (stored if isinstance(stored, str) else stored.get(name, own)))
+
+    tensors = planned(chosen, config.model, config.objective.kind, params, written_dtype)
+    values |= {name: value for name, value in source.get("ignored_keys", {}).items() if name not in values}
+    values |= {"torch_dtype": str(next(iter(tensors.values())).dtype), **class_words(record.class_names)}
+    kept = {name: str(text) for name, text in source.get("texts", {}).items() if name in _KEPT}
+    generates = config.objective.continues_text or config.objective.num_stacks > 1
+    texts = kept | tokenizer_texts(tokenizer, kept) | (generation_texts(tokenizer, kept) if generates else {})
+    aside = folder.with_name(f"{folder.name}.tmp")
+    with explained(f"{folder}"):
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        write_weights(aside, tensors)
+        if jax.process_index() == 0:
+            (aside / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            for name, text in texts.items():
+                (aside / name).parent.mkdir(exist_ok=True)
+                (aside / name).write_text(text)
+            if folder.exists():
+                folder.rmdir()
+            aside.rename(folder)
+    report(f"{folder}: {chosen.kind}, {len(tensors)} tensors; transformers and vLLM read it.")
