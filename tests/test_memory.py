@@ -24,6 +24,7 @@ from transformer.overrides import override
 from transformer.parts import Steps, count_parameters, initialize, resolve
 from transformer.training import checkpoint, manifest
 from transformer.training.checkpoint import load_params
+from transformer.training.out_of_memory import activation_bytes
 from transformer.types import UserError
 
 BLOCK = BlockConfig(AttentionConfig(num_heads=2, head_dim=4), FeedForwardConfig(num_experts=2))
@@ -126,6 +127,20 @@ def test_parameters_by_arithmetic_are_those_of_the_model(kind, positions):
     found = memory.num_parameters(config, objective.num_stacks)
     exact = count_parameters(initialize(objective, objective.make_model(config), None)[0])
     assert 0.97 * exact < found <= exact
+
+
+@pytest.mark.parametrize("layers", [2, 7])
+def test_two_depths_by_arithmetic(layers):
+    config = ModelConfig(vocab_size=300, max_length=256, num_layers=4, decoder_layers=layers, embed_dim=64)
+    objective = OBJECTIVES.find("seq2seq")()
+    exact = count_parameters(initialize(objective, objective.make_model(config), None)[0])
+    assert 0.97 * exact < memory.num_parameters(config, 2) <= exact
+    with pytest.raises(UserError, match=r"traced one by one, got 2,000; .* smaller model.decoder_layers"):
+        check_model(ModelConfig(decoder_layers=2000), 2)
+    check_model(ModelConfig(decoder_layers=2000))
+    run = Config(model=config, objective=objective)
+    alike = dataclasses.replace(run, model=dataclasses.replace(config, decoder_layers=0))
+    assert activation_bytes(run) / activation_bytes(alike) == pytest.approx((4 + layers) / (4 + 4))
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ class TrainingConfig(Settings):
 
 
 OF_SOME = (
+    "model.decoder_layers",
     "model.memory_length",
     "model.pooling",
     "model.pooler",

@@ -43,14 +43,15 @@ def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
     D = config.embed_dim
     count = stacks * config.positions.num_parameters(config)
     count += (config.token_types + D * (config.masked_head + config.pooler)) * D
-    for block, times in config.block_counts.items():
-        attention, network = block.attention, block.feed_forward
-        head_dim = attention.head_dim or D // attention.num_heads
-        projections = 2 * D * head_dim * (attention.num_heads + attention.kv_heads)
-        # The decoder of an encoder-decoder has cross-attention too.
-        count += times * projections * (3 if stacks == 2 else 1)
-        matrices = (2 + network.gated) * D * network.resolved_hidden_dim(D)
-        count += times * stacks * (max(1, network.num_experts) * matrices + network.num_experts * D)
+    # The decoder of an encoder-decoder has cross-attention too.
+    for attentions, stack in ((1, config), (2, config.decoder))[:stacks]:
+        for block, times in stack.block_counts.items():
+            attention, network = block.attention, block.feed_forward
+            head_dim = attention.head_dim or D // attention.num_heads
+            projections = 2 * D * head_dim * (attention.num_heads + attention.kv_heads)
+            matrices = (2 + network.gated) * D * network.resolved_hidden_dim(D)
+            experts = max(1, network.num_experts) * matrices + network.num_experts * D
+            count += times * (attentions * projections + experts)
     return count + config.vocab_size * (1 if config.tie_embeddings else 2) * D
 
 
@@ -60,13 +61,14 @@ def check_model(config: ModelConfig, stacks: int = 1) -> None:
     Raises:
         UserError: too many looped layers, or numbers that no set of machines holds.
     """
-    around = len(config.first) + len(config.pattern) + len(config.remainder)
-    looped = around if config.scan_layers else config.num_layers
-    require(
-        looped <= MOST_LOOPED_LAYERS,
-        f"At most {MOST_LOOPED_LAYERS:,} layers are traced one by one, got {looped:,}; set model.scan_layers=True, or a smaller "
-        "model.num_layers.",
-    )
+    for name, stack in (("num_layers", config), ("decoder_layers", config.decoder))[:stacks]:
+        around = len(stack.first) + len(stack.pattern) + len(stack.remainder)
+        looped = around if stack.scan_layers else stack.num_layers
+        require(
+            looped <= MOST_LOOPED_LAYERS,
+            f"At most {MOST_LOOPED_LAYERS:,} layers are traced one by one, got {looped:,}; set model.scan_layers=True, or a "
+            f"smaller model.{name}.",
+        )
     count = num_parameters(config, stacks)
     require(
         count <= _MOST_PARAMETERS,
@@ -199,7 +201,7 @@ def _amount(size: int) -> str:
 
 def _dimensions(config: ModelConfig) -> str:
     """The numbers that a model's size comes from, as the config has them."""
-    names = ("vocab_size", "max_length", "num_layers", "embed_dim", "token_types")
+    names = ("vocab_size", "max_length", "num_layers", "decoder_layers", "embed_dim", "token_types")
     named = {name: getattr(config, name) for name in names}
     for section, name in (
         *(("attention", name) for name in ("num_heads", "head_dim")),

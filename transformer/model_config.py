@@ -158,6 +158,8 @@ class ModelConfig(Settings):
     """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length, and memory_length."""
     num_layers: int = 4
     """Blocks (in each of the two stacks of an encoder-decoder): the first ones, then the pattern, as often as it takes."""
+    decoder_layers: int = 0
+    """Blocks of an encoder-decoder's decoder, if not num_layers; 0 means num_layers."""
     embed_dim: int = 128
     """Width of the residual stream."""
     first: tuple[BlockConfig, ...] = ()
@@ -207,7 +209,7 @@ class ModelConfig(Settings):
     products that are kept moved to the memory of the host (offload)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "vocab_size", "max_length", "memory_length", "token_types")
+        require_at_least(self, 0, "vocab_size", "max_length", "decoder_layers", "memory_length", "token_types")
         require(
             self.logits_scale != 0, "ModelConfig.logits_scale must not be 0: all logits would be the same; 1 is none."
         )
@@ -215,11 +217,15 @@ class ModelConfig(Settings):
         require_at_least(self, 1, "num_layers", "embed_dim")
         require_range(self, 0, 1, "dropout")
         require(len(self.pattern) > 0, "ModelConfig.pattern must hold at least one BlockConfig, got none.")
-        require(
-            self.num_layers >= len(self.first) + len(self.pattern),
-            f"ModelConfig.num_layers must hold the {len(self.first)} first blocks and the pattern's {len(self.pattern)}, "
-            f"got {self.num_layers}.",
-        )
+        for name, layers in (
+            ("num_layers", self.num_layers),
+            ("decoder_layers", self.decoder_layers or self.num_layers),
+        ):
+            require(
+                layers >= len(self.first) + len(self.pattern),
+                f"ModelConfig.{name} must hold the {len(self.first)} first blocks and the pattern's {len(self.pattern)}, "
+                f"got {layers}.",
+            )
         require(
             len({block.norm.placement == "post" for block in self.block_counts}) == 1,
             "ModelConfig.pattern cannot mix post-norm blocks with others: their residual streams differ in scale.",
@@ -260,6 +266,11 @@ class ModelConfig(Settings):
             )
             if here
         }
+
+    @property
+    def decoder(self) -> "ModelConfig":
+        """The config of the decoder of an encoder-decoder, which may have another depth."""
+        return dataclasses.replace(self, num_layers=self.decoder_layers or self.num_layers, decoder_layers=0)
 
     @property
     def has_experts(self) -> bool:

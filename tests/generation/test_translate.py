@@ -135,3 +135,11 @@ def test_a_target_may_start_and_end_with_other_tokens(model, sources):
     allowed = np.isin(np.arange(11), [2, 5])
     drawn = translate(*model, sources, end_of_text=END, max_new_tokens=LENGTH, drawable=allowed)
     assert set(np.concatenate(drawn).tolist()) <= {2, 5} and all(len(t) == LENGTH for t in drawn)
+
+
+def test_the_decoders_layers_are_what_a_cache_holds():
+    """1,000 layers of 128 bytes a token, beside an encoder of one."""
+    block = BlockConfig(AttentionConfig(num_heads=2))
+    config = ModelConfig(vocab_size=11, num_layers=1, decoder_layers=1000, embed_dim=16, pattern=(block,))
+    with pytest.raises(UserError, match=r"a cache of 2 rows of 2,000,000,000 tokens, which takes at least 5\.1e\+14"):
+        translate(EncoderDecoder(config), {}, [[1]], end_of_text=END, max_new_tokens=2 * 10**9, batch_size=2)

@@ -10,6 +10,7 @@ import pytest
 
 from transformer.layers.cache import cache_lengths, cache_overflow
 from transformer.layers.scan_params import scan_params
+from transformer.types import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -118,3 +119,32 @@ def test_bfloat16_and_dropout_run(tiny):
     logits = run(jax.random.key(0))
     assert logits.dtype == jnp.float32
     assert np.abs(logits - run(jax.random.key(1))).max() > 1e-3
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("scan", [False, True])
+def test_two_depths(tiny, layers, scan):
+    """The stacks are those of two models of either depth; scanned is looped, cached is full."""
+    config = tiny.config("t5", architecture="encoder_decoder", decoder_layers=layers)
+    params, source, target = tiny.params(config), tiny.tokens((2, 5)), tiny.tokens((2, 4))
+    depths = {name: len(params[name]["blocks"]) for name in ("encoder", "decoder")}
+    assert depths == {"encoder": 2, "decoder": layers}
+    same = {"encoder": tiny.config("t5", architecture="encoder_decoder"), "decoder": config.decoder}
+    memory = tiny.forward(same["encoder"], "encode")({k: v for k, v in params.items() if k != "decoder"}, source)
+    expected = tiny.forward(same["decoder"], "decode")(
+        {k: v for k, v in params.items() if k != "encoder"}, target, memory
+    )
+    run = dataclasses.replace(config, scan_layers=scan)
+    params = scan_params(params) if scan else params
+    np.testing.assert_allclose(tiny.forward(run)(params, source, target), expected, atol=1e-4)
+    cache, parts = tiny.build(run).init_cache(2, 6), []
+    for index, part in enumerate((target[:, :2], target[:, 2:])):
+        logits, cache = tiny.forward(run, "decode")(params, part, memory if index == 0 else None, cache=cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
+
+
+def test_a_decoder_holds_its_pattern(tiny):
+    block = tiny.config().pattern[0]
+    with pytest.raises(UserError, match=r"decoder_layers must hold the 0 first blocks and the pattern's 2, got 1"):
+        tiny.config(architecture="encoder_decoder", pattern=(block, block), decoder_layers=1)

@@ -33,6 +33,7 @@ NUMBERS = {
     "vocab_size": (17, {}),
     "max_length": (16, {"positions": {"kind": "learned"}}),
     "num_layers": (2, {}),
+    "decoder_layers": (2, {}),
     "embed_dim": (16, {}),
     "memory_length": (4, {}),
     "logits_soft_cap": (0.1, {}),
@@ -75,7 +76,12 @@ NUMBERS = {
     ),
 }
 # Of the others, these say nothing to some models.
-ONLY = {"memory_length": ("decoder",), "token_types": ("encoder", "classifier"), "logits_scale": tuple(MODELS)[:3]}
+ONLY = {
+    "decoder_layers": ("encoder_decoder",),
+    "memory_length": ("decoder",),
+    "token_types": ("encoder", "classifier"),
+    "logits_scale": tuple(MODELS)[:3],
+}
 
 
 def numbers(config, path=""):

@@ -64,7 +64,7 @@ def translate(
         1 <= max_new_tokens <= limit,
         f"max_new_tokens must be at least 1 and at most max_length={limit}, got {max_new_tokens}.",
     )
-    check_cache(config, batch_size, max_new_tokens)
+    check_cache(config.decoder, batch_size, max_new_tokens)
     options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     targets: list[np.ndarray] = [np.empty(0, np.int32)] * len(rows)
     for chosen, source_BS, segment_ids_BS in source_batches(rows, batch_size, config.max_length):

@@ -20,7 +20,8 @@ class EncoderDecoder(nn.Module):
     attends to the source with its segment id.
 
     Attributes:
-        config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep.
+        config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep, unless it
+            has decoder_layers.
         runtime: the product and sharding; types and initialisation are the config's.
         source_vocab_size: entries of an embedding of its own for sources; 0 means that both sides share one.
         max_segments: what `AttentionMask.max_segments` promises of the segment ids of either side; 0 is nothing.
@@ -54,7 +55,7 @@ class EncoderDecoder(nn.Module):
             config = dataclasses.replace(self.config, vocab_size=self.source_vocab_size)
             self.source_embedding = token_embedding(config, runtime)
         self.encoder = Stack(self.config, runtime=runtime)
-        self.decoder = Stack(self.config, cross_attention=True, runtime=runtime)
+        self.decoder = Stack(self.config.decoder, cross_attention=True, runtime=runtime)
         self.output = output_projection(self.config, runtime)
 
     def __call__(
@@ -164,4 +165,4 @@ class EncoderDecoder(nn.Module):
     @nn.nowrap
     def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
         """An empty cache with room for `capacity` target tokens a row; a `dtype` of None means the model's."""
-        return init_stack_cache(self.config, batch_size, capacity, dtype=dtype, cross_attention=True)
+        return init_stack_cache(self.config.decoder, batch_size, capacity, dtype=dtype, cross_attention=True)

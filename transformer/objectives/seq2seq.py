@@ -32,6 +32,7 @@ class TranslatesText(TokenObjective):
     """What runs of an encoder-decoder do with a text: they say one target."""
 
     model_class = EncoderDecoder
+    settings = ("model.decoder_layers",)
     num_stacks = 2
     draws_nothing = "a translator takes the most likely token each time"
 

@@ -27,7 +27,7 @@ def activation_bytes(config: Config) -> float:
     rows = config.data.batch_size / config.optimizer.accumulate_steps / row_shards(parallel)
     places = config.data.sequence_length / parallel.context
     itemsize = jnp.dtype(model.dtype).itemsize
-    layers = model.num_layers * config.objective.num_stacks
+    layers = sum(stack.num_layers for stack in (model, model.decoder)[: config.objective.num_stacks])
     return rows * places * kept_widths(model, parallel.tensor) * model.embed_dim * itemsize * layers
 
 
