@@ -10,7 +10,7 @@ from tiny_tokenizers import FOLDERS, TEXTS, bert, byte_level, folder, llama, mak
 from transformer.config import Config, DataConfig
 from transformer.data.forms.labelled import LabelledText, LabelledTexts
 from transformer.data.forms.pairs import Pairs, TextPair
-from transformer.data.rows import make_pairs
+from transformer.data.rows import empty_batch, make_pairs, write_pairs
 from transformer.data.source import Record
 from transformer.data.tokenizers import load_tokenizer
 from transformer.data.tokenizers.folder import from_folder
@@ -143,6 +143,23 @@ def test_rows_and_prompts_have_the_ids_that_the_model_knows(tmp_path):
     assert target_start(t5_) == 0
     with pytest.raises(UserError, match="room for a text and the 2 ids around it"):
         LabelledTexts().encode(example, bert_, DataConfig(sequence_length=2))
+
+
+def test_an_encoder_reads_what_closes_a_document(tmp_path):
+    bert_ = opened(make_folder(tmp_path, "bert"))
+    text = bert_.encode("the end").tolist()
+    pairs = make_pairs(bert_, Record("the end", "", continues=False, last=True))
+    assert (pairs.inputs.tolist(), pairs.targets.tolist()) == ([2, *text, 3], [*text, 3, 3])
+    assert pairs.weights.tolist() == [*(1 for _ in text), 1, 0]
+    assert len(make_pairs(bert_, Record("the end", "", continues=False, last=False)).inputs) == len(text)
+    batch = empty_batch(1, 8)
+    write_pairs(batch, 0, 0, pairs, 0, 1)
+    for seed in range(9):
+        hidden = batch._replace(inputs=batch.inputs.copy(), weights=batch.weights.copy(), targets=batch.targets.copy())
+        MaskedLM(mask_rate=0.9).changes(bert_, 8, seed)["noise"](hidden, 0, (seed,))
+        assert hidden.inputs[0, 0] == 2 and hidden.inputs[0, len(text) + 1] == 3
+        assert hidden.weights[0].sum() == max(1, round(0.9 * len(text)))
+        assert hidden.inputs.max() < bert_.vocab_size
 
 
 def test_masks_and_sentinels_of_a_tokenizer_are_used(tmp_path):

@@ -12,7 +12,7 @@ from transformer.data.documents import CONVERSATION
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.chat import learnt_ids
-from transformer.tokenizer import document_start
+from transformer.tokenizer import around_text, document_start
 from transformer.types import Batch
 
 
@@ -28,7 +28,8 @@ def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
     """Pairs of a record; a document begins with `document_start` and ends with end-of-text.
 
     The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
-    since what precedes it is in another record. A document without text has no pairs. Of a conversation, what an assistant says
+    since what precedes it is in another record. A document without text has no pairs. Of a tokenizer with ids on both sides of a
+    text, as BERT's, the end is read too, with nothing to predict from it. Of a conversation, what an assistant says
     has weight 1; its template begins and ends it.
     """
     if record.prompt == CONVERSATION:
@@ -39,9 +40,13 @@ def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
     start, end = np.array([[document_start(tokenizer)], [tokenizer.end_of_text]], np.int32)
     if len(text) == 0:
         return Pairs(text, text, np.empty(0, np.float32))
-    tokens = np.concatenate([end[:0] if record.continues else start, prompt, text, end if record.last else end[:0]])
+    closed = record.last and all(around_text(tokenizer))
+    end = np.repeat(end, 2) if closed else end if record.last else end[:0]
+    tokens = np.concatenate([start[:0] if record.continues else start, prompt, text, end])
     weights = np.ones(len(tokens) - 1, np.float32)
     weights[: len(prompt)] = 0
+    if closed:
+        weights[-1] = 0
     return Pairs(tokens[:-1], tokens[1:], weights)
 
 
