@@ -294,3 +294,10 @@ def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     options, _ = OPTIONS[name].parse(arguments)
     assert options.workdir == "runs/a b"
     assert name == ("evaluate" if kind in ("masked_lm", "classification", "span_corruption") else "generate")
+
+
+def test_a_run_without_a_chat_template_holds_no_conversation(generate):
+    message = generate("--chat", "--prompt", "hello", code=2)
+    assert "Conversations need a chat template" in message and "'bytes'" in message
+    assert "replies must be a language model" in generate("--chat", "--prompt", "hello", kind="seq2seq", code=2)
+    assert "give --chat too" in generate("--system", "be kind", "--prompt", "hello", code=2)

@@ -38,7 +38,11 @@ class Vocabulary(Protocol):
 
 @runtime_checkable
 class Tokenizer(Vocabulary, Protocol):
-    """What the pipeline, the trainer and generation need to know of a tokenizer."""
+    """What the pipeline, the trainer and generation need to know of a tokenizer.
+
+    It may also have `begin`, `end` and `stop` (tuples of ids), `decoder_start`, `mask`, `sentinels` and `known`, as those of
+    pretrained models do; `transformer.tokenizer` has what they mean, and what holds without them.
+    """
 
     @property
     def kind(self) -> str:
