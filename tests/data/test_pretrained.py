@@ -1,6 +1,7 @@
 """Tokenizers of pretrained folders: kept byte for byte, special ids where they belong, bytes that add up."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -228,6 +229,35 @@ def test_a_strange_folder_is_a_short_error(change, tmp_path):
     with pytest.raises(UserError) as error:
         from_folder(tmp_path)
     assert len(str(error.value)) < 500
+
+
+def paths(value, path=()):
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in list(parts)[:12]:
+        yield from paths(part, (*path, key))
+
+
+@every_folder
+def test_whatever_a_field_holds_it_is_read_or_a_short_error(name, tmp_path):
+    directory, random = make_folder(tmp_path, name), np.random.default_rng(0)
+    files = ("tokenizer.json", "tokenizer_config.json")
+    whole = [(directory / file).read_text() for file in files]
+    strange = [None, -1, 2**40, "x", [], {}, True, 1.5, [[]], {"type": "Sequence"}]
+    outcomes = set()
+    for _ in range(40):
+        fields = [json.loads(content) for content in whole]
+        chosen = fields[int(random.random() < 0.2)]
+        places = [path for path in paths(chosen) if path]
+        *way, last = places[random.integers(len(places))]
+        functools.reduce(lambda part, key: part[key], way, chosen)[last] = strange[random.integers(len(strange))]
+        for file, content in zip(files, fields, strict=True):
+            (directory / file).write_text(json.dumps(content))
+        try:
+            outcomes.add(bool(opened(directory).encode("the").size))
+        except UserError as error:
+            outcomes.add(len(str(error)) < 700)
+    assert outcomes == {True}
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
