@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformer.data.batches import BatchData
     from transformer.data.tokenizers import Tokenizer
     from transformer.form import FORMS, Form, Shown
+    from transformer.generation.beams import BeamConfig, Beams, beam_search
     from transformer.generation.generate import Generated, Generator, generate, stream
     from transformer.generation.prompts import unpad
     from transformer.generation.sampling import SamplingConfig
@@ -91,6 +92,7 @@ _NAMES = {
     "data.batches": "BatchData",
     "data.tokenizers": "Tokenizer",
     "form": "FORMS Form Shown",
+    "generation.beams": "BeamConfig Beams beam_search",
     "generation.generate": "Generated Generator generate stream",
     "generation.prompts": "unpad",
     "generation.sampling": "SamplingConfig",

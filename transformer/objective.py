@@ -242,7 +242,14 @@ class Objective(Kind):
         return np.array(prompt_ids(tokenizer, text), np.int32)
 
     def generate(
-        self, run: Trained, prompt: str, max_new_tokens: int, sampling: Any, seed: int, note: Callable[[str], None]
+        self,
+        run: Trained,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: Any,
+        seed: int,
+        note: Callable[[str], None],
+        beams: Any = None,
     ) -> Iterator[str]:
         """What a trained model says to a prompt, piece by piece.
 
@@ -253,6 +260,7 @@ class Objective(Kind):
             sampling: a `SamplingConfig`.
             seed: for what is drawn.
             note: called with what the user should know, before the first piece.
+            beams: a `BeamConfig`, to search in the place of sampling; its best texts then, a line break between them.
 
         Raises:
             UserError: the prompt does not fit; or it generates nothing.

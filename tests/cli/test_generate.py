@@ -25,6 +25,7 @@ from transformer.objectives import continuation, seq2seq
 from transformer.parts import initialize, resolve
 from transformer.runs.saved import Loaded
 from transformer.tokenizer import TOKENIZERS
+from transformer.types import UserError
 
 CORPUS = ["The house, the cat: don't touch it! Ünïcødé 漢字 " * 3]
 SAID = [9, 7, 8, 5]
@@ -205,6 +206,49 @@ def test_sampling_reaches_the_model(generate, kind):
         {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.25} if kind == "next_token" else {"temperature": 0}
     )
     assert generate.given["sampling"] == SamplingConfig(repetition_penalty=1.5, **drawn)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "prefix_lm", "seq2seq"])
+def test_beams_print_the_best_texts(generate, kind):
+    flags = ["--prompt", "the cat", "--max-new-tokens", "2", "--beams", "3"]
+    best = generate(*flags, kind=kind).out
+    texts = generate(*flags, "--num-best", "3", "--length-penalty", "0.5", kind=kind).out
+    # A model of zeros: all continuations are as likely, and its bytes print nothing.
+    assert best.startswith("the cat" if kind != "seq2seq" else "\0") and texts.startswith(best.removesuffix("\n"))
+    assert texts.count("the cat") == (0 if kind == "seq2seq" else 3) and len(texts.split("\n")) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (["--beams", "2", "--temperature", "0.5"], "--temperature 0.5 means nothing here: beam search draws nothing"),
+        (["--beams", "2", "--top-p", "0.5"], "--top-p 0.5 means nothing here"),
+        (["--beams", "2", "--seed", "1"], "--seed 1 means nothing here"),
+        (["--beams", "2", "--repetition-penalty", "1.5"], "--repetition-penalty is not for beam search"),
+        (["--beams", "2", "--num-best", "3"], "num_return must be at most num_beams=2, got 3"),
+        (["--beams", "-1"], "BeamConfig.num_beams must be at least 1, got -1"),
+        (["--num-best", "2"], "are for beam search, got 1.0 and 2 without; give beams (--beams)"),
+        (["--length-penalty", "2"], "are for beam search, got 2.0 and 1 without"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
+def test_beams_and_what_means_nothing_with_them(generate, kind, flags, refused):
+    assert refused in generate("--prompt", "the cat", "--max-new-tokens", "2", *flags, kind=kind, code=2)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
+def test_predictions_of_beams_have_scores(runs, kind):
+    run, name = runs(kind, "bytes"), "translation" if kind == "seq2seq" else "continuation"
+    plain, best = (
+        run.predict(["the cat", "a"], max_new_tokens=2),
+        run.predict(["the cat", "a"], max_new_tokens=2, beams=3, num_best=2, length_penalty=0.0),
+    )
+    assert [list(row) for row in plain] == [[name]] * 2
+    for row in best:
+        assert list(row) == [name, "score", f"{name}_2", "score_2"]
+        assert 0 > row["score"] >= row["score_2"] > -20
+    with pytest.raises(UserError, match=r"are for beam search, got 1.0 and 2 without"):
+        run.predict(["a"], num_best=2)
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", None])

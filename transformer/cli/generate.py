@@ -6,6 +6,7 @@ import sys
 
 from transformer.cli.options import GenerateOptions, Given, refuse
 from transformer.data.files import decode_utf8
+from transformer.generation.beams import beam_config
 from transformer.generation.sampling import SamplingConfig
 from transformer.runs.saved import load
 from transformer.terminal import printable
@@ -29,15 +30,21 @@ def main(options: GenerateOptions, given: Given) -> None:
         options.system is None or options.chat,
         "--system is a message of a conversation; give --chat too, or leave it out.",
     )
+    beams = beam_config(options.beams, options.length_penalty, options.num_best)
+    require(not (beams and options.chat), "--beams is for a text, not for a conversation; leave it or --chat out.")
     run = load(options.workdir, step=options.step)
     objective = run.config.objective
-    if why := objective.draws_nothing or ("the most likely token is taken each time" if sampling.greedy else ""):
+    if beams:
+        _refuse_unused(given, "beam search draws nothing")
+        penalty = {name: given[name] for name in ("repetition_penalty",) if given.get(name, 1.0) != 1}
+        refuse(penalty, lambda name: "is not for beam search; leave it or --beams out.")
+    elif why := objective.draws_nothing or ("the most likely token is taken each time" if sampling.greedy else ""):
         _refuse_unused(given, why)
     how = (options.max_new_tokens, sampling, options.seed, _note)
     if options.chat:
         pieces = objective.reply(run, _messages(prompt, options.system), *how)
     else:
-        pieces = objective.generate(run, prompt, *how)
+        pieces = objective.generate(run, prompt, *how, **({"beams": beams} if beams else {}))
     for piece in itertools.chain(pieces, "\n"):
         sys.stdout.write(printable(piece, lines=True) if sys.stdout.isatty() else piece)
         sys.stdout.flush()

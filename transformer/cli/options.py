@@ -98,6 +98,12 @@ class GenerateOptions:
     """Sample among the tokens at least this many times as likely as the most likely one; 0 means all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that the text has (of a translation, the translation) are less likely; 1 changes nothing."""
+    beams: int = 0
+    """Search with this many beams for the most likely text instead of sampling; 0 does not."""
+    length_penalty: float = 1.0
+    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
+    num_best: int = 1
+    """Of beams: how many of the best texts to print, each after a new line."""
     seed: int = 0
     """The same seed gives the same text."""
 
@@ -132,6 +138,12 @@ class PredictOptions:
     max_new_tokens: int = 0
     """Translators: tokens of a translation at most, 0 means the model's length. Language models: tokens to add at most, 64 if
     this is not given."""
+    beams: int = 0
+    """Translators and language models: search with this many beams; 0 takes the most likely token each time."""
+    length_penalty: float = 1.0
+    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
+    num_best: int = 1
+    """Of beams: this many of the best texts, each with its score."""
 
 
 def _predict(arguments: list[str]) -> tuple[PredictOptions, Given]:

@@ -22,6 +22,8 @@ from transformer.training.hardware import use_compilation_cache
 from transformer.training.out_of_memory import explained as out_of_memory_explained
 from transformer.validation import require
 
+_ASKED = ("batch_size", "top_k", "max_new_tokens", "beams", "length_penalty", "num_best")
+"""Options of `predict` that are arguments of an objective's."""
 Write = Callable[[str, dict[str, Any]], None]
 """Writes a row, whose place is for messages."""
 
@@ -42,7 +44,7 @@ def main(options: PredictOptions, given: Given) -> None:
     rows = list(find_source(name).rows(name, (key,), "texts"))
     texts = [text_field(row, key, place) for place, row in rows]
     require(len(texts) > 0, f"There must be something to predict from, {name} has no texts.")
-    asked = {option: given[option] for option in ("batch_size", "top_k", "max_new_tokens") if option in given}
+    asked = {option: given[option] for option in _ASKED if option in given}
     if not asked.get("max_new_tokens", 1):
         del asked["max_new_tokens"]  # the kind's own
     predictions = run.predictions(texts, names=[place for place, _ in rows], **asked)

@@ -49,6 +49,11 @@ class Cache:
         del inputs_BTD
         return updated
 
+    def take(self, rows_R: Int[Array, " R"]) -> "Cache":
+        """A cache of these rows, of which one may be there several times. Arrays may have an axis of layers before the rows."""
+        del rows_R
+        return self
+
 
 NO_CACHE = Cache()
 
@@ -100,6 +105,11 @@ class KVCache(Cache):
         )
         return key_BPGK, value_BPGK, mask, cache
 
+    def take(self, rows_R: Int[Array, " R"]) -> Cache:
+        """Keys, values and lengths of these rows."""
+        key, value = (jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BGPK, self.value_BGPK))
+        return KVCache(key, value, jnp.take(self.lengths_B, rows_R, axis=self.lengths_B.ndim - 1), self.overflow)
+
     def implementation(self, chosen: str) -> str:
         """Where a row begins is data here; where a backend must know it while compiling, auto reads the cache."""
         return chosen if {"query_offset", "key_lengths"} <= BACKENDS.find(chosen).takes else "auto"
@@ -127,6 +137,10 @@ class MemoryCache(Cache):
             return self.key_BSGK, self.value_BSGK, mask, self
         cache = MemoryCache(key.astype(self.key_BSGK.dtype), value.astype(self.value_BSGK.dtype))
         return cache.key_BSGK, cache.value_BSGK, mask, cache
+
+    def take(self, rows_R: Int[Array, " R"]) -> Cache:
+        """Keys and values of the memories of these rows."""
+        return MemoryCache(*(jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BSGK, self.value_BSGK)))
 
 
 @jax.tree_util.register_dataclass
@@ -257,6 +271,15 @@ def check_capacity(capacity: int, prompt: int, new: int) -> None:
 def cache_overflow(caches: Any) -> Bool[Array, ""]:
     """Whether any layer of a model's cache dropped a token."""
     return jnp.any(jnp.stack([jnp.any(block.attention.overflow) for block in caches]))
+
+
+def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_memory: bool = False) -> Any:
+    """A model's cache with these rows; with `keep_memory`, cross-attention's stays as it is: it is the same in all of them."""
+
+    def take(cache: Cache) -> Cache:
+        return cache if keep_memory and isinstance(cache, MemoryCache) else cache.take(rows_R)
+
+    return jax.tree.map(take, caches, is_leaf=lambda part: isinstance(part, Cache))
 
 
 def cache_lengths(caches: Any) -> Int[Array, " B"]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from transformer.data.tokenizers import note_unknown
 from transformer.data.tokenizers.chat import Messages, chat_ids
+from transformer.generation.beams import BeamConfig, beam_config, beam_search
 from transformer.generation.generate import Generator, stream
-from transformer.generation.sampling import SamplingConfig
+from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.text import stream_text
 from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective
@@ -35,9 +36,15 @@ class ContinuesText(TokenObjective):
         sampling: SamplingConfig,
         seed: int,
         note: Callable[[str], None],
+        beams: BeamConfig | None = None,
     ) -> Iterator[str]:
-        """The prompt as the model reads it, and how it goes on."""
+        """The prompt as the model reads it, and how it goes on; with beams, of each continuation."""
         tokens = prompt_ids(run.tokenizer, prompt)
+        if beams:
+            length, ids = self._room(run, tokens, max_new_tokens, note), _ids(run)
+            how = {"max_new_tokens": length, **ids, **dataclasses.asdict(beams)}
+            found = beam_search(run.model, run.params, [tokens], **how).best(0)
+            return iter(["\n".join(run.tokenizer.decode([*tokens, *best]) for best, _ in found)])
         generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
         return stream_text(run.tokenizer.decode, tokens, generated)
 
@@ -65,6 +72,12 @@ class ContinuesText(TokenObjective):
         note: Callable[[str], None],
     ) -> Iterator[int]:
         """The tokens behind others, as they come."""
+        length = self._room(run, tokens, max_new_tokens, note)
+        options: Any = {"max_new_tokens": length, "sampling": sampling, "seed": seed, **_ids(run)}
+        return stream(run.model, run.params, tokens, **options)
+
+    def _room(self, run: Trained, tokens: list[int], max_new_tokens: int, note: Callable[[str], None]) -> int:
+        """How many tokens to add at most; a note says what of those read is unknown."""
         tokenizer = run.tokenizer
         room = run.config.model.max_length - len(tokens)
         require(
@@ -73,22 +86,22 @@ class ContinuesText(TokenObjective):
             f"model's {run.config.model.max_length}, max_new_tokens is {max_new_tokens}; shorten the prompt or ask for fewer.",
         )
         note_unknown(tokenizer, tokens, note)
-        return stream(
-            run.model,
-            run.params,
-            tokens,
-            max_new_tokens=max_new_tokens or room,
-            sampling=sampling,
-            seed=seed,
-            end_of_text=stop_ids(tokenizer),
-            drawable=drawable(tokenizer, run.config.model.vocab_size),
-        )
+        return max_new_tokens or room
 
     def predict(
-        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 64
+        self,
+        run: Trained,
+        texts: Sequence[str],
+        names: Sequence[str],
+        batch_size: int,
+        max_new_tokens: int = 64,
+        beams: int = 0,
+        length_penalty: float = 1.0,
+        num_best: int = 1,
     ) -> Iterator[dict[str, Any]]:
-        """The most likely `continuation`."""
-        return continuations(run, texts, names, batch_size, max_new_tokens)
+        """The most likely `continuation`; with beams its `score` too, and `continuation_2`, `score_2` and so on."""
+        search = beam_config(beams, length_penalty, num_best)
+        return continuations(run, texts, names, batch_size, max_new_tokens, search)
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Continue a text."""
@@ -96,7 +109,12 @@ class ContinuesText(TokenObjective):
 
 
 def continuations(
-    run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int
+    run: Trained,
+    texts: Sequence[str],
+    names: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    beams: BeamConfig | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The `continuation` of each text, of at most `max_new_tokens` and as many as the model has room for.
 
@@ -113,23 +131,52 @@ def continuations(
                 f"A text to continue must leave room in the model's {limit} tokens, {name} has {len(prompt)} (with the one that "
                 "starts a document); shorten it.",
             )
-        said = [""] * len(part)
+        said: list[dict[str, Any]] = [{}] * len(part)
         budgets = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
         shortest_first = sorted(range(len(part)), key=lambda index, prompts=prompts: len(prompts[index]))
         for count, of_budget in itertools.groupby(shortest_first, budgets.__getitem__):
             group = list(of_budget)
             for first in range(0, len(group), batch_size):
                 batch = group[first : first + batch_size]
-                generated = generator.generate(
-                    [prompts[index] for index in batch],
-                    max_new_tokens=count,
-                    sampling=SamplingConfig(temperature=0),
-                    end_of_text=stop_ids(run.tokenizer),
-                    drawable=drawable(run.tokenizer, run.config.model.vocab_size),
-                )
-                for index, tokens, length in zip(batch, generated.tokens, generated.lengths, strict=True):
-                    said[index] = _behind(run.tokenizer, prompts[index], tokens[:length])
-        yield from ({"continuation": text} for text in said)
+                chosen = [prompts[index] for index in batch]
+                for index, found in zip(batch, _most_likely(run, generator, chosen, count, beams), strict=True):
+                    texts_R = [_behind(run.tokenizer, prompts[index], tokens) for tokens, _ in found]
+                    said[index] = beam_columns("continuation", texts_R, [score for _, score in found], beams)
+        yield from said
+
+
+def _ids(run: Trained) -> dict[str, Any]:
+    """Where a text ends, and what may be drawn."""
+    allowed = drawable(run.tokenizer, run.config.model.vocab_size)
+    return {"end_of_text": stop_ids(run.tokenizer), "drawable": allowed}
+
+
+def _most_likely(
+    run: Trained, generator: Generator, prompts: list[np.ndarray], count: int, beams: BeamConfig | None
+) -> list[list[tuple[np.ndarray, float]]]:
+    """Tokens and score of the best continuations of each prompt; without beams, those of greedy decoding."""
+    options: Any = {"max_new_tokens": count, **_ids(run)}
+    if beams:
+        found = beam_search(run.model, run.params, prompts, **options, **dataclasses.asdict(beams))
+        return [found.best(row) for row in range(len(prompts))]
+    generated = generator.generate(prompts, sampling=GREEDY, **options)
+    return [[(row[:length], 0.0)] for row, length in zip(generated.tokens, generated.lengths, strict=True)]
+
+
+def beam_columns(name: str, texts: Sequence[str], scores: Sequence[float], beams: BeamConfig | None) -> dict[str, Any]:
+    """Columns of the best texts, with scores where there are beams; None where there are fewer than were asked for.
+
+    >>> beam_columns("translation", ["a"], [-0.5], BeamConfig(num_beams=2, num_return=2))
+    {'translation': 'a', 'score': -0.5, 'translation_2': None, 'score_2': None}
+    """
+    if beams is None:
+        return {name: texts[0]}
+    missing = [None] * (beams.num_return - len(texts))
+    return {
+        f"{column}_{rank}".removesuffix("_1"): value
+        for rank, pair in enumerate(zip([*texts, *missing], [*scores, *missing], strict=True), 1)
+        for column, value in zip((name, "score"), pair, strict=True)
+    }
 
 
 def _behind(tokenizer: Any, prompt: np.ndarray, tokens: np.ndarray) -> str:

@@ -10,11 +10,13 @@ import numpy as np
 from transformer.data.forms.pairs import source_tokens
 from transformer.data.tokenizers import note_unknown, source_tokenizer
 from transformer.evaluation.translation import translation_scores
+from transformer.generation.beams import BeamConfig, beam_config, beam_search
 from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
 from transformer.objectives.bases import TokenObjective
+from transformer.objectives.continuation import beam_columns
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import around_source, drawable, stop_ids, target_start
@@ -44,6 +46,7 @@ class TranslatesText(TokenObjective):
         sampling: SamplingConfig,
         seed: int,
         note: Callable[[str], None],
+        beams: BeamConfig | None = None,
     ) -> Iterator[str]:
         """The translation of the prompt; a note says what of it was not read. Of `sampling` it takes the penalty."""
         del seed
@@ -61,6 +64,8 @@ class TranslatesText(TokenObjective):
             note(f"the model reads {read} of the text's {len(tokens)} tokens, {parts} ones; the others were cut.")
         length = max_new_tokens or room
         require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {length}.")
+        if beams:
+            return iter(["\n".join(text for text, _ in next(best_translations(run, [source], 1, length, beams)))])
         sampling = dataclasses.replace(GREEDY, repetition_penalty=sampling.repetition_penalty)
         return translations(run, [source], 1, length, sampling)
 
@@ -73,6 +78,16 @@ def translations(
     options: Any = {"max_new_tokens": length, "batch_size": batch_size, "sampling": sampling}
     targets = translate(run.model, run.params, sources, **ids, **options)
     return (run.tokenizer.decode(target) for target in targets)
+
+
+def best_translations(
+    run: Trained, sources: Sequence[Array], batch_size: int, length: int, beams: BeamConfig
+) -> Iterator[list[tuple[str, float]]]:
+    """The best targets of each source by beam search, with their scores."""
+    ids = _special_ids(run.tokenizer, run.config)
+    options: Any = {"max_new_tokens": length, "batch_size": batch_size, **dataclasses.asdict(beams)}
+    found = beam_search(run.model, run.params, sources, **ids, **options)
+    return ([(run.tokenizer.decode(tokens), score) for tokens, score in found.best(row)] for row in range(len(sources)))
 
 
 def _special_ids(tokenizer: Any, config: "Config") -> dict[str, Any]:
@@ -127,16 +142,32 @@ class Seq2Seq(TranslatesText):
         return source_tokens(tokenizer, text, data)
 
     def predict(
-        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, max_new_tokens: int = 0
+        self,
+        run: Trained,
+        texts: Sequence[str],
+        names: Sequence[str],
+        batch_size: int,
+        max_new_tokens: int = 0,
+        beams: int = 0,
+        length_penalty: float = 1.0,
+        num_best: int = 1,
     ) -> Iterator[dict[str, Any]]:
-        """The `translation`, of at most `max_new_tokens`; 0 means the model's length."""
+        """The `translation`, of at most `max_new_tokens`; 0 means the model's length. With beams its `score` too, and
+        `translation_2`, `score_2` and so on.
+        """
         del names
+        search = beam_config(beams, length_penalty, num_best)
         room, at_once = run.config.data.sequence_length, _BATCHES_AT_ONCE * batch_size
         length = max_new_tokens or room
         require(0 < length <= room, f"max_new_tokens must be at most the model's {room}, got {max_new_tokens}.")
         for start in range(0, len(texts), at_once):
             sources = [self.encode(text, run.tokenizer, run.config.data) for text in texts[start : start + at_once]]
-            yield from ({"translation": text} for text in translations(run, sources, batch_size, length))
+            if search is None:
+                yield from ({"translation": text} for text in translations(run, sources, batch_size, length))
+            else:
+                for found in best_translations(run, sources, batch_size, length, search):
+                    said, scores = zip(*found, strict=True)
+                    yield beam_columns("translation", said, scores, search)
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Translate a text."""
