@@ -59,9 +59,11 @@ def test_scanned_layers_are_read_as_looped_ones(name, folders):
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_tokens_are_theirs(name, folders):
     """30 tokens for two rows of different length; where the two best logits nearly agree, either may be taken."""
-    path, model = folders(name)
-    run, rows = load(path), [TOKENS[0][:10], TOKENS[1][:7]]
-    different = 0
+    path, _ = folders(name)
+    model = ALL[name].build()
+    # Longer than the original length of longrope: transformers reads all again where a text crosses it, we do not.
+    rows = [TOKENS[0][:20], TOKENS[1][:17]] if "longrope" in name else [TOKENS[0][:10], TOKENS[1][:7]]
+    run, different = load(path), 0
     for row in rows:
         ids = torch.tensor(row[None]).long()
         expected = model.generate(
@@ -110,10 +112,11 @@ def test_an_export_is_the_import_bit_for_bit(name, folders, tmp_path):
             tensor
         )
     again, report = type(model).from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
-    missing = {key for key in report["missing_keys"] if "pooler" not in key}
-    assert not missing and not report["unexpected_keys"] and not report["mismatched_keys"]
-    np.testing.assert_array_equal(theirs(again.eval(), TOKENS), theirs(model, TOKENS))
-    assert_same_model(model.config, again.config)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    # Afresh: the growing base of a dynamic scaling depends on what a model has read before.
+    first = type(model).from_pretrained(path, attn_implementation="eager")
+    np.testing.assert_array_equal(theirs(again.eval(), TOKENS), theirs(first.eval(), TOKENS))
+    assert_same_model(first.config, again.config)
 
 
 def assert_same_model(before, after):

@@ -34,7 +34,9 @@ T = TypeVar("T")
 # Keys of any config.json that change no logits: names, training, how outputs are returned, defaults of generation and labels of
 # tasks. Everything else is read by a family, or refused.
 COMMON_KEYS = (
-    *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "torchscript"),
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation", "_num_labels", "architectures"),
+    *("auto_map", "transformers.js_config", "is_llama_config"),
+    *("transformers_version", "torch_dtype", "dtype", "use_cache", "torchscript"),
     *(
         "initializer_range",
         "attention_dropout",
@@ -183,6 +185,11 @@ class ModelFamily(Kind):
         """Tensors that may be there beside the ones that they are tied with."""
         del model
         return {}
+
+    def has_head(self, objective: str) -> bool:
+        """Whether the class that is written for an objective has a head, so that names have the prefix."""
+        named = next(name for name, kind in self.architectures.items() if kind == objective)
+        return not named.endswith("Model")
 
     def outside_prefix(self, name: str) -> bool:
         """Whether a tensor is of a head, whose name never begins with the prefix."""

@@ -72,6 +72,8 @@ class Folder:
         self.values = self._config()
         name = self.values["model_type"]
         self.family: ModelFamily = FAMILIES.find(name)()
+        self.bare = False
+        """Whether its names lack the prefix of models with a head."""
         self.tensors = self._open_weights()
         """By name, as the headers of all pieces describe them."""
         self.pretrained: Pretrained
@@ -85,10 +87,6 @@ class Folder:
         path = self.path / CONFIG
         values = read_json(path)
         require(isinstance(values, dict), f"{path} must be an object of keys, got {shown(values)}.")
-        require(
-            "auto_map" not in values,
-            f"{path} must describe a model of a known family, it names code of its own (auto_map), which is never run.",
-        )
         name = values.get("model_type")
         require(
             isinstance(name, str) and name in FAMILIES.names,
@@ -146,19 +144,19 @@ class Folder:
         names: dict[str, str] = read_json(index)["weight_map"]
         wrong = [
             name
-            for name in {*names, *tensors}
+            for name in sorted({*names, *tensors})
             if name not in tensors or os.path.basename(tensors[name].file) != names.get(name)
         ]
         require(
             not wrong,
-            f"{index} must say in which piece each tensor is, {sorted(wrong)[0]!r} is not there, or in another one; copy all "
+            f"{index} must say in which piece each tensor is, {', '.join(wrong[:1])} is not there, or in another one; copy all "
             "files of one version.",
         )
 
     def _renamed(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         """With the endings of today, and the prefix that models with a head have."""
         found: dict[str, Stored] = {}
-        bare = not any(name.startswith(self.family.prefix) for name in tensors)
+        self.bare = bare = not any(name.startswith(self.family.prefix) for name in tensors)
         for name, tensor in tensors.items():
             new = name
             for old, now in self.family.renamed.items():

@@ -76,7 +76,9 @@ def open_weights(folder: Folder, config: ModelConfig, shapes: PyTree) -> Weights
     tensors = folder.tensors
     leaves = table.leaves(shapes, len(config.first), len(config.pattern), scanned=config.scan_layers)
     looped = table.looped_shapes(leaves)
-    bound = table.bind(family.rules(config, folder.pretrained.objective), looped, config.num_layers)
+    bound = table.bind(
+        family.rules(config, folder.pretrained.objective), looped, max(config.num_layers, config.decoder_layers)
+    )
     stored: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
     copies = family.copies(config)
     ignored = table.check_tensors(stored, bound, looped, family.ignored, copies, where)

@@ -29,13 +29,16 @@ _COMPUTING = frozenset(
 _OF_TRAINING = frozenset(("dropout", "implementation"))
 
 
-def expressing_family(model: ModelConfig, objective: str, name: str = "") -> tuple[ModelFamily, dict[str, Any]]:
+def expressing_family(
+    model: ModelConfig, objective: str, name: str = "", known: Mapping[str, Any] | None = None
+) -> tuple[ModelFamily, dict[str, Any]]:
     """The family that can express a model exactly, and the config.json that says it.
 
     Args:
         model: resolved.
         objective: the kind of objective that the model is for.
         name: of the family that is asked for; without, the first that can.
+        known: the config.json that the model was imported with, which is taken as it is if it says the same.
 
     Raises:
         UserError: none can, or not this one; the fields in the way are named.
@@ -44,6 +47,8 @@ def expressing_family(model: ModelConfig, objective: str, name: str = "") -> tup
     for found in [name] if name else FAMILIES.names:
         family: ModelFamily = FAMILIES.find(found)()
         if objective in family.architectures.values():
+            if known and known.get("model_type") == family.kind and not _differing(family, model, objective, known):
+                return family, dict(known)
             values, differing = _expressed(family, model, objective)
             if not differing:
                 return family, values
@@ -62,18 +67,23 @@ def expressing_family(model: ModelConfig, objective: str, name: str = "") -> tup
 
 def _expressed(family: ModelFamily, model: ModelConfig, objective: str) -> tuple[dict[str, Any], list[str]]:
     """The config.json of a model, and where the model that it describes differs."""
+    architecture = next(name for name, kind in family.architectures.items() if kind == objective)
     try:
-        architecture = next(name for name, kind in family.architectures.items() if kind == objective)
-        values = {
-            "architectures": [architecture],
-            "model_type": family.kind,
-            **family.write(dataclasses.replace(model, scan_layers=False)),
-        }
-        tensors = {rule.theirs for rule in family.rules(model, objective)} - set(family.copies(model))
-        back = family.read(Keys(values, family.defaults, CONFIG, tensors), architecture)
-    except (UserError, AttributeError, KeyError) as error:
+        own = family.write(dataclasses.replace(model, scan_layers=False))
+    except (UserError, AttributeError) as error:  # a field that only the family's own kinds of parts have
         return {}, [str(error)]
-    return values, list(differences(model, back))
+    values = {"architectures": [architecture], "model_type": family.kind, **own}
+    return values, _differing(family, model, objective, values)
+
+
+def _differing(family: ModelFamily, model: ModelConfig, objective: str, values: Mapping[str, Any]) -> list[str]:
+    """Where the model that a config.json describes differs from a model."""
+    tensors = {rule.theirs for rule in family.rules(model, objective)} - set(family.copies(model))
+    named = values.get("architectures") or [next(iter(family.architectures))]
+    try:
+        return differences(model, family.read(Keys(values, family.defaults, CONFIG, tensors), named[0]))
+    except (UserError, KeyError) as error:
+        return [str(error)]
 
 
 def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
@@ -81,7 +91,9 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     lines = []
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(model, field.name), getattr(other, field.name)
-        if field.name not in _COMPUTING | {"first", "pattern"} and before != after:
+        # The family may know no limit.
+        unlimited = field.name == "max_length" and after == 0
+        if field.name not in _COMPUTING | {"first", "pattern"} and before != after and not unlimited:
             lines.append(f"{field.name}: {before} -> {after}")
     for layer, (block, another) in enumerate(zip(model.blocks, other.blocks, strict=False)):
         one, two = (_resolved(b, model.embed_dim) for b in (block, another))
@@ -114,7 +126,13 @@ def _resolved(block: BlockConfig, embed_dim: int) -> dict[str, Any]:
 
 
 def planned(
-    family: ModelFamily, model: ModelConfig, objective: str, params: PyTree, dtype: Callable[[str, Any], Any]
+    family: ModelFamily,
+    model: ModelConfig,
+    objective: str,
+    params: PyTree,
+    dtype: Callable[[str, Any], Any],
+    *,
+    bare: bool = False,
 ) -> dict[str, Planned]:
     """The tensors of a model by their names in the family, to be fetched one after the other.
 
@@ -124,21 +142,23 @@ def planned(
         objective: the kind of objective that it is for.
         params: arrays, perhaps over several processes, all of which must fetch.
         dtype: gives the type of a tensor, for its name and the type of the parameter.
+        bare: leave out the prefix of models with a head.
     """
     tree = table.leaves(params, len(model.first), len(model.pattern), scanned=model.scan_layers)
     shapes = table.looped_shapes(tree)
     places = {path: (leaf, place) for leaf in tree.values() for place, path in enumerate(leaf.looped)}
-    bound = table.bind(family.rules(model, objective), shapes, model.num_layers)
+    bound = table.bind(family.rules(model, objective), shapes, max(model.num_layers, model.decoder_layers))
     unsaid = sorted(set(shapes).difference(path for rule in bound for path in rule.ours))
     require(
         not unsaid,
         f"A model of the family {family.kind} has no tensor for {', '.join(unsaid[:3])}; it cannot be exported so.",
     )
     found = {}
+    names = {rule.theirs: rule.theirs.removeprefix(family.prefix) if bare else rule.theirs for rule in bound}
     for rule in bound:
         values = functools.partial(_values, rule, [places[path] for path in rule.ours])
         own = places[rule.ours[0]][0].value.dtype
-        found[rule.theirs] = Planned(dtype(rule.theirs, own), table.their_shape(rule, shapes), values)
+        found[names[rule.theirs]] = Planned(dtype(rule.theirs, own), table.their_shape(rule, shapes), values)
     return found
 
 

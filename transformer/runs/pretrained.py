@@ -166,7 +166,7 @@ def import_model(
         state = TrainState(np.zeros((), np.int32), params, (), (), (), ())
         checkpointer = Checkpointer(epath.Path(workdir) / CHECKPOINTS, record=stored_record(files))
         try:
-            checkpointer.save(state, {"evaluations": {}})
+            checkpointer.save(state, {"evaluations": {}}, piecewise=True)
         finally:
             checkpointer.close()
     report(describe(opened))
@@ -194,7 +194,9 @@ def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
         "files": folder.hashes(),
         "dtypes": next(iter(kinds)) if len(kinds) == 1 else weights.dtypes,
         "ignored_tensors": sorted(weights.ignored),
-        "ignored_keys": folder.keys.ignored,
+        "ignored_keys": sorted(folder.keys.ignored),
+        "bare": folder.bare,
+        "config": folder.values,
         "texts": {name: (folder.path / name).read_text() for name in _KEPT if (folder.path / name).is_file()},
     }
     files = {
@@ -263,7 +265,8 @@ def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, rep
     source = json.loads(record.files[IMPORT_FILE]) if IMPORT_FILE in record.files else {}
     tokenizer = record.load_tokenizer()
     config = resolve(record.config, tokenizer)
-    chosen, values = expressing_family(config.model, config.objective.kind, family or source.get("family", ""))
+    objective, known = config.objective.kind, source.get("config")
+    chosen, values = expressing_family(config.model, objective, family or source.get("family", ""), known)
     check_params(config)
     parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
     _, params = load_step_params(record.path, placed(parts, _widest_mesh(parts)))
@@ -272,9 +275,10 @@ def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, rep
     def written_dtype(name: str, own: Any) -> Any:
         return np.dtype(dtype or (stored if isinstance(stored, str) else stored.get(name, own)))
 
-    tensors = planned(chosen, config.model, config.objective.kind, params, written_dtype)
-    values |= {name: value for name, value in source.get("ignored_keys", {}).items() if name not in values}
+    bare = source.get("bare", not chosen.has_head(objective))
+    tensors = planned(chosen, config.model, objective, params, written_dtype, bare=bare)
     values |= {"torch_dtype": str(next(iter(tensors.values())).dtype), **class_words(record.class_names)}
+    values.pop("dtype", None)  # the newer name of the same
     kept = {name: str(text) for name, text in source.get("texts", {}).items() if name in _KEPT}
     generates = config.objective.continues_text or config.objective.num_stacks > 1
     texts = kept | tokenizer_texts(tokenizer, kept) | (generation_texts(tokenizer, kept) if generates else {})

@@ -29,6 +29,7 @@ DESCRIPTION = "checkpoint.json"
 _ARRAY = re.compile(
     r"(?P<dtype>bfloat16|float(16|32|64)|u?int(8|16|32|64))\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]"
 )  # of `describe`
+_LEAST_IN_FLIGHT = 2**26
 _log = logging.getLogger(__name__)
 # What goes wrong in Orbax's threads is raised by the save, and need not be logged with a traceback of each thread.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
@@ -71,13 +72,21 @@ class Checkpointer:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: TrainState, loop: dict[str, Any], *, validation_loss: float | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        loop: dict[str, Any],
+        *,
+        validation_loss: float | None = None,
+        piecewise: bool = False,
+    ) -> None:
         """Start saving; returns when the state has left the devices, so that it may be donated.
 
         Args:
             state: of one copy (`Runner.fetch_state`).
             loop: JSON-serialisable, what the host must know to go on.
             validation_loss: at this very step, if it was measured.
+            piecewise: with little memory beside the state's own, and so not in the background; the state must stay as it is.
         """
         self.wait()
         step = int(state.step)
@@ -92,7 +101,7 @@ class Checkpointer:
         folders.require_plain(self._directory)
         path = folders.draft(self._directory, step)
         what = f"Checkpoint {self._directory / str(step)}"
-        with explained(what), _folders_first():
+        with explained(what), _saving(state, piecewise=piecewise):
             self._directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 folders.mark(self._directory, step)
@@ -169,11 +178,27 @@ def retire(directory: epath.PathLike, keep: int) -> None:
             folders.discard(directory, step)
 
 
-def _folders_first() -> ocp.Context:
-    """Made in the background, a folder that cannot be made leaves Orbax's thread, and so the process, waiting for minutes."""
+def _saving(state: Any, *, piecewise: bool) -> ocp.Context:
+    """How Orbax writes a state: a part after the other, or all of it at once, copied so that the caller may change it."""
     context = ocp.Context()
+    # Made in the background, a folder that cannot be made leaves Orbax's thread, and so the process, waiting for minutes.
     context.asynchronous.create_directories_asynchronously = False
+    if piecewise:
+        context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = _in_flight(state)
     return context
+
+
+def _loading(tree: Any) -> ocp.Context:
+    """How Orbax reads a tree: with few bytes beside those of the arrays themselves."""
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = _in_flight(tree)
+    return context
+
+
+def _in_flight(tree: Any) -> int:
+    """Bytes that may be on their way at a time: the largest array must be."""
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
+    return max(_LEAST_IN_FLIGHT, max(sizes, default=0), sum(sizes) // 16)
 
 
 def checked_step(step: int | str, name: str = "A step to load") -> int | str:
@@ -268,9 +293,10 @@ def _load(
     found = {name: text for name, text in found.items() if name.startswith(within)}
     layout = stored_layout(found, jax.tree.map(_abstract, fields), describe)
     description = _check_fit(path, describe(fields if layout is None else layout.stored(fields)), of=of, within=within)
-    if layout is None:
-        return description, ocp.load_checkpointables(path, parts)
-    return description, layout.read(ocp.load_checkpointables(path, layout.stored(parts)), parts)
+    stored = parts if layout is None else layout.stored(parts)
+    with _loading(stored):
+        found_parts = ocp.load_checkpointables(path, stored)
+    return description, found_parts if layout is None else layout.read(found_parts, parts)
 
 
 def read_description(path: epath.Path) -> dict[str, Any]:

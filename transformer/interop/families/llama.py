@@ -57,6 +57,8 @@ class Llama(ModelFamily):
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
         """The model of a config.json."""
         num_layers, max_length = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
+        positions = parts.rotary(keys, self._rope(keys), max_length, partial=self.partial)
+        keys.only("rope_interleaved", None, False)
         windows = self._windows(keys, num_layers)
         norm = RMSNorm(epsilon=keys.get("rms_norm_eps", float), placement=self.placement)
         attention = AttentionConfig(**parts.heads(keys), **self._bias(keys), **self.settings)
@@ -72,9 +74,9 @@ class Llama(ModelFamily):
         ]
         return ModelConfig(
             vocab_size=keys.get("vocab_size", int),
-            max_length=max_length,
+            max_length=parts.extended_length(positions, max_length),
             embed_dim=keys.get("hidden_size", int),
-            positions=parts.rotary(keys, self._rope(keys), max_length, partial=self.partial),
+            positions=positions,
             tie_embeddings=keys.get("tie_word_embeddings", bool),
             **repeated(blocks),
         )
@@ -137,7 +139,7 @@ class Llama(ModelFamily):
             "num_hidden_layers": model.num_layers,
             **parts.written_heads(block.attention, model.embed_dim),
             "hidden_act": parts.activation_name(block),
-            "max_position_embeddings": model.max_length,
+            "max_position_embeddings": parts.written_length(positions, model.max_length),
             "rms_norm_eps": block.norm.epsilon,
             "tie_word_embeddings": model.tie_embeddings,
             "rope_parameters": parts.written_rope(positions),

@@ -167,6 +167,16 @@ def written_rope(positions: RotaryPositions) -> dict[str, Any]:
     return found
 
 
+def extended_length(positions: RotaryPositions, max_length: int) -> int:
+    """The longest sequence: with a base that grows (dynamic), config.json has the length before the extension."""
+    return int(max_length * positions.scaling_factor) if positions.scaling == "dynamic" else max_length
+
+
+def written_length(positions: RotaryPositions, max_length: int) -> int:
+    """The inverse of `extended_length`."""
+    return positions.original_length if positions.scaling == "dynamic" else max_length
+
+
 def heads(keys: Keys) -> dict[str, Any]:
     """The fields of `AttentionConfig` for heads of queries, keys and values."""
     num_heads = keys.get("num_attention_heads", int)

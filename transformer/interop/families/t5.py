@@ -49,8 +49,8 @@ class T5(ModelFamily):
         keys.only("is_encoder_decoder", True)
         keys.only("is_decoder", False)
         keys.ignore("dropout_rate", "initializer_factor", "output_past", "n_positions")
-        num_layers, decoder_layers = keys.get("num_layers", int), keys.optional("num_decoder_layers")
-        keys.only("num_decoder_layers", None, num_layers) if decoder_layers is not None else None
+        num_layers = keys.get("num_layers", int)
+        other = num_layers if keys.optional("num_decoder_layers") is None else keys.get("num_decoder_layers", int)
         # Older files tell 1.0, which scales, by tied embeddings; newer ones by a key of its own.
         tied, scaled = keys.get("tie_word_embeddings", bool), keys.optional("scale_decoder_outputs")
         scaled = tied if scaled is None else keys.get("scale_decoder_outputs", bool)
@@ -63,6 +63,7 @@ class T5(ModelFamily):
         return ModelConfig(
             vocab_size=keys.get("vocab_size", int),
             num_layers=num_layers,
+            decoder_layers=0 if other == num_layers else other,
             embed_dim=embed_dim,
             pattern=(block,),
             positions=T5Positions(
@@ -110,7 +111,7 @@ class T5(ModelFamily):
             "d_kv": block.attention.resolved_head_dim(model.embed_dim),
             "d_ff": network.resolved_hidden_dim(model.embed_dim),
             "num_layers": model.num_layers,
-            "num_decoder_layers": model.num_layers,
+            "num_decoder_layers": model.decoder_layers or model.num_layers,
             "num_heads": block.attention.num_heads,
             "relative_attention_num_buckets": positions.num_buckets,
             "relative_attention_max_distance": positions.max_distance,
