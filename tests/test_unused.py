@@ -50,7 +50,7 @@ def test_a_run_has_few_settings(path):
         ),
         (
             lambda: Config(model=ModelConfig(pooling=MaxPooling())),
-            r"model.pooling is for the objective classification, got MaxPooling\(\) for the next_token objective",
+            r"model.pooling is for the objectives classification and embedding, got MaxPooling\(\) for the next_token objective",
         ),
         (
             lambda: Config(model=ModelConfig(memory_length=8), objective=Seq2Seq()),

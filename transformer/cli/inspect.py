@@ -1,4 +1,8 @@
-"""`transformer inspect CONFIG`: decoded batches and the parameter table, without training."""
+"""`transformer inspect CONFIG` or `HF_DIR`: decoded batches, or what a pretrained model is, and the parameter table."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -6,20 +10,29 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from transformer.cli.options import InspectOptions
 from transformer.config import Config
+from transformer.data.tokenizers.pretrained import CHAT_FILE
+from transformer.interop.tensors import DTYPES
+from transformer.model_config import BlockConfig
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
 from transformer.parts import count_parameters
-from transformer.runs.recipe import Run, make_run
+from transformer.runs.pretrained import Opened, read_folder
+from transformer.runs.recipe import make_run
 from transformer.terminal import make_console, printable
+from transformer.types import PyTree
 
 _ROWS = 4
 
 
-def main(config: Config) -> None:
-    """Print the first batch and the parameters of a config."""
+def main(chosen: Config | InspectOptions) -> None:
+    """Print the first batch and the parameters of a config, or what the folder of a pretrained model is."""
     console = make_console(stderr=False)
-    run = make_run(config)
+    if isinstance(chosen, InspectOptions):
+        _print_folder(console, read_folder(chosen.folder, dtype=chosen.dtype))
+        return
+    run = make_run(chosen)
     tokenizer = run.tokenizer
     batch = next(run.data.train_batches(tokenizer))
     console.rule("first batch")
@@ -30,12 +43,64 @@ def main(config: Config) -> None:
         for line in lines:
             console.print(Text.assemble(*((printable(text), style) for text, style in line)))
         console.print()
-    _print_parameters(console, run)
+    _print_parameters(console, run.config, run.state.params, run.steps.parts.axes)
 
 
-def _print_parameters(console: Console, run: Run) -> None:
-    config = run.config
-    params, axes = run.state.params, run.steps.parts.axes
+def _print_folder(console: Console, opened: Opened) -> None:
+    table = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+    for name, text in _of_folder(opened):
+        table.add_row(name, Text(printable(text)))
+    console.rule(Text(printable(opened.weights.folder.path.name)))
+    console.print(table)
+    console.print()
+    _print_parameters(console, opened.config, opened.parts.shapes, opened.parts.axes)
+
+
+def _of_folder(opened: Opened) -> Iterator[tuple[str, str]]:
+    """What a folder is, in lines with a name."""
+    folder, model, objective = opened.weights.folder, opened.config.model, opened.config.objective
+    yield "family", f"{folder.family.kind}, {folder.architecture}"
+    yield "objective", objective.kind + (f" of {len(opened.class_names)} classes" if opened.class_names else "")
+    yield "parameters", f"{count_parameters(opened.parts.shapes):,} in {model.param_dtype}"
+    decoder = f" and {model.decoder_layers or model.num_layers} of the decoder" * (objective.num_stacks > 1)
+    yield "layers", f"{model.num_layers}{decoder}, of width {model.embed_dim:,}"
+    yield "heads", "; ".join(dict.fromkeys(_heads(block, model.embed_dim) for block in model.block_counts))
+    yield "vocabulary", f"{model.vocab_size:,}"
+    cut = folder.pretrained.longest_text
+    longest = f"{model.max_length:,} tokens" if model.max_length else "any"
+    yield "longest sequence", longest + (f"; texts are cut at {cut:,}" if cut else "")
+    types: dict[str, int] = {}
+    for tensor in folder.tensors.values():
+        name = str(DTYPES.get(tensor.dtype, tensor.dtype))
+        types[name] = types.get(name, 0) + 1
+    stored = sum(tensor.end - tensor.start for tensor in folder.tensors.values())
+    yield "stored", f"{stored:,} bytes; tensors: " + ", ".join(f"{count} of {name}" for name, count in types.items())
+    yield from _of_tokenizer(opened)
+    yield "ignored keys", ", ".join(sorted(folder.keys.ignored)) or "none"
+    yield "ignored tensors", ", ".join(sorted(opened.weights.ignored)) or "none"
+
+
+def _heads(block: BlockConfig, width: int) -> str:
+    heads = block.attention
+    return f"{heads.num_heads} of queries, {heads.kv_heads} of keys and values, width {heads.resolved_head_dim(width)}"
+
+
+def _of_tokenizer(opened: Opened) -> Iterator[tuple[str, str]]:
+    if "data" in opened.given:
+        yield "tokenizer", "none: ids are read and given"
+        return
+    tokenizer: Any = opened.tokenizer
+    settings = opened.config.data.tokenizer
+    yield "tokenizer", f"{settings.kind}, {tokenizer.vocab_size:,} ids"
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        ids = value if isinstance(value, tuple) else (value,) * (value >= 0)
+        if ids:
+            yield f"  {field.name}", ", ".join(f"{index} {tokenizer.name_of(index)}" for index in ids)
+    yield "chat template", "yes" if CHAT_FILE in opened.tokenizer_files else "none"
+
+
+def _print_parameters(console: Console, config: Config, params: PyTree, axes: PyTree) -> None:
     shardings = parameter_shardings(make_mesh(config.parallel.sizes), axes, params)
     table = Table(
         Column("parameter", overflow="fold"),
@@ -62,6 +127,6 @@ def _print_parameters(console: Console, run: Run) -> None:
         )
     console.print(table)
     console.print(
-        f"{count_parameters(params):,} parameters, vocabulary {run.config.model.vocab_size}, "
+        f"{count_parameters(params):,} parameters, vocabulary {config.model.vocab_size}, "
         f"{config.data.sequence_length} tokens a row"
     )

@@ -22,7 +22,7 @@ COMMANDS = {
     "export": "write a run's model as a Hugging Face folder",
     "prepare": "turn text into a dataset on disk",
     "plan": "compile the step for hardware that is not there",
-    "inspect": "show batches and parameters of a config, without training",
+    "inspect": "show batches and parameters of a config, or what a Hugging Face folder is",
     "prove": "kill, damage and move a small run, and show that it ends the same",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())

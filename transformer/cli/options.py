@@ -1,20 +1,17 @@
 """What each command can be told, read and checked before anything heavy is imported."""
 
 import dataclasses
+import os
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from transformer.cli.arguments import parse_config, parse_config_and
-from transformer.cli.fields import Flag, all_flags, chosen_from, flags, parse, positional, short
+from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional, short
+from transformer.cli.reading import Given, read, refuse
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
-from transformer.types import UserError
+from transformer.storage import expand
 from transformer.validation import require
-
-T = TypeVar("T")
-Given = dict[str, Any]
-"""What the command line says, by field; what it does not say has its default and is not here."""
-
 
 # ---- evaluate ----------------------------------------------------------------------------------------------------------
 
@@ -255,7 +252,37 @@ def _plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
     return config, options
 
 
-# ---- import, export --------------------------------------------------------------------------------------------------
+# ---- inspect, import, export --------------------------------------------------------------------------------------------------
+
+
+Dtype = Literal["", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """Say what the folder of a pretrained model is, and whether a model here can be it; its weights are not read.
+
+    What `transformer import` would refuse is refused in the same words. A config file in its place has its batches and parameters
+    shown.
+    """
+
+    folder: str = positional("")
+    """The folder of the pretrained model."""
+    dtype: Dtype = ""
+    """Of parameters, as for import."""
+
+
+def _inspect(arguments: list[str]) -> tuple[Config | InspectOptions]:
+    """A folder of a pretrained model, or a config file."""
+    name = expand(arguments[0]) if arguments else ""
+    if not os.path.isdir(name):
+        return (parse_config(arguments, command="transformer inspect"),)
+    require(
+        not os.path.exists(os.path.join(name, "checkpoints")),
+        f"`transformer inspect` takes a config file or the folder of a pretrained model, {arguments[0]} is a run's directory; "
+        "its config.json says what it is.",
+    )
+    return (read(InspectOptions(), arguments, "transformer inspect")[0],)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +298,7 @@ class ImportOptions:
     """The folder of the pretrained model."""
     workdir: str = ""
     """A new directory for the run."""
-    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    dtype: Dtype = ""
     """Of parameters and activations; empty means as the weights are stored."""
 
 
@@ -294,7 +321,7 @@ class ExportOptions:
     """A new folder."""
     step: str = "latest"
     """Of the checkpoint: latest, best (by validation loss), or a number."""
-    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    dtype: Dtype = ""
     """Of the weights; empty means as the imported files had them, or as the parameters are."""
     family: str = ""
     """The model_type to write, such as llama; empty means that of the import, or the first that can express the model."""
@@ -323,51 +350,6 @@ class Command(NamedTuple):
     """For messages that name a field."""
 
 
-def read(default: T, arguments: list[str], command: str) -> tuple[T, Given]:
-    """The options of a command, and which of them were given.
-
-    Words without a flag go to the positional fields in turn; one that takes a single word must have it, unless it may be None.
-    """
-    kind: Any = type(default)
-    places = [field for field in dataclasses.fields(kind) if field.metadata.get("positional")]
-    about = "\n".join(line.strip() for line in (kind.__doc__ or "").splitlines())
-    names = [f"[{place.name.upper()}]" if place.default is None else place.name.upper() for place in places]
-    usage = " ".join([command, *names])
-    given, words = parse(flags(default), arguments, command=command, usage=usage, about=about)
-    for place in places:
-        if isinstance(place.default, tuple):
-            given[place.name], words = tuple(words), []
-        elif words:
-            given[place.name], *words = words
-        else:
-            require(
-                place.default is None,
-                f"`{command}` needs {place.name.upper()}, got none; `{command} --help` tells more.",
-            )
-    refuse_words(words, command)
-    return _replaced(default, given), given
-
-
-def refuse_words(words: list[str], command: str) -> None:
-    """Words that belong to no flag and no field are an error."""
-    require(not words, f"`{command}` takes no {words[0] if words else ''!r} there; quote a value that has spaces.")
-
-
-def refuse(given: Given, reason: Callable[[str], str]) -> None:
-    """Flags that were given but mean nothing here are an error: `reason` completes the sentence that begins with the flag."""
-    for name in given:
-        raise UserError(f"--{name.replace('_', '-')} {reason(name)}")
-
-
-def _replaced(value: Any, given: Given) -> Any:
-    """A dataclass with the fields in `given`, whose names have a dot for each level."""
-    changes = {name: new for name, new in given.items() if "." not in name}
-    for section in {name.partition(".")[0] for name in given if "." in name}:
-        inner = {name.partition(".")[2]: new for name, new in given.items() if name.startswith(section + ".")}
-        changes[section] = _replaced(getattr(value, section), inner)
-    return dataclasses.replace(value, **changes)
-
-
 def _of_config(name: str) -> Command:
     def parsed(arguments: list[str]) -> tuple[Config]:
         return (parse_config(arguments, command=f"transformer {name}", trains=name == "train"),)
@@ -381,7 +363,7 @@ def _of_options(name: str, default: Any) -> Command:
 
 OPTIONS = {
     "train": _of_config("train"),
-    "inspect": _of_config("inspect"),
+    "inspect": Command(_inspect, lambda: all_flags(Config())),
     "plan": Command(_plan, lambda: all_flags(Config()) | flags(PlanOptions())),
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),

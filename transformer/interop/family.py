@@ -68,6 +68,8 @@ class Pretrained(NamedTuple):
     """Of a classifier, in the order of its logits."""
     settings: Mapping[str, Any] = {}
     """Of the objective."""
+    longest_text: int = 0
+    """Tokens at which the folder cuts a text; 0 means the model's length."""
 
 
 class Keys:

@@ -83,6 +83,11 @@ class Folder:
             self.pretrained = sentence_encoder(self.path, self.pretrained)
         self._maps: dict[str, mmap.mmap] = {}
 
+    @property
+    def architecture(self) -> str:
+        """The class that its config names, or else the first of the family."""
+        return (self.values.get("architectures") or [next(iter(self.family.architectures))])[0]
+
     def _config(self) -> dict[str, Any]:
         path = self.path / CONFIG
         values = read_json(path)
@@ -184,7 +189,9 @@ _POOLINGS = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max"}
 
 
 def sentence_encoder(root: pathlib.Path, found: Pretrained) -> Pretrained:
-    """With the pooling that the `modules.json` of a sentence encoder names; without such a file, means that are not normalised.
+    """With the pooling that the `modules.json` of a sentence encoder names, and the length at which it cuts a text.
+
+    Without such a file, means that are not normalised.
 
     Raises:
         UserError: it names modules that ours cannot be.
@@ -215,7 +222,33 @@ def sentence_encoder(root: pathlib.Path, found: Pretrained) -> Pretrained:
     )
     pooling = POOLINGS.find(_POOLINGS[modes[0]])()
     model = dataclasses.replace(found.model, pooling=pooling)
-    return found._replace(model=model, settings={"normalize": len(names) == 3})
+    longest = _longest_text(root, found.model.max_length)
+    return found._replace(model=model, settings={"normalize": len(names) == 3}, longest_text=longest)
+
+
+def _longest_text(root: pathlib.Path, length: int) -> int:
+    """What the files of a sentence encoder say of the texts that it reads.
+
+    Raises:
+        UserError: it changes texts in a way that ours does not.
+    """
+    values: dict[str, Any] = {}
+    for path in [*sorted(root.glob("sentence_*_config.json")), root / "config_sentence_transformers.json"]:
+        found = read_json(path) if path.exists() else {}
+        require(isinstance(found, dict), f"{path} must be an object of keys, got {shown(found)}.")
+        values = found | values
+    for name, neutral in {"do_lower_case": False, "default_prompt_name": None}.items():
+        require(
+            values.get(name, neutral) in (neutral, None),
+            f"{root} must not change the texts of a sentence encoder, it has {name}={shown(values.get(name))}; remove that "
+            "from a copy, and change your texts so.",
+        )
+    longest = values.get("max_seq_length") or 0
+    require(
+        type(longest) is int and 0 <= longest <= (length or longest),
+        f"{root}: max_seq_length must be a number of at most {length} tokens, got {shown(longest)}.",
+    )
+    return longest
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -84,7 +84,24 @@ def placed(parts: Parts, mesh: Mesh | None) -> PyTree:
 
 
 def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
+    """The model of a Hugging Face folder, checked as `read_folder` does, whose parameters this machine can hold.
+
+    Args:
+        path: of the folder.
+        dtype: of parameters and activations; as they are stored, if empty.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    opened = read_folder(path, dtype=dtype)
+    check_params(opened.config)
+    return opened
+
+
+def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     """The model of a Hugging Face folder, checked: every tensor has its place, and every key of its config a meaning.
+
+    A model of any size can be looked at. The one thing read of the weights is a tensor beside the one that it is tied with.
 
     Args:
         path: of the folder.
@@ -96,7 +113,7 @@ def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     folder = Folder(path)
     found = folder.pretrained
     settings, files = _tokenizer_of(folder.path)
-    data = DataConfig(sequence_length=min(found.model.max_length or 512, _LONGEST_ROW))
+    data = DataConfig(sequence_length=min(found.longest_text or found.model.max_length or 512, _LONGEST_ROW))
     given = {} if settings else {"data": _NO_TOKENIZER}
     if settings:
         data = dataclasses.replace(data, tokenizer=settings)
@@ -107,7 +124,6 @@ def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     name: Any = dtype or dtype_name(weights.dtype)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=name, param_dtype=name))
     config = resolve(config, tokenizer)
-    check_params(config)
     parts = Parts(config, tokenizer, class_names=found.class_names, own_batches=True)
     return Opened(config, tokenizer, files, found.class_names, parts, weights, given)
 
@@ -190,7 +206,7 @@ def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
     kinds = set(weights.dtypes.values())
     source = {
         "family": folder.family.kind,
-        "architecture": (folder.values.get("architectures") or [next(iter(folder.family.architectures))])[0],
+        "architecture": folder.architecture,
         "files": folder.hashes(),
         "dtypes": next(iter(kinds)) if len(kinds) == 1 else weights.dtypes,
         "ignored_tensors": sorted(weights.ignored),

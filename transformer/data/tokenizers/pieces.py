@@ -102,6 +102,10 @@ class PieceTokenizer(SpecialTokenizer):
         """An unknown character stays; the library makes no other special token of a text."""
         return [index] if index == self.unknown or index not in self.special else []
 
+    def name_of(self, index: int) -> str:
+        """The piece of an id, or the token beside the pieces."""
+        return next((name for name, known in self._names.items() if known == index), "")
+
     def decode(self, ids: Ids) -> str:
         """Text of ids, special ones dropped; what is not UTF-8 becomes U+FFFD."""
         size = self._processor.get_piece_size()

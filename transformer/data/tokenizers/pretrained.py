@@ -95,6 +95,10 @@ class SpecialTokenizer:
         """Ids of what a text has where it seems to have a special token; itself for an ordinary id."""
         raise NotImplementedError
 
+    def name_of(self, index: int) -> str:
+        """What the file calls an id."""
+        raise NotImplementedError
+
     def save(self, directory: epath.PathLike) -> None:
         """Write the files as they were found."""
         path = epath.Path(directory)
@@ -151,10 +155,14 @@ class PretrainedTokenizer(SpecialTokenizer):
         """Of a special token's name, cut in two so that it is not found again; the unknown token stays."""
         if index == self.unknown or index not in self.special:
             return [index]
-        name = self._model.id_to_token(index) or ""
+        name = self.name_of(index)
         name = in_alphabet(name) if self._byte_level else name.replace(" ", "▁")
         pieces = [piece.id for part in (name[:1], name[1:]) if part for piece in self._model.model.tokenize(part)]
         return [piece for piece in pieces if piece == self.unknown or piece not in self.special]
+
+    def name_of(self, index: int) -> str:
+        """The token of an id."""
+        return self._model.id_to_token(index) or ""
 
 
 @TOKENIZERS.register

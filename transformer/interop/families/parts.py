@@ -160,7 +160,7 @@ def written_rope(positions: RotaryPositions) -> dict[str, Any]:
     if positions.scaling != "none":
         found["rope_type"] = positions.scaling
         for key in _ROPE_KEYS[positions.scaling]:
-            field: str = _OURS.get(key, key)
+            field = str(_OURS.get(key, key))
             value = getattr(positions, field)
             if not (key == "attention_factor" and value == 0):
                 found[key] = list(value) if isinstance(value, tuple) else value
