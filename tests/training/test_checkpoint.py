@@ -67,6 +67,18 @@ def test_relative_directories_work(tmp_path, monkeypatch):
     assert load_params("runs/new", make_state().ema_params)[0] == 3
 
 
+@pytest.mark.parametrize("piecewise", [False, True])
+def test_an_array_may_be_most_of_a_state(tmp_path, monkeypatch, piecewise):
+    """What is on its way at a time has a limit, and the largest array passes it."""
+    monkeypatch.setattr(checkpoint, "_LEAST_IN_FLIGHT", 1)
+    state = make_state(3, width=2**18)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state, LOOP, piecewise=piecewise)
+    checkpointer.wait()
+    step, params = load_params(tmp_path, state.ema_params)
+    assert step == 3 and jax.tree.all(jax.tree.map(np.array_equal, params, state.ema_params))
+
+
 @pytest.mark.parametrize("options", [{}, {"ema": False}, {"carry": {"memory": jnp.arange(4.0)}}], ids=str)
 def test_everything_comes_back_to_the_bit(tmp_path, options):
     state = make_state(3, **options)

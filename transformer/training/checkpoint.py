@@ -184,21 +184,21 @@ def _saving(state: Any, *, piecewise: bool) -> ocp.Context:
     # Made in the background, a folder that cannot be made leaves Orbax's thread, and so the process, waiting for minutes.
     context.asynchronous.create_directories_asynchronously = False
     if piecewise:
-        context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = _in_flight(state)
+        context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = _in_flight(state, 1)
     return context
 
 
 def _loading(tree: Any) -> ocp.Context:
     """How Orbax reads a tree: with few bytes beside those of the arrays themselves."""
     context = ocp.Context()
-    context.memory.read_concurrent_bytes = _in_flight(tree)
+    context.memory.read_concurrent_bytes = _in_flight(tree, 2)  # pieces of files that are cut otherwise count whole
     return context
 
 
-def _in_flight(tree: Any) -> int:
-    """Bytes that may be on their way at a time: the largest array must be."""
+def _in_flight(tree: Any, largest: int) -> int:
+    """Bytes that may be on their way at a time: more than the largest array, so many times."""
     sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
-    return max(_LEAST_IN_FLIGHT, max(sizes, default=0), sum(sizes) // 16)
+    return max(_LEAST_IN_FLIGHT, largest * max(sizes, default=0) + 2**20, sum(sizes) // 16)
 
 
 def checked_step(step: int | str, name: str = "A step to load") -> int | str:
