@@ -13,6 +13,8 @@ from transformer.validation import require, shown, typed
 
 CONFIG_FILE = "config.json"
 """A run's config, in its record and at the top of its directory."""
+IMPORT_FILE = "import.json"
+"""Of an imported model, likewise: the files that it was read from."""
 
 # What a resumed run may change; everything else would make it another run.
 RESUMABLE = (

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from transformer.interop.folder import Folder  # noqa: E402
 from transformer.interop.reading import open_weights  # noqa: E402
 from transformer.parts import Parts  # noqa: E402
 from transformer.runs.pretrained import export_model, import_model  # noqa: E402
+
+TABLE = "| `model_type` | class | variant | difference |\n|---|---|---|---|"
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +142,34 @@ def test_half_precision_is_as_exact_as_theirs(name, folders):
     reference = theirs(model, TOKENS)
     error, own = (float(np.sqrt(np.mean((x - exact) ** 2))) for x in (half, reference))
     assert error <= 1.5 * own
+
+
+def measured(folders):
+    """A row of the table in docs/pretrained.md for each case."""
+    for name in ALL:
+        path, model = folders(name)
+        logits = difference(ours(load(path), TOKENS), theirs(model, TOKENS))
+        yield f"| `{model.config.model_type}` | {type(model).__name__} | {name.partition(', ')[2] or '–'} |", logits
+
+
+def test_the_table_of_the_documentation_is_this(folders):
+    """`UPDATE_TABLE=1 make test-parity` writes it anew."""
+    page = pathlib.Path(__file__).parent.parent.parent / "docs" / "pretrained.md"
+    text, rows = page.read_text(), dict(measured(folders))
+    begin, end = text.index(TABLE) + len(TABLE), text.index("\n\n", text.index(TABLE))
+    if os.environ.get("UPDATE_TABLE"):
+        lines = "\n".join(f"{row} {value:.0e} |" for row, value in rows.items())
+        page.write_text(f"{text[:begin]}\n{lines}{text[end:]}")
+        return
+    found = {
+        line.rpartition("|")[0].rpartition("|")[0] + "|": float(line.split("|")[-2])
+        for line in text[begin:end].split("\n")
+        if line
+    }
+    assert set(found) == set(rows)
+    assert all(rows[row] <= 4 * found[row] for row in rows), (
+        "a difference has grown: UPDATE_TABLE=1 writes the table anew"
+    )
 
 
 def test_other_files_than_the_current_ones(folders, tmp_path):

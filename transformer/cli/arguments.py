@@ -15,26 +15,31 @@ from etils import epath
 
 from transformer.cli.fields import all_flags, as_flags, chosen, flags, parse
 from transformer.config import Config
-from transformer.config_io import CONFIG_FILE, from_dict
+from transformer.config_io import CONFIG_FILE, IMPORT_FILE, from_dict, from_json
 from transformer.overrides import override, unknown_setting, with_kinds
 from transformer.storage import expand
 from transformer.terminal import printable
 from transformer.types import UserError
 from transformer.validation import require
 
+_TUNED = "-tuned"
+"""Ends the directory of a run that starts from an imported model, unless it is named."""
 _ABOUT = """\
-CONFIG is a Python file with get_config(), such as configs/python_stdlib.py. Each has a small variant to try things with:
+CONFIG is a Python file with get_config(), such as configs/python_stdlib.py, or the directory of a run: an imported model, from
+which a new run starts, or one to go on with. Each file has a small variant to try things with:
 configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and --model.norm.*
 set all blocks. Settings of the file that do not fit your flags are adjusted, unless you set them yourself."""
 
 
 def load_config(reference: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:VARIANT`: what the file's `get_config([VARIANT])` returns.
+    """The config of `FILE.py` or `FILE.py:VARIANT`, which the file's `get_config([VARIANT])` returns, or of a run's directory.
 
     An empty workdir becomes `runs/FILE[-VARIANT]`.
     """
     name, _, variant = reference.partition(":")
     path = pathlib.Path(expand(name))
+    if path.is_dir():
+        return _config_of_run(path)
     if not path.is_file():
         near = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))) or "none here"
         raise UserError(f"A config must be a Python file, got {name!r}, which does not exist; in configs/: {near}.")
@@ -59,6 +64,21 @@ def load_config(reference: str) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {name!r} must return a transformer.config.Config, got {type(config)}.")
     return config
+
+
+def _config_of_run(path: pathlib.Path) -> Config:
+    """The config of a run, to go on with; of an imported model, that of a new run that starts from it."""
+    copy = path / CONFIG_FILE
+    require(
+        (path / "checkpoints").is_dir() and copy.is_file(),
+        f"A config must be a Python file, or the directory of a run, {path} is neither; a pretrained folder becomes a run by "
+        "`transformer import`.",
+    )
+    config: Config = from_json(Config, copy.read_bytes(), copy)
+    if not (path / IMPORT_FILE).exists():
+        return dataclasses.replace(config, workdir=str(path))
+    training = dataclasses.replace(config.training, init_from=str(path))
+    return dataclasses.replace(config, training=training, workdir=f"{path}{_TUNED}")
 
 
 @contextlib.contextmanager
@@ -112,6 +132,7 @@ def parse_config_and(
             f"`{command}` needs a config file, got none; for example `{command} configs/python_stdlib.py:debug`."
         )
     config = load_config(reference) if reference else Config()
+    tunes = config.training.init_from != "" and config.workdir == f"{config.training.init_from}{_TUNED}"
     own_table = flags(own) if own is not None else {}
     of_kinds = with_kinds(config, chosen(all_flags(config), rest))
     # Another flag may make use of a setting: what is not used after all is refused by the config.
@@ -129,6 +150,10 @@ def parse_config_and(
         raise UserError(
             f"`{command}` takes one config file, got {words[0]!r} too; put quotes around a value with spaces."
         )
+    require(
+        not tunes or "data.source" in given or command.endswith(" plan"),
+        f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
+    )
     own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
     notes: list[str] = []
     workdir = given.get("workdir") or config.workdir or default_workdir(reference)

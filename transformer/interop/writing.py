@@ -30,7 +30,12 @@ _OF_TRAINING = frozenset(("dropout", "implementation"))
 
 
 def expressing_family(
-    model: ModelConfig, objective: str, name: str = "", known: Mapping[str, Any] | None = None
+    model: ModelConfig,
+    objective: str,
+    name: str = "",
+    *,
+    preferred: str = "",
+    known: Mapping[str, Any] | None = None,
 ) -> tuple[ModelFamily, dict[str, Any]]:
     """The family that can express a model exactly, and the config.json that says it.
 
@@ -38,13 +43,15 @@ def expressing_family(
         model: resolved.
         objective: the kind of objective that the model is for.
         name: of the family that is asked for; without, the first that can.
+        preferred: the family that is tried first.
         known: the config.json that the model was imported with, which is taken as it is if it says the same.
 
     Raises:
         UserError: none can, or not this one; the fields in the way are named.
     """
     tried: dict[str, list[str]] = {}
-    for found in [name] if name else FAMILIES.names:
+    names = sorted(FAMILIES.names, key=lambda found: found != preferred)
+    for found in [name] if name else names:
         family: ModelFamily = FAMILIES.find(found)()
         if objective in family.architectures.values():
             if known and known.get("model_type") == family.kind and not _differing(family, model, objective, known):
@@ -60,7 +67,7 @@ def expressing_family(
     nearest = min(tried, key=lambda found: len(tried[found]))
     raise UserError(
         f"A model to export must be one that a family can express; {nearest}, the nearest, cannot express\n  "
-        + "\n  ".join(tried[nearest][:10])
+        + "\n  ".join(f"{line:.110}" for line in tried[nearest][:10])
         + "\nTrain a model without these, or use it with this library."
     )
 

@@ -8,13 +8,13 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from transformer.config import Config
-from transformer.config_io import CONFIG_FILE, from_json, resume_conflicts, to_dict
+from transformer.config_io import CONFIG_FILE, IMPORT_FILE, from_json, resume_conflicts, to_dict
 from transformer.data.batches import ids_alone
 from transformer.data.datasets import Dataset, describe_data
 from transformer.data.prepare import data_directory
@@ -33,7 +33,9 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 CLASSES_FILE = "classes.json"  # their names, of a classifier
 GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by the name of what made it; never imported
-IMPORT_FILE = "import.json"  # of an imported model: its family, and the files that it was read from
+FAMILY_FILE = (
+    "family.json"  # what an export writes of an imported model besides arrays; runs that start from it have it too
+)
 DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
 RECORD_FILE = "run.json"
 """The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
@@ -269,10 +271,15 @@ def _sizes(source: Corpus) -> str:
 
 
 def make_record(
-    config: Config, tokenizer: Tokenizer, data: Dataset, old: Record | None, given: dict[str, str]
+    config: Config,
+    tokenizer: Tokenizer,
+    data: Dataset,
+    old: Record | None,
+    given: dict[str, str],
+    kept: Mapping[str, bytes] = {},
 ) -> dict[str, bytes]:
-    """The files of a run's record, name -> content; those that never change are as `old` has them."""
-    files: dict[str, bytes] = dict(old.files) if old else {}
+    """The files of a run's record, name -> content; those that never change are as `old` has them, or `kept` for a new run."""
+    files: dict[str, bytes] = dict(old.files) if old else dict(kept)
     if not old:
         with tempfile.TemporaryDirectory() as directory:
             if "tokenizer" not in given:

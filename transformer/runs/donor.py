@@ -1,6 +1,7 @@
 """What a run takes from the run that it starts from (`training.init_from`): its tokenizer, and the parameters that fit."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from transformer.config_io import differences, resume_conflicts, to_dict
 from transformer.data.tokenizers import Tokenizer, describe_entries
 from transformer.memory import check_params
 from transformer.parts import Parts
-from transformer.runs.directory import read_run
+from transformer.runs.directory import FAMILY_FILE, Record, read_run
 from transformer.training.checkpoint import load_step_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
@@ -28,13 +29,18 @@ class Donor(NamedTuple):
     class_names: tuple[str, ...]
     step: int | str = "latest"
     """Of the checkpoint, as it was asked for."""
+    kept: Mapping[str, bytes] = {}
+    """Files of its record that a run that starts from it has too."""
 
 
 def read_donor(directory: str, step: int | str = "latest") -> Donor:
     """The run in a directory, by the checkpoint of a step, but for its parameters."""
-    return read_run(
-        directory, lambda run: Donor(directory, run.config, run.load_tokenizer(), run.class_names, step), step
-    )
+
+    def donor(run: Record) -> Donor:
+        kept = {name: content for name, content in run.files.items() if name == FAMILY_FILE}
+        return Donor(directory, run.config, run.load_tokenizer(), run.class_names, step, kept)
+
+    return read_run(directory, donor, step)
 
 
 def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:

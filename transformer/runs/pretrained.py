@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from transformer.config import Config, DataConfig, TrainingConfig
-from transformer.config_io import CONFIG_FILE, to_dict
+from transformer.config_io import CONFIG_FILE, IMPORT_FILE, to_dict
 from transformer.data.batches import ids_alone
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.folder import from_folder
@@ -26,6 +26,7 @@ from transformer.interop.reading import Weights, open_weights
 from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
 from transformer.memory import check_params
 from transformer.objective import OBJECTIVES
+from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
 from transformer.parts import Parts, resolve
@@ -33,8 +34,8 @@ from transformer.runs.directory import (
     CHECKPOINTS,
     CLASSES_FILE,
     DATA_FILE,
+    FAMILY_FILE,
     GIVEN_FILE,
-    IMPORT_FILE,
     Record,
     open_workdir,
     read_run,
@@ -42,11 +43,11 @@ from transformer.runs.directory import (
     write_copies,
 )
 from transformer.runs.lock import locked
-from transformer.storage import expand, explained
+from transformer.storage import expand, explained, understood
 from transformer.training.checkpoint import Checkpointer, load_step_params
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
-from transformer.validation import require
+from transformer.validation import require, shown
 
 Dtype = Literal["", "float32", "bfloat16", "float16"]
 _LONGEST_ROW = 1024
@@ -113,12 +114,16 @@ def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     folder = Folder(path)
     found = folder.pretrained
     settings, files = _tokenizer_of(folder.path)
-    data = DataConfig(sequence_length=min(found.longest_text or found.model.max_length or 512, _LONGEST_ROW))
+    longest = found.longest_text or found.model.max_length or 512
+    data = DataConfig(sequence_length=min(longest, _LONGEST_ROW), batch_size=8)
     given = {} if settings else {"data": _NO_TOKENIZER}
     if settings:
         data = dataclasses.replace(data, tokenizer=settings)
     objective = OBJECTIVES.find(found.objective)(**found.settings)
-    config = Config(model=found.model, data=data, objective=objective, training=TrainingConfig(sample_length=0))
+    # What a run that starts from this model has unless it says otherwise.
+    optimizer = AdamW(learning_rate=2e-5, weight_decay=0.01)
+    training = TrainingConfig(sample_length=0)
+    config = Config(model=found.model, data=data, objective=objective, optimizer=optimizer, training=training)
     tokenizer = _opened_tokenizer(settings, files) if settings else ids_alone(config)
     weights = open_weights(folder, config.model, Parts(config, tokenizer, class_names=found.class_names).shapes)
     name: Any = dtype or dtype_name(weights.dtype)
@@ -203,14 +208,16 @@ def _widest_mesh(parts: Parts) -> Mesh | None:
 
 def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
     folder, weights = opened.weights.folder, opened.weights
-    kinds = set(weights.dtypes.values())
+    dtypes = set(weights.dtypes.values())
     source = {
-        "family": folder.family.kind,
-        "architecture": folder.architecture,
         "files": folder.hashes(),
-        "dtypes": next(iter(kinds)) if len(kinds) == 1 else weights.dtypes,
+        "dtypes": next(iter(dtypes)) if len(dtypes) == 1 else weights.dtypes,
         "ignored_tensors": sorted(weights.ignored),
         "ignored_keys": sorted(folder.keys.ignored),
+    }
+    family = {
+        "family": folder.family.kind,
+        "objective": config.objective.kind,
         "bare": folder.bare,
         "config": folder.values,
         "texts": {name: (folder.path / name).read_text() for name in _KEPT if (folder.path / name).is_file()},
@@ -219,6 +226,7 @@ def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
         CONFIG_FILE: json.dumps(to_dict(config), indent=2).encode(),
         DATA_FILE: b"[]",
         IMPORT_FILE: json.dumps(source, indent=1).encode(),
+        FAMILY_FILE: json.dumps(family, indent=1).encode(),
         **opened.tokenizer_files,
     }
     if opened.class_names:
@@ -237,6 +245,16 @@ def describe(opened: Opened) -> str:
         f"width {config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
         + (f"; without a place: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
     )
+
+
+def _object(record: Record, name: str) -> dict[str, Any]:
+    """A file of the record, if it has one of that name."""
+    if name not in record.files:
+        return {}
+    with understood(f"{record.path}: {name}"):
+        values = json.loads(record.files[name])
+        require(isinstance(values, dict), f"{record.path}: {name} must be an object, got {shown(values)}.")
+        return values
 
 
 # ---- Out ---------------------------------------------------------------------------------------------------------------
@@ -278,11 +296,13 @@ def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, rep
         f"A model of one's own has no family to be exported as, {record.path.parent.parent} was made with "
         f"{record.given.get('model') or record.given.get('objective')}.",
     )
-    source = json.loads(record.files[IMPORT_FILE]) if IMPORT_FILE in record.files else {}
+    source, origin = (_object(record, name) for name in (IMPORT_FILE, FAMILY_FILE))
     tokenizer = record.load_tokenizer()
     config = resolve(record.config, tokenizer)
-    objective, known = config.objective.kind, source.get("config")
-    chosen, values = expressing_family(config.model, objective, family or source.get("family", ""), known)
+    objective = config.objective.kind
+    chosen, values = expressing_family(
+        config.model, objective, family, preferred=origin.get("family", ""), known=origin.get("config")
+    )
     check_params(config)
     parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
     _, params = load_step_params(record.path, placed(parts, _widest_mesh(parts)))
@@ -291,11 +311,12 @@ def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, rep
     def written_dtype(name: str, own: Any) -> Any:
         return np.dtype(dtype or (stored if isinstance(stored, str) else stored.get(name, own)))
 
-    bare = source.get("bare", not chosen.has_head(objective))
+    same = (origin.get("family"), origin.get("objective")) == (chosen.kind, objective)
+    bare = bool(origin.get("bare")) if same else not chosen.has_head(objective)
     tensors = planned(chosen, config.model, objective, params, written_dtype, bare=bare)
     values |= {"torch_dtype": str(next(iter(tensors.values())).dtype), **class_words(record.class_names)}
     values.pop("dtype", None)  # the newer name of the same
-    kept = {name: str(text) for name, text in source.get("texts", {}).items() if name in _KEPT}
+    kept = {name: str(text) for name, text in origin.get("texts", {}).items() if name in _KEPT}
     generates = config.objective.continues_text or config.objective.num_stacks > 1
     texts = kept | tokenizer_texts(tokenizer, kept) | (generation_texts(tokenizer, kept) if generates else {})
     aside = folder.with_name(f"{folder.name}.tmp")

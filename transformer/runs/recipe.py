@@ -41,6 +41,8 @@ class Run(NamedTuple):
     """Makes the state before the first step, on the devices."""
     notes: str
     """What the user should know of how it was made."""
+    kept: Mapping[str, bytes]
+    """Files for its record of the run that it starts from."""
 
     @property
     def config(self) -> Config:
@@ -118,7 +120,7 @@ def make_run(
         params, note = inherit_params(unresolved, steps.parts, donor, data.class_names)
         init_state = functools.partial(steps.init_state, params)
         notes.append(note)
-    return Run(steps, data, tokenizer, init_state, "\n".join(notes))
+    return Run(steps, data, tokenizer, init_state, "\n".join(notes), donor.kept if donor else {})
 
 
 def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer.config import Config, DataConfig
+from transformer.config_io import IMPORT_FILE
 from transformer.data.datasets import Dataset, data_of, fingerprints
 from transformer.data.source import WHOLE
 from transformer.data.tokenizers import Tokenizer
@@ -24,7 +25,7 @@ from transformer.interop.folder import is_folder
 from transformer.memory import check_batch, check_params
 from transformer.objective import Objective
 from transformer.parts import Parts, resolve
-from transformer.runs.directory import IMPORT_FILE, Record, compare_data, read_run
+from transformer.runs.directory import Record, compare_data, read_run
 from transformer.runs.given import Given, as_dataset, ask_for
 from transformer.runs.pretrained import Dtype, open_folder, placed
 from transformer.training import out_of_memory

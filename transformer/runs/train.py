@@ -210,7 +210,7 @@ class _Session:
         evaluators = self._evaluators(run)
         samples = SamplesWriter(workdir / SAMPLES_FILE)
         sampler = make_sampler(run, self.console, samples) if self._continues(run) else None
-        record = make_record(config, run.tokenizer, run.data, self.old, self.given.described)
+        record = make_record(config, run.tokenizer, run.data, self.old, self.given.described, run.kept)
         if jax.process_index() == 0:
             write_copies(workdir, record, begun=self.old is not None)
         peak = peak_flops(config.model.dtype, run.runner.num_devices)
