@@ -174,6 +174,8 @@ def test_a_model_of_70_billion_parameters_may_be_planned():
 def test_a_cache_too_large_names_the_flag():
     with pytest.raises(UserError, match=r"8 rows of 1,000,000,000 tokens.*--max-new-tokens"):
         check_cache(SMALL.model, 8, 10**9)
+    with pytest.raises(UserError, match=r"8 rows of 1,000,000,000 tokens.*\(--max-new-tokens, --beams\)"):
+        check_cache(SMALL.model, 8, 10**9, num_beams=4)
     check_cache(SMALL.model, 8, 1000)
 
 

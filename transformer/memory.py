@@ -164,8 +164,8 @@ def check_batch(config: Config, processes: int = 1) -> None:
     )
 
 
-def check_cache(config: ModelConfig, rows: int, capacity: int) -> None:
-    """Refuse a KV cache that one device cannot hold.
+def check_cache(config: ModelConfig, rows: int, capacity: int, *, num_beams: int = 1) -> None:
+    """Refuse a KV cache that one device cannot hold; `num_beams` of its rows are of one text.
 
     Raises:
         UserError: it is too large.
@@ -179,7 +179,7 @@ def check_cache(config: ModelConfig, rows: int, capacity: int) -> None:
         rows * capacity * a_token,
         device_memory(),
         f"a cache of {rows:,} rows of {capacity:,} tokens",
-        "Ask for fewer (--max-new-tokens).",
+        f"Ask for fewer (--max-new-tokens{', --beams' if num_beams > 1 else ''}).",
     )
 
 

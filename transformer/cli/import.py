@@ -9,7 +9,7 @@ from transformer.training.hardware import use_compilation_cache
 
 
 def main(options: ImportOptions, given: Given) -> None:
-    """Import, and say what to type next."""
+    """Import, and say in a line what it is."""
     del given
     use_compilation_cache()
     console = make_console()

@@ -132,7 +132,8 @@ def beam_search(
     longest = 0 if translates else max([len(row) for row in read], default=0)
     batch_size = batch_size or max(1, len(read))
     check_capacity(model.config.max_length or sys.maxsize, longest, max_new_tokens)
-    check_cache(model.config, batch_size * num_beams, longest + max_new_tokens)
+    cached = model.config.decoder if translates else model.config
+    check_cache(cached, batch_size * num_beams, longest + max_new_tokens, num_beams=num_beams)
     limits = Limits(ends_E, drawable, np.int32(max_new_tokens))
     found = _search_all(model, params, read, start, limits, batch_size, settings)
     shapes = (0, num_return, max_new_tokens), (0, num_return), (0, num_return)
