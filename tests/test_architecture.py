@@ -20,6 +20,7 @@ STAIRS = [
         "optimizer",
         "model_config",
         "parallel_config",
+        "adapter_config",
         "config",
         "config_io",
         "overrides",

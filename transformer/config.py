@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, cast
 
+from transformer.adapter_config import AdapterConfig as AdapterConfig
 from transformer.form import FORMS
 from transformer.model_config import ModelConfig
 from transformer.objective import OBJECTIVES, Objective
@@ -228,11 +229,12 @@ OF_SOME = (
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """A run: model, data, objective, optimizer, devices and bookkeeping."""
+    """A run: model, data, objective, adapters, optimizer, devices and bookkeeping."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: Objective = dataclasses.field(default_factory=OBJECTIVES.default)
+    adapter: AdapterConfig = AdapterConfig()
     optimizer: Optimizer = dataclasses.field(default_factory=OPTIMIZERS.default)
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -244,6 +246,11 @@ class Config(Settings):
             self.model.max_length == 0 or self.model.max_length >= self.data.sequence_length,
             f"model.max_length must be 0 or at least data.sequence_length={self.data.sequence_length}, "
             f"got {self.model.max_length}.",
+        )
+        require(
+            self.adapter.rank == 0 or self.training.init_from != "",
+            f"Adapters are trained beside a base that is frozen, got adapter.rank={self.adapter.rank} without one; set "
+            "training.init_from to its run.",
         )
         for path, purpose in self.unused().items():
             value, default = value_and_default(self, path)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from transformer.config import Config
 from transformer.data.tokenizers import Vocabulary
+from transformer.layers.adapters import split
 from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.models.init import initialized
@@ -30,7 +31,7 @@ from transformer.parallel.strategies import STRATEGIES
 from transformer.training.flops import Flops, step_flops
 from transformer.training.loss_scale import make_loss_scale
 from transformer.training.metrics import Work
-from transformer.training.optimizer import check_scanned_groups, freeze, make_optimizer, parameter_path
+from transformer.training.optimizer import check_adapters, check_scanned_groups, freeze, make_optimizer, parameter_path
 from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import EvaluateStep, TrainStep
@@ -120,8 +121,11 @@ class Parts:
         """The linen module."""
         if self.module is not None:
             return self.module
+        runtime, adapter = self.runtime, self.config.adapter
+        if adapter.rank > 0:
+            runtime = dataclasses.replace(runtime or Runtime(), adapter=adapter)
         model = self.config.objective.make_model(
-            self.config.model, self.runtime, vocabulary=self.vocabulary, class_names=self.class_names
+            self.config.model, runtime, vocabulary=self.vocabulary, class_names=self.class_names
         )
         # Of the package's models; one's own may have no use for a promise.
         return model.clone(max_segments=self.max_segments) if hasattr(model, "max_segments") else model
@@ -329,11 +333,13 @@ class Steps:
         runtime = training_runtime(platform, context == 1)
         self.parts = parts = Parts(config, vocabulary, runtime, model, class_names, own_batches)
         """The model and the loss."""
+        frozen, trained = split(parts.shapes)
         if config.model.scan_layers and model is None:
-            check_scanned_groups(config.optimizer, parts.shapes)
+            check_scanned_groups(config.optimizer, trained)
+        check_adapters(config.adapter, trained)
         schedule = None
         if optimizer is None:
-            optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, parts.shapes)
+            optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, trained)
         self.train_step = TrainStep(
             parts.loss,
             optimizer,
@@ -349,11 +355,15 @@ class Steps:
             config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
         )
         self.runner.check_batch = parts.check_batch
-        self.state = self.runner.abstract_state(jax.eval_shape(self._make_state))
-        """Shapes before the first step, with the shardings of what a checkpoint is restored to."""
+        state = jax.eval_shape(self._make_state)._replace(frozen=frozen)
+        self.state: TrainState = self.runner.abstract_state(state)
+        """Shapes before the first step, with the shardings of what a checkpoint is restored to, and the base is read to."""
 
     def init_state(self, *params: PyTree) -> TrainState:
-        """The state before the first step, of the config's or of given parameters; no device ever holds more than its part."""
+        """The state before the first step, of the config's or of given parameters; no device ever holds more than its part.
+
+        With adapters, it lacks what is frozen.
+        """
         return self.runner.init_state(self._make_state, *params)
 
     def describe_whole(self) -> str:
@@ -370,12 +380,16 @@ class Steps:
 
     def _make_state(self, params: PyTree | None = None) -> TrainState:
         config = self.parts.config
+        # Adapters are float32, whatever their base is.
+        model = dataclasses.replace(config.model, param_dtype="float32") if config.adapter.rank else config.model
+        if params is None:
+            _, params = split(self.parts.init_params(jax.random.key(config.training.seed)))
         return create_state(
-            self.parts.init_params(jax.random.key(config.training.seed)) if params is None else params,
+            params,
             self.train_step.optimizer,
             jax.random.key(config.training.seed + 1),
             carry=self.parts.loss.init_carry(config.data.batch_size),
             ema=config.optimizer.ema_decay > 0,
-            loss_scale=make_loss_scale(config.model),
+            loss_scale=make_loss_scale(model),
             spikes=make_spikes(config.training.skip_spikes),
         )

@@ -16,6 +16,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
     scores = evaluate(
         options.workdir,
         step=options.step,
+        base=options.base,
         split=options.split,
         source=options.data.source,
         data_dir=options.data.data_dir,

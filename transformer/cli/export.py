@@ -16,6 +16,7 @@ def main(options: ExportOptions, given: Given) -> None:
         options.workdir,
         options.folder,
         step=options.step,
+        base=options.base,
         dtype=options.dtype,
         family=options.family,
         report=functools.partial(say, make_console()),

@@ -43,7 +43,7 @@ def main(chosen: Config | InspectOptions) -> None:
         for line in lines:
             console.print(Text.assemble(*((printable(text), style) for text, style in line)))
         console.print()
-    _print_parameters(console, run.config, run.state.params, run.steps.parts.axes)
+    _print_parameters(console, run.config, run.state.model_params, run.steps.parts.axes)
 
 
 def _print_folder(console: Console, opened: Opened) -> None:

@@ -57,6 +57,8 @@ class EvaluateOptions:
     """Directory of the run."""
     step: str = "latest"
     """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
     split: str | None = None
     """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()
@@ -77,6 +79,8 @@ class GenerateOptions:
     """Directory of the run."""
     step: str = "latest"
     """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
     prompt: str | None = None
     """The text to continue, or to translate; an empty one starts a new document."""
     chat: bool = False
@@ -120,6 +124,8 @@ class PredictOptions:
     """Directory of the run."""
     step: str = "latest"
     """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
     input: str | None = positional(None)
     """The file, or - for standard input."""
     output: str = short("-o", "")
@@ -321,6 +327,8 @@ class ExportOptions:
     """A new folder."""
     step: str = "latest"
     """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
     dtype: Dtype = ""
     """Of the weights; empty means as the imported files had them, or as the parameters are."""
     family: str = ""

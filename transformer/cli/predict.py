@@ -38,7 +38,7 @@ def main(options: PredictOptions, given: Given) -> None:
         not piped or (sys.stdin is not None and not sys.stdin.isatty()),
         "There must be something to predict from, got no INPUT and nothing piped in; give a file.",
     )
-    run = load(options.workdir, step=options.step)
+    run = load(options.workdir, step=options.step, base=options.base)
     key = options.text_key or getattr(run.config.data, run.config.objective.predicts_from)
     name = f"{STANDARD_INPUT}.{options.format}" if piped else str(options.input)
     rows = list(find_source(name).rows(name, (key,), "texts"))

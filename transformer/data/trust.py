@@ -22,13 +22,22 @@ def remember(config: DataConfig) -> None:
 
     Where there is no home to note them in, nothing is: the user gives them again.
     """
-    paths = {_absolute(path) for path in (*filter(_is_path, config.source), config.data_dir) if path}
-    new = sorted(paths - _remembered())
+    remember_paths(*filter(_is_path, config.source), config.data_dir)
+
+
+def remember_paths(*paths: str) -> None:
+    """Note paths that the user trains with; empty ones are left out."""
+    new = sorted({_absolute(path) for path in paths if path} - _remembered())
     with contextlib.suppress(OSError):
         if new:
             _file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _file().open("a") as file:
                 file.write("".join(f"{path}\n" for path in new if "\n" not in path))
+
+
+def is_known(path: str) -> bool:
+    """Whether this user has trained with a path."""
+    return _absolute(path) in _remembered()
 
 
 def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_dir: str = "") -> DataConfig:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.layers.adapters import LORA_A, LORA_B
 from transformer.layers.runtime import Runtime, with_axes
 from transformer.ops.panels import Panels, cut_panels, panel_product
 
@@ -72,12 +73,28 @@ class Linear(nn.Module):
         init = self.runtime.initializer(math.prod(contracted), self.axes, self.init_scale)
         kernel = stored(self, "kernel", init, (*contracted, *self.features))
         dtype = jnp.dtype(self.output_dtype or self.runtime.dtype)
-        out = kernel_product(self, inputs.astype(self.runtime.dtype), kernel, num_inputs, dtype)
+        inputs = inputs.astype(self.runtime.dtype)
+        out = kernel_product(self, inputs, kernel, num_inputs, dtype)
         if self.use_bias:
             init = with_axes(nn.initializers.zeros, self.axes[num_inputs:])
             bias = self.param("bias", init, self.features, self.runtime.param_dtype).astype(dtype)
             out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+        if self.runtime.adapter.adapts("/".join((*self.path, "kernel"))):
+            out = out + self._adapted(inputs, num_inputs, dtype)
         return out
+
+    def _adapted(self, inputs: Float[Array, "..."], num_inputs: int, dtype: Any) -> Float[Array, "..."]:
+        """What the adapter of the kernel adds; its parameters are float32, whatever the kernel's type, and B is zero at first."""
+        adapter, contracted = self.runtime.adapter, inputs.shape[-num_inputs:]
+        init = nn.initializers.normal(1.0 / math.sqrt(math.prod(contracted)))
+        first = with_axes(init, (*self.axes[:num_inputs], "rank"))
+        second = with_axes(nn.initializers.zeros, ("rank", *self.axes[num_inputs:]))
+        lora_a = self.param(LORA_A, first, (*contracted, adapter.rank), jnp.float32)
+        lora_b = self.param(LORA_B, second, (adapter.rank, *self.features), jnp.float32)
+        if adapter.dropout > 0 and self.has_rng("dropout"):  # which losses bring in training alone
+            inputs = nn.Dropout(adapter.dropout, deterministic=False)(inputs)
+        low = kernel_product(self, inputs, lora_a, num_inputs, self.runtime.dtype)
+        return kernel_product(self, low, lora_b, 1, dtype) * adapter.scale
 
     @nn.nowrap
     def cut(self, kernel: Float[Array, "..."], width: int) -> Panels:

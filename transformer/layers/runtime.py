@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from transformer.adapter_config import AdapterConfig
 from transformer.model_config import ModelConfig
 from transformer.ops.losses import Summarize, summarize
 from transformer.ops.recompute import stored
@@ -60,6 +61,8 @@ class Runtime:
     """How a loss reads logits. The default has every derivative; a trainer takes `ops.fused_loss.summarize`."""
     recompute: Callable[[Callable[..., Any]], Callable[..., Any]] = stored
     """Wraps activations and norms: `ops.recompute.stored` or, where reading memory costs more than arithmetic, `recomputed`."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Low-rank adapters of linear layers, by the path of their kernel."""
     sharding: Sharding = Sharding()
     """Mesh axes by logical axis. Without rules, the mesh that a caller has set (`jax.set_mesh`) changes nothing."""
 

@@ -17,7 +17,9 @@ from transformer.parallel.runner import (
     TrainFunction,
     carry_apart,
     choose_devices,
+    frozen_apart,
     with_carry,
+    with_frozen,
 )
 from transformer.parallel_config import ParallelConfig
 from transformer.types import PyTree, Statistics
@@ -171,16 +173,19 @@ class MeshRunner(Runner):
     # ---- The steps ---------------------------------------------------------------------------------------------------
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
-        """The buffers of the state and of its carry are used again."""
+        """The buffers of the state and of its carry are used again; what is frozen is read alone."""
+        state, frozen = frozen_apart(state)
         # Without the mesh in context, constraints are silently ignored.
         with jax.set_mesh(self._mesh):
-            state, carry, statistics = self._train_program(state, batch)(*carry_apart(state), batch)
-        return with_carry(state, carry), statistics
+            program = self._train_program(state, frozen, batch)
+            state, carry, statistics = program(*carry_apart(state), frozen, batch)
+        return with_frozen(with_carry(state, carry), frozen), statistics
 
     def lower(self, state: Any, batch: Any) -> Any:
         """For the devices of the mesh, be they present or not."""
+        state, frozen = frozen_apart(state)
         with jax.set_mesh(self._mesh):
-            return self._train_program(state, batch).lower(*carry_apart(state), batch)
+            return self._train_program(state, frozen, batch).lower(*carry_apart(state), frozen, batch)
 
     def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
         """Parameters are spread as those of the state."""
@@ -190,20 +195,20 @@ class MeshRunner(Runner):
         with jax.set_mesh(self._mesh):
             return self._evaluate(params, carry, batch)
 
-    def _train_program(self, state: Any, batch: Any) -> Any:
+    def _train_program(self, state: Any, frozen: PyTree, batch: Any) -> Any:
         if self._train is None:
             spread, carry = carry_apart(self._shardings(state))
             self._train = jax.jit(
                 self._train_apart,
-                in_shardings=(spread, carry, self._batch_shardings(batch)),
+                in_shardings=(spread, carry, self._shardings(frozen), self._batch_shardings(batch)),
                 out_shardings=(spread, carry, self._whole),
                 donate_argnums=(0, 1),
             )
         return self._train
 
-    def _train_apart(self, state: Any, carry: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
-        state, statistics = self._train_step(with_carry(state, carry), batch)
-        return *carry_apart(state), statistics
+    def _train_apart(self, state: Any, carry: PyTree, frozen: PyTree, batch: Any) -> tuple[Any, PyTree, Statistics]:
+        state, statistics = self._train_step(with_frozen(with_carry(state, carry), frozen), batch)
+        return *carry_apart(frozen_apart(state)[0]), statistics
 
     # ---- Between host and devices ------------------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ RULES = Sharding(
         ("hidden", ("tensor",)),
         ("expert", ("expert",)),
         ("norm", ()),
+        ("rank", ()),
         ("layers", ()),
         # Of activations, which share "heads", "kv_heads", "hidden" and "vocab".
         ("batch", ("dcn", "data", "fsdp", "expert")),

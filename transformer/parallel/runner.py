@@ -124,6 +124,16 @@ def with_carry(tree: PyTree, carry: PyTree) -> PyTree:
     return tree._replace(carry=carry) if hasattr(tree, "carry") else tree
 
 
+def frozen_apart(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """A state without what is frozen in it, and that; `(tree, ())` for anything else."""
+    return (tree._replace(frozen=()), tree.frozen) if hasattr(tree, "frozen") else (tree, ())
+
+
+def with_frozen(tree: PyTree, frozen: PyTree) -> PyTree:
+    """The inverse of `frozen_apart`."""
+    return tree._replace(frozen=frozen) if hasattr(tree, "frozen") else tree
+
+
 def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> None:
     """Raise UserError unless every device gets as many rows of every micro-batch.
 

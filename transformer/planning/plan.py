@@ -122,7 +122,7 @@ def plan_training(config: Config, topology: Topology) -> Plan:
                 "loss_chunks": config.objective.loss_chunks,
                 "dtype": model.dtype,
             },
-            params=steps.state.params,
+            params=steps.state.model_params,
             operands=steps.state,
             lower=functools.partial(steps.runner.lower, steps.state, batch),
             traced=traced + kernel,
@@ -151,9 +151,11 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
         "axes of parallel.",
     )
     dtype = jnp.dtype(config.model.dtype)
-    shardings = parameter_shardings(mesh, steps.parts.axes, steps.state.params)
+    shardings = parameter_shardings(mesh, steps.parts.axes, steps.state.model_params)
     params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), steps.state.params, shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        steps.state.model_params,
+        shardings,
     )
     model: Any = steps.parts.model
     cache = _place_cache(jax.eval_shape(lambda: model.init_cache(rows, capacity)), config.model.scan_layers, mesh)

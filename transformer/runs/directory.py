@@ -36,6 +36,7 @@ GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by th
 FAMILY_FILE = (
     "family.json"  # what an export writes of an imported model besides arrays; runs that start from it have it too
 )
+BASE_FILE = "base.json"  # of adapters: the checkpoint that they were trained on, by a checksum
 DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
 RECORD_FILE = "run.json"
 """The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""

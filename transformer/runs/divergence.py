@@ -53,14 +53,15 @@ def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[s
     if restored:
         batches.set_state(restored.loop["batches"])
     done = restored.step if restored else 0
-    state = run.runner.place_state(restored.state) if restored else run.init_state()
+    state = run.runner.place_state(restored.state._replace(frozen=())) if restored else run.init_state()
+    state = state._replace(frozen=run.frozen())
     report(f"Looking for the first layer that is not finite at step {step}; steps from {done + 1} on are repeated.")
     for _ in range(done + 1, step):
         state, _ = run.runner.step(state, run.runner.place_batch(next(batches)))
     state = run.runner.fetch_state(state)
 
     # Of a looped stack without recomputation, every module's output can be seen.
-    params = loop_params(state.params) if run.config.model.scan_layers else state.params
+    params = loop_params(state.model_params) if run.config.model.scan_layers else state.model_params
     looped = run.steps.parts.changed(scan_layers=False, remat="none")
     parts = split(
         jax.device_get(state.carry),

@@ -9,9 +9,11 @@ import jax
 from transformer.config import Config
 from transformer.config_io import differences, resume_conflicts, to_dict
 from transformer.data.tokenizers import Tokenizer, describe_entries
+from transformer.layers.adapters import merge, split
 from transformer.memory import check_params
-from transformer.parts import Parts
-from transformer.runs.directory import FAMILY_FILE, Record, read_run
+from transformer.parts import Parts, count_parameters, resolve
+from transformer.runs.base import load_model_params, on_host
+from transformer.runs.directory import BASE_FILE, FAMILY_FILE, Record, read_run
 from transformer.training.checkpoint import load_step_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
@@ -31,6 +33,8 @@ class Donor(NamedTuple):
     """Of the checkpoint, as it was asked for."""
     kept: Mapping[str, bytes] = {}
     """Files of its record that a run that starts from it has too."""
+    record: Record | None = None
+    """Of that checkpoint."""
 
 
 def read_donor(directory: str, step: int | str = "latest") -> Donor:
@@ -38,7 +42,7 @@ def read_donor(directory: str, step: int | str = "latest") -> Donor:
 
     def donor(run: Record) -> Donor:
         kept = {name: content for name, content in run.files.items() if name == FAMILY_FILE}
-        return Donor(directory, run.config, run.load_tokenizer(), run.class_names, step, kept)
+        return Donor(directory, run.config, run.load_tokenizer(), run.class_names, step, kept, run)
 
     return read_run(directory, donor, step)
 
@@ -73,7 +77,7 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
         class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
     """
     check_params(config)
-    step, params = read_run(donor.path, lambda run: load_step_params(run.path), donor.step)
+    step, params = read_run(donor.path, _whole_params, donor.step)
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}
     # On the host: each device is given its part only.
@@ -81,10 +85,43 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
         own = parts.init_params(jax.random.key(config.training.seed))
         blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
         transferred = transfer(own, params, **blocks)
-    # What shapes need not show: an activation, a window, the distances of position buckets.
+    differs = _differing(config, donor, class_names)
+    lines = [f"from {donor.path}, step {step}: {transferred.report()}", *differs]
+    return jax.device_get(transferred.params), "\n  differs: ".join(lines)
+
+
+def compare_base(config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...]) -> str:
+    """Lines that say which kernels have adapters beside which base, and where the models differ.
+
+    Args:
+        config: of the run, as it was given.
+        parts: of the run.
+        donor: the base.
+        class_names: of the run's data.
+    """
+    frozen, trained = split(parts.shapes)
+    line = (
+        f"adapters of rank {config.adapter.rank}, {count_parameters(trained):,} parameters, beside the "
+        f"{count_parameters(frozen):,} of {donor.path}, which are frozen"
+    )
+    return "\n  differs: ".join([line, *_differing(config, donor, class_names)])
+
+
+def _whole_params(record: Record) -> tuple[int, PyTree]:
+    """Of a run with adapters, merged."""
+    if BASE_FILE not in record.files:
+        return load_step_params(record.path)
+    tokenizer = record.load_tokenizer()
+    parts = Parts(resolve(record.config, tokenizer), tokenizer, class_names=record.class_names)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        step, params = load_model_params(record, on_host(parts.shapes))
+        return step, merge(params, record.config.adapter.scale)
+
+
+def _differing(config: Config, donor: Donor, class_names: tuple[str, ...]) -> list[str]:
+    """What shapes need not show: an activation, a window, the distances of position buckets."""
     conflicts = resume_conflicts(donor.config, to_dict(config))
     differs = [line for line in conflicts if line.startswith("model.")]
     if donor.class_names and class_names and donor.class_names != class_names:
         differs.append(f"classes: {', '.join(donor.class_names)} -> {', '.join(class_names)}")
-    lines = [f"from {donor.path}, step {step}: {transferred.report()}", *differs]
-    return jax.device_get(transferred.params), "\n  differs: ".join(lines)
+    return differs

@@ -24,12 +24,14 @@ from transformer.data.tokenizers.to_folder import class_words, generation_texts,
 from transformer.interop.folder import CONFIG, Folder
 from transformer.interop.reading import Weights, open_weights
 from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
+from transformer.layers.adapters import merge
 from transformer.memory import check_params
 from transformer.objective import OBJECTIVES
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
 from transformer.parts import Parts, resolve
+from transformer.runs.base import load_model_params
 from transformer.runs.directory import (
     CHECKPOINTS,
     CLASSES_FILE,
@@ -44,7 +46,7 @@ from transformer.runs.directory import (
 )
 from transformer.runs.lock import locked
 from transformer.storage import expand, explained, understood
-from transformer.training.checkpoint import Checkpointer, load_step_params
+from transformer.training.checkpoint import Checkpointer
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require, shown
@@ -267,9 +269,10 @@ def export_model(
     step: int | str = "latest",
     dtype: Dtype = "",
     family: str = "",
+    base: str | os.PathLike[str] = "",
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read.
+    """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read; adapters are merged.
 
     Args:
         workdir: of the run.
@@ -277,6 +280,7 @@ def export_model(
         step: of the checkpoint, as for `load`.
         dtype: of the weights; empty is that of the files that were imported, or the parameters'.
         family: the `model_type` to write; empty is that of the import, or the first that can express the model.
+        base: directory of the run that adapters were trained on, if it lies elsewhere now.
         report: called with a line for the user.
 
     Raises:
@@ -287,10 +291,12 @@ def export_model(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"A model is exported to a new folder, {folder} exists; choose another, or remove it.",
     )
-    read_run(workdir, lambda record: _export(record, folder, dtype, family, report), step)
+    read_run(workdir, lambda record: _export(record, folder, dtype, family, os.fspath(base), report), step)
 
 
-def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, report: Callable[[str], object]) -> None:
+def _export(
+    record: Record, folder: pathlib.Path, dtype: Dtype, family: str, base: str, report: Callable[[str], object]
+) -> None:
     require(
         not {"model", "objective"} & set(record.given),
         f"A model of one's own has no family to be exported as, {record.path.parent.parent} was made with "
@@ -305,7 +311,9 @@ def _export(record: Record, folder: pathlib.Path, dtype: Dtype, family: str, rep
     )
     check_params(config)
     parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
-    _, params = load_step_params(record.path, placed(parts, _widest_mesh(parts)))
+    _, params = load_model_params(record, placed(parts, _widest_mesh(parts)), base)
+    if config.adapter.rank > 0:
+        params = jax.jit(lambda params: merge(params, config.adapter.scale, dtype or None))(params)
     stored = source.get("dtypes", {})
 
     def written_dtype(name: str, own: Any) -> Any:

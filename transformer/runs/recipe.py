@@ -12,17 +12,21 @@ from rich.console import Console
 from transformer.config import Config
 from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
+from transformer.data.trust import remember_paths
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
 from transformer.parts import Steps, check_devices, resolve
-from transformer.runs.donor import inherit_params, inherit_tokenizer, read_donor
+from transformer.runs.base import Base, base_in, check_base, find_base
+from transformer.runs.directory import BASE_FILE, Record
+from transformer.runs.donor import Donor, compare_base, inherit_params, inherit_tokenizer, read_donor
 from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
 from transformer.training import loop
+from transformer.training.checkpoint import load_step_params
 from transformer.training.metrics import derive
 from transformer.training.state import TrainState
 from transformer.training.writers import SamplesWriter
@@ -42,7 +46,9 @@ class Run(NamedTuple):
     notes: str
     """What the user should know of how it was made."""
     kept: Mapping[str, bytes]
-    """Files for its record of the run that it starts from."""
+    """Files for its record of the run that it starts from; with adapters, one that names it."""
+    frozen: Callable[[], PyTree] = tuple
+    """Reads the base of adapters, on the devices."""
 
     @property
     def config(self) -> Config:
@@ -72,7 +78,7 @@ def make_run(
     *,
     data: Dataset | None = None,
     tokenizer: Tokenizer | None = None,
-    begun: bool = False,
+    old: Record | None = None,
     counted: bool = False,
 ) -> Run:
     """Build every part of a run; nothing is written but prepared datasets.
@@ -82,7 +88,8 @@ def make_run(
         given: what takes the place of the config's parts.
         data: that of the config, if it is open already.
         tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
-        begun: it has a checkpoint, so that its first state is not asked for, nor the run that it started from.
+        old: of its latest checkpoint, if it has one: its first state is not asked for, nor the run that it started from, unless
+            that is the base of its adapters.
         counted: its steps are those of its epochs already.
     """
     check_devices(config)
@@ -93,7 +100,7 @@ def make_run(
     )
     data = data or data_of(config)
     training = config.training
-    donor = read_donor(training.init_from, training.init_from_step) if training.init_from and not begun else None
+    donor = read_donor(training.init_from, training.init_from_step) if training.init_from and old is None else None
     notes: list[str] = []
     if tokenizer is None and donor is not None:
         config, note = inherit_tokenizer(config, donor)
@@ -102,9 +109,8 @@ def make_run(
         tokenizer = data.make_tokenizer()
     if not counted:
         config = with_steps(config, data, tokenizer)
-    unresolved = config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
-    )
+    filled = dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
+    unresolved = config = dataclasses.replace(config, data=filled)
     config = resolve(config, tokenizer)
     check_model(config.model, config.objective.num_stacks)
     check_batch(config, jax.process_count())
@@ -115,12 +121,43 @@ def make_run(
     if given.model is not None:
         steps.parts.trace()
     notes += [note for note in (note, steps.describe_whole()) if note]
-    init_state = steps.init_state
+    run, note = _started(
+        Run(steps, data, tokenizer, steps.init_state, "", donor.kept if donor else {}), unresolved, donor, old
+    )
+    return run._replace(notes="\n".join([*notes, *filter(None, [note])]))
+
+
+def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:
+    """A run with what it takes from the run that it starts from, and lines for the user."""
+    if config.adapter.rank > 0:
+        return _with_base(run, config, donor, old)
+    if donor is None:
+        return run, ""
+    params, note = inherit_params(config, run.steps.parts, donor, run.data.class_names)
+    return run._replace(init_state=functools.partial(run.steps.init_state, params)), note
+
+
+def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:
+    """A run with adapters and its base, and lines for the user: the donor's checkpoint, or the one that its record names."""
+    steps, path, note, found = run.steps, config.training.init_from, "", donor.record if donor else None
+    require(
+        steps.parts.module is None,
+        "Adapters are of the package's models, and one was given to train(model=...); set adapter.rank=0.",
+    )
     if donor is not None:
-        params, note = inherit_params(unresolved, steps.parts, donor, data.class_names)
-        init_state = functools.partial(steps.init_state, params)
-        notes.append(note)
-    return Run(steps, data, tokenizer, init_state, "\n".join(notes), donor.kept if donor else {})
+        note = compare_base(config, steps.parts, donor, run.data.class_names)
+    if found is None:
+        assert old is not None
+        found = find_base(path, base_in(old), config.workdir, "set training.init_from")
+    if jax.process_index() == 0:
+        remember_paths(path)
+    kept = {**run.kept, BASE_FILE: Base.of(found).to_file()}
+    check_base(found, steps.state.frozen)
+
+    def frozen() -> PyTree:
+        return steps.runner.place_state(load_step_params(found.path, steps.state.frozen)[1])
+
+    return run._replace(kept=kept, frozen=frozen), note
 
 
 def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:

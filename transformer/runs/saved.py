@@ -25,11 +25,11 @@ from transformer.interop.folder import is_folder
 from transformer.memory import check_batch, check_params
 from transformer.objective import Objective
 from transformer.parts import Parts, resolve
+from transformer.runs.base import load_model_params
 from transformer.runs.directory import Record, compare_data, read_run
 from transformer.runs.given import Given, as_dataset, ask_for
 from transformer.runs.pretrained import Dtype, open_folder, placed
 from transformer.training import out_of_memory
-from transformer.training.checkpoint import load_step_params
 from transformer.training.metrics import derive
 from transformer.training.step import EvaluateStep
 from transformer.types import PyTree
@@ -107,6 +107,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     mesh: Mesh | None = None,
     dtype: Dtype = "",
+    base: str | os.PathLike[str] = "",
 ) -> Loaded:
     """The model of a run, from one of its checkpoints (the moving average where there is one), or of a pretrained folder.
 
@@ -118,6 +119,7 @@ def load(
         tokenizer: likewise.
         mesh: of the devices that parameters are spread over, as the rules of training have them; None takes the first device.
         dtype: of a folder's parameters and activations; empty is as they are stored. A run has its own.
+        base: directory of the run that adapters were trained on, if it lies elsewhere now.
 
     Raises:
         UserError: there is no run, no such checkpoint, or no undamaged one; or it was made with other objects. Or a folder is not
@@ -129,23 +131,23 @@ def load(
     given = Given(model, objective, tokenizer=tokenizer)
     if is_folder(workdir):
         require(
-            given == Given() and step == "latest",
-            f"A pretrained folder has no steps and no objects of one's own: {workdir}.",
+            given == Given() and step == "latest" and not base,
+            f"A pretrained folder has no steps, no base and no objects of one's own: {workdir}.",
         )
         opened = open_folder(workdir, dtype=dtype)
         config = opened.config
         return Loaded(opened.parts.model, opened.params(mesh), opened.tokenizer, config, 0, opened.class_names)
     require(dtype == "", f"dtype= is for pretrained folders, a run has its own: {workdir}; import it with another.")
-    return read_run(workdir, lambda record: _load(record, given, mesh), step)
+    return read_run(workdir, lambda record: _load(record, given, mesh, os.fspath(base)), step)
 
 
-def _load(record: Record, given: Given, mesh: Mesh | None = None) -> Loaded:
+def _load(record: Record, given: Given, mesh: Mesh | None = None, base: str = "") -> Loaded:
     ask_for(record, given)
     tokenizer = given.tokenizer or record.load_tokenizer()
     config = resolve(given.applied(record.config), tokenizer)
     check_params(config)
     parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names, own_batches=True)
-    step, params = load_step_params(record.path, placed(parts, mesh))
+    step, params = load_model_params(record, placed(parts, mesh), base)
     return Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
 
 
@@ -154,6 +156,7 @@ def evaluate(
     workdir: str | os.PathLike[str],
     *,
     step: int | str = "latest",
+    base: str | os.PathLike[str] = "",
     split: str | None = None,
     source: Sequence[str] = (),
     data_dir: str = "",
@@ -172,6 +175,7 @@ def evaluate(
     Args:
         workdir: of the run.
         step: of the checkpoint: `latest`, `best` or a number, as for `load`.
+        base: of adapters, as for `load`.
         split: train, validation, test or all (of them); without, validation, or all of a corpus that the run was not trained on.
         source: corpora to score instead of the run's own.
         data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
@@ -180,17 +184,15 @@ def evaluate(
         limit: `data.limit`, instead of the run's.
         memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
         model: that was given to `train`, if one was.
-        objective: likewise.
-        tokenizer: likewise.
+        objective: and the tokenizer, likewise.
         data: batches to score, as `train` takes them, instead of the run's data; all of them, unless a split is named.
         report: called with a line for the user before the split is scored, once nothing is left to refuse.
 
     Raises:
-        UserError: there is no run, the split is not there, the run names data that this user has not trained on, or a value
-            means nothing for this kind of run.
+        UserError: there is no run or split, the run names data that this user has not trained on, or a value means nothing.
     """
-    given = Given(model, objective, tokenizer=tokenizer)
-    run, record = read_run(workdir, lambda found: (_load(found, given), found), step)
+    given, base = Given(model, objective, tokenizer=tokenizer), os.fspath(base)
+    run, record = read_run(workdir, lambda found: (_load(found, given, base=base), found), step)
     changes = {"stride": stride, "limit": limit, **(keys or {})}
     if data is None:
         named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)

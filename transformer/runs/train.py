@@ -185,7 +185,7 @@ class _Session:
         if self.old:
             compare_data(self.old, data, remedy="Restore it to go on, or start a new run in another workdir.")
         tokenizer = self.given.tokenizer or (self.old.load_tokenizer() if self.old else None)
-        run = make_run(used, self.given, data=data, tokenizer=tokenizer, begun=self.old is not None, counted=counted)
+        run = make_run(used, self.given, data=data, tokenizer=tokenizer, old=self.old, counted=counted)
         self.config = dataclasses.replace(self.config, data=run.config.data, training=run.config.training)
         return run
 
@@ -205,9 +205,8 @@ class _Session:
         return needs
 
     def _train(self, run: Run, needs: Needs | None) -> Reached:
-        config, workdir = self.config, self.workdir
+        config, workdir, evaluators = self.config, self.workdir, self._evaluators(run)
         batches = run.data.train_batches(run.tokenizer, **run.own_part)
-        evaluators = self._evaluators(run)
         samples = SamplesWriter(workdir / SAMPLES_FILE)
         sampler = make_sampler(run, self.console, samples) if self._continues(run) else None
         record = make_record(config, run.tokenizer, run.data, self.old, self.given.described, run.kept)
@@ -224,6 +223,7 @@ class _Session:
                 config=config.training,
                 runner=run.runner,
                 init_state=run.init_state,
+                frozen=run.frozen,
                 batches=batches,
                 checkpointer=Checkpointer(
                     workdir / CHECKPOINTS,
@@ -275,7 +275,7 @@ class _Session:
         attention = parts.describe_attention(device.platform)
         devices += f"attention {attention}, " if attention else ""
         return (
-            f"{count_parameters(run.state.params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}"
+            f"{count_parameters(run.state.model_params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}"
             f"peak {peak / 1e12:.2f} TFLOP/s"
             + (f"; {steps:,} steps, {steps * epochs:.3g} epochs" if epochs else "")
             + (f"; going on from step {self.old.step}" if self.old else "")

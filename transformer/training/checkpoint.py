@@ -343,7 +343,7 @@ def _from_description(arrays: dict[str, str]) -> PyTree:
 
 
 def _by_field(tree: Any) -> Any:
-    return tree._asdict() if isinstance(tree, TrainState) else tree
+    return tree._replace(frozen=())._asdict() if isinstance(tree, TrainState) else tree
 
 
 def describe(tree: Any) -> dict[str, str]:

@@ -49,6 +49,7 @@ def train(
     batches: CheckpointableIterator,
     checkpointer: Checkpointer,
     init_state: Callable[[], TrainState] | None = None,
+    frozen: Callable[[], PyTree] = tuple,
     measure_work: Callable[[Any], Work] = lambda _: Work(),
     peak_flops: float = 0.0,
     epochs_a_step: float = 0.0,
@@ -72,6 +73,7 @@ def train(
         batches: this process's rows of the training batches, without end.
         checkpointer: where the state, the place in the data and open sums are saved.
         init_state: makes the state before the first step as the runner places it; None places `state`.
+        frozen: reads what is frozen, and in no checkpoint, as the runner places it.
         measure_work: what the step on a batch amounts to, for tokens a second and MFU.
         peak_flops: of all devices together; 0, unknown, leaves MFU out.
         epochs_a_step: the part of an epoch that a step is; with 0, unknown, rows have no `epoch`.
@@ -103,9 +105,10 @@ def train(
         for writer in writers:
             writer.resume(start)
         if restored or init_state is None:
-            state = runner.place_state(restored.state if restored else state)
+            state = runner.place_state((restored.state if restored else state)._replace(frozen=()))
         else:
             state = init_state()
+        state = state._replace(frozen=frozen())
     window = Window(sums)
     report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer, epochs_a_step)
 

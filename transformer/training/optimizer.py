@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer.adapter_config import AdapterConfig
+from transformer.layers.adapters import LORA_A, join, split
 from transformer.optimizer import Optimizer
 from transformer.training.learning_rate import make_schedule
 from transformer.types import Array, Loss, LossOutput, PyTree, UserError
@@ -58,7 +60,10 @@ def decay_mask(params: PyTree) -> PyTree:
 
     def decays(path: tuple, _: object) -> bool:
         names = parameter_path(path).split("/")
-        return names[-1] in ("kernel", "embedding") and not {"position_embedding", "relative_bias"} & set(names)
+        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and not {
+            "position_embedding",
+            "relative_bias",
+        } & set(names)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -80,6 +85,18 @@ def check_scanned_groups(config: Optimizer, params: PyTree) -> None:
                     f"{config.parameter_groups}, of which {match.group()} and {path} would be in different groups. Set "
                     "model.scan_layers=False, or give patterns without a block's number."
                 )
+
+
+def check_adapters(config: AdapterConfig, trained: PyTree) -> None:
+    """Raise UserError unless every pattern of `adapter.paths` is of a kernel that has an adapter."""
+    paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    kernels = [path.removesuffix(LORA_A) + "kernel" for path in paths if path.endswith(f"/{LORA_A}")]
+    for pattern in config.paths if config.rank else ():
+        if not any(re.search(pattern, kernel) for kernel in kernels):
+            raise UserError(
+                f"adapter.paths: {pattern!r} must match the kernel of a linear layer, as .../attention/query/kernel is; experts, "
+                "embeddings, norms and biases have no adapters (`inspect` lists all parameters)."
+            )
 
 
 def group_scales(config: Optimizer, params: PyTree) -> PyTree:
@@ -107,8 +124,15 @@ def _first_scale(groups: Sequence[tuple[re.Pattern[str], float]], path: str) -> 
 
 
 def freeze(loss: Loss, config: Optimizer, params: PyTree) -> Loss:
-    """The loss with frozen parameters held constant: their gradient is not computed, nor counted in its norm."""
-    scales = group_scales(config, params)
+    """The loss with frozen parameters held constant: their gradient is not computed, nor counted in its norm.
+
+    Args:
+        loss: of the model.
+        config: whose parameter groups are of what is trained.
+        params: all parameters of the model, or their shapes; the base of adapters is frozen.
+    """
+    frozen, trained = split(params)
+    scales = join(jax.tree.map(lambda _: 0.0, frozen), group_scales(config, trained))
     if all(scale != 0.0 for scale in jax.tree.leaves(scales)):
         return loss
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer.layers.adapters import join
 from transformer.types import Array, PyTree
 
 
@@ -16,13 +17,19 @@ class TrainState(NamedTuple):
     """
 
     step: Any  # int32 scalar, optimizer steps done
-    params: PyTree
+    params: PyTree  # what is trained: all of the model, or its adapters alone
     opt_state: PyTree
     carry: PyTree  # what flows from step to step in each row besides the parameters; () for most objectives
     key: Any  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
     loss_scale: Any = ()  # a `LossScale` in float16, else ()
     spikes: Any = ()  # a `Spikes` where they are skipped, else ()
+    frozen: PyTree = ()  # the base that adapters are beside, else (); never changed, never in a checkpoint
+
+    @property
+    def model_params(self) -> PyTree:
+        """All parameters of the model, as they are trained."""
+        return join(self.frozen, self.params)
 
 
 def create_state(
@@ -60,5 +67,6 @@ def create_state(
 
 
 def evaluation_params(state: TrainState) -> PyTree:
-    """The parameters to score and to sample from: the moving average where there is one."""
-    return state.params if isinstance(state.ema_params, tuple) and state.ema_params == () else state.ema_params
+    """All parameters of the model to score and to sample from: the moving average where there is one."""
+    averaged = not (isinstance(state.ema_params, tuple) and state.ema_params == ())
+    return join(state.frozen, state.ema_params) if averaged else state.model_params

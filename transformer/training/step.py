@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from transformer.layers.adapters import join
 from transformer.training.loss_scale import keep_if_finite
 from transformer.training.spikes import skip_spike, updates_done
 from transformer.training.state import TrainState
@@ -57,32 +58,35 @@ class TrainStep:
             # Of the loss times the scale, which the gradient is then divided by.
             weight = weight / scaling.scale
         compute = self._gradient if self.accumulate_steps == 1 else self._accumulated_gradient
-        grads, carry, statistics = compute(state.params, state.carry, batch, key, weight)
+        grads, carry, statistics = compute(state.params, state.frozen, state.carry, batch, key, weight)
         grads, statistics = _total((grads, statistics), self.axis_name)
         if scaling:
             grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
         return self._update(state, carry, grads, statistics)
 
-    def _gradient(self, params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+    def _gradient(self, params: PyTree, frozen: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
         def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Statistics]]:
-            (loss_sum, weight_sum), (new_carry, found) = self.objective.loss(params, carry, batch, key, True)
+            whole = join(frozen, params)
+            (loss_sum, weight_sum), (new_carry, found) = self.objective.loss(whole, carry, batch, key, True)
             return loss_sum / weight, (new_carry, _sums(loss_sum, weight_sum, found))
 
         grads, (new_carry, statistics) = jax.grad(mean_loss, has_aux=True)(params)
         return grads, new_carry, statistics
 
-    def _accumulated_gradient(self, params: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+    def _accumulated_gradient(
+        self, params: PyTree, frozen: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array
+    ) -> tuple:
         def add_micro_batch(sums: tuple, xs: tuple) -> tuple[tuple, PyTree]:
             index, micro_carry, micro_batch = xs
             grads, new_carry, statistics = self._gradient(
-                params, micro_carry, micro_batch, jax.random.fold_in(key, index), weight
+                params, frozen, micro_carry, micro_batch, jax.random.fold_in(key, index), weight
             )
             return jax.tree.map(jnp.add, sums, (grads, statistics)), new_carry
 
         indices = jnp.arange(self.accumulate_steps)
         xs = (indices, *_split_rows((carry, batch), self.accumulate_steps))
         first = jax.tree.map(lambda x: x[0], xs)
-        shapes = jax.eval_shape(lambda xs: self._gradient(params, xs[1], xs[2], key, weight), first)
+        shapes = jax.eval_shape(lambda xs: self._gradient(params, frozen, xs[1], xs[2], key, weight), first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
         (grads, statistics), new_carry = jax.lax.scan(add_micro_batch, zeros, xs)
         return grads, _merge_rows(new_carry), statistics

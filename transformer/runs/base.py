@@ -1,0 +1,138 @@
+"""The run that adapters are beside: its checkpoint is named by a checksum, found again, and read."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+
+from transformer.config_io import from_json
+from transformer.data.trust import is_known
+from transformer.layers.adapters import join, split
+from transformer.runs.directory import BASE_FILE, Record, read_run
+from transformer.training import manifest
+from transformer.training.checkpoint import describe, load_step_params, read_description
+from transformer.training.layout import stored_layout
+from transformer.types import PyTree, UserError
+from transformer.validation import Settings, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Base(Settings):
+    """The checkpoint that adapters were trained on; where it lies is `training.init_from` of their run."""
+
+    step: int
+    sha256: str
+    """Of its manifest, which has the SHA-256 of each of its files."""
+
+    @classmethod
+    def of(cls, record: Record) -> "Base":
+        """A checkpoint as a base.
+
+        Raises:
+            UserError: it holds adapters itself.
+        """
+        require(
+            BASE_FILE not in record.files,
+            f"The base of adapters must be a whole model, {record.path} holds adapters; export it (`transformer export`), and "
+            "import the folder.",
+        )
+        return cls(record.step, hashlib.sha256((record.path / manifest.NAME).read_bytes()).hexdigest())
+
+    def to_file(self) -> bytes:
+        """For the record of a run."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+
+def base_in(record: Record) -> Base:
+    """The base of a run's adapters."""
+    return from_json(Base, record.files.get(BASE_FILE, b"{}"), f"{record.path}: {BASE_FILE}")
+
+
+def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
+    """The record of a base, if it is the one that the adapters of a run were trained on.
+
+    Args:
+        path: of the base's run.
+        base: as the run of the adapters names it.
+        run: the directory of the adapters, for messages.
+        remedy: how to say where the base is.
+
+    Raises:
+        UserError: it is not there, or is another one.
+    """
+    try:
+        record = read_run(path, lambda record: record, base.step)
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"The adapters in {run} need the base that they were trained on, step {base.step} of {path}: {error} If it lies "
+            f"elsewhere, {remedy}."
+        ) from error
+    found = Base.of(record)
+    require(
+        found == base,
+        f"The adapters in {run} must have the base that they were trained on, whose manifest has the SHA-256 "
+        f"{base.sha256:.16}..., but that of {record.path} has {found.sha256:.16}...: it is another model, or has changed. Put it "
+        f"back; if it lies elsewhere, {remedy}.",
+    )
+    return record
+
+
+def check_base(record: Record, frozen: PyTree) -> None:
+    """Raise UserError unless a base has the parameters that a model has without its adapters, in their types.
+
+    Args:
+        record: of the base.
+        frozen: shapes of these parameters.
+    """
+    arrays: dict[str, str] = read_description(record.path)["arrays"]
+    field = "ema_params/" if any(name.startswith("ema_params/") for name in arrays) else "params/"
+    found = {name.removeprefix(field): text for name, text in arrays.items() if name.startswith(field)}
+    layout = stored_layout(found, frozen, describe)
+    wanted = describe(frozen if layout is None else layout.stored(frozen))
+    lines = [
+        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+        for name in sorted(found | wanted)
+        if found.get(name) != wanted.get(name)
+    ]
+    require(
+        not lines,
+        f"The base of adapters must have all parameters of the model, as model.param_dtype; {record.path} differs in\n  "
+        + "\n  ".join(lines[:10])
+        + "\nGive the model the base's config.",
+    )
+
+
+def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[int, PyTree]:
+    """Step and all parameters of a run's model (`load_step_params`): with adapters, those of its base too.
+
+    Args:
+        record: of the checkpoint.
+        target: shapes of all parameters, with the shardings that they are wanted in.
+        base: directory of the base's run, if it lies elsewhere than where training found it.
+
+    Raises:
+        UserError: there is no such base, it is another one, or this user has never trained with it.
+    """
+    run, adapted = record.path.parent.parent, record.config.adapter.rank > 0
+    require(adapted or base == "", f"A base is that of adapters, {run} has none; leave it out, got {base!r}.")
+    if not adapted:
+        return load_step_params(record.path, target)
+    path = base or record.config.training.init_from
+    require(
+        base != "" or is_known(path),
+        f"A run's directory may name only a base that you have trained with; {run} names {path!r}, which is not read. If it is "
+        f"the one that you want, give it: --base {path} (base=).",
+    )
+    found = find_base(path, base_in(record), run, "give it: --base DIR (base=)")
+    frozen, trained = split(target)
+    step, adapters = load_step_params(record.path, trained)
+    check_base(found, frozen)
+    return step, join(load_step_params(found.path, frozen)[1], adapters)
+
+
+def on_host(shapes: PyTree) -> PyTree:
+    """Shapes that are read to the host's memory."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), shapes)
