@@ -1,8 +1,11 @@
 """`transformer export DIR HF_DIR`: a run's model as a folder that Hugging Face's libraries read."""
 
+import contextlib
 import functools
 
 from transformer.cli.options import ExportOptions, Given
+from transformer.parallel import distributed
+from transformer.parallel_config import ParallelConfig
 from transformer.runs.pretrained import export_model
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
@@ -11,13 +14,15 @@ from transformer.training.hardware import use_compilation_cache
 def main(options: ExportOptions, given: Given) -> None:
     """Export, and say what was written."""
     del given
+    several = distributed.start(ParallelConfig())
     use_compilation_cache()
-    export_model(
-        options.workdir,
-        options.folder,
-        step=options.step,
-        base=options.base,
-        dtype=options.dtype,
-        family=options.family,
-        report=functools.partial(say, make_console()),
-    )
+    with distributed.leaving() if several else contextlib.nullcontext():
+        export_model(
+            options.workdir,
+            options.folder,
+            step=options.step,
+            base=options.base,
+            dtype=options.dtype,
+            family=options.family,
+            report=functools.partial(say, make_console()),
+        )

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from transformer.config import Config, DataConfig, TrainingConfig
@@ -192,6 +193,7 @@ def import_model(
             checkpointer.save(state, {"evaluations": {}}, piecewise=True)
         finally:
             checkpointer.close()
+    multihost_utils.sync_global_devices("imported")  # the first process has made the checkpoint valid
     report(describe(opened))
 
 
@@ -341,4 +343,5 @@ def _export(
             if folder.exists():
                 folder.rmdir()
             aside.rename(folder)
+        multihost_utils.sync_global_devices("exported")
     report(f"{folder}: {chosen.kind}, {len(tensors)} tensors; transformers and vLLM read it.")
