@@ -137,3 +137,20 @@ def test_a_size_that_nothing_holds_is_a_short_error_of_every_command(place, tmp_
 def test_a_prompt_is_not_given_a_cache_that_nothing_holds(place, tmp_path, capsys):
     run = edited(place, tmp_path, lambda values: values["model"].update(max_length=2**31 - 1))
     assert "a cache of 1 rows of 2,147,483,647 tokens" in refused(capsys, "generate", run, "--prompt", "To be")
+
+
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_a_run_in_the_place_of_a_config_names_no_file(command, place, another_user, capsys):
+    error = refused(capsys, command, str(place / "run"))
+    assert "may name only data that you have trained on" in error and "--data.source" in error
+
+
+def test_a_run_is_inspected_as_its_config_is(place, tmp_path, monkeypatch, capsys):
+    main(["inspect", str(place / "run")])
+    own = capsys.readouterr().out
+    assert "first batch" in own and "2,848 parameters" in own
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "datasets"))
+    main(["inspect", str(place / "run"), "--data.source", str(place / "text.txt")])
+    assert capsys.readouterr().out == own
+    assert (tmp_path / "datasets").exists()

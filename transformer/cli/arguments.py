@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -154,6 +156,11 @@ def parse_config_and(
         not tunes or "data.source" in given or command.endswith(" plan"),
         f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
     )
+    if os.path.isdir(expand(reference)):
+        # Imported here, where it is needed: a mistake on the command line is answered at once.
+        trust = importlib.import_module("transformer.data.trust")
+        places = {name: given.get(f"data.{name}", default) for name, default in (("source", ()), ("data_dir", ""))}
+        config = dataclasses.replace(config, data=trust.trusted(config.data, reference, **places))
     own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
     notes: list[str] = []
     workdir = given.get("workdir") or config.workdir or default_workdir(reference)

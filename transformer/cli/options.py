@@ -279,16 +279,11 @@ class InspectOptions:
 
 
 def _inspect(arguments: list[str]) -> tuple[Config | InspectOptions]:
-    """A folder of a pretrained model, or a config file."""
+    """A folder of a pretrained model; or a config file, or the directory of a run."""
     name = expand(arguments[0]) if arguments else ""
-    if not os.path.isdir(name):
-        return (parse_config(arguments, command="transformer inspect"),)
-    require(
-        not os.path.exists(os.path.join(name, "checkpoints")),
-        f"`transformer inspect` takes a config file or the folder of a pretrained model, {arguments[0]} is a run's directory; "
-        "its config.json says what it is.",
-    )
-    return (read(InspectOptions(), arguments, "transformer inspect")[0],)
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "checkpoints")):
+        return (read(InspectOptions(), arguments, "transformer inspect")[0],)
+    return (parse_config(arguments, command="transformer inspect"),)
 
 
 @dataclasses.dataclass(frozen=True)
