@@ -1,12 +1,15 @@
 """What a family of pretrained models is: its config and its tensors as ours, both ways."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from transformer.interop.table import Rule
 from transformer.kinds import Family, Kind
+from transformer.memory import MOST_LOOPED_LAYERS
 from transformer.model_config import BlockConfig, ModelConfig
+from transformer.types import UserError
 from transformer.validation import require, shown
 
 FAMILIES = Family(
@@ -58,6 +61,24 @@ COMMON_KEYS = (
 )
 
 
+def typed_number(value: Any, kind: type[T], name: str, least: int = 1) -> T:
+    """A value of a config.json, checked; `name` begins the message.
+
+    Raises:
+        UserError: it is of another type, a size below `least` or beyond 31 bits, or a float that is not positive and finite.
+    """
+    if kind is float and type(value) is int and abs(value) < 2**1000:
+        value = float(value)
+    words = {int: f"a whole number from {least} to {2**31 - 1}", float: "a positive number", str: "a text"}
+    fits = type(value) is kind
+    if fits and kind is int:
+        fits = least <= value < 2**31
+    if fits and kind is float:
+        fits = 0 < value < math.inf
+    require(fits, f"{name} must be {words.get(kind, kind.__name__)}, got {shown(value)}.")
+    return cast(Any, value)
+
+
 class Pretrained(NamedTuple):
     """What a config.json says of a model, in this package's terms."""
 
@@ -97,22 +118,48 @@ class Keys:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
-    def get(self, name: str, kind: type[T] | tuple[type, ...]) -> T:
+    def get(self, name: str, kind: type[T], *, least: int = 1) -> T:
         """The value of a key, or its default where the file leaves it out.
 
+        Args:
+            name: of the key.
+            kind: bool, str, list; int for a size, or float for a positive number.
+            least: of a size.
+
         Raises:
-            UserError: it is of another type, or missing without a default.
+            UserError: it is of another type, missing without a default, or a number that no model has.
         """
-        value = self.optional(name)
-        known = kind if isinstance(kind, tuple) else (kind,)
-        if float in known and type(value) is int:
-            value = float(value)
-        fits = isinstance(value, known) and (type(value) is not bool or bool in known)
+        return typed_number(self.optional(name), kind, f"{self.where}: {name}", least)
+
+    def num_layers(self, name: str) -> int:
+        """A number of layers, which may be listed: it is bounded before anything is as long."""
+        count = self.get(name, int)
         require(
-            fits,
-            f"{self.where}: {name} must be {' or '.join(k.__name__ for k in known)}, got {shown(value)}; copy the file again.",
+            count <= MOST_LOOPED_LAYERS,
+            f"{self.where}: {name} must be at most {MOST_LOOPED_LAYERS:,}, got {count:,}.",
         )
-        return cast(Any, value)
+        return count
+
+    def each_layer(self, name: str, values: Sequence[T], otherwise: Sequence[T]) -> list[T]:
+        """A list with a value for each layer.
+
+        Args:
+            name: of the key.
+            values: that are known.
+            otherwise: where the key is missing or null.
+
+        Raises:
+            UserError: it has another length, or other values.
+        """
+        found = self.optional(name)
+        found = list(otherwise) if found is None else found
+        known = isinstance(found, list) and all(any(type(v) is type(k) and v == k for k in values) for v in found)
+        require(
+            known and len(found) == len(otherwise),
+            f"{self.where}: {name} must have {' or '.join(map(str, values))} for each of {len(otherwise)} layers, got "
+            f"{shown(found)}.",
+        )
+        return found
 
     def optional(self, name: str) -> Any:
         """The value of a key, of any type; the default where it is missing. A null is a value of its own."""
@@ -141,8 +188,8 @@ class Keys:
         require(
             not unknown,
             f"{self.where} must have keys that are known for this model_type, it has "
-            + ", ".join(f"{name}={shown(self._values[name])}" for name in unknown[:3])
-            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            + ", ".join(f"{name:.40}={shown(self._values[name]):.60}" for name in unknown[:2])
+            + (f" and {len(unknown) - 2} more" if len(unknown) > 2 else "")
             + "; the model may be a variant that is not supported. If a key changes nothing, remove it from a copy.",
         )
 
@@ -204,14 +251,17 @@ class ModelFamily(Kind):
         named = values.get("architectures") or [next(iter(self.architectures))]
         known = ", ".join(self.architectures)
         require(
-            isinstance(named, list) and len(named) == 1 and named[0] in self.architectures,
+            isinstance(named, list) and len(named) == 1 and str(named[0]) in self.architectures,
             f"{where}: architectures must be one of {known} for the model_type {self.kind!r}, got {shown(named)}.",
         )
         require(
             "quantization_config" not in values,
             f"{where}: the weights must not be quantised, it has a quantization_config; use the original model.",
         )
-        model = self.read(keys, named[0])
+        try:
+            model = self.read(keys, named[0])
+        except UserError as error:  # of a setting of ours, which has another name in the file
+            raise UserError(f"{error}" if where in f"{error}" else f"{where}: {error}") from None
         objective = self.architectures[named[0]]
         names = _class_names(keys) if objective == "classification" else ()
         keys.finish()

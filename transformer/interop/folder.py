@@ -20,7 +20,7 @@ from transformer.types import UserError
 from transformer.validation import did_you_mean, require, shown
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-_MAX_JSON = 64_000_000
+_MOST_CONFIG, _MOST_INDEX = 16_000_000, 64_000_000  # bytes
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|h5|msgpack)")
 
@@ -36,22 +36,39 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def _quietly(path: pathlib.Path) -> Any:
     try:
-        return read_json(path)
+        return read_json(path, _MOST_CONFIG)
     except (UserError, OSError):
         return None
 
 
-def read_json(path: pathlib.Path) -> Any:
+def read_small(path: pathlib.Path, most: int = _MOST_CONFIG) -> str:
+    """The text of a small file.
+
+    Raises:
+        UserError: it is missing, no regular file, too large, or no text.
+    """
+    require(
+        path.is_file(), f"A pretrained model must have a file {path.name}, {path.parent} has none; copy all its files."
+    )
+    size = path.stat().st_size
+    require(size <= most, f"{path} must have at most {most:,} bytes, it has {size:,}.")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} must be text (JSON in UTF-8), but is damaged ({f'{error}':.100}); copy it again."
+        ) from error
+
+
+def read_json(path: pathlib.Path, most: int = _MOST_CONFIG) -> Any:
     """What a small JSON file holds.
 
     Raises:
         UserError: it is missing, too large, or no JSON.
     """
-    require(path.is_file(), f"A pretrained model must have {path.name}, {path.parent} has none; copy all its files.")
-    size = path.stat().st_size
-    require(size <= _MAX_JSON, f"{path} must be a small file, it has {size:,} bytes.")
+    text = read_small(path, most)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must be JSON, but is damaged ({f'{error}':.100}); copy it again.") from error
 
@@ -111,7 +128,9 @@ class Folder:
         for name in files:
             found, _ = read_header(self._file(name))
             twice = sorted(set(found) & set(tensors))
-            require(not twice, f"{self.path} must have each tensor once, {twice[:1]} is in {name} and another piece.")
+            require(
+                not twice, f"{self.path} must have each tensor once, {shown(twice[:1])} is in {name} and another piece."
+            )
             tensors |= found
         if index.exists():
             self._compare(index, tensors)
@@ -133,7 +152,7 @@ class Folder:
         return path
 
     def _pieces(self, index: pathlib.Path) -> list[str]:
-        values = read_json(index)
+        values = read_json(index, _MOST_INDEX)
         names = values.get("weight_map") if isinstance(values, dict) else None
         require(
             isinstance(names, dict) and len(names) > 0 and all(isinstance(name, str) for name in names.values()),
@@ -146,7 +165,7 @@ class Folder:
         return files
 
     def _compare(self, index: pathlib.Path, tensors: Mapping[str, Stored]) -> None:
-        names: dict[str, str] = read_json(index)["weight_map"]
+        names: dict[str, str] = read_json(index, _MOST_INDEX)["weight_map"]
         wrong = [
             name
             for name in sorted({*names, *tensors})
@@ -154,7 +173,7 @@ class Folder:
         ]
         require(
             not wrong,
-            f"{index} must say in which piece each tensor is, {', '.join(wrong[:1])} is not there, or in another one; copy all "
+            f"{index} must say in which piece each tensor is, {shown(wrong[:1])} is not there, or in another one; copy all "
             "files of one version.",
         )
 
@@ -167,7 +186,10 @@ class Folder:
             for old, now in self.family.renamed.items():
                 new = new.removesuffix(old) + now if new.endswith(old) else new
             new = f"{self.family.prefix}{new}" if bare and not self.family.outside_prefix(new) else new
-            require(new not in found, f"{self.path} must have each tensor once, it has {name} and another for {new}.")
+            require(
+                new not in found,
+                f"{self.path} must have each tensor once, it has {name:.80} and another for {new:.80}.",
+            )
             found[new] = tensor
         return found
 

@@ -9,9 +9,10 @@ from jax.sharding import SingleDeviceSharding
 
 from transformer.interop import table
 from transformer.interop.folder import Folder, common_dtype
-from transformer.interop.tensors import DTYPES, Stored
+from transformer.interop.tensors import DTYPES, FLOATS, Stored
 from transformer.model_config import ModelConfig
 from transformer.types import PyTree
+from transformer.validation import require
 
 
 class Weights(NamedTuple):
@@ -82,6 +83,12 @@ def open_weights(folder: Folder, config: ModelConfig, shapes: PyTree) -> Weights
     stored: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
     copies = family.copies(config)
     ignored = table.check_tensors(stored, bound, looped, family.ignored, copies, where)
+    strange = [rule.theirs for rule in bound if tensors[rule.theirs].dtype not in FLOATS]
+    require(
+        not strange,
+        f"Parameters must be stored in a type of floating-point numbers ({', '.join(FLOATS)}), {where} has "
+        f"{tensors[strange[0]].dtype if strange else ''} for {strange[:1]}; use a folder that is not quantised.",
+    )
     weights = Weights(folder, tensors, bound, looped, leaves, ignored)
     ignored += table.check_copies(tensors, copies, weights._view, where)
     return weights

@@ -10,7 +10,7 @@ import numpy as np
 
 from transformer.interop.forms import Form, parse
 from transformer.types import PyTree
-from transformer.validation import require
+from transformer.validation import require, shown
 
 _LAYER, _EXPERT = "{layer}", "{expert}"
 _BLOCK = re.compile(r"(?P<stack>.*?)(?P<part>first|blocks|last)/block_(?P<index>\d+)/(?P<rest>.*)")
@@ -243,7 +243,12 @@ def check_tensors(
     require(
         not differing,
         f"{where} must have the shapes that its config.json says, but "
-        + _some([f"{name} has {list(stored[name])} in the place of {list(wanted[name])}" for name in differing])
+        + _some(
+            [
+                f"{name:.60} has {shown(list(stored[name])):.40} in the place of {list(wanted[name])}"
+                for name in differing
+            ]
+        )
         + ".",
     )
     require(
@@ -256,7 +261,7 @@ def check_tensors(
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(f"{name:.80}" for name in names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def check_copies(

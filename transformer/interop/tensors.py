@@ -16,8 +16,11 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.types import UserError
 from transformer.validation import require, shown
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Of `DTYPES`, those that parameters are stored in."""
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -34,6 +37,7 @@ DTYPES: dict[str, Any] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 _METADATA = "__metadata__"
+_MOST_AXES = 64  # numpy's own limit
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 
 
@@ -117,6 +121,8 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
     try:
         header = json.loads(content, object_pairs_hook=unique)
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         header = None
     require(
@@ -137,6 +143,8 @@ def _described(value: Any, key: str, name: str, begin: int) -> Stored:
     ]
     require(
         isinstance(dtype, str)
+        and whole[0]
+        and len(shape) <= _MOST_AXES
         and _DTYPE.fullmatch(dtype) is not None
         and all(whole)
         and len(offsets) == 2
@@ -147,8 +155,8 @@ def _described(value: Any, key: str, name: str, begin: int) -> Stored:
         needed = math.prod(shape) * DTYPES[dtype].itemsize
         require(
             offsets[1] - offsets[0] == needed,
-            f"{name}: {key!r:.80} must have {needed} bytes for {dtype} {shape}, got {offsets[1] - offsets[0]}; the file is "
-            "damaged.",
+            f"{name}: {key!r:.80} must have {shown(needed)} bytes for {dtype} {shown(shape)}, got {offsets[1] - offsets[0]}; the "
+            "file is damaged.",
         )
     return Stored(name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
 

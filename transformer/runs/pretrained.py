@@ -22,11 +22,11 @@ from transformer.data.batches import ids_alone
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.folder import from_folder
 from transformer.data.tokenizers.to_folder import class_words, generation_texts, tokenizer_texts
-from transformer.interop.folder import CONFIG, Folder
+from transformer.interop.folder import CONFIG, Folder, read_small
 from transformer.interop.reading import Weights, open_weights
 from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
 from transformer.layers.adapters import merge
-from transformer.memory import check_params
+from transformer.memory import check_model, check_params, num_parameters
 from transformer.objective import OBJECTIVES
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
@@ -127,6 +127,7 @@ def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     optimizer = AdamW(learning_rate=2e-5, weight_decay=0.01)
     training = TrainingConfig(sample_length=0)
     config = Config(model=found.model, data=data, objective=objective, optimizer=optimizer, training=training)
+    _check_claim(folder, config)
     tokenizer = _opened_tokenizer(settings, files) if settings else ids_alone(config)
     weights = open_weights(folder, config.model, Parts(config, tokenizer, class_names=found.class_names).shapes)
     name: Any = dtype or dtype_name(weights.dtype)
@@ -134,6 +135,23 @@ def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     config = resolve(config, tokenizer)
     parts = Parts(config, tokenizer, class_names=found.class_names, own_batches=True)
     return Opened(config, tokenizer, files, found.class_names, parts, weights, given)
+
+
+def _check_claim(folder: Folder, config: Config) -> None:
+    """Refuse a config.json that describes far more parameters than the files hold, before anything is traced.
+
+    Raises:
+        UserError: it does: a parameter takes a byte at the least.
+    """
+    stacks = config.objective.num_stacks
+    check_model(config.model, stacks)
+    count = num_parameters(config.model, stacks)
+    held = sum(tensor.end - tensor.start for tensor in folder.tensors.values())
+    require(
+        count <= held,
+        f"{folder.path} must hold the model that its {CONFIG} describes, which has {count:,} parameters or more, but its tensors "
+        f"have {held:,} bytes; the files are of another model.",
+    )
 
 
 def _tokenizer_of(path: pathlib.Path) -> tuple[Any, dict[str, bytes]]:
@@ -178,12 +196,13 @@ def import_model(
     opened = open_folder(path, dtype=dtype)
     config = dataclasses.replace(opened.config, workdir=workdir)
     first = jax.process_index() == 0
+    texts = {name: read_small(path) for name in _KEPT if (path := opened.weights.folder.path / name).exists()}
     with locked(epath.Path(workdir), report) if first else contextlib.nullcontext():
         require(
             open_workdir(config, report) is None,
             f"A model is imported to a new directory, {workdir} holds a run; choose another.",
         )
-        files = _record_files(opened, config)
+        files = _record_files(opened, config, texts)
         if first:
             write_copies(epath.Path(workdir), files, begun=False)
         params = opened.params(_widest_mesh(opened.parts))
@@ -210,7 +229,7 @@ def _widest_mesh(parts: Parts) -> Mesh | None:
     return make_mesh(-1) if jax.process_count() > 1 else None
 
 
-def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
+def _record_files(opened: Opened, config: Config, texts: Mapping[str, str]) -> dict[str, bytes]:
     folder, weights = opened.weights.folder, opened.weights
     dtypes = set(weights.dtypes.values())
     source = {
@@ -224,7 +243,7 @@ def _record_files(opened: Opened, config: Config) -> dict[str, bytes]:
         "objective": config.objective.kind,
         "bare": folder.bare,
         "config": folder.values,
-        "texts": {name: (folder.path / name).read_text() for name in _KEPT if (folder.path / name).is_file()},
+        "texts": dict(texts),
     }
     files = {
         CONFIG_FILE: json.dumps(to_dict(config), indent=2).encode(),

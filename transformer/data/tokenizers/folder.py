@@ -16,7 +16,7 @@ from transformer.data.tokenizers.pretrained import (
     read_model,
     table_of,
 )
-from transformer.storage import expand
+from transformer.storage import expand, is_file
 from transformer.tokenizer import FILE_NAME
 from transformer.types import UserError
 from transformer.validation import require, shown
@@ -124,6 +124,7 @@ def _read(path: epath.Path) -> _Folder:
 
 
 def _bytes(path: epath.Path, most: int) -> bytes:
+    require(is_file(path), f"{path} must be a regular file, or a link to one.")  # reading a pipe would wait
     size = path.stat().length
     require(size <= most, f"{path} must have at most {most:,} bytes, it has {size:,}.")
     return path.read_bytes()

@@ -81,12 +81,12 @@ class Bert(ModelFamily):
         return ModelConfig(
             vocab_size=keys.get("vocab_size", int),
             max_length=keys.get("max_position_embeddings", int) - self.offset,
-            num_layers=keys.get("num_hidden_layers", int),
+            num_layers=keys.num_layers("num_hidden_layers"),
             embed_dim=keys.get("hidden_size", int),
             pattern=(block,),
             positions=LearnedPositions(offset=self.offset),
             embedding_norm=True,
-            token_types=keys.get("type_vocab_size", int),
+            token_types=keys.get("type_vocab_size", int, least=0),
             **heads,
         )
 
@@ -167,6 +167,7 @@ class Roberta(Bert):
     prefix = "roberta."
     heads = ("lm_head.", "classifier.")
     offset = 2
+    defaults: ClassVar[Mapping[str, Any]] = {**Bert.defaults, "vocab_size": 50265}
     ignored = (r"roberta\.embeddings\.position_ids", r"roberta\.pooler\.dense\.(weight|bias)")
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:

@@ -24,6 +24,7 @@ class Gemma2(Llama):
 
     kind = "gemma2"
     architectures: ClassVar[Mapping[str, str]] = {"Gemma2ForCausalLM": "next_token"}
+    own_keys = ("attention_bias",)
     settings: ClassVar[Mapping[str, Any]] = {}
     period: ClassVar[int] = 2
     """Every so many layers one has no window, where the file does not list them."""
@@ -51,7 +52,7 @@ class Gemma2(Llama):
         """The model of a config.json."""
         keys.only("use_bidirectional_attention", None, False)
         keys.ignore("cache_implementation", "hidden_act", "_sliding_window_pattern")
-        num_layers, max_length = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
+        num_layers, max_length = keys.num_layers("num_hidden_layers"), keys.get("max_position_embeddings", int)
         positions, local = self._positions(keys, max_length)
         attention = AttentionConfig(
             **parts.heads(keys),
@@ -91,14 +92,11 @@ class Gemma2(Llama):
 
     def _windows(self, keys: Keys, num_layers: int) -> list[int]:
         window = keys.optional("sliding_window")
-        period = keys.optional("sliding_window_pattern") or self.period
-        types = keys.optional("layer_types") or [
-            SLIDING if (layer + 1) % period else FULL for layer in range(num_layers)
-        ]
-        require(
-            isinstance(types, list) and len(types) == num_layers and set(types) <= {SLIDING, FULL},
-            f"{keys.where}: layer_types must have {SLIDING} or {FULL} for each of {num_layers} layers, got {shown(types)}.",
-        )
+        period = self.period
+        if keys.optional("sliding_window_pattern") is not None:
+            period = keys.get("sliding_window_pattern", int)
+        usual = [SLIDING if (layer + 1) % period else FULL for layer in range(num_layers)]
+        types = keys.each_layer("layer_types", (SLIDING, FULL), usual)
         require(
             SLIDING not in types or (type(window) is int and window > 0),
             f"{keys.where}: sliding_window must be a positive number, got {shown(window)}.",

@@ -63,7 +63,7 @@ class GPT2(ModelFamily):
         return ModelConfig(
             vocab_size=keys.get("vocab_size", int),
             max_length=keys.get("n_positions", int),
-            num_layers=keys.get("n_layer", int),
+            num_layers=keys.num_layers("n_layer"),
             embed_dim=embed_dim,
             pattern=(block,),
             positions=LearnedPositions(),

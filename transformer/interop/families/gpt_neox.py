@@ -58,7 +58,7 @@ class GPTNeoX(ModelFamily):
         return ModelConfig(
             vocab_size=keys.get("vocab_size", int),
             max_length=max_length,
-            num_layers=keys.get("num_hidden_layers", int),
+            num_layers=keys.num_layers("num_hidden_layers"),
             embed_dim=keys.get("hidden_size", int),
             pattern=(block,),
             positions=parts.rotary(keys, rope, max_length, partial=True),

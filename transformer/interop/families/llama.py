@@ -56,7 +56,7 @@ class Llama(ModelFamily):
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
         """The model of a config.json."""
-        num_layers, max_length = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
+        num_layers, max_length = keys.num_layers("num_hidden_layers"), keys.get("max_position_embeddings", int)
         positions = parts.rotary(keys, self._rope(keys), max_length, partial=self.partial)
         keys.only("rope_interleaved", None, False)
         windows = self._windows(keys, num_layers)
@@ -107,14 +107,11 @@ class Llama(ModelFamily):
         if not self.separate_layers:
             return [window or 0] * num_layers
         switched = keys.optional("use_sliding_window")
-        first = keys.optional("max_window_layers") or 0
-        types = keys.optional("layer_types") or [
-            SLIDING if switched and layer >= first else FULL for layer in range(num_layers)
-        ]
-        require(
-            isinstance(types, list) and len(types) == num_layers and set(types) <= {SLIDING, FULL},
-            f"{keys.where}: layer_types must have {SLIDING} or {FULL} for each of {num_layers} layers, got {shown(types)}.",
-        )
+        first = 0
+        if keys.optional("max_window_layers") is not None:
+            first = keys.get("max_window_layers", int, least=0)
+        usual = [SLIDING if switched and layer >= first else FULL for layer in range(num_layers)]
+        types = keys.each_layer("layer_types", (SLIDING, FULL), usual)
         # As the family's own class has it, a window that is switched off is none, whatever layers are called.
         return [(window or 0) if name == SLIDING and switched else 0 for name in types]
 
@@ -323,11 +320,8 @@ class SmolLM3(Llama):
 
     def _own_positions(self, keys: Keys, num_layers: int) -> list[Positions]:
         interval = keys.get("no_rope_layer_interval", int)
-        turned = keys.optional("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-        require(
-            isinstance(turned, list) and len(turned) == num_layers and set(turned) <= {0, 1},
-            f"{keys.where}: no_rope_layers must have 1 (with positions) or 0 for each layer, got {shown(turned)}.",
-        )
+        usual = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+        turned = keys.each_layer("no_rope_layers", (0, 1), usual)
         return [InheritPositions() if flag else NoPositions() for flag in turned]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Qwen3Moe(Qwen3):
         keys.ignore("output_router_logits", "router_aux_loss_coef")
         dense = super()._feed_forward(keys, layer)
         count = keys.optional("num_local_experts")
-        count = keys.get("num_experts", int) if count is None else count
+        count = keys.get("num_experts" if count is None else "num_local_experts", int, least=0)
         step, plain = keys.get("decoder_sparse_step", int), keys.get("mlp_only_layers", list)
         mixture = dataclasses.replace(
             dense,

@@ -11,7 +11,6 @@ from transformer.interop.table import Rule
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.layer_norm import LayerNorm
 from transformer.ops.positions.inherit import InheritPositions
-from transformer.validation import require, shown
 
 
 @FAMILIES.register
@@ -52,9 +51,10 @@ class ModernBert(ModelFamily):
         keys.ignore("initializer_cutoff_factor", "embedding_dropout", "mlp_dropout", "classifier_pooling")
         keys.ignore("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile")
         keys.ignore("repad_logits_with_grad", "position_embedding_type", "layer_norm_eps")
-        num_layers, max_length = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
+        num_layers, max_length = keys.num_layers("num_hidden_layers"), keys.get("max_position_embeddings", int)
         positions, local = parts.two_rotaries(keys, "global_rope_theta", "local_rope_theta", max_length)
         masked = self.architectures[architecture] == "masked_lm"
+        acting = parts.activation(keys, "hidden_activation")
         if masked:
             keys.only("classifier_activation", keys.get("hidden_activation", str))
         else:
@@ -64,7 +64,7 @@ class ModernBert(ModelFamily):
             AttentionConfig(keys.get("num_attention_heads", int), use_bias=keys.get("attention_bias", bool)),
             FeedForwardConfig(
                 keys.get("intermediate_size", int),
-                parts.activation(keys, "hidden_activation"),
+                acting,
                 gated=True,
                 use_bias=keys.get("mlp_bias", bool),
             ),
@@ -96,11 +96,8 @@ class ModernBert(ModelFamily):
     def _windows(self, keys: Keys, num_layers: int) -> list[int]:
         """Tokens of either side that a layer sees, and the token itself; 0 is all."""
         local, period = keys.get("local_attention", int), keys.get("global_attn_every_n_layers", int)
-        types = keys.optional("layer_types") or [SLIDING if layer % period else FULL for layer in range(num_layers)]
-        require(
-            isinstance(types, list) and len(types) == num_layers and set(types) <= {SLIDING, FULL},
-            f"{keys.where}: layer_types must have {SLIDING} or {FULL} for each of {num_layers} layers, got {shown(types)}.",
-        )
+        usual = [SLIDING if layer % period else FULL for layer in range(num_layers)]
+        types = keys.each_layer("layer_types", (SLIDING, FULL), usual)
         return [local // 2 + 1 if name == SLIDING else 0 for name in types]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from transformer.interop.family import Keys
+from transformer.interop.family import Keys, typed_number
 from transformer.interop.table import Rule
 from transformer.model_config import Activation, AttentionConfig, BlockConfig, ModelConfig
 from transformer.model_kinds import Positions
@@ -89,6 +89,13 @@ _ROPE_KEYS = {
     ),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
 }
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": _ROPE_KEYS["llama3"],
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
 _OURS = {
     "factor": "scaling_factor",
     "low_freq_factor": "low_factor",
@@ -108,7 +115,7 @@ def rope_parameters(keys: Keys) -> dict[str, Any]:
         found is None or scaling in (None, found),
         f"{keys.where}: rope_parameters and rope_scaling must agree where there are both; remove one.",
     )
-    found = scaling or {} if found is None else found
+    found = ({} if scaling is None else scaling) if found is None else found
     require(isinstance(found, dict), f"{keys.where}: rope_parameters must be an object, got {shown(found)}.")
     found = dict(found)
     found.setdefault("rope_theta", keys.optional("rope_theta"))
@@ -127,29 +134,28 @@ def rotary(keys: Keys, found: Mapping[str, Any], max_length: int, *, partial: bo
         partial: whether the family may turn a part of each head only.
     """
     values = {name: value for name, value in found.items() if value is not None}
-    scaling, theta = values.pop("rope_type"), values.pop("rope_theta", None)
-    fraction = values.pop("partial_rotary_factor", 1.0)
-    require(
-        type(theta) in (int, float) and type(fraction) in (int, float),
-        f"{keys.where}: rope_theta and partial_rotary_factor must be numbers, got {shown(theta)} and {shown(fraction)}.",
-    )
+    scaling = cast(str, typed_number(values.pop("rope_type"), str, f"{keys.where}: rope_type"))
+    theta = typed_number(values.pop("rope_theta", None), float, f"{keys.where}: rope_theta")
+    fraction = typed_number(values.pop("partial_rotary_factor", 1.0), float, f"{keys.where}: partial_rotary_factor")
     require(
         partial or fraction == 1,
         f"{keys.where}: partial_rotary_factor must be 1 for this model_type, got {shown(fraction)}.",
     )
     if scaling == "default":
-        require(not values, f"{keys.where}: rope_parameters of the type default have no {', '.join(values)}.")
-        return RotaryPositions(theta=float(theta), fraction=float(fraction))
+        require(not values, f"{keys.where}: rope_parameters of the type default have no {shown(list(values))}.")
+        return RotaryPositions(theta=theta, fraction=fraction)
     require(
         scaling in _ROPE_KEYS,
         f"{keys.where}: rope_type must be one of default, {', '.join(_ROPE_KEYS)}, got {shown(scaling)}.",
     )
     unknown = sorted(set(values) - set(_ROPE_KEYS[scaling]))
-    require(not unknown, f"{keys.where}: rope_parameters of the type {scaling} must not have {', '.join(unknown)}.")
+    require(not unknown, f"{keys.where}: rope_parameters of the type {scaling} must not have {shown(unknown)}.")
+    missing = [name for name in _REQUIRED[scaling] if name not in values]
+    require(not missing, f"{keys.where}: rope_parameters of the type {scaling} must have {', '.join(missing)}.")
     if "original_max_position_embeddings" in _ROPE_KEYS[scaling] or scaling == "dynamic":
         values.setdefault("original_max_position_embeddings", max_length)
     settings = {_OURS.get(name, name): value for name, value in values.items()}
-    return RotaryPositions(theta=float(theta), fraction=float(fraction), scaling=cast(Any, scaling), **settings)
+    return RotaryPositions(theta=theta, fraction=fraction, scaling=cast(Any, scaling), **settings)
 
 
 def written_rope(positions: RotaryPositions) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def two_rotaries(keys: Keys, theta: str, local_theta: str, max_length: int) -> t
     bases = {FULL: keys.get(theta, float), SLIDING: keys.get(local_theta, float)}
     nested, scaling = keys.optional("rope_parameters"), keys.optional("rope_scaling")
     if nested is None:  # older files scale the layers without a window only
-        nested = {FULL: {**(scaling or {})}, SLIDING: {}}
+        nested = {FULL: {} if scaling is None else scaling, SLIDING: {}}
     require(
         isinstance(nested, dict) and set(nested) <= set(bases) and all(isinstance(v, dict) for v in nested.values()),
         f"{keys.where}: rope_parameters must have {FULL} and {SLIDING}, got {shown(nested)}.",

@@ -49,8 +49,8 @@ class T5(ModelFamily):
         keys.only("is_encoder_decoder", True)
         keys.only("is_decoder", False)
         keys.ignore("dropout_rate", "initializer_factor", "output_past", "n_positions")
-        num_layers = keys.get("num_layers", int)
-        other = num_layers if keys.optional("num_decoder_layers") is None else keys.get("num_decoder_layers", int)
+        num_layers = keys.num_layers("num_layers")
+        other = num_layers if keys.optional("num_decoder_layers") is None else keys.num_layers("num_decoder_layers")
         # Older files tell 1.0, which scales, by tied embeddings; newer ones by a key of its own.
         tied, scaled = keys.get("tie_word_embeddings", bool), keys.optional("scale_decoder_outputs")
         scaled = tied if scaled is None else keys.get("scale_decoder_outputs", bool)
@@ -88,7 +88,7 @@ class T5(ModelFamily):
         keys.only("is_gated_act", None, bool(gate))
         acting = keys.optional("dense_act_fn")
         require(
-            acting is None or parts.ACTIVATIONS.get(acting) == known[activation],
+            acting is None or parts.ACTIVATIONS.get(str(acting)) == known[activation],
             f"{keys.where}: dense_act_fn must agree with feed_forward_proj={name!r}, got {shown(acting)}.",
         )
         chosen: Any = known[activation]
