@@ -24,5 +24,6 @@ def main(options: ExportOptions, given: Given) -> None:
             base=options.base,
             dtype=options.dtype,
             family=options.family,
+            adapter=options.adapter,
             report=functools.partial(say, make_console()),
         )

@@ -6,7 +6,8 @@ import functools
 from transformer.cli.options import Given, ImportOptions
 from transformer.parallel import distributed
 from transformer.parallel_config import ParallelConfig
-from transformer.runs.pretrained import import_model
+from transformer.runs.adapters import import_adapters
+from transformer.runs.pretrained import family_of, import_model
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 
@@ -17,5 +18,9 @@ def main(options: ImportOptions, given: Given) -> None:
     several = distributed.start(ParallelConfig())
     use_compilation_cache()
     console = make_console()
+    report = functools.partial(say, console)
     with distributed.leaving() if several else contextlib.nullcontext():
-        import_model(options.folder, options.workdir, dtype=options.dtype, report=functools.partial(say, console))
+        if options.base:
+            import_adapters(options.folder, options.base, options.workdir, family=family_of, report=report)
+        else:
+            import_model(options.folder, options.workdir, dtype=options.dtype, report=report)

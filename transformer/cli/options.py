@@ -299,6 +299,8 @@ class ImportOptions:
     """The folder of the pretrained model."""
     workdir: str = ""
     """A new directory for the run."""
+    base: str = ""
+    """Of a folder with an adapter of PEFT: directory of the run of its base."""
     dtype: Dtype = ""
     """Of parameters and activations; empty means as the weights are stored."""
 
@@ -328,6 +330,8 @@ class ExportOptions:
     """Of the weights; empty means as the imported files had them, or as the parameters are."""
     family: str = ""
     """The model_type to write, such as llama; empty means that of the import, or the first that can express the model."""
+    adapter: bool = False
+    """Write the adapters alone, as PEFT reads them beside their base; without, they are merged."""
 
 
 # ---- prove -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from transformer.data.batches import ids_alone
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.folder import from_folder
 from transformer.data.tokenizers.to_folder import class_words, generation_texts, tokenizer_texts
+from transformer.interop.family import ModelFamily
 from transformer.interop.folder import CONFIG, Folder, read_small
 from transformer.interop.reading import Weights, open_weights
 from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
@@ -32,6 +34,7 @@ from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
 from transformer.parts import Parts, resolve
+from transformer.runs.adapters import write_adapters
 from transformer.runs.base import load_model_params
 from transformer.runs.directory import (
     CHECKPOINTS,
@@ -291,6 +294,7 @@ def export_model(
     dtype: Dtype = "",
     family: str = "",
     base: str | os.PathLike[str] = "",
+    adapter: bool = False,
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read; adapters are merged.
@@ -302,6 +306,7 @@ def export_model(
         dtype: of the weights; empty is that of the files that were imported, or the parameters'.
         family: the `model_type` to write; empty is that of the import, or the first that can express the model.
         base: directory of the run that adapters were trained on, if it lies elsewhere now.
+        adapter: write the adapters alone, as PEFT reads them.
         report: called with a line for the user.
 
     Raises:
@@ -312,7 +317,35 @@ def export_model(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"A model is exported to a new folder, {folder} exists; choose another, or remove it.",
     )
-    read_run(workdir, lambda record: _export(record, folder, dtype, family, os.fspath(base), report), step)
+    export = functools.partial(
+        _export_adapters if adapter else _export, folder=folder, family=family, base=os.fspath(base)
+    )
+    read_run(workdir, lambda record: export(record, dtype=dtype, report=report), step)
+
+
+def _export_adapters(
+    record: Record, folder: pathlib.Path, dtype: Dtype, family: str, base: str, report: Callable[[str], object]
+) -> None:
+    require(
+        record.config.adapter.rank > 0 and not dtype,
+        f"--adapter writes adapters as they are, without --dtype, got rank {record.config.adapter.rank} and {dtype!r}.",
+    )
+    require(jax.process_count() == 1, "Adapters are exported by one process; start one, on one device.")
+    tokenizer = record.load_tokenizer()
+    config = resolve(record.config, tokenizer)
+    parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
+    _, params = load_model_params(record, placed(parts, None), base)
+    folder.mkdir(parents=True, exist_ok=True)
+    with explained(f"{folder}"):
+        write_adapters(folder, family_of(record, config, family), config, params, base or config.training.init_from)
+    report(f"{folder}: adapters of rank {config.adapter.rank}; PEFT reads them beside the exported or imported base.")
+
+
+def family_of(record: Record, config: Config, family: str = "") -> ModelFamily:
+    """The family of a run's model."""
+    origin, objective = _object(record, FAMILY_FILE), config.objective.kind
+    known = {"preferred": origin.get("family", ""), "known": origin.get("config")}
+    return expressing_family(config.model, objective, family, **known)[0]
 
 
 def _export(
