@@ -11,12 +11,13 @@ import tokenizers
 
 import transformer
 from transformer.cli.main import main
-from transformer.config import Config, DataConfig, TrainingConfig
+from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.data.tokenizers.bpe import BytePairs
 from transformer.interop.tensors import read_header
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.parallel.mesh import make_mesh
+from transformer.runs import recipe
 from transformer.runs.pretrained import export_model, import_model
 from transformer.runs.train import train
 from transformer.types import UserError
@@ -164,3 +165,28 @@ def test_parameters_do_not_alias_their_file(place, tmp_path):
         file.seek(weights.stat().st_size // 2)
         file.write(b"\xff" * (weights.stat().st_size // 2))
     same(run.params, before)
+
+
+def test_a_run_reads_what_it_starts_from_onto_its_devices(place, tmp_path, monkeypatch):
+    """No process holds a whole copy beside its shards; the state takes the place of what was read."""
+    monkeypatch.setattr(recipe, "inherit_params", None)
+    import_model(place / "folder", tmp_path / "base")
+    base = transformer.load(tmp_path / "base")
+    training = TrainingConfig(steps=1, eval_every=0, sample_length=0, init_from=str(tmp_path / "base"))
+    data = dataclasses.replace(base.config.data, source=(str(place / "text.txt"),), data_dir=str(place / "data"))
+    config = dataclasses.replace(base.config, data=data, training=training, parallel=ParallelConfig(fsdp=2))
+    run = recipe.make_run(config)
+    assert "parameters taken" in run.notes
+    state = run.init_state()
+    same(jax.device_get(state.params), jax.device_get(base.params))
+    kernel = state.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (8, 4, 4)
+    # Parameters are trained in float32, whatever they are stored in.
+    import_model(place / "folder", tmp_path / "half", dtype="bfloat16")
+    started = dataclasses.replace(config, training=dataclasses.replace(training, init_from=str(tmp_path / "half")))
+    params = recipe.make_run(started).init_state().params
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    same(
+        jax.device_get(params),
+        jax.tree.map(lambda x: np.asarray(x, np.float32), transformer.load(tmp_path / "half").params),
+    )

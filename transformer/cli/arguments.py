@@ -80,6 +80,8 @@ def _config_of_run(path: pathlib.Path) -> Config:
     if not (path / IMPORT_FILE).exists():
         return dataclasses.replace(config, workdir=str(path))
     training = dataclasses.replace(config.training, init_from=str(path))
+    # Small updates are lost to rounding in 16 bits; activations keep their type.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="float32"))
     return dataclasses.replace(config, training=training, workdir=f"{path}{_TUNED}")
 
 

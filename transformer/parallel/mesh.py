@@ -216,7 +216,11 @@ class MeshRunner(Runner):
         """One program makes every device's part."""
         # With several processes, JAX takes no arrays of the host that it would have to cut.
         given = [self.place_state(argument) for argument in arguments]
-        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make, *arguments)))(*given)
+        # What is given becomes a part of the state, in its place.
+        donated = tuple(range(len(given)))
+        return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make, *arguments)), donate_argnums=donated)(
+            *given
+        )
 
     def abstract_state(self, tree: PyTree) -> PyTree:
         """With the shardings of the parameters and of what has their names."""

@@ -1,7 +1,7 @@
 """What a run takes from the run that it starts from (`training.init_from`): its tokenizer, and the parameters that fit."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from transformer.memory import check_params
 from transformer.parts import Parts, count_parameters, resolve
 from transformer.runs.base import load_model_params, on_host
 from transformer.runs.directory import BASE_FILE, FAMILY_FILE, Record, read_run
-from transformer.training.checkpoint import load_step_params
+from transformer.training.checkpoint import load_step_params, stored_params
 from transformer.training.transfer import transfer
 from transformer.types import PyTree
 from transformer.validation import require
@@ -88,6 +88,43 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
     differs = _differing(config, donor, class_names)
     lines = [f"from {donor.path}, step {step}: {transferred.report()}", *differs]
     return jax.device_get(transferred.params), "\n  differs: ".join(lines)
+
+
+def inherit_whole(
+    config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...]
+) -> tuple[Callable[[], PyTree], str] | None:
+    """What reads the donor's parameters straight to the devices, each process its own shards, and lines for the user.
+
+    Args:
+        config: of the run, as it was given.
+        target: shapes of the run's parameters, with their shardings.
+        donor: whose parameters are read.
+        class_names: of the run's data.
+
+    Returns:
+        None where the run has something that the donor lacks; `inherit_params` then takes what fits.
+    """
+    wanted = jax.tree.map(lambda x: getattr(x, "sharding", None), target)
+    if donor.class_names != class_names or not jax.tree.leaves(wanted):
+        return None
+
+    def fitting(record: Record) -> tuple[int, PyTree | None]:
+        stored = None if BASE_FILE in record.files else stored_params(record.path)[1]
+        shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (stored, target)]
+        return record.step, stored if shapes[0] == shapes[1] else None
+
+    step, stored = read_run(donor.path, fitting, donor.step)
+    if stored is None:
+        return None
+    # As they are stored, where they are wanted.
+    stored = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding), stored, target)
+
+    def read() -> PyTree:
+        _, params = read_run(donor.path, lambda record: load_step_params(record.path, stored), donor.step)
+        return jax.tree.map(lambda x, own: x if x.dtype == own.dtype else x.astype(own.dtype), params, target)
+
+    taken = f"from {donor.path}, step {step}: {len(jax.tree.leaves(target))} parameters taken"
+    return read, "\n  differs: ".join([taken, *_differing(config, donor, class_names)])
 
 
 def compare_base(config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ from transformer.parallel.runner import Runner
 from transformer.parts import Steps, check_devices, resolve
 from transformer.runs.base import Base, base_in, check_base, find_base
 from transformer.runs.directory import BASE_FILE, Record
-from transformer.runs.donor import Donor, compare_base, inherit_params, inherit_tokenizer, read_donor
+from transformer.runs.donor import Donor, compare_base, inherit_params, inherit_tokenizer, inherit_whole, read_donor
 from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
@@ -133,6 +133,10 @@ def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) 
         return _with_base(run, config, donor, old)
     if donor is None:
         return run, ""
+    whole = inherit_whole(config, run.state.params, donor, run.data.class_names)
+    if whole is not None:
+        read, note = whole
+        return run._replace(init_state=lambda: run.steps.init_state(read())), note
     params, note = inherit_params(config, run.steps.parts, donor, run.data.class_names)
     return run._replace(init_state=functools.partial(run.steps.init_state, params)), note
 

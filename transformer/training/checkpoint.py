@@ -73,12 +73,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def save(
-        self,
-        state: TrainState,
-        loop: dict[str, Any],
-        *,
-        validation_loss: float | None = None,
-        piecewise: bool = False,
+        self, state: TrainState, loop: dict[str, Any], *, validation_loss: float | None = None, piecewise: bool = False
     ) -> None:
         """Start saving; returns when the state has left the devices, so that it may be donated.
 
@@ -271,17 +266,22 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
 
 def load_step_params(path: epath.Path, target: PyTree | None = None) -> tuple[int, PyTree]:
     """`load_params` of one checkpoint, known to be undamaged."""
-    arrays: dict[str, str] = read_description(path)["arrays"]
-    field = "ema_params" if any(name.startswith("ema_params/") for name in arrays) else "params"
+    field, stored = stored_params(path)
     if target is None:
-        target = _from_description(
-            {n.removeprefix(f"{field}/"): t for n, t in arrays.items() if n.startswith(f"{field}/")}
-        )
+        target = stored
         check_bytes(device_bytes(target), host_memory(), f"the parameters of {path}", "Start from a smaller model.")
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), target)
     description, parts = _load(path, {field: target}, {field: target}, of="the model", within=f"{field}/")
     return description["step"], parts[field]
+
+
+def stored_params(path: epath.Path) -> tuple[str, PyTree]:
+    """The field of the state that `load_step_params` reads, and the shapes and types of its arrays."""
+    arrays: dict[str, str] = read_description(path)["arrays"]
+    field = "ema_params" if any(n.startswith("ema_params/") for n in arrays) else "params"
+    found = {n.removeprefix(f"{field}/"): text for n, text in arrays.items() if n.startswith(f"{field}/")}
+    return field, _from_description(found)
 
 
 def _load(
