@@ -188,7 +188,7 @@ def write_tensors(file: IO[bytes] | None, tensors: Mapping[str, Planned], metada
         }
         offset = end
     content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)  # tensors are aligned
+    content += b" " * (-(8 + len(content)) % 64)  # the first tensor is aligned as devices want it
     if file is not None:
         file.write(len(content).to_bytes(8, "little") + content)
     for tensor in tensors.values():
