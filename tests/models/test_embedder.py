@@ -55,8 +55,10 @@ def test_it_is_the_mean_of_an_encoders_hidden_states(normalize):
     np.testing.assert_allclose(model.apply(variables, tokens, segment_ids_BT=segments), expected, atol=1e-5)
 
 
-def test_a_classifiers_vector_is_the_same():
-    settings = config("first", pooler=True)
+@pytest.mark.parametrize("pooler", [False, True])
+def test_a_classifiers_vector_is_the_same(pooler):
+    """A pooler is the classifier's: an embedder keeps its parameters, and does not use them."""
+    settings = config("first", pooler=pooler)
     classifier, embedder = Classifier(settings, num_classes=3), Embedder(settings, normalize=False)
     tokens, segments = rows(TEXTS, 10)
     params = classifier.init(jax.random.key(0), tokens)["params"]
@@ -66,6 +68,8 @@ def test_a_classifiers_vector_is_the_same():
     )
     vectors = embedder.apply({"params": params}, tokens, segment_ids_BT=segments)
     logits = classifier.apply({"params": params | {"classifier": head}}, tokens, segment_ids_BT=segments)
+    if pooler:
+        vectors = jnp.tanh(vectors @ params["pooler"]["kernel"] + params["pooler"]["bias"][None])
     np.testing.assert_allclose(vectors @ head["kernel"] + head["bias"][None], logits, atol=1e-5)
 
 

@@ -240,10 +240,13 @@ def test_parameters_by_arithmetic(kind):
             lambda: Config(model=ModelConfig(masked_head=True)),
             "model.masked_head is for the objective masked_lm, got True",
         ),
-        (lambda: Config(model=ModelConfig(pooler=True)), "model.pooler is for the objective classification, got True"),
+        (
+            lambda: Config(model=ModelConfig(pooler=True)),
+            "model.pooler is for the objectives classification and embedding, got True",
+        ),
         (
             lambda: Config(model=ModelConfig(token_types=2)),
-            "model.token_types is for the objectives masked_lm and classification, got 2",
+            "model.token_types is for the objectives masked_lm and classification and embedding, got 2",
         ),
         (
             lambda: Config(model=ModelConfig(head_bias=False), objective=MaskedLM()),

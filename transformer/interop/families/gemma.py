@@ -145,6 +145,11 @@ class Gemma3(Gemma2):
         "attn_logit_softcapping": None,
     }
 
+    def read(self, keys: Keys, architecture: str) -> ModelConfig:
+        """The model of a config.json."""
+        keys.only("attn_logit_softcapping", None)  # transformers reads it and does not apply it
+        return super().read(keys, architecture)
+
     def _positions(self, keys: Keys, max_length: int) -> tuple[RotaryPositions, Positions]:
         return parts.two_rotaries(keys, "rope_theta", "rope_local_base_freq", max_length)
 

@@ -42,7 +42,8 @@ class Mixtral(Mistral):
         return dataclasses.replace(
             super()._feed_forward(keys, layer),
             num_experts=keys.get("num_local_experts", int),
-            experts_per_token=keys.get("num_experts_per_tok", int),
+            # Of a single one transformers makes the weight 1, ours keeps its probability, which has a gradient.
+            experts_per_token=keys.get("num_experts_per_tok", int, least=2),
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
@@ -93,12 +94,13 @@ class Qwen3Moe(Qwen3):
         count = keys.optional("num_local_experts")
         count = keys.get("num_experts" if count is None else "num_local_experts", int, least=0)
         step, plain = keys.get("decoder_sparse_step", int), keys.get("mlp_only_layers", list)
+        normalize = keys.get("norm_topk_prob", bool)  # a single expert as of Mixtral
         mixture = dataclasses.replace(
             dense,
             hidden_dim=keys.get("moe_intermediate_size", int),
             num_experts=count,
-            experts_per_token=keys.get("num_experts_per_tok", int),
-            normalize_experts=keys.get("norm_topk_prob", bool),
+            experts_per_token=keys.get("num_experts_per_tok", int, least=2 if normalize else 1),
+            normalize_experts=normalize,
         )
         return mixture if layer not in plain and count > 0 and (layer + 1) % step == 0 else dense
 
