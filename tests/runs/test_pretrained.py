@@ -190,3 +190,40 @@ def test_a_run_reads_what_it_starts_from_onto_its_devices(place, tmp_path, monke
         jax.device_get(params),
         jax.tree.map(lambda x: np.asarray(x, np.float32), transformer.load(tmp_path / "half").params),
     )
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("place_of_kill", ["opened", "write_copies", "Checkpointer.save"])
+def test_a_killed_import_leaves_no_run_and_the_same_command_works(place_of_kill, place, tmp_path, monkeypatch):
+    def kill(*_, **__):
+        raise Killed
+
+    name = "Opened.params" if place_of_kill == "opened" else place_of_kill
+    with monkeypatch.context() as patch:
+        patch.setattr(f"transformer.runs.pretrained.{name}", kill)
+        with pytest.raises(Killed):
+            import_model(place / "folder", tmp_path / "run")
+    with pytest.raises(UserError, match="must have a checkpoint"):
+        transformer.load(tmp_path / "run")
+    import_model(place / "folder", tmp_path / "run")
+    same(transformer.load(tmp_path / "run").params, transformer.load(place / "folder").params)
+
+
+@pytest.mark.parametrize("place_of_kill", ["write_weights", "tokenizer_texts"])
+def test_a_killed_export_leaves_no_folder_and_the_same_command_works(place_of_kill, place, tmp_path, monkeypatch):
+    def kill(*_, **__):
+        (tmp_path / "out.tmp").mkdir(exist_ok=True)
+        (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"transformer.runs.pretrained.{place_of_kill}", kill)
+        with pytest.raises(Killed):
+            export_model(place / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_model(place / "run", tmp_path / "out")
+    same(transformer.load(tmp_path / "out").params, transformer.load(place / "folder").params)
+    assert not (tmp_path / "out.tmp").exists()
