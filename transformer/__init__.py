@@ -5,6 +5,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformer.adapter_config import AdapterConfig
     from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.batches import BatchData
     from transformer.data.tokenizers import Tokenizer
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "adapter_config": "AdapterConfig",
     "config": "Config DataConfig TrainingConfig",
     "data.batches": "BatchData",
     "data.tokenizers": "Tokenizer",
