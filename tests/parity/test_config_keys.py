@@ -52,7 +52,14 @@ def alternatives(key, value):
     return []
 
 
-@pytest.fixture(scope="module", params=CASES)
+DAILY = ("gpt2", "llama", "qwen2", "gemma3", "mixtral", "bert, masked", "t5")
+"""One of each kind of table; the others with `-m exhaustive`."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in DAILY else pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES],
+)
 def base(request, tmp_path_factory):
     """A family: its model, the folder that it is saved in, and the values of its config."""
     case, path = ALL[request.param], tmp_path_factory.mktemp("hf") / "base"

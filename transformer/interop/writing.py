@@ -64,7 +64,8 @@ def expressing_family(
         len(tried) > 0,
         f"A model to export must be of an objective that a family knows, none{f' of {name}' if name else ''} has {objective!r}.",
     )
-    nearest = min(tried, key=lambda found: len(tried[found]))
+    # One that cannot be written at all is far, however short the reason.
+    nearest = min(tried, key=lambda found: (not all(" -> " in line for line in tried[found]), len(tried[found])))
     raise UserError(
         f"A model to export must be one that a family can express; {nearest}, the nearest, cannot express\n  "
         + "\n  ".join(f"{line:.110}" for line in tried[nearest][:10])
