@@ -1,6 +1,5 @@
 """`transformer export DIR HF_DIR`: a run's model as a folder that Hugging Face's libraries read."""
 
-import contextlib
 import functools
 
 from transformer.cli.options import ExportOptions, Given
@@ -14,9 +13,8 @@ from transformer.training.hardware import use_compilation_cache
 def main(options: ExportOptions, given: Given) -> None:
     """Export, and say what was written."""
     del given
-    several = distributed.start(ParallelConfig())
-    use_compilation_cache()
-    with distributed.leaving() if several else contextlib.nullcontext():
+    with distributed.joined(ParallelConfig()):
+        use_compilation_cache()
         export_model(
             options.workdir,
             options.folder,

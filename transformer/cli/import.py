@@ -1,6 +1,5 @@
 """`transformer import HF_DIR --workdir DIR`: a pretrained model as the directory of a run."""
 
-import contextlib
 import functools
 
 from transformer.cli.options import Given, ImportOptions
@@ -15,11 +14,10 @@ from transformer.training.hardware import use_compilation_cache
 def main(options: ImportOptions, given: Given) -> None:
     """Import, and say in a line what it is."""
     del given
-    several = distributed.start(ParallelConfig())
-    use_compilation_cache()
     console = make_console()
     report = functools.partial(say, console)
-    with distributed.leaving() if several else contextlib.nullcontext():
+    with distributed.joined(ParallelConfig()):
+        use_compilation_cache()
         if options.base:
             import_adapters(options.folder, options.base, options.workdir, family=family_of, report=report)
         else:

@@ -15,11 +15,8 @@ from transformer.terminal import make_console, say
 
 def main(config: Config) -> None:
     """Train the config that the arguments describe, and say what to type next."""
-    if not distributed.start(config.parallel):
+    with distributed.joined(config.parallel):
         train(config)
-    else:
-        with distributed.leaving():
-            train(config)
     if jax.process_index() == 0:
         say(make_console(), "\n".join(["next:", *next_lines(config)]))
 

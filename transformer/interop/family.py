@@ -115,9 +115,6 @@ class Keys:
         self._read: set[str] = set()
         self.ignored: dict[str, Any] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return self._values.get(name) is not None
-
     def get(self, name: str, kind: type[T], *, least: int = 1) -> T:
         """The value of a key, or its default where the file leaves it out.
 
@@ -289,8 +286,3 @@ def repeated(blocks: Sequence[BlockConfig], num_first: int = 0) -> dict[str, Any
         (n for n in range(1, len(rest)) if all(rest[i] == rest[i - n] for i in range(n, len(rest)))), len(rest)
     )
     return {"num_layers": len(blocks), "first": tuple(blocks[:num_first]), "pattern": tuple(rest[:period])}
-
-
-def same(blocks: Sequence[T]) -> T | None:
-    """The value that all layers have; None where they differ."""
-    return blocks[0] if len(set(blocks)) == 1 else None

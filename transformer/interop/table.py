@@ -61,19 +61,6 @@ def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: i
     return bound
 
 
-def check_bound(bound: Sequence[Bound], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless every parameter of ours is in exactly one rule, and every tensor of theirs in one."""
-    counts: dict[str, int] = dict.fromkeys(shapes, 0)
-    for rule in bound:
-        for path in rule.ours:
-            counts[path] += not rule.expert
-    wrong = {path: count for path, count in counts.items() if count != 1}
-    names = [rule.theirs for rule in bound]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    if wrong or twice:
-        raise ValueError(f"A table must name every parameter and every tensor once, got {wrong or twice}.")
-
-
 def own_shapes(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The shapes of a rule's parameters, those of one expert where it is of one."""
     return [shapes[path][1:] if bound.expert is not None else shapes[path] for path in bound.ours]

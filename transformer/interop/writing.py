@@ -119,7 +119,7 @@ def _resolved(block: BlockConfig, embed_dim: int) -> dict[str, Any]:
         head_dim=block.attention.resolved_head_dim(embed_dim),
     )
     network = dataclasses.replace(block.feed_forward, hidden_dim=block.feed_forward.resolved_hidden_dim(embed_dim))
-    found: dict[str, Any] = {"norm": block.norm, "own_positions": block.own_positions}
+    found: dict[str, Any] = {}
     for section, part in (("attention", attention), ("feed_forward", network)):
         found |= {
             f"{section}.{field.name}": getattr(part, field.name)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.data.forms.examples import buckets, by_length, padded
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, shaped
+from transformer.objectives.bases import rows_of_texts
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.tokenizer import mask_id
@@ -21,8 +21,6 @@ from transformer.validation import require, require_range
 
 if TYPE_CHECKING:
     from transformer.config import Config
-
-_BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
 
 @OBJECTIVES.register
@@ -114,27 +112,19 @@ class Classification(Objective):
     ) -> Iterator[dict[str, Any]]:
         """`class` and `probability`; with `top_k`, also `class_2`, `probability_2` and so on, of the most likely classes."""
         require(top_k >= 1, f"top_k must be at least 1, got {top_k}.")
-        data = run.config.data
-        for start in range(0, len(texts), _BATCHES_AT_ONCE * batch_size):
-            part = texts[start : start + _BATCHES_AT_ONCE * batch_size]
-            encoded = [self.encode(text, run.tokenizer, data) for text in part]
-            probabilities_NC = np.zeros((len(part), len(run.class_names)), np.float32)
-            for indices in by_length(encoded, batch_size):
-                length = next(bucket for bucket in buckets(data) if bucket >= len(encoded[indices[-1]]))
-                tokens_BT, segment_ids_BT = padded([encoded[index] for index in indices], batch_size, length)
-                probabilities_BC = _probabilities(run.model, run.params, tokens_BT, segment_ids_BT)
-                probabilities_NC[indices] = np.asarray(probabilities_BC)[: len(indices)]
-            for name, probabilities_C in zip(names[start:], probabilities_NC, strict=False):
-                require(bool(np.isfinite(probabilities_C).all()), f"A probability must be a number, {name} has NaN.")
-                order = np.argsort(-probabilities_C, kind="stable")[:top_k]
-                yield {
-                    f"{column}_{rank}".removesuffix("_1"): value
-                    for rank, index in enumerate(order, 1)
-                    for column, value in (
-                        ("class", run.class_names[index]),
-                        ("probability", float(probabilities_C[index])),
-                    )
-                }
+        for name, probabilities_C in zip(
+            names, rows_of_texts(self, run, texts, batch_size, _probabilities), strict=True
+        ):
+            require(bool(np.isfinite(probabilities_C).all()), f"A probability must be a number, {name} has NaN.")
+            order = np.argsort(-probabilities_C, kind="stable")[:top_k]
+            yield {
+                f"{column}_{rank}".removesuffix("_1"): value
+                for rank, index in enumerate(order, 1)
+                for column, value in (
+                    ("class", run.class_names[index]),
+                    ("probability", float(probabilities_C[index])),
+                )
+            }
 
     @property
     def _weighted(self) -> bool:

@@ -8,14 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer.data.forms.examples import buckets, by_length, padded
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.embedder import Embedder
 from transformer.objective import OBJECTIVES, Objective, Trained
+from transformer.objectives.bases import rows_of_texts
 from transformer.types import Array, PyTree, UserError
 from transformer.validation import require
-
-_BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
 
 @OBJECTIVES.register
@@ -55,18 +53,9 @@ class Embedding(Objective):
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> Iterator[dict[str, Any]]:
         """`embedding`, a list of numbers."""
-        data, at_once = run.config.data, _BATCHES_AT_ONCE * batch_size
-        for start in range(0, len(texts), at_once):
-            encoded = [self.encode(text, run.tokenizer, data) for text in texts[start : start + at_once]]
-            vectors_ND = np.zeros((len(encoded), run.config.model.embed_dim), np.float32)
-            for indices in by_length(encoded, batch_size):
-                length = next(bucket for bucket in buckets(data) if bucket >= len(encoded[indices[-1]]))
-                tokens_BT, segment_ids_BT = padded([encoded[index] for index in indices], batch_size, length)
-                found_BD = _embed(run.model, run.params, tokens_BT, segment_ids_BT)
-                vectors_ND[indices] = np.asarray(found_BD)[: len(indices)]
-            for name, vector_D in zip(names[start:], vectors_ND, strict=False):
-                require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
-                yield {"embedding": vector_D.tolist()}
+        for name, vector_D in zip(names, rows_of_texts(self, run, texts, batch_size, _embed), strict=True):
+            require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
+            yield {"embedding": vector_D.tolist()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -131,6 +131,13 @@ def _give_up(message: str) -> None:
 
 
 @contextlib.contextmanager
+def joined(config: ParallelConfig) -> Iterator[None]:
+    """Within, this process is one of those that `start` finds, and leaves them as `leaving` says; or the only one."""
+    with leaving() if start(config) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def leaving() -> Iterator[None]:
     """End this process at once if the work inside fails, as it does when another process is gone; so others see it go.
 
