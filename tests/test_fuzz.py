@@ -172,7 +172,8 @@ def base(tmp_path_factory, compiled_once):
 def a_line(command, base):
     """A short command line that a command takes."""
     config, run, text = str(base.config_file), str(base.place / "a"), str(base.place / "text-a")
-    attempts = ([], [config], [config, "--topology", "v5e:2x2"], [run], [run, text], [text])
+    new = ["--workdir", str(base.place / "new")]
+    attempts = ([], [config], [config, "--topology", "v5e:2x2"], [run], [run, text], [text], [text, *new])
     for arguments in attempts:
         with contextlib.suppress(UserError):
             parsed(command, arguments)

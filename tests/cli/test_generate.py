@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from trained_objectives import TRAINED
 
 from transformer.cli import generate as command
 from transformer.cli.fields import parse
@@ -340,7 +341,7 @@ def test_results_on_standard_output_are_json(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("kind", sorted(set(OBJECTIVES.names) - {"embedding"}))  # which is not trained
+@pytest.mark.parametrize("kind", TRAINED)
 def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     """For every kind of run; the environment's activation comes first where it is not active."""
     (tmp_path / ".venv/bin").mkdir(parents=True)

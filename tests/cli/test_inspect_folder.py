@@ -154,7 +154,7 @@ def test_other_directories_are_refused(tmp_path, inspected):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     assert "or the directory of a run" in inspected(tmp_path / "run", code=2)
-    assert "must have config.json" in inspected(tmp_path / "empty", code=2)
+    assert "must have a file config.json" in inspected(tmp_path / "empty", code=2)
     assert "takes no 'more' there" in inspected(tmp_path / "empty", "more", code=2)
     assert "which does not exist" in inspected(tmp_path / "none", code=2)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trained_objectives import TRAINED
 
 from transformer.config import Config, DataConfig
 from transformer.data.tokenizers.bytes import ByteTokenizer
@@ -23,9 +24,7 @@ RATES = {"mask_rate": 0.9, "noise_density": 0.5, "mean_span_length": 4.0}
 SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
 # Each kind once, whole or in chunks, which one function serves; next_token both ways.
 _CHUNKS = {"next_token": (1, 3), "prefix_lm": (3,), "seq2seq": (3,)}
-KINDS = [
-    pytest.param(kind, chunks, id=f"{kind}-{chunks}") for kind in OBJECTIVES.names for chunks in _CHUNKS.get(kind, (1,))
-]
+KINDS = [pytest.param(kind, chunks, id=f"{kind}-{chunks}") for kind in TRAINED for chunks in _CHUNKS.get(kind, (1,))]
 
 
 def random_params(objective, model):

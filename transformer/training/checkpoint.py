@@ -281,7 +281,7 @@ def stored_params(path: epath.Path) -> tuple[str, PyTree]:
     arrays: dict[str, str] = read_description(path)["arrays"]
     field = "ema_params" if any(n.startswith("ema_params/") for n in arrays) else "params"
     found = {n.removeprefix(f"{field}/"): text for n, text in arrays.items() if n.startswith(f"{field}/")}
-    return field, _from_description(found)
+    return field, _from_description(found, path / DESCRIPTION)
 
 
 def _load(
@@ -323,19 +323,17 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     return description
 
 
-def _from_description(arrays: dict[str, str]) -> PyTree:
-    """The inverse of `describe`, for nested dictionaries."""
+def _from_description(arrays: dict[str, str], file: epath.Path) -> PyTree:
+    """The inverse of `describe`, for nested dictionaries; messages name the file that the description is of."""
     tree: dict[str, Any] = {}
     for name, text in arrays.items():
         *path, last = name.split("/")
         node = tree
         for part in path:
             node = node.setdefault(part, {})
-            require(
-                isinstance(node, dict), f"A checkpoint's description must be of a tree, {name} is below another array."
-            )
+            require(isinstance(node, dict), f"{file} must describe a tree, {name} is below another array.")
         match = _ARRAY.fullmatch(text)
-        require(match is not None, f"A checkpoint's description must give types and shapes, {name} has {text!r:.80}.")
+        require(match is not None, f"{file} must give types and shapes, {name} has {text!r:.80}.")
         assert match is not None
         shape = tuple(map(int, filter(None, match["shape"].split(","))))
         node[last] = jax.ShapeDtypeStruct(shape, jnp.dtype(match["dtype"]))
