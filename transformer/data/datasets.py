@@ -11,9 +11,10 @@ from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches, training_limit
 from transformer.data.registry import find_source, open_sources
-from transformer.data.rows import make_pairs, packed_tokens
+from transformer.data.rows import packed_tokens
 from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokens import open_tokens
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
 from transformer.validation import counted, require
@@ -221,17 +222,17 @@ class TextData:
             f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
             "often; set training.steps.",
         )
-        records = self.sources[0].records("train")
-        sizes = (len(make_pairs(tokenizer, records[index]).inputs) for index in range(len(records)))
+        sizes = (encoded.num_targets for encoded in open_tokens(self.sources[0], "train", tokenizer))
         length = self.config.sequence_length
         return packed_tokens(sizes, length, self._limit(tokenizer)) / (self.config.batch_size * length)
 
     def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
         """By the first records of the first source, no more than fill 64 rows: where rows are padded, records are short."""
-        records, length, most = self.sources[0].records("train"), self.config.sequence_length, self._limit(tokenizer)
+        length, most = self.config.sequence_length, self._limit(tokenizer)
+        records = open_tokens(self.sources[0], "train", tokenizer) if most > 0 else ()
         sizes: list[int] = []
-        while most > 0 and len(sizes) < min(at_most, len(records)) and sum(sizes) < 64 * length:
-            sizes.append(len(make_pairs(tokenizer, records[len(sizes)]).inputs))
+        while len(sizes) < min(at_most, len(records)) and sum(sizes) < 64 * length:
+            sizes.append(records[len(sizes)].num_targets)
         return 1 - sum(sizes) / packed_tokens(sizes, length, most) if sum(sizes) else 0.0
 
     def _limit(self, tokenizer: Tokenizer) -> int:

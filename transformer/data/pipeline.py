@@ -12,11 +12,13 @@ import numpy as np
 
 from transformer.config import DataConfig
 from transformer.data.documents import CONVERSATION
+from transformer.data.encoded import Encoded
 from transformer.data.registry import open_sources
-from transformer.data.rows import Pairs, empty_batch, make_pairs, write_pairs
+from transformer.data.rows import Pairs, empty_batch, make_pairs, pairs_of, write_pairs
 from transformer.data.source import Record, Source, whole_documents
 from transformer.data.streams import StreamBatches
 from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokens import document_tokens, open_tokens
 from transformer.types import Batch, CheckpointableIterator, Noise, UserError
 from transformer.validation import require
 
@@ -51,13 +53,13 @@ def train_batches(
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
-    records = [source.records("train") for source in sources]
-    for source, of_source in zip(sources, records, strict=True):
-        _check_length(config, tokenizer, source.name, of_source)
-    fewest, name = min((len(of_source), source.name) for source, of_source in zip(sources, records, strict=True))
+    fewest, name = min((len(source.records("train")), source.name) for source in sources)
     num_streams = _num_streams(config, fewest, name, continued)
+    tokens = [open_tokens(source, "train", tokenizer) for source in sources]
+    for source, of_source in zip(sources, tokens, strict=True):
+        _check_length(config, source.name, of_source)
     most = training_limit(config, continued, joined)
-    batches = StreamBatches(config, tokenizer, sources, records, num_streams, rows, noise, continued, most)
+    batches = StreamBatches(config, sources, tokens, num_streams, rows, noise, continued, most)
     if convert is not None:
         batches = batches.map(convert)
     # What a conversion of one's own makes of windows, nobody knows.
@@ -201,8 +203,9 @@ class EvaluationBatches:
         """The documents that are scored, the last one cut at the limit."""
         left = self.config.limit or sys.maxsize
         for source in self.sources:
-            for prompt, text in whole_documents(source, self.split):
-                pairs = make_pairs(self.tokenizer, Record(text, prompt, continues=False, last=True))
+            # Of a limited part the rest need not be encoded.
+            for encoded in document_tokens(source, self.split, self.tokenizer, store=self.config.limit == 0):
+                pairs = pairs_of(encoded)
                 yield Pairs(*(field[:left] for field in pairs))
                 left -= len(pairs.inputs)
                 if left <= 0:
@@ -272,10 +275,10 @@ def _num_streams(config: DataConfig, fewest: int, name: str, continued: bool) ->
     return config.num_streams
 
 
-def _check_length(config: DataConfig, tokenizer: Tokenizer, name: str, records: Sequence[Record]) -> None:
+def _check_length(config: DataConfig, name: str, records: Sequence[Encoded]) -> None:
     tokens = 0
-    for index in range(len(records)):
-        tokens += len(make_pairs(tokenizer, records[index]).inputs)
+    for encoded in records:
+        tokens += encoded.num_targets
         if tokens >= config.sequence_length:
             return
     raise UserError(

@@ -18,9 +18,11 @@ from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, Example, builder_class
 from transformer.data.documents import CONVERSATION, Corpus
 from transformer.data.identity import ContentHash
-from transformer.data.source import Converted, Record, Source
+from transformer.data.shards import Shards
+from transformer.data.source import Record, Source
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
 from transformer.data.stored import check_stored, open_stored
+from transformer.data.token_shards import TextRecords
 from transformer.storage import expand
 from transformer.types import UserError
 from transformer.validation import counted, require
@@ -42,7 +44,8 @@ def open_corpus(corpus: Corpus, config: DataConfig) -> Source:
         builder: Any = open_stored(root / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
-        return Converted(builder.as_data_source(split), _piece)
+        info = builder.info.splits[split]
+        return TextRecords(Shards(info.filepaths, info.shard_lengths))
 
     name = f"{corpus.name} {corpus.version}" if corpus.version != "1.0.0" else corpus.name
     sizes: dict[str, dict[str, int]] = prepared["splits"]
@@ -51,12 +54,7 @@ def open_corpus(corpus: Corpus, config: DataConfig) -> Source:
         for split, size in sizes.items()
     )
     documents = {split: size["documents"] for split, size in sizes.items()}
-    return Source(name, identity, documents, description, open_split)
-
-
-def _piece(example: Example) -> Record:
-    text, prompt = example["text"].decode(), example["prompt"].decode()
-    return Record(text, prompt, bool(example["continues"]), bool(example["last"]))
+    return Source(name, identity, documents, description, open_split, root / "tokens")
 
 
 def corpus_fingerprint(corpus: Corpus, config: DataConfig) -> str:

@@ -1,53 +1,34 @@
 """Tokens as aligned pairs, and rows that pairs are written into."""
 
 import functools
-import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
-from transformer.data.documents import CONVERSATION
+from transformer.data.encoded import Encoded, encode_records
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
-from transformer.data.tokenizers.chat import learnt_ids
-from transformer.tokenizer import around_text, document_start
 from transformer.types import Batch
 
 
 class Pairs(NamedTuple):
     """Tokens of a document, or of a piece of one: each with the token before it, and how much it counts."""
 
-    inputs: Int[np.ndarray, " n"]
-    targets: Int[np.ndarray, " n"]
+    inputs: Integer[np.ndarray, " n"]
+    targets: Integer[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"]
 
 
 def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
-    """Pairs of a record; a document begins with `document_start` and ends with end-of-text.
+    """Pairs of a record; a document without text has none."""
+    return pairs_of(next(encode_records(tokenizer, [record])))
 
-    The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
-    since what precedes it is in another record. A document without text has no pairs. Of a tokenizer with ids on both sides of a
-    text, as BERT's, the end is read too, with nothing to predict from it. Of a conversation, what an assistant says
-    has weight 1; its template begins and ends it.
-    """
-    if record.prompt == CONVERSATION:
-        ids, learnt = learnt_ids(tokenizer, json.loads(record.text))
-        return Pairs(ids[:-1], ids[1:], learnt[1:].astype(np.float32))
-    prompt = tokenizer.encode(record.prompt) if record.prompt else np.empty(0, np.int32)
-    text = tokenizer.encode(record.text)
-    start, end = np.array([[document_start(tokenizer)], [tokenizer.end_of_text]], np.int32)
-    if len(text) == 0:
-        return Pairs(text, text, np.empty(0, np.float32))
-    closed = record.last and all(around_text(tokenizer))
-    end = np.repeat(end, 2) if closed else end if record.last else end[:0]
-    tokens = np.concatenate([start[:0] if record.continues else start, prompt, text, end])
-    weights = np.ones(len(tokens) - 1, np.float32)
-    weights[: len(prompt)] = 0
-    if closed:
-        weights[-1] = 0
-    return Pairs(tokens[:-1], tokens[1:], weights)
+
+def pairs_of(encoded: Encoded) -> Pairs:
+    """Pairs of tokens: views of them."""
+    return Pairs(encoded.tokens[:-1], encoded.tokens[1:], encoded.weights)
 
 
 def empty_batch(rows: int, length: int) -> Batch:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from transformer.data.documents import plain_text
 from transformer.data.stored import readable
@@ -70,6 +71,9 @@ class _Opened:
 @dataclasses.dataclass(frozen=True)
 class Source(_Opened):
     """A corpus of running text, ready to be read."""
+
+    tokens_in: epath.Path | None = None
+    """The folder of its tokens, for text that is stored."""
 
     def records(self, split: str) -> Sequence[Record]:
         """The records of a split (or of all: `WHOLE`), in the order of the text, read at random.

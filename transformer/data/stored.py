@@ -23,7 +23,7 @@ NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>(
 
 _READ_AT_ONCE = 1024
 _MOST_CLASSES = 1_000_000
-_INFO, _FEATURES = "dataset_info.json", "features.json"
+INFO, _FEATURES = "dataset_info.json", "features.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _CONTENT = {
     tfds.features.FeaturesDict: "featuresDict",
@@ -54,7 +54,7 @@ def find_stored(name: str, data_dir: epath.Path) -> epath.Path | None:
     # TFDS takes a class's name too.
     snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts["name"]).lower()
     for folder in dict.fromkeys((data_dir / parts["name"], data_dir / snake_case)):
-        if (folder / (parts["config"] or "") / _INFO).exists():  # the version stands where a configuration does
+        if (folder / (parts["config"] or "") / INFO).exists():  # the version stands where a configuration does
             return folder / (parts["config"] or "")
         if parts["config"]:
             found = _latest(folder / parts["config"], parts["version"])
@@ -71,8 +71,8 @@ def open_stored(directory: epath.Path) -> Any:
     Raises:
         UserError: the description is damaged, or has features of other kinds than text, classes, numbers and nests of them.
     """
-    info, features = (_read_json(directory / file) for file in (_INFO, _FEATURES))
-    require("features" not in info, f"Features must be described in {_FEATURES}, {directory / _INFO} has some too.")
+    info, features = (_read_json(directory / file) for file in (INFO, _FEATURES))
+    require("features" not in info, f"Features must be described in {_FEATURES}, {directory / INFO} has some too.")
     _check_feature(features, str(directory / _FEATURES), "the features")
     try:
         return tfds.builder_from_directory(directory)
@@ -131,6 +131,8 @@ def readable() -> Iterator[None]:
     """Turn a failed read of stored examples into a `UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except (
         RuntimeError,
         ValueError,
@@ -145,7 +147,7 @@ def _latest(folder: epath.Path, version: str | None) -> epath.Path | None:
     wanted = re.compile(re.escape(version or "*.*.*").replace(r"\*", r"\d+"))
     there = [child.name for child in folder.iterdir()] if folder.is_dir() else []
     fitting = [name for name in there if _VERSION.fullmatch(name) and wanted.fullmatch(name)]
-    stored = [name for name in fitting if (folder / name / _INFO).exists()]
+    stored = [name for name in fitting if (folder / name / INFO).exists()]
     return folder / max(stored, key=lambda name: tuple(map(int, name.split(".")))) if stored else None
 
 

@@ -9,10 +9,10 @@ from jaxtyping import Int
 
 from transformer.config import DataConfig
 from transformer.data.draws import permutation
+from transformer.data.encoded import Encoded
 from transformer.data.identity import ContentHash
-from transformer.data.rows import Pairs, arange, empty_batch, make_pairs, write_pairs
-from transformer.data.source import Record, Source
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.rows import Pairs, arange, empty_batch, pairs_of, write_pairs
+from transformer.data.source import Source
 from transformer.types import Batch, Noise
 from transformer.validation import require
 
@@ -29,9 +29,8 @@ class StreamBatches(grain.IterDataset):
     def __init__(
         self,
         config: DataConfig,
-        tokenizer: Tokenizer,
         sources: Sequence[Source],
-        records: Sequence[Sequence[Record]],
+        records: Sequence[Sequence[Encoded]],
         num_streams: int,
         own_rows: range,
         noise: Noise | None = None,
@@ -49,7 +48,6 @@ class StreamBatches(grain.IterDataset):
         content = ContentHash()
         content.add(config.record_bytes, *(source.fingerprint for source in sources))
         self.corpus = content.hexdigest()[:16]
-        self._tokenizer = tokenizer
         self._records = records
         self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
         weights = np.array(config.weights or [1.0] * len(sources))
@@ -74,7 +72,7 @@ class StreamBatches(grain.IterDataset):
     def cursors(self, stream: int) -> "list[_Cursor]":
         """One for each source."""
         return [
-            _Cursor(records, deal[stream :: self.num_streams], self._tokenizer, (self.config.shuffle_seed, i, stream))
+            _Cursor(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
             for i, (records, deal) in enumerate(zip(self._records, self._deals, strict=True))
         ]
 
@@ -142,14 +140,12 @@ class _Cursor:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[Encoded],
         share: Int[np.ndarray, " n"],
-        tokenizer: Tokenizer,
         seed: tuple[int, ...],
     ) -> None:
         self._records = records
         self._share = share
-        self._tokenizer = tokenizer
         self._seed = seed
         self._epoch = -1
         self._order = share
@@ -169,7 +165,7 @@ class _Cursor:
         if self.offset > 0:
             self.move(self.record + 1, 0)
         record = self._read_record()
-        self._pairs = make_pairs(self._tokenizer, record)
+        self._pairs = pairs_of(record)
         size = len(self._pairs.inputs)
         # Only behind the end of a document may a window go on with another text.
         room = size if record.last else max(1, size - length + 1)
@@ -179,7 +175,7 @@ class _Cursor:
         """Write the next row, of at most so many documents (0: any); if it continues the last one, positions go on from there."""
         column, segment, last_used = 0, 0, self.record
         while column < batch.inputs.shape[1] and (most == 0 or segment < most):
-            pairs = self._pairs = self._pairs or make_pairs(self._tokenizer, self._read_record())
+            pairs = self._pairs = self._pairs or pairs_of(self._read_record())
             if len(pairs.inputs) > 0:
                 segment, last_used = segment + 1, self.record
                 first = self.offset if continues else 0
@@ -193,7 +189,7 @@ class _Cursor:
                     "set a smaller data.num_streams.",
                 )
 
-    def _read_record(self) -> Record:
+    def _read_record(self) -> Encoded:
         epoch, index = divmod(self.record, len(self._share))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._share[permutation(len(self._share), *self._seed, epoch)]

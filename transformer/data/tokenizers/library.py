@@ -1,7 +1,7 @@
 """Tokenizers of the `tokenizers` library: what they have in common, and those of words."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,13 @@ class LibraryTokenizer:
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
         """Ids of `text`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
+        """Ids of each text."""
         # Unlike `encode`, this lets other threads run meanwhile: the one that feeds the device must not wait.
-        return np.array(self._model.encode_batch_fast([without_surrogates(text)])[0].ids, np.int32)
+        encodings = self._model.encode_batch_fast([without_surrogates(text) for text in texts])
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Ids) -> str:
         """Text of ids; what is not UTF-8 becomes U+FFFD."""

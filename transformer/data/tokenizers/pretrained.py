@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -136,10 +136,11 @@ class PretrainedTokenizer(SpecialTokenizer):
             text: any.
             special: names of special tokens in it stand for these, as in the text of a chat template; else they are text.
         """
-        model = self._with_special if special else self._model
-        ids = model.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)[0].ids
-        ids_N = np.array(ids, np.int32)
-        return ids_N if special else self.spell_special(ids_N)
+        return _ids(self._with_special, [text])[0] if special else self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
+        """Ids of each text."""
+        return [self.spell_special(ids_N) for ids_N in _ids(self._model, texts)]
 
     def decode(self, ids: Ids) -> str:
         """Text of ids, special ones dropped; what is not UTF-8 becomes U+FFFD."""
@@ -163,6 +164,11 @@ class PretrainedTokenizer(SpecialTokenizer):
     def name_of(self, index: int) -> str:
         """The token of an id."""
         return self._model.id_to_token(index) or ""
+
+
+def _ids(model: tokenizers.Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
+    encodings = model.encode_batch_fast([without_surrogates(text) for text in texts], add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 @TOKENIZERS.register

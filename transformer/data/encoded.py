@@ -1,0 +1,176 @@
+"""Records of text as token ids, and the form in which these are stored."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, Integer
+
+from transformer.data.documents import CONVERSATION
+from transformer.data.source import Record
+from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers.base import encode_all
+from transformer.data.tokenizers.chat import learnt_ids
+from transformer.tokenizer import around_text, document_start
+
+
+class Encoded(NamedTuple):
+    """The token ids of a document, or of a piece of one."""
+
+    tokens: Integer[np.ndarray, " n"]
+    """Each but the first is a target, read after the ones before it; a document without text has none."""
+    learnt: Integer[np.ndarray, " m"]
+    """Lengths of runs of targets: the first run has weight 0, the next 1, and so on in turn. What follows the last run has the
+    weight that is next; so all targets count where there are no runs."""
+    last: bool
+    """Whether a document ends here."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted, of any weight."""
+        return max(0, len(self.tokens) - 1)
+
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """Of each target; do not write to them."""
+        if len(self.learnt) == 0:
+            return _ones(self.num_targets.bit_length())[: self.num_targets]
+        runs = np.append(self.learnt.astype(np.int64), self.num_targets - self.learnt.sum(dtype=np.int64))
+        return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.float32)
+
+
+@functools.cache
+def _ones(bits: int) -> Float[np.ndarray, " n"]:
+    ones = np.ones(1 << bits, np.float32)
+    ones.flags.writeable = False
+    return ones
+
+
+_ALL = np.zeros(0, np.uint32)
+
+
+def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Iterator[Encoded]:
+    """Records as ids; a document begins with `document_start` and ends with end-of-text.
+
+    The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
+    since what precedes it is in another record. Of a tokenizer with ids on both sides of a text, as BERT's, the end is read
+    too, with nothing to predict from it. Of a conversation, what an assistant says has weight 1; its template begins and ends it.
+    """
+    texts = [(record.prompt, record.text) for record in records if record.prompt != CONVERSATION]
+    encoded = iter(encode_all(tokenizer, [part for pair in texts for part in pair if part]))
+    for record in records:
+        if record.prompt == CONVERSATION:
+            ids, learnt = learnt_ids(tokenizer, json.loads(record.text))
+            yield Encoded(ids, learnt_runs(learnt[1:]), True)
+        else:
+            prompt, text = (next(encoded) if part else _ALL for part in (record.prompt, record.text))
+            yield _framed(tokenizer, record, prompt, text)
+
+
+def _framed(tokenizer: Tokenizer, record: Record, prompt: np.ndarray, text: np.ndarray) -> Encoded:
+    if len(text) == 0:
+        return Encoded(np.empty(0, np.int32), _ALL, record.last)
+    start = () if record.continues else (document_start(tokenizer),)
+    closed = record.last and all(around_text(tokenizer))
+    end = (tokenizer.end_of_text,) * (record.last + closed)
+    tokens = np.concatenate([np.array(start, np.int32), prompt, text, np.array(end, np.int32)]).astype(np.int32)
+    if closed:
+        return Encoded(tokens, np.array([len(prompt), len(tokens) - 2 - len(prompt), 1], np.uint32), True)
+    return Encoded(tokens, np.array([len(prompt)], np.uint32) if len(prompt) else _ALL, record.last)
+
+
+def learnt_runs(learnt: np.ndarray) -> np.ndarray:
+    """The runs of `Encoded.learnt` by which targets count."""
+    if learnt.all():
+        return _ALL
+    changes = np.flatnonzero(np.diff(learnt, prepend=False))
+    ends = changes if learnt.any() else np.array([len(learnt)])
+    return np.diff(ends, prepend=0).astype(np.uint32)
+
+
+# ---- As they are stored ----------------------------------------------------------------------------------------------
+#
+# A record is a `tf.train.Example`, as TFDS reads it, whose tokens come last. So they are a view of the record: TFDS's own
+# reading takes twenty times as long.
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds the ids of a vocabulary."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def token_features(vocab_size: int) -> Mapping[str, Any]:
+    """What TFDS is told of stored tokens."""
+    return {
+        "last": tfds.features.Scalar(np.bool_),
+        "learnt": tfds.features.Tensor(shape=(None,), dtype=np.uint32, encoding="bytes"),
+        "tokens": tfds.features.Tensor(shape=(None,), dtype=token_type(vocab_size).type, encoding="bytes"),
+    }
+
+
+def _varint(number: int) -> bytes:
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _part(tag: int, content: bytes) -> bytes:
+    return bytes([tag]) + _varint(len(content)) + content
+
+
+def _entry(name: bytes, feature: bytes) -> bytes:
+    return _part(0x0A, _part(0x0A, name) + _part(0x12, feature))
+
+
+def _array(name: bytes, values: bytes) -> bytes:
+    return _entry(name, _part(0x0A, _part(0x0A, values)))
+
+
+_LAST = {last: _entry(b"last", _part(0x1A, _part(0x0A, bytes([last])))) for last in (False, True)}
+_PLAIN = {last: part + _array(b"learnt", b"") for last, part in _LAST.items()}
+_LEARNT_AT = len(_LAST[True])
+
+
+def pack(encoded: Encoded, dtype: np.dtype) -> bytes:
+    """A record of ids of a type."""
+    tokens = _array(b"tokens", encoded.tokens.astype(dtype).tobytes())
+    if len(encoded.learnt) == 0:
+        return _part(0x0A, _PLAIN[encoded.last] + tokens)
+    return _part(0x0A, _LAST[encoded.last] + _array(b"learnt", encoded.learnt.astype(np.uint32).tobytes()) + tokens)
+
+
+def unpack(record: bytes, dtype: np.dtype) -> Encoded:
+    """The ids of a record, as a view of it."""
+    _, start = _number(record, 1)
+    for last, head in _PLAIN.items():
+        if record.startswith(head, start):
+            at, _ = _values(record, start + len(head))
+            return Encoded(np.frombuffer(record, dtype, offset=at), _ALL, last)
+    at, size = _values(record, start + _LEARNT_AT)
+    learnt = np.frombuffer(record[at : at + size], np.uint32)
+    tokens_at, _ = _values(record, at + size)
+    return Encoded(np.frombuffer(record, dtype, offset=tokens_at), learnt, record.startswith(_LAST[True], start))
+
+
+def _number(record: bytes, at: int) -> tuple[int, int]:
+    """A number of variable length, and the place behind it."""
+    number = shift = 0
+    while record[at] > 127:
+        number |= (record[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return number | record[at] << shift, at + 1
+
+
+def _values(record: bytes, at: int) -> tuple[int, int]:
+    """Where the bytes of an array begin, and how many they are; its entry begins at a place and has a name of six letters."""
+    _, at = _number(record, at + 1)
+    at += 2 + 6
+    size = 0
+    for _ in range(3):
+        size, at = _number(record, at + 1)
+    return at, size

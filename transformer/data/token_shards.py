@@ -1,0 +1,158 @@
+"""Shards of tokens: what one holds, written in this process or in one of several that each write one at a time."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
+
+from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_type
+from transformer.data.shards import Shards, write_shard
+from transformer.data.source import Record
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.tokenizer import TOKENIZERS
+from transformer.types import UserError
+
+_CHARACTERS_AT_ONCE = 1 << 20
+_LONGEST = 1 << 20  # tokens of a stored record; longer documents are several
+
+
+class TextRecords(Sequence[Record]):
+    """The records of stored text, read at random."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: Any) -> Record:
+        example: Any = tf_example_pb2.Example.FromString(self.shards[index])  # pyright: ignore[reportAttributeAccessIssue]
+        parts = example.features.feature
+        text, prompt = (parts[name].bytes_list.value[0].decode() for name in ("text", "prompt"))
+        continues, last = (bool(parts[name].int64_list.value[0]) for name in ("continues", "last"))
+        return Record(text, prompt, continues, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A split that is to be stored as tokens."""
+
+    texts: list[str]
+    """Files of the text."""
+    lengths: list[int]
+    """Records of each."""
+    directory: str
+    split: str
+    num_shards: int
+    whole: bool
+    """Whether a record is a document, or a record of the text."""
+
+    @property
+    def records(self) -> TextRecords:
+        """The text."""
+        return TextRecords(Shards(self.texts, self.lengths))
+
+    def path(self, shard: int) -> epath.Path:
+        """Where a shard lies, named as TFDS does."""
+        name = f"tokens-{self.split}.array_record-{shard:05}-of-{self.num_shards:05}"
+        return epath.Path(self.directory) / name
+
+
+def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:
+    """Write a shard: the tokens of an equal part of the records; `advance` is told the characters that are done."""
+    records, dtype = job.records, token_type(tokenizer.vocab_size)
+    start, stop = (part * len(records) // job.num_shards for part in (shard, shard + 1))
+    texts = _documents(records, start, stop) if job.whole else map(records.__getitem__, range(start, stop))
+
+    def packed() -> Iterator[bytes]:
+        for some in _batched(texts):
+            for encoded in encode_records(tokenizer, some):
+                yield from (pack(part, dtype) for part in _parts(encoded))
+            advance(sum(map(_size, some)))
+
+    write_shard(job.path(shard), packed())
+
+
+def _size(record: Record) -> int:
+    return len(record.text) + len(record.prompt)
+
+
+def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records in lists of about so many characters, which are encoded at once."""
+    some, size = list[Record](), 0
+    for record in records:
+        some.append(record)
+        size += _size(record)
+        if size >= _CHARACTERS_AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[Record]:
+    """The documents that begin in a part of the records, whole."""
+    index = start
+    while index < stop and records[index].continues:
+        index += 1
+    while index < stop:
+        pieces = [records[index]]
+        while not pieces[-1].last:
+            index += 1
+            pieces.append(records[index])
+        yield Record("".join(piece.text for piece in pieces), pieces[0].prompt, continues=False, last=True)
+        index += 1
+
+
+def _parts(encoded: Encoded) -> Iterator[Encoded]:
+    """A document in parts that are not too long: each begins with the token that the one before ends with."""
+    if len(encoded.tokens) <= _LONGEST:
+        yield encoded
+        return
+    for start in range(0, len(encoded.tokens) - 1, _LONGEST):
+        stop = min(start + _LONGEST, len(encoded.tokens) - 1)
+        learnt = learnt_runs(encoded.weights[start:stop] > 0)
+        yield Encoded(encoded.tokens[start : stop + 1], learnt, encoded.last and stop == len(encoded.tokens) - 1)
+
+
+# ---- In a process of its own -----------------------------------------------------------------------------------------
+
+JOB, TOKENIZER = "job.json", "tokenizer"
+
+
+def save_job(directory: pathlib.Path, job: Job, tokenizer: Tokenizer) -> None:
+    """Write what a process needs."""
+    tokenizer.save(directory / TOKENIZER)
+    settings: Any = getattr(tokenizer, "settings", None) or TOKENIZERS.find(tokenizer.kind)()
+    content = {"job": dataclasses.asdict(job), "kind": settings.kind, "settings": dataclasses.asdict(settings)}
+    (directory / JOB).write_text(json.dumps(content))
+
+
+def main() -> None:
+    """Write the shards whose numbers come on standard input, a line each, and say on standard output what is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, and ends it
+    directory = pathlib.Path(sys.argv[1])
+    content = json.loads((directory / JOB).read_text())
+    job = Job(**content["job"])
+    tokenizer = load_tokenizer(directory / TOKENIZER, TOKENIZERS.find(content["kind"])(**content["settings"]))
+    with contextlib.suppress(BrokenPipeError):
+        for line in sys.stdin:
+            try:
+                write_tokens(job, tokenizer, int(line), lambda done: print(done, flush=True))
+            except (UserError, OSError) as error:
+                print(f"failed {json.dumps(str(error))}", flush=True)
+                return
+            print("written", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # nothing is left to take apart

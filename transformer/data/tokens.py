@@ -1,0 +1,271 @@
+"""The tokens of running text: stored once, by the first that reads them with a tokenizer, and read at random."""
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import os
+import pathlib
+import queue
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.progress import Progress
+from tensorflow_datasets.core import naming, splits
+
+from transformer.data.builder import builder_class
+from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_features, unpack
+from transformer.data.identity import ContentHash
+from transformer.data.prepare import quiet
+from transformer.data.shards import UNFINISHED, Shards, count_records
+from transformer.data.source import WHOLE, Record, Source, whole_documents
+from transformer.data.stored import INFO, open_stored
+from transformer.data.token_shards import Job, TextRecords, save_job, write_tokens
+from transformer.data.tokenizers import Tokenizer
+from transformer.storage import is_local, write_whole
+from transformer.terminal import make_console
+from transformer.tokenizer import around_text, document_start
+from transformer.types import UserError
+
+_FORMAT = 1  # of the stored tokens; a change stores all of them anew
+_SHARD_BYTES = 32 << 20  # of text: some ten seconds of a processor's time, which a kill may lose
+_MOST_SHARDS = 400  # of a split: as many files are open
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Sequence[Encoded]:
+    """The records of a split as tokens, stored now if they were not before."""
+    records = source.records(split)
+    stored = _stored(source, split, records, tokenizer, whole=False)
+    return _Now(records, tokenizer) if stored is None else stored
+
+
+def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: bool = True) -> Iterator[Encoded]:
+    """The documents of a split (or of all: `WHOLE`) as tokens, whole and in order; each as often as one record of text had it."""
+    for name in source.split_names if split == WHOLE and WHOLE not in source.sizes else (split,):
+        stored = _stored(source, name, source.records(name), tokenizer, whole=True) if store else None
+        if stored is not None:
+            yield from _joined(stored)
+            continue
+        for prompt, text in whole_documents(source, name):
+            yield from encode_records(tokenizer, [Record(text, prompt, continues=False, last=True)])
+
+
+def _joined(parts: Sequence[Encoded]) -> Iterator[Encoded]:
+    """Stored documents, the long ones whole again."""
+    pieces: list[Encoded] = []
+    for part in parts:
+        pieces.append(part)
+        if part.last:
+            yield part if len(pieces) == 1 else _one(pieces)
+            pieces = []
+
+
+def _one(pieces: Sequence[Encoded]) -> Encoded:
+    tokens = np.concatenate([pieces[0].tokens[:1], *(piece.tokens[1:] for piece in pieces)])
+    return Encoded(tokens, learnt_runs(np.concatenate([piece.weights for piece in pieces]) > 0), True)
+
+
+class _Now(Sequence[Encoded]):
+    """Records that become tokens each time they are read."""
+
+    def __init__(self, records: Sequence[Record], tokenizer: Tokenizer) -> None:
+        self._records, self._tokenizer = records, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Encoded:
+        return next(encode_records(self._tokenizer, [self._records[index]]))
+
+
+class _Stored(Sequence[Encoded]):
+    """Records that are stored as tokens."""
+
+    def __init__(self, shards: Shards, dtype: np.dtype) -> None:
+        self._shards, self._dtype = shards, dtype
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: Any) -> Encoded:
+        return unpack(self._shards[index], self._dtype)
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str | None:
+    """A hash of what a tokenizer does: its files, and the ids around a text. None of one's own, whose code is not known."""
+    if not type(tokenizer).__module__.startswith("transformer."):
+        return None
+    content = ContentHash()
+    content.add(_FORMAT, tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_text, document_start(tokenizer))
+    content.add(*itertools.chain(*around_text(tokenizer)))
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        tokenizer.save(root)
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            content.add(path.relative_to(root).as_posix(), path.read_bytes())
+    return content.hexdigest()
+
+
+# ---- Storing ---------------------------------------------------------------------------------------------------------
+
+
+def _stored(
+    source: Source, split: str, records: Sequence[Record], tokenizer: Tokenizer, *, whole: bool
+) -> _Stored | None:
+    """The tokens of a split; None where they cannot be kept: of text that is not stored, or where nothing can be written."""
+    identity = tokenizer_identity(tokenizer) if source.tokens_in is not None else None
+    if source.tokens_in is None or identity is None or not isinstance(records, TextRecords):
+        return None
+    directory = source.tokens_in / f"{identity[:16]}-{split}{'-documents' if whole else ''}"
+    if not (directory / INFO).exists():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shards = min(math.ceil(records.shards.num_bytes / _SHARD_BYTES), _MOST_SHARDS, len(records))
+            texts, lengths = records.shards.paths, records.shards.lengths
+            _store(Job(texts, lengths, os.fspath(directory), split, max(1, shards), whole), tokenizer, source.name)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                return None
+            raise UserError(f"Tokens must be written below data.data_dir, {directory} failed: {error}.") from error
+    with quiet():
+        info = open_stored(directory).info
+    found = info.splits[split]
+    return _Stored(Shards(found.filepaths, found.shard_lengths), np.dtype(info.features["tokens"].np_dtype))
+
+
+def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
+    """Write the shards that are missing, and then the description, without which there is no dataset."""
+    console = make_console()
+    # Processes of one run that share the folder begin at different places.
+    first = random.randrange(job.num_shards)
+    missing = [shard for shard in (*range(first, job.num_shards), *range(first)) if not job.path(shard).exists()]
+    processes = min(len(missing), _processors()) if is_local(job.directory) and sys.executable else 1
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(f"tokens of {name}, {job.split}", total=None)
+        total = Shards(job.texts, job.lengths).num_bytes * len(missing) // job.num_shards
+        bar.update(task, total=total)
+
+        def advance(done: int) -> None:
+            bar.update(task, advance=done)
+
+        if processes > 1:
+            _in_processes(job, tokenizer, missing, processes, advance)
+        else:
+            for shard in missing:
+                if not job.path(shard).exists():
+                    write_tokens(job, tokenizer, shard, advance)
+    _describe(job, tokenizer)
+
+
+def _describe(job: Job, tokenizer: Tokenizer) -> None:
+    paths = [job.path(shard) for shard in range(job.num_shards)]
+    directory = epath.Path(job.directory)
+    with tempfile.TemporaryDirectory() as aside, quiet():
+        builder: Any = builder_class("tokens")(
+            features=token_features(tokenizer.vocab_size), splits={}, version="1.0.0", data_dir=aside
+        )
+        template = naming.ShardedFileTemplate(
+            data_dir=directory, dataset_name="tokens", split=job.split, filetype_suffix="array_record"
+        )
+        sizes = [count_records(path) for path in paths]
+        split = splits.SplitInfo(
+            name=job.split,
+            shard_lengths=sizes,
+            num_bytes=sum(path.stat().length for path in paths),
+            filename_template=template,
+        )
+        builder.info.set_splits(splits.SplitDict([split]))
+        builder.info.write_to_directory(aside)
+        for file in sorted(pathlib.Path(aside).glob("*.json"), key=lambda file: file.name == INFO):
+            write_whole(directory / file.name, file.read_bytes())
+    for path in directory.iterdir():
+        if path.name.endswith(UNFINISHED):
+            path.unlink(missing_ok=True)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(
+    job: Job, tokenizer: Tokenizer, shards: Sequence[int], count: int, advance: Callable[[int], object]
+) -> None:
+    """Write shards in processes, each of which is given one after the other."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for shard in shards:
+        waiting.put(shard)
+    with tempfile.TemporaryDirectory() as folder:
+        save_job(pathlib.Path(folder), job, tokenizer)
+        workers = [_Worker(folder, job, waiting, advance) for _ in range(count)]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:
+            for worker in workers:
+                worker.end()
+    errors = [worker.error for worker in workers if worker.error is not None]
+    if errors:
+        raise errors[0]
+
+
+class _Worker(threading.Thread):
+    """A process that writes shards, and what it says."""
+
+    def __init__(
+        self, folder: str, job: Job, waiting: "queue.SimpleQueue[int]", advance: Callable[[int], object]
+    ) -> None:
+        super().__init__(daemon=True)
+        self._job, self._waiting, self._advance = job, waiting, advance
+        self.error: Exception | None = None
+        # The packages of this process, whose folder is not searched; one thread each, without an accelerator.
+        own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu", "RAYON_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "transformer.data.token_shards", folder],
+            env=os.environ | own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self) -> None:
+        """End the process, at once if it is at work."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError):
+                assert stream is not None
+                stream.close()
+
+    def run(self) -> None:
+        """Give the process shards until none is left."""
+        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        assert stdin is not None and stdout is not None and stderr is not None
+        try:
+            while True:
+                shard = self._waiting.get_nowait()
+                if self._job.path(shard).exists():
+                    continue
+                stdin.write(f"{shard}\n")
+                stdin.flush()
+                while (line := stdout.readline()) != "written\n":
+                    if line.startswith("failed "):
+                        raise UserError(json.loads(line.removeprefix("failed ")))
+                    if not line:
+                        raise RuntimeError(f"A process that writes tokens has ended:\n{stderr.read()[-2000:]}")
+                    self._advance(int(line))
+        except queue.Empty:
+            pass
+        except Exception as error:
+            self.error = error
