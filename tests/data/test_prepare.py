@@ -1,5 +1,6 @@
 """Sources: prepared once and whole, read at random, by path or by TFDS name."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,17 +8,19 @@ import textwrap
 
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
 from transformer.cli.main import main
-from transformer.data import prepare
-from transformer.data.builder import Examples
+from transformer.data import prepare, seen, source_kind
 from transformer.data.registry import find_source, open_source, open_sources
+from transformer.data.shards import Shards
 from transformer.data.source import split_text, whole_documents
+from transformer.data.stored import open_stored
 from transformer.types import UserError
 
 
 def _attempts(tmp_path):
-    return sorted(tmp_path.glob("prepared/text_records/*/*/text_records"))
+    return sorted(tmp_path.glob("prepared/text_records/*/prepared.json"))
 
 
 def _write_tfds(data_dir, name, examples, file_format="array_record"):
@@ -90,71 +93,192 @@ def test_text_is_prepared_once_and_anew_when_it_changes(tmp_path, make_config, w
     assert len(_attempts(tmp_path)) == 5
 
 
-def test_a_preparation_that_dies_leaves_nothing_that_is_used(tmp_path, make_config, write_folder, monkeypatch):
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare, "_SHARD_BYTES", 100)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("finished", [0, 1, 3, 6])
+def test_a_preparation_that_dies_is_gone_on_with(tmp_path, make_config, write_folder, monkeypatch, finished):
     folder = write_folder()
-    config = make_config(folder)
+    config = make_config(folder, record_bytes=64)
+    expected = list(
+        open_source(str(folder), dataclasses.replace(config, data_dir=str(tmp_path / "other"))).records("all")
+    )
+    write, begun = prepare.write_shard, []
+
+    def die(path, records):
+        begun.append(path)
+        if len(begun) > finished:
+            path.with_name(f"{path.name}-0123.unfinished").write_bytes(b"what a kill left")
+            raise KeyboardInterrupt  # no exception handler runs, and whatever was written stays
+        write(path, records)
+
     with monkeypatch.context() as patch:
-        # A kill: no exception handler runs, and whatever was written stays.
-        patch.setattr(prepare.epath.Path("/").__class__, "rmtree", lambda self: None)
-        generate = Examples._generate_examples
-
-        def die(self, examples):
-            for count, item in enumerate(generate(self, examples)):
-                if count == 3:
-                    raise KeyboardInterrupt
-                yield item
-
-        patch.setattr(Examples, "_generate_examples", die)
+        patch.setattr(prepare, "write_shard", die)
         with pytest.raises(KeyboardInterrupt):
             open_source(str(folder), config)
-    assert len(_attempts(tmp_path)) == 1
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("prepared/text_records/*/text/*-of-?????")}
+    assert len(kept) == finished
+    assert _attempts(tmp_path) == []
     source = open_source(str(folder), config)
-    assert len(source.records("train")) == 10
-    assert len(_attempts(tmp_path)) == 2
+    assert list(source.records("all")) == expected
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(source.records("train").shards.paths) > 6
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_of_another_text_is_written_anew(tmp_path, make_config, write_folder, monkeypatch):
+    folder = write_folder()
+    config = make_config(folder)
+    expected = list(open_source(str(folder), config).records("all"))
+    (pointer,) = _attempts(tmp_path)
+    pointer.unlink()
+    shards = sorted(pointer.parent.glob("text/*-of-?????"))
+    shards[1].write_bytes(shards[0].read_bytes())
+    shards[2].write_bytes(b"damaged")
+    assert list(open_source(str(folder), config).records("all")) == expected
 
 
 def test_a_preparation_that_is_overtaken_does_no_harm(tmp_path, make_config, write_folder, monkeypatch):
     folder = write_folder()
     config = make_config(folder)
-    generate, overtaking = Examples._generate_examples, []
+    write, overtaking = prepare.write_shard, []
 
-    def be_overtaken(self, examples):
+    def be_overtaken(path, records):
         if not overtaking:
             overtaking.append(None)
             overtaking[0] = open_source(str(folder), config)
-        yield from generate(self, examples)
+        write(path, records)
 
-    monkeypatch.setattr(Examples, "_generate_examples", be_overtaken)
+    monkeypatch.setattr(prepare, "write_shard", be_overtaken)
     overtaken = open_source(str(folder), config)
-    assert len(_attempts(tmp_path)) == 2
     for source in (overtaken, overtaking[0], open_source(str(folder), config)):
         assert len(list(split_text(source, "train"))) == 10
+    assert len(_attempts(tmp_path)) == 1
 
 
 def test_a_preparation_that_fails_cleans_up(tmp_path, make_config, write_folder, monkeypatch):
     folder = write_folder()
 
-    def fail(self, examples):
+    def fail(path, records):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Examples, "_generate_examples", fail)
+    monkeypatch.setattr(prepare, "write_shard", fail)
     with pytest.raises(UserError, match=r"below data\.data_dir, .* failed: .*No space left"):
         open_source(str(folder), make_config(folder))
-    assert list(tmp_path.glob("prepared/text_records/*/*")) == []
+    assert list(tmp_path.glob("prepared/text_records/*")) == []
 
 
 def test_text_that_does_not_come_back_is_an_error_and_nothing_is_kept(tmp_path, make_config, write_folder, monkeypatch):
     folder = write_folder()
-    generate = Examples._generate_examples
-
-    def alter(self, examples):
-        for number, example in generate(self, examples):
-            yield number, example | ({"text": example["text"].upper()} if number == 3 else {})
-
-    monkeypatch.setattr(Examples, "_generate_examples", alter)
-    with pytest.raises(UserError, match=r"must come back as it was given, example 4 of train came back as .*FOLDER"):
+    read = Shards.__getitem__
+    monkeypatch.setattr(Shards, "__getitem__", lambda self, index: read(self, index) + b"x" * (index == 3))
+    with pytest.raises(UserError, match=r"must come back as it was given, record 3 of .*text_records-train"):
         open_source(str(folder), make_config(folder))
-    assert list(tmp_path.glob("prepared/text_records/*/*")) == []
+    assert list(tmp_path.glob("prepared/text_records/*")) == []
+
+
+def test_text_that_changes_while_it_is_prepared_is_an_error_and_nothing_is_kept(
+    tmp_path, make_config, write_folder, monkeypatch
+):
+    folder = write_folder()
+    write = prepare.write_shard
+
+    def change(path, records):
+        write(path, records)
+        for file in folder.rglob("11.txt"):
+            file.write_text("another text")
+
+    monkeypatch.setattr(prepare, "write_shard", change)
+    monkeypatch.setattr(prepare, "_SHARD_BYTES", 100)
+    with pytest.raises(UserError, match="must stay as it is while it is prepared, folder changed; start again"):
+        open_source(str(folder), make_config(folder))
+    assert list(tmp_path.glob("prepared/text_records/*")) == []
+    monkeypatch.setattr(prepare, "write_shard", write)
+    assert "another text" in set(split_text(open_source(str(folder), make_config(folder)), "all"))
+
+
+def test_tfds_reads_prepared_text(tmp_path, make_config, write_jsonl):
+    path = write_jsonl([{"text": f"text {i}\n" * 20, "prompt": f"é{i}"} for i in range(20)])
+    source = open_source(str(path), make_config(path, record_bytes=64, validation_fraction=0.0))
+    examples = open_stored(epath.Path(_attempts(tmp_path)[0].parent / "text")).as_data_source("train")
+    found = [
+        (example["text"].decode(), example["prompt"].decode(), bool(example["continues"]), bool(example["last"]))
+        for example in examples
+    ]
+    assert found == [tuple(record) for record in source.records("train")]
+    assert [example["name"].decode() for example in examples if example["last"]][::19] == [
+        "records.jsonl:1",
+        "records.jsonl:20",
+    ]
+
+
+# ---- What has been read before ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    monkeypatch.setattr(seen, "_SETTLED_SECONDS", -60)
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("form", ["folder", "jsonl"])
+def test_a_text_that_has_not_changed_is_not_read_again(make_config, write_folder, write_jsonl, monkeypatch, form):
+    path = write_folder() if form == "folder" else write_jsonl([{"text": f"text {i}"} for i in range(40)])
+    config = make_config(path)
+    first = open_source(str(path), config)
+    with monkeypatch.context() as patch:
+        patch.setattr(source_kind, "make_corpus", None)
+        again = open_source(str(path), config)
+        assert (again.name, again.fingerprint, again.description) == (first.name, first.fingerprint, first.description)
+        assert find_source(str(path)).fingerprint(str(path), config) == first.fingerprint
+        assert list(again.records("all")) == list(first.records("all"))
+    other = open_source(str(path), make_config(path, validation_fraction=0.3))  # prepared anew
+    assert list(split_text(other, "all")) != [] and other.fingerprint != first.fingerprint
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("change", ["content", "size", "another", "separator", "replaced"])
+def test_what_may_have_changed_is_hashed_again(make_config, write_folder, change):
+    folder = write_folder()
+    config = make_config(folder)
+    first = open_source(str(folder), config)
+    file = folder / "sub1" / "01.txt"
+    stat, text = file.stat(), file.read_text()
+    if change == "content":
+        file.write_text(text.replace("folder", "FOLDER"))
+    elif change == "size":
+        file.write_text(text + "more")
+    elif change == "another":
+        (folder / "sub1" / "new.txt").write_text("new")
+    elif change == "separator":
+        config = dataclasses.replace(config, separator="0")
+    else:
+        other = folder / "sub1" / "02.txt"
+        other.write_text(text.replace("folder", "FOLDER"))
+        other.replace(file)
+    if change != "separator":
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_source(str(folder), config).fingerprint != first.fingerprint
+
+
+def test_a_file_that_has_just_changed_is_hashed_again(tmp_path, make_config, write_folder):
+    folder = write_folder()
+    open_source(str(folder), make_config(folder))
+    assert not list(tmp_path.glob("prepared/text_seen/*"))
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"state": 1, "fingerprint": 2}'])
+def test_a_damaged_note_is_no_note(tmp_path, make_config, write_folder, content):
+    folder = write_folder()
+    first = open_source(str(folder), make_config(folder))
+    (note,) = tmp_path.glob("prepared/text_seen/*")
+    note.write_text(content)
+    assert open_source(str(folder), make_config(folder)).fingerprint == first.fingerprint
 
 
 def test_a_new_process_needs_no_tensorflow_makes_no_noise_and_ends_quietly(tmp_path, write_folder):

@@ -1,10 +1,19 @@
-"""TFDS builders that write examples as ArrayRecord files, without TensorFlow."""
+"""TFDS builders that write examples as ArrayRecord files, and descriptions of files that are there, without TensorFlow."""
 
-from collections.abc import Callable, Iterator, Mapping
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import naming
+from tensorflow_datasets.core import splits as tfds_splits
+
+from transformer.data.shards import UNFINISHED, count_records
+from transformer.data.stored import INFO
+from transformer.storage import write_whole
 
 Example = dict[str, Any]
 Splits = Mapping[str, Callable[[], Iterator[Example]]]
@@ -59,3 +68,34 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def builder_class(name: str) -> type[Examples]:
     """`Examples` under a dataset's name, which TFDS finds it by."""
     return type(name, (Examples,), {"name": name}, skip_registration=True)
+
+
+def shard_path(directory: epath.Path, name: str, split: str, shard: int, num_shards: int) -> epath.Path:
+    """Where TFDS looks for a shard."""
+    return directory / f"{name}-{split}.array_record-{shard:05}-of-{num_shards:05}"
+
+
+def describe(
+    directory: epath.Path, name: str, features: Mapping[str, Any], splits: Mapping[str, Sequence[epath.Path]]
+) -> None:
+    """Describe the shards in a directory as a dataset, and remove what a kill has left. Before, there is no dataset."""
+    with tempfile.TemporaryDirectory() as aside:
+        builder: Any = builder_class(name)(features=features, splits={}, version="1.0.0", data_dir=aside)
+        infos = [
+            tfds_splits.SplitInfo(
+                name=split,
+                shard_lengths=[count_records(path) for path in paths],
+                num_bytes=sum(path.stat().length for path in paths),
+                filename_template=naming.ShardedFileTemplate(
+                    data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
+                ),
+            )
+            for split, paths in splits.items()
+        ]
+        builder.info.set_splits(tfds_splits.SplitDict(infos))
+        builder.info.write_to_directory(aside)
+        for file in sorted(pathlib.Path(aside).glob("*.json"), key=lambda file: file.name == INFO):
+            write_whole(directory / file.name, file.read_bytes())
+    for path in directory.iterdir():
+        if path.name.endswith(UNFINISHED):
+            path.unlink(missing_ok=True)

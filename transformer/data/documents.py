@@ -1,12 +1,15 @@
 """Documents of running text, corpora of them, and the text files of a folder."""
 
+import array
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from transformer.data.files import decode_text, read_file
 from transformer.data.identity import ContentHash
@@ -33,7 +36,7 @@ class Corpus:
     version: str
     fingerprint: str
     """Of texts and prompts in their order; neither names of files nor their places count."""
-    sizes: tuple[int, ...]
+    sizes: Int[np.ndarray, " n"]
     """Bytes of each document's text."""
     documents: Callable[[], Iterator[Document]]
 
@@ -63,12 +66,12 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
     def with_text() -> Iterator[Document]:
         return (document for document in documents() if document.text.strip())
 
-    content, sizes = ContentHash(), []
+    content, sizes = ContentHash(), array.array("q")
     for document in with_text():
         content.add(document.text, document.prompt)
         sizes.append(len(document.text.encode()))
     require(len(sizes) > 0, f"A source must hold text, {if_empty}.")
-    return Corpus(name, version, content.hexdigest(), tuple(sizes), with_text)
+    return Corpus(name, version, content.hexdigest(), np.array(sizes, np.int64), with_text)
 
 
 def visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> list[epath.Path]:

@@ -136,6 +136,14 @@ _PLAIN = {last: part + _array(b"learnt", b"") for last, part in _LAST.items()}
 _LEARNT_AT = len(_LAST[True])
 
 
+def pack_text(record: Record, name: str) -> bytes:
+    """A stored record of text, as `TEXT_FEATURES` describes it."""
+    flags = {b"continues": record.continues, b"last": record.last}
+    texts = {b"text": record.text, b"prompt": record.prompt, b"name": name}
+    numbers = (_entry(key, _part(0x1A, _part(0x0A, bytes([value])))) for key, value in flags.items())
+    return _part(0x0A, b"".join([*numbers, *(_array(key, value.encode()) for key, value in texts.items())]))
+
+
 def pack(encoded: Encoded, dtype: np.dtype) -> bytes:
     """A record of ids of a type."""
     tokens = _array(b"tokens", encoded.tokens.astype(dtype).tobytes())
@@ -146,15 +154,27 @@ def pack(encoded: Encoded, dtype: np.dtype) -> bytes:
 
 def unpack(record: bytes, dtype: np.dtype) -> Encoded:
     """The ids of a record, as a view of it."""
+    start, at = _plain_places(len(record))
+    if record.startswith(_PLAIN[True], start):
+        return Encoded(np.frombuffer(record, dtype, offset=at), _ALL, True)
+    if record.startswith(_PLAIN[False], start):
+        return Encoded(np.frombuffer(record, dtype, offset=at), _ALL, False)
     _, start = _number(record, 1)
-    for last, head in _PLAIN.items():
-        if record.startswith(head, start):
-            at, _ = _values(record, start + len(head))
-            return Encoded(np.frombuffer(record, dtype, offset=at), _ALL, last)
     at, size = _values(record, start + _LEARNT_AT)
     learnt = np.frombuffer(record[at : at + size], np.uint32)
     tokens_at, _ = _values(record, at + size)
     return Encoded(np.frombuffer(record, dtype, offset=tokens_at), learnt, record.startswith(_LAST[True], start))
+
+
+@functools.lru_cache(1 << 16)
+def _plain_places(size: int) -> tuple[int, int]:
+    """Where the parts of a record of so many bytes begin, and its tokens, if all targets count."""
+    most = size - len(_part(0x0A, _PLAIN[True] + _array(b"tokens", b"")))
+    for tokens in range(most, max(-1, most - 25), -1):  # five lengths of five bytes at most
+        record = _part(0x0A, _PLAIN[True] + _array(b"tokens", bytes(tokens)))
+        if len(record) == size:
+            return _number(record, 1)[1], size - tokens
+    return 0, 0  # no record begins so
 
 
 def _number(record: bytes, at: int) -> tuple[int, int]:

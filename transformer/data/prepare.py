@@ -1,47 +1,87 @@
 """Local running text, prepared once as a dataset of records that are read at random."""
 
 import contextlib
-import functools
+import dataclasses
 import io
 import json
+import math
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.data.builder import TEXT_FEATURES, Example, builder_class
-from transformer.data.documents import CONVERSATION, Corpus
+from transformer.data.builder import TEXT_FEATURES, describe, shard_path
+from transformer.data.documents import CONVERSATION, Corpus, Document
+from transformer.data.encoded import pack_text
 from transformer.data.identity import ContentHash
-from transformer.data.shards import Shards
+from transformer.data.progress import progress
+from transformer.data.seen import Stamp
+from transformer.data.shards import Shards, holds, write_shard
 from transformer.data.source import Record, Source
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
-from transformer.data.stored import check_stored, open_stored
+from transformer.data.stored import open_stored
 from transformer.data.token_shards import TextRecords
-from transformer.storage import expand
+from transformer.storage import expand, write_whole
 from transformer.types import UserError
 from transformer.validation import counted, require
 
 _FORMAT = 1  # of the prepared records; a change prepares every corpus anew
+_SHARD_BYTES = 32 << 20  # of a shard, which is in memory while it is made
+_MOST_SHARDS = 400  # of a split: as many files are open
 
 
-def open_corpus(corpus: Corpus, config: DataConfig) -> Source:
-    """A local corpus, prepared now if it was not before."""
-    identity = corpus_fingerprint(corpus, config)
-    label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower()[:80] or "text"
-    root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{identity[:16]}-{config.record_bytes}"
-    # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies in `root`.
-    pointer = root / "prepared.json"
+def open_corpus(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> Source:
+    """A local corpus, prepared now if it was not before.
+
+    Args:
+        read: reads and hashes it.
+        title: what it is called, and its version.
+        config: how it is split.
+        stamp: of its files; where they were read before, and a corpus of this content is prepared, they are not read again.
+    """
+    known = stamp.known()
+    if known is not None:
+        corpus = Corpus(*title, known, np.zeros(0, np.int64), lambda: iter(()))
+        pointer, _ = _places(corpus, config)
+        if pointer.exists():
+            return _open(corpus, pointer, config)
+    corpus = read()
+    stamp.note(corpus.fingerprint)
+    pointer, label = _places(corpus, config)
     if not pointer.exists():
-        _prepare(corpus, label, root, pointer, config)
+        _prepare(corpus, label, pointer, config)
+    return _open(corpus, pointer, config)
+
+
+def fingerprint_of(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> str:
+    """The fingerprint that `open_corpus` gives, without preparing anything."""
+    known = stamp.known()
+    if known is None:
+        known = read().fingerprint
+        stamp.note(known)
+    return corpus_fingerprint(Corpus(*title, known, np.zeros(0, np.int64), lambda: iter(())), config)
+
+
+def _places(corpus: Corpus, config: DataConfig) -> tuple[epath.Path, str]:
+    """The file that says what is prepared, and what TFDS calls it."""
+    label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower()[:80] or "text"
+    identity = corpus_fingerprint(corpus, config)
+    root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{identity[:16]}-{config.record_bytes}"
+    # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies beside it.
+    return root / "prepared.json", label
+
+
+def _open(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> Source:
     prepared = json.loads(pointer.read_text())
     with quiet():
-        builder: Any = open_stored(root / prepared["directory"])
+        builder: Any = open_stored(pointer.parent / prepared["directory"])
 
     def open_split(split: str) -> Sequence[Record]:
         info = builder.info.splits[split]
@@ -54,7 +94,9 @@ def open_corpus(corpus: Corpus, config: DataConfig) -> Source:
         for split, size in sizes.items()
     )
     documents = {split: size["documents"] for split, size in sizes.items()}
-    return Source(name, identity, documents, description, open_split, root / "tokens")
+    return Source(
+        name, corpus_fingerprint(corpus, config), documents, description, open_split, pointer.parent / "tokens"
+    )
 
 
 def corpus_fingerprint(corpus: Corpus, config: DataConfig) -> str:
@@ -64,56 +106,98 @@ def corpus_fingerprint(corpus: Corpus, config: DataConfig) -> str:
     return content.hexdigest()
 
 
-def _prepare(corpus: Corpus, label: str, root: epath.Path, pointer: epath.Path, config: DataConfig) -> None:
-    splits: dict[str, Callable[[], Iterator[Example]]] = {}
-    sizes: dict[str, dict[str, int]] = {}
+def _prepare(corpus: Corpus, label: str, pointer: epath.Path, config: DataConfig) -> None:
+    directory = pointer.parent / "text"
     parts = divide(corpus.sizes, config.validation_fraction, config.test_fraction)
-    for split in SPLITS:
-        documents = functools.partial(split_documents, corpus, parts, split)
-        count, size = 0, 0
-        for document in documents():
-            count, size = count + 1, size + len(document.prompt.encode()) + len(document.text.encode())
-        if count > 0:
-            sizes[split] = {"documents": count, "bytes": size}
-            splits[split] = functools.partial(_examples, documents, config.record_bytes)
+    writers = {split: _Writer(directory, split, int(parts[:, column].sum())) for column, split in enumerate(SPLITS)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with progress(f"records of {corpus.name}", int(corpus.sizes.sum())) as advance:
+            _write(corpus, parts, writers, config, advance)
+        sizes = {split: writer.sizes for split, writer in writers.items() if writer.sizes["documents"] > 0}
+        with quiet():
+            describe(directory, "text_records", TEXT_FEATURES, {split: writers[split].paths for split in sizes})
+        write_whole(pointer, json.dumps({"directory": directory.name, "splits": sizes}, indent=2))
+    except (OSError, UserError) as error:
+        # What is whole stays for the next attempt, unless the text has changed meanwhile.
+        if isinstance(error, _Changed) or not any(directory.glob("*.array_record-*-of-?????")):
+            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.rmdir(pointer.parent)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"Prepared text must be written below data.data_dir, {pointer.parent} failed: {error}."
+            ) from error
+        raise
+
+
+class _Changed(UserError):
+    """A text is not what it was when it was hashed."""
+
+
+def _write(
+    corpus: Corpus, parts: Any, writers: Mapping[str, "_Writer"], config: DataConfig, advance: Callable[[int], None]
+) -> None:
+    """Write the records of all splits in one pass, in which the text is hashed again."""
+    content = ContentHash()
+
+    def documents() -> Iterator[Document]:
+        for document in corpus.documents():
+            content.add(document.text, document.prompt)
+            yield document
+            advance(len(document.text))
+
+    for split, document in split_documents(dataclasses.replace(corpus, documents=documents), parts):
+        writers[split].add(document, config.record_bytes)
+    if content.hexdigest() != corpus.fingerprint:
+        raise _Changed(f"A source must stay as it is while it is prepared, {corpus.name} changed; start again.")
     wanted = [1.0, config.validation_fraction, config.test_fraction]
-    missing = [split for split, share in zip(SPLITS, wanted, strict=True) if share > 0 and split not in splits]
+    missing = [
+        split
+        for split, share in zip(SPLITS, wanted, strict=True)
+        if share > 0 and not writers[split].sizes["documents"]
+    ]
     require(
         not missing,
-        f"A source must leave text for each split, {corpus.name} has {counted(sum(corpus.sizes), 'byte')} in "
+        f"A source must leave text for each split, {corpus.name} has {counted(int(corpus.sizes.sum()), 'byte')} in "
         f"{counted(corpus.count, 'document')} and none for {' and '.join(missing)} with "
         f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}: add text, or "
         "set them to 0.",
     )
-    attempt = root / uuid.uuid4().hex
-    try:
-        attempt.mkdir(parents=True)
-        with quiet():
-            builder = builder_class("text_records")(
-                features=TEXT_FEATURES,
-                splits=splits,
-                version=corpus.version,
-                data_dir=os.fspath(attempt),
-                config_name=label,
-            )
-            builder.download_and_prepare(download_dir=attempt / "downloads")
-            check_stored(builder.data_path, TEXT_FEATURES, splits)
-        directory = builder.data_path.relative_to(root).as_posix()
-        draft = attempt / pointer.name
-        draft.write_text(json.dumps({"directory": directory, "splits": sizes}, indent=2))
-        draft.replace(pointer)
-    except BaseException as error:
-        if attempt.exists():
-            attempt.rmtree()
-        if isinstance(error, OSError):
-            raise UserError(f"Prepared text must be written below data.data_dir, {root} failed: {error}.") from error
-        raise
+    for writer in writers.values():
+        writer.close()
 
 
-def _examples(documents: Callable[[], Iterator], record_bytes: int) -> Iterator[Example]:
-    for document in documents():
-        for piece in pieces(document.text, document.prompt, record_bytes):
-            yield {**piece._asdict(), "name": document.name}
+class _Writer:
+    """The shards of a split, one after the other. One that is whole is compared and kept."""
+
+    def __init__(self, directory: epath.Path, split: str, num_bytes: int) -> None:
+        count = max(1, min(math.ceil(num_bytes / _SHARD_BYTES), _MOST_SHARDS))
+        self.paths = [shard_path(directory, "text_records", split, shard, count) for shard in range(count)]
+        self.sizes = {"documents": 0, "bytes": 0}
+        self._num_bytes, self._shard = num_bytes, 0
+        self._records: list[bytes] = []
+
+    def add(self, document: Document, record_bytes: int) -> None:
+        """Add the records of a document."""
+        for record in pieces(document.text, document.prompt, record_bytes):
+            last = len(self.paths) - 1
+            while self._shard < min(self.sizes["bytes"] * len(self.paths) // max(1, self._num_bytes), last):
+                self._flush()
+            self._records.append(pack_text(record, document.name))
+            self.sizes["bytes"] += len(record.text.encode()) + len(record.prompt.encode())
+        self.sizes["documents"] += 1
+
+    def close(self) -> None:
+        """Write what is left, if there is a document at all."""
+        while self.sizes["documents"] and self._shard < len(self.paths):
+            self._flush()
+
+    def _flush(self) -> None:
+        path = self.paths[self._shard]
+        if not holds(path, self._records):
+            write_shard(path, self._records)
+        self._shard, self._records = self._shard + 1, []
 
 
 def pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:

@@ -71,6 +71,17 @@ def count_records(path: epath.PathLike) -> int:
             reader.close()
 
 
+def holds(path: epath.PathLike, records: Sequence[bytes]) -> bool:
+    """Whether a file is there and has these records."""
+    if not epath.Path(path).exists():
+        return False
+    try:
+        stored = Shards([path], [len(records)])
+        return all(stored[number] == record for number, record in enumerate(records))
+    except UserError:
+        return False
+
+
 def write_shard(path: epath.PathLike, records: Iterable[bytes]) -> None:
     """Write a file of records beside its place, read it back, and rename it: it is whole, or it is not there.
 

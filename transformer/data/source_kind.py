@@ -1,5 +1,6 @@
 """The base of every kind of source: how a name in `data.source` is read, as running text, labelled texts or pairs."""
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ from transformer.data.documents import CONVERSATION, Corpus, Document, make_corp
 from transformer.data.files import without_surrogates
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.forms.labelled import LabelledText
-from transformer.data.prepare import corpus_fingerprint, open_corpus
+from transformer.data.prepare import data_directory, fingerprint_of, open_corpus
+from transformer.data.seen import Stamp, stamp
 from transformer.data.source import ExampleSource, Source
 from transformer.types import UserError
 from transformer.validation import require, shown
@@ -77,11 +79,19 @@ class SourceKind:
 
     def open_text(self, name: str, config: DataConfig) -> Source:
         """Running text, prepared now if it was not before."""
-        return open_corpus(self.corpus(name, config), config)
+        return open_corpus(
+            functools.partial(self.corpus, name, config), self.title(name), config, self._stamp(name, config)
+        )
 
     def fingerprint(self, name: str, config: DataConfig) -> str:
         """That of `open_text`, without preparing it."""
-        return corpus_fingerprint(self.corpus(name, config), config)
+        return fingerprint_of(
+            functools.partial(self.corpus, name, config), self.title(name), config, self._stamp(name, config)
+        )
+
+    def _stamp(self, name: str, config: DataConfig) -> Stamp:
+        reading = (type(self).__qualname__, config.separator, config.text_key, config.prompt_key)
+        return stamp(name, reading, data_directory(config))
 
     # ---- Examples ----------------------------------------------------------------------------------------------------
 

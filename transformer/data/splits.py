@@ -19,26 +19,25 @@ Parts = Int[np.ndarray, "documents 3"]
 """Bytes of each document that go to training, validation and testing, which stand in it in this order."""
 
 
-def split_documents(corpus: Corpus, parts: Parts, split: str) -> Iterator[Document]:
-    """Documents of a split, in order, whole or the part of them that `parts` gives it; the prompt is the first part's."""
-    column = SPLITS.index(split)
+def split_documents(corpus: Corpus, parts: Parts) -> Iterator[tuple[str, Document]]:
+    """Each document, in order, with its split: whole, or each part that `parts` gives a split; the prompt is the first part's."""
     for document, of_document in itertools.zip_longest(corpus.documents(), parts):
         if document is None or of_document is None:
             raise UserError(
                 f"A source must stay as it is while it is prepared, the number of texts in {corpus.name} changed; start again."
             )
-        if of_document[column] == of_document.sum():
-            yield document
-        elif document.prompt == CONVERSATION:  # whole, where most of it belongs
-            if column == of_document.argmax():
-                yield document
-        elif of_document[column] > 0:
-            start, stop = _stretches(document.text, of_document.tolist())[column]
-            if start < stop:
-                yield document._replace(text=document.text[start:stop], prompt=document.prompt if start == 0 else "")
+        if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, where most of it belongs
+            yield SPLITS[of_document.argmax()], document
+            continue
+        for split, size, (start, stop) in zip(
+            SPLITS, of_document, _stretches(document.text, of_document.tolist()), strict=True
+        ):
+            if size > 0 and start < stop:
+                prompt = document.prompt if start == 0 else ""
+                yield split, document._replace(text=document.text[start:stop], prompt=prompt)
 
 
-def divide(sizes: Sequence[int], validation_fraction: float, test_fraction: float) -> Parts:
+def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_fraction: float) -> Parts:
     """How much of each document goes to which split, so that each has its share of the text.
 
     Whole documents at an even stride are held out. Where that misses a share by more than a fifth, documents are chosen by
@@ -59,7 +58,7 @@ def divide(sizes: Sequence[int], validation_fraction: float, test_fraction: floa
     """
     whole = np.zeros((len(sizes), 3), np.int64)
     whole[np.arange(len(sizes)), assign(len(sizes), validation_fraction, test_fraction)] = sizes
-    total = sum(sizes)
+    total = int(np.sum(sizes))
     second = int(total * (1 - test_fraction))
     wanted = {1: second - int(total * (1 - validation_fraction - test_fraction)), 2: total - second}
     wanted = {

@@ -8,13 +8,12 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from transformer.data.builder import Splits
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -80,7 +79,9 @@ def open_stored(directory: epath.Path) -> Any:
         raise UserError(f"A stored dataset must be whole, {directory} cannot be opened: {error}") from error
 
 
-def check_stored(directory: epath.Path, features: Mapping[str, Any], splits: Splits) -> None:
+def check_stored(
+    directory: epath.Path, features: Mapping[str, Any], splits: Mapping[str, Callable[[], Iterator[dict[str, Any]]]]
+) -> None:
     """Read a dataset back and compare class names and every example with what was to be stored.
 
     Raises:

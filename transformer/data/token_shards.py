@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from transformer.data.builder import shard_path
 from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_type
 from transformer.data.shards import Shards, write_shard
 from transformer.data.source import Record
@@ -62,8 +63,7 @@ class Job:
 
     def path(self, shard: int) -> epath.Path:
         """Where a shard lies, named as TFDS does."""
-        name = f"tokens-{self.split}.array_record-{shard:05}-of-{self.num_shards:05}"
-        return epath.Path(self.directory) / name
+        return shard_path(epath.Path(self.directory), "tokens", self.split, shard, self.num_shards)
 
 
 def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:

@@ -18,20 +18,18 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from rich.progress import Progress
-from tensorflow_datasets.core import naming, splits
 
-from transformer.data.builder import builder_class
+from transformer.data.builder import describe
 from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_features, unpack
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
-from transformer.data.shards import UNFINISHED, Shards, count_records
+from transformer.data.progress import progress
+from transformer.data.shards import Shards
 from transformer.data.source import WHOLE, Record, Source, whole_documents
 from transformer.data.stored import INFO, open_stored
 from transformer.data.token_shards import Job, TextRecords, save_job, write_tokens
 from transformer.data.tokenizers import Tokenizer
-from transformer.storage import is_local, write_whole
-from transformer.terminal import make_console
+from transformer.storage import is_local
 from transformer.tokenizer import around_text, document_start
 from transformer.types import UserError
 
@@ -144,52 +142,21 @@ def _stored(
 
 def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
     """Write the shards that are missing, and then the description, without which there is no dataset."""
-    console = make_console()
     # Processes of one run that share the folder begin at different places.
     first = random.randrange(job.num_shards)
     missing = [shard for shard in (*range(first, job.num_shards), *range(first)) if not job.path(shard).exists()]
     processes = min(len(missing), _processors()) if is_local(job.directory) and sys.executable else 1
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"tokens of {name}, {job.split}", total=None)
-        total = Shards(job.texts, job.lengths).num_bytes * len(missing) // job.num_shards
-        bar.update(task, total=total)
-
-        def advance(done: int) -> None:
-            bar.update(task, advance=done)
-
+    total = Shards(job.texts, job.lengths).num_bytes * len(missing) // job.num_shards
+    with progress(f"tokens of {name}, {job.split}", total) as advance:
         if processes > 1:
             _in_processes(job, tokenizer, missing, processes, advance)
         else:
             for shard in missing:
                 if not job.path(shard).exists():
                     write_tokens(job, tokenizer, shard, advance)
-    _describe(job, tokenizer)
-
-
-def _describe(job: Job, tokenizer: Tokenizer) -> None:
     paths = [job.path(shard) for shard in range(job.num_shards)]
-    directory = epath.Path(job.directory)
-    with tempfile.TemporaryDirectory() as aside, quiet():
-        builder: Any = builder_class("tokens")(
-            features=token_features(tokenizer.vocab_size), splits={}, version="1.0.0", data_dir=aside
-        )
-        template = naming.ShardedFileTemplate(
-            data_dir=directory, dataset_name="tokens", split=job.split, filetype_suffix="array_record"
-        )
-        sizes = [count_records(path) for path in paths]
-        split = splits.SplitInfo(
-            name=job.split,
-            shard_lengths=sizes,
-            num_bytes=sum(path.stat().length for path in paths),
-            filename_template=template,
-        )
-        builder.info.set_splits(splits.SplitDict([split]))
-        builder.info.write_to_directory(aside)
-        for file in sorted(pathlib.Path(aside).glob("*.json"), key=lambda file: file.name == INFO):
-            write_whole(directory / file.name, file.read_bytes())
-    for path in directory.iterdir():
-        if path.name.endswith(UNFINISHED):
-            path.unlink(missing_ok=True)
+    with quiet():
+        describe(epath.Path(job.directory), "tokens", token_features(tokenizer.vocab_size), {job.split: paths})
 
 
 def _processors() -> int:
