@@ -31,12 +31,21 @@ DEVICE_TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 PARITY = os.environ.get("TRANSFORMER_TEST_PARITY", "0") not in ("", "0")
 """Whether the packages that parity is tested with must be there: what is skipped for want of one fails (`make test-parity`)."""
 
-# Before JAX starts its backend; what a test starts has it too.
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+# Later versions abort at a flag that they do not know.
+_SIMPLE_FUSIONS = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+QUICK_TO_COMPILE = f"--xla_backend_optimization_level=0{_SIMPLE_FUSIONS}"
+"""Most of a test's time is the compiler's, and programs are small: unoptimised, they take half. Optimised as usual are those that
+are compared with other libraries (`PARITY`), and those of a test's own processes, which have other flags (the commands of the
+documentation, runs of several processes, kills)."""
+
+# Before JAX starts its backend.
 if ON_DEVICE:
     jax.config.update("jax_default_matmul_precision", "highest")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 else:
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join((given, EIGHT_DEVICES) if PARITY else (given, QUICK_TO_COMPILE, EIGHT_DEVICES))
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
 # What training remembers of its user is the user's, not the tests'.
@@ -169,9 +178,10 @@ def tolerances_of_the_device():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How the cases of `test_fuzz.py` ended, a line for each mutation."""
+    """How the cases of `test_fuzz.py` ended, a line for each mutation, and how many greedy texts differ after a near tie."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    found = [value for report in reports for name, value in report.user_properties if name == "fuzz"]
+    properties = [both for report in reports for both in report.user_properties]
+    found = [value for name, value in properties if name == "fuzz"]
     if found:
         terminalreporter.section("changed inputs")
     for name, verdict, counts in found:
@@ -179,3 +189,9 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{sum(counts.values()):>6}  {name} ({verdict}): {ends}")
     if found:
         terminalreporter.write_line(f"{sum(sum(counts.values()) for _, _, counts in found):>6}  in all")
+    ties = [value for name, value in properties if name == "near ties"]
+    if ties:
+        different, rows = map(sum, zip(*ties, strict=True))
+        terminalreporter.write_line(
+            f"greedy texts that differ from transformers' after a near tie: {different} of {rows}"
+        )
