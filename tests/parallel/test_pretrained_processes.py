@@ -14,7 +14,7 @@ import transformer
 from transformer.config import Config, DataConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
-from transformer.runs.pretrained import export_model
+from transformer.runs.export import export_model
 from transformer.runs.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -25,7 +25,8 @@ from transformer.parallel_config import ParallelConfig
 number = int(sys.argv[2])
 distributed.start(ParallelConfig(coordinator=sys.argv[1], num_processes=2, process_id=number))
 from transformer.interop import table
-from transformer.runs.pretrained import export_model, import_model
+from transformer.runs.export import export_model
+from transformer.runs.pretrained import import_model
 read, fill = [0], table.Source.fill
 def counted(self, index, out):
     read[0] += out.nbytes

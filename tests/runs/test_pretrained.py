@@ -18,7 +18,8 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.parallel.mesh import make_mesh
 from transformer.runs import recipe
-from transformer.runs.pretrained import export_model, import_model
+from transformer.runs.export import export_model
+from transformer.runs.pretrained import import_model
 from transformer.runs.train import train
 from transformer.types import UserError
 
@@ -220,7 +221,7 @@ def test_a_killed_export_leaves_no_folder_and_the_same_command_works(place_of_ki
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"transformer.runs.pretrained.{place_of_kill}", kill)
+        patch.setattr(f"transformer.runs.export.{place_of_kill}", kill)
         with pytest.raises(Killed):
             export_model(place / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import functools
 from transformer.cli.options import ExportOptions, Given
 from transformer.parallel import distributed
 from transformer.parallel_config import ParallelConfig
-from transformer.runs.pretrained import export_model
+from transformer.runs.export import export_model
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 

@@ -6,7 +6,8 @@ from transformer.cli.options import Given, ImportOptions
 from transformer.parallel import distributed
 from transformer.parallel_config import ParallelConfig
 from transformer.runs.adapters import import_adapters
-from transformer.runs.pretrained import family_of, import_model
+from transformer.runs.export import family_of
+from transformer.runs.pretrained import import_model
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 

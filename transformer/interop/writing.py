@@ -103,11 +103,15 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
         unlimited = field.name == "max_length" and after == 0
         if field.name not in _COMPUTING | {"first", "pattern"} and before != after and not unlimited:
             lines.append(f"{field.name}: {before} -> {after}")
+    layers: dict[str, list[int]] = {}  # one line for all layers that differ alike
     for layer, (block, another) in enumerate(zip(model.blocks, other.blocks, strict=False)):
         one, two = (_resolved(b, model.embed_dim) for b in (block, another))
-        lines += [
-            f"layer {layer}: {name}: {one[name]} -> {two.get(name)}" for name in one if one[name] != two.get(name)
-        ]
+        for name in one:
+            if one[name] != two.get(name):
+                layers.setdefault(f"{name}: {one[name]} -> {two.get(name)}", []).append(layer)
+    for line, found in layers.items():
+        of_all = len(found) == len(model.blocks)
+        lines.append(line if of_all else f"layer{'s' * (len(found) > 1)} {', '.join(map(str, found))}: {line}")
     return lines
 
 

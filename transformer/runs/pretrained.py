@@ -1,12 +1,10 @@
-"""Pretrained models in and out: a Hugging Face folder becomes a run, or is opened as it is; a run becomes a folder."""
+"""Pretrained models: a Hugging Face folder becomes the directory of a run, or is opened as it is."""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -22,42 +20,35 @@ from transformer.config_io import CONFIG_FILE, IMPORT_FILE, to_dict
 from transformer.data.batches import ids_alone
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.folder import from_folder
-from transformer.data.tokenizers.to_folder import class_words, generation_texts, tokenizer_texts
-from transformer.interop.family import ModelFamily
 from transformer.interop.folder import CONFIG, Folder, read_small
 from transformer.interop.reading import Weights, open_weights
-from transformer.interop.writing import dtype_name, expressing_family, planned, write_weights
-from transformer.layers.adapters import merge
+from transformer.interop.writing import dtype_name
 from transformer.memory import check_model, check_params, num_parameters
 from transformer.objective import OBJECTIVES
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import make_mesh
 from transformer.parallel.rules import parameter_shardings
 from transformer.parts import Parts, resolve
-from transformer.runs.adapters import write_adapters
-from transformer.runs.base import load_model_params
 from transformer.runs.directory import (
     CHECKPOINTS,
     CLASSES_FILE,
     DATA_FILE,
     FAMILY_FILE,
     GIVEN_FILE,
-    Record,
     open_workdir,
-    read_run,
     stored_record,
     write_copies,
 )
 from transformer.runs.lock import locked
-from transformer.storage import expand, explained, understood
+from transformer.storage import expand
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
-from transformer.validation import require, shown
+from transformer.validation import require
 
 Dtype = Literal["", "float32", "bfloat16", "float16"]
 _LONGEST_ROW = 1024
-_KEPT = (
+KEPT = (
     *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"),
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
@@ -169,9 +160,6 @@ def _opened_tokenizer(kind: Any, files: Mapping[str, bytes]) -> Tokenizer:
         return kind.open(directory)
 
 
-# ---- In ----------------------------------------------------------------------------------------------------------------
-
-
 def import_model(
     path: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
@@ -199,7 +187,7 @@ def import_model(
     opened = open_folder(path, dtype=dtype)
     config = dataclasses.replace(opened.config, workdir=workdir)
     first = jax.process_index() == 0
-    texts = {name: read_small(path) for name in _KEPT if (path := opened.weights.folder.path / name).exists()}
+    texts = {name: read_small(path) for name in KEPT if (path := opened.weights.folder.path / name).exists()}
     with locked(epath.Path(workdir), report) if first else contextlib.nullcontext():
         require(
             open_workdir(config, report) is None,
@@ -208,7 +196,7 @@ def import_model(
         files = _record_files(opened, config, texts)
         if first:
             write_copies(epath.Path(workdir), files, begun=False)
-        params = opened.params(_widest_mesh(opened.parts))
+        params = opened.params(widest_mesh(opened.parts))
         state = TrainState(np.zeros((), np.int32), params, (), (), (), ())
         checkpointer = Checkpointer(epath.Path(workdir) / CHECKPOINTS, record=stored_record(files))
         try:
@@ -219,7 +207,7 @@ def import_model(
     report(describe(opened))
 
 
-def _widest_mesh(parts: Parts) -> Mesh | None:
+def widest_mesh(parts: Parts) -> Mesh | None:
     """A mesh that spreads parameters over as many devices as divide them; None for one device."""
     count = jax.device_count()
     for shards in (n for n in range(count, 1, -1) if count % n == 0):
@@ -271,129 +259,3 @@ def describe(opened: Opened) -> str:
         f"width {config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
         + (f"; without a place: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
     )
-
-
-def _object(record: Record, name: str) -> dict[str, Any]:
-    """A file of the record, if it has one of that name."""
-    if name not in record.files:
-        return {}
-    with understood(f"{record.path}: {name}"):
-        values = json.loads(record.files[name])
-        require(isinstance(values, dict), f"{record.path}: {name} must be an object, got {shown(values)}.")
-        return values
-
-
-# ---- Out ---------------------------------------------------------------------------------------------------------------
-
-
-def export_model(
-    workdir: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    step: int | str = "latest",
-    dtype: Dtype = "",
-    family: str = "",
-    base: str | os.PathLike[str] = "",
-    adapter: bool = False,
-    report: Callable[[str], object] = lambda line: None,
-) -> None:
-    """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read; adapters are merged.
-
-    Args:
-        workdir: of the run.
-        path: a new folder; it appears when it is complete.
-        step: of the checkpoint, as for `load`.
-        dtype: of the weights; empty is that of the files that were imported, or the parameters'.
-        family: the `model_type` to write; empty is that of the import, or the first that can express the model.
-        base: directory of the run that adapters were trained on, if it lies elsewhere now.
-        adapter: write the adapters alone, as PEFT reads them.
-        report: called with a line for the user.
-
-    Raises:
-        UserError: no family can express the model; the fields in the way are named. Or the folder exists.
-    """
-    folder = pathlib.Path(expand(path))
-    require(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"A model is exported to a new folder, {folder} exists; choose another, or remove it.",
-    )
-    export = functools.partial(
-        _export_adapters if adapter else _export, folder=folder, family=family, base=os.fspath(base)
-    )
-    read_run(workdir, lambda record: export(record, dtype=dtype, report=report), step)
-
-
-def _export_adapters(
-    record: Record, folder: pathlib.Path, dtype: Dtype, family: str, base: str, report: Callable[[str], object]
-) -> None:
-    require(
-        record.config.adapter.rank > 0 and not dtype,
-        f"--adapter writes adapters as they are, without --dtype, got rank {record.config.adapter.rank} and {dtype!r}.",
-    )
-    require(jax.process_count() == 1, "Adapters are exported by one process; start one, on one device.")
-    tokenizer = record.load_tokenizer()
-    config = resolve(record.config, tokenizer)
-    parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
-    _, params = load_model_params(record, placed(parts, None), base)
-    folder.mkdir(parents=True, exist_ok=True)
-    with explained(f"{folder}"):
-        write_adapters(folder, family_of(record, config, family), config, params, base or config.training.init_from)
-    report(f"{folder}: adapters of rank {config.adapter.rank}; PEFT reads them beside the exported or imported base.")
-
-
-def family_of(record: Record, config: Config, family: str = "") -> ModelFamily:
-    """The family of a run's model."""
-    origin, objective = _object(record, FAMILY_FILE), config.objective.kind
-    known = {"preferred": origin.get("family", ""), "known": origin.get("config")}
-    return expressing_family(config.model, objective, family, **known)[0]
-
-
-def _export(
-    record: Record, folder: pathlib.Path, dtype: Dtype, family: str, base: str, report: Callable[[str], object]
-) -> None:
-    require(
-        not {"model", "objective"} & set(record.given),
-        f"A model of one's own has no family to be exported as, {record.path.parent.parent} was made with "
-        f"{record.given.get('model') or record.given.get('objective')}.",
-    )
-    source, origin = (_object(record, name) for name in (IMPORT_FILE, FAMILY_FILE))
-    tokenizer = record.load_tokenizer()
-    config = resolve(record.config, tokenizer)
-    objective = config.objective.kind
-    chosen, values = expressing_family(
-        config.model, objective, family, preferred=origin.get("family", ""), known=origin.get("config")
-    )
-    check_params(config)
-    parts = Parts(config, tokenizer, class_names=record.class_names, own_batches=True)
-    _, params = load_model_params(record, placed(parts, _widest_mesh(parts)), base)
-    if config.adapter.rank > 0:
-        params = jax.jit(lambda params: merge(params, config.adapter.scale, dtype or None))(params)
-    stored = source.get("dtypes", {})
-
-    def written_dtype(name: str, own: Any) -> Any:
-        return np.dtype(dtype or (stored if isinstance(stored, str) else stored.get(name, own)))
-
-    same = (origin.get("family"), origin.get("objective")) == (chosen.kind, objective)
-    bare = bool(origin.get("bare")) if same else not chosen.has_head(objective)
-    tensors = planned(chosen, config.model, objective, params, written_dtype, bare=bare)
-    values |= {"torch_dtype": str(next(iter(tensors.values())).dtype), **class_words(record.class_names)}
-    values.pop("dtype", None)  # the newer name of the same
-    kept = {name: str(text) for name, text in origin.get("texts", {}).items() if name in _KEPT}
-    generates = config.objective.continues_text or config.objective.num_stacks > 1
-    texts = kept | tokenizer_texts(tokenizer, kept) | (generation_texts(tokenizer, kept) if generates else {})
-    aside = folder.with_name(f"{folder.name}.tmp")
-    with explained(f"{folder}"):
-        if jax.process_index() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        write_weights(aside, tensors)
-        if jax.process_index() == 0:
-            (aside / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-            for name, text in texts.items():
-                (aside / name).parent.mkdir(exist_ok=True)
-                (aside / name).write_text(text)
-            if folder.exists():
-                folder.rmdir()
-            aside.rename(folder)
-        multihost_utils.sync_global_devices("exported")
-    report(f"{folder}: {chosen.kind}, {len(tensors)} tensors; transformers and vLLM read it.")
