@@ -360,9 +360,10 @@ class Steps:
         """Shapes before the first step, with the shardings of what a checkpoint is restored to, and the base is read to."""
 
     def init_state(self, *params: PyTree) -> TrainState:
-        """The state before the first step, of the config's or of given parameters; no device ever holds more than its part.
+        """The state before the first step; no device ever holds more than its part.
 
-        With adapters, it lacks what is frozen.
+        Parts of the tree of parameters that are given take the place of those that are initialised. With adapters, the state
+        lacks what is frozen.
         """
         return self.runner.init_state(self._make_state, *params)
 
@@ -382,10 +383,9 @@ class Steps:
         config = self.parts.config
         # Adapters are float32, whatever their base is.
         model = dataclasses.replace(config.model, param_dtype="float32") if config.adapter.rank else config.model
-        if params is None:
-            _, params = split(self.parts.init_params(jax.random.key(config.training.seed)))
+        _, own = split(self.parts.init_params(jax.random.key(config.training.seed)))
         return create_state(
-            params,
+            own if params is None else {**own, **params},
             self.train_step.optimizer,
             jax.random.key(config.training.seed + 1),
             carry=self.parts.loss.init_carry(config.data.batch_size),

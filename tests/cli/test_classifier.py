@@ -5,10 +5,12 @@ import random
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from transformer.cli.main import main
+from transformer.layers.adapters import split
 from transformer.runs.saved import load
 
 CONFIG = """
@@ -43,8 +45,8 @@ def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("classifier")
     words = random.Random(0)
     telling = {"good": "wonderful", "bad": "dreadful", "so-so": "tolerable"}
-    for split, count in (("train", 200), ("test", 41)):
-        with (directory / f"{split}.jsonl").open("w") as file:
+    for part, count in (("train", 200), ("test", 41)):
+        with (directory / f"{part}.jsonl").open("w") as file:
             for index in range(count):
                 label = list(telling)[index % 3]
                 text = [
@@ -230,3 +232,57 @@ def test_what_cannot_work_is_refused(place, options, message, capsys):
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
     assert not (place / "refused").exists()
+
+
+def adapt(place, name, base, *options):
+    return train(place, name, "--training.init-from", str(base), "--adapter.rank", "4", *options)
+
+
+def trained_params(workdir):
+    """Path -> array of what is trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(split(load(workdir).params)[1])
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+
+
+def test_adapters_and_a_new_head_are_trained_beside_a_plain_encoder(place, pretrained, capsys):
+    """Which has a head of its own, for masked words, that is left where it is."""
+    workdir = adapt(place, "adapted", pretrained)
+    assert "trained whole: classifier, 51 parameters, new" in words(capsys)
+    found = trained_params(workdir)
+    assert {path for path in found if "lora" not in path} == {"classifier/bias", "classifier/kernel"}
+    arrays = json.loads((workdir / "checkpoints" / "100" / "checkpoint.json").read_text())["arrays"]
+    assert {name for name in arrays if name.startswith("params/")} == {f"params/{name}" for name in found}
+    frozen, body = load(workdir).params, load(pretrained).params
+    np.testing.assert_array_equal(frozen["token_embedding"]["embedding"], body["token_embedding"]["embedding"])
+    main(["evaluate", str(workdir), "--split", "test"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.8
+    (place / "review.txt").write_text("a wonderful film")
+    main(["predict", str(workdir), str(place / "review.txt")])
+    assert json.loads(capsys.readouterr().out)["class"] == "good"
+
+
+def test_adapters_and_a_head_go_on_to_the_bit(place, pretrained):
+    options = ("--training.checkpoint-every", "10")
+    whole = trained_params(adapt(place, "at_once", pretrained, *options, "--training.steps", "20"))
+    adapt(place, "twice", pretrained, *options, "--training.steps", "20")
+    shutil.rmtree(place / "twice" / "checkpoints" / "20")
+    twice = trained_params(adapt(place, "twice", pretrained, *options, "--training.steps", "20"))
+    assert all(np.array_equal(whole[path], twice[path]) for path in whole | twice)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_head_of_the_same_classes_is_trained_on(place, pretrained, other, capsys):
+    base = train(place, f"base{other}", "--training.init-from", str(pretrained), "--training.steps", "20")
+    options = ("--optimizer.learning-rate", "1e-12", "--training.steps", "10", "--optimizer.weight-decay", "0")
+    if other:  # the same texts with the names of their classes exchanged
+        names = {"good": "a", "bad": "b", "so-so": "c"}
+        rows = map(json.loads, (place / "train.jsonl").read_text().splitlines())
+        (place / "other.jsonl").write_text(
+            "".join(json.dumps({"text": row["text"], "label": names[row["label"]]}) + "\n" for row in rows)
+        )
+        options += ("--data.source", str(place / "other.jsonl"))
+    capsys.readouterr()
+    found = trained_params(adapt(place, f"same{other}", base, *options))
+    assert f"trained whole: classifier, 51 parameters, {'new' if other else 'as the base has it'}" in words(capsys)
+    kernel = np.asarray(load(base).params["classifier"]["kernel"])
+    assert np.allclose(found["classifier/kernel"], kernel, atol=1e-6) != other

@@ -11,7 +11,6 @@ from families import ALL, TOKENS, TOLERANCE, difference, ours, theirs  # noqa: E
 
 from transformer import load  # noqa: E402
 from transformer.cli.main import main  # noqa: E402
-from transformer.types import UserError  # noqa: E402
 
 # Of PEFT with this version of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -46,10 +45,55 @@ def test_logits_in_both_directions(tmp_path):
     assert difference(theirs(merged, TOKENS), np.asarray(expected)) <= TOLERANCE
 
 
-def test_a_part_of_a_fused_tensor_is_refused_by_name(tmp_path):
-    ALL["gpt2"].build().save_pretrained(tmp_path / "hf")
-    model = adapted(tmp_path / "hf", ["c_attn"])
+@pytest.mark.parametrize("name", ["bert, classes", "roberta, classes"])
+def test_a_classifier_with_a_head_of_its_own(tmp_path, name):
+    ALL[name].build().save_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    )
+    lora = {"r": 3, "lora_alpha": 6, "target_modules": ["query", "value"], "init_lora_weights": False}
+    others = ["pooler"] if name.startswith("bert") else None  # PEFT adds `classifier`
+    model = peft.get_peft_model(model, peft.LoraConfig(**lora, modules_to_save=others, task_type="SEQ_CLS")).eval()
+    torch.manual_seed(1)
+    for path, parameter in model.named_parameters():
+        if "modules_to_save" in path:
+            parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "peft")
     main(["import", str(tmp_path / "hf"), "--workdir", str(tmp_path / "base")])
-    with pytest.raises((UserError, SystemExit)):
-        main(["import", str(tmp_path / "peft"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "run")])
+    main(["import", str(tmp_path / "peft"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "run")])
+    run, expected = load(tmp_path / "run"), theirs(model, TOKENS)
+    assert difference(ours(run, TOKENS), expected) <= TOLERANCE
+
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"])
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    )
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    assert difference(theirs(again, TOKENS), expected) <= TOLERANCE
+    saved = {"classifier", "bert.pooler.dense"} if others else {"classifier"}
+    assert saved <= set(again.peft_config["default"].modules_to_save)
+
+    main(["export", str(tmp_path / "run"), str(tmp_path / "merged")])
+    merged = type(plain).from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    assert difference(theirs(merged, TOKENS), expected) <= TOLERANCE
+
+
+FUSED = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"], "phi3": ["qkv_proj", "gate_up_proj"]}
+
+
+@pytest.mark.parametrize(("name", "targets"), FUSED.items())
+def test_kernels_that_are_one_tensor_of_theirs(tmp_path, name, targets):
+    """They share A on the way in, and have columns of their own on the way out."""
+    ALL[name].build().save_pretrained(tmp_path / "hf")
+    model = adapted(tmp_path / "hf", targets)
+    model.save_pretrained(tmp_path / "peft")
+    main(["import", str(tmp_path / "hf"), "--workdir", str(tmp_path / "base")])
+    main(["import", str(tmp_path / "peft"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "run")])
+    expected = theirs(model, TOKENS)
+    assert difference(ours(load(tmp_path / "run"), TOKENS), expected) <= TOLERANCE
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    assert difference(theirs(again, TOKENS), expected) <= TOLERANCE
+    main(["import", str(tmp_path / "out"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "twice")])
+    assert difference(ours(load(tmp_path / "twice"), TOKENS), expected) <= TOLERANCE

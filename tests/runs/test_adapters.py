@@ -12,11 +12,13 @@ from etils import epath
 
 from transformer.config import AdapterConfig, Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import CONFIG_FILE, to_dict
+from transformer.data.tokenizers.bytes import ByteTokenizer
 from transformer.layers.adapters import merge, split
 from transformer.layers.scan_params import loop_params
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
+from transformer.objectives.classification import Classification
 from transformer.optimizers.adamw import AdamW
-from transformer.parts import StandIn, Steps, resolve
+from transformer.parts import Parts, StandIn, Steps, resolve
 from transformer.runs.directory import BASE_FILE, read_run, stored_record
 from transformer.runs.saved import evaluate, load
 from transformer.runs.train import train
@@ -25,6 +27,7 @@ from transformer.training.checkpoint import Checkpointer, read_description
 from transformer.training.state import TrainState
 from transformer.types import UserError
 
+BYTES = ByteTokenizer()
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
 
@@ -162,6 +165,30 @@ def test_a_base_in_bfloat16_stays_as_it_is_under_float32_adapters(tmp_path, base
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
     assert same(frozen, params)
+
+
+def test_what_is_trained_whole_is_float32_too(tmp_path):
+    config = dataclasses.replace(adapted(tmp_path, "x", "base", dtype="bfloat16"), objective=Classification())
+    model = dataclasses.replace(config.model, pooler=True)
+    trained = split(
+        Parts(resolve(dataclasses.replace(config, model=model), BYTES), BYTES, class_names=("a", "b")).shapes
+    )[1]
+    assert {"classifier", "pooler"} < trained.keys()
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+
+
+def test_gradients_of_the_base_are_not_computed(tmp_path):
+    """They would be a third of a step's products."""
+
+    def products(config):
+        steps = Steps(resolve(config, BYTES), BYTES)
+        batch = config.objective.batch_shapes(config)
+        lowered = jax.jit(steps.train_step).lower(steps.state, batch)
+        return lowered.compile().cost_analysis()["flops"]
+
+    wide = {"model": dataclasses.replace(config_of(tmp_path, "x").model, embed_dim=128, remat="none")}
+    with_adapters = adapted(tmp_path, "x", "base", adapter=AdapterConfig(rank=1), **wide)
+    assert products(with_adapters) < 0.75 * products(config_of(tmp_path, "x", **wide))
 
 
 @pytest.mark.parametrize(

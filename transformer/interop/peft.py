@@ -1,5 +1,6 @@
 """Low-rank adapters as PEFT has them: two tensors beside each tensor of a family's table, in either direction."""
 
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -9,14 +10,15 @@ import numpy as np
 
 from transformer.adapter_config import AdapterConfig
 from transformer.interop.folder import read_json
-from transformer.interop.forms import Form
+from transformer.interop.forms import PART, Form
 from transformer.interop.table import Bound
 from transformer.interop.tensors import map_file, read_header
-from transformer.layers.adapters import LORA_A, LORA_B
+from transformer.layers.adapters import HEADS, LORA_A, LORA_B
 from transformer.validation import require, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+PREFIX = "base_model.model."
+_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _TASKS = {
     "next_token": "CAUSAL_LM",
     "prefix_lm": "CAUSAL_LM",
@@ -34,7 +36,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
@@ -42,36 +43,71 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 
 
 class Pair(NamedTuple):
-    """How the two factors of a kernel lie in PEFT's."""
+    """The two factors of one tensor of theirs, and the kernels of ours that it holds: one, or several that are fused."""
 
     module: str
     """Theirs: the name of the tensor without `.weight`."""
-    kernel: str
-    """Path of ours, in the tree of a looped model."""
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    """Axes of ours."""
-    their_inputs: tuple[str, ...]
-    their_outputs: tuple[str, ...]
-    """The same in the order in which theirs merges them."""
+    kernels: tuple[str, ...]
+    """Paths of ours, in the tree of a looped model."""
+    form: Form
+    inputs: int
+    """Axes of the input of a kernel of ours, its first."""
     transposed: bool
     """Whether their tensor has the input first (`Conv1D`)."""
 
-    def to_theirs(self, lora_a: np.ndarray, lora_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[rank, inputs] and [outputs, rank]."""
-        a = lora_a.transpose(*(self.inputs.index(axis) for axis in self.their_inputs), lora_a.ndim - 1)
-        b = lora_b.transpose(0, *(1 + self.outputs.index(axis) for axis in self.their_outputs))
-        return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+    def to_theirs(
+        self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], shapes: Mapping[str, tuple[int, ...]], rank: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`[rank, inputs]` and `[outputs, rank]`: fused kernels have columns of their own, and what is left is zero.
 
-    def to_ours(self, theirs: np.ndarray, factor: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A factor with our axes, of this shape."""
-        if factor == LORA_A:
-            sizes = dict(zip(self.inputs, shape[:-1], strict=True))
-            split = theirs.T.reshape(*(sizes[axis] for axis in self.their_inputs), shape[-1])
-            return split.transpose(*(self.their_inputs.index(axis) for axis in self.inputs), split.ndim - 1)
-        sizes = dict(zip(self.outputs, shape[1:], strict=True))
-        split = theirs.T.reshape(shape[0], *(sizes[axis] for axis in self.their_outputs))
-        return split.transpose(0, *(1 + self.their_outputs.index(axis) for axis in self.outputs))
+        Args:
+            factors: A and B of the kernels that have an adapter.
+            shapes: of all kernels.
+            rank: of theirs, at least the sum of those of the adapters.
+        """
+        firsts, seconds, start = [], [], 0
+        for kernel in self.kernels:
+            outputs = shapes[kernel][self.inputs :]
+            wide = np.zeros((rank, *outputs), np.float32)
+            if kernel in factors:
+                lora_a, lora_b = factors[kernel]
+                firsts.append(self._matrix([lora_a.reshape(*lora_a.shape, *(1,) * (len(outputs) - 1))]))
+                wide[start : start + len(lora_b)] = lora_b
+                start += len(lora_b)
+            seconds.append(wide.reshape(rank, *(1,) * (self.inputs - 1), *outputs))
+        first = np.concatenate(firsts)
+        return np.pad(first, ((0, rank - len(first)), (0, 0))), self._matrix(seconds)
+
+    def to_ours(
+        self, theirs: Mapping[str, np.ndarray], shapes: Sequence[tuple[int, ...]]
+    ) -> list[dict[str, np.ndarray]]:
+        """The factors of each kernel, of kernels of these shapes; fused kernels share A.
+
+        Raises:
+            UserError: the factors are of another size.
+        """
+        rank, inputs = len(theirs[LORA_A]), shapes[0][: self.inputs]
+        one = (*inputs, rank, *(1,) * (len(shapes[0]) - self.inputs - 1))
+        all_ = [(rank, *(1,) * (self.inputs - 1), *shape[self.inputs :]) for shape in shapes]
+        size = sum(math.prod(shape) for shape in all_)
+        require(
+            theirs[LORA_A].size == math.prod(one) and theirs[LORA_B].size == size,
+            f"Adapters of {self.module} must have {math.prod(one):,} and {size:,} numbers, got {theirs[LORA_A].size:,} and "
+            f"{theirs[LORA_B].size:,}.",
+        )
+        first = self._parts(theirs[LORA_A], [one])[0].reshape(*inputs, rank)
+        seconds = self._parts(theirs[LORA_B], all_)
+        return [
+            {LORA_A: first, LORA_B: second.reshape(rank, *shape[self.inputs :])}
+            for second, shape in zip(seconds, shapes, strict=True)
+        ]
+
+    def _matrix(self, parts: list[np.ndarray]) -> np.ndarray:
+        theirs = self.form.to_theirs(parts)
+        return theirs.T if self.transposed else theirs
+
+    def _parts(self, matrix: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        return self.form.to_ours(matrix.T if self.transposed else matrix, shapes)
 
 
 def pairs(bound: Sequence[Bound], contracted: Mapping[str, int]) -> list[Pair]:
@@ -82,61 +118,68 @@ def pairs(bound: Sequence[Bound], contracted: Mapping[str, int]) -> list[Pair]:
         contracted: path of each adapted kernel in the looped model -> axes of its input.
 
     Raises:
-        UserError: a kernel is a part of a tensor of theirs, or has none.
+        UserError: a kernel has no tensor of its own or with others.
     """
     found = []
     for rule in bound:
         adapted = [path for path in rule.ours if path in contracted]
-        if not adapted:
-            continue
-        require(
-            len(rule.ours) == 1 and not rule.form.fused,
-            f"An adapter of {', '.join(adapted)} cannot be PEFT's, since {rule.theirs} is one tensor for "
-            f"{', '.join(rule.ours)}; leave these out of adapter.paths, or export the merged model.",
-        )
-        found.append(_pair(rule.theirs.removesuffix(".weight"), rule.ours[0], rule.form, contracted[adapted[0]]))
-    missing = sorted(set(contracted) - {pair.kernel for pair in found})
+        if adapted:
+            found.append(_pair(rule, contracted[adapted[0]]))
+    missing = sorted(set(contracted) - {kernel for pair in found for kernel in pair.kernels})
     require(not missing, f"An adapter for PEFT must have a tensor of the family, {', '.join(missing[:3])} has none.")
     return found
 
 
-def _pair(module: str, kernel: str, form: Form, contracted: int) -> Pair:
-    inputs, outputs = form.ours[:contracted], form.ours[contracted:]
-    groups = {frozenset(group): group for group in form.groups}
+def _pair(rule: Bound, contracted: int) -> Pair:
+    axes = tuple(axis for axis in rule.form.ours if axis != PART)
+    groups = [set(group) for group in rule.form.groups]
+    inputs = set(axes[:contracted])
+    module = rule.theirs.removesuffix(".weight")
     require(
-        frozenset(inputs) in groups and frozenset(outputs) in groups and len(form.groups) == 2,
+        len(groups) == 2 and inputs in groups and rule.expert is None,
         f"An adapter for PEFT must be of a matrix of outputs and inputs, {module} is none.",
     )
-    their_inputs, their_outputs = groups[frozenset(inputs)], groups[frozenset(outputs)]
-    return Pair(module, kernel, inputs, outputs, their_inputs, their_outputs, form.groups[0] == their_inputs)
+    return Pair(module, rule.ours, rule.form, contracted, groups[0] == inputs)
+
+
+def heads(bound: Sequence[Bound]) -> list[Bound]:
+    """The rules of what is trained whole beside adapters (`modules_to_save`)."""
+    return [rule for rule in bound if rule.ours[0].partition("/")[0] in HEADS]
+
+
+def _saved_module(tensor: str) -> str:
+    """The module of a tensor that is saved whole; PEFT saves `classifier` of its own accord, with all that is in it."""
+    return "classifier" if tensor.startswith("classifier.") else tensor.rpartition(".")[0]
 
 
 def config_values(
-    adapter: AdapterConfig, found: Sequence[Pair], others: Sequence[str], objective: str, base: str
+    adapter: AdapterConfig, rank: int, found: Sequence[Pair], bound: Sequence[Bound], objective: str, base: str
 ) -> dict[str, Any]:
     """An adapter_config.json.
 
     Args:
         adapter: of the run.
+        rank: of the factors.
         found: the adapted kernels.
-        others: names of the tensors of the family; a short name is used where it means the adapted ones alone.
+        bound: the rules of the model; a short name is used where it means the adapted tensors alone.
         objective: the kind of objective of the run.
         base: names the base model.
     """
     modules = {pair.module for pair in found}
     ends = sorted({module.rpartition(".")[2] for module in modules})
-    short = {n.removesuffix(".weight") for n in others if n.endswith(".weight")}
+    short = {rule.theirs.removesuffix(".weight") for rule in bound if rule.theirs.endswith(".weight")}
     meant = {module for module in short if module.rpartition(".")[2] in ends}
     return {
         "peft_type": "LORA",
         "task_type": _TASKS.get(objective),
         "base_model_name_or_path": base,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+        "r": rank,
+        "lora_alpha": adapter.alpha * rank / adapter.rank,
         "lora_dropout": adapter.dropout,
         "target_modules": ends if meant == modules else sorted(modules),
         "fan_in_fan_out": any(pair.transposed for pair in found),
         "bias": "none",
+        "modules_to_save": sorted({_saved_module(rule.theirs) for rule in heads(bound)}) or None,
         "inference_mode": True,
     }
 
@@ -149,6 +192,8 @@ class Adapters(NamedTuple):
     dropout: float
     factors: dict[str, dict[str, np.ndarray]]
     """Module of theirs -> `lora_a` and `lora_b`, as views of the file."""
+    whole: dict[str, np.ndarray]
+    """Tensor of theirs, trained whole -> its values."""
 
 
 def read_adapters(path: pathlib.Path) -> Adapters:
@@ -164,9 +209,10 @@ def read_adapters(path: pathlib.Path) -> Adapters:
         f"{where} must be of peft_type LORA, got {shown(values.get('peft_type') if isinstance(values, dict) else values)}.",
     )
     for name, allowed in _ONLY.items():
+        value = values.get(name, allowed[0])
         require(
-            name not in values or values[name] in allowed,
-            f"{where}: {name} must be {allowed[0]} for adapters of this library, got {shown(values[name])}.",
+            value in allowed,
+            f"{where}: {name} must be {allowed[0]} for adapters of this library, got {shown(value)}.",
         )
     rank, alpha, dropout = (values.get(name) for name in ("r", "lora_alpha", "lora_dropout"))
     require(
@@ -177,11 +223,14 @@ def read_adapters(path: pathlib.Path) -> Adapters:
     stored, _ = read_header(path / WEIGHTS)
     memory = map_file(path / WEIGHTS)
     factors: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
     for name, tensor in stored.items():
-        match = _NAME.fullmatch(name)
-        require(match is not None, f"{path / WEIGHTS} must hold factors of LoRA, it has {name!r:.80}.")
-        assert match is not None
-        factors.setdefault(match["module"], {})[LORA_A if match["factor"] == "A" else LORA_B] = tensor.view(memory)
+        require(name.startswith(PREFIX), f"{path / WEIGHTS}: a name must begin with {PREFIX}, got {name!r:.80}.")
+        match = _NAME.fullmatch(name.removeprefix(PREFIX))
+        if match is None:
+            whole[name.removeprefix(PREFIX)] = tensor.view(memory)
+        else:
+            factors.setdefault(match["module"], {})[LORA_A if match["factor"] == "A" else LORA_B] = tensor.view(memory)
     for module, both in factors.items():
         require(
             set(both) == {LORA_A, LORA_B}
@@ -191,4 +240,4 @@ def read_adapters(path: pathlib.Path) -> Adapters:
             f"{shown({name: x.shape for name, x in both.items()})}.",
         )
     assert type(rank) is int and isinstance(alpha, (int, float)) and isinstance(dropout, (int, float))
-    return Adapters(rank, float(alpha), float(dropout), factors)
+    return Adapters(rank, float(alpha), float(dropout), factors, whole)

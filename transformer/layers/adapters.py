@@ -9,10 +9,12 @@ from transformer.types import PyTree
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 """The parameters of an adapter, beside the `kernel` that they belong to."""
+HEADS = ("classifier", "pooler", "pooling")
+"""Parts of a model that are trained whole beside adapters: what makes the scores of a text's classes of its hidden states."""
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """`(frozen, trained)`: the base and the adapters of a model that has some; `((), params)` of any other.
+    """`(frozen, trained)`: the base and the adapters (with `HEADS`) of a model that has some; `((), params)` of any other.
 
     Example:
         >>> split({"query": {"kernel": 1, "lora_a": 2, "lora_b": 3}})
@@ -20,8 +22,11 @@ def split(params: PyTree) -> tuple[PyTree, PyTree]:
         >>> split({"query": {"kernel": 1}})
         ((), {'query': {'kernel': 1}})
     """
-    trained = _chosen(params, adapters=True)
-    return (_chosen(params, adapters=False), trained) if trained else ((), params)
+    adapters = _chosen(params, adapters=True)
+    if not adapters:
+        return (), params
+    body = {name: part for name, part in params.items() if name not in HEADS}
+    return _chosen(body, adapters=False), adapters | {name: params[name] for name in HEADS if name in params}
 
 
 def _chosen(params: PyTree, *, adapters: bool) -> PyTree:

@@ -76,6 +76,11 @@ class Runtime:
             residual_init_scale=1 / math.sqrt(2 * config.num_layers),
         )
 
+    @property
+    def of_heads(self) -> "Runtime":
+        """That of the parts that are trained whole beside adapters (`adapters.HEADS`): like these they are float32."""
+        return dataclasses.replace(self, param_dtype=jnp.dtype(jnp.float32)) if self.adapter.rank else self
+
     def initializer(self, fan_in: int, axes: tuple[str | None, ...], scale: float = 1.0) -> Any:
         """Normal with a standard deviation of `scale * init_std`, for a parameter whose axes have these logical names."""
         return with_axes(nn.initializers.normal(scale * (self.init_std or 1.0 / math.sqrt(fan_in))), axes)

@@ -78,7 +78,7 @@ class Classifier(nn.Module):
             axes=("embed", None),
             use_bias=True,
             output_dtype=jnp.dtype(jnp.float32),
-            runtime=runtime,
+            runtime=runtime.of_heads,
             name="classifier",
         )(pooled_BD)
         return capped(config, logits_BC)

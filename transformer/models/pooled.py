@@ -44,10 +44,10 @@ def pooled_states(
     )
 
     def scores() -> Array:
-        return Linear(features=(1,), axes=("embed", None), runtime=runtime, name="pooling")(hidden_BTD)[..., 0]
+        return Linear(features=(1,), axes=("embed", None), runtime=runtime.of_heads, name="pooling")(hidden_BTD)[..., 0]
 
     pooled_BD = config.pooling(hidden_BTD, valid_BT, scores)
     if config.pooler:
-        dense = Linear((config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime, name="pooler")
+        dense = Linear((config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime.of_heads, name="pooler")
         pooled_BD = jnp.tanh(dense(pooled_BD).astype(jnp.float32)).astype(pooled_BD.dtype)
     return pooled_BD

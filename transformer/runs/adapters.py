@@ -19,13 +19,14 @@ from transformer.data.trust import remember_paths
 from transformer.interop import peft, table
 from transformer.interop.family import ModelFamily
 from transformer.interop.tensors import Planned, write_tensors
-from transformer.layers.adapters import LORA_A, LORA_B, split
+from transformer.layers.adapters import HEADS, LORA_A, LORA_B, split
 from transformer.parts import Parts, resolve
-from transformer.runs.base import Base
+from transformer.runs.base import Base, on_host
 from transformer.runs.directory import (
     BASE_FILE,
     CHECKPOINTS,
     DATA_FILE,
+    Record,
     open_workdir,
     read_run,
     stored_record,
@@ -33,7 +34,7 @@ from transformer.runs.directory import (
 )
 from transformer.runs.lock import locked
 from transformer.storage import expand
-from transformer.training.checkpoint import Checkpointer
+from transformer.training.checkpoint import Checkpointer, load_step_params, stored_params
 from transformer.training.state import TrainState
 from transformer.types import PyTree
 from transformer.validation import require
@@ -63,13 +64,14 @@ def write_adapters(folder: pathlib.Path, family: ModelFamily, config: Config, pa
         base: names the base model.
 
     Raises:
-        UserError: a kernel with an adapter is a part of a tensor of the family's.
+        UserError: a kernel with an adapter has no tensor of the family.
     """
     tree = _leaves(config, params)
     shapes = table.looped_shapes(tree)
     kernels = {path: shape for path, shape in shapes.items() if not path.endswith((LORA_A, LORA_B))}
     bound = table.bind(family.rules(config.model, config.objective.kind), kernels, config.model.num_layers)
-    found = peft.pairs(bound, _contracted(shapes))
+    adapted = _contracted(shapes)
+    found = peft.pairs(bound, adapted)
     places = {path: (leaf, place) for leaf in tree.values() for place, path in enumerate(leaf.looped)}
 
     def values(path: str) -> np.ndarray:
@@ -77,16 +79,19 @@ def write_adapters(folder: pathlib.Path, family: ModelFamily, config: Config, pa
         return np.asarray(leaf.value[place] if leaf.scanned else leaf.value)
 
     tensors: dict[str, Planned] = {}
+    rank = config.adapter.rank * max(len(set(pair.kernels) & adapted.keys()) for pair in found)
     for pair in found:
-        parent = pair.kernel.removesuffix("kernel")
-        both = pair.to_theirs(values(parent + LORA_A), values(parent + LORA_B))
-        for name, factor in zip("AB", both, strict=True):
+        parents = {kernel: kernel.removesuffix("kernel") for kernel in pair.kernels if kernel in adapted}
+        factors = {kernel: (values(parent + LORA_A), values(parent + LORA_B)) for kernel, parent in parents.items()}
+        for name, factor in zip("AB", pair.to_theirs(factors, kernels, rank), strict=True):
             planned = Planned(factor.dtype, factor.shape, lambda factor=factor: factor)
-            tensors[f"base_model.model.{pair.module}.lora_{name}.weight"] = planned
+            tensors[f"{peft.PREFIX}{pair.module}.lora_{name}.weight"] = planned
+    for rule in peft.heads(bound):
+        head = rule.form.to_theirs([values(path) for path in rule.ours])
+        tensors[peft.PREFIX + rule.theirs] = Planned(head.dtype, head.shape, lambda head=head: head)
     with (folder / peft.WEIGHTS).open("wb") as file:
         write_tensors(file, tensors, {"format": "pt"})
-    theirs = [rule.theirs for rule in bound]
-    written = peft.config_values(config.adapter, found, theirs, config.objective.kind, base)
+    written = peft.config_values(config.adapter, rank, found, bound, config.objective.kind, base)
     (folder / peft.CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
@@ -119,10 +124,12 @@ def import_adapters(
     shapes = table.looped_shapes(tree)
     rules = family(record, plain).rules(plain.model, plain.objective.kind)
     named = {rule.theirs.removesuffix(".weight"): rule for rule in table.bind(rules, shapes, plain.model.num_layers)}
-    unknown = [module for module in adapters.factors if module not in named]
+    heads = {rule.theirs: rule for rule in peft.heads(list(named.values()))}
+    unknown = [module for module in adapters.factors if module not in named] + [*adapters.whole.keys() - heads.keys()]
     require(
         not unknown,
-        f"Adapters must be of tensors of their base, {folder} has {', '.join(unknown[:3])}, which {base} has not.",
+        f"Adapters must be of tensors of their base, and only the head of a classifier may be trained whole; {folder} has "
+        f"{', '.join(unknown[:3])}, which {base} has not, or not as such.",
     )
     adapted = {path for module in adapters.factors for path in named[module].ours}
     paths = _patterns(tree, adapted)
@@ -130,7 +137,7 @@ def import_adapters(
     training = dataclasses.replace(record.config.training, init_from=base, init_from_step=str(record.step))
     config = dataclasses.replace(record.config, adapter=adapter, training=training, workdir=workdir)
     parts = Parts(resolve(config, tokenizer), tokenizer, class_names=record.class_names)
-    params = _read_params(folder, parts, adapters, list(named.values()))
+    params = _read_params(folder, parts, adapters, list(named.values()), _heads_of(record, parts))
     files = {
         **record.files,
         CONFIG_FILE: json.dumps(to_dict(config), indent=2).encode(),
@@ -158,26 +165,44 @@ def _save(config: Config, files: dict[str, bytes], params: PyTree, report: Calla
             checkpointer.close()
 
 
-def _read_params(folder: pathlib.Path, parts: Parts, adapters: peft.Adapters, bound: Sequence[table.Bound]) -> PyTree:
-    """The adapters of a folder as parameters of a model that has some."""
+def _heads_of(record: Record, parts: Parts) -> PyTree:
+    """What a base has of the parts that are trained whole beside adapters."""
+    own = {name: part for name, part in split(parts.shapes)[1].items() if name in HEADS}
+    if not own:
+        return {}
+    stored = stored_params(record.path)[1]
+    _, params = load_step_params(record.path, on_host({name: stored[name] for name in own}), some=True)
+    return params
+
+
+def _read_params(
+    folder: pathlib.Path, parts: Parts, adapters: peft.Adapters, bound: Sequence[table.Bound], heads: PyTree
+) -> PyTree:
+    """The adapters of a folder, and its heads or those of the base, as parameters of a model that has some."""
     trained = split(parts.shapes)[1]
-    own = table.looped_shapes(_leaves(parts.config, trained))
-    by_kernel = {pair.kernel: pair for pair in peft.pairs(bound, _contracted(own))}
+    leaves = _leaves(parts.config, trained)
+    own = table.looped_shapes(leaves)
+    kernels = table.looped_shapes(_leaves(parts.config, parts.shapes))
+    found = {path: leaf.value for path, leaf in _leaves(parts.config, heads).items()}
+    for rule in peft.heads(bound):
+        if rule.theirs in adapters.whole:
+            theirs, shapes = adapters.whole[rule.theirs], [own[path] for path in rule.ours]
+            require(
+                theirs.shape == rule.form.shape(shapes),
+                f"{folder}: {rule.theirs} must be of the base's shape {rule.form.shape(shapes)}, got {theirs.shape}.",
+            )
+            found |= zip(rule.ours, rule.form.to_ours(theirs, shapes), strict=True)
+    for pair in peft.pairs(bound, _contracted(own)):
+        shapes = [kernels[kernel] for kernel in pair.kernels]
+        for kernel, factors in zip(pair.kernels, pair.to_ours(adapters.factors[pair.module], shapes), strict=True):
+            found |= {kernel.removesuffix("kernel") + name: x for name, x in factors.items()}
 
-    def array(leaf: table.Leaf, factor: str) -> np.ndarray:
-        arrays = []
-        for path in leaf.looped:
-            pair = by_kernel[path.removesuffix(factor) + "kernel"]
-            theirs = adapters.factors[pair.module][factor]
-            size = int(np.prod(own[path]))
-            require(theirs.size == size, f"{folder}: {pair.module} must have {size} numbers, has {list(theirs.shape)}.")
-            arrays.append(pair.to_ours(np.asarray(theirs, np.float32), factor, own[path]))
-        return np.stack(arrays) if leaf.scanned else arrays[0]
+    def value(keys: Any, _: Any) -> jax.Array:
+        leaf = leaves[jax.tree_util.keystr(keys, simple=True, separator="/")]
+        arrays = [np.asarray(found[path], np.float32) for path in leaf.looped]
+        return jax.numpy.array(np.stack(arrays) if leaf.scanned else arrays[0])
 
-    made = {path: array(leaf, path.rpartition("/")[2]) for path, leaf in _leaves(parts.config, trained).items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, _: jax.numpy.asarray(made[jax.tree_util.keystr(keys, simple=True, separator="/")]), trained
-    )
+    return jax.tree_util.tree_map_with_path(value, trained)
 
 
 def _patterns(tree: Mapping[str, table.Leaf], adapted: set[str]) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def check_base(record: Record, frozen: PyTree) -> None:
     """
     arrays: dict[str, str] = read_description(record.path)["arrays"]
     field = "ema_params/" if any(name.startswith("ema_params/") for name in arrays) else "params/"
-    found = {name.removeprefix(field): text for name, text in arrays.items() if name.startswith(field)}
+    within = tuple(f"{field}{part}/" for part in frozen)  # a base may have more, such as another head
+    found = {name.removeprefix(field): text for name, text in arrays.items() if name.startswith(within)}
     layout = stored_layout(found, frozen, describe)
     wanted = describe(frozen if layout is None else layout.stored(frozen))
     lines = [
@@ -129,7 +130,7 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
     frozen, trained = split(target)
     step, adapters = load_step_params(record.path, trained)
     check_base(found, frozen)
-    return step, join(load_step_params(found.path, frozen)[1], adapters)
+    return step, join(load_step_params(found.path, frozen, some=True)[1], adapters)
 
 
 def on_host(shapes: PyTree) -> PyTree:

@@ -9,13 +9,14 @@ import jax
 from transformer.config import Config
 from transformer.config_io import differences, resume_conflicts, to_dict
 from transformer.data.tokenizers import Tokenizer, describe_entries
-from transformer.layers.adapters import merge, split
+from transformer.layers.adapters import HEADS, merge, split
 from transformer.memory import check_params
 from transformer.parts import Parts, count_parameters, resolve
 from transformer.runs.base import load_model_params, on_host
 from transformer.runs.directory import BASE_FILE, FAMILY_FILE, Record, read_run
 from transformer.training.checkpoint import load_step_params, stored_params
-from transformer.training.transfer import transfer
+from transformer.training.optimizer import parameter_path
+from transformer.training.transfer import Transfer, transfer
 from transformer.types import PyTree
 from transformer.validation import require
 
@@ -35,6 +36,17 @@ class Donor(NamedTuple):
     """Files of its record that a run that starts from it has too."""
     record: Record | None = None
     """Of that checkpoint."""
+
+
+class Inherited(NamedTuple):
+    """Parts of a model that a run has from the run that it starts from: branches at the top of the tree of parameters."""
+
+    parts: Mapping[str, PyTree]
+    """Their shapes."""
+    read: Callable[[], PyTree]
+    """Reads them straight to the devices, each process its own shards."""
+    note: str
+    """Lines for the user."""
 
 
 def read_donor(directory: str, step: int | str = "latest") -> Donor:
@@ -90,10 +102,8 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
     return jax.device_get(transferred.params), "\n  differs: ".join(lines)
 
 
-def inherit_whole(
-    config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...]
-) -> tuple[Callable[[], PyTree], str] | None:
-    """What reads the donor's parameters straight to the devices, each process its own shards, and lines for the user.
+def inherit_parts(config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...]) -> Inherited | None:
+    """The parts of a run's model (an embedding, a stack, a head) that the donor has in the same shapes.
 
     Args:
         config: of the run, as it was given.
@@ -102,32 +112,49 @@ def inherit_whole(
         class_names: of the run's data.
 
     Returns:
-        None where the run has something that the donor lacks; `inherit_params` then takes what fits.
+        None where no part fits, or one in some of its parameters only, of which `inherit_params` then takes these.
     """
     wanted = jax.tree.map(lambda x: getattr(x, "sharding", None), target)
-    if donor.class_names != class_names or not jax.tree.leaves(wanted):
+    if not jax.tree.leaves(wanted):
         return None
 
-    def fitting(record: Record) -> tuple[int, PyTree | None]:
-        stored = None if BASE_FILE in record.files else stored_params(record.path)[1]
-        shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (stored, target)]
-        return record.step, stored if shapes[0] == shapes[1] else None
+    def shapes_in(record: Record) -> tuple[int, PyTree]:
+        return record.step, {} if BASE_FILE in record.files else stored_params(record.path)[1]
 
-    step, stored = read_run(donor.path, fitting, donor.step)
-    if stored is None:
+    step, stored = read_run(donor.path, shapes_in, donor.step)
+    if donor.class_names != class_names:
+        stored = {name: part for name, part in stored.items() if name != _HEAD}
+    fits = {name: part for name, part in stored.items() if name in target and _shapes(part) == _shapes(target[name])}
+    if not fits or any(name in target and name not in fits for name in stored):
         return None
+    own = {name: target[name] for name in fits}
     # As they are stored, where they are wanted.
-    stored = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding), stored, target)
+    fits = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding), fits, own)
 
     def read() -> PyTree:
-        _, params = read_run(donor.path, lambda record: load_step_params(record.path, stored), donor.step)
-        return jax.tree.map(lambda x, own: x if x.dtype == own.dtype else x.astype(own.dtype), params, target)
+        _, params = read_run(donor.path, lambda record: load_step_params(record.path, fits, some=True), donor.step)
+        return jax.tree.map(lambda x, own: x if x.dtype == own.dtype else x.astype(own.dtype), params, own)
 
-    taken = f"from {donor.path}, step {step}: {len(jax.tree.leaves(target))} parameters taken"
-    return read, "\n  differs: ".join([taken, *_differing(config, donor, class_names)])
+    taken, fresh, skipped = (
+        tuple(parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+        for tree in (fits, _without(target, fits), _without(stored, fits))
+    )
+    transferred = Transfer({}, taken, (), fresh, skipped)
+    lines = [f"from {donor.path}, step {step}: {transferred.report()}", *_differing(config, donor, class_names)]
+    return Inherited(fits, read, "\n  differs: ".join(lines))
 
 
-def compare_base(config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...]) -> str:
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.shape, tree)
+
+
+def _without(tree: Mapping[str, PyTree], parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    return {name: part for name, part in tree.items() if name not in parts}
+
+
+def compare_base(
+    config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...], heads: Inherited | None
+) -> str:
     """Lines that say which kernels have adapters beside which base, and where the models differ.
 
     Args:
@@ -135,12 +162,17 @@ def compare_base(config: Config, parts: Parts, donor: Donor, class_names: tuple[
         parts: of the run.
         donor: the base.
         class_names: of the run's data.
+        heads: what is trained whole, as far as the base has it.
     """
     frozen, trained = split(parts.shapes)
+    whole = {name: trained.pop(name) for name in HEADS if name in trained}
     line = (
         f"adapters of rank {config.adapter.rank}, {count_parameters(trained):,} parameters, beside the "
         f"{count_parameters(frozen):,} of {donor.path}, which are frozen"
     )
+    for name, part in whole.items():
+        origin = "as the base has it" if heads and name in heads.parts else "new"
+        line += f"\n  trained whole: {name}, {count_parameters(part):,} parameters, {origin}"
     return "\n  differs: ".join([line, *_differing(config, donor, class_names)])
 
 

@@ -16,12 +16,21 @@ from transformer.data.trust import remember_paths
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
+from transformer.layers.adapters import HEADS
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
 from transformer.parts import Steps, check_devices, resolve
 from transformer.runs.base import Base, base_in, check_base, find_base
 from transformer.runs.directory import BASE_FILE, Record
-from transformer.runs.donor import Donor, compare_base, inherit_params, inherit_tokenizer, inherit_whole, read_donor
+from transformer.runs.donor import (
+    Donor,
+    Inherited,
+    compare_base,
+    inherit_params,
+    inherit_parts,
+    inherit_tokenizer,
+    read_donor,
+)
 from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
@@ -133,10 +142,9 @@ def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) 
         return _with_base(run, config, donor, old)
     if donor is None:
         return run, ""
-    whole = inherit_whole(config, run.state.params, donor, run.data.class_names)
-    if whole is not None:
-        read, note = whole
-        return run._replace(init_state=lambda: run.steps.init_state(read())), note
+    parts = inherit_parts(config, run.state.params, donor, run.data.class_names)
+    if parts is not None:
+        return run._replace(init_state=functools.partial(_started_from, run.steps, parts)), parts.note
     params, note = inherit_params(config, run.steps.parts, donor, run.data.class_names)
     return run._replace(init_state=functools.partial(run.steps.init_state, params)), note
 
@@ -148,8 +156,12 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
         steps.parts.module is None,
         "Adapters are of the package's models, and one was given to train(model=...); set adapter.rank=0.",
     )
+    init_state = run.init_state
     if donor is not None:
-        note = compare_base(config, steps.parts, donor, run.data.class_names)
+        own = {name: part for name, part in run.state.params.items() if name in HEADS}
+        heads = inherit_parts(config, own, donor, run.data.class_names)
+        note = compare_base(config, steps.parts, donor, run.data.class_names, heads)
+        init_state = functools.partial(_started_from, steps, heads) if heads else init_state
     if found is None:
         assert old is not None
         found = find_base(path, base_in(old), config.workdir, "set training.init_from")
@@ -159,9 +171,13 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
     check_base(found, steps.state.frozen)
 
     def frozen() -> PyTree:
-        return steps.runner.place_state(load_step_params(found.path, steps.state.frozen)[1])
+        return steps.runner.place_state(load_step_params(found.path, steps.state.frozen, some=True)[1])
 
-    return run._replace(kept=kept, frozen=frozen), note
+    return run._replace(kept=kept, frozen=frozen, init_state=init_state), note
+
+
+def _started_from(steps: Steps, parts: Inherited) -> TrainState:
+    return steps.init_state(parts.read())
 
 
 def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:

@@ -186,6 +186,7 @@ def _saving(state: Any, *, piecewise: bool) -> ocp.Context:
 def _loading(tree: Any) -> ocp.Context:
     """How Orbax reads a tree: with few bytes beside those of the arrays themselves."""
     context = ocp.Context()
+    context.pytree.loading.partial_load = True  # what is stored is compared before, by its description
     context.memory.read_concurrent_bytes = _in_flight(tree, 2)  # pieces of files that are cut otherwise count whole
     return context
 
@@ -264,15 +265,16 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
     return load_step_params(path, target)
 
 
-def load_step_params(path: epath.Path, target: PyTree | None = None) -> tuple[int, PyTree]:
-    """`load_params` of one checkpoint, known to be undamaged."""
+def load_step_params(path: epath.Path, target: PyTree | None = None, *, some: bool = False) -> tuple[int, PyTree]:
+    """`load_params` of one checkpoint, known to be undamaged; `some` reads the parts of the model that `target` has."""
     field, stored = stored_params(path)
     if target is None:
         target = stored
         check_bytes(device_bytes(target), host_memory(), f"the parameters of {path}", "Start from a smaller model.")
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), target)
-    description, parts = _load(path, {field: target}, {field: target}, of="the model", within=f"{field}/")
+    within = tuple(f"{field}/{part}/" for part in target or ()) if some else (f"{field}/",)
+    description, parts = _load(path, {field: target}, {field: target}, of="the model", within=within)
     return description["step"], parts[field]
 
 
@@ -285,7 +287,7 @@ def stored_params(path: epath.Path) -> tuple[str, PyTree]:
 
 
 def _load(
-    path: epath.Path, parts: dict[str, PyTree], fields: dict[str, PyTree], *, of: str, within: str = ""
+    path: epath.Path, parts: dict[str, PyTree], fields: dict[str, PyTree], *, of: str, within: tuple[str, ...] = ("",)
 ) -> tuple[dict[str, Any], dict[str, PyTree]]:
     """A checkpoint's description, and parts of it, of which `fields` has the names that the description has."""
     parts = jax.tree.map(_abstract, parts)
@@ -353,8 +355,10 @@ def describe(tree: Any) -> dict[str, str]:
     }
 
 
-def _check_fit(path: epath.Path, expected: dict[str, str], *, of: str, within: str = "") -> dict[str, Any]:
-    """The checkpoint's description, if its arrays (those `within` a path) are the expected ones."""
+def _check_fit(
+    path: epath.Path, expected: dict[str, str], *, of: str, within: tuple[str, ...] = ("",)
+) -> dict[str, Any]:
+    """The checkpoint's description, if its arrays (those whose names begin with one of `within`) are the expected ones."""
     description = read_description(path)
     found = {name: text for name, text in description["arrays"].items() if name.startswith(within)}
     names = [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]
