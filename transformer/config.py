@@ -53,6 +53,9 @@ class DataConfig(Settings):
     """Feature that holds the target of a pair."""
     tokenizer: TokenizerKind = dataclasses.field(default_factory=TOKENIZERS.default)
     """How text becomes tokens."""
+    tokenizer_bytes: int = 100_000_000
+    """A vocabulary of byte pairs, word pieces or words is trained on about so many bytes, spread evenly over the training split,
+    or on all of a smaller one."""
     share_vocabulary: bool = True
     """Pairs: one vocabulary for sources and targets, or one for each."""
     sequence_length: int = 256
@@ -99,6 +102,7 @@ class DataConfig(Settings):
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 2, "sequence_length")
         require_at_least(self, 64, "record_bytes")
+        require_at_least(self, 1000, "tokenizer_bytes")
         require_at_least(self, 0, "num_streams", "shuffle_seed", "stride", "limit", "max_segments")
         require(
             self.stride <= self.sequence_length,
@@ -117,8 +121,11 @@ class DataConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """Shares of a single source."""
-        return {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
+        """Shares of a single source, and a sample that nothing is trained on."""
+        unused = {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
+        if not self.tokenizer.sampled:
+            unused["tokenizer_bytes"] = "tokenizers that are trained on a sample (data.tokenizer.kind=bpe)"
+        return unused
 
 
 @dataclasses.dataclass(frozen=True)

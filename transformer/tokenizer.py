@@ -36,6 +36,8 @@ class TokenizerKind(Kind):
     """
 
     family = TOKENIZERS
+    sampled: ClassVar[bool] = False
+    """Whether about `data.tokenizer_bytes` of a large training split are enough, in pieces of documents."""
 
     def train(self, texts: Iterable[str]) -> Any:
         """The tokenizer for the documents of a training split."""
@@ -70,6 +72,7 @@ class TokenizerKind(Kind):
 class SizedTokenizer(TokenizerKind):
     """A tokenizer with a vocabulary of a size that is asked for."""
 
+    sampled = True
     fewest: ClassVar[int] = 3
     """Entries of the smallest vocabulary: end-of-text, unknown and a word."""
 

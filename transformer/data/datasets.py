@@ -15,6 +15,7 @@ from transformer.data.rows import packed_tokens
 from transformer.data.source import ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokens import open_tokens
+from transformer.data.vocabulary import spread, vocabulary_texts
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
 from transformer.validation import counted, require
@@ -192,7 +193,10 @@ class TextData:
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
-        return self.config.tokenizer.train(self.texts("train"))
+        kind = self.config.tokenizer
+        if not kind.sampled:
+            return kind.train(self.texts("train"))
+        return kind.train(vocabulary_texts(self.sources, self.config.tokenizer_bytes))
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
         """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
@@ -251,6 +255,10 @@ class TextData:
         return {"continued": self.continued, **changes}
 
 
+def _example_bytes(example: Sequence[Any]) -> int:
+    return sum(len(part.encode()) for part in example if isinstance(part, str))
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleData:
     """Labelled texts, pairs or other examples, one a row."""
@@ -289,7 +297,13 @@ class ExampleData:
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the training split."""
-        return self.form.make_tokenizer(self.config, lambda: self.source.examples("train"))
+        examples = self.source.examples("train")
+
+        def chosen() -> Iterable[Any]:
+            some = spread([examples], _example_bytes, self.config.tokenizer_bytes)
+            return examples if some is None else some
+
+        return self.form.make_tokenizer(self.config, chosen if self.config.tokenizer.sampled else lambda: examples)
 
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1

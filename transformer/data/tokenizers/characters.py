@@ -52,7 +52,10 @@ class Characters(TokenizerKind):
 
     def train(self, texts: Iterable[str]) -> CharacterTokenizer:
         """The characters that occur."""
-        return CharacterTokenizer("".join(sorted(set[str]().union(*texts))))
+        characters = set[str]()
+        for text in texts:
+            characters.update(text)
+        return CharacterTokenizer("".join(sorted(characters)))
 
     def load(self, content: str) -> CharacterTokenizer:
         """Those that were saved."""
