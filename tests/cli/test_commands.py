@@ -247,6 +247,7 @@ def test_evaluate_with_more_context_on_fewer_bytes(workdir, capsys):
     whole, cut = scores(), scores("--data.stride", "8", "--data.limit", "500")
     assert cut["targets"] == 500 < whole["targets"]
     assert 490 < cut["bytes"] <= 500
+    assert whole["compressed_bytes"] == whole["bytes"] and abs(cut["compressed_bytes"] - cut["bytes"]) < 9
     assert cut["xz_bits_per_byte"] > whole["xz_bits_per_byte"]
 
 

@@ -36,10 +36,15 @@ class Encoded(NamedTuple):
     @property
     def weights(self) -> Float[np.ndarray, " n"]:
         """Of each target; do not write to them."""
+        if len(self.learnt) == 0 and self.num_targets > _MANY:
+            return np.broadcast_to(np.float32(1), (self.num_targets,))  # without memory
         if len(self.learnt) == 0:
             return _ones(self.num_targets.bit_length())[: self.num_targets]
         runs = np.append(self.learnt.astype(np.int64), self.num_targets - self.learnt.sum(dtype=np.int64))
         return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.float32)
+
+
+_MANY = 1 << 16
 
 
 @functools.cache

@@ -146,28 +146,24 @@ class EvaluationBatches:
 
     def _continued_batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
+        # Views of what is stored: two bytes for each token of the split.
         documents = list(self.documents())
-        num_tokens = sum(len(pairs.inputs) for pairs in documents)
-        num_batches = -(-num_tokens // (size * length))
-
-        def parts(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
-            whole = np.zeros(size * num_batches * length, dtype)
-            whole[:num_tokens] = np.concatenate([whole[:0], *pieces])
-            return whole.reshape(size, num_batches * length)
-
-        inputs, targets, weights = (
-            parts([pairs[field] for pairs in documents], dtype)
-            for field, dtype in enumerate((np.int32, np.int32, np.float32))
-        )
-        numbers = parts([np.full(len(pairs.inputs), 1 + n) for n, pairs in enumerate(documents)], np.int32)
-        positions = parts([np.arange(len(pairs.inputs)) for pairs in documents], np.int32)
-        # A document cut between two parts starts anew in the second, where nothing precedes it.
-        positions = np.minimum(positions, np.arange(num_batches * length, dtype=np.int32))
-        for start in range(0, num_batches * length, length):
-            here = np.s_[:, start : start + length]
-            first = numbers[:, start : start + 1]
-            segments = np.where(numbers[here] > 0, numbers[here] - first + 1, 0)
-            yield Batch(inputs[here], targets[here], weights[here], segments, positions[here])
+        starts = np.cumsum([0, *(len(pairs.inputs) for pairs in documents)])
+        num_tokens = int(starts[-1])
+        part = -(-num_tokens // (size * length)) * length
+        for start in range(0, part, length):
+            batch = empty_batch(size, length)
+            for row in range(size):
+                place = row * part + start
+                first = index = int(np.searchsorted(starts, place, side="right")) - 1
+                column = 0
+                while column < length and place + column < num_tokens:
+                    offset = place + column - int(starts[index])
+                    # A document cut between two parts starts anew in the second, where nothing precedes it.
+                    position = min(offset, start + column)
+                    column += write_pairs(batch, row, column, documents[index], offset, index - first + 1, position)
+                    index += 1
+            yield batch
 
     def _windows(self) -> Iterator[Pairs]:
         """Documents; with a stride, windows of them, whose first tokens are read but not scored."""

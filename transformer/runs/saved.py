@@ -272,7 +272,8 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
     }
     if "bytes" in sums and hasattr(batches, "texts"):  # of batches of one's own the text is not known
         others = compressed_bits_per_byte(batches.texts())
-        scores |= {"bytes": int(sums["bytes"]), **{f"{name}_bits_per_byte": bits for name, bits in others.items()}}
+        scores |= {"bytes": int(sums["bytes"]), "compressed_bytes": int(others.pop("bytes"))}
+        scores |= {f"{name}_bits_per_byte": bits for name, bits in others.items()}
     if "confusion" in sums:
         per_class = dict(zip(parts.class_names, class_scores(sums["confusion"]), strict=True))
         scores |= {"classes": list(parts.class_names), "per_class": per_class}

@@ -18,7 +18,7 @@ from transformer.config_io import fill_open
 from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import remember
-from transformer.evaluation.compression import compressed_bits_per_byte
+from transformer.evaluation.compression import compressed_bits_per_byte, describe_compressed
 from transformer.memory import check_config, check_state
 from transformer.objective import Objective
 from transformer.parts import check_devices, count_parameters
@@ -289,8 +289,7 @@ class _Session:
             scores = [f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in _SCORES if name in metrics]
             if "bits_per_byte" in metrics and self.given.data is None:
                 scored: Any = run.data.evaluation_batches(run.tokenizer, "validation")
-                others = compressed_bits_per_byte(scored.texts())
-                scores[-1] += f"; on the same bytes gzip -9 {others['gzip']:.4g}, xz {others['xz']:.4g}"
+                scores[-1] += f"; {describe_compressed(compressed_bits_per_byte(scored.texts()))}"
             say(self.results, f"validation {', '.join(scores)}")
         return Reached(str(self.workdir), int(state.step), metrics)
 
