@@ -12,7 +12,10 @@ import pytest
 from etils import epath
 
 from transformer.cli.main import main
-from transformer.config import ParallelConfig
+from transformer.config import DataConfig, ParallelConfig
+from transformer.data.datasets import open_data
+from transformer.data.tokenizers.bpe import BytePairs
+from transformer.objectives.next_token import NextToken
 from transformer.parts import count_parameters
 from transformer.runs.recipe import make_run
 from transformer.runs.saved import load
@@ -282,6 +285,18 @@ def test_generate_repeats_by_seed(workdir, capsys):
             ["prepare", "x", "--kind", "pairs", "--name", "x", "--record-bytes", "9"],
             "--record-bytes is for --kind text, got",
         ),
+        (
+            ["prepare", "{place}/text", "--tokenizer", "wordpiece"],
+            "--tokenizer must be bytes, characters, bpe or words, got 'wordpiece'",
+        ),
+        (
+            ["prepare", "{place}/text", "--tokenizer", "bytes", "--tokenizer-size", "300"],
+            "--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got 'bytes'",
+        ),
+        (
+            ["prepare", "x", "--kind", "labelled", "--name", "x", "--tokenizer", "bpe"],
+            "--tokenizer is for --kind text, got --kind labelled",
+        ),
     ],
 )
 def test_bad_requests_are_named(workdir, place, arguments, message, capsys):
@@ -334,6 +349,20 @@ def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):
     assert files
     main(command)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")} == files
+
+
+def test_prepare_stores_the_tokens_that_train_would_read(place, capsys, tmp_path):
+    options = ["--tokenizer", "bpe", "--tokenizer-size", "300", "--data-dir", str(tmp_path)]
+    main(["prepare", str(place / "text"), *options])
+    assert "tokens of the tokenizer bpe, 300 entries: stored\n" in capsys.readouterr().out
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")}
+    assert {path.name.split(".")[0] for path in stored} == {"tokens-train", "tokens-validation"}
+    config = DataConfig(source=(str(place / "text"),), data_dir=str(tmp_path), tokenizer=BytePairs(size=300))
+    data = open_data(config, NextToken())
+    tokenizer = data.make_tokenizer()
+    next(data.train_batches(tokenizer))
+    list(data.evaluation_batches(tokenizer, "validation"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")} == stored
 
 
 # ---- The checkpoint that is asked for -------------------------------------------------------------------------------

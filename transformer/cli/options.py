@@ -203,6 +203,12 @@ class PrepareOptions:
     """Running text: part held out for testing."""
     record_bytes: int = DataConfig.record_bytes
     """Running text: longer documents are stored in pieces of about this size."""
+    tokenizer: str = ""
+    """Running text: store its tokens too, as training with this data.tokenizer.kind does: bytes, characters, bpe or words."""
+    tokenizer_size: int = 0
+    """Running text: data.tokenizer.size of the training; 0 means 4096."""
+    tokenizer_bytes: int = DataConfig.tokenizer_bytes
+    """Running text: data.tokenizer_bytes of the training."""
     data_dir: str = DataConfig.data_dir
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
@@ -218,6 +224,15 @@ def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
             f"is for --kind {' or '.join(other.kind for other in forms if name in other.prepares)}, got --kind "
             f"{options.kind}; leave it out, or say which kind it is."
         ),
+    )
+    require(
+        options.tokenizer in ("", "bytes", "characters", "bpe", "words"),
+        f"--tokenizer must be bytes, characters, bpe or words, got {options.tokenizer!r}; others are not made of text or "
+        "not alike each time, and training stores their tokens itself.",
+    )
+    require(
+        options.tokenizer in ("bpe", "words") or not {"tokenizer_size", "tokenizer_bytes"} & set(given),
+        f"--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got {options.tokenizer!r}; leave them out.",
     )
     require(
         not form.needs_name or options.name != "",

@@ -13,8 +13,8 @@ from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, 
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import packed_tokens
 from transformer.data.source import ExampleSource, Source, split_text
-from transformer.data.tokenizers import Tokenizer
-from transformer.data.tokens import open_tokens
+from transformer.data.tokenizers import Tokenizer, describe_entries
+from transformer.data.tokens import open_tokens, store_tokens
 from transformer.data.vocabulary import spread, vocabulary_texts
 from transformer.objective import Objective
 from transformer.types import CheckpointableIterator
@@ -197,6 +197,13 @@ class TextData:
         if not kind.sampled:
             return kind.train(self.texts("train"))
         return kind.train(vocabulary_texts(self.sources, self.config.tokenizer_bytes))
+
+    def store_tokens(self) -> str:
+        """Make the tokenizer, and store what a run with it reads; a line about it."""
+        tokenizer = self.make_tokenizer()
+        kept = all([store_tokens(source, tokenizer) for source in self.sources])
+        stored = "stored" if kept else "not stored: a dataset of TFDS, or a folder that cannot be written to, has none"
+        return f"tokens of the tokenizer {tokenizer.kind}, {describe_entries(tokenizer)}: {stored}"
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
         """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""

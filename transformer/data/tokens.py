@@ -57,6 +57,15 @@ def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: 
             yield from encode_records(tokenizer, [Record(text, prompt, continues=False, last=True)])
 
 
+def store_tokens(source: Source, tokenizer: Tokenizer) -> bool:
+    """Store what training and its evaluations read of a source; whether it is stored."""
+    kept = True
+    for split in source.split_names:
+        stored = _stored(source, split, source.records(split), tokenizer, whole=split != "train")
+        kept = kept and stored is not None
+    return kept
+
+
 def _joined(parts: Sequence[Encoded]) -> Iterator[Encoded]:
     """Stored documents, the long ones whole again."""
     pieces: list[Encoded] = []

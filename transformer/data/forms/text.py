@@ -37,6 +37,7 @@ class RunningText(Form):
     )
     needs_name = False
     prepares = ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes")
+    prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes")
 
     def open(self, reader: Any) -> Any:
         """Documents, read in streams; local text is prepared now if it was not before."""
