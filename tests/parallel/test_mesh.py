@@ -91,21 +91,25 @@ def test_a_process_reads_the_rows_of_its_devices(sizes, per_process, expected, m
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("sizes", "vocab_size", "message"),
     [
+        ({"tensor": 2}, 17, r"'vocab' axis of every parameter, got 2 devices for 17 .*, or set model.vocab_size=18\."),
         (
             {"tensor": 4},
+            16,
             r"parallel.tensor must divide the 'kv_heads' axis of every parameter, got 4 devices for 2 in decoder/",
         ),
         (
             {"fsdp": 8},
+            16,
             r"parallel.fsdp must divide the 'embed' axis of every parameter, got 8 devices for 12 in decoder/",
         ),
     ],
 )
-def test_what_an_axis_does_not_divide_is_named(sizes, message):
+def test_what_an_axis_does_not_divide_is_named(sizes, vocab_size, message):
     block = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4))
-    shapes, axes = init_params(Decoder(ModelConfig(vocab_size=16, num_layers=1, embed_dim=12, pattern=(block,))), None)
+    config = ModelConfig(vocab_size=vocab_size, num_layers=1, embed_dim=12, pattern=(block,))
+    shapes, axes = init_params(Decoder(config), None)
     with pytest.raises(UserError, match=message):
         tree_shardings(make_mesh(sizes), axes, shapes)
 

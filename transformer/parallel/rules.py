@@ -156,11 +156,17 @@ def _check_divides(path: Any, names: Any, x: Any, sharding: NamedSharding) -> Na
     for name, size, entry in zip(names, x.shape, sharding.spec, strict=True):
         for axis in axes_in(entry):
             devices = sharding.mesh.shape[axis]
+            # Rows of a table that no token has are never drawn, and a table of a run to start from may have fewer.
+            more = (
+                f"model.vocab_size={-(-size // devices) * devices}"
+                if name == "vocab"
+                else "the model's size to a multiple"
+            )
             require(
                 size % devices == 0,
                 f"parallel.{axis} must divide the {name!r} axis of every parameter, got {devices} devices for {size} in "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(x.shape)}; "
-                f"change parallel.{axis}, or the model's size to a multiple of it.",
+                f"change parallel.{axis}, or set {more}.",
             )
     return sharding
 
