@@ -43,7 +43,10 @@ STAIRS = [
 ]
 LEVEL = {package: level for level, packages in enumerate(STAIRS) for package in packages}
 # One import inside a function: the heavy `load` of the top-level package.
-LAZY = {"transformer/training/progress.py": {"IPython.display"}}
+LAZY = {
+    "transformer/training/progress.py": {"IPython.display"},
+    "transformer/data/sources/columns.py": {"pyarrow.ipc", "pyarrow.parquet"},
+}
 
 
 def imports(path):
@@ -84,7 +87,7 @@ def test_file_keeps_to_its_stair(path):
 
 
 def test_package_is_small():
-    assert sum(len(p.read_text().splitlines()) for p in FILES) < 32_800
+    assert sum(len(p.read_text().splitlines()) for p in FILES) < 33_200
 
 
 RUNS_CODE = {"importlib", "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code"}

@@ -116,8 +116,9 @@ class GenerateOptions:
 class PredictOptions:
     """Say what a run's model makes of each text: its class, its translation, or how it goes on.
 
-    INPUT is a .jsonl, .csv or .tsv file, or any other file with one text a line (.gz, .bz2 and .xz too). Without it, or for -,
-    standard input is read. Rows come out in their order, with the columns that they had and those that are predicted.
+    INPUT is a .jsonl, .csv, .tsv, .parquet or .arrow file, or any other file with one text a line; it may be compressed (.gz,
+    .bz2, .xz, .zst). Without it, or for -, standard input is read. Rows come out in their order, with the columns that they had
+    and those that are predicted.
     """
 
     workdir: str = positional("")
@@ -172,7 +173,7 @@ class PrepareOptions:
 
     Running text is also prepared by training itself. Labelled texts (.jsonl, .csv, .tsv, or a folder with one folder for
     each class) and pairs (.jsonl, .csv, .tsv, or two files that belong together line by line) are prepared here, under a
-    name that --data.source then takes. Files may be compressed (.gz, .bz2, .xz).
+    name that --data.source then takes. Files may be compressed (.gz, .bz2, .xz, .zst).
     """
 
     files: tuple[str, ...] = positional(())

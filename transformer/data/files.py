@@ -1,4 +1,4 @@
-"""Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2 or xz; what is no text is refused."""
+"""Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2, xz or zstd; what is no text is refused."""
 
 import bz2
 import codecs
@@ -15,13 +15,19 @@ from typing import Any
 
 from etils import epath
 
+from transformer.data.zstd import open_zstd
 from transformer.storage import expand, is_file, is_local
 from transformer.types import UserError
 from transformer.validation import require
 
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_REFUSED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
-_SUFFIXES = (".gz", ".bz2", ".xz")
+_OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": open_zstd,
+}
+_REFUSED = {b"PK\x03\x04": "zip"}
+_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 STANDARD_INPUT = "<standard input>"
 """With a suffix that says what it is, the name of a source that is piped in, which can be read once."""
 

@@ -9,15 +9,18 @@ from transformer.config import DataConfig
 from transformer.data.files import refuse_dangling
 from transformer.data.source import Source
 from transformer.data.source_kind import SourceKind
+from transformer.data.sources.columns import Columns, SavedDataset
 from transformer.data.sources.files import JsonLines, Table, TextFile
 from transformer.data.sources.folders import Folder, StandardLibrary
+from transformer.data.sources.globs import Pattern
 from transformer.data.sources.tfds import TfdsDataset
 from transformer.storage import expand
 from transformer.types import UserError
 
 AnySource = TypeVar("AnySource", bound=SourceKind)
 
-_KINDS: list[SourceKind] = [StandardLibrary(), Folder(), JsonLines(), Table(), TextFile(), TfdsDataset()]
+_FILES: tuple[SourceKind, ...] = (JsonLines(), Table(), Columns(), TextFile())
+_KINDS: list[SourceKind] = [StandardLibrary(), SavedDataset(), Folder(), *_FILES, Pattern(_FILES), TfdsDataset()]
 
 
 def register_source(kind: type[AnySource]) -> type[AnySource]:

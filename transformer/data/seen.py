@@ -42,7 +42,9 @@ class Stamp(NamedTuple):
             pass
 
 
-def stamp(name: str, reading: Sequence[object], data_dir: epath.Path) -> Stamp:
+def stamp(
+    name: str, reading: Sequence[object], data_dir: epath.Path, files: Sequence[epath.Path] | None = None
+) -> Stamp:
     """The state of a file or folder.
 
     Sizes and times stand for the content only to spare the reading. A change of the content changes the time of the inode
@@ -52,16 +54,18 @@ def stamp(name: str, reading: Sequence[object], data_dir: epath.Path) -> Stamp:
         name: of the source.
         reading: whatever else decides what is read of it.
         data_dir: where prepared datasets live.
+        files: that it is of; None means the file of this name, or those of the folder.
     """
     path = os.path.abspath(expand(name))
     key = hashlib.sha256(repr((path, *reading)).encode(errors="surrogateescape")).hexdigest()[:32]
-    return Stamp(data_dir / _FOLDER / f"{key}.json", _state(path) if is_local(name) else "")
+    return Stamp(data_dir / _FOLDER / f"{key}.json", _state(path, files) if is_local(name) else "")
 
 
-def _state(path: str) -> str:
+def _state(path: str, files: Sequence[epath.Path] | None) -> str:
     state, newest = hashlib.sha256(), 0.0
     try:
-        files = visible_files(epath.Path(path)) if os.path.isdir(path) else [epath.Path(path)]
+        if files is None:
+            files = visible_files(epath.Path(path)) if os.path.isdir(path) else [epath.Path(path)]
         for file in files:
             of = os.stat(file)
             newest = max(newest, of.st_mtime, of.st_ctime)

@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from transformer.config import DataConfig
 from transformer.data.documents import CONVERSATION, Corpus, Document, make_corpus
 from transformer.data.files import without_surrogates
@@ -46,9 +48,15 @@ class SourceKind:
             UserError: they cannot be read; the message has the file and the line.
         """
         del keys
-        raise UserError(f"A file of {what} must be .jsonl, .csv, .tsv (or these with .gz, .bz2, .xz), got {name}.")
+        raise UserError(
+            f"A file of {what} must be .jsonl, .csv, .tsv (or these with .gz, .bz2, .xz, .zst), .parquet or .arrow, got {name}."
+        )
 
     # ---- Running text ------------------------------------------------------------------------------------------------
+
+    def files(self, name: str) -> list[epath.Path] | None:
+        """The files that a name is of, where it is no file or folder itself."""
+        del name
 
     def title(self, name: str) -> tuple[str, str]:
         """What the corpus is called, and its version."""
@@ -91,7 +99,7 @@ class SourceKind:
 
     def _stamp(self, name: str, config: DataConfig) -> Stamp:
         reading = (type(self).__qualname__, config.separator, config.text_key, config.prompt_key)
-        return stamp(name, reading, data_directory(config))
+        return stamp(name, reading, data_directory(config), self.files(name))
 
     # ---- Examples ----------------------------------------------------------------------------------------------------
 

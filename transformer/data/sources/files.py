@@ -15,13 +15,15 @@ from transformer.validation import require
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-class _File(SourceKind):
+class File(SourceKind):
+    """What the kinds of files have in common."""
+
     def title(self, name: str) -> tuple[str, str]:
         """The file's name."""
         return epath.Path(expand(name)).name, "1.0.0"
 
 
-class JsonLines(_File):
+class JsonLines(File):
     """A .jsonl file: each line is a row."""
 
     def accepts(self, name: str) -> bool:
@@ -34,7 +36,7 @@ class JsonLines(_File):
         return json_objects(epath.Path(expand(name)))
 
 
-class Table(_File):
+class Table(File):
     """A .csv or .tsv file: its first line names the columns."""
 
     def accepts(self, name: str) -> bool:
@@ -48,7 +50,7 @@ class Table(_File):
         return table_rows(path, _DELIMITERS[kind_of(path)], keys)
 
 
-class TextFile(_File):
+class TextFile(File):
     """Any other file: running text; a line of it is a row of one field."""
 
     def accepts(self, name: str) -> bool:

@@ -1,0 +1,126 @@
+"""Parquet and Arrow files, and the folders of `datasets.Dataset.save_to_disk`, read by pyarrow a few rows at a time."""
+
+import base64
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from transformer.data.files import is_there, kind_of, refuse_dangling
+from transformer.data.source_kind import Rows, SourceKind
+from transformer.data.sources.files import File
+from transformer.storage import expand, understood
+from transformer.types import UserError
+from transformer.validation import require, require_installed, shown
+
+_ROWS = 1024  # that are in memory at a time
+_ARROW = b"ARROW1"  # begins files of Arrow; what `datasets` writes is a stream
+
+
+class Columns(File):
+    """A .parquet, .arrow or .feather file: its columns have names."""
+
+    def accepts(self, name: str) -> bool:
+        """By its suffix."""
+        return kind_of(epath.Path(expand(name))) in (".parquet", ".arrow", ".feather") and is_there(name)
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """A row of the table each."""
+        del what
+        return column_rows(epath.Path(expand(name)), keys)
+
+
+class SavedDataset(SourceKind):
+    """A folder that `datasets.Dataset.save_to_disk` wrote."""
+
+    def accepts(self, name: str) -> bool:
+        """By the files that describe it."""
+        path = epath.Path(expand(name))
+        return path.is_dir() and any((path / described).exists() for described in ("state.json", "dataset_dict.json"))
+
+    def title(self, name: str) -> tuple[str, str]:
+        """The folder's name."""
+        return epath.Path(expand(name)).resolve().name, "1.0.0"
+
+    def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
+        """Those of its files, one after the other."""
+        del what
+        return itertools.chain.from_iterable(column_rows(path, keys) for path in self.files(name))
+
+    def files(self, name: str) -> list[epath.Path]:
+        """Its pieces, in their order."""
+        path = epath.Path(expand(name))
+        if (path / "dataset_dict.json").exists():
+            splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+            raise UserError(
+                f"A source must be one dataset, {path} has {', '.join(splits)}; give one, such as {path / splits[0]}."
+            )
+        with understood(f"{path / 'state.json'}"):
+            names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+        require(
+            all(isinstance(part, str) and part == epath.Path(part).name for part in names),
+            f"{path / 'state.json'} must name files of its folder, got {shown(names)}.",
+        )
+        return [path / part for part in names]
+
+
+def column_rows(path: epath.Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a Parquet or Arrow file, each with its place.
+
+    Raises:
+        UserError: the file is damaged, or lacks one of the columns `keys`; or pyarrow is not installed.
+    """
+    arrow = _pyarrow()
+    refuse_dangling(path)
+    try:
+        with path.open("rb") as file:
+            names, batches = _batches(file, path)
+            missing = [key for key in keys if key not in names and "messages" not in names]
+            require(
+                not missing,
+                f"A table must have the columns that are read, {path} has no {', '.join(missing)} but {', '.join(names)}; give "
+                "their names (the options that end in -key).",
+            )
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"{path}, line {number}", _as_in_json(row)) for number, row in enumerate(rows, 1))
+    except (arrow.ArrowException, EOFError) as error:
+        raise UserError(
+            f"A Parquet or Arrow file must be whole, {path} is not: {str(error).splitlines()[0]:.200}."
+        ) from None
+
+
+def _as_in_json(value: Any) -> Any:
+    """A value as a .jsonl file would have it: times and decimals as text, bytes in base64."""
+    if isinstance(value, dict):
+        return {name: _as_in_json(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_in_json(part) for part in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.ipc  # noqa: PLC0415 (importing it takes half a second, and few have such files)
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError:
+        require_installed(None, "pyarrow", "formats")
+        raise
+    return pyarrow
+
+
+def _batches(file: Any, path: epath.Path) -> tuple[list[str], Iterator[Any]]:
+    if kind_of(path) == ".parquet":
+        table = _pyarrow().parquet.ParquetFile(file)
+        return table.schema_arrow.names, table.iter_batches(_ROWS)
+    start = file.read(len(_ARROW))
+    file.seek(0)
+    ipc = _pyarrow().ipc
+    if start != _ARROW:
+        stream = ipc.open_stream(file)
+        return stream.schema.names, iter(stream)
+    reader = ipc.open_file(file)
+    return reader.schema.names, map(reader.get_batch, range(reader.num_record_batches))

@@ -1,0 +1,75 @@
+"""Reading zstd data, of one frame or several, by the `zstandard` package (extra `formats`)."""
+
+import io
+from typing import Any
+
+from transformer.validation import require_installed
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
+_PIECE = 1 << 17  # bytes of compressed data that are read at a time
+
+
+def open_zstd(file: Any) -> io.BufferedReader:
+    """What a file of zstd data holds; it can be read from the start again, as by `seek(0)`.
+
+    Args:
+        file: in binary mode, at its start.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    return io.BufferedReader(_Frames(file))
+
+
+class _Frames(io.RawIOBase):
+    """The library's own reader ends in silence where data are cut off within a frame."""
+
+    def __init__(self, file: Any) -> None:
+        require_installed(zstandard, "zstandard", "formats")
+        self._file = file
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if offset or whence:
+            raise io.UnsupportedOperation("zstd data are read from the start")
+        self._file.seek(0)
+        self._place, self._rest, self._ready, self._frame = 0, b"", memoryview(b""), None
+        return 0
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises EOFError where data end within a frame, and OSError where they are damaged."""
+        while not self._ready:
+            piece = self._rest or self._file.read(_PIECE)
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._ready = memoryview(self._unpacked(piece))
+        count = min(len(self._ready), len(buffer))
+        buffer[:count] = self._ready[:count]
+        self._ready, self._place = self._ready[count:], self._place + count
+        return count
+
+    def _unpacked(self, piece: bytes) -> bytes:
+        assert zstandard is not None
+        try:
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            unpacked: bytes = self._frame.decompress(piece)
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
+        self._rest = self._frame.unused_data if self._frame.eof else b""
+        self._frame = None if self._frame.eof else self._frame
+        return unpacked
