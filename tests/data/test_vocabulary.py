@@ -4,6 +4,7 @@ import doctest
 import itertools
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +13,13 @@ from transformer.data import vocabulary
 from transformer.data.datasets import open_data
 from transformer.data.registry import open_sources
 from transformer.data.source import split_text
+from transformer.data.tokenizers import long
 from transformer.data.tokenizers.bpe import BytePairs
 from transformer.data.tokenizers.characters import Characters
+from transformer.data.tokenizers.long import encode_all, in_pieces
+from transformer.data.tokenizers.pretrained import Pretrained
 from transformer.data.tokenizers.words import Words
-from transformer.data.vocabulary import in_pieces, vocabulary_texts
+from transformer.data.vocabulary import vocabulary_texts
 from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
 from transformer.types import UserError
@@ -24,7 +28,7 @@ TEXT = "One two, three's\n\nfour  five\tsix \n seven. It's 12 o'clock\nÉtude �
 
 
 def test_docstring_examples():
-    assert doctest.testmod(vocabulary).failed == 0
+    assert doctest.testmod(vocabulary).failed == doctest.testmod(long).failed == 0
 
 
 @given(text=st.text(st.sampled_from("ab é's.,1\n \t東"), max_size=300), size=st.integers(1, 40))
@@ -101,3 +105,45 @@ def test_a_sample_of_nothing_is_refused():
     with pytest.raises(UserError, match=r"data\.tokenizer_bytes is for tokenizers that are trained on a sample"):
         Config(data=DataConfig(tokenizer_bytes=2000))
     assert Config(data=DataConfig(tokenizer_bytes=2000, tokenizer=BytePairs())).data.tokenizer_bytes == 2000
+
+
+# ---- Long texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(long, "_LONG", 300)
+    monkeypatch.setattr(long, "_PIECE", 100)
+
+
+def _pretrained(pre_tokenizer):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = pre_tokenizer
+    letters = [*tokenizers.pre_tokenizers.ByteLevel.alphabet(), "▁"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=letters, show_progress=False)
+    model.train_from_iterator([TEXT], trainer)
+    return Pretrained().load(model.to_str())
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize(
+    ("make", "is_cut"),
+    [
+        (lambda: BytePairs(size=400).train([TEXT]), True),
+        (lambda: Words(size=60).train([TEXT]), True),
+        (lambda: _pretrained(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)), True),
+        # A space is put before what has none: pieces begin with one.
+        (lambda: _pretrained(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)), True),
+        # A space is put before each text: no piece has the ids that it has in the whole.
+        (lambda: _pretrained(tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)), False),
+    ],
+)
+def test_a_long_text_has_the_ids_of_the_whole(monkeypatch, make, is_cut):
+    tokenizer, encoded = make(), []
+    expected = tokenizer.encode(TEXT)
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    found, short = encode_all(tokenizer, [TEXT, "one"])
+    assert found.tolist() == expected.tolist()
+    assert short.tolist() == encode(tokenizer, "one").tolist()
+    assert (max(map(len, encoded)) < 800) == is_cut

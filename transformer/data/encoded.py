@@ -12,8 +12,8 @@ from jaxtyping import Float, Integer
 from transformer.data.documents import CONVERSATION
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
-from transformer.data.tokenizers.base import encode_all
 from transformer.data.tokenizers.chat import learnt_ids
+from transformer.data.tokenizers.long import encode_all
 from transformer.tokenizer import around_text, document_start
 
 

@@ -1,18 +1,17 @@
 """What a vocabulary is trained on: the texts of a training split, or a sample that is spread over it, in pieces."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from transformer.data.documents import plain_text
 from transformer.data.identity import sampled
 from transformer.data.source import Record, Source, split_text
+from transformer.data.tokenizers.long import in_pieces
 
 Item = TypeVar("Item")
 
 _PIECE = 1 << 16
-_BETWEEN_WORDS = re.compile(r"(?<=\S)(?=[ \n]\S)")
 
 
 def vocabulary_texts(sources: Sequence[Source], limit: int) -> Iterator[str]:
@@ -49,23 +48,3 @@ def _each(part: Sequence[Item]) -> Iterator[Item]:
 
 def _record_bytes(record: Record) -> int:
     return len(record.text.encode()) + len(record.prompt.encode())
-
-
-def in_pieces(text: str, size: int) -> Iterator[str]:
-    """A text in pieces of about so many characters: `tokenizers` takes ninety bytes of memory for each of one string.
-
-    Cut is before a space or a newline that stands alone between two words. There the splitting into words begins anew, by GPT-2's
-    pattern and by white space alike, so that the words are those of the whole. Where there is no such place within four times the
-    size, a text is cut anywhere.
-
-    >>> list(in_pieces("one two  three four", 5))
-    ['one two  three', ' four']
-    """
-    start = 0
-    while len(text) - start > size:
-        found = _BETWEEN_WORDS.search(text, start + size, start + 4 * size)
-        stop = found.start() if found else min(start + 4 * size, len(text))
-        yield text[start:stop]
-        start = stop
-    if start < len(text) or not text:
-        yield text[start:]

@@ -70,12 +70,6 @@ class Tokenizer(Vocabulary, Protocol):
 AnyVocabulary = TypeVar("AnyVocabulary", bound=Vocabulary)
 
 
-def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> Sequence[Int[np.ndarray, " n"]]:
-    """Ids of texts: by the tokenizer's `encode_batch` where it has one, which may use all processors."""
-    together = getattr(tokenizer, "encode_batch", None)
-    return [tokenizer.encode(text) for text in texts] if together is None else together(texts)
-
-
 def known_ids(ids: Ids, vocab_size: int) -> np.ndarray:
     """The ids that are of a vocabulary."""
     flat = np.asarray(ids, dtype=np.int64).reshape(-1)
