@@ -15,6 +15,7 @@ from transformer.data import prepare, seen, source_kind
 from transformer.data.registry import find_source, open_source, open_sources
 from transformer.data.shards import Shards
 from transformer.data.source import split_text, whole_documents
+from transformer.data.source_kind import SourceKind
 from transformer.data.stored import open_stored
 from transformer.types import UserError
 
@@ -269,6 +270,22 @@ def test_a_file_that_has_just_changed_is_hashed_again(tmp_path, make_config, wri
     folder = write_folder()
     open_source(str(folder), make_config(folder))
     assert not list(tmp_path.glob("prepared/text_seen/*"))
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("is_path", [False, True])
+def test_a_source_of_ones_own_is_read_each_time(tmp_path, make_config, monkeypatch, is_path):
+    """Also where a file has its name by chance."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numbers").write_text("a file")
+    texts = ["one", "two", "three"]
+    module = "own" if is_path else "transformer.data.sources.numbers"
+    kind = type("Numbers", (SourceKind,), {"is_path": is_path, "__module__": module})()
+    kind.rows = lambda name, keys, what: ((f"number {i}", {"text": text}) for i, text in enumerate(texts))
+    config = make_config("numbers", validation_fraction=0.0)
+    first = kind.open_text("numbers", config)
+    texts[1] = "another"
+    assert kind.open_text("numbers", config).fingerprint != first.fingerprint
 
 
 @pytest.mark.usefixtures("no_wait")

@@ -64,7 +64,7 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
     """
 
     def with_text() -> Iterator[Document]:
-        return (document for document in documents() if document.text.strip())
+        return (document for document in documents() if document.text and not document.text.isspace())
 
     content, sizes = ContentHash(), array.array("q")
     for document in with_text():

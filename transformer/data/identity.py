@@ -19,7 +19,8 @@ class ContentHash:
         self._digest.update(len(parts).to_bytes(8, "big"))
         for part in parts:
             data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-            self._digest.update(len(data).to_bytes(8, "big") + data)
+            self._digest.update(len(data).to_bytes(8, "big"))
+            self._digest.update(data)
 
     def hexdigest(self) -> str:
         """Of everything added so far."""

@@ -54,7 +54,7 @@ def stamp(
         name: of the source.
         reading: whatever else decides what is read of it.
         data_dir: where prepared datasets live.
-        files: that it is of; None means the file of this name, or those of the folder.
+        files: that it is of; None means the file of this name, or those of the folder. Of none, nothing is known.
     """
     path = os.path.abspath(expand(name))
     key = hashlib.sha256(repr((path, *reading)).encode(errors="surrogateescape")).hexdigest()[:32]
@@ -66,6 +66,8 @@ def _state(path: str, files: Sequence[epath.Path] | None) -> str:
     try:
         if files is None:
             files = visible_files(epath.Path(path)) if os.path.isdir(path) else [epath.Path(path)]
+        if not files:
+            return ""
         for file in files:
             of = os.stat(file)
             newest = max(newest, of.st_mtime, of.st_ctime)

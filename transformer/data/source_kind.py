@@ -99,7 +99,9 @@ class SourceKind:
 
     def _stamp(self, name: str, config: DataConfig) -> Stamp:
         reading = (type(self).__qualname__, config.separator, config.text_key, config.prompt_key)
-        return stamp(name, reading, data_directory(config), self.files(name))
+        # What a kind of one's own reads is not known, and a name that is no path may be a file's by chance.
+        is_known = self.is_path and type(self).__module__.startswith("transformer.")
+        return stamp(name, reading, data_directory(config), self.files(name) if is_known else [])
 
     # ---- Examples ----------------------------------------------------------------------------------------------------
 
