@@ -19,7 +19,9 @@ def require(condition: bool, message: str) -> None:
 
 def require_installed(package: Any, name: str, extra: str) -> None:
     """Raise UserError, with the command that installs it, unless a package that not everybody needs is there."""
-    require(package is not None, f'This needs the package {name}; pip install "transformer[{extra}]".')
+    require(
+        package is not None, f'This needs the package {name}; in a copy of the repository: pip install -e ".[{extra}]".'
+    )
 
 
 def require_range(config: Any, low: float, high: float, *names: str) -> None:

@@ -283,6 +283,6 @@ def test_a_head_of_the_same_classes_is_trained_on(place, pretrained, other, caps
         options += ("--data.source", str(place / "other.jsonl"))
     capsys.readouterr()
     found = trained_params(adapt(place, f"same{other}", base, *options))
-    assert f"trained whole: classifier, 51 parameters, {'new' if other else 'as the base has it'}" in words(capsys)
+    assert f"trained whole: classifier, 51 parameters, {'new' if other else f'as {base} has it'}" in words(capsys)
     kernel = np.asarray(load(base).params["classifier"]["kernel"])
     assert np.allclose(found["classifier/kernel"], kernel, atol=1e-6) != other

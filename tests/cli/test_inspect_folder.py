@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import byte_level, folder
 
+from transformer.cli.inspect import _ranges
 from transformer.cli.main import main
 
 CONFIG = {
@@ -164,3 +165,16 @@ def test_names_of_a_folder_are_no_commands_of_a_terminal(model, inspected):
     model.rename(path)
     text = inspected(path)
     assert "\x1b" not in text and "a\\x1b[31mb[bold]" in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [(["0"], "0"), (["0", "1", "2"], "0..2"), (["3", "0", "1", "7", "10"], "0..1,3,7,10")]
+)
+def test_blocks_that_differ_in_their_number_are_one_row(numbers, expected):
+    assert _ranges(numbers) == expected
+
+
+def test_the_parameters_of_both_layers_are_a_row(model, inspected, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = inspected(model)
+    assert "decoder/blocks/block_0..1/attention/query/kernel" in text and "block_0/" not in text

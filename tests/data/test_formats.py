@@ -227,5 +227,5 @@ def test_without_the_packages_the_command_that_installs_them_is_named(tmp_path, 
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setattr("transformer.data.zstd.zstandard", None)
     for name in ("rows.parquet", "rows.jsonl.zst"):
-        with pytest.raises(UserError, match=r'pip install "transformer\[formats\]"'):
+        with pytest.raises(UserError, match=r'pip install -e "\.\[formats\]"'):
             texts_of(tmp_path / name)

@@ -78,6 +78,27 @@ def test_a_classifier_with_a_head_of_its_own(tmp_path, name):
     assert difference(theirs(merged, TOKENS), expected) <= TOLERANCE
 
 
+def test_a_head_beside_an_encoder_without_one(tmp_path):
+    ALL["bert, bare"].build().save_pretrained(tmp_path / "hf")
+    own = {"num_labels": 3, "attn_implementation": "eager"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", **own)
+    lora = {"r": 3, "target_modules": ["query", "value"], "init_lora_weights": False, "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(model, peft.LoraConfig(**lora)).eval()
+    model.save_pretrained(tmp_path / "peft")
+    main(["import", str(tmp_path / "hf"), "--workdir", str(tmp_path / "base")])
+    main(["import", str(tmp_path / "peft"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "run")])
+    run, expected = load(tmp_path / "run"), theirs(model, TOKENS)
+    assert difference(ours(run, TOKENS), expected) <= TOLERANCE
+    assert run.class_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"])
+    (tmp_path / "out" / "classes.json").write_text('["a", "b", "c"]')
+    main(["import", str(tmp_path / "out"), "--base", str(tmp_path / "base"), "--workdir", str(tmp_path / "again")])
+    again = load(tmp_path / "again")
+    assert difference(ours(again, TOKENS), expected) <= TOLERANCE
+    assert again.class_names == ("a", "b", "c")
+
+
 FUSED = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"], "phi3": ["qkv_proj", "gate_up_proj"]}
 
 

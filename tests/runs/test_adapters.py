@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from transformer.cli.main import main
 from transformer.config import AdapterConfig, Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import CONFIG_FILE, to_dict
 from transformer.data.tokenizers.bytes import ByteTokenizer
@@ -135,8 +136,8 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base, monkey
         train(adapted(tmp_path, "lora", "base", steps=6))
     with pytest.raises(UserError, match="it is another model, or has changed"):
         load(tmp_path / "lora", base=tmp_path / "base")
-    with pytest.raises(UserError, match="The base of adapters must be a whole model"):
-        train(adapted(tmp_path, "twice", "lora"))
+    with pytest.raises(UserError, match="must have their rank and paths"):
+        train(adapted(tmp_path, "twice", "lora", rank=2))
     assert not (tmp_path / "twice" / "metrics.jsonl").exists()
 
     # Another user, who has the directories and has never trained, names the base; the run's word is not taken.
@@ -206,6 +207,43 @@ def test_over_devices_it_is_the_same_run(tmp_path, base, parallel):
         found[name] = load(tmp_path / name).params
     assert np.abs(found["one"]["decoder"]["blocks"]["block_0"]["attention"]["query"]["lora_b"]).max() > 1e-5
     jax.tree.map(lambda one, several: np.testing.assert_allclose(one, several, atol=1e-5), *found.values())
+
+
+def test_adapters_start_from_those_of_another_run(tmp_path, base, monkeypatch):
+    """On the command line: the directory of a run, and another for the new one."""
+    monkeypatch.chdir(tmp_path)
+    train(adapted(tmp_path, "lora", "base"))
+    first = load(tmp_path / "lora")
+    more = ["--workdir", "more", "--training.steps", "2", "--training.checkpoint-every", "1"]
+    main(["train", "lora", *more, "--optimizer.learning-rate", "1e-12", "--optimizer.weight-decay", "0"])
+    again = load(tmp_path / "more")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), again.params, first.params)
+    assert same(split(again.params)[0], base.params)
+    # It goes on to the bit, though its base is that of the run that it started from.
+    shutil.rmtree(tmp_path / "more" / "checkpoints" / "2")
+    main(["train", "lora", *more, "--optimizer.learning-rate", "1e-12", "--optimizer.weight-decay", "0"])
+    assert same(load(tmp_path / "more").params, again.params)
+    with pytest.raises(SystemExit):
+        main(["train", "lora", "--workdir", "other", "--adapter.rank", "2"])
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match=r"need the base that they were trained on, step 4 of .*base"):
+        load(tmp_path / "more")
+
+
+def test_a_run_in_another_directory_starts_from_the_parameters(tmp_path, base, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    still = ["--training.steps", "1", "--optimizer.learning-rate", "1e-12", "--optimizer.weight-decay", "0"]
+    main(["train", "base", "--workdir", "next", *still])
+    assert "from base, step 4" in capsys.readouterr().err
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), load(tmp_path / "next").params, base.params)
+    # Its own directory, however it is written, goes on; and one may start anew.
+    main(["train", "base", "--workdir", "./base/", "--training.steps", "4"])
+    assert "from base" not in capsys.readouterr().err
+    main(["train", "base", "--workdir", "anew", "--training.init-from", "", *still])
+    kernel = load(tmp_path / "anew").params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
+    assert not np.allclose(
+        kernel, base.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"], atol=1e-3
+    )
 
 
 def test_a_run_without_adapters_has_nothing_of_them(tmp_path, base):

@@ -27,10 +27,10 @@ from transformer.validation import require
 _TUNED = "-tuned"
 """Ends the directory of a run that starts from an imported model, unless it is named."""
 _ABOUT = """\
-CONFIG is a Python file with get_config(), such as configs/python_stdlib.py, or the directory of a run: an imported model, from
-which a new run starts, or one to go on with. Each file has a small variant to try things with:
-configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and --model.norm.*
-set all blocks. Settings of the file that do not fit your flags are adjusted, unless you set them yourself."""
+CONFIG is a Python file with get_config(), such as configs/python_stdlib.py, or the directory of a run, to go on with it. With
+another --workdir a new run starts from its parameters, as it does from an imported model. Each file has a small variant to try
+things with: configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and
+--model.norm.* set all blocks. Settings of the file that do not fit your flags are adjusted, unless you set them yourself."""
 
 
 def load_config(reference: str) -> Config:
@@ -159,6 +159,7 @@ def parse_config_and(
         f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
     )
     if os.path.isdir(expand(reference)):
+        config = _starting(config, reference, given) if trains and not tunes else config
         # Imported here, where it is needed: a mistake on the command line is answered at once.
         trust = importlib.import_module("transformer.data.trust")
         places = {name: given.get(f"data.{name}", default) for name, default in (("source", ()), ("data_dir", ""))}
@@ -170,6 +171,15 @@ def parse_config_and(
     for note in notes:
         print(printable(f"note: {as_flags(note, table)}"), file=sys.stderr)
     return dataclasses.replace(config, workdir=workdir), own_given
+
+
+def _starting(config: Config, reference: str, given: dict[str, Any]) -> Config:
+    """The config of a run that starts from this run's parameters, if it has another directory."""
+    own, other = (os.path.realpath(expand(path)) for path in (reference, given.get("workdir") or reference))
+    if own == other or "training.init_from" in given:
+        return config
+    training = dataclasses.replace(config.training, init_from=config.workdir, init_from_step="latest")
+    return dataclasses.replace(config, training=training)
 
 
 def _recorded(workdir: str) -> Config | None:

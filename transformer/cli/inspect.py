@@ -1,6 +1,7 @@
 """`transformer inspect CONFIG` or `HF_DIR`: decoded batches, or what a pretrained model is, and the parameter table."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformer.terminal import make_console, printable
 from transformer.types import PyTree
 
 _ROWS = 4
+_BLOCK = re.compile(r"/block_(\d+)/")
 
 
 def main(chosen: Config | InspectOptions) -> None:
@@ -100,6 +102,14 @@ def _of_tokenizer(opened: Opened) -> Iterator[tuple[str, str]]:
     yield "chat template", "yes" if CHAT_FILE in opened.tokenizer_files else "none"
 
 
+def _ranges(numbers: list[str]) -> str:
+    """`0..3,5` of 0, 1, 2, 3 and 5."""
+    places = sorted(map(int, numbers))
+    starts = [n for n in places if n - 1 not in places]
+    ends = [n for n in places if n + 1 not in places]
+    return ",".join(f"{a}" if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
+
+
 def _print_parameters(console: Console, config: Config, params: PyTree, axes: PyTree) -> None:
     shardings = parameter_shardings(make_mesh(config.parallel.sizes), axes, params)
     table = Table(
@@ -117,14 +127,21 @@ def _print_parameters(console: Console, config: Config, params: PyTree, axes: Py
         jax.tree.leaves(shardings),
         strict=True,
     )
+    alike: dict[tuple[str, ...], list[str]] = {}  # the parameters of blocks that differ in nothing but their number
     for (path, value), names, sharding in rows:
-        table.add_row(
-            jax.tree_util.keystr(path, simple=True, separator="/"),
-            "×".join(map(str, value.shape)),
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, of = "×".join(map(str, value.shape)), ", ".join(str(axis) for axis in names)
+        found = _BLOCK.search(name)
+        role = (
+            name if found is None else name.replace(found[0], "/block_/", 1),
+            shape,
             str(value.dtype),
-            ", ".join(str(name) for name in names),
+            of,
             str(sharding.spec),
         )
+        alike.setdefault(role, []).extend([found[1]] if found else [])
+    for (name, *columns), numbers in alike.items():
+        table.add_row(name.replace("/block_/", f"/block_{_ranges(numbers)}/", 1) if numbers else name, *columns)
     console.print(table)
     console.print(
         f"{count_parameters(params):,} parameters, vocabulary {config.model.vocab_size}, "

@@ -85,7 +85,20 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(expand(path))
-        require(self.path.is_dir(), f"A pretrained model must be a folder, {self.path} is none.")
+        require(
+            self.path.is_dir(),
+            f"A pretrained model must be a folder, {self.path} is none. Nothing is downloaded: `hf download NAME --local-dir "
+            "DIR` makes a folder of a published model.",
+        )
+        require(
+            not (self.path / "checkpoints").is_dir(),
+            f"A pretrained model must be a folder with {CONFIG} and weights, {self.path} is the directory of a run; use it as "
+            "it is.",
+        )
+        require(
+            (self.path / CONFIG).exists() or not (self.path / "adapter_config.json").exists(),
+            f"{self.path} has an adapter of PEFT, not a model; import its base, and then this with --base and the base's run.",
+        )
         self.values = self._config()
         name = self.values["model_type"]
         self.family: ModelFamily = FAMILIES.find(name)()

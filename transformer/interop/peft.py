@@ -17,6 +17,7 @@ from transformer.layers.adapters import HEADS, LORA_A, LORA_B
 from transformer.validation import require, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CLASSES = "classes.json"  # ours: the names of the classes, for which PEFT has no place
 PREFIX = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _TASKS = {
@@ -194,6 +195,8 @@ class Adapters(NamedTuple):
     """Module of theirs -> `lora_a` and `lora_b`, as views of the file."""
     whole: dict[str, np.ndarray]
     """Tensor of theirs, trained whole -> its values."""
+    class_names: tuple[str, ...]
+    """Of a classifier whose head is among these, in the order of its logits."""
 
 
 def read_adapters(path: pathlib.Path) -> Adapters:
@@ -240,4 +243,17 @@ def read_adapters(path: pathlib.Path) -> Adapters:
             f"{shown({name: x.shape for name, x in both.items()})}.",
         )
     assert type(rank) is int and isinstance(alpha, (int, float)) and isinstance(dropout, (int, float))
-    return Adapters(rank, float(alpha), float(dropout), factors, whole)
+    return Adapters(rank, float(alpha), float(dropout), factors, whole, _class_names(path, whole))
+
+
+def _class_names(path: pathlib.Path, whole: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Those that an export wrote, or as transformers numbers them."""
+    counts = [len(x) for name, x in whole.items() if name in ("classifier.bias", "classifier.out_proj.bias")]
+    if not counts:
+        return ()
+    names = read_json(path / CLASSES) if (path / CLASSES).exists() else [f"LABEL_{i}" for i in range(counts[0])]
+    require(
+        isinstance(names, list) and len(names) == counts[0] and all(isinstance(name, str) for name in names),
+        f"{path / CLASSES} must name the {counts[0]} classes of the head, got {shown(names)}.",
+    )
+    return tuple(names)

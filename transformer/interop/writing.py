@@ -23,9 +23,7 @@ from transformer.validation import require
 PIECE_BYTES = 5 * 10**9
 """A file of weights has at most so many, as transformers' own."""
 # Of a model's config: how it computes and is trained, which no family has a word for.
-_COMPUTING = frozenset(
-    ["dtype", "param_dtype", "scan_layers", "remat", "init_std", "dropout", "memory_length", "pooling"]
-)
+_COMPUTING = frozenset(["dtype", "param_dtype", "scan_layers", "remat", "init_std", "dropout", "memory_length"])
 _OF_TRAINING = frozenset(("dropout", "implementation"))
 
 
@@ -89,7 +87,12 @@ def _differing(family: ModelFamily, model: ModelConfig, objective: str, values: 
     tensors = {rule.theirs for rule in family.rules(model, objective)} - set(family.copies(model))
     named = values.get("architectures") or [next(iter(family.architectures))]
     try:
-        return differences(model, family.read(Keys(values, family.defaults, CONFIG, tensors), named[0]))
+        read = family.read(Keys(values, family.defaults, CONFIG, tensors), named[0])
+        if (
+            objective != "classification"
+        ):  # no head of theirs pools, and a sentence encoder's folder says how in another file
+            read = dataclasses.replace(read, pooling=model.pooling)
+        return differences(model, read)
     except (UserError, KeyError) as error:
         return [str(error)]
 

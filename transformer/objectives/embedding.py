@@ -33,8 +33,8 @@ class Embedding(Objective):
         """It is not trained."""
         del data
         raise UserError(
-            "A model for embeddings is used, not trained; train one of another objective, such as classification or masked_lm, "
-            "that starts from it (training.init_from)."
+            "A model for embeddings is used, not trained; give the objective that the new run has, such as "
+            "--objective.kind classification, which starts from it."
         )
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:

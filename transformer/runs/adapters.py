@@ -18,13 +18,17 @@ from transformer.config_io import CONFIG_FILE, IMPORT_FILE, to_dict
 from transformer.data.trust import remember_paths
 from transformer.interop import peft, table
 from transformer.interop.family import ModelFamily
+from transformer.interop.folder import CONFIG as MODEL_CONFIG
 from transformer.interop.tensors import Planned, write_tensors
 from transformer.layers.adapters import HEADS, LORA_A, LORA_B, split
+from transformer.objectives.classification import Classification
+from transformer.ops.poolings.first import FirstPooling
 from transformer.parts import Parts, resolve
 from transformer.runs.base import Base, on_host
 from transformer.runs.directory import (
     BASE_FILE,
     CHECKPOINTS,
+    CLASSES_FILE,
     DATA_FILE,
     Record,
     open_workdir,
@@ -53,7 +57,14 @@ def _contracted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {p.removesuffix(LORA_A) + "kernel": len(shape) - 1 for p, shape in shapes.items() if p.endswith(ending)}
 
 
-def write_adapters(folder: pathlib.Path, family: ModelFamily, config: Config, params: PyTree, base: str) -> None:
+def write_adapters(
+    folder: pathlib.Path,
+    family: ModelFamily,
+    config: Config,
+    params: PyTree,
+    base: str,
+    class_names: tuple[str, ...] = (),
+) -> None:
     """Write the adapters of a model to a folder, as PEFT reads them.
 
     Args:
@@ -62,6 +73,7 @@ def write_adapters(folder: pathlib.Path, family: ModelFamily, config: Config, pa
         config: resolved.
         params: all parameters of the model, with adapters.
         base: names the base model.
+        class_names: of a classifier.
 
     Raises:
         UserError: a kernel with an adapter has no tensor of the family.
@@ -92,6 +104,8 @@ def write_adapters(folder: pathlib.Path, family: ModelFamily, config: Config, pa
     with (folder / peft.WEIGHTS).open("wb") as file:
         write_tensors(file, tensors, {"format": "pt"})
     written = peft.config_values(config.adapter, rank, found, bound, config.objective.kind, base)
+    if class_names:
+        (folder / peft.CLASSES).write_text(json.dumps(class_names) + "\n")
     (folder / peft.CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
@@ -117,10 +131,13 @@ def import_adapters(
     """
     require(jax.process_count() == 1, "Adapters are imported by one process; start one, on one device.")
     folder, base, workdir = pathlib.Path(expand(path)), os.fspath(expand(base)), expand(workdir)
+    _check_run(base)
     adapters, record = peft.read_adapters(folder), read_run(base, lambda record: record)
-    tokenizer = record.load_tokenizer()
-    plain = resolve(record.config, tokenizer)
-    tree = _leaves(plain, Parts(plain, tokenizer, class_names=record.class_names).shapes)
+    class_names = record.class_names or adapters.class_names
+    begun = _with_head(record.config) if class_names and not record.class_names else record.config
+    tokenizer = record._replace(config=begun).load_tokenizer()
+    plain = resolve(begun, tokenizer)
+    tree = _leaves(plain, Parts(plain, tokenizer, class_names=class_names).shapes)
     shapes = table.looped_shapes(tree)
     rules = family(record, plain).rules(plain.model, plain.objective.kind)
     named = {rule.theirs.removesuffix(".weight"): rule for rule in table.bind(rules, shapes, plain.model.num_layers)}
@@ -128,15 +145,16 @@ def import_adapters(
     unknown = [module for module in adapters.factors if module not in named] + [*adapters.whole.keys() - heads.keys()]
     require(
         not unknown,
-        f"Adapters must be of tensors of their base, and only the head of a classifier may be trained whole; {folder} has "
-        f"{', '.join(unknown[:3])}, which {base} has not, or not as such.",
+        f"Adapters must be of the linear layers of their base, and only the head of a classifier may be saved whole; {folder} "
+        f"also has {', '.join(unknown[:3])}, and {base} has no such layer or head. Give the base that it was trained on; for "
+        "others (embeddings, lm_head), merge it by PEFT (merge_and_unload) and import the result.",
     )
     adapted = {path for module in adapters.factors for path in named[module].ours}
     paths = _patterns(tree, adapted)
     adapter = AdapterConfig(adapters.rank, adapters.alpha, adapters.dropout, paths)
-    training = dataclasses.replace(record.config.training, init_from=base, init_from_step=str(record.step))
-    config = dataclasses.replace(record.config, adapter=adapter, training=training, workdir=workdir)
-    parts = Parts(resolve(config, tokenizer), tokenizer, class_names=record.class_names)
+    training = dataclasses.replace(begun.training, init_from=base, init_from_step=str(record.step))
+    config = dataclasses.replace(begun, adapter=adapter, training=training, workdir=workdir)
+    parts = Parts(resolve(config, tokenizer), tokenizer, class_names=class_names)
     params = _read_params(folder, parts, adapters, list(named.values()), _heads_of(record, parts))
     files = {
         **record.files,
@@ -145,9 +163,24 @@ def import_adapters(
         IMPORT_FILE: json.dumps({"peft": folder.name}).encode(),
         BASE_FILE: Base.of(record).to_file(),
     }
+    if class_names:
+        files[CLASSES_FILE] = json.dumps(class_names).encode()
     _save(config, files, params, report)
     remember_paths(base)
     report(f"{folder.name}: adapters of rank {adapter.rank} for {len(adapted)} kernels of {base}")
+
+
+def _check_run(base: str) -> None:
+    require(
+        (epath.Path(base) / CHECKPOINTS).exists() or not (epath.Path(base) / MODEL_CONFIG).exists(),
+        f"The base of adapters must be the directory of a run, {base} is a pretrained folder; `transformer import` it first.",
+    )
+
+
+def _with_head(config: Config) -> Config:
+    """The config of a classifier with the encoder of another, as the sequence classifiers of all families are."""
+    model = dataclasses.replace(config.model, pooling=FirstPooling())
+    return dataclasses.replace(config, objective=Classification(), model=model)
 
 
 def _save(config: Config, files: dict[str, bytes], params: PyTree, report: Callable[[str], object]) -> None:
@@ -168,10 +201,12 @@ def _save(config: Config, files: dict[str, bytes], params: PyTree, report: Calla
 def _heads_of(record: Record, parts: Parts) -> PyTree:
     """What a base has of the parts that are trained whole beside adapters."""
     own = {name: part for name, part in split(parts.shapes)[1].items() if name in HEADS}
-    if not own:
-        return {}
     stored = stored_params(record.path)[1]
-    _, params = load_step_params(record.path, on_host({name: stored[name] for name in own}), some=True)
+    if not own.keys() & stored.keys():
+        return {}
+    _, params = load_step_params(
+        record.path, on_host({name: stored[name] for name in own if name in stored}), some=True
+    )
     return params
 
 
@@ -192,6 +227,8 @@ def _read_params(
                 f"{folder}: {rule.theirs} must be of the base's shape {rule.form.shape(shapes)}, got {theirs.shape}.",
             )
             found |= zip(rule.ours, rule.form.to_ours(theirs, shapes), strict=True)
+    missing = sorted(path for path in own if path.startswith(HEADS) and path not in found)
+    require(not missing, f"A head must be in the adapters or their base, {', '.join(missing)} is in neither; {folder}.")
     for pair in peft.pairs(bound, _contracted(own)):
         shapes = [kernels[kernel] for kernel in pair.kernels]
         for kernel, factors in zip(pair.kernels, pair.to_ours(adapters.factors[pair.module], shapes), strict=True):

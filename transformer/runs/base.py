@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import jax
+from etils import epath
 
 from transformer.config_io import from_json
 from transformer.data.trust import is_known
 from transformer.layers.adapters import join, split
 from transformer.runs.directory import BASE_FILE, Record, read_run
+from transformer.storage import expand
 from transformer.training import manifest
 from transformer.training.checkpoint import describe, load_step_params, read_description
 from transformer.training.layout import stored_layout
@@ -48,6 +50,15 @@ class Base(Settings):
 def base_in(record: Record) -> Base:
     """The base of a run's adapters."""
     return from_json(Base, record.files.get(BASE_FILE, b"{}"), f"{record.path}: {BASE_FILE}")
+
+
+def base_place(path: str) -> str:
+    """Where the base of adapters lies: here, or, where this is a run with adapters too, where it has its base from."""
+    seen = set[str]()
+    while path not in seen and (epath.Path(expand(path)) / BASE_FILE).exists():
+        seen.add(path)
+        path = read_run(path, lambda record: record).config.training.init_from
+    return path
 
 
 def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
@@ -121,11 +132,12 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
     if not adapted:
         return load_step_params(record.path, target)
     path = base or record.config.training.init_from
-    require(
-        base != "" or is_known(path),
-        f"A run's directory may name only a base that you have trained with; {run} names {path!r}, which is not read. If it is "
-        f"the one that you want, give it: --base {path} (base=).",
-    )
+    for place in (path, path := base_place(path) if base or is_known(path) else path):
+        require(
+            base != "" or is_known(place),
+            f"A run's directory may name only a base that you have trained with; {run} names {place!r}, which is not read. If "
+            f"it is the one that you want, give it: --base {place} (base=).",
+        )
     found = find_base(path, base_in(record), run, "give it: --base DIR (base=)")
     frozen, trained = split(target)
     step, adapters = load_step_params(record.path, trained)

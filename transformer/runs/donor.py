@@ -73,7 +73,7 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
     require(
         not conflicts,
         f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; ask for the same or leave it "
-        "out, or leave out training.init_from.",
+        f"out, also in a config file, or leave out training.init_from. `transformer train {donor.path}` has that run's config.",
     )
     note = f"tokenizer from {donor.path}: {tokenizer.kind}, {describe_entries(tokenizer)}"
     return dataclasses.replace(config, data=theirs), note
@@ -102,7 +102,9 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
     return jax.device_get(transferred.params), "\n  differs: ".join(lines)
 
 
-def inherit_parts(config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...]) -> Inherited | None:
+def inherit_parts(
+    config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...], *, adapted: bool = False
+) -> Inherited | None:
     """The parts of a run's model (an embedding, a stack, a head) that the donor has in the same shapes.
 
     Args:
@@ -110,6 +112,7 @@ def inherit_parts(config: Config, target: PyTree, donor: Donor, class_names: tup
         target: shapes of the run's parameters, with their shardings.
         donor: whose parameters are read.
         class_names: of the run's data.
+        adapted: whether these are what is trained of a run with adapters.
 
     Returns:
         None where no part fits, or one in some of its parameters only, of which `inherit_params` then takes these.
@@ -119,7 +122,7 @@ def inherit_parts(config: Config, target: PyTree, donor: Donor, class_names: tup
         return None
 
     def shapes_in(record: Record) -> tuple[int, PyTree]:
-        return record.step, {} if BASE_FILE in record.files else stored_params(record.path)[1]
+        return record.step, stored_params(record.path)[1] if (BASE_FILE in record.files) == adapted else {}
 
     step, stored = read_run(donor.path, shapes_in, donor.step)
     if donor.class_names != class_names:
@@ -153,25 +156,28 @@ def _without(tree: Mapping[str, PyTree], parts: Mapping[str, PyTree]) -> dict[st
 
 
 def compare_base(
-    config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...], heads: Inherited | None
+    config: Config, parts: Parts, donor: Donor, base: str, class_names: tuple[str, ...], inherited: Inherited | None
 ) -> str:
     """Lines that say which kernels have adapters beside which base, and where the models differ.
 
     Args:
         config: of the run, as it was given.
         parts: of the run.
-        donor: the base.
+        donor: the base, or a run with adapters beside it.
+        base: where the base lies.
         class_names: of the run's data.
-        heads: what is trained whole, as far as the base has it.
+        inherited: what is trained, as far as the donor has it.
     """
     frozen, trained = split(parts.shapes)
     whole = {name: trained.pop(name) for name in HEADS if name in trained}
     line = (
         f"adapters of rank {config.adapter.rank}, {count_parameters(trained):,} parameters, beside the "
-        f"{count_parameters(frozen):,} of {donor.path}, which are frozen"
+        f"{count_parameters(frozen):,} of {base}, which are frozen"
     )
+    if base != donor.path:
+        line += f"\n  adapters as {donor.path} has them"
     for name, part in whole.items():
-        origin = "as the base has it" if heads and name in heads.parts else "new"
+        origin = f"as {donor.path} has it" if inherited and name in inherited.parts else "new"
         line += f"\n  trained whole: {name}, {count_parameters(part):,} parameters, {origin}"
     return "\n  differs: ".join([line, *_differing(config, donor, class_names)])
 

@@ -69,10 +69,9 @@ def export_model(
 def _export_adapters(
     record: Record, folder: pathlib.Path, dtype: Dtype, family: str, base: str, report: Callable[[str], object]
 ) -> None:
-    require(
-        record.config.adapter.rank > 0 and not dtype,
-        f"--adapter writes adapters as they are, without --dtype, got rank {record.config.adapter.rank} and {dtype!r}.",
-    )
+    run = record.path.parent.parent
+    require(record.config.adapter.rank > 0, f"--adapter is for a run with adapters, {run} has none; leave it out.")
+    require(not dtype, f"--adapter writes adapters as they are, without --dtype, got --dtype {dtype}.")
     require(jax.process_count() == 1, "Adapters are exported by one process; start one, on one device.")
     tokenizer = record.load_tokenizer()
     config = resolve(record.config, tokenizer)
@@ -80,8 +79,12 @@ def _export_adapters(
     _, params = load_model_params(record, placed(parts, None), base)
     folder.mkdir(parents=True, exist_ok=True)
     with explained(f"{folder}"):
-        write_adapters(folder, family_of(record, config, family), config, params, base or config.training.init_from)
-    report(f"{folder}: adapters of rank {config.adapter.rank}; PEFT reads them beside the exported or imported base.")
+        base = base or config.training.init_from
+        write_adapters(folder, family_of(record, config, family), config, params, base, record.class_names)
+    report(
+        f"{folder}: adapters of rank {config.adapter.rank}; PEFT reads them beside the folder of the base model "
+        "(PeftModel.from_pretrained(model, FOLDER))."
+    )
 
 
 def family_of(record: Record, config: Config, family: str = "") -> ModelFamily:
@@ -141,7 +144,8 @@ def _export(
                 folder.rmdir()
             aside.rename(folder)
         multihost_utils.sync_global_devices("exported")
-    report(f"{folder}: {chosen.kind}, {len(tensors)} tensors; transformers and vLLM read it.")
+    without = "" if "tokenizer.json" in texts or "tokenizer.model" in texts else "; without a tokenizer"
+    report(f"{folder}: {chosen.kind}, {len(tensors)} tensors; transformers reads it{without}.")
 
 
 def _object(record: Record, name: str) -> dict[str, Any]:

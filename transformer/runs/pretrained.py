@@ -42,6 +42,7 @@ from transformer.runs.directory import (
 from transformer.runs.lock import locked
 from transformer.storage import expand
 from transformer.training.checkpoint import Checkpointer
+from transformer.training.folders import committed_steps
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require
@@ -190,6 +191,10 @@ def import_model(
     texts = {name: read_small(path) for name in KEPT if (path := opened.weights.folder.path / name).exists()}
     with locked(epath.Path(workdir), report) if first else contextlib.nullcontext():
         require(
+            not committed_steps(epath.Path(workdir) / CHECKPOINTS),
+            f"A model is imported to a new directory, {workdir} holds a run; choose another --workdir, or remove it.",
+        )
+        require(
             open_workdir(config, report) is None,
             f"A model is imported to a new directory, {workdir} holds a run; choose another.",
         )
@@ -255,7 +260,8 @@ def describe(opened: Opened) -> str:
     config, folder = opened.config, opened.weights.folder
     count = sum(int(np.prod(shape, dtype=np.int64)) for shape in opened.weights.shapes.values())
     return (
-        f"{folder.path.name}: {folder.family.kind}, {count / 1e6:,.1f} million parameters, {config.model.num_layers} layers of "
-        f"width {config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
-        + (f"; without a place: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
+        f"{folder.path.name}: {folder.family.kind}, {count:,} parameters, {config.model.num_layers} layers of width "
+        f"{config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
+        + (f"; ignored: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
+        + ("; no tokenizer: it reads and writes ids only" if opened.given else "")
     )

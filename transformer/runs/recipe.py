@@ -20,7 +20,7 @@ from transformer.layers.adapters import HEADS
 from transformer.memory import check_batch, check_model
 from transformer.parallel.runner import Runner
 from transformer.parts import Steps, check_devices, resolve
-from transformer.runs.base import Base, base_in, check_base, find_base
+from transformer.runs.base import Base, base_in, base_place, check_base, find_base
 from transformer.runs.directory import BASE_FILE, Record
 from transformer.runs.donor import (
     Donor,
@@ -151,22 +151,27 @@ def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) 
 
 def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:
     """A run with adapters and its base, and lines for the user: the donor's checkpoint, or the one that its record names."""
-    steps, path, note, found = run.steps, config.training.init_from, "", donor.record if donor else None
+    steps, path, note, init_state = run.steps, base_place(config.training.init_from), "", run.init_state
     require(
         steps.parts.module is None,
         "Adapters are of the package's models, and one was given to train(model=...); set adapter.rank=0.",
     )
-    init_state = run.init_state
+    named = old if donor is None else donor.record
+    assert named is not None
+    adapted = BASE_FILE in named.files  # adapters name their base
+    found = find_base(path, base_in(named), config.workdir, "set training.init_from") if adapted else named
     if donor is not None:
-        own = {name: part for name, part in run.state.params.items() if name in HEADS}
-        heads = inherit_parts(config, own, donor, run.data.class_names)
-        note = compare_base(config, steps.parts, donor, run.data.class_names, heads)
-        init_state = functools.partial(_started_from, steps, heads) if heads else init_state
-    if found is None:
-        assert old is not None
-        found = find_base(path, base_in(old), config.workdir, "set training.init_from")
+        own = run.state.params if adapted else {name: x for name, x in run.state.params.items() if name in HEADS}
+        inherited = inherit_parts(config, own, donor, run.data.class_names, adapted=adapted)
+        require(
+            not adapted or inherited is not None,
+            f"Adapters that start from those of {donor.path} must have their rank and paths; leave out adapter.rank and "
+            "adapter.paths, or export that run (`transformer export`), import the folder, and start from it.",
+        )
+        note = compare_base(config, steps.parts, donor, path, run.data.class_names, inherited)
+        init_state = functools.partial(_started_from, steps, inherited) if inherited else init_state
     if jax.process_index() == 0:
-        remember_paths(path)
+        remember_paths(path, config.training.init_from)
     kept = {**run.kept, BASE_FILE: Base.of(found).to_file()}
     check_base(found, steps.state.frozen)
 
