@@ -14,6 +14,7 @@ from transformer.cli.main import main
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.data.tokenizers.bpe import BytePairs
 from transformer.interop.tensors import read_header
+from transformer.layers.adapters import split
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.parallel.mesh import make_mesh
@@ -104,6 +105,27 @@ def test_an_imported_folder_is_a_run_that_others_start_from(place, tmp_path, cap
     before, after = (json.loads((p / "config.json").read_text()) for p in (place / "folder", tmp_path / "out"))
     assert after == before | {"torch_dtype": "bfloat16"}
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(transformer.load("out").params))
+
+
+def test_adapters_are_trained_beside_an_import_in_bfloat16_and_come_back(place, tmp_path, monkeypatch, capsys):
+    """The commands of the page, for the type that most models are published in."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data.source", str(place / "text.txt"), "--data.data-dir", str(place / "data"), "--training.steps", "2"]
+    main(["import", str(place / "folder"), "--workdir", "base", "--dtype", "bfloat16"])
+    main(["train", "base", "--adapter.rank", "2", *flags, "--workdir", "adapted"])
+    main(["export", "adapted", "peft", "--adapter"])
+    main(["import", "peft", "--base", "base", "--workdir", "back"])
+    main(["train", "back", *flags, "--workdir", "more", "--optimizer.learning-rate", "1e-12"])
+    assert "adapters as back has them" in " ".join(capsys.readouterr().err.split())
+    found = [split(transformer.load(name).params) for name in ("adapted", "back", "more")]
+    base = transformer.load("base").params
+    for frozen, trained in found:
+        jax.tree.map(np.testing.assert_array_equal, frozen, base)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(trained))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), trained, found[0][1])
+    main(["train", "base", *flags])
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(transformer.load("base-tuned").params))
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,6 @@ def _config_of_run(path: pathlib.Path) -> Config:
     if not (path / IMPORT_FILE).exists():
         return dataclasses.replace(config, workdir=str(path))
     training = dataclasses.replace(config.training, init_from=str(path))
-    # Small updates are lost to rounding in 16 bits; activations keep their type.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="float32"))
     return dataclasses.replace(config, training=training, workdir=f"{path}{_TUNED}")
 
 
@@ -159,7 +157,7 @@ def parse_config_and(
         f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
     )
     if os.path.isdir(expand(reference)):
-        config = _starting(config, reference, given) if trains and not tunes else config
+        config = _tuning(config, given) if tunes else _starting(config, reference, given) if trains else config
         # Imported here, where it is needed: a mistake on the command line is answered at once.
         trust = importlib.import_module("transformer.data.trust")
         places = {name: given.get(f"data.{name}", default) for name, default in (("source", ()), ("data_dir", ""))}
@@ -171,6 +169,14 @@ def parse_config_and(
     for note in notes:
         print(printable(f"note: {as_flags(note, table)}"), file=sys.stderr)
     return dataclasses.replace(config, workdir=workdir), own_given
+
+
+def _tuning(config: Config, given: dict[str, Any]) -> Config:
+    """The config of a run that starts from an imported model: what is trained is float32."""
+    if given.get("adapter.rank", config.adapter.rank) > 0:  # the base stays as it is, and adapters are float32
+        return config
+    # Small updates are lost to rounding in 16 bits; activations keep their type.
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="float32"))
 
 
 def _starting(config: Config, reference: str, given: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformer.config import Config
 from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
-from transformer.data.trust import remember_paths
+from transformer.data.trust import is_known, remember_paths
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
@@ -161,6 +161,11 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
     adapted = BASE_FILE in named.files  # adapters name their base
     found = find_base(path, base_in(named), config.workdir, "set training.init_from") if adapted else named
     if donor is not None:
+        require(
+            not adapted or is_known(path),
+            f"A run's directory may name only a base that you have trained with; {donor.path} names {path!r}, which is not read. "
+            f"To trust it, write the whole model (`transformer export {donor.path} FOLDER --base {path}`), and import that.",
+        )
         own = run.state.params if adapted else {name: x for name, x in run.state.params.items() if name in HEADS}
         inherited = inherit_parts(config, own, donor, run.data.class_names, adapted=adapted)
         require(
