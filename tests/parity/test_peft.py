@@ -1,5 +1,7 @@
 """Adapters of PEFT: its logits are ours, in both directions, and merged."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,9 @@ from families import ALL, TOKENS, TOLERANCE, difference, ours, theirs  # noqa: E
 
 from transformer import load  # noqa: E402
 from transformer.cli.main import main  # noqa: E402
+from transformer.interop.writing import expressing_family  # noqa: E402
+from transformer.ops.poolings.mean import MeanPooling  # noqa: E402
+from transformer.types import UserError  # noqa: E402
 
 # Of PEFT with this version of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -97,6 +102,12 @@ def test_a_head_beside_an_encoder_without_one(tmp_path):
     again = load(tmp_path / "again")
     assert difference(ours(again, TOKENS), expected) <= TOLERANCE
     assert again.class_names == ("a", "b", "c")
+
+    otherwise = dataclasses.replace(run.config.model, pooling=MeanPooling())
+    with pytest.raises(
+        UserError, match=r"bert, the nearest, cannot express\n  pooling: MeanPooling\(\) -> FirstPooling\(\)"
+    ):
+        expressing_family(otherwise, "classification", "bert")
 
 
 FUSED = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"], "phi3": ["qkv_proj", "gate_up_proj"]}

@@ -182,7 +182,7 @@ def _tuning(config: Config, given: dict[str, Any]) -> Config:
 def _starting(config: Config, reference: str, given: dict[str, Any]) -> Config:
     """The config of a run that starts from this run's parameters, if it has another directory."""
     own, other = (os.path.realpath(expand(path)) for path in (reference, given.get("workdir") or reference))
-    if own == other or "training.init_from" in given:
+    if own == other:
         return config
     training = dataclasses.replace(config.training, init_from=config.workdir, init_from_step="latest")
     return dataclasses.replace(config, training=training)
