@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
+from transformer.types import UserError
 from transformer.validation import Settings, did_you_mean, require, shown
 
 AnyKind = TypeVar("AnyKind", bound="type[Kind]")
@@ -70,11 +71,12 @@ class Family:
         Raises:
             UserError: there is none.
         """
-        require(
-            name in self.names,
-            f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}"
-            f"{did_you_mean(name, list(self.names))} One's own kind is known once the module that registers it is imported.",
-        )
+        if name not in self.names:  # making the message takes longer than all else that a config does
+            near = did_you_mean(name, list(self.names))
+            raise UserError(
+                f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}{near} One's own kind is known once the "
+                "module that registers it is imported."
+            )
         if name not in self._kinds:
             importlib.import_module(self._modules[name])  # a name of this table, never one that was read
         return self._kinds[name]
