@@ -130,16 +130,14 @@ def _print_parameters(console: Console, config: Config, params: PyTree, axes: Py
     alike: dict[tuple[str, ...], list[str]] = {}  # the parameters of blocks that differ in nothing but their number
     for (path, value), names, sharding in rows:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape, of = "×".join(map(str, value.shape)), ", ".join(str(axis) for axis in names)
-        found = _BLOCK.search(name)
         role = (
-            name if found is None else name.replace(found[0], "/block_/", 1),
-            shape,
+            _BLOCK.sub("/block_/", name, count=1),
+            "×".join(map(str, value.shape)),
             str(value.dtype),
-            of,
+            ", ".join(str(axis) for axis in names),
             str(sharding.spec),
         )
-        alike.setdefault(role, []).extend([found[1]] if found else [])
+        alike.setdefault(role, []).extend(_BLOCK.findall(name)[:1])
     for (name, *columns), numbers in alike.items():
         table.add_row(name.replace("/block_/", f"/block_{_ranges(numbers)}/", 1) if numbers else name, *columns)
     console.print(table)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from transformer.data.encoded import pack_text
 from transformer.data.identity import ContentHash
 from transformer.data.progress import progress
 from transformer.data.seen import Stamp
-from transformer.data.shards import Shards, holds, write_shard
+from transformer.data.shards import Shards, count_shards, holds, write_shard
 from transformer.data.source import Record, Source
 from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
 from transformer.data.stored import open_stored
@@ -34,7 +33,6 @@ from transformer.validation import counted, require
 
 _FORMAT = 1  # of the prepared records; a change prepares every corpus anew
 _SHARD_BYTES = 32 << 20  # of a shard, which is in memory while it is made
-_MOST_SHARDS = 400  # of a split: as many files are open
 
 
 def open_corpus(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> Source:
@@ -172,7 +170,7 @@ class _Writer:
     """The shards of a split, one after the other. One that is whole is compared and kept."""
 
     def __init__(self, directory: epath.Path, split: str, num_bytes: int) -> None:
-        count = max(1, min(math.ceil(num_bytes / _SHARD_BYTES), _MOST_SHARDS))
+        count = count_shards(num_bytes, _SHARD_BYTES)
         self.paths = [shard_path(directory, "text_records", split, shard, count) for shard in range(count)]
         self.sizes = {"documents": 0, "bytes": 0}
         self._num_bytes, self._shard = num_bytes, 0

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 import os
 import threading
 import uuid
@@ -19,6 +20,7 @@ from transformer.validation import require
 _READING = "max_parallelism:0,readahead_buffer_size:0"
 # Groups of more than one record are read whole. Tokens hardly shrink, and unpacking takes longer than reading.
 _WRITING = "group_size:1,uncompressed"
+_MOST = 400  # of a split: as many files are open
 UNFINISHED = ".unfinished"
 """Ends the name of a shard that is being written; what a kill left under such a name is removed once the dataset is whole."""
 
@@ -59,6 +61,11 @@ class Shards(Sequence[Any]):
         )
         self._readers[part] = reader
         return reader
+
+
+def count_shards(num_bytes: int, shard_bytes: int) -> int:
+    """How many shards of about so many bytes a split has."""
+    return max(1, min(math.ceil(num_bytes / shard_bytes), _MOST))
 
 
 def count_records(path: epath.PathLike) -> int:

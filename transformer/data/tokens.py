@@ -4,7 +4,6 @@ import contextlib
 import errno
 import itertools
 import json
-import math
 import os
 import pathlib
 import queue
@@ -24,7 +23,7 @@ from transformer.data.encoded import Encoded, encode_records, learnt_runs, token
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
 from transformer.data.progress import progress
-from transformer.data.shards import Shards
+from transformer.data.shards import Shards, count_shards
 from transformer.data.source import WHOLE, Record, Source, whole_documents
 from transformer.data.stored import INFO, open_stored
 from transformer.data.token_shards import Job, TextRecords, save_job, write_tokens
@@ -35,7 +34,6 @@ from transformer.types import UserError
 
 _FORMAT = 1  # of the stored tokens; a change stores all of them anew
 _SHARD_BYTES = 32 << 20  # of text: some ten seconds of a processor's time, which a kill may lose
-_MOST_SHARDS = 400  # of a split: as many files are open
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -136,9 +134,9 @@ def _stored(
     if not (directory / INFO).exists():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            shards = min(math.ceil(records.shards.num_bytes / _SHARD_BYTES), _MOST_SHARDS, len(records))
+            shards = max(1, min(count_shards(records.shards.num_bytes, _SHARD_BYTES), len(records)))
             texts, lengths = records.shards.paths, records.shards.lengths
-            _store(Job(texts, lengths, os.fspath(directory), split, max(1, shards), whole), tokenizer, source.name)
+            _store(Job(texts, lengths, os.fspath(directory), split, shards, whole), tokenizer, source.name)
         except OSError as error:
             if error.errno in _READ_ONLY:
                 return None

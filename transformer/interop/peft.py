@@ -119,7 +119,7 @@ def pairs(bound: Sequence[Bound], contracted: Mapping[str, int]) -> list[Pair]:
         contracted: path of each adapted kernel in the looped model -> axes of its input.
 
     Raises:
-        UserError: a kernel has no tensor of its own or with others.
+        UserError: a kernel is in no tensor of theirs, or in one that is no matrix.
     """
     found = []
     for rule in bound:

@@ -88,9 +88,8 @@ def _differing(family: ModelFamily, model: ModelConfig, objective: str, values: 
     named = values.get("architectures") or [next(iter(family.architectures))]
     try:
         read = family.read(Keys(values, family.defaults, CONFIG, tensors), named[0])
-        if (
-            objective != "classification"
-        ):  # no head of theirs pools, and a sentence encoder's folder says how in another file
+        # Other heads do not pool, and the folder of a sentence encoder says in another file how it does.
+        if objective != "classification":
             read = dataclasses.replace(read, pooling=model.pooling)
         return differences(model, read)
     except (UserError, KeyError) as error:

@@ -31,7 +31,7 @@ from transformer.runs.directory import (
     CLASSES_FILE,
     DATA_FILE,
     Record,
-    open_workdir,
+    open_new_workdir,
     read_run,
     stored_record,
     write_copies,
@@ -186,10 +186,7 @@ def _with_head(config: Config) -> Config:
 def _save(config: Config, files: dict[str, bytes], params: PyTree, report: Callable[[str], object]) -> None:
     workdir = epath.Path(config.workdir)
     with locked(workdir, report):
-        require(
-            open_workdir(config, report) is None,
-            f"Adapters are imported to a new directory, {workdir} holds a run; choose another.",
-        )
+        open_new_workdir(config, report)
         write_copies(workdir, files, begun=False)
         checkpointer = Checkpointer(workdir / CHECKPOINTS, record=stored_record(files))
         try:

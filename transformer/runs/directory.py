@@ -144,6 +144,19 @@ def _read_record(path: epath.Path) -> Record:
 # ---- Go on -----------------------------------------------------------------------------------------------------------
 
 
+def open_new_workdir(config: Config, report: folders.Report) -> None:
+    """`open_workdir` of what is imported, which makes a run and goes on with none.
+
+    Raises:
+        UserError: the directory holds a run, or something that is no run.
+    """
+    require(
+        not folders.committed_steps(epath.Path(config.workdir) / CHECKPOINTS),
+        f"An import makes a new directory, {config.workdir} holds a run; choose another --workdir, or remove it.",
+    )
+    open_workdir(config, report)
+
+
 def open_workdir(config: Config, report: folders.Report) -> Record | None:
     """The record of the latest checkpoint in `config.workdir`; None where the run begins. Nothing is written.
 

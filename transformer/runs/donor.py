@@ -97,9 +97,7 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
         own = parts.init_params(jax.random.key(config.training.seed))
         blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
         transferred = transfer(own, params, **blocks)
-    differs = _differing(config, donor, class_names)
-    lines = [f"from {donor.path}, step {step}: {transferred.report()}", *differs]
-    return jax.device_get(transferred.params), "\n  differs: ".join(lines)
+    return jax.device_get(transferred.params), _note(transferred, step, config, donor, class_names)
 
 
 def inherit_parts(
@@ -143,8 +141,12 @@ def inherit_parts(
         for tree in (fits, _without(target, fits), _without(stored, fits))
     )
     transferred = Transfer({}, taken, (), fresh, skipped)
+    return Inherited(fits, read, _note(transferred, step, config, donor, class_names))
+
+
+def _note(transferred: Transfer, step: int, config: Config, donor: Donor, class_names: tuple[str, ...]) -> str:
     lines = [f"from {donor.path}, step {step}: {transferred.report()}", *_differing(config, donor, class_names)]
-    return Inherited(fits, read, "\n  differs: ".join(lines))
+    return "\n  differs: ".join(lines)
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -35,14 +35,13 @@ from transformer.runs.directory import (
     DATA_FILE,
     FAMILY_FILE,
     GIVEN_FILE,
-    open_workdir,
+    open_new_workdir,
     stored_record,
     write_copies,
 )
 from transformer.runs.lock import locked
 from transformer.storage import expand
 from transformer.training.checkpoint import Checkpointer
-from transformer.training.folders import committed_steps
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
 from transformer.validation import require
@@ -190,14 +189,7 @@ def import_model(
     first = jax.process_index() == 0
     texts = {name: read_small(path) for name in KEPT if (path := opened.weights.folder.path / name).exists()}
     with locked(epath.Path(workdir), report) if first else contextlib.nullcontext():
-        require(
-            not committed_steps(epath.Path(workdir) / CHECKPOINTS),
-            f"A model is imported to a new directory, {workdir} holds a run; choose another --workdir, or remove it.",
-        )
-        require(
-            open_workdir(config, report) is None,
-            f"A model is imported to a new directory, {workdir} holds a run; choose another.",
-        )
+        open_new_workdir(config, report)
         files = _record_files(opened, config, texts)
         if first:
             write_copies(epath.Path(workdir), files, begun=False)
