@@ -28,6 +28,26 @@ def test_every_batch_is_scored_once_with_the_parameters():
     assert seen == [("params", "w", "x"), ("params", "wx", "y"), ("params", "wxy", "z")]
 
 
+def test_few_results_are_waiting_however_large_the_split_is():
+    waiting, most = set(), []
+
+    class Result(np.lib.mixins.NDArrayOperatorsMixin):
+        def __init__(self, number):
+            self.number = number
+            waiting.add(number)
+
+        def __array__(self, dtype=None, copy=None):
+            waiting.discard(self.number)
+            return np.float64(self.number)
+
+    def step(params, carry, batch):
+        most.append(len(waiting))
+        return carry, {"weight": Result(batch)}
+
+    assert sum_statistics(step, (), range(1, 101)) == {"weight": 5050.0}
+    assert max(most) < 20
+
+
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="at least one batch, got none"):
         sum_statistics(lambda params, carry, batch: (carry, {}), (), [])
@@ -37,7 +57,7 @@ def test_nan_is_an_error_that_says_where():
     def step(params, carry, batch):
         return carry, {"loss": np.float32(batch), "confusion": np.zeros((2, 2))}
 
-    with pytest.raises(UserError, match="the loss of batch 2 of 3 of the test split is NaN"):
+    with pytest.raises(UserError, match="the loss of batch 2 of the test split is NaN"):
         sum_statistics(step, (), [1.0, np.nan, 2.0], split="test")
 
 

@@ -1,5 +1,6 @@
 """The sums of an objective's statistics over a whole split."""
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
+
+_PENDING = 8  # steps whose results are not waited for: the device has work, and memory for no more batches is needed
 
 
 def sum_statistics(
@@ -30,22 +33,30 @@ def sum_statistics(
     Raises:
         UserError: there was nothing to score.
     """
-    # All steps are dispatched before the first result is waited for.
-    results = []
-    for batch in batches:
-        carry, statistics = evaluate_step(params, carry, batch)
-        results.append(statistics)
-    require(len(results) > 0, "Scores need at least one batch, got none; choose a split that holds something.")
+    pending: collections.deque[Statistics] = collections.deque()
     sums: dict[str, Any] = {}
-    for number, statistics in enumerate(jax.device_get(results), 1):
-        for name, value in statistics.items():
+    number = 0
+
+    def add(statistics: Statistics) -> None:
+        for name, value in jax.device_get(statistics).items():
             require(
                 not np.any(np.isnan(value)),
-                f"Scores must be numbers, the {name} of batch {number} of {len(results)} of the {split or 'given'} split is NaN; "
+                f"Scores must be numbers, the {name} of batch {number} of the {split or 'given'} split is NaN; "
                 "the parameters are not finite, or overflow in half precision: take an earlier checkpoint, or "
                 "model.dtype=float32.",
             )
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+
+    for batch in batches:
+        carry, statistics = evaluate_step(params, carry, batch)
+        pending.append(statistics)
+        if len(pending) > _PENDING:
+            number += 1
+            add(pending.popleft())
+    while pending:
+        number += 1
+        add(pending.popleft())
+    require(number > 0, "Scores need at least one batch, got none; choose a split that holds something.")
     require(
         bool(sums.get("weight", 1) > 0), "Scores need a target that counts, all have weight 0; choose another split."
     )
