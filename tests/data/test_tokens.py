@@ -9,7 +9,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transformer.config import Config
 from transformer.data import token_shards, tokens
+from transformer.data.datasets import open_data
 from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_features, token_type, unpack
 from transformer.data.pipeline import evaluation_batches, train_batches
 from transformer.data.registry import open_source
@@ -181,12 +183,14 @@ def test_a_second_start_goes_on_from_the_shards_that_are_finished(tmp_path, open
     write, begun = token_shards.write_shard, []
 
     def die(path, records):
+        if path.name.startswith("sizes"):
+            return write(path, records)
         begun.append(path.name)
         if len(begun) > finished:
             path.with_name(f"{path.name}-0123.unfinished").write_bytes(b"what a kill left")
             next(iter(records), None)
             raise KeyboardInterrupt
-        write(path, records)
+        return write(path, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(token_shards, "write_shard", die)
@@ -285,3 +289,48 @@ def test_a_record_is_encoded_alike_alone_and_among_others():
     records += [Record("three", "", True, True), Record("four", "", False, True)]
     together = _lists(encode_records(BYTES, records))
     assert together == [_lists(encode_records(BYTES, [record]))[0] for record in records]
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("missing", ["none", "one that a kill prevented", "all, as of an earlier version"])
+def test_counting_reads_no_tokens(tmp_path, open_records, monkeypatch, missing):
+    source, config = open_records(sequence_length=8)
+    expected = [
+        encoded.num_targets for encoded in open_tokens(dataclasses.replace(source, tokens_in=None), "train", BYTES)
+    ]
+    if missing.startswith("one"):
+        write = tokens.write_sizes
+
+        def killed(job, dtype):
+            job.sizes_path(1).unlink()
+            write(job, dtype)
+
+        monkeypatch.setattr(tokens, "write_sizes", killed)
+    opened = open_tokens(source, "train", BYTES)
+    assert [path.name for path in tmp_path.glob("prepared/text_records/*/tokens/*/*sizes*")] == ["sizes"]
+    if missing.startswith("all"):
+        next(tmp_path.glob("prepared/text_records/*/tokens/*/sizes")).unlink()
+        assert open_tokens(source, "train", BYTES).sizes().tolist() == expected
+        return
+    read, of_record = [], tokens.unpack
+    monkeypatch.setattr(tokens, "unpack", lambda *record: read.append(record) or of_record(*record))
+    monkeypatch.setattr(token_shards, "unpack", tokens.unpack)
+    assert opened.sizes().tolist() == expected
+    data = open_data(config, Config().objective)
+    assert data.batches_of_epoch(BYTES) == sum(expected) / (config.batch_size * config.sequence_length)
+    assert len(read) < 6, "the checks of types read a record here and there"
+
+
+def test_a_limited_evaluation_reads_what_is_stored_and_stores_nothing(tmp_path, open_records, monkeypatch):
+    source, config = open_records()
+    limited = evaluation_batches(dataclasses.replace(config, limit=200), BYTES, "validation", sources=[source])
+    expected = [[field.tolist() for field in batch] for batch in limited]
+    assert _shards(tmp_path) == []
+    list(document_tokens(source, "validation", BYTES))
+    encoded = []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encoded.append(text))
+    assert [[field.tolist() for field in batch] for batch in limited] == expected
+    assert encoded == []

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from transformer.config import Config, DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
 from transformer.data.examples import open_examples, prepare_examples
@@ -233,9 +235,10 @@ class TextData:
             f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
             "often; set training.steps.",
         )
-        sizes = (encoded.num_targets for encoded in open_tokens(self.sources[0], "train", tokenizer))
-        length = self.config.sequence_length
-        return packed_tokens(sizes, length, self._limit(tokenizer)) / (self.config.batch_size * length)
+        sizes = open_tokens(self.sources[0], "train", tokenizer).sizes()
+        length, most = self.config.sequence_length, self._limit(tokenizer)
+        tokens = packed_tokens(sizes.tolist(), length, most) if most else int(sizes.sum(dtype=np.int64))
+        return tokens / (self.config.batch_size * length)
 
     def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
         """By the first records of the first source, no more than fill 64 rows: where rows are padded, records are short."""

@@ -1,5 +1,6 @@
 """Shards of tokens: what one holds, written in this process or in one of several that each write one at a time."""
 
+import array
 import contextlib
 import dataclasses
 import json
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import UInt
 from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.data.builder import shard_path
-from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_type
-from transformer.data.shards import Shards, write_shard
+from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_type, unpack
+from transformer.data.shards import Shards, count_records, write_shard
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.tokenizer import TOKENIZERS
@@ -65,6 +68,14 @@ class Job:
         """Where a shard lies, named as TFDS does."""
         return shard_path(epath.Path(self.directory), "tokens", self.split, shard, self.num_shards)
 
+    def sizes_path(self, shard: int) -> epath.Path:
+        """Where the sizes of a shard's records lie until all shards are written."""
+        return epath.Path(self.directory) / f"{SIZES}-{shard:05}-of-{self.num_shards:05}"
+
+
+SIZES = "sizes"
+"""The file beside stored tokens that has the targets of each record, so that counting reads no tokens."""
+
 
 def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:
     """Write a shard: the tokens of an equal part of the records; `advance` is told the characters that are done."""
@@ -72,13 +83,46 @@ def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[
     start, stop = (part * len(records) // job.num_shards for part in (shard, shard + 1))
     texts = _documents(records, start, stop) if job.whole else map(records.__getitem__, range(start, stop))
 
+    sizes = array.array("I")
+
     def packed() -> Iterator[bytes]:
         for some in _batched(texts):
             for encoded in encode_records(tokenizer, some):
-                yield from (pack(part, dtype) for part in _parts(encoded))
+                for part in _parts(encoded):
+                    sizes.append(part.num_targets)
+                    yield pack(part, dtype)
             advance(sum(map(_size, some)))
 
     write_shard(job.path(shard), packed())
+    write_shard(job.sizes_path(shard), [np.array(sizes, _SIZE).tobytes()])
+
+
+def write_sizes(job: Job, dtype: np.dtype) -> None:
+    """Write the sizes of all shards in one file. Where a kill came between a shard and its sizes, the shard is read."""
+    parts = []
+    for shard in range(job.num_shards):
+        path, sizes = job.path(shard), job.sizes_path(shard)
+        if sizes.exists():
+            parts.append(Shards([sizes], [1])[0])
+        else:
+            parts.append(record_sizes(Shards([path], [count_records(path)]), dtype).tobytes())
+    write_shard(epath.Path(job.directory) / SIZES, parts)
+    for shard in range(job.num_shards):
+        job.sizes_path(shard).unlink(missing_ok=True)
+
+
+def record_sizes(records: Shards, dtype: np.dtype) -> UInt[np.ndarray, " n"]:
+    """The targets of each stored record, which are read."""
+    return np.fromiter((unpack(records[index], dtype).num_targets for index in range(len(records))), _SIZE)
+
+
+def read_sizes(directory: epath.Path, num_shards: int) -> UInt[np.ndarray, " n"]:
+    """What `write_sizes` wrote."""
+    stored = Shards([directory / SIZES], [num_shards])
+    return np.concatenate([np.frombuffer(stored[shard], _SIZE) for shard in range(num_shards)])
+
+
+_SIZE = np.dtype("<u4")
 
 
 def _size(record: Record) -> int:

@@ -19,14 +19,23 @@ import numpy as np
 from etils import epath
 
 from transformer.data.builder import describe
-from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_features, unpack
+from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_features, token_type, unpack
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
 from transformer.data.progress import progress
 from transformer.data.shards import Shards, count_shards
 from transformer.data.source import WHOLE, Record, Source, whole_documents
 from transformer.data.stored import INFO, open_stored
-from transformer.data.token_shards import Job, TextRecords, save_job, write_tokens
+from transformer.data.token_shards import (
+    SIZES,
+    Job,
+    TextRecords,
+    read_sizes,
+    record_sizes,
+    save_job,
+    write_sizes,
+    write_tokens,
+)
 from transformer.data.tokenizers import Tokenizer
 from transformer.storage import is_local
 from transformer.tokenizer import around_text, document_start
@@ -37,7 +46,15 @@ _SHARD_BYTES = 32 << 20  # of text: some ten seconds of a processor's time, whic
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Sequence[Encoded]:
+class Tokens(Sequence[Encoded]):
+    """Records as tokens."""
+
+    def sizes(self) -> np.ndarray:
+        """The targets of each record."""
+        return np.fromiter((encoded.num_targets for encoded in self), np.uint32)
+
+
+def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Tokens:
     """The records of a split as tokens, stored now if they were not before."""
     records = source.records(split)
     stored = _stored(source, split, records, tokenizer, whole=False)
@@ -45,9 +62,12 @@ def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Sequence[En
 
 
 def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: bool = True) -> Iterator[Encoded]:
-    """The documents of a split (or of all: `WHOLE`) as tokens, whole and in order; each as often as one record of text had it."""
+    """The documents of a split (or of all: `WHOLE`) as tokens, whole and in order.
+
+    Without `store`, tokens that are stored are read, and none are stored.
+    """
     for name in source.split_names if split == WHOLE and WHOLE not in source.sizes else (split,):
-        stored = _stored(source, name, source.records(name), tokenizer, whole=True) if store else None
+        stored = _stored(source, name, source.records(name), tokenizer, whole=True, store=store)
         if stored is not None:
             yield from _joined(stored)
             continue
@@ -79,7 +99,7 @@ def _one(pieces: Sequence[Encoded]) -> Encoded:
     return Encoded(tokens, learnt_runs(np.concatenate([piece.weights for piece in pieces]) > 0), True)
 
 
-class _Now(Sequence[Encoded]):
+class _Now(Tokens):
     """Records that become tokens each time they are read."""
 
     def __init__(self, records: Sequence[Record], tokenizer: Tokenizer) -> None:
@@ -92,11 +112,17 @@ class _Now(Sequence[Encoded]):
         return next(encode_records(self._tokenizer, [self._records[index]]))
 
 
-class _Stored(Sequence[Encoded]):
+class _Stored(Tokens):
     """Records that are stored as tokens."""
 
-    def __init__(self, shards: Shards, dtype: np.dtype) -> None:
-        self._shards, self._dtype = shards, dtype
+    def __init__(self, directory: epath.Path, shards: Shards, dtype: np.dtype) -> None:
+        self._directory, self._shards, self._dtype = directory, shards, dtype
+
+    def sizes(self) -> np.ndarray:
+        """As they are stored; tokens that an earlier version stored are read."""
+        if not (self._directory / SIZES).exists():
+            return record_sizes(self._shards, self._dtype)
+        return read_sizes(self._directory, len(self._shards.paths))
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -124,7 +150,7 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str | None:
 
 
 def _stored(
-    source: Source, split: str, records: Sequence[Record], tokenizer: Tokenizer, *, whole: bool
+    source: Source, split: str, records: Sequence[Record], tokenizer: Tokenizer, *, whole: bool, store: bool = True
 ) -> _Stored | None:
     """The tokens of a split; None where they cannot be kept: of text that is not stored, or where nothing can be written."""
     identity = tokenizer_identity(tokenizer) if source.tokens_in is not None else None
@@ -132,6 +158,8 @@ def _stored(
         return None
     directory = source.tokens_in / f"{identity[:16]}-{split}{'-documents' if whole else ''}"
     if not (directory / INFO).exists():
+        if not store:
+            return None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             shards = max(1, min(count_shards(records.shards.num_bytes, _SHARD_BYTES), len(records)))
@@ -144,7 +172,7 @@ def _stored(
     with quiet():
         info = open_stored(directory).info
     found = info.splits[split]
-    return _Stored(Shards(found.filepaths, found.shard_lengths), np.dtype(info.features["tokens"].np_dtype))
+    return _Stored(directory, Shards(found.filepaths, found.shard_lengths), np.dtype(info.features["tokens"].np_dtype))
 
 
 def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
@@ -162,6 +190,7 @@ def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
                 if not job.path(shard).exists():
                     write_tokens(job, tokenizer, shard, advance)
     paths = [job.path(shard) for shard in range(job.num_shards)]
+    write_sizes(job, token_type(tokenizer.vocab_size))
     with quiet():
         describe(epath.Path(job.directory), "tokens", token_features(tokenizer.vocab_size), {job.split: paths})
 

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from rich.console import Console
 
 from transformer.config import Config
 from transformer.data.datasets import Dataset, data_of
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.data.trust import is_known, remember_paths
 from transformer.evaluation.scores import sum_statistics
 from transformer.generation.generate import generate
@@ -33,10 +35,12 @@ from transformer.runs.donor import (
 )
 from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
-from transformer.tokenizer import drawable, prompt_ids, stop_ids
+from transformer.tokenizer import TokenizerKind, drawable, prompt_ids, stop_ids
 from transformer.training import loop
 from transformer.training.checkpoint import load_step_params
+from transformer.training.manifest import files_below
 from transformer.training.metrics import derive
+from transformer.training.processes import made_by_first
 from transformer.training.state import TrainState
 from transformer.training.writers import SamplesWriter
 from transformer.types import PyTree, UserError
@@ -115,7 +119,8 @@ def make_run(
         config, note = inherit_tokenizer(config, donor)
         tokenizer, notes = donor.tokenizer, [note]
     elif tokenizer is None:
-        tokenizer = data.make_tokenizer()
+        own = given.data is not None or jax.process_count() == 1
+        tokenizer = data.make_tokenizer() if own else _make_together(data, config.data.tokenizer.filled())
     if not counted:
         config = with_steps(config, data, tokenizer)
     filled = dataclasses.replace(config.data, tokenizer=config.data.tokenizer.filled())
@@ -134,6 +139,21 @@ def make_run(
         Run(steps, data, tokenizer, steps.init_state, "", donor.kept if donor else {}), unresolved, donor, old
     )
     return run._replace(notes="\n".join([*notes, *filter(None, [note])]))
+
+
+def _make_together(data: Dataset, kind: TokenizerKind) -> Tokenizer:
+    """The tokenizer that process 0 makes, in every process: two trainings of one vocabulary may differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = epath.Path(folder)
+
+        def files() -> dict[str, str]:
+            data.make_tokenizer().save(root)
+            return {name: file.read_bytes().decode() for name, file in files_below(root).items()}
+
+        for name, content in made_by_first(files).items():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(content.encode())
+        return load_tokenizer(root, kind)
 
 
 def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:

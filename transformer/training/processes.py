@@ -1,11 +1,14 @@
 """What the processes of a run over several hosts must agree on."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from transformer.types import UserError
 
 
 def largest_over_processes(number: int) -> int:
@@ -27,6 +30,29 @@ def merged_over_processes(state: dict[str, Any]) -> dict[str, Any]:
     for row in np.asarray(multihost_utils.process_allgather(padded)):
         merged = merge(merged, json.loads(row.tobytes()))
     return merged
+
+
+def made_by_first(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A JSON object that process 0 makes, in every process; all processes must call it.
+
+    Raises:
+        UserError: process 0 could not make it; every process says so.
+    """
+    if jax.process_count() == 1:
+        return make()
+    made: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            made = {"made": make()}
+        except UserError as error:
+            made = {"error": str(error)}
+    text = np.frombuffer(json.dumps(made).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size)))
+    text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    given = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8).tobytes())
+    if "error" in given:
+        raise UserError(given["error"])
+    return given["made"]
 
 
 def merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
