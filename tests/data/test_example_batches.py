@@ -117,7 +117,8 @@ def test_evaluation_covers_a_split_once(count):
 
 
 def test_processes_share_an_evaluation():
-    arguments = (CONFIG, LabelledTexts(), TOKENIZER, lambda: EXAMPLES[:9])
+    encoded = [LabelledTexts().encode(example, TOKENIZER, CONFIG) for example in EXAMPLES[:9]]
+    arguments = (CONFIG, LabelledTexts(), lambda: encoded)
     whole = list(ExampleEvaluationBatches(*arguments, range(4)))
     halves = [list(ExampleEvaluationBatches(*arguments, rows)) for rows in (range(2), range(2, 4))]
     for batch, *parts in zip(whole, *halves, strict=True):
@@ -137,8 +138,8 @@ def test_what_is_cut_is_counted():
     pairs = [TextPair("a" * 7, "b" * 8), TextPair("a" * 8, "b" * 9), TextPair("", "b")]
     texts = [LabelledText(pair.source, 0) for pair in pairs]
     config = DataConfig(sequence_length=8)
-    assert Pairs().count_cut(pairs, TOKENIZER, config) == {"sources": 1, "targets": 2}
-    assert LabelledTexts().count_cut(texts, TOKENIZER, config) == {"texts": 1}
+    for form, examples, cut in ((Pairs(), pairs, {"sources": 1, "targets": 2}), (LabelledTexts(), texts, {"texts": 1})):
+        assert form.count_cut([form.tokens(example, TOKENIZER) for example in examples], TOKENIZER, config) == cut
     for example, fits in zip(texts, (True, False, True), strict=True):  # as the rows themselves have it
         tokens, _ = LabelledTexts().encode(example, TOKENIZER, config)
         assert (tokens[1:].tolist() == TOKENIZER.encode(example.text).tolist()) == fits

@@ -42,7 +42,7 @@ data = DataConfig(
 config = Config(data=data, objective=OBJECTIVES.find(objective)())
 try:
     tokenizer = _make_together(data_of(config), config.data.tokenizer.filled())
-    tables = [one.to_json() for one in (getattr(tokenizer, "source", None), getattr(tokenizer, "_target", tokenizer)) if one]
+    tables = [one.to_json() for one in (getattr(tokenizer, "source", None), getattr(tokenizer, "target", tokenizer)) if one]
     print(json.dumps({"tables": tables, "made": len(made)}))
 except UserError as error:
     print(json.dumps({"error": str(error), "made": len(made)}))

@@ -94,7 +94,7 @@ def describe(
         ]
         builder.info.set_splits(tfds_splits.SplitDict(infos))
         builder.info.write_to_directory(aside)
-        for file in sorted(pathlib.Path(aside).glob("*.json"), key=lambda file: file.name == INFO):
+        for file in sorted(pathlib.Path(aside).iterdir(), key=lambda file: file.name == INFO):
             write_whole(directory / file.name, file.read_bytes())
     for path in directory.iterdir():
         if path.name.endswith(UNFINISHED):

@@ -9,6 +9,7 @@ import numpy as np
 
 from transformer.config import Config, DataConfig
 from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
+from transformer.data.example_tokens import open_encoded, open_example_tokens
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches, training_limit
@@ -328,8 +329,8 @@ class ExampleData:
         """Rows of the form's batches."""
         rows = own_rows(self.config, process_index, process_count)
         self.source.examples(split)  # a missing split is an error now, not at the first evaluation
-        examples = functools.partial(self.source.examples, split)
-        return ExampleEvaluationBatches(self.config, self.form, tokenizer, examples, rows)
+        examples = functools.partial(open_encoded, self.source, self.form, split, tokenizer, self.config)
+        return ExampleEvaluationBatches(self.config, self.form, examples, rows)
 
     def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
         """Each row is one text."""
@@ -338,7 +339,7 @@ class ExampleData:
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""
-        examples = self.source.examples(split)
+        examples = open_example_tokens(self.source, self.form, split, tokenizer, store=False)
         count = min(len(examples), at_most or len(examples))
         chosen = (examples[i * len(examples) // count] for i in range(count))
         return self.form.count_cut(chosen, tokenizer, self.config), count

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Integer
+from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.data.documents import CONVERSATION
 from transformer.data.source import Record
@@ -143,10 +144,25 @@ _LEARNT_AT = len(_LAST[True])
 
 def pack_text(record: Record, name: str) -> bytes:
     """A stored record of text, as `TEXT_FEATURES` describes it."""
-    flags = {b"continues": record.continues, b"last": record.last}
-    texts = {b"text": record.text, b"prompt": record.prompt, b"name": name}
-    numbers = (_entry(key, _part(0x1A, _part(0x0A, bytes([value])))) for key, value in flags.items())
-    return _part(0x0A, b"".join([*numbers, *(_array(key, value.encode()) for key, value in texts.items())]))
+    flags = {"continues": int(record.continues), "last": int(record.last)}
+    return pack_fields(flags | {"text": record.text, "prompt": record.prompt, "name": name})
+
+
+def pack_fields(fields: Mapping[str, str | bytes | int]) -> bytes:
+    """A record of texts, bytes and numbers by name, in their order."""
+    return _part(0x0A, b"".join(_field(name.encode(), value) for name, value in fields.items()))
+
+
+def unpack_fields(record: bytes) -> Mapping[str, Any]:
+    """The features of a record by name, as `tf.train.Feature` has them."""
+    example: Any = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+    return example.features.feature
+
+
+def _field(name: bytes, value: str | bytes | int) -> bytes:
+    if isinstance(value, int):
+        return _entry(name, _part(0x1A, _part(0x0A, _varint(value % 2**64))))
+    return _array(name, value.encode() if isinstance(value, str) else value)
 
 
 def pack(encoded: Encoded, dtype: np.dtype) -> bytes:

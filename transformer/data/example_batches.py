@@ -9,6 +9,7 @@ import grain
 
 from transformer.config import DataConfig
 from transformer.data.draws import permutation
+from transformer.data.example_tokens import open_encoded
 from transformer.data.forms.examples import ExampleForm, buckets
 from transformer.data.source import ExampleSource
 from transformer.data.tokenizers import Tokenizer
@@ -38,8 +39,8 @@ class ExampleBatches(grain.IterDataset):
         self, config: DataConfig, form: ExampleForm, tokenizer: Tokenizer, source: ExampleSource, own_rows: range
     ) -> None:
         super().__init__()
-        self.config, self.form, self.tokenizer, self.own_rows = config, form, tokenizer, own_rows
-        self.examples = source.examples("train")
+        self.config, self.form, self.own_rows = config, form, own_rows
+        self.examples = open_encoded(source, form, "train", tokenizer, config)
         self.corpus = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:16]
         self.batches_of_epoch = len(self.examples) // config.batch_size
         require(
@@ -57,8 +58,7 @@ class ExampleBatches(grain.IterDataset):
         order = permutation(len(self.examples), seed, epoch)
         count = min(_BATCHES_OF_CHUNK, self.batches_of_epoch - index * _BATCHES_OF_CHUNK)
         start = index * _BATCHES_OF_CHUNK * size
-        chosen = (self.examples[int(i)] for i in order[start : start + count * size])
-        encoded = [self.form.encode(example, self.tokenizer, self.config) for example in chosen]
+        encoded = [self.examples[int(i)] for i in order[start : start + count * size]]
         by_length = sorted(encoded, key=self.form.length)
         batches = [by_length[i * size : (i + 1) * size] for i in range(count)]
         return [batches[i] for i in permutation(count, seed, epoch, index, _ORDER)]
@@ -99,8 +99,8 @@ class ExampleEvaluationBatches:
 
     config: DataConfig
     form: ExampleForm
-    tokenizer: Tokenizer
     examples: Callable[[], Sequence[Any]]
+    """Of the split, encoded."""
     own_rows: range
 
     def __iter__(self) -> Iterator[Any]:
@@ -108,9 +108,6 @@ class ExampleEvaluationBatches:
         of_chunk = size * _BATCHES_OF_CHUNK
         for start in range(0, len(examples), of_chunk):
             stop = min(start + of_chunk, len(examples))
-            chosen = (examples[i] for i in range(start, stop))
-            encoded = sorted(
-                (self.form.encode(example, self.tokenizer, self.config) for example in chosen), key=self.form.length
-            )
+            encoded = sorted((examples[i] for i in range(start, stop)), key=self.form.length)
             for first in range(0, len(encoded), size):
                 yield _batch(encoded[first : first + size], self.form, self.config, self.own_rows)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from transformer.data.identity import ContentHash
 from transformer.data.source import Converted, ExampleSource
 from transformer.data.splits import SPLIT_RULE, hold_out
 from transformer.validation import counted, require
@@ -13,25 +12,27 @@ from transformer.validation import counted, require
 
 def example_source(
     name: str,
-    content: ContentHash,
+    identify: Callable[..., str],
     sizes: Mapping[str, int],
     class_names: tuple[str, ...],
     open_split: Callable[[str], tuple[Sequence[Any], Callable[[Any], Any]]],
     labels: Callable[[], Any],
     validation_fraction: float,
     note: str = "",
+    tokens: Callable[[str, Any, bool], tuple[Sequence[Any], Callable[[Any], Any]] | None] | None = None,
 ) -> ExampleSource:
     """Examples with the splits that they have, and a fixed share of training for validation where that is missing.
 
     Args:
         name: for messages.
-        content: what the examples are.
+        identify: a hash of what the examples are, and of what it is given.
         sizes: split -> its examples.
         class_names: in the order of their numbers.
         open_split: the stored examples of a split, and what makes an example of one.
         labels: the class of each training example; None of pairs.
         validation_fraction: the share that is taken.
         note: more lines for the user.
+        tokens: the stored tokens of a split (`ExampleSource.tokens`), and what numbers the class of an example.
     """
     sizes, taken = dict(sizes), np.zeros(0, np.int64)
     carved = "train" in sizes and "validation" not in sizes and validation_fraction > 0
@@ -41,20 +42,34 @@ def example_source(
         taken = hold_out(classes, validation_fraction)
         sizes |= {"train": sizes["train"] - len(taken), "validation": len(taken)}
 
-    def open_part(split: str) -> Sequence[Any]:
-        stored, convert = open_split("train" if carved and split == "validation" else split)
-        indices = np.arange(len(stored))
-        if carved and split in ("train", "validation"):
-            held_out = np.isin(indices, taken)
-            indices = indices[held_out if split == "validation" else ~held_out]
-        return Converted(stored, convert, indices)
+    def part_of(split: str, stored: Sequence[Any], convert: Callable[[Any], Any]) -> Sequence[Any]:
+        if not carved or split not in ("train", "validation"):
+            return Converted(stored, convert)
+        held_out = np.zeros(len(stored), bool)
+        held_out[taken] = True
+        return Converted(stored, convert, np.flatnonzero(held_out if split == "validation" else ~held_out))
+
+    def stored_as(split: str) -> str:
+        return "train" if carved and split == "validation" else split
+
+    def open_tokens(split: str, tokenizer: Any, store: bool) -> Sequence[Any] | None:
+        found = tokens(stored_as(split), tokenizer, store) if tokens else None
+        return found and part_of(split, *found)
 
     description = f"{name}: " + ", ".join(f"{split} {counted(count, 'example')}" for split, count in sizes.items())
     if class_names:
         description += f"; classes {', '.join(class_names)}"
-    content.add(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
+    fingerprint = identify(SPLIT_RULE, *(part for size in sizes.items() for part in size))  # how much is held out
     lines = "\n".join(filter(None, (description, note)))
-    return ExampleSource(name, content.hexdigest(), sizes, lines, open_part, class_names)
+    return ExampleSource(
+        name,
+        fingerprint,
+        sizes,
+        lines,
+        lambda split: part_of(split, *open_split(stored_as(split))),
+        class_names,
+        open_tokens if tokens else None,
+    )
 
 
 def class_numbers(names: Sequence[str], known: Sequence[str], where: str) -> list[int]:

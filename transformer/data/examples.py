@@ -1,21 +1,26 @@
 """Labelled texts, pairs and other examples: read from files, stored as datasets with a name, and opened as either."""
 
 import dataclasses
+import functools
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.builder import Example, builder_class
-from transformer.data.example_source import example_source
+from transformer.data.example_source import class_numbers, example_source
+from transformer.data.example_store import Kept, Read, keep_examples
+from transformer.data.example_tokens import open_stored_tokens
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import data_directory, quiet
 from transformer.data.registry import find_source
+from transformer.data.seen import Stamp, joined
 from transformer.data.source import ExampleSource
 from transformer.data.sources.tfds import TfdsDataset, stored_builder
 from transformer.data.splits import SPLITS
@@ -49,19 +54,76 @@ def open_examples(
         f"{form.title.capitalize()} are read from one dataset, or from files, got data.source={', '.join(names)}; give one of "
         "them, or prepare one dataset of all.",
     )
-    examples, notes = form.clean(form.read(find_source, names, config), class_names)
-    require(len(examples) > 0, f"A source must hold examples, {', '.join(names)} has none.")
-    known = class_names or form.class_names(examples)
+    name = " and ".join(name.rpartition("/")[2] for name in names)
+
+    def read(notes: list[str]) -> Iterator[Any]:
+        return form.clean(form.read(find_source, names, config), class_names, notes)
+
+    def known(example: Any, classes: Sequence[str]) -> tuple[str, ...]:
+        return class_names or form.class_names([form.with_class(example, each) for each in classes])
+
+    kept = keep_examples(form, read, _stamp(names, form, config), config, name, known)
+    return _in_memory(form, read, config, name, known) if kept is None else _kept(form, kept, read, config, name, known)
+
+
+def _stamp(names: Sequence[str], form: ExampleForm, config: DataConfig) -> Stamp:
+    reading = (type(form).__qualname__, *form.key_names(config))
+    stamps = [find_source(name).stamp(name, reading, config) for name in names]
+    # What a form of one's own makes of a file is not known.
+    return joined(stamps) if type(form).__module__.startswith("transformer.") else Stamp(stamps[0].path, "")
+
+
+Known = Callable[[Any, Sequence[str]], tuple[str, ...]]
+"""The classes in the order of their numbers, of an example and of those that occur."""
+
+
+def _kept(form: ExampleForm, kept: Kept, read: Read, config: DataConfig, name: str, known: Known) -> ExampleSource:
+    """Examples that are stored."""
+    class_names = known(kept.records[0], kept.classes)
+    if not set(kept.classes) <= set(class_names):
+        for _ in read([]):  # until the one that has another class
+            pass
+    numbers = class_numbers(kept.classes, class_names, name)
+
+    def number(example: Any) -> Any:
+        return form.with_class(example, numbers[example[form.class_part]]) if numbers else example
+
+    def tokens(split: str, tokenizer: Any, store: bool) -> tuple[Sequence[Any], Callable[[Any], Any]] | None:
+        shards, folder = kept.records.shards, kept.directory / "tokens"
+        found = open_stored_tokens(form, shards, kept.roles, folder, split, tokenizer, name, store)
+        return None if found is None else (found, number)
+
+    return example_source(
+        name,
+        functools.partial(kept.fingerprint, form, class_names),
+        {"train": len(kept.records)},
+        class_names,
+        lambda split: (kept.records, number),
+        lambda: np.array(numbers)[kept.labels()] if numbers else None,
+        config.validation_fraction,
+        "\n".join(kept.notes),
+        tokens,
+    )
+
+
+def _in_memory(form: ExampleForm, read: Read, config: DataConfig, name: str, known: Known) -> ExampleSource:
+    """Examples that cannot be stored."""
+    notes: list[str] = []
+    examples = list(read(notes))
+    require(len(examples) > 0, f"A source must hold examples, {name} has none.")
+    class_names = known(
+        examples[0], sorted({form.label(example) for example in examples}) if form.class_part is not None else ()
+    )
     content = ContentHash()
-    content.add(form.kind, *known)
+    content.add(form.kind, *class_names)
     for example in examples:
         content.add(*example)
-    numbered = form.numbered(examples, known)
+    numbered = form.numbered(examples, class_names)
     return example_source(
-        " and ".join(name.rpartition("/")[2] for name in names),
-        content,
+        name,
+        content.ended,
         {"train": len(examples)},
-        known,
+        class_names,
         lambda split: (numbered, lambda example: example),
         lambda: None if form.class_part is None else [form.label(example) for example in numbered],
         config.validation_fraction,
@@ -157,8 +219,7 @@ def _read_draft(form: ExampleForm, files: Mapping[str, Sequence[str]], config: D
     splits: dict[str, list[Any]] = {}
     notes: list[str] = []
     for split in filter(files.get, SPLITS):
-        splits[split], of_split = form.clean(form.read(find_source, files[split], config), (), f"{split}: ")
-        notes += of_split
+        splits[split] = list(form.clean(form.read(find_source, files[split], config), (), notes, f"{split}: "))
         require(len(splits[split]) > 0, f"A split must hold examples, {split} from {', '.join(files[split])} has none.")
     require("train" in splits, "A dataset must have a training split, got no file for it.")
     features: dict[str, Any] = dict.fromkeys(keys, tfds.features.Text())

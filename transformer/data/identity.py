@@ -22,6 +22,11 @@ class ContentHash:
             self._digest.update(len(data).to_bytes(8, "big"))
             self._digest.update(data)
 
+    def ended(self, *parts: str | bytes | int | float) -> str:
+        """The digest behind a last tuple."""
+        self.add(*parts)
+        return self.hexdigest()
+
     def hexdigest(self) -> str:
         """Of everything added so far."""
         return self._digest.hexdigest()

@@ -61,6 +61,15 @@ def stamp(
     return Stamp(data_dir / _FOLDER / f"{key}.json", _state(path, files) if is_local(name) else "")
 
 
+def joined(stamps: Sequence[Stamp]) -> Stamp:
+    """Of several names that are read together."""
+    if len(stamps) == 1:
+        return stamps[0]
+    places, states = [stamp.path.name for stamp in stamps], [stamp.state for stamp in stamps]
+    key, state = (hashlib.sha256(repr(parts).encode()).hexdigest() for parts in (places, states))
+    return Stamp(stamps[0].path.parent / f"{key[:32]}.json", state if all(states) else "")
+
+
 def _state(path: str, files: Sequence[epath.Path] | None) -> str:
     state, newest = hashlib.sha256(), 0.0
     try:

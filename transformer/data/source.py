@@ -26,7 +26,7 @@ class Record(NamedTuple):
     last: bool
 
 
-class _Joined(Sequence[Any]):
+class Joined(Sequence[Any]):
     """Sequences one after the other, as one."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
@@ -62,7 +62,7 @@ class _Opened:
     def _open(self, split: str, hint: str) -> Sequence[Any]:
         if split == WHOLE and WHOLE not in self.sizes:
             parts = [self.open_split(name) for name in self.split_names]
-            return parts[0] if len(parts) == 1 else _Joined(parts)
+            return parts[0] if len(parts) == 1 else Joined(parts)
         names = ", ".join(self.split_names) or "none"
         require(split in self.sizes, f"A split must be one of {names} for {self.name}, got {split!r}; {hint}.")
         return self.open_split(split)
@@ -89,6 +89,9 @@ class ExampleSource(_Opened):
     """A dataset of labelled texts, pairs or other examples, ready to be read."""
 
     class_names: tuple[str, ...]
+    tokens: Callable[[str, Any, bool], Sequence[Any] | None] | None = None
+    """Of examples that are stored: those of a split as `ExampleForm.tokens` gives them for a tokenizer, stored now if need be and
+    the last argument says so; None where they are not. Labels are given their numbers."""
 
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of a split (or of all: `WHOLE`), read at random.

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -98,9 +98,13 @@ class SourceKind:
         )
 
     def _stamp(self, name: str, config: DataConfig) -> Stamp:
-        reading = (type(self).__qualname__, config.separator, config.text_key, config.prompt_key)
+        return self.stamp(name, (config.separator, config.text_key, config.prompt_key), config)
+
+    def stamp(self, name: str, reading: Sequence[str], config: DataConfig) -> Stamp:
+        """The state of the files of a name, of which `reading` says what is read."""
         # What a kind of one's own reads is not known, and a name that is no path may be a file's by chance.
         is_known = self.is_path and type(self).__module__.startswith("transformer.")
+        reading = (type(self).__qualname__, *reading)
         return stamp(name, reading, data_directory(config), self.files(name) if is_known else [])
 
     # ---- Examples ----------------------------------------------------------------------------------------------------

@@ -8,16 +8,25 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt
-from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.data.builder import shard_path
-from transformer.data.encoded import Encoded, encode_records, learnt_runs, pack, token_type, unpack
+from transformer.data.encoded import (
+    Encoded,
+    encode_records,
+    learnt_runs,
+    pack,
+    token_features,
+    token_type,
+    unpack,
+    unpack_fields,
+)
+from transformer.data.example_parts import features_of, pack_tokens, unpack_parts
 from transformer.data.shards import Shards, count_records, write_shard
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -38,8 +47,7 @@ class TextRecords(Sequence[Record]):
         return len(self.shards)
 
     def __getitem__(self, index: Any) -> Record:
-        example: Any = tf_example_pb2.Example.FromString(self.shards[index])  # pyright: ignore[reportAttributeAccessIssue]
-        parts = example.features.feature
+        parts = unpack_fields(self.shards[index])
         text, prompt = (parts[name].bytes_list.value[0].decode() for name in ("text", "prompt"))
         continues, last = (bool(parts[name].int64_list.value[0]) for name in ("continues", "last"))
         return Record(text, prompt, continues, last)
@@ -58,11 +66,17 @@ class Job:
     num_shards: int
     whole: bool
     """Whether a record is a document, or a record of the text."""
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of examples, what their parts are (`example_parts.Roles`)."""
 
     @property
     def records(self) -> TextRecords:
         """The text."""
         return TextRecords(Shards(self.texts, self.lengths))
+
+    def features(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
+        """What TFDS is told of the tokens."""
+        return features_of(self.roles, tokenizer) if self.roles else token_features(tokenizer.vocab_size)
 
     def path(self, shard: int) -> epath.Path:
         """Where a shard lies, named as TFDS does."""
@@ -79,8 +93,13 @@ SIZES = "sizes"
 
 def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:
     """Write a shard: the tokens of an equal part of the records; `advance` is told the characters that are done."""
+    start, stop = (part * sum(job.lengths) // job.num_shards for part in (shard, shard + 1))
+    if job.roles:
+        stored = Shards(job.texts, job.lengths)
+        examples = (unpack_parts(stored[index], job.roles) for index in range(start, stop))
+        write_shard(job.path(shard), pack_tokens(examples, job.roles, tokenizer, advance))
+        return
     records, dtype = job.records, token_type(tokenizer.vocab_size)
-    start, stop = (part * len(records) // job.num_shards for part in (shard, shard + 1))
     texts = _documents(records, start, stop) if job.whole else map(records.__getitem__, range(start, stop))
 
     sizes = array.array("I")

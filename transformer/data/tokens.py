@@ -1,6 +1,7 @@
 """The tokens of running text: stored once, by the first that reads them with a tokenizer, and read at random."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -13,13 +14,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from transformer.data.builder import describe
-from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_features, token_type, unpack
+from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_type, unpack
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
 from transformer.data.progress import progress
@@ -36,14 +37,14 @@ from transformer.data.token_shards import (
     write_sizes,
     write_tokens,
 )
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.storage import is_local
 from transformer.tokenizer import around_text, document_start
 from transformer.types import UserError
 
 _FORMAT = 1  # of the stored tokens; a change stores all of them anew
 _SHARD_BYTES = 32 << 20  # of text: some ten seconds of a processor's time, which a kill may lose
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Tokens(Sequence[Encoded]):
@@ -133,7 +134,8 @@ class _Stored(Tokens):
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str | None:
     """A hash of what a tokenizer does: its files, and the ids around a text. None of one's own, whose code is not known."""
-    if not type(tokenizer).__module__.startswith("transformer."):
+    both = (tokenizer, source_tokenizer(tokenizer), getattr(tokenizer, "target", tokenizer))
+    if not all(type(one).__module__.startswith("transformer.") for one in both):
         return None
     content = ContentHash()
     content.add(_FORMAT, tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_text, document_start(tokenizer))
@@ -153,26 +155,53 @@ def _stored(
     source: Source, split: str, records: Sequence[Record], tokenizer: Tokenizer, *, whole: bool, store: bool = True
 ) -> _Stored | None:
     """The tokens of a split; None where they cannot be kept: of text that is not stored, or where nothing can be written."""
-    identity = tokenizer_identity(tokenizer) if source.tokens_in is not None else None
-    if source.tokens_in is None or identity is None or not isinstance(records, TextRecords):
+    if source.tokens_in is None or not isinstance(records, TextRecords):
         return None
-    directory = source.tokens_in / f"{identity[:16]}-{split}{'-documents' if whole else ''}"
+    name = f"{split}{'-documents' if whole else ''}"
+    job = Job(records.shards.paths, records.shards.lengths, "", split, 0, whole)
+    found = stored_tokens(source.tokens_in, name, job, tokenizer, source.name, store=store)
+    return found and _Stored(epath.Path(found.directory), found.shards, token_type(tokenizer.vocab_size))
+
+
+class Found(NamedTuple):
+    """Tokens that are stored."""
+
+    directory: epath.Path
+    shards: Shards
+
+
+def stored_tokens(
+    folder: epath.Path, name: str, job: Job, tokenizer: Tokenizer, source: str, *, store: bool = True
+) -> Found | None:
+    """Tokens in a folder, stored now if they were not before; None where they cannot be kept, or are not and need not be.
+
+    Args:
+        folder: of all tokens of a dataset.
+        name: of these.
+        job: how they are made; of its directory and the number of shards, nothing is read.
+        tokenizer: that makes them; nothing is stored for one of one's own.
+        source: the name of the dataset, for the user.
+        store: whether they are stored where they are not.
+    """
+    identity = tokenizer_identity(tokenizer)
+    if identity is None:
+        return None
+    directory = folder / f"{identity[:16]}-{name}"
     if not (directory / INFO).exists():
         if not store:
             return None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            shards = max(1, min(count_shards(records.shards.num_bytes, _SHARD_BYTES), len(records)))
-            texts, lengths = records.shards.paths, records.shards.lengths
-            _store(Job(texts, lengths, os.fspath(directory), split, shards, whole), tokenizer, source.name)
+            records = Shards(job.texts, job.lengths)
+            shards = max(1, min(count_shards(records.num_bytes, _SHARD_BYTES), len(records)))
+            _store(dataclasses.replace(job, directory=os.fspath(directory), num_shards=shards), tokenizer, source)
         except OSError as error:
-            if error.errno in _READ_ONLY:
+            if error.errno in READ_ONLY:
                 return None
             raise UserError(f"Tokens must be written below data.data_dir, {directory} failed: {error}.") from error
     with quiet():
-        info = open_stored(directory).info
-    found = info.splits[split]
-    return _Stored(directory, Shards(found.filepaths, found.shard_lengths), np.dtype(info.features["tokens"].np_dtype))
+        found = open_stored(directory).info.splits[job.split]
+    return Found(directory, Shards(found.filepaths, found.shard_lengths))
 
 
 def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
@@ -190,9 +219,10 @@ def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
                 if not job.path(shard).exists():
                     write_tokens(job, tokenizer, shard, advance)
     paths = [job.path(shard) for shard in range(job.num_shards)]
-    write_sizes(job, token_type(tokenizer.vocab_size))
+    if not job.roles:
+        write_sizes(job, token_type(tokenizer.vocab_size))
     with quiet():
-        describe(epath.Path(job.directory), "tokens", token_features(tokenizer.vocab_size), {job.split: paths})
+        describe(epath.Path(job.directory), "tokens", job.features(tokenizer), {job.split: paths})
 
 
 def _processors() -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from transformer.config import DataConfig
 from transformer.data.files import without_surrogates
-from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.form import Form
 from transformer.tokenizer import around_text
 from transformer.validation import require
@@ -28,7 +28,9 @@ Find = Callable[[str], Any]
 class ExampleForm(Form):
     """A form whose examples are a row each, of a file or of a stored dataset.
 
-    What one's own must bring is `title`, `noun`, `keys`, `example`, `encode`, `length`, `collate` and `show`.
+    What one's own must bring is `title`, `noun`, `keys`, `example`, `frame`, `length`, `collate` and `show`. The tokens of its
+    texts are then stored once. Where these are not enough, it brings `encode` in the place of `frame`, and each text is encoded
+    whenever it is read.
     """
 
     keys: ClassVar[tuple[str, ...]]
@@ -37,6 +39,8 @@ class ExampleForm(Form):
     """The NamedTuple of an example, made of its parts in the order of `keys`."""
     class_part: ClassVar[int | None] = None
     """Which part is a class, if one is: by its name in a file, by its number once the data is open."""
+    source_part: ClassVar[int | None] = None
+    """Which part the tokenizer of sources reads, if there is one beside that of targets."""
 
     # ---- Files and stored datasets -----------------------------------------------------------------------------------
 
@@ -67,23 +71,25 @@ class ExampleForm(Form):
         )
 
     def clean(
-        self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], where: str = ""
-    ) -> tuple[list[Any], list[str]]:
-        """Examples with clean names of classes, and notes of what was changed or left out.
+        self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], notes: list[str], where: str = ""
+    ) -> Iterator[Any]:
+        """Examples with clean names of classes, one after the other.
 
         Args:
             found: examples with their places.
             class_names: of a run that scores them, if one does.
+            notes: is given, behind the last example, lines about what was changed or left out.
             where: begins each note that is about a single split.
 
         Raises:
             UserError: an example has a class that the run has not.
         """
         del where
-        if self.class_part is None:
-            return [example for _, example in found], []
-        examples, spellings = [], dict[str, set[str]]()
+        spellings = dict[str, set[str]]()
         for place, example in found:
+            if self.class_part is None:
+                yield example
+                continue
             label = example[self.class_part]
             clean = clean_label(label)
             require(
@@ -91,8 +97,8 @@ class ExampleForm(Form):
                 f"A label must be one of the run's classes, {', '.join(class_names)}, {place} has {clean!r:.80}.",
             )
             spellings.setdefault(clean, set()).add(label)
-            examples.append(self.with_class(example, clean))
-        return examples, [
+            yield self.with_class(example, clean)
+        notes += [
             f"class {label!r}: {', '.join(map(repr, sorted(written)))} in the files"
             for label, written in sorted(spellings.items())
             if written != {label}
@@ -113,16 +119,16 @@ class ExampleForm(Form):
         """The classes that occur, in order: numbers by their size, then names; of a form without classes, none."""
         if self.class_part is None:
             return ()
-        names = sorted({example[self.class_part] for example in examples}, key=_numbers_first)
+        names = in_order({example[self.class_part] for example in examples})
         require(len(names) > 1, f"There must be at least two classes, the training split has {', '.join(names)}.")
-        return tuple(names)
+        return names
 
     def label(self, example: Any) -> str | int:
         """The class of an example, 0 where there are none."""
         return 0 if self.class_part is None else example[self.class_part]
 
-    def text(self, example: Any) -> str:
-        """The text of an example; of several, the last."""
+    def text(self, example: Any) -> Any:
+        """The text of an example, or its ids; of several, the last."""
         return next(part for i, part in reversed(list(enumerate(example))) if i != self.class_part)
 
     # ---- Batches -----------------------------------------------------------------------------------------------------
@@ -135,7 +141,20 @@ class ExampleForm(Form):
 
     def encode(self, example: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
         """Tokens of an example, as many as a row has room for."""
-        raise NotImplementedError(f"{type(self).__name__} must define encode().")
+        return self.frame(self.tokens(example, tokenizer), tokenizer, config)
+
+    def tokens(self, example: Any, tokenizer: Tokenizer) -> Any:
+        """An example with the ids of its texts, whole, in the place of these."""
+        reader = source_tokenizer(tokenizer)
+        parts = (
+            part if i == self.class_part else (reader if i == self.source_part else tokenizer).encode(part)
+            for i, part in enumerate(example)
+        )
+        return self.example(*parts)
+
+    def frame(self, tokens: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
+        """What `tokens` gives, as many as a row has room for, with the ids that stand around them."""
+        raise NotImplementedError(f"{type(self).__name__} must define frame().")
 
     def length(self, encoded: Any) -> int:
         """Positions that an encoded example needs."""
@@ -145,16 +164,23 @@ class ExampleForm(Form):
         """A batch of encoded examples, whose rows beyond them are filler."""
         raise NotImplementedError(f"{type(self).__name__} must define collate().")
 
-    def lengths(self, example: Any, tokenizer: Tokenizer) -> dict[str, int]:
+    def lengths(self, tokens: Any, tokenizer: Tokenizer) -> dict[str, int]:
         """Tokens of each text before it is cut, with the ids around it but one: a row has room for `sequence_length - 1`."""
-        return {"texts": len(tokenizer.encode(self.text(example))) + sum(map(len, around_text(tokenizer))) - 1}
+        return {"texts": len(self.text(tokens)) + sum(map(len, around_text(tokenizer))) - 1}
 
     def count_cut(self, examples: Iterable[Any], tokenizer: Tokenizer, config: DataConfig) -> dict[str, int]:
-        """How many texts of each kind (of `lengths`) are longer than a row has room for, and so are cut."""
+        """How many texts of each kind (of `lengths`) are longer than a row has room for, and so are cut.
+
+        Args:
+            examples: as `tokens` gives them.
+            tokenizer: that made them.
+            config: of the rows.
+        """
         cut: Counter[str] = Counter()
-        for example in examples:
-            lengths = self.lengths(example, tokenizer)
-            cut.update({name: int(n > config.sequence_length - 1) for name, n in lengths.items()})
+        for tokens in examples:
+            cut.update(
+                {name: int(n > config.sequence_length - 1) for name, n in self.lengths(tokens, tokenizer).items()}
+            )
         return dict(cut)
 
 
@@ -197,6 +223,11 @@ def clean_label(label: str) -> str:
     'two lines'
     """
     return _BREAKS.sub(" ", label).strip()
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes: numbers by their size, then the others."""
+    return tuple(sorted(names, key=_numbers_first))
 
 
 def _numbers_first(name: str) -> tuple[bool, float, str]:

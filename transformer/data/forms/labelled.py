@@ -42,11 +42,9 @@ class LabelledTexts(ExampleForm):
             found = find(name).class_folders(name)
             yield from super().read(find, [name], config) if found is None else found
 
-    def encode(
-        self, example: LabelledText, tokenizer: Tokenizer, config: DataConfig
-    ) -> tuple[Int[np.ndarray, " n"], int]:
+    def frame(self, tokens: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[Int[np.ndarray, " n"], int]:
         """The text as a classifier reads it, and its class."""
-        return text_tokens(tokenizer, example.text, config), int(example.label)
+        return framed(tokens.text, around_text(tokenizer), config), int(tokens.label)
 
     def length(self, encoded: Any) -> int:
         """That of the text."""

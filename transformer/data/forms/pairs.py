@@ -13,7 +13,7 @@ from transformer.data.forms.examples import ExampleForm, Find, framed, padded
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.form import FORMS, Shown
 from transformer.tokenizer import around_source, target_start
-from transformer.types import PairBatch
+from transformer.types import PairBatch, UserError
 from transformer.validation import counted, require
 
 
@@ -36,6 +36,7 @@ class Pairs(ExampleForm):
     prepares = ("name", "validation", "test", "source_key", "target_key")
     keys = ("source_key", "target_key")
     example = TextPair
+    source_part = 0
 
     def read(self, find: Find, names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, TextPair]]:
         """Pairs of one file, or of two files of which line n of one belongs to line n of the other."""
@@ -45,27 +46,32 @@ class Pairs(ExampleForm):
         if len(names) == 1:
             yield from super().read(find, names, config)
             return
-        sides = [
-            [(place, row[key]) for place, row in find(name).rows(name, (key,), self.title)]
-            for name, key in zip(names, self.key_names(config), strict=True)
-        ]
-        require(
-            len(sides[0]) == len(sides[1]),
-            f"Two files of pairs must have as many lines, {names[0]} has {len(sides[0]):,} and {names[1]} {len(sides[1]):,}.",
-        )
-        for (place, source), (_, target) in zip(*sides, strict=True):
-            yield place, TextPair(source, target)
+        keys = self.key_names(config)
+        sides = [find(name).rows(name, (key,), self.title) for name, key in zip(names, keys, strict=True)]
+        for count, (source, target) in enumerate(itertools.zip_longest(*sides)):
+            if source is None or target is None:
+                counts = [
+                    count + sum(1 for row in (one, *side) if row)
+                    for one, side in ((source, sides[0]), (target, sides[1]))
+                ]
+                raise UserError(
+                    f"Two files of pairs must have as many lines, {names[0]} has {counts[0]:,} and {names[1]} {counts[1]:,}."
+                )
+            yield source[0], TextPair(source[1][keys[0]], target[1][keys[1]])
 
     def clean(
-        self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], where: str = ""
-    ) -> tuple[list[TextPair], list[str]]:
+        self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], notes: list[str], where: str = ""
+    ) -> Iterator[TextPair]:
         """Pairs that are not blank."""
-        pairs = [pair for _, pair in found]
-        full = [pair for pair in pairs if pair.source.strip() and pair.target.strip()]
-        left_out = len(pairs) - len(full)
-        verb = "is" if left_out == 1 else "are"
-        note = f"{where}{counted(left_out, 'pair')} with an empty side {verb} left out"
-        return full, [note] if left_out else []
+        left_out = 0
+        for _, pair in found:
+            if pair.source.strip() and pair.target.strip():
+                yield pair
+            else:
+                left_out += 1
+        if left_out:
+            verb = "is" if left_out == 1 else "are"
+            notes.append(f"{where}{counted(left_out, 'pair')} with an empty side {verb} left out")
 
     def make_tokenizer(self, config: DataConfig, examples: Callable[[], Iterable[TextPair]]) -> Tokenizer:
         """One of both sides, or one for each."""
@@ -75,13 +81,13 @@ class Pairs(ExampleForm):
             return train(itertools.chain(sources, targets))
         return PairTokenizer(train(sources), train(targets))
 
-    def encode(
-        self, example: TextPair, tokenizer: Tokenizer, config: DataConfig
+    def frame(
+        self, tokens: Any, tokenizer: Tokenizer, config: DataConfig
     ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
         """The source ends with end-of-text, the target starts and ends with it; a pretrained model may have other ids there."""
-        target = tokenizer.encode(example.target)[: config.sequence_length - 1]
+        target = tokens.target[: config.sequence_length - 1]
         target = np.concatenate([[target_start(tokenizer)], target, [tokenizer.end_of_text]])
-        return source_tokens(tokenizer, example.source, config), target
+        return framed(tokens.source, around_source(source_tokenizer(tokenizer)), config), target
 
     def length(self, encoded: Any) -> int:
         """That of the longer side."""
@@ -95,14 +101,10 @@ class Pairs(ExampleForm):
         weights_BT = segment_ids_BT.astype(np.float32)
         return PairBatch(*padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
 
-    def lengths(self, example: TextPair, tokenizer: Tokenizer) -> dict[str, int]:
+    def lengths(self, tokens: Any, tokenizer: Tokenizer) -> dict[str, int]:
         """Of both sides."""
-        reader = source_tokenizer(tokenizer)
-        around = sum(map(len, around_source(reader)))
-        return {
-            "sources": len(reader.encode(example.source)) + around - 1,
-            "targets": len(tokenizer.encode(example.target)),
-        }
+        around = sum(map(len, around_source(source_tokenizer(tokenizer))))
+        return {"sources": len(tokens.source) + around - 1, "targets": len(tokens.target)}
 
     def max_segments(self, data: DataConfig) -> int:
         """One text, then padding, on either side."""

@@ -94,7 +94,7 @@ class TfdsDataset(SourceKind):
 
         return example_source(
             builder.info.full_name,
-            content,
+            content.ended,
             tfds_sizes(builder),
             class_names or own,
             lambda split: (tfds_split(builder, split, config), to_example),

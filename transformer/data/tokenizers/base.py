@@ -87,21 +87,21 @@ class PairTokenizer:
     """A tokenizer of targets that has another one, for sources, beside it."""
 
     def __init__(self, source: Tokenizer, target: Tokenizer) -> None:
-        self.source, self._target, self.kind = source, target, target.kind
+        self.source, self.target, self.kind = source, target, target.kind
         self.vocab_size, self.end_of_text, self.token_bytes = target.vocab_size, target.end_of_text, target.token_bytes
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
         """Ids of a target."""
-        return self._target.encode(text)
+        return self.target.encode(text)
 
     def decode(self, ids: Ids) -> str:
         """Text of a target."""
-        return self._target.decode(ids)
+        return self.target.decode(ids)
 
     def save(self, directory: epath.PathLike) -> None:
         """Write the one for targets as every tokenizer is, and the other beside it."""
         self.source.save(epath.Path(directory) / _SOURCE)
-        self._target.save(directory)
+        self.target.save(directory)
 
 
 def source_tokenizer(tokenizer: AnyVocabulary) -> AnyVocabulary:
