@@ -36,6 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import load
+from transformer.analysis.attention import layer_weights
+from transformer.analysis.heads import divergence, entropy, share_by_distance
 from transformer.data.datasets import open_data
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
@@ -56,34 +58,8 @@ def look(model: nn.Module, params: Any, tokens_BT: Any) -> tuple[list[Any], list
 
     with nn.intercept_methods(watch):
         _, seen = model.apply({"params": params}, tokens_BT, mutable=["attention"])
-    blocks = seen["attention"]["decoder"]["blocks"]
-    return [blocks[f"block_{layer}"]["attention"]["weights"][0] for layer in range(len(blocks))], hidden
-
-
-# ---- Heads -----------------------------------------------------------------------------------------------------------
-
-
-def entropy(weights: Any) -> Any:
-    """In bits, over the last axis."""
-    return -(weights * jnp.log2(jnp.where(weights > 0, weights, 1))).sum(axis=-1)
-
-
-def divergence(weights_BHTS: Any) -> Any:
-    """Jensen-Shannon divergence of each pair of heads, in bits, in the mean over queries: [pairs]."""
-    first, second = np.triu_indices(weights_BHTS.shape[1], k=1)
-    single_BHT = entropy(weights_BHTS)
-    pairs = [
-        entropy((weights_BHTS[:, i] + weights_BHTS[:, j]) / 2) - (single_BHT[:, i] + single_BHT[:, j]) / 2
-        for i, j in zip(first, second, strict=True)
-    ]
-    return jnp.stack([pair.mean() for pair in pairs]) if pairs else jnp.zeros(1)
-
-
-def share_by_distance(weights_HTS: Any) -> Any:
-    """Weight at each distance from the query back, in the mean over queries (the last of the keys): [H, S]."""
-    _, T, S = weights_HTS.shape
-    distance_TS = np.arange(S - T, S)[:, None] - np.arange(S)[None]
-    return np.stack([(weights_HTS * (distance_TS == d)).sum(axis=(1, 2)) / T for d in range(S)], axis=-1)
+    layers = layer_weights(seen["attention"], scanned=False)["decoder"]
+    return [layer["attention"] for layer in layers], hidden
 
 
 # ---- The feed-forward network as a memory ----------------------------------------------------------------------------

@@ -23,26 +23,6 @@ def heads():
     return types.SimpleNamespace(**runpy.run_path(str(path)))
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [([0.5, 0.5, 0], [0.5, 0.5, 0], 0), ([1, 0, 0], [0, 0.5, 0.5], 1), ([1, 0, 0], [0.5, 0.5, 0], 0.31128)],
-    ids=["equal", "disjoint", "overlapping"],
-)
-def test_divergence_by_hand(heads, first, second, expected):
-    weights = jnp.array([first, second, first])[None, :, None]
-    np.testing.assert_allclose(heads.divergence(weights), [expected, 0, expected], atol=1e-5)
-
-
-def test_entropy_by_hand(heads):
-    np.testing.assert_allclose(heads.entropy(jnp.array([[1.0, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0]])), [0, 2, 1])
-
-
-def test_share_by_distance_by_hand(heads):
-    itself, before = np.eye(4)[2:], np.eye(4)[1:3]  # of the last two of four tokens
-    shares = heads.share_by_distance(np.stack([itself, before, (itself + before) / 2]))
-    np.testing.assert_allclose(shares, [[1, 0, 0, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0]])
-
-
 def test_a_memory_that_knows_what_follows(heads):
     following = np.arange(600) % 3
     hidden = np.eye(3)[following] + np.linspace(0, 0.1, 600)[:, None]  # each unit answers to one token's contexts

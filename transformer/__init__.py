@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformer.adapter_config import AdapterConfig
+    from transformer.analysis.attention import AttentionMap, TextAttention
     from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.batches import BatchData
     from transformer.data.tokenizers import Tokenizer
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from transformer.optimizers.muon import Muon
     from transformer.parallel.rules import Sharding
     from transformer.parallel_config import ParallelConfig
+    from transformer.runs.attention import attention_page
     from transformer.runs.saved import Loaded, load
     from transformer.schedules.constant import ConstantSchedule
     from transformer.schedules.cosine import CosineSchedule
@@ -84,12 +86,13 @@ if TYPE_CHECKING:
     from transformer.schedules.linear import LinearSchedule
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
-    from transformer.types import Batch, CheckpointableIterator, Ids, LabelledBatch, Loss, PairBatch, UserError
+    from transformer.types import Batch, CheckpointableIterator, Ids, LabelledBatch, Loss, PairBatch, Reading, UserError
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "adapter_config": "AdapterConfig",
+    "analysis.attention": "AttentionMap TextAttention",
     "config": "Config DataConfig TrainingConfig",
     "data.batches": "BatchData",
     "data.tokenizers": "Tokenizer",
@@ -149,6 +152,7 @@ _NAMES = {
     "optimizers.muon": "Muon",
     "parallel.rules": "Sharding",
     "parallel_config": "ParallelConfig",
+    "runs.attention": "attention_page",
     "runs.saved": "Loaded load",
     "schedules.constant": "ConstantSchedule",
     "schedules.cosine": "CosineSchedule",
@@ -156,7 +160,7 @@ _NAMES = {
     "schedules.linear": "LinearSchedule",
     "schedules.wsd": "WSDSchedule",
     "tokenizer": "TOKENIZERS TokenizerKind",
-    "types": "Batch CheckpointableIterator Ids LabelledBatch Loss PairBatch UserError",
+    "types": "Batch CheckpointableIterator Ids LabelledBatch Loss PairBatch Reading UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -11,7 +11,7 @@ import numpy as np
 from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
 from transformer.tokenizer import prompt_ids
-from transformer.types import Array, Batch, Loss, LossOutput, PyTree, UserError
+from transformer.types import Array, Batch, Loss, LossOutput, PyTree, Reading, UserError
 from transformer.validation import require_at_least, require_range
 
 if TYPE_CHECKING:
@@ -303,6 +303,19 @@ class Objective(Kind):
             UserError: it cannot read a text; or it predicts nothing.
         """
         self._refuse("predicts must be a classifier, a translator or a language model")
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """How a trained model reads a text, for a look at its attention.
+
+        Args:
+            run: the trained model.
+            text: not blank.
+            target: what a decoder reads beside it; None is the kind's own.
+
+        Raises:
+            UserError: the text is longer than the model reads; a target means nothing here; or there is nothing to look at.
+        """
+        self._refuse("shows its attention must be of an objective that defines reading()")
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """What to type after training to use the model of a run, after `transformer` and without the run."""

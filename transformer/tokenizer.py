@@ -126,6 +126,12 @@ def around_text(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return prompt_start(tokenizer), tuple(getattr(tokenizer, "end", ()))
 
 
+def encoder_ids(tokenizer: Any, text: str) -> np.ndarray:
+    """A text as an encoder reads it, uncut, int32 [n]."""
+    begin, end = around_text(tokenizer)
+    return np.concatenate([begin, tokenizer.encode(text), end]).astype(np.int32)
+
+
 def around_source(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after a source that an encoder-decoder reads."""
     return tuple(getattr(tokenizer, "begin", ())), tuple(getattr(tokenizer, "end", (tokenizer.end_of_text,)))

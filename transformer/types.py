@@ -9,7 +9,7 @@ Dimension key, used in signatures and as suffixes of variable names (`query_BTHK
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Array = Any  # a jax.Array, a tracer or a numpy array; shapes stand in the suffix or in jaxtyping
@@ -189,6 +189,28 @@ class Loss(NamedTuple):
     """`(params, carry, batch, key, train) -> (loss_sum, weight_sum), (carry, statistics)`."""
     init_carry: Callable[[int], PyTree] = lambda rows: ()
     """`rows -> carry` before the first batch of so many rows; the first axis of its arrays are the rows."""
+
+
+class Reading(NamedTuple):
+    """How a trained model reads one text, for a look at its attention."""
+
+    ids: Mapping[str, Array]
+    """The tokens of each stack (`encoder`, `decoder`), int32 [n]."""
+    inputs: tuple[Array, ...]
+    """Arguments of the model's method."""
+    options: Mapping[str, Array] = {}
+    """Its keyword arguments."""
+    method: str = "__call__"
+    predicts: str = ""
+    """What the logits are of, as `next token`; empty if there are none."""
+    of: str = ""
+    """The stack whose tokens have a row of logits each; empty: the whole text has one row."""
+    first: int = 0
+    """The first token whose row means something."""
+    ahead: int = 1
+    """How far behind a token the one is that its row is of: 1 is the next, 0 itself."""
+    logits: Callable[[Any, PyTree, Array], Array] = lambda model, params, output: output[0]
+    """`(model, params, output) -> logits` [n, V], of what the method gives."""
 
 
 @runtime_checkable

@@ -2,13 +2,19 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transformer.layers.runtime import Runtime
 from transformer.layers.scan_params import scan_params
-from transformer.model_config import AttentionConfig, BlockConfig
+from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig
 from transformer.ops.attention import recorded
+from transformer.ops.patterns.strided import StridedPattern
+from transformer.parallel.mesh import make_mesh
+from transformer.parallel.rules import RULES
 
 FORMS = {
     "loop": {},
@@ -46,6 +52,109 @@ def test_weights_are_those_that_are_used(tiny):
     assert not np.triu(weights, 1).any()
     windowed, _ = seen(tiny, "loop", "attention", attention={"window": 2})
     assert not np.tril(windowed, -2).any()
+
+
+SEGMENTS = np.array([[1, 1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+PREFIX = np.array([[True, True, True, False, False, False, False, False]] * 2)
+PACKED = {"segment_ids_BT": SEGMENTS, "positions_BT": POSITIONS}
+CASES = {
+    **{kind: (kind, {}, {}) for kind in ("none", "learned", "sinusoidal", "rotary", "alibi", "t5", "transformer_xl")},
+    **{f"{kind}, packed": (kind, {}, PACKED) for kind in ("rotary", "alibi", "t5", "transformer_xl")},
+    "window": ("rotary", {"attention": {"window": 3}}, {}),
+    "pattern": ("rotary", {"attention": {"pattern": StridedPattern(block_size=2, stride=2)}}, {}),
+    "cap, QK-norm": ("rotary", {"attention": {"logits_soft_cap": 2.0, "qk_norm": True}}, {}),
+    "blockwise": ("rotary", {"attention": {"implementation": "blockwise"}}, PACKED),
+    "splash": ("rotary", {"attention": {"implementation": "splash"}}, {}),
+    "experts": ("rotary", {"block": {"feed_forward": FeedForwardConfig(hidden_dim=8, num_experts=4)}}, {}),
+    "prefix": ("t5", {"architecture": "prefix"}, {"prefix_BT": PREFIX}),
+    "encoder": ("alibi", {"architecture": "encoder"}, {"segment_ids_BT": SEGMENTS}),
+    "scaled heads": (
+        "rotary",
+        {"attention": {"num_heads": 4, "num_kv_heads": 1, "query_scale": 0.7, "head_dim": 6}},
+        {},
+    ),
+}
+
+
+def mixed_by_hand(model, params, tokens, **options):
+    """Of each call of attention: its weights times its values, and what its output projection read."""
+    values, outs = [], []
+
+    def watch(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.name in ("value", "out"):
+            (values if context.module.name == "value" else outs).append(
+                result if context.module.name == "value" else args[0]
+            )
+        return result
+
+    options = {name: jnp.asarray(value) for name, value in options.items()}
+    with nn.intercept_methods(watch):
+        _, found = model.apply({"params": params}, *tokens, **options, mutable=["attention"])
+    weights = [
+        leaf
+        for stack in sorted(found["attention"], reverse=True)
+        for leaf in jax.tree.leaves(found["attention"][stack])
+    ]
+    assert len(weights) == len(values) == len(outs)
+    repeated = [
+        jnp.repeat(value, w.shape[1] // value.shape[2], axis=2) for value, w in zip(values, weights, strict=True)
+    ]
+    return weights, [jnp.einsum("bhts,bshk->bthk", w, v) for w, v in zip(weights, repeated, strict=True)], outs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_times_values_are_what_the_layer_projects(tiny, case):
+    kind, changes, options = CASES[case]
+    config = tiny.config(kind, **changes)
+    weights, mixed, outs = mixed_by_hand(tiny.build(config), tiny.params(config), (tiny.tokens((2, 8)),), **options)
+    assert len(weights) == config.num_layers
+    for w, ours, theirs in zip(weights, mixed, outs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        ids = options.get("segment_ids_BT", np.ones((2, 8), int))
+        real = ids != 0
+        np.testing.assert_allclose(w.sum(axis=-1)[np.broadcast_to(real[:, None], w.shape[:3])], 1, atol=1e-5)
+        same = (ids[:, :, None] == ids[:, None]) & real[:, None]
+        if changes.get("architecture") != "encoder":
+            earlier = np.tri(8, dtype=bool)[None] | options.get("prefix_BT", np.zeros((2, 8), bool))[:, None]
+            same = same & earlier
+        assert not np.asarray(w)[np.broadcast_to(~same[:, None], w.shape)].any()
+
+
+def test_weights_over_a_memory(tiny):
+    config = tiny.config("transformer_xl", memory_length=4)
+    model, params, tokens = tiny.build(config), tiny.params(config), tiny.tokens((2, 6))
+    _, memory = model.apply(
+        {"params": params}, tokens, positions_BT=jnp.arange(6)[None], recurrence_BLPD=model.init_recurrence(2)
+    )
+    options = {"positions_BT": jnp.arange(6, 12)[None], "recurrence_BLPD": memory}
+    weights, mixed, outs = mixed_by_hand(model, params, (tokens,), **options)
+    for w, ours, theirs in zip(weights, mixed, outs, strict=True):
+        assert w.shape == (2, 4, 6, 10) and (np.asarray(w)[..., :4].sum(axis=-1) > 0).all()
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_all_weights_of_a_translator(tiny):
+    config = tiny.config("t5", architecture="encoder_decoder", num_layers=2)
+    pair = (tiny.tokens((2, 5)), tiny.tokens((2, 3)))
+    weights, mixed, outs = mixed_by_hand(tiny.build(config), tiny.params(config), pair)
+    assert [w.shape[2:] for w in weights] == [(5, 5)] * 2 + [(3, 3), (3, 5)] * 2
+    for ours, theirs in zip(mixed, outs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_ring_refuses(tiny):
+    """Its rows lie on devices in another order, in which the mask of the reference would be wrong."""
+    config = tiny.config("rotary")
+    model, tokens = tiny.build(config).clone(runtime=Runtime(sharding=RULES)), tiny.tokens((4, 8))
+    with jax.set_mesh(make_mesh({"data": 4, "context": 2})):
+        options = {"positions_BT": jnp.arange(8)[None]}
+        with pytest.raises(ValueError, match="need all keys of a row on one device, got a mesh with a context axis"):
+            jax.eval_shape(
+                lambda p: model.apply({"params": p}, tokens, **options, mutable=["attention"]), tiny.params(config)
+            )
+        jax.eval_shape(lambda p: model.apply({"params": p}, tokens, **options), tiny.params(config))
 
 
 def test_streams_are_the_inputs_of_what_follows(tiny):

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import sys
 
-from transformer.cli.options import GenerateOptions, Given, refuse
+from transformer.cli.reading import Given, refuse
+from transformer.cli.using import GenerateOptions
 from transformer.data.files import decode_utf8
 from transformer.generation.beams import beam_config
 from transformer.generation.sampling import SamplingConfig

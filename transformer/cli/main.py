@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "score a run's model over a whole split",
     "generate": "continue a prompt with a run's model",
     "predict": "say what a run's model makes of each text of a file",
+    "attention": "write a page that shows a model's attention while it reads a text",
     "import": "make a run of a pretrained model (a Hugging Face folder)",
     "export": "write a run's model as a Hugging Face folder",
     "prepare": "turn text into a dataset on disk",

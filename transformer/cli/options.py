@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from transformer.cli.arguments import parse_config, parse_config_and
-from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional, short
+from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional
 from transformer.cli.reading import Given, read, refuse
+from transformer.cli.using import AttentionOptions, GenerateOptions, PredictOptions, parse_attention, parse_predict
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
 from transformer.storage import expand
@@ -63,105 +64,6 @@ class EvaluateOptions:
     """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()
     model: EvaluateModel = EvaluateModel()
-
-
-# ---- generate ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions:
-    """Continue a prompt with a run's language model, or translate it with a run's translator.
-
-    Without --prompt, what is piped in is the prompt: echo ROMEO: | transformer generate RUN
-    """
-
-    workdir: str = positional("")
-    """Directory of the run."""
-    step: str = "latest"
-    """Of the checkpoint: latest, best (by validation loss), or a number."""
-    base: str = ""
-    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
-    prompt: str | None = None
-    """The text to continue, or to translate; an empty one starts a new document."""
-    chat: bool = False
-    """The prompt is a user's message, and what is printed is the reply, by the chat template of an imported model."""
-    system: str | None = None
-    """With --chat: the system's message before it."""
-    max_new_tokens: int = 0
-    """Tokens to add at most; 0 means as many as the model's length has room for."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token each time, as a translator always does."""
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0 means all."""
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Sample among the tokens at least this many times as likely as the most likely one; 0 means all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that the text has (of a translation, the translation) are less likely; 1 changes nothing."""
-    beams: int = 0
-    """Search with this many beams for the most likely text instead of sampling; 0 does not."""
-    length_penalty: float = 1.0
-    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
-    num_best: int = 1
-    """Of beams: how many of the best texts to print, each after a new line."""
-    seed: int = 0
-    """The same seed gives the same text."""
-
-
-# ---- predict -----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictOptions:
-    """Say what a run's model makes of each text: its class, its translation, or how it goes on.
-
-    INPUT is a .jsonl, .csv, .tsv, .parquet or .arrow file, or any other file with one text a line; it may be compressed (.gz,
-    .bz2, .xz, .zst). Without it, or for -, standard input is read. Rows come out in their order, with the columns that they had
-    and those that are predicted.
-    """
-
-    workdir: str = positional("")
-    """Directory of the run."""
-    step: str = "latest"
-    """Of the checkpoint: latest, best (by validation loss), or a number."""
-    base: str = ""
-    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
-    input: str | None = positional(None)
-    """The file, or - for standard input."""
-    output: str = short("-o", "")
-    """A new .jsonl or .csv file; empty means JSON lines on standard output."""
-    format: Literal["txt", "jsonl", "csv", "tsv"] = "txt"
-    """Of standard input; txt is one text a line. Files have a name that says so."""
-    text_key: str = ""
-    """Field that holds the text; empty means the one that training read: data.text_key, of a translator data.source_key."""
-    batch_size: int = 0
-    """Texts that are read together, those of similar length; 0 means as in training."""
-    top_k: int = 1
-    """Classifiers: this many most likely classes, each with its probability; all of them if there are fewer."""
-    max_new_tokens: int = 0
-    """Translators: tokens of a translation at most, 0 means the model's length. Language models: tokens to add at most, 64 if
-    this is not given."""
-    beams: int = 0
-    """Translators and language models: search with this many beams; 0 takes the most likely token each time."""
-    length_penalty: float = 1.0
-    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
-    num_best: int = 1
-    """Of beams: this many of the best texts, each with its score."""
-
-
-def _predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
-    options, given = read(PredictOptions(), arguments, "transformer predict")
-    suffix = options.output.rpartition(".")[2]
-    require(
-        options.output == "" or suffix in ("jsonl", "csv"),
-        f"--output must be the name of a .jsonl or .csv file, got {options.output!r}.",
-    )
-    piped = options.input in (None, "-")
-    require(
-        piped or "format" not in given, "--format is for standard input; a file's name says what it is. Leave it out."
-    )
-    return options, given
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------------
@@ -390,7 +292,8 @@ OPTIONS = {
     "plan": Command(_plan, lambda: all_flags(Config()) | flags(PlanOptions())),
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),
-    "predict": Command(_predict, lambda: flags(PredictOptions())),
+    "attention": Command(parse_attention, lambda: flags(AttentionOptions())),
+    "predict": Command(parse_predict, lambda: flags(PredictOptions())),
     "prove": _of_options("prove", ProveOptions()),
     "import": Command(_import, lambda: flags(ImportOptions())),
     "export": _of_options("export", ExportOptions()),

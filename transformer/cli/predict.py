@@ -11,7 +11,8 @@ from typing import Any
 from etils import epath
 from rich.progress import Progress
 
-from transformer.cli.options import Given, PredictOptions
+from transformer.cli.reading import Given
+from transformer.cli.using import PredictOptions
 from transformer.data.files import STANDARD_INPUT
 from transformer.data.forms.examples import text_field
 from transformer.data.registry import find_source

@@ -27,7 +27,8 @@ from transformer.ops.positions.none import NoPositions
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2), to itself or to a memory.
 
-    An `apply` with `mutable=["attention"]` returns the weights too, float32 [B, H, T, S] before dropout, under `weights`.
+    An `apply` with `mutable=["attention"]` returns the weights too, float32 [B, H, T, S] before dropout, under `weights`:
+    whatever the backend, those that the reference (`xla`) computes.
 
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
@@ -166,6 +167,10 @@ class Attention(nn.Module):
             "logits_soft_cap": self.config.logits_soft_cap,
         }
         if self.is_mutable_collection("attention") and not self.is_initializing():
+            if context_size(self.runtime.sharding) > 1:
+                raise ValueError(
+                    "Attention weights need all keys of a row on one device, got a mesh with a context axis; set none."
+                )
             self.sow("attention", "weights", attention_weights(query, key, **request))
         dropout_rate = self.config.dropout if train else 0.0
         return spread_attention(

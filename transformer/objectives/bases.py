@@ -8,7 +8,7 @@ import numpy as np
 
 from transformer.data.forms.examples import buckets, by_length, padded
 from transformer.objective import Objective, Trained
-from transformer.validation import require_at_least
+from transformer.validation import require, require_at_least
 
 _BATCHES_AT_ONCE = 64  # that texts are sorted within, by length
 
@@ -27,6 +27,24 @@ class TokenObjective(Objective):
     def in_chunks(self, count: int) -> Objective:
         """The same loss, whose logits are computed in so many parts."""
         return dataclasses.replace(self, loss_chunks=count)
+
+
+def read_whole(ids_N: np.ndarray, room: int, what: str = "A text") -> np.ndarray:
+    """Ids of a text that a model has room for; a longer one is refused, not cut."""
+    require(
+        len(ids_N) <= room,
+        f"{what} to look at must be at most the {room} tokens that the model reads, got {len(ids_N)} (with those that stand "
+        "around a text); shorten it.",
+    )
+    return np.asarray(ids_N, np.int32)
+
+
+def refuse_target(objective: Objective, target: str | None) -> None:
+    """A target is for models that read two texts."""
+    require(
+        target is None,
+        f"A target is for translators and prefix language models, got one for a run of {objective.kind}; leave it out.",
+    )
 
 
 def rows_of_texts(

@@ -12,11 +12,11 @@ import numpy as np
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, shaped
-from transformer.objectives.bases import rows_of_texts
+from transformer.objectives.bases import read_whole, refuse_target, rows_of_texts
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
-from transformer.tokenizer import mask_id
-from transformer.types import Array, LabelledBatch, LossOutput, PyTree
+from transformer.tokenizer import encoder_ids, mask_id
+from transformer.types import Array, LabelledBatch, LossOutput, PyTree, Reading
 from transformer.validation import require, require_range
 
 if TYPE_CHECKING:
@@ -125,6 +125,14 @@ class Classification(Objective):
                     ("probability", float(probabilities_C[index])),
                 )
             }
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text, uncut, and its class."""
+        refuse_target(self, target)
+        ids_T = read_whole(encoder_ids(run.tokenizer, text), run.config.data.sequence_length)
+        return Reading(
+            {"encoder": ids_T}, (ids_T[None],), predicts="class", logits=lambda model, params, logits_BC: logits_BC
+        )
 
     @property
     def _weighted(self) -> bool:

@@ -14,8 +14,9 @@ from transformer.generation.generate import Generator, stream
 from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.text import stream_text
 from transformer.objective import Trained
-from transformer.objectives.bases import TokenObjective
+from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
+from transformer.types import Reading
 from transformer.validation import require
 
 _BATCHES_AT_ONCE = 8  # that texts are sorted within, by length
@@ -102,6 +103,12 @@ class ContinuesText(TokenObjective):
         """The most likely `continuation`; with beams its `score` too, and `continuation_2`, `score_2` and so on."""
         search = beam_config(beams, length_penalty, num_best)
         return continuations(run, texts, names, batch_size, max_new_tokens, search)
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text as a prompt."""
+        refuse_target(self, target)
+        ids_T = read_whole(np.array(prompt_ids(run.tokenizer, text)), run.config.model.max_length)
+        return Reading({"decoder": ids_T}, (ids_T[None],), predicts="next token", of="decoder")
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Continue a text."""

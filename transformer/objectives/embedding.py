@@ -11,8 +11,9 @@ import numpy as np
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.embedder import Embedder
 from transformer.objective import OBJECTIVES, Objective, Trained
-from transformer.objectives.bases import rows_of_texts
-from transformer.types import Array, PyTree, UserError
+from transformer.objectives.bases import read_whole, refuse_target, rows_of_texts
+from transformer.tokenizer import encoder_ids
+from transformer.types import Array, PyTree, Reading, UserError
 from transformer.validation import require
 
 
@@ -56,6 +57,12 @@ class Embedding(Objective):
         for name, vector_D in zip(names, rows_of_texts(self, run, texts, batch_size, _embed), strict=True):
             require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
             yield {"embedding": vector_D.tolist()}
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text, uncut."""
+        refuse_target(self, target)
+        ids_T = read_whole(encoder_ids(run.tokenizer, text), run.config.data.sequence_length)
+        return Reading({"encoder": ids_T}, (ids_T[None],))
 
 
 @functools.partial(jax.jit, static_argnums=0)

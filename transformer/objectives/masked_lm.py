@@ -1,6 +1,7 @@
 """Masked language modelling: the cross-entropy of hidden tokens given those on both sides."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,14 +11,15 @@ import numpy as np
 
 from transformer.data.draws import random_at
 from transformer.models.encoder import Encoder
-from transformer.objective import OBJECTIVES
-from transformer.objectives.bases import TokenObjective
+from transformer.objective import OBJECTIVES, Trained
+from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.tokenizer import known_tokens, mask_id, never_hidden
-from transformer.types import Array, Batch, LossOutput, PyTree
+from transformer.tokenizer import encoder_ids, known_tokens, mask_id, never_hidden
+from transformer.types import Array, Batch, LossOutput, PyTree, Reading
 from transformer.validation import require
 
+_HIDDEN_AT_ONCE = 16
 _KEY = 7  # tells these draws from those of other parts that use the same seed
 
 
@@ -88,6 +90,20 @@ class MaskedLM(TokenObjective):
         statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text as it is; logits are of each token while that one is hidden."""
+        refuse_target(self, target)
+        ids_T = read_whole(encoder_ids(run.tokenizer, text), run.config.model.max_length)
+        hidden = functools.partial(_hidden_in_turn, ids_T=ids_T, mask=mask_id(run.tokenizer))
+        return Reading(
+            {"encoder": ids_T},
+            (ids_T[None],),
+            predicts="token here, if it were hidden",
+            of="encoder",
+            ahead=0,
+            logits=hidden,
+        )
+
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Hide a share of a row's tokens and make them the targets; end-of-text and padding stay, and are no targets."""
         others = np.flatnonzero(known_tokens(tokenizer))
@@ -110,3 +126,20 @@ class MaskedLM(TokenObjective):
             inputs_T[replaced_T] = other_T[replaced_T]
 
         return {"noise": noise}
+
+
+def _hidden_in_turn(model: Any, params: PyTree, output: Array, *, ids_T: np.ndarray, mask: int) -> np.ndarray:
+    """Logits [T, V] of each token of a text, in a row of its own in which the mask has its place."""
+    del output
+    T, found = len(ids_T), []
+    for start in range(0, T, _HIDDEN_AT_ONCE):
+        # The last rows only fill up the batch.
+        places_B1 = np.minimum(np.arange(start, start + _HIDDEN_AT_ONCE), T - 1)[:, None]
+        rows_BT = np.where(np.arange(T)[None] == places_B1, mask, ids_T[None]).astype(np.int32)
+        found.append(np.asarray(_logits_at(model, params, rows_BT, places_B1), np.float32)[:, 0])
+    return np.concatenate(found)[:T]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_at(model: Any, params: PyTree, tokens_BT: Array, places_BN: Array) -> Array:
+    return model.apply({"params": params}, tokens_BT, places_BN=places_BN, method="logits")

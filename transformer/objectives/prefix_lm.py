@@ -13,11 +13,13 @@ from transformer.data.draws import random_at
 from transformer.data.forms.text import RunningText
 from transformer.form import Shown
 from transformer.models.decoder import Decoder
-from transformer.objective import OBJECTIVES
+from transformer.objective import OBJECTIVES, Trained
+from transformer.objectives.bases import read_whole
 from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.types import Batch, LossOutput, Noise, PyTree
+from transformer.tokenizer import prompt_ids
+from transformer.types import Batch, LossOutput, Noise, PyTree, Reading
 
 _KEY = 8  # tells these draws from those of other parts that use the same seed
 
@@ -62,6 +64,17 @@ class PrefixLM(ContinuesText):
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
         """Rows have a random prefix."""
         return {"noise": random_prefixes(seed)}
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text as a prefix; the target (by default nothing) follows it."""
+        prefix_T = np.array(prompt_ids(run.tokenizer, text))
+        ids_T = np.concatenate([prefix_T, run.tokenizer.encode(target or "")])
+        ids_T = read_whole(ids_T, run.config.model.max_length, "A text with what follows it")
+        prefix_BT = (np.arange(len(ids_T)) < len(prefix_T))[None]
+        options = {"prefix_BT": prefix_BT}
+        return Reading(
+            {"decoder": ids_T}, (ids_T[None],), options, predicts="next token", of="decoder", first=len(prefix_T) - 1
+        )
 
     def show(self, batch: Batch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """Rows of text, and a mask in which prefixes are read in both directions."""

@@ -15,12 +15,12 @@ from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
-from transformer.objectives.bases import TokenObjective
+from transformer.objectives.bases import TokenObjective, read_whole
 from transformer.objectives.continuation import beam_columns
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import around_source, drawable, stop_ids, target_start
-from transformer.types import Array, LossOutput, PairBatch, PyTree
+from transformer.types import Array, LossOutput, PairBatch, PyTree, Reading
 from transformer.validation import require
 
 if TYPE_CHECKING:
@@ -68,6 +68,22 @@ class TranslatesText(TokenObjective):
             return iter(["\n".join(text for text, _ in next(best_translations(run, [source], 1, length, beams)))])
         sampling = dataclasses.replace(GREEDY, repetition_penalty=sampling.repetition_penalty)
         return translations(run, [source], 1, length, sampling)
+
+    def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
+        """The text as a source, uncut, and a target: by default, the model's own translation."""
+        tokenizer, data = run.tokenizer, run.config.data
+        reader = source_tokenizer(tokenizer)
+        begin, end = around_source(reader)
+        source_S = read_whole(np.concatenate([begin, reader.encode(text), end]), data.sequence_length)
+        room, start = data.sequence_length, target_start(tokenizer)
+        if target is None:
+            options: Any = {"max_new_tokens": room - 1, "batch_size": 1, **_special_ids(tokenizer, run.config)}
+            (said,) = translate(run.model, run.params, [source_S], **options)
+        else:
+            said = tokenizer.encode(target)
+        target_T = read_whole(np.concatenate([[start], said]), room, "A target")
+        ids = {"encoder": source_S, "decoder": target_T}
+        return Reading(ids, (source_S[None], target_T[None]), predicts="next token", of="decoder")
 
 
 def translations(

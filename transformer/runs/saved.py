@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from transformer.analysis.attention import TextAttention, read_attention
 from transformer.config import Config, DataConfig
 from transformer.config_io import IMPORT_FILE
 from transformer.data.datasets import Dataset, data_of, fingerprints
@@ -32,7 +33,7 @@ from transformer.runs.pretrained import Dtype, open_folder, placed
 from transformer.training import out_of_memory
 from transformer.training.metrics import derive
 from transformer.training.step import EvaluateStep
-from transformer.types import PyTree
+from transformer.types import PyTree, Reading
 from transformer.validation import require
 
 
@@ -95,6 +96,40 @@ class Loaded:
         for text, name in zip(texts, names, strict=True):
             require(text.strip() != "", f"A text to predict from must not be blank, {name} is; remove it.")
         return objective.predict(self, texts, names, batch_size or self.config.data.batch_size, **options)
+
+    def reading(self, text: str, *, target: str | None = None) -> Reading:
+        """How the model reads a text, for a look at its attention.
+
+        Args:
+            text: not blank, and no longer than the model reads.
+            target: of a translator, the translation that its decoder reads, None meaning its own; of a prefix language model,
+                what follows the text.
+
+        Raises:
+            UserError: the text does not fit, a target means nothing for the run's objective, or the model is one's own.
+        """
+        require(
+            not self.own_model,
+            f"Attention is that of the package's models, this run has a {type(self.model).__name__} of one's own; call "
+            "run.model.apply({'params': run.params}, ...).",
+        )
+        require(text.strip() != "", f"A text to look at must not be blank, got {text!r}.")
+        return self.config.objective.reading(self, text, target)
+
+    def attention(self, text: str, *, target: str | None = None) -> TextAttention:
+        """Attention weights of every layer and head while the model reads a text, and its logits.
+
+        Args:
+            text: as for `reading`.
+            target: likewise.
+
+        Raises:
+            UserError: as `reading`; or there are too many weights.
+
+        Example:
+            `load("runs/python_stdlib").attention("def main():").maps[0].weights[0].shape`
+        """
+        return read_attention(self.model, self.params, self.reading(text, target=target))
 
 
 @out_of_memory.explained(what="Loading this run")

@@ -1,0 +1,1 @@
+"""Looking into a model: attention weights, and what heads do with them."""

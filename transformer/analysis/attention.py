@@ -1,0 +1,119 @@
+"""The attention weights of a model while it reads a text, layer by layer."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from transformer.layers.scan_params import loop_params
+from transformer.types import PyTree, Reading
+from transformer.validation import require
+
+MOST_WEIGHTS = 64_000_000
+"""Of a text that is looked at, over all layers: 256 MB as float32."""
+_ROLES = ("attention", "cross_attention")
+
+
+class AttentionMap(NamedTuple):
+    """The attention of a stack to itself, or of a decoder to an encoder."""
+
+    queries: str
+    """The stack whose tokens attend: `encoder` or `decoder`."""
+    keys: str
+    """The stack whose tokens are attended to."""
+    weights: tuple[np.ndarray, ...]
+    """Of each layer, float32 [H, T, S]: a row sums to one, and is 0 where the mask hides the key."""
+
+
+class TextAttention(NamedTuple):
+    """What a model computes while it reads a text."""
+
+    reading: Reading
+    """How it was called."""
+    maps: tuple[AttentionMap, ...]
+    """Of an encoder, then of a decoder to itself, then to the encoder."""
+    logits: np.ndarray | None
+    """Of what `reading.predicts` says, float32 [n, V]; rows of tokens that predict nothing are NaN."""
+
+
+def layer_weights(collection: PyTree, *, scanned: bool) -> dict[str, list[dict[str, Any]]]:
+    """The weights [B, H, T, S] of each layer of each stack, by role, from the collection that `apply` filled.
+
+    Args:
+        collection: `attention`, as `model.apply(..., mutable=["attention"])` returns it.
+        scanned: whether the model's layers are scanned.
+
+    Example:
+        `layer_weights(seen["attention"], scanned=False)["decoder"][0]["attention"]`
+    """
+    stacks = loop_params(collection) if scanned else collection
+    return {
+        stack: [
+            {
+                role: parts["blocks"][f"block_{layer}"][role]["weights"][0]
+                for role in _ROLES
+                if role in parts["blocks"]["block_0"]
+            }
+            for layer in range(len(parts["blocks"]))
+        ]
+        for stack, parts in stacks.items()
+    }
+
+
+def read_attention(model: Any, params: PyTree, reading: Reading) -> TextAttention:
+    """The weights and the logits of a model while it reads a text.
+
+    Args:
+        model: a linen module of the package.
+        params: its parameters.
+        reading: how it is called (`Objective.reading`).
+
+    Raises:
+        UserError: the weights would not fit, or some are no numbers.
+    """
+    check_size(model.config, reading)
+    output, collection = _apply(model, reading.method, params, reading.inputs, dict(reading.options))
+    stacks = layer_weights(jax.device_get(collection["attention"]), scanned=model.config.scan_layers)
+    maps = [
+        AttentionMap(
+            stack, "encoder" if role == "cross_attention" else stack, tuple(layer[role][0] for layer in layers)
+        )
+        for stack, layers in sorted(stacks.items(), reverse=True)
+        for role in layers[0]
+    ]
+    for found in maps:
+        for layer, weights in enumerate(found.weights, 1):
+            require(
+                bool(np.isfinite(weights).all()),
+                f"Attention weights must be numbers, layer {layer} of the {found.queries} has NaN; the model has diverged.",
+            )
+    logits = None
+    if reading.predicts:
+        logits = np.array(reading.logits(model, params, output), np.float32)
+        logits[: reading.first] = np.nan
+    return TextAttention(reading, tuple(maps), logits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(model: Any, method: str, params: PyTree, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return model.apply({"params": params}, *inputs, **options, method=method, mutable=["attention"])
+
+
+def check_size(config: Any, reading: Reading) -> None:
+    """Refuse a text whose weights, over all layers and heads, are too many to hold and to show.
+
+    Raises:
+        UserError: they are.
+    """
+    lengths = {stack: len(ids) for stack, ids in reading.ids.items()}
+    count = 0
+    for stack, length in lengths.items():
+        blocks = (config.decoder if stack == "decoder" else config).blocks
+        keys = sum(lengths.values()) if stack == "decoder" else length
+        count += sum(block.attention.num_heads for block in blocks) * length * keys
+    require(
+        count <= MOST_WEIGHTS,
+        f"A text to look at must have at most {MOST_WEIGHTS:,} attention weights over all layers and heads, got {count:,} for "
+        f"{max(lengths.values())} tokens; shorten it to about {int(max(lengths.values()) * (MOST_WEIGHTS / count) ** 0.5)}.",
+    )

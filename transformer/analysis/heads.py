@@ -1,0 +1,73 @@
+"""What attention heads do, in numbers: how far and how evenly they look, and how unlike each other they are."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class HeadStatistics(NamedTuple):
+    """Of the heads of a layer, float [H] each, in the mean over queries from the second on."""
+
+    entropy: np.ndarray
+    """In bits: 0 for a single key, 3 for eight keys alike."""
+    first: np.ndarray
+    """Weight of the first token."""
+    distance: np.ndarray | None
+    """Tokens between query and key, in the mean over weights; None where queries and keys are of two texts."""
+    previous: np.ndarray | None
+    """Weight of the token before the query, likewise."""
+    unlike: np.ndarray
+    """Jensen-Shannon divergence from the other heads of the layer, in bits, in the mean over them: 0 if all are equal, 1 if
+    none shares a key with another; 0 for a single head."""
+
+
+def entropy(weights: Any) -> Any:
+    """In bits, over the last axis."""
+    return -(weights * jnp.log2(jnp.where(weights > 0, weights, 1))).sum(axis=-1)
+
+
+def divergence(weights_BHTS: Float[Array | np.ndarray, "B H T S"]) -> Float[Array, " pairs"]:
+    """Jensen-Shannon divergence of each pair of heads (Lin 1991), in bits, in the mean over queries.
+
+    Pairs are in the order of `np.triu_indices(H, k=1)`; a single head has one, 0.
+    """
+    first, second = np.triu_indices(weights_BHTS.shape[1], k=1)
+    single_BHT = entropy(weights_BHTS)
+    pairs = [
+        entropy((weights_BHTS[:, i] + weights_BHTS[:, j]) / 2) - (single_BHT[:, i] + single_BHT[:, j]) / 2
+        for i, j in zip(first, second, strict=True)
+    ]
+    return jnp.stack([pair.mean() for pair in pairs]) if pairs else jnp.zeros(1)
+
+
+def share_by_distance(weights_HTS: Any) -> Any:
+    """Weight at each distance from the query back, in the mean over queries (the last of the keys): [H, S]."""
+    _, T, S = weights_HTS.shape
+    distance_TS = np.arange(S - T, S)[:, None] - np.arange(S)[None]
+    return np.stack([(weights_HTS * (distance_TS == d)).sum(axis=(1, 2)) / T for d in range(S)], axis=-1)
+
+
+def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool = True) -> HeadStatistics:
+    """The statistics of a layer's heads.
+
+    Args:
+        weights_HTS: of one text. Its first query is left out, if there is another: of a causal model it sees itself alone.
+        one_text: queries are the last of the keys; without, distances mean nothing.
+    """
+    H, T, S = weights_HTS.shape
+    queries_T = np.arange(S - T, S) if one_text else np.arange(T)
+    late_HTS, queries_T = (weights_HTS[:, 1:], queries_T[1:]) if T > 1 else (weights_HTS, queries_T)
+    distance = previous = None
+    if one_text:
+        away_TS = np.abs(queries_T[:, None] - np.arange(S)[None])
+        distance = (late_HTS * away_TS[None]).sum(axis=-1).mean(axis=-1)
+        before_TS = np.arange(S)[None] == queries_T[:, None] - 1
+        previous = (late_HTS * before_TS[None]).sum(axis=-1).mean(axis=-1)
+    unlike_HH = np.zeros((H, H))
+    if H > 1:
+        unlike_HH[np.triu_indices(H, k=1)] = divergence(late_HTS[None])
+    unlike = (unlike_HH + unlike_HH.T).sum(axis=-1) / max(H - 1, 1)
+    entropies = np.asarray(entropy(late_HTS)).mean(axis=-1)
+    return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, unlike)

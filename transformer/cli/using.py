@@ -1,0 +1,149 @@
+"""What the commands that use a model can be told: generate, predict, attention."""
+
+import dataclasses
+from typing import Literal
+
+from transformer.cli.fields import positional, short
+from transformer.cli.reading import Given, read
+from transformer.validation import require
+
+# ---- generate ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a prompt with a run's language model, or translate it with a run's translator.
+
+    Without --prompt, what is piped in is the prompt: echo ROMEO: | transformer generate RUN
+    """
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    prompt: str | None = None
+    """The text to continue, or to translate; an empty one starts a new document."""
+    chat: bool = False
+    """The prompt is a user's message, and what is printed is the reply, by the chat template of an imported model."""
+    system: str | None = None
+    """With --chat: the system's message before it."""
+    max_new_tokens: int = 0
+    """Tokens to add at most; 0 means as many as the model's length has room for."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token each time, as a translator always does."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample among the tokens at least this many times as likely as the most likely one; 0 means all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text has (of a translation, the translation) are less likely; 1 changes nothing."""
+    beams: int = 0
+    """Search with this many beams for the most likely text instead of sampling; 0 does not."""
+    length_penalty: float = 1.0
+    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
+    num_best: int = 1
+    """Of beams: how many of the best texts to print, each after a new line."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+# ---- predict -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Say what a run's model makes of each text: its class, its translation, or how it goes on.
+
+    INPUT is a .jsonl, .csv, .tsv, .parquet or .arrow file, or any other file with one text a line; it may be compressed (.gz,
+    .bz2, .xz, .zst). Without it, or for -, standard input is read. Rows come out in their order, with the columns that they had
+    and those that are predicted.
+    """
+
+    workdir: str = positional("")
+    """Directory of the run."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    input: str | None = positional(None)
+    """The file, or - for standard input."""
+    output: str = short("-o", "")
+    """A new .jsonl or .csv file; empty means JSON lines on standard output."""
+    format: Literal["txt", "jsonl", "csv", "tsv"] = "txt"
+    """Of standard input; txt is one text a line. Files have a name that says so."""
+    text_key: str = ""
+    """Field that holds the text; empty means the one that training read: data.text_key, of a translator data.source_key."""
+    batch_size: int = 0
+    """Texts that are read together, those of similar length; 0 means as in training."""
+    top_k: int = 1
+    """Classifiers: this many most likely classes, each with its probability; all of them if there are fewer."""
+    max_new_tokens: int = 0
+    """Translators: tokens of a translation at most, 0 means the model's length. Language models: tokens to add at most, 64 if
+    this is not given."""
+    beams: int = 0
+    """Translators and language models: search with this many beams; 0 takes the most likely token each time."""
+    length_penalty: float = 1.0
+    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
+    num_best: int = 1
+    """Of beams: this many of the best texts, each with its score."""
+
+
+def parse_predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
+    """The options of `predict`."""
+    options, given = read(PredictOptions(), arguments, "transformer predict")
+    suffix = options.output.rpartition(".")[2]
+    require(
+        options.output == "" or suffix in ("jsonl", "csv"),
+        f"--output must be the name of a .jsonl or .csv file, got {options.output!r}.",
+    )
+    piped = options.input in (None, "-")
+    require(
+        piped or "format" not in given, "--format is for standard input; a file's name says what it is. Leave it out."
+    )
+    return options, given
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Write a page (HTML, without network) that shows a model's attention while it reads a text.
+
+    Every layer and head; whom each token attends to, and who attends to it; what heads do, how unlike each other they are, and
+    what they were before training; the model's candidates for each token.
+    """
+
+    workdir: str = positional("")
+    """Directory of the run, or a pretrained folder."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    base: str = ""
+    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    text: str = ""
+    """The text that the model reads."""
+    target: str | None = None
+    """Translators: the translation that the decoder reads; without, the model's own. Prefix language models: the text after
+    the prefix."""
+    output: str = short("-o", "")
+    """A new .html file."""
+    top_k: int = 8
+    """Candidates of each token, or classes, with their probabilities."""
+    initial: bool = True
+    """Show the model with its initial parameters too; --no-initial saves their memory, and half of the page."""
+
+
+def parse_attention(arguments: list[str]) -> tuple[AttentionOptions, Given]:
+    """The options of `attention`."""
+    options, given = read(AttentionOptions(), arguments, "transformer attention")
+    require(options.text.strip() != "", f"There must be a text to look at, got {options.text!r}; give --text TEXT.")
+    require(
+        options.output.endswith(".html"),
+        f"--output must be the name of a new .html file, got {options.output!r}; give -o FILE.html.",
+    )
+    require(options.top_k >= 1, f"--top-k must be at least 1, got {options.top_k}.")
+    return options, given
