@@ -18,11 +18,12 @@ folder, port, process, objective, broken = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
 
-from transformer.config import Config, DataConfig
-from transformer.data.datasets import ExampleData, TextData, data_of
+from transformer.config import Config, DataConfig, ParallelConfig
+from transformer.data.datasets import ExampleData, TextData
 from transformer.data.tokenizers.wordpiece import WordPieces
 from transformer.objective import OBJECTIVES
-from transformer.runs.recipe import _make_together
+from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
+from transformer.runs.recipe import make_run
 from transformer.types import UserError
 
 made = []
@@ -38,10 +39,13 @@ data = DataConfig(
     data_dir=f"{folder}/prepared{process}",
     tokenizer=WordPieces(size=size),
     share_vocabulary=objective == "next_token",
+    sequence_length=16,
+    batch_size=4,
 )
-config = Config(data=data, objective=OBJECTIVES.find(objective)())
+model = ModelConfig(num_layers=1, embed_dim=8, pattern=(BlockConfig(AttentionConfig(num_heads=1)),))
+config = Config(model=model, data=data, objective=OBJECTIVES.find(objective)(), parallel=ParallelConfig(data=2))
 try:
-    tokenizer = _make_together(data_of(config), config.data.tokenizer.filled())
+    tokenizer = make_run(config).tokenizer
     tables = [one.to_json() for one in (getattr(tokenizer, "source", None), getattr(tokenizer, "target", tokenizer)) if one]
     print(json.dumps({"tables": tables, "made": len(made)}))
 except UserError as error:

@@ -205,7 +205,7 @@ class TextData:
         """Make the tokenizer, and store what a run with it reads; a line about it."""
         tokenizer = self.make_tokenizer()
         kept = all([store_tokens(source, tokenizer) for source in self.sources])
-        stored = "stored" if kept else "not stored: a dataset of TFDS, or a folder that cannot be written to, has none"
+        stored = "stored" if kept else "not stored: in a folder that cannot be written to, there are none"
         return f"tokens of the tokenizer {tokenizer.kind}, {describe_entries(tokenizer)}: {stored}"
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:

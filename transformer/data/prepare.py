@@ -17,14 +17,14 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.builder import TEXT_FEATURES, describe, shard_path
-from transformer.data.documents import CONVERSATION, Corpus, Document
+from transformer.data.documents import Corpus, Document
 from transformer.data.encoded import pack_text
 from transformer.data.identity import ContentHash
 from transformer.data.progress import progress
 from transformer.data.seen import Stamp
 from transformer.data.shards import Shards, count_shards, holds, write_shard
-from transformer.data.source import Record, Source
-from transformer.data.splits import SPLIT_RULE, SPLITS, cut, divide, split_documents
+from transformer.data.source import Record, Source, pieces
+from transformer.data.splits import SPLIT_RULE, SPLITS, divide, split_documents
 from transformer.data.stored import open_stored
 from transformer.data.token_shards import TextRecords
 from transformer.storage import expand, write_whole
@@ -196,13 +196,6 @@ class _Writer:
         if not holds(path, self._records):
             write_shard(path, self._records)
         self._shard, self._records = self._shard + 1, []
-
-
-def pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
-    """A document as records of about so many bytes."""
-    parts = [text] if prompt == CONVERSATION else list(cut(text, record_bytes))
-    for index, part in enumerate(parts):
-        yield Record(part, prompt if index == 0 else "", index > 0, index == len(parts) - 1)
 
 
 def data_directory(config: DataConfig) -> epath.Path:

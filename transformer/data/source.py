@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from transformer.data.documents import plain_text
+from transformer.data.documents import CONVERSATION, plain_text
+from transformer.data.splits import cut
 from transformer.data.stored import readable
 from transformer.validation import require
 
@@ -118,6 +119,13 @@ def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
         if record.last:
             yield prompt, "".join(pieces)
             pieces = []
+
+
+def pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
+    """A document as records of about so many bytes."""
+    parts = [text] if prompt == CONVERSATION else list(cut(text, record_bytes))
+    for index, part in enumerate(parts):
+        yield Record(part, prompt if index == 0 else "", index > 0, index == len(parts) - 1)
 
 
 class Converted(Sequence[Any]):

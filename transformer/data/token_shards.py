@@ -3,6 +3,7 @@
 import array
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -28,26 +29,49 @@ from transformer.data.encoded import (
 )
 from transformer.data.example_parts import features_of, pack_tokens, unpack_parts
 from transformer.data.shards import Shards, count_records, write_shard
-from transformer.data.source import Record
+from transformer.data.source import Record, pieces
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.tokenizer import TOKENIZERS
 from transformer.types import UserError
+from transformer.validation import require
 
 _CHARACTERS_AT_ONCE = 1 << 20
 _LONGEST = 1 << 20  # tokens of a stored record; longer documents are several
 
 
 class TextRecords(Sequence[Record]):
-    """The records of stored text, read at random."""
+    """The records of stored text, read at random.
 
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
+    Args:
+        shards: files of it.
+        fields: names of the text and of the prompt in a dataset of TFDS, whose records are documents; by default, those of text
+            that this package has prepared.
+        cut: documents are cut into pieces of so many bytes, which are in memory then; 0: they are not.
+    """
+
+    def __init__(self, shards: Shards, fields: Sequence[str] = (), cut: int = 0) -> None:
+        self.shards, self.fields, self.cut = shards, list(fields), cut
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self._pieces) if self.cut else len(self.shards)
 
     def __getitem__(self, index: Any) -> Record:
+        return self._pieces[index] if self.cut else self._read(index)
+
+    @functools.cached_property
+    def _pieces(self) -> list[Record]:
+        documents = map(self._read, range(len(self.shards)))
+        return [piece for one in documents for piece in pieces(one.text, one.prompt, self.cut)]
+
+    def _read(self, index: int) -> Record:
         parts = unpack_fields(self.shards[index])
+        if self.fields:
+            require(
+                len(parts[self.fields[0]].bytes_list.value) > 0,
+                f"A stored dataset must be whole, example {index:,} has no {self.fields[0]!r}. Remove it and prepare it again.",
+            )
+            text, prompt = (b"".join(parts[name].bytes_list.value).decode("utf-8", "replace") for name in self.fields)
+            return Record(text, prompt, continues=False, last=True)
         text, prompt = (parts[name].bytes_list.value[0].decode() for name in ("text", "prompt"))
         continues, last = (bool(parts[name].int64_list.value[0]) for name in ("continues", "last"))
         return Record(text, prompt, continues, last)
@@ -68,11 +92,15 @@ class Job:
     """Whether a record is a document, or a record of the text."""
     roles: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of examples, what their parts are (`example_parts.Roles`)."""
+    fields: list[str] = dataclasses.field(default_factory=list)
+    """Of a dataset of TFDS, as `TextRecords` takes them."""
+    cut: int = 0
+    """Likewise."""
 
     @property
     def records(self) -> TextRecords:
         """The text."""
-        return TextRecords(Shards(self.texts, self.lengths))
+        return TextRecords(Shards(self.texts, self.lengths), self.fields, self.cut)
 
     def features(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
         """What TFDS is told of the tokens."""
@@ -93,13 +121,14 @@ SIZES = "sizes"
 
 def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:
     """Write a shard: the tokens of an equal part of the records; `advance` is told the characters that are done."""
-    start, stop = (part * sum(job.lengths) // job.num_shards for part in (shard, shard + 1))
     if job.roles:
         stored = Shards(job.texts, job.lengths)
+        start, stop = (part * len(stored) // job.num_shards for part in (shard, shard + 1))
         examples = (unpack_parts(stored[index], job.roles) for index in range(start, stop))
         write_shard(job.path(shard), pack_tokens(examples, job.roles, tokenizer, advance))
         return
     records, dtype = job.records, token_type(tokenizer.vocab_size)
+    start, stop = (part * len(records) // job.num_shards for part in (shard, shard + 1))
     texts = _documents(records, start, stop) if job.whole else map(records.__getitem__, range(start, stop))
 
     sizes = array.array("I")

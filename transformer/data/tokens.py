@@ -158,7 +158,7 @@ def _stored(
     if source.tokens_in is None or not isinstance(records, TextRecords):
         return None
     name = f"{split}{'-documents' if whole else ''}"
-    job = Job(records.shards.paths, records.shards.lengths, "", split, 0, whole)
+    job = Job(records.shards.paths, records.shards.lengths, "", split, 0, whole, fields=records.fields, cut=records.cut)
     found = stored_tokens(source.tokens_in, name, job, tokenizer, source.name, store=store)
     return found and _Stored(epath.Path(found.directory), found.shards, token_type(tokenizer.vocab_size))
 

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.builder import Example
 from transformer.data.example_source import class_numbers, example_source
+from transformer.data.example_tokens import open_stored_tokens, roles_of
 from transformer.data.forms.examples import ExampleForm
 from transformer.data.identity import ContentHash, sampled
-from transformer.data.prepare import data_directory, pieces, quiet
-from transformer.data.source import Converted, ExampleSource, Record, Source
+from transformer.data.prepare import data_directory, quiet
+from transformer.data.shards import Shards
+from transformer.data.source import Converted, ExampleSource, Record, Source, pieces
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.stored import NAME, find_stored, in_order, open_stored, readable
+from transformer.data.token_shards import TextRecords
 from transformer.types import UserError
 from transformer.validation import counted, require
 
@@ -45,11 +49,19 @@ class TfdsDataset(SourceKind):
     def open_text(self, name: str, config: DataConfig) -> Source:
         """Its splits are its own."""
         builder = stored_builder(name, config)
-        _features(name, builder, [config.text_key], ["text_key"])
+        features = _features(name, builder, [config.text_key], ["text_key"])
+        given = [features[key] for key in (config.text_key, config.prompt_key) if key in features]
+        plain = _in_records(builder) and all(map(_is_text, given))
 
         def open_split(split: str) -> Sequence[Record]:
+            info = builder.info.splits[split]
+            few = config.record_bytes * (info.num_examples < _FEW_RECORDS)
+            if plain:
+                return TextRecords(
+                    Shards(info.filepaths, info.shard_lengths), (config.text_key, config.prompt_key), few
+                )
             records = Converted(tfds_split(builder, split, config), functools.partial(_whole, config))
-            if len(records) >= _FEW_RECORDS:
+            if not few:
                 return records
             return [piece for record in records for piece in pieces(record.text, record.prompt, config.record_bytes)]
 
@@ -59,7 +71,9 @@ class TfdsDataset(SourceKind):
         )
         content = ContentHash()
         hash_tfds(content, builder, config, lambda example: _whole(config, example)[:2])
-        return Source(full_name, content.hexdigest(), sizes, description, open_split)
+        keys = (config.text_key, config.prompt_key, config.record_bytes)
+        tokens_in = _tokens_in("text_records", content.hexdigest(), builder, config, *keys)
+        return Source(full_name, content.hexdigest(), sizes, description, open_split, tokens_in if plain else None)
 
     def open_stored(
         self, name: str, form: ExampleForm, config: DataConfig, class_names: tuple[str, ...]
@@ -77,6 +91,18 @@ class TfdsDataset(SourceKind):
         content.add(form.kind, *own)
         content.add((builder.info.metadata or {}).get("fingerprint", ""))
         hash_tfds(content, builder, config, lambda example: [_present(example[key]) for key in keys])
+
+        plain = _in_records(builder) and all(_is_text(features[key]) for i, key in enumerate(keys) if i != labelled)
+        folder = _tokens_in("example_records", content.hexdigest(), builder, config, form.kind, *keys)
+
+        def tokens(split: str, tokenizer: Any, store: bool) -> tuple[Sequence[Any], Callable[[Any], Any]] | None:
+            info = builder.info.splits[split]
+            shards, roles = Shards(info.filepaths, info.shard_lengths), roles_of(form, keys)
+            found = open_stored_tokens(form, shards, roles, folder, split, tokenizer, builder.info.full_name, store)
+            return found and (found, numbered)
+
+        def numbered(example: Any) -> Any:
+            return example if labelled is None else form.with_class(example, number(example[labelled]))
 
         def number(label: int) -> int:
             require(
@@ -100,6 +126,7 @@ class TfdsDataset(SourceKind):
             lambda split: (tfds_split(builder, split, config), to_example),
             lambda: None if labelled is None else _labels(builder, "train", keys[labelled], config),
             config.validation_fraction,
+            tokens=tokens if plain else None,
         )
 
 
@@ -113,6 +140,22 @@ def _features(name: str, builder: Any, keys: Sequence[str], options: Sequence[st
             f"data.{option} must be a feature of {name!r}, got {key!r}; it has {', '.join(sorted(there))}.",
         )
     return features
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a record has a feature as one text, so that it is read without TFDS."""
+    return feature.shape == () and np.dtype(feature.np_dtype) == np.dtype(object)
+
+
+def _in_records(builder: Any) -> bool:
+    return builder.info.file_format is not None and builder.info.file_format.file_suffix == "array_record"
+
+
+def _tokens_in(folder: str, fingerprint: str, builder: Any, config: DataConfig, *reading: str | int) -> epath.Path:
+    """The folder of the tokens of a stored dataset, which is nobody's to write into."""
+    label = re.sub(r"\W+", "_", builder.info.full_name, flags=re.ASCII).strip("_").lower()[:80]
+    key = ContentHash().ended(fingerprint, builder.info.full_name, *reading)
+    return data_directory(config) / folder / f"{label}-{key[:16]}" / "tokens"
 
 
 def _class_names(name: str, label: Any, option: str, key: str) -> tuple[str, ...]:
