@@ -10,12 +10,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from tiny_tokenizers import make_folder
 
 from transformer.cli.main import main
 from transformer.config import DataConfig, ParallelConfig
 from transformer.data.datasets import open_data
 from transformer.data.tokenizers.bpe import BytePairs
+from transformer.data.tokenizers.folder import from_folder
+from transformer.data.tokenizers.words import Words
+from transformer.objectives.classification import Classification
 from transformer.objectives.next_token import NextToken
+from transformer.objectives.seq2seq import Seq2Seq
 from transformer.parts import count_parameters
 from transformer.runs.recipe import make_run
 from transformer.runs.saved import load
@@ -287,15 +292,15 @@ def test_generate_repeats_by_seed(workdir, capsys):
         ),
         (
             ["prepare", "{place}/text", "--tokenizer", "wordpiece"],
-            "--tokenizer must be bytes, characters, bpe or words, got 'wordpiece'",
+            "bytes, characters, bpe, words, or the directory of a run or of a pretrained model, got 'wordpiece'",
         ),
         (
             ["prepare", "{place}/text", "--tokenizer", "bytes", "--tokenizer-size", "300"],
             "--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got 'bytes'",
         ),
         (
-            ["prepare", "x", "--kind", "labelled", "--name", "x", "--tokenizer", "bpe"],
-            "--tokenizer is for --kind text, got --kind labelled",
+            ["prepare", "{place}/text", "--tokenizer", "{place}"],
+            "must be a tokenizer.json or a SentencePiece tokenizer.model, {place} has neither",
         ),
     ],
 )
@@ -362,6 +367,51 @@ def test_prepare_stores_the_tokens_that_train_would_read(place, capsys, tmp_path
     tokenizer = data.make_tokenizer()
     next(data.train_batches(tokenizer))
     list(data.evaluation_batches(tokenizer, "validation"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")} == stored
+
+
+@pytest.mark.parametrize("of", ["run", "pretrained"])
+def test_prepare_stores_the_tokens_of_a_run_or_of_a_pretrained_model(workdir, place, capsys, tmp_path, of):
+    folder = workdir if of == "run" else make_folder(tmp_path, "gpt2")
+    main(["prepare", str(place / "text"), "--tokenizer", str(folder), "--data-dir", str(tmp_path / "data")])
+    assert ": stored\n" in capsys.readouterr().out
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")}
+    assert {path.name.split(".")[0] for path in stored} == {"tokens-train", "tokens-validation"}
+    data = open_data(DataConfig(source=(str(place / "text"),), data_dir=str(tmp_path / "data")), NextToken())
+    if of == "run":
+        tokenizer = load(workdir).tokenizer
+    else:
+        kind, files = from_folder(folder)
+        tokenizer = kind.load(files["tokenizer.json"].decode())
+    next(data.train_batches(tokenizer))
+    list(data.evaluation_batches(tokenizer, "validation"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")} == stored
+
+
+@pytest.mark.parametrize("kind", ["labelled", "pairs"])
+def test_prepare_stores_the_tokens_of_examples(capsys, tmp_path, kind):
+    rows = [{"text": f"it is {i}", "label": i % 2, "source": f"it is {i}", "target": f"{i} it is"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "prepare",
+        str(tmp_path / "rows.jsonl"),
+        "--kind",
+        kind,
+        "--name",
+        "mine",
+        "--test",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    main([*command, "--tokenizer", "words", "--tokenizer-size", "30", "--data-dir", str(tmp_path)])
+    assert "tokens of the tokenizer words, 30 entries: stored\n" in capsys.readouterr().out
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")}
+    assert {path.name.split(".")[0] for path in stored} == {"tokens-train", "tokens-test"}
+    config = DataConfig(source=("mine",), data_dir=str(tmp_path), tokenizer=Words(size=30), batch_size=4)
+    data = open_data(config, Classification() if kind == "labelled" else Seq2Seq())
+    tokenizer = data.make_tokenizer()
+    next(data.train_batches(tokenizer))
+    for split in data.split_names:
+        list(data.evaluation_batches(tokenizer, split))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")} == stored
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer.config import Config, DataConfig
+from transformer.data import examples as prepared
 from transformer.data import registry, stored
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms import examples
@@ -249,3 +250,19 @@ def test_every_class_is_held_out(config, tmp_path):
     held_out = [example.label for example in source.examples("validation")]
     assert (len(held_out), sum(held_out)) == (20, 1)
     assert sum(example.label for example in source.examples("train")) == 9
+
+
+def test_files_that_change_while_they_are_prepared_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    files = _jsonl(path, [{"text": f"text {i}", "label": f"{i % 2}"} for i in range(9)])
+    read = prepared._read_draft
+
+    def change(*arguments):
+        found = read(*arguments)
+        path.write_text(path.read_text().replace("text 3", "text 4"))
+        return found
+
+    monkeypatch.setattr(prepared, "_read_draft", change)
+    with pytest.raises(UserError, match="must stay as they are while they are prepared, those of mine changed"):
+        prepare_examples(FORMS.find("labelled")(), "mine", files, DataConfig(data_dir=str(tmp_path / "data")))
+    assert not list((tmp_path / "data").glob("*"))

@@ -107,11 +107,12 @@ class PrepareOptions:
     record_bytes: int = DataConfig.record_bytes
     """Running text: longer documents are stored in pieces of about this size."""
     tokenizer: str = ""
-    """Running text: store its tokens too, as training with this data.tokenizer.kind does: bytes, characters, bpe or words."""
+    """Store the tokens too, as training with this data.tokenizer.kind does: bytes, characters, bpe or words (of pairs, with one
+    vocabulary for both sides); or as a run that starts from this directory does, of a run or of a pretrained model."""
     tokenizer_size: int = 0
-    """Running text: data.tokenizer.size of the training; 0 means 4096."""
+    """data.tokenizer.size of the training; 0 means 4096."""
     tokenizer_bytes: int = DataConfig.tokenizer_bytes
-    """Running text: data.tokenizer_bytes of the training."""
+    """data.tokenizer_bytes of the training."""
     data_dir: str = DataConfig.data_dir
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
@@ -129,9 +130,9 @@ def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
         ),
     )
     require(
-        options.tokenizer in ("", "bytes", "characters", "bpe", "words"),
-        f"--tokenizer must be bytes, characters, bpe or words, got {options.tokenizer!r}; others are not made of text or "
-        "not alike each time, and training stores their tokens itself.",
+        options.tokenizer in ("", "bytes", "characters", "bpe", "words") or os.path.isdir(expand(options.tokenizer)),
+        f"--tokenizer must be bytes, characters, bpe, words, or the directory of a run or of a pretrained model, got "
+        f"{options.tokenizer!r}; other kinds are not alike each time, and training stores their tokens itself.",
     )
     require(
         options.tokenizer in ("bpe", "words") or not {"tokenizer_size", "tokenizer_bytes"} & set(given),

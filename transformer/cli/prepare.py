@@ -2,10 +2,16 @@
 
 import dataclasses
 
+from etils import epath
+
 from transformer.cli.options import Given, PrepareOptions
 from transformer.config import DataConfig
 from transformer.data.datasets import Reader
+from transformer.data.tokenizers import Tokenizer
+from transformer.data.tokenizers.folder import open_folder
 from transformer.form import FORMS
+from transformer.runs.directory import CHECKPOINTS, Record, read_run
+from transformer.storage import expand
 from transformer.terminal import printable
 from transformer.tokenizer import TOKENIZERS
 
@@ -16,9 +22,19 @@ def main(options: PrepareOptions, given: Given) -> None:
     shared = {field.name for field in dataclasses.fields(DataConfig)}
     values = {name: value for name, value in dataclasses.asdict(options).items() if name in shared}
     sizes = {"size": options.tokenizer_size} if options.tokenizer_size else {}
-    values["tokenizer"] = TOKENIZERS.find(options.tokenizer or "bytes")(**sizes)
+    given_by_name = options.tokenizer in TOKENIZERS.names
+    values["tokenizer"] = TOKENIZERS.find(options.tokenizer if given_by_name else "bytes")(**sizes)
+    tokenizer = _of_folder(options.tokenizer) if options.tokenizer and not given_by_name else None
     files = {"train": options.files, "validation": options.validation, "test": options.test}
-    described = FORMS.find(options.kind)().prepare(Reader(DataConfig(**values)), options.name, files)
+    form = FORMS.find(options.kind)()
+    described = form.prepare(Reader(DataConfig(**values)), options.name, files)
     if options.tokenizer:
-        described += "\n" + Reader(DataConfig(**{**values, "source": options.files})).running_text().store_tokens()
+        source = (options.name,) if form.needs_name else options.files
+        described += "\n" + form.open(Reader(DataConfig(**{**values, "source": source}))).store_tokens(tokenizer)
     print(printable(described, lines=True))
+
+
+def _of_folder(name: str) -> Tokenizer:
+    """The tokenizer of a run, or of the folder of a pretrained model."""
+    path = epath.Path(expand(name))
+    return read_run(path, Record.load_tokenizer) if (path / CHECKPOINTS).exists() else open_folder(path)

@@ -201,12 +201,11 @@ class TextData:
             return kind.train(self.texts("train"))
         return kind.train(vocabulary_texts(self.sources, self.config.tokenizer_bytes))
 
-    def store_tokens(self) -> str:
-        """Make the tokenizer, and store what a run with it reads; a line about it."""
-        tokenizer = self.make_tokenizer()
+    def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
+        """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
+        tokenizer = tokenizer or self.make_tokenizer()
         kept = all([store_tokens(source, tokenizer) for source in self.sources])
-        stored = "stored" if kept else "not stored: in a folder that cannot be written to, there are none"
-        return f"tokens of the tokenizer {tokenizer.kind}, {describe_entries(tokenizer)}: {stored}"
+        return _describe_stored(tokenizer, kept)
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
         """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
@@ -266,6 +265,11 @@ class TextData:
         return {"continued": self.continued, **changes}
 
 
+def _describe_stored(tokenizer: Tokenizer, kept: bool) -> str:
+    stored = "stored" if kept else "not stored: in a folder that cannot be written to, there are none"
+    return f"tokens of the tokenizer {tokenizer.kind}, {describe_entries(tokenizer)}: {stored}"
+
+
 def _example_bytes(example: Sequence[Any]) -> int:
     return sum(len(part.encode()) for part in example if isinstance(part, str))
 
@@ -315,6 +319,12 @@ class ExampleData:
             return examples if some is None else some
 
         return self.form.make_tokenizer(self.config, chosen if self.config.tokenizer.sampled else lambda: examples)
+
+    def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
+        """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
+        made, source = tokenizer or self.make_tokenizer(), self.source
+        kept = [source.tokens and source.tokens(split, made, True) is not None for split in source.split_names]
+        return _describe_stored(made, all(kept))
 
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1

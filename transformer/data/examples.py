@@ -175,38 +175,41 @@ class _Draft:
     kind: str
     """Of its form."""
     features: dict[str, Any]
-    splits: dict[str, list[Any]]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the examples of all splits, in their order."""
-        content = ContentHash()
-        for split, examples in self.splits.items():
-            for example in examples:
-                content.add(split, *example)
-        return content.hexdigest()
+    splits: dict[str, Callable[[], Iterator[Any]]]
+    """The examples of each, read anew by each call."""
+    fingerprint: str
+    """Of the examples of all splits, in their order."""
 
     def write(self, name: str, target: epath.Path) -> None:
         """Write it beside its place, read it back, and move it there."""
         aside = target.parent.parent / f".{name}-{uuid.uuid4().hex}"
+        again = ContentHash()
         try:
             builder = builder_class(name)(
                 features=self.features,
-                splits={split: self._rows(examples) for split, examples in self.splits.items()},
+                splits={split: functools.partial(self._rows, split) for split in self.splits},
                 version=VERSION,
                 data_dir=str(aside),
                 metadata={"fingerprint": self.fingerprint, "kind": self.kind},
             )
             builder.download_and_prepare()
-            check_stored(builder.data_path, self.features, builder.splits)
+            rows = {split: functools.partial(self._rows, split, again) for split in self.splits}
+            check_stored(builder.data_path, self.features, rows)
+            require(
+                again.hexdigest() == self.fingerprint,
+                f"Files must stay as they are while they are prepared, those of {name} changed; start again.",
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             builder.data_path.rename(target)
         finally:
             if aside.exists():
                 aside.rmtree()
 
-    def _rows(self, examples: list[Any]) -> Callable[[], Iterator[Example]]:
-        return lambda: (dict(zip(self.features, example, strict=True)) for example in examples)
+    def _rows(self, split: str, content: ContentHash | None = None) -> Iterator[Example]:
+        for example in self.splits[split]():
+            if content is not None:
+                content.add(split, *example)
+            yield dict(zip(self.features, example, strict=True))
 
 
 def _read_draft(form: ExampleForm, files: Mapping[str, Sequence[str]], config: DataConfig) -> tuple[_Draft, list[str]]:
@@ -216,17 +219,25 @@ def _read_draft(form: ExampleForm, files: Mapping[str, Sequence[str]], config: D
         len(set(keys)) == len(keys) and "" not in keys,
         f"Fields must have names of their own, data.{' and data.'.join(form.keys)} are {' and '.join(map(repr, keys))}.",
     )
-    splits: dict[str, list[Any]] = {}
     notes: list[str] = []
+
+    def read(split: str, notes: list[str]) -> Iterator[Any]:
+        return form.clean(form.read(find_source, files[split], config), (), notes, f"{split}: ")
+
+    content, first, classes = ContentHash(), dict[str, Any](), dict[str, set[str]]()
     for split in filter(files.get, SPLITS):
-        splits[split] = list(form.clean(form.read(find_source, files[split], config), (), notes, f"{split}: "))
-        require(len(splits[split]) > 0, f"A split must hold examples, {split} from {', '.join(files[split])} has none.")
-    require("train" in splits, "A dataset must have a training split, got no file for it.")
+        for example in read(split, notes):
+            content.add(split, *example)
+            first.setdefault(split, example)
+            classes.setdefault(split, set()).add(str(form.label(example)))
+        require(split in first, f"A split must hold examples, {split} from {', '.join(files[split])} has none.")
+    require("train" in first, "A dataset must have a training split, got no file for it.")
     features: dict[str, Any] = dict.fromkeys(keys, tfds.features.Text())
     if form.class_part is not None:
-        names = form.class_names(splits["train"])
-        for split, examples in splits.items():
-            unknown = sorted({str(form.label(example)) for example in examples} - set(names))
+        names = form.class_names([form.with_class(first["train"], name) for name in classes["train"]])
+        for split, found in classes.items():
+            unknown = sorted(found - set(names))
             require(not unknown, f"Every class must occur in the training split, {split} has {', '.join(unknown)} too.")
         features[keys[form.class_part]] = tfds.features.ClassLabel(names=list(names))
-    return _Draft(form.kind, features, splits), notes
+    splits = {split: functools.partial(read, split, []) for split in first}
+    return _Draft(form.kind, features, splits, content.hexdigest()), notes

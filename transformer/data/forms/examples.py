@@ -20,6 +20,8 @@ from transformer.validation import require
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
+TOKENIZED = ("tokenizer", "tokenizer_size", "tokenizer_bytes")
+"""Options of `transformer prepare`, for `prepares` of a form whose tokens are stored."""
 Find = Callable[[str], Any]
 """The kind of source that reads a name (`data.registry.find_source`)."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
-from transformer.data.forms.examples import ExampleForm, Find, framed, padded
+from transformer.data.forms.examples import TOKENIZED, ExampleForm, Find, framed, padded
 from transformer.data.tokenizers import Tokenizer
 from transformer.form import FORMS, Shown
 from transformer.tokenizer import around_text
@@ -31,7 +31,7 @@ class LabelledTexts(ExampleForm):
     title = "labelled texts"
     noun = "text"
     settings = ("data.text_key", "data.label_key", "data.truncate", "data.buckets")
-    prepares = ("name", "validation", "test", "text_key", "label_key")
+    prepares = ("name", "validation", "test", "text_key", "label_key", *TOKENIZED)
     keys = ("text_key", "label_key")
     example = LabelledText
     class_part = 1

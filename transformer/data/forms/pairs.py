@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.config import DataConfig
-from transformer.data.forms.examples import ExampleForm, Find, framed, padded
+from transformer.data.forms.examples import TOKENIZED, ExampleForm, Find, framed, padded
 from transformer.data.tokenizers import PairTokenizer, Tokenizer, source_tokenizer
 from transformer.form import FORMS, Shown
 from transformer.tokenizer import around_source, target_start
@@ -33,7 +33,7 @@ class Pairs(ExampleForm):
     title = "pairs"
     noun = "pair"
     settings = ("data.source_key", "data.target_key", "data.share_vocabulary", "data.truncate", "data.buckets")
-    prepares = ("name", "validation", "test", "source_key", "target_key")
+    prepares = ("name", "validation", "test", "source_key", "target_key", *TOKENIZED)
     keys = ("source_key", "target_key")
     example = TextPair
     source_part = 0

@@ -1,6 +1,7 @@
 """The tokenizer of a folder of a pretrained model, as Hugging Face lays it out: its files, and the special ids they name."""
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -71,6 +72,19 @@ def from_folder(directory: epath.PathLike) -> tuple[SpecialIds, dict[str, bytes]
     except Exception as error:
         raise UserError(f"{path} must be a file of the library that reads it: {error!s:.200}") from None
     return kind, {FILE_NAME: content, **_chat(folder)}
+
+
+def open_folder(directory: epath.PathLike) -> Any:
+    """The tokenizer of a folder, as a run that starts from it has it.
+
+    Raises:
+        UserError: as `from_folder`.
+    """
+    kind, files = from_folder(directory)
+    with tempfile.TemporaryDirectory() as aside:
+        for name, content in files.items():
+            (epath.Path(aside) / name).write_bytes(content)
+        return kind.open(aside)
 
 
 def _library(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
