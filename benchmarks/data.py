@@ -157,7 +157,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             corpus = folder / "corpus.jsonl"
             if not corpus.exists():
-                write_corpus(corpus, megabytes, options.document_bytes)
+                write_corpus(unfinished := corpus.with_suffix(".unfinished"), megabytes, options.document_bytes)
+                unfinished.rename(corpus)
             for phase in options.phases:
                 line = {"phase": phase, "megabytes": megabytes, "document_bytes": options.document_bytes}
                 print(json.dumps(line | _measure(phase, corpus, options.vocab_size)), flush=True)
