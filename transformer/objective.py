@@ -58,6 +58,10 @@ class Trained(Protocol):
         """Of a classifier, in the order of its logits."""
         ...
 
+    def place(self, rows: np.ndarray) -> Any:
+        """Rows of a batch, spread over the devices that the parameters are on."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective(Kind):
@@ -82,6 +86,8 @@ class Objective(Kind):
     """Settings of a run that it uses, beside those of the form, of those that not every run does (`config.OF_SOME`)."""
     predicts_from: ClassVar[str] = "text_key"
     """The field of the data's config that names what is read of a row to predict from it."""
+    scored_keys: ClassVar[tuple[str, str]] = ("prompt_key", "text_key")
+    """Fields of the data's config that name a prompt and the text behind it whose probability is asked for."""
     draws_nothing: ClassVar[str] = ""
     """Why `generate` draws no token, where it never does."""
     loss_chunks = 1
@@ -316,6 +322,23 @@ class Objective(Kind):
             UserError: the text is longer than the model reads; a target means nothing here; or there is nothing to look at.
         """
         self._refuse("shows its attention must be of an objective that defines reading()")
+
+    def score(
+        self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
+    ) -> Iterator[tuple[Array, Array]]:
+        """Tokens of each given text, int32 [n], with their log-probabilities, float32 [n]. Texts beside it change nothing.
+
+        Args:
+            run: the trained model.
+            texts: each with the prompt that stands before it, which may be empty.
+            names: what each text is called in messages.
+            batch_size: rows that are computed together, those of similar length.
+            stride: where a text is longer than the model reads, windows of it go so many tokens further each time.
+
+        Raises:
+            UserError: the model gives no probabilities of texts, or a text does not fit.
+        """
+        self._refuse("scores given texts must be a language model, a masked model or a translator")
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """What to type after training to use the model of a run, after `transformer` and without the run."""

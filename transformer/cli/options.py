@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 from transformer.cli.arguments import parse_config, parse_config_and
 from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional
 from transformer.cli.reading import Given, read, refuse
-from transformer.cli.using import AttentionOptions, GenerateOptions, PredictOptions, parse_attention, parse_predict
+from transformer.cli.row_options import PredictOptions, ScoreOptions, predict, score
+from transformer.cli.using import AttentionOptions, GenerateOptions, parse_attention
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
 from transformer.storage import expand
@@ -294,7 +295,8 @@ OPTIONS = {
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),
     "attention": Command(parse_attention, lambda: flags(AttentionOptions())),
-    "predict": Command(parse_predict, lambda: flags(PredictOptions())),
+    "predict": Command(predict, lambda: flags(PredictOptions())),
+    "score": Command(score, lambda: flags(ScoreOptions())),
     "prove": _of_options("prove", ProveOptions()),
     "import": Command(_import, lambda: flags(ImportOptions())),
     "export": _of_options("export", ExportOptions()),

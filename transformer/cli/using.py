@@ -1,7 +1,6 @@
-"""What the commands that use a model can be told: generate, predict, attention."""
+"""What the commands that use a model can be told: generate and attention."""
 
 import dataclasses
-from typing import Literal
 
 from transformer.cli.fields import positional, short
 from transformer.cli.reading import Given, read
@@ -49,62 +48,6 @@ class GenerateOptions:
     """Of beams: how many of the best texts to print, each after a new line."""
     seed: int = 0
     """The same seed gives the same text."""
-
-
-# ---- predict -----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictOptions:
-    """Say what a run's model makes of each text: its class, its translation, or how it goes on.
-
-    INPUT is a .jsonl, .csv, .tsv, .parquet or .arrow file, or any other file with one text a line; it may be compressed (.gz,
-    .bz2, .xz, .zst). Without it, or for -, standard input is read. Rows come out in their order, with the columns that they had
-    and those that are predicted.
-    """
-
-    workdir: str = positional("")
-    """Directory of the run."""
-    step: str = "latest"
-    """Of the checkpoint: latest, best (by validation loss), or a number."""
-    base: str = ""
-    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
-    input: str | None = positional(None)
-    """The file, or - for standard input."""
-    output: str = short("-o", "")
-    """A new .jsonl or .csv file; empty means JSON lines on standard output."""
-    format: Literal["txt", "jsonl", "csv", "tsv"] = "txt"
-    """Of standard input; txt is one text a line. Files have a name that says so."""
-    text_key: str = ""
-    """Field that holds the text; empty means the one that training read: data.text_key, of a translator data.source_key."""
-    batch_size: int = 0
-    """Texts that are read together, those of similar length; 0 means as in training."""
-    top_k: int = 1
-    """Classifiers: this many most likely classes, each with its probability; all of them if there are fewer."""
-    max_new_tokens: int = 0
-    """Translators: tokens of a translation at most, 0 means the model's length. Language models: tokens to add at most, 64 if
-    this is not given."""
-    beams: int = 0
-    """Translators and language models: search with this many beams; 0 takes the most likely token each time."""
-    length_penalty: float = 1.0
-    """Of beams: log-probabilities are divided by the length to this power; 0 compares them whole, more prefers long texts."""
-    num_best: int = 1
-    """Of beams: this many of the best texts, each with its score."""
-
-
-def parse_predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
-    """The options of `predict`."""
-    options, given = read(PredictOptions(), arguments, "transformer predict")
-    suffix = options.output.rpartition(".")[2]
-    require(
-        options.output == "" or suffix in ("jsonl", "csv"),
-        f"--output must be the name of a .jsonl or .csv file, got {options.output!r}.",
-    )
-    piped = options.input in (None, "-")
-    require(
-        piped or "format" not in given, "--format is for standard input; a file's name says what it is. Leave it out."
-    )
-    return options, given
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Continue prompts: read them into a KV cache, then one compiled loop, a token of every row at a time."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,8 @@ class Generator:
         5
     """
 
-    def __init__(self, model: Decoder, params: PyTree) -> None:
+    def __init__(self, model: Decoder, params: PyTree, place: Callable[[np.ndarray], Any] = lambda rows: rows) -> None:
+        self._place = place
         self._model, params = loop_model(model, params)
         self._params = jax.tree.map(jnp.asarray, params)
         self._prepared: dict[int, PyTree] = {}
@@ -63,9 +64,10 @@ class Generator:
         seed: int = 0,
         end_of_text: int | Sequence[int] = -1,
         drawable: np.ndarray | None = None,
+        row_numbers: Sequence[int] | None = None,
     ) -> Generated:
-        """Continue each prompt; see the function `generate`."""
-        state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text, drawable)
+        """Continue each prompt; see the function `generate`. Draws go by `row_numbers`, not by places, where these are given."""
+        state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text, drawable, row_numbers)
         state = self._extend(state, max_new_tokens, sampling, draw)
         steps_N = np.arange(max_new_tokens)
         read_B = np.array([len(prompt) for prompt in prompts])
@@ -110,6 +112,7 @@ class Generator:
         seed: int,
         end_of_text: int | Sequence[int],
         drawable: np.ndarray | None,
+        row_numbers: Sequence[int] | None = None,
     ) -> tuple[State, Draw]:
         """Read the prompts and draw the first token of each row."""
         vocab_size = self._model.config.vocab_size
@@ -130,7 +133,9 @@ class Generator:
         for index, row in enumerate(rows):
             tokens_BT[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
-        draw = Draw(jax.random.key(seed), np.arange(len(rows), dtype=np.int32), ends_E, drawable)
+        numbers_B = np.array(range(len(rows)) if row_numbers is None else row_numbers, np.int32)
+        draw = Draw(jax.random.key(seed), numbers_B, ends_E, drawable)
+        tokens_BT = self._place(tokens_BT)
         state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
         return state, draw
 

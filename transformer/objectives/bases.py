@@ -66,7 +66,7 @@ def rows_of_texts(
         for indices in by_length(encoded, batch_size):
             length = next(bucket for bucket in buckets(data) if bucket >= len(encoded[indices[-1]]))
             tokens_BT, segment_ids_BT = padded([encoded[index] for index in indices], batch_size, length)
-            rows = np.asarray(compute(run.model, run.params, tokens_BT, segment_ids_BT))
+            rows = np.asarray(compute(run.model, run.params, run.place(tokens_BT), run.place(segment_ids_BT)))
             for index, row in zip(indices, rows, strict=False):  # the last rows only fill up the batch
                 found[index] = row
         yield from found

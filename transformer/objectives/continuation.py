@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from transformer.data.tokenizers import note_unknown
 from transformer.data.tokenizers.chat import Messages, chat_ids
 from transformer.generation.beams import BeamConfig, beam_config, beam_search
 from transformer.generation.generate import Generator, stream
-from transformer.generation.sampling import GREEDY, SamplingConfig
+from transformer.generation.likelihood import Query, next_token_scores
+from transformer.generation.sampling import SamplingConfig
 from transformer.generation.text import stream_text
 from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
@@ -99,10 +100,40 @@ class ContinuesText(TokenObjective):
         beams: int = 0,
         length_penalty: float = 1.0,
         num_best: int = 1,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_samples: int = 1,
+        seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """The most likely `continuation`; with beams its `score` too, and `continuation_2`, `score_2` and so on."""
+        """The most likely `continuation`, or with a temperature one that is drawn, and `continuation_2` and so on with
+        `num_samples`; with beams its `score` too, and `continuation_2`, `score_2` and so on.
+
+        What is drawn for a text depends on the seed, on the text's place among all and on its tokens.
+        """
         search = beam_config(beams, length_penalty, num_best)
-        return continuations(run, texts, names, batch_size, max_new_tokens, search)
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        draws = top_k or top_p < 1 or num_samples > 1 or seed
+        require(
+            not draws or temperature > 0,
+            "top_k, top_p, num_samples and seed are for what is drawn, got temperature=0, which takes the most likely token each "
+            "time; give a temperature, such as 1.",
+        )
+        require(
+            not (search and temperature), "Beam search draws nothing, got a temperature too; leave one of them out."
+        )
+        require(num_samples >= 1, f"num_samples must be at least 1, got {num_samples}.")
+        how = _How(max_new_tokens, search, sampling, num_samples, seed)
+        return continuations(run, texts, names, batch_size, how)
+
+    def score(
+        self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each token given those before it."""
+        del names
+        queries = [Query(*split_ids(run.tokenizer, prompt, text)) for prompt, text in texts]
+        scores = next_token_scores(run, queries, batch_size=batch_size, stride=stride)
+        return ((query.tokens, found) for query, found in zip(queries, scores, strict=True))
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
         """The text as a prompt."""
@@ -115,20 +146,37 @@ class ContinuesText(TokenObjective):
         return ("generate", "--prompt", prompt or "Once upon a time")
 
 
+def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a prompt, with what stands before it, and of a text behind it, int32.
+
+    They are those of prompt and text in one, unless a token would be of both: then they are encoded apart.
+    """
+    before = prompt_ids(tokenizer, prompt)
+    whole = prompt_ids(tokenizer, prompt + text)
+    joined = whole[: len(before)] == before
+    behind = whole[len(before) :] if prompt and joined else tokenizer.encode(text)
+    return np.array(before, np.int32), np.asarray(behind, np.int32)
+
+
+class _How(NamedTuple):
+    """How texts are continued."""
+
+    max_new_tokens: int
+    beams: BeamConfig | None
+    sampling: SamplingConfig
+    num_samples: int
+    seed: int
+
+
 def continuations(
-    run: Trained,
-    texts: Sequence[str],
-    names: Sequence[str],
-    batch_size: int,
-    max_new_tokens: int,
-    beams: BeamConfig | None = None,
+    run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, how: _How
 ) -> Iterator[dict[str, Any]]:
     """The `continuation` of each text, of at most `max_new_tokens` and as many as the model has room for.
 
     Texts that leave less room are continued apart: what follows a text does not depend on the texts beside it.
     """
-    require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    generator, limit = Generator(run.model, run.params), run.config.model.max_length
+    require(how.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {how.max_new_tokens}.")
+    generator, limit = Generator(run.model, run.params, run.place), run.config.model.max_length
     for start in range(0, len(texts), _BATCHES_AT_ONCE * batch_size):
         part = texts[start : start + _BATCHES_AT_ONCE * batch_size]
         prompts = [run.config.objective.encode(text, run.tokenizer, run.config.data) for text in part]
@@ -139,16 +187,16 @@ def continuations(
                 "starts a document); shorten it.",
             )
         said: list[dict[str, Any]] = [{}] * len(part)
-        budgets = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+        budgets = [min(how.max_new_tokens, limit - len(prompt)) for prompt in prompts]
         shortest_first = sorted(range(len(part)), key=lambda index, prompts=prompts: len(prompts[index]))
         for count, of_budget in itertools.groupby(shortest_first, budgets.__getitem__):
             group = list(of_budget)
             for first in range(0, len(group), batch_size):
                 batch = group[first : first + batch_size]
-                chosen = [prompts[index] for index in batch]
-                for index, found in zip(batch, _most_likely(run, generator, chosen, count, beams), strict=True):
+                chosen = {start + index: prompts[index] for index in batch}
+                for index, found in zip(batch, _continued(run, generator, chosen, count, how), strict=True):
                     texts_R = [_behind(run.tokenizer, prompts[index], tokens) for tokens, _ in found]
-                    said[index] = beam_columns("continuation", texts_R, [score for _, score in found], beams)
+                    said[index] = ranked_columns("continuation", texts_R, [score for _, score in found], how.beams)
         yield from said
 
 
@@ -158,26 +206,34 @@ def _ids(run: Trained) -> dict[str, Any]:
     return {"end_of_text": stop_ids(run.tokenizer), "drawable": allowed}
 
 
-def _most_likely(
-    run: Trained, generator: Generator, prompts: list[np.ndarray], count: int, beams: BeamConfig | None
+def _continued(
+    run: Trained, generator: Generator, prompts: dict[int, np.ndarray], count: int, how: _How
 ) -> list[list[tuple[np.ndarray, float]]]:
-    """Tokens and score of the best continuations of each prompt; without beams, those of greedy decoding."""
+    """Tokens and score of the continuations of each prompt, by its number among all texts."""
     options: Any = {"max_new_tokens": count, **_ids(run)}
-    if beams:
-        found = beam_search(run.model, run.params, prompts, **options, **dataclasses.asdict(beams))
-        return [found.best(row) for row in range(len(prompts))]
-    generated = generator.generate(prompts, sampling=GREEDY, **options)
-    return [[(row[:length], 0.0)] for row, length in zip(generated.tokens, generated.lengths, strict=True)]
+    rows = list(prompts.values())
+    if how.beams:
+        found = beam_search(run.model, run.params, rows, **options, **dataclasses.asdict(how.beams))
+        return [found.best(row) for row in range(len(rows))]
+    samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in rows]
+    for sample in range(how.num_samples):
+        numbers = [number * how.num_samples + sample for number in prompts]
+        generated = generator.generate(rows, sampling=how.sampling, seed=how.seed, row_numbers=numbers, **options)
+        for said, row, length in zip(samples, generated.tokens, generated.lengths, strict=True):
+            said.append((row[:length], 0.0))
+    return samples
 
 
-def beam_columns(name: str, texts: Sequence[str], scores: Sequence[float], beams: BeamConfig | None) -> dict[str, Any]:
-    """Columns of the best texts, with scores where there are beams; None where there are fewer than were asked for.
+def ranked_columns(
+    name: str, texts: Sequence[str], scores: Sequence[float], beams: BeamConfig | None
+) -> dict[str, Any]:
+    """Columns of texts, with scores where there are beams; then None where there are fewer than were asked for.
 
-    >>> beam_columns("translation", ["a"], [-0.5], BeamConfig(num_beams=2, num_return=2))
+    >>> ranked_columns("translation", ["a"], [-0.5], BeamConfig(num_beams=2, num_return=2))
     {'translation': 'a', 'score': -0.5, 'translation_2': None, 'score_2': None}
     """
     if beams is None:
-        return {name: texts[0]}
+        return {f"{name}_{rank}".removesuffix("_1"): text for rank, text in enumerate(texts, 1)}
     missing = [None] * (beams.num_return - len(texts))
     return {
         f"{column}_{rank}".removesuffix("_1"): value

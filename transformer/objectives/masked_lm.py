@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.data.draws import random_at
+from transformer.generation.likelihood import Query, masked_scores
+from transformer.generation.rows import Row, computed_rows, segment_ids_of
 from transformer.models.encoder import Encoder
 from transformer.objective import OBJECTIVES, Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
-from transformer.tokenizer import encoder_ids, known_tokens, mask_id, never_hidden
+from transformer.tokenizer import around_text, drawable, encoder_ids, known_tokens, mask_id, never_hidden
 from transformer.types import Array, Batch, LossOutput, PyTree, Reading
 from transformer.validation import require
 
 _HIDDEN_AT_ONCE = 16
+MASK = "[MASK]"
+"""What a hidden token is called in a text, whatever the tokenizer calls it."""
 _KEY = 7  # tells these draws from those of other parts that use the same seed
 
 
@@ -126,6 +130,96 @@ class MaskedLM(TokenObjective):
             inputs_T[replaced_T] = other_T[replaced_T]
 
         return {"noise": noise}
+
+    def score(
+        self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each token given all others (Salazar et al. 2020): of a text of n tokens, the model reads n rows."""
+        del names
+        begin, end = (np.array(ids, np.int32) for ids in around_text(run.tokenizer))
+        queries = []
+        for prompt, text in texts:
+            before, tokens = (np.asarray(run.tokenizer.encode(part), np.int32) for part in (prompt, text))
+            queries.append((Query(np.concatenate([begin, before]), tokens), end))
+        scores = masked_scores(run, queries, mask_id(run.tokenizer), batch_size=batch_size, stride=stride)
+        return ((query.tokens, found) for (query, _), found in zip(queries, scores, strict=True))
+
+    def encode(self, text: str, tokenizer: Any, data: Any) -> np.ndarray:
+        """A text between the ids that stand around it; each [MASK], or what the tokenizer calls its mask, is a hidden token."""
+        del data
+        begin, end = around_text(tokenizer)
+        mask = mask_id(tokenizer)
+        if mask < tokenizer.vocab_size:
+            middle = tokenizer.encode(text.replace(MASK, tokenizer.name_of(mask)), special=True)
+        else:
+            first, *others = (np.asarray(tokenizer.encode(part), np.int32) for part in text.split(MASK))
+            middle = np.concatenate([first, *(np.append(mask, part) for part in others)])
+        return np.concatenate([begin, middle, end]).astype(np.int32)
+
+    def predict(
+        self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, top_k: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """The text `filled` with the most likely word for each mask; for each mask the `top_k` most likely `words` and their
+        `probabilities`, best first.
+        """
+        tokenizer, limit = run.tokenizer, run.config.model.max_length
+        mask, allowed = mask_id(tokenizer), drawable(tokenizer, run.config.model.vocab_size, 1)
+        allowed = np.ones(run.config.model.vocab_size, bool) if allowed is None else np.array(allowed)
+        allowed[list(never_hidden(tokenizer))] = allowed[mask] = False
+        most = int(allowed.sum())
+        require(1 <= top_k <= most, f"top_k must be from 1 to the {most} tokens, got {top_k}.")
+
+        def rows() -> Iterator[Row]:
+            for text, name in zip(texts, names, strict=True):
+                tokens = self.encode(text, tokenizer, run.config.data)
+                places = np.flatnonzero(tokens == mask).astype(np.int32)
+                require(
+                    len(places) > 0, f"A masked model says what is hidden by {MASK}, {name} has none: {text!r:.60}."
+                )
+                require(
+                    len(tokens) <= limit,
+                    f"A text must fit in the model's {limit} tokens, {name} has {len(tokens)}; shorten it.",
+                )
+                yield tokens, places
+
+        compute = functools.partial(_most_likely, top_k, tuple(np.flatnonzero(~allowed).tolist()))
+        for ((tokens, places), (ids_NK, log_NK)), name in zip(
+            computed_rows(run, compute, rows(), batch_size, limit), names, strict=True
+        ):
+            ids_NK, log_NK = ids_NK[: len(places)], log_NK[: len(places)]
+            require(not bool(np.isnan(log_NK).any()), f"A probability must be a number, {name} has NaN.")
+            filled = tokens.copy()
+            filled[places] = ids_NK[:, 0]
+            words = [[tokenizer.decode([token]).strip() for token in ids_K] for ids_K in ids_NK]
+            yield {
+                "filled": tokenizer.decode(filled[~np.isin(filled, never_hidden(tokenizer))]),
+                "words": words,
+                "probabilities": np.exp(log_NK).tolist(),
+            }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _most_likely(
+    top_k: int,
+    excluded: tuple[int, ...],
+    model: Any,
+    params: PyTree,
+    lengths_PB: Array,
+    tokens_BT: Array,
+    places_BN: Array,
+) -> tuple[Array, Array]:
+    """Ids and log-probabilities [B, N, K] of the tokens that are most likely at each place."""
+    logits_BNV: Any = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT=segment_ids_of(lengths_PB[0], tokens_BT),
+        places_BN=places_BN,
+        method="logits",
+    )
+    scores_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32))
+    best_BNK, ids_BNK = jax.lax.top_k(scores_BNV.at[..., jnp.array(excluded, jnp.int32)].set(-jnp.inf), top_k)
+    # A NaN among the logits is NaN in all scores, but not in those that were put in.
+    return ids_BNK, best_BNK
 
 
 def _hidden_in_turn(model: Any, params: PyTree, output: Array, *, ids_T: np.ndarray, mask: int) -> np.ndarray:

@@ -11,12 +11,13 @@ from transformer.data.forms.pairs import source_tokens
 from transformer.data.tokenizers import note_unknown, source_tokenizer
 from transformer.evaluation.translation import translation_scores
 from transformer.generation.beams import BeamConfig, beam_config, beam_search
+from transformer.generation.likelihood import Query, target_scores
 from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES, Trained, shaped
 from transformer.objectives.bases import TokenObjective, read_whole
-from transformer.objectives.continuation import beam_columns
+from transformer.objectives.continuation import ranked_columns
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import around_source, drawable, stop_ids, target_start
@@ -121,6 +122,7 @@ class Seq2Seq(TranslatesText):
     kind = "seq2seq"
     reads = "pairs"
     predicts_from = "source_key"
+    scored_keys = ("source_key", "target_key")
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
@@ -183,7 +185,26 @@ class Seq2Seq(TranslatesText):
             else:
                 for found in best_translations(run, sources, batch_size, length, search):
                     said, scores = zip(*found, strict=True)
-                    yield beam_columns("translation", said, scores, search)
+                    yield ranked_columns("translation", said, scores, search)
+
+    def score(
+        self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
+    ) -> Iterator[tuple[Array, Array]]:
+        """Each token of a translation, its end among them, given its source, which is the prompt, and the tokens before it."""
+        del stride
+        tokenizer, data, pairs = run.tokenizer, run.config.data, []
+        start = np.array([target_start(tokenizer)], np.int32)
+        for (source, target), name in zip(texts, names, strict=True):
+            require(source.strip() != "", f"A translation is scored with its source, the prompt of {name} is blank.")
+            tokens = np.append(tokenizer.encode(target), tokenizer.end_of_text).astype(np.int32)
+            require(
+                len(tokens) <= data.sequence_length,
+                f"A translation must fit in the model's {data.sequence_length} tokens, {name} has {len(tokens)} with its end; "
+                "shorten it.",
+            )
+            pairs.append((self.encode(source, tokenizer, data), Query(start, tokens)))
+        scores = target_scores(run, pairs, batch_size=batch_size)
+        return ((query.tokens, found) for (_, query), found in zip(pairs, scores, strict=True))
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """Translate a text."""

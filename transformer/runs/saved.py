@@ -9,8 +9,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from transformer.analysis.attention import TextAttention, read_attention
 from transformer.config import Config, DataConfig
@@ -22,9 +23,11 @@ from transformer.data.trust import trusted
 from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
+from transformer.generation.likelihood import Scored
 from transformer.interop.folder import is_folder
 from transformer.memory import check_batch, check_params
 from transformer.objective import Objective
+from transformer.parallel.mesh import batch_sharding, num_row_shards
 from transformer.parts import Parts, resolve
 from transformer.runs.base import load_model_params
 from transformer.runs.directory import Record, compare_data, read_run
@@ -75,16 +78,68 @@ class Loaded:
         """
         return list(self.predictions(texts, batch_size=batch_size, **options))
 
+    def place(self, rows: np.ndarray) -> Any:
+        """Rows of a batch, spread over the devices that the parameters are on; as they are where these do not divide them."""
+        sharding = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
+        if not isinstance(sharding, NamedSharding) or len(rows) % num_row_shards(sharding.mesh) != 0:
+            return rows
+        return jax.device_put(rows, batch_sharding(sharding.mesh))
+
+    def score(
+        self, texts: Sequence[str], *, prompts: Sequence[str] | str = "", batch_size: int = 0, stride: int = 0
+    ) -> list[Scored]:
+        """How likely the model finds each text, token by token, in order.
+
+        A language model gives each token given those before it; a translator given its source too, which is the prompt, and with
+        the end of the text; a masked model given all other tokens (Salazar et al. 2020).
+
+        Args:
+            texts: none of them empty.
+            prompts: what stands before each text, or before all of them, and is not scored.
+            batch_size: rows that are computed together; 0 means as in training.
+            stride: a text longer than the model reads is scored in windows, each so many tokens further than the one before; 0
+                means half of the model's length.
+
+        Raises:
+            UserError: a text is empty, or the run gives no probabilities of texts.
+
+        Example:
+            `load("runs/python_stdlib").score(["def main():"])[0].bits_per_byte`
+        """
+        prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
+        require(
+            len(prompts) == len(texts), f"There must be a prompt for each of {len(texts)} texts, got {len(prompts)}."
+        )
+        pairs = list(zip(prompts, texts, strict=True))
+        return list(self.scores(pairs, batch_size=batch_size, stride=stride))
+
+    def scores(
+        self, texts: Sequence[tuple[str, str]], *, names: Sequence[str] = (), batch_size: int = 0, stride: int = 0
+    ) -> Iterator[Scored]:
+        """`score` of `(prompt, text)`, some texts after the others; `names` is what they are called in messages."""
+        self._require_ours("Scores of texts")
+        limit = self.config.model.max_length
+        require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
+        require(0 <= stride <= limit, f"stride must be from 0 to the model's {limit} tokens, got {stride}.")
+        names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
+        for (_, text), name in zip(texts, names, strict=True):
+            require(text != "", f"A text to score must not be empty, {name} is; remove it.")
+        size = batch_size or self.config.data.batch_size
+        found = self.config.objective.score(self._on_device(), texts, names, size, stride or max(1, limit // 2))
+        for (_, text), name, (tokens, scores) in zip(texts, names, found, strict=True):
+            require(
+                not bool(np.isnan(scores).any()),
+                f"A log-probability must be a number, {name} has NaN: the parameters are not finite, or overflow in half "
+                "precision.",
+            )
+            yield Scored(text, tokens, scores)
+
     def predictions(
         self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
     ) -> Iterator[dict[str, Any]]:
         """`predict`, some texts after the others; `names` is what they are called in messages."""
         objective = self.config.objective
-        require(
-            not self.own_model,
-            f"Predictions are of the package's models, this run has a {type(self.model).__name__} of one's own; call "
-            "run.model.apply({'params': run.params}, ...).",
-        )
+        self._require_ours("Predictions")
         known = list(inspect.signature(objective.predict).parameters)[4:]
         for name in options:
             require(
@@ -95,7 +150,18 @@ class Loaded:
         names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
         for text, name in zip(texts, names, strict=True):
             require(text.strip() != "", f"A text to predict from must not be blank, {name} is; remove it.")
-        return objective.predict(self, texts, names, batch_size or self.config.data.batch_size, **options)
+        return objective.predict(self._on_device(), texts, names, batch_size or self.config.data.batch_size, **options)
+
+    def _on_device(self) -> "Loaded":
+        """Itself with parameters that are moved to the device once, not for each batch."""
+        return dataclasses.replace(self, params=jax.tree.map(jnp.asarray, self.params))
+
+    def _require_ours(self, what: str) -> None:
+        require(
+            not self.own_model,
+            f"{what} are of the package's models, this run has a {type(self.model).__name__} of one's own; call "
+            "run.model.apply({'params': run.params}, ...).",
+        )
 
     def reading(self, text: str, *, target: str | None = None) -> Reading:
         """How the model reads a text, for a look at its attention.

@@ -1,0 +1,235 @@
+"""Log-probabilities that a model gives to the tokens of given texts."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from transformer.generation.rows import Row, computed_rows, segment_ids_of
+from transformer.ops.losses import cross_entropy
+from transformer.types import PyTree
+
+_LOGIT_COLUMNS = 64  # positions whose logits are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A text, and how likely a model finds it."""
+
+    text: str
+    tokens: Int[np.ndarray, " n"]
+    """Those that are scored, int32."""
+    log_probabilities: Float[np.ndarray, " n"]
+    """Of each token given those before it, float32, nats; of a masked model, given all others."""
+
+    @property
+    def log_probability(self) -> float:
+        """Of the whole text, nats."""
+        return float(self.log_probabilities.sum(dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean negative log-probability of a token."""
+        return math.exp(min(-self.log_probability / len(self.tokens), 700.0))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the text in UTF-8."""
+        return len(self.text.encode())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Mean negative log-probability, in bits, of a byte of the text."""
+        return -self.log_probability / math.log(2) / self.num_bytes
+
+
+class Query(NamedTuple):
+    """Tokens to be scored."""
+
+    context: Int[np.ndarray, " c"]
+    """Read before them, one at least."""
+    tokens: Int[np.ndarray, " n"]
+
+
+# ---- Left to right ---------------------------------------------------------------------------------------------------
+
+
+def next_token_scores(
+    run: Any, queries: Iterable[Query], *, batch_size: int, stride: int
+) -> Iterator[Float[np.ndarray, " n"]]:
+    """The log-probability of each token of each query, by a decoder.
+
+    A query longer than the model reads is scored in windows: the first is full, and each next one goes `stride` tokens further,
+    so that its tokens have at least the model's length less `stride` tokens before them. The context of a model with a
+    bidirectional prefix is its prefix.
+    """
+    limit = run.config.model.max_length
+    lengths: collections.deque[list[int]] = collections.deque()
+
+    def rows() -> Iterator[Row]:
+        for context, tokens in queries:
+            whole = np.concatenate([context, tokens]).astype(np.int32)
+            inputs, targets = whole[:-1], whole[1:]
+            parts = list(windows(len(inputs), len(context) - 1, limit, stride))
+            lengths.append([stop - max(start, scored) for start, stop, scored in parts])
+            for start, stop, _ in parts:
+                prefix = (np.arange(start, stop) < len(context)).astype(np.int32)
+                yield inputs[start:stop], targets[start:stop], prefix
+
+    found = computed_rows(run, _next_token, rows(), batch_size, limit)
+    for (inputs, _, _), scores in found:
+        counts = lengths.popleft()
+        parts = [scores[len(inputs) - counts[0] : len(inputs)]]
+        for count, ((inputs, _, _), scores) in zip(counts[1:], found, strict=False):
+            parts.append(scores[len(inputs) - count : len(inputs)])
+        yield np.concatenate(parts)
+
+
+def windows(length: int, first: int, limit: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """`(start, stop, scored)` of each window of `limit` tokens at most; it scores the targets from `scored` up to `stop`.
+
+    Together they score each target from `first` up to `length` once.
+
+    >>> list(windows(10, first=0, limit=4, stride=2))
+    [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    >>> list(windows(10, first=7, limit=4, stride=2))
+    [(5, 9, 7), (6, 10, 9)]
+    """
+    scored = first
+    while scored < length:
+        stop = min(max(limit, scored + stride), length)
+        yield max(0, stop - limit), stop, scored
+        scored = stop
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_token(
+    model: Any, params: PyTree, lengths_PB: Array, inputs_BT: Array, targets_BT: Array, prefix_BT: Array
+) -> Any:
+    hidden_BTD = model.apply(
+        {"params": params},
+        inputs_BT,
+        segment_ids_BT=segment_ids_of(lengths_PB[0], inputs_BT),
+        prefix_BT=prefix_BT > 0 if model.bidirectional_prefix else None,
+        head=False,
+    )
+    return _log_probabilities(model, params, hidden_BTD, targets_BT)
+
+
+# ---- Translations ----------------------------------------------------------------------------------------------------
+
+
+def target_scores(
+    run: Any, pairs: Iterable[tuple[np.ndarray, Query]], *, batch_size: int
+) -> Iterator[Float[np.ndarray, " n"]]:
+    """The log-probability of each token of each target given its source, by an encoder-decoder."""
+
+    def rows() -> Iterator[Row]:
+        for source, (context, tokens) in pairs:
+            whole = np.concatenate([context, tokens]).astype(np.int32)
+            yield whole[:-1], whole[1:], np.asarray(source, np.int32)
+
+    for (inputs, _, _), scores in computed_rows(run, _target, rows(), batch_size, 0):
+        yield scores[: len(inputs)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _target(
+    model: Any, params: PyTree, lengths_PB: Array, inputs_BT: Array, targets_BT: Array, source_BS: Array
+) -> Any:
+    hidden_BTD = model.apply(
+        {"params": params},
+        source_BS,
+        inputs_BT,
+        source_segment_ids_BS=segment_ids_of(lengths_PB[2], source_BS),
+        target_segment_ids_BT=segment_ids_of(lengths_PB[0], inputs_BT),
+        head=False,
+    )
+    return _log_probabilities(model, params, hidden_BTD, targets_BT)
+
+
+# ---- Masked models ---------------------------------------------------------------------------------------------------
+
+
+def masked_scores(
+    run: Any,
+    queries: Iterable[tuple[Query, np.ndarray]],
+    mask: int,
+    *,
+    batch_size: int,
+    stride: int,
+) -> Iterator[Float[np.ndarray, " n"]]:
+    """The log-probability of each token of each query given all others, by an encoder.
+
+    It reads a row for each token, with that token masked. The sum is the pseudo-log-likelihood of Salazar et al. (2020).
+
+    Args:
+        run: the trained model.
+        queries: each with the ids that stand behind the tokens.
+        mask: the id of the mask.
+        batch_size: rows that are read together.
+        stride: of the windows of a query that is longer than the model reads.
+    """
+    limit = run.config.model.max_length
+    counts: collections.deque[int] = collections.deque()
+
+    def rows() -> Iterator[Row]:
+        for (context, tokens), behind in queries:
+            counts.append(len(tokens))
+            whole = np.concatenate([context, tokens, behind]).astype(np.int32)
+            last = len(context) + len(tokens)
+            for start, stop, scored in windows(len(whole), len(context), limit, stride):
+                for place in range(scored, min(stop, last)):
+                    hidden = whole[start:stop].copy()
+                    hidden[place - start] = mask
+                    yield hidden, np.array([place - start]), whole[place : place + 1]
+
+    found = computed_rows(run, _masked, rows(), batch_size, limit)
+    for _, scores in found:
+        others = itertools.islice(found, counts.popleft() - 1)
+        yield np.concatenate([scores[:1], *(more[:1] for _, more in others)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masked(
+    model: Any, params: PyTree, lengths_PB: Array, tokens_BT: Array, places_BN: Array, targets_BN: Array
+) -> Any:
+    hidden_BND = model.apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT=segment_ids_of(lengths_PB[0], tokens_BT),
+        places_BN=places_BN[:, :1],
+        head=False,
+        method="logits",
+    )
+    return _log_probabilities(model, params, hidden_BND, targets_BN[:, :1])
+
+
+# ---- Logits -----------------------------------------------------------------------------------------------------------
+
+
+def _log_probabilities(
+    model: Any, params: PyTree, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Of each target, from hidden states; logits are computed for some positions at a time."""
+    B, T = targets_BT.shape
+    columns = min(_LOGIT_COLUMNS, T)
+    padding = -T % columns
+
+    def of_columns(part: tuple[Array, Array]) -> Array:
+        logits_BNV: Any = model.apply({"params": params}, part[0], method="project")
+        return -cross_entropy(logits_BNV, part[1]).nll
+
+    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+    parts = (hidden_BTD.reshape(B, -1, columns, hidden_BTD.shape[-1]), targets_BT.reshape(B, -1, columns))
+    found_NBC = jax.lax.map(of_columns, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), parts))
+    return jnp.swapaxes(found_NBC, 0, 1).reshape(B, -1)[:, :T]
