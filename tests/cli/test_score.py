@@ -100,6 +100,8 @@ def test_choices_are_compared(run, tmp_path, capsys):
     assert [row["choice"] for row in found] == [0, 1, 0]
     run_scores = [score.log_probability for score in load(run).score(rows[0]["choices"], prompts="abca")]
     assert found[0]["log_probabilities"] == pytest.approx(run_scores, rel=1e-4)
+    per_byte = [score / len(choice) for score, choice in zip(run_scores, rows[0]["choices"], strict=True)]
+    assert found[0]["choice_per_byte"] == per_byte.index(max(per_byte))
     assert totals["rows"] == 3
     assert totals["accuracy"] == pytest.approx(2 / 3)
     assert "accuracy 0.6667" in said

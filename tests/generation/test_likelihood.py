@@ -9,6 +9,7 @@ from transformer.config import Config, DataConfig
 from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
+from transformer.objectives.continuation import split_ids
 from transformer.objectives.masked_lm import MASK, MaskedLM
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.prefix_lm import PrefixLM
@@ -157,6 +158,31 @@ def test_what_cannot_be_scored_is_refused():
     broken = Loaded(run.model, jax.tree.map(lambda x: x * np.nan, run.params), *list(run)[2:])
     with pytest.raises(UserError, match="must be a number, text 1 has NaN"):
         broken.score(["a"])
+
+
+class Merging:
+    """Begins each text with a space, as Llama's does, and has one token for `xy`."""
+
+    end_of_text, vocab_size = 0, 301
+
+    def encode(self, text):
+        ids = [32, *text.encode()] if text else []
+        for place in range(len(ids) - 1):
+            if ids[place : place + 2] == [*b"xy"]:
+                ids[place : place + 2] = [300]
+        return np.array(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "before", "behind"),
+    [
+        ("a", "b", [0, 32, *b"a"], [*b"b"]),
+        ("x", "y", [0, 32, *b"x"], [32, *b"y"]),
+        ("", "b", [0], [32, *b"b"]),
+    ],
+)
+def test_a_prompt_and_its_text_are_tokenized_together_unless_they_would_share_a_token(prompt, text, before, behind):
+    assert [ids.tolist() for ids in split_ids(Merging(), prompt, text)] == [before, behind]
 
 
 def test_hidden_words_are_the_most_likely_ones():
