@@ -29,8 +29,11 @@ class DataConfig(Settings):
     """What to read, and how it becomes batches."""
 
     source: tuple[UserPath, ...] = ("python_stdlib",)
-    """Corpora: text files, folders of them, .jsonl files, tables (.csv, .tsv), names of TFDS datasets, or python_stdlib. Labelled
-    texts: .jsonl, tables or a folder with one folder for each class; pairs: .jsonl, a table, or two files line by line."""
+    """Corpora: text files, folders of them, .jsonl files, tables (.csv, .tsv), token ids (.bin), names of TFDS datasets, or
+    python_stdlib. Labelled texts: .jsonl, tables or a folder with one folder for each class; pairs: .jsonl, a table, or two files
+    line by line."""
+    validation: tuple[UserPath, ...] = ()
+    """What is scored during training, named as sources are; empty means a part of the sources (validation_fraction)."""
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
     validation_fraction: float = 0.1
@@ -88,6 +91,7 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
         require(all(self.source), f"Each of DataConfig.source must not be empty, got {self.source}.")
+        require(all(self.validation), f"Each of DataConfig.validation must not be empty, got {self.validation}.")
         require(
             len(self.weights) in (0, len(self.source)),
             f"DataConfig.weights must be one per source ({len(self.source)}) or none, got {len(self.weights)}.",
@@ -123,6 +127,8 @@ class DataConfig(Settings):
     def unused(self) -> Mapping[str, str]:
         """Shares of a single source, and a sample that nothing is trained on."""
         unused = {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
+        if self.validation and self.validation_fraction > 0:
+            unused["validation_fraction"] = "runs without validation files of their own (data.validation)"
         if not self.tokenizer.sampled:
             unused["tokenizer_bytes"] = "tokenizers that are trained on a sample (data.tokenizer.kind=bpe)"
         return unused

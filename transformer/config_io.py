@@ -24,6 +24,7 @@ RESUMABLE = (
     "model.remat",
     "objective.loss_chunks",
     "data.source",  # where it lies; that it is the same corpus is told by its content
+    "data.validation",
     "data.data_dir",
     "data.stride",
     "data.limit",

@@ -19,6 +19,7 @@ TOKENIZERS = Family(
         "bpe": "transformer.data.tokenizers.bpe",
         "wordpiece": "transformer.data.tokenizers.wordpiece",
         "words": "transformer.data.tokenizers.words",
+        "ids": "transformer.data.tokenizers.ids",
         "pretrained": "transformer.data.tokenizers.pretrained",
         "sentencepiece": "transformer.data.tokenizers.pieces",
     },
@@ -38,6 +39,11 @@ class TokenizerKind(Kind):
     family = TOKENIZERS
     sampled: ClassVar[bool] = False
     """Whether about `data.tokenizer_bytes` of a large training split are enough, in pieces of documents."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Files and folders that its settings name."""
+        return ()
 
     def train(self, texts: Iterable[str]) -> Any:
         """The tokenizer for the documents of a training split."""

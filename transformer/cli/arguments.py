@@ -98,6 +98,9 @@ def _located(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{where}: {type(error).__name__}: {told}") from error
 
 
+_PLACES = ("source", "validation", "data_dir")  # of data, which a run's directory may name
+
+
 def default_workdir(reference: str) -> str:
     """Where a run of config `FILE.py[:VARIANT]` goes unless told otherwise: `runs/FILE[-VARIANT]`."""
     name, _, variant = reference.partition(":")
@@ -158,9 +161,9 @@ def parse_config_and(
     )
     if os.path.isdir(expand(reference)):
         config = _tuning(config, given) if tunes else _starting(config, reference, given) if trains else config
-        # Imported here, where it is needed: a mistake on the command line is answered at once.
+        # Imported here: a mistake on the command line is answered at once.
         trust = importlib.import_module("transformer.data.trust")
-        places = {name: given.get(f"data.{name}", default) for name, default in (("source", ()), ("data_dir", ""))}
+        places = {name: given[f"data.{name}"] for name in _PLACES if f"data.{name}" in given}
         config = dataclasses.replace(config, data=trust.trusted(config.data, reference, **places))
     own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
     notes: list[str] = []

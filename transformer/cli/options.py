@@ -86,7 +86,7 @@ class PrepareOptions:
     name: str = ""
     """Labelled texts and pairs: name of the dataset."""
     validation: tuple[str, ...] = ()
-    """Labelled texts and pairs: files of the validation split; without, training holds out a part."""
+    """Files of the validation split; without, training holds out a part."""
     test: tuple[str, ...] = ()
     """Labelled texts and pairs: files of the test split."""
     separator: str = DataConfig.separator

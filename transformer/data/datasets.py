@@ -12,10 +12,17 @@ from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBa
 from transformer.data.example_tokens import open_encoded, open_example_tokens
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
+from transformer.data.held_out import (
+    held_out_examples,
+    held_out_fingerprint,
+    held_out_part,
+    held_out_text,
+    trained_part,
+)
 from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches, training_limit
 from transformer.data.registry import find_source, open_sources
 from transformer.data.rows import packed_tokens
-from transformer.data.source import ExampleSource, Source, split_text
+from transformer.data.source import WHOLE, ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer, describe_entries
 from transformer.data.tokens import open_tokens, store_tokens
 from transformer.data.vocabulary import spread, vocabulary_texts
@@ -30,7 +37,7 @@ class Dataset(Protocol):
 
     @property
     def sources(self) -> Sequence[Source | ExampleSource]:
-        """What `data.source` names, in its order."""
+        """What `data.source` names, in its order, then what `data.validation` does."""
         ...
 
     @property
@@ -134,15 +141,25 @@ class Reader:
 
     def running_text(self) -> "TextData":
         """Each of `config.source` as running text, prepared now if it was not before."""
-        return TextData(self.config, self.objective, open_sources(self.config), self.continued)
+        named, trained = held_out_part(self.config), open_sources(trained_part(self.config))
+        held_out = tuple(map(held_out_text, open_sources(named))) if named else ()
+        return TextData(self.config, self.objective, trained, held_out, self.continued)
 
     def text_fingerprints(self) -> list[str]:
         """Those of `running_text`, without preparing it."""
-        return [find_source(name).fingerprint(name, self.config) for name in self.config.source]
+        trained, held_out = trained_part(self.config), held_out_part(self.config)
+        found = [find_source(name).fingerprint(name, trained) for name in trained.source]
+        named = [find_source(name).fingerprint(name, held_out) for name in held_out.source] if held_out else []
+        return [*found, *map(held_out_fingerprint, named)]
 
     def examples(self, form: ExampleForm) -> "ExampleData":
-        """The examples of `config.source`."""
-        return ExampleData(self.config, form, open_examples(self.config.source, form, self.config, self.class_names))
+        """The examples of `config.source`, and those of `config.validation`."""
+        trained, held_out = trained_part(self.config), held_out_part(self.config)
+        source = open_examples(trained.source, form, trained, self.class_names)
+        if held_out:
+            other = open_examples(held_out.source, form, held_out, self.class_names or source.class_names)
+            source = held_out_examples(source, other)
+        return ExampleData(self.config, form, source)
 
     def store(self, form: ExampleForm, name: str, files: Mapping[str, Sequence[str]]) -> str:
         """Store the examples of files as a dataset, and describe it."""
@@ -168,9 +185,16 @@ class TextData:
 
     config: DataConfig
     objective: Objective | None
-    sources: tuple[Source, ...]
+    trained: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()
+    """What is named for validation (`data.validation`)."""
     continued: bool = False
     class_names: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Those of `data.source`, then those of `data.validation`."""
+        return self.trained + self.held_out
 
     @property
     def description(self) -> str:
@@ -180,13 +204,19 @@ class TextData:
     @property
     def split_names(self) -> tuple[str, ...]:
         """The splits that every source has."""
-        return tuple(
-            name for name in self.sources[0].split_names if all(name in source.split_names for source in self.sources)
-        )
+        splits = self.trained[0].split_names
+        common = [name for name in splits if all(name in source.split_names for source in self.trained)]
+        return tuple(dict.fromkeys([*common, "validation"])) if self.held_out else tuple(common)
+
+    def of(self, split: str) -> tuple[Source, ...]:
+        """The sources of a split."""
+        if split == WHOLE:
+            return self.sources
+        return self.held_out if self.held_out and split == "validation" else self.trained
 
     def texts(self, split: str) -> Iterator[str]:
         """The documents of a split, with their prompts in front."""
-        for source in self.sources:
+        for source in self.of(split):
             yield from split_text(source, split)
 
     def labels(self, split: str) -> Iterator[int]:
@@ -199,7 +229,7 @@ class TextData:
         kind = self.config.tokenizer
         if not kind.sampled:
             return kind.train(self.texts("train"))
-        return kind.train(vocabulary_texts(self.sources, self.config.tokenizer_bytes))
+        return kind.train(vocabulary_texts(self.trained, self.config.tokenizer_bytes))
 
     def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
         """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
@@ -209,12 +239,12 @@ class TextData:
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
         """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
-        return train_batches(self.config, tokenizer, sources=self.sources, **self._changes(tokenizer), **process)
+        return train_batches(self.config, tokenizer, sources=self.trained, **self._changes(tokenizer), **process)
 
     def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: Any) -> Iterable[Any]:
         """Rows like those of training; masked or corrupted always alike."""
         return evaluation_batches(
-            self.config, tokenizer, split, sources=self.sources, **self._changes(tokenizer), **process
+            self.config, tokenizer, split, sources=self.of(split), **self._changes(tokenizer), **process
         )
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
@@ -231,11 +261,11 @@ class TextData:
         if tokenizer is None:
             return None
         require(
-            len(self.sources) == 1,
-            f"training.epochs are of one source, got {len(self.sources)} that are drawn by their shares, the smaller ones more "
+            len(self.trained) == 1,
+            f"training.epochs are of one source, got {len(self.trained)} that are drawn by their shares, the smaller ones more "
             "often; set training.steps.",
         )
-        sizes = open_tokens(self.sources[0], "train", tokenizer).sizes()
+        sizes = open_tokens(self.trained[0], "train", tokenizer).sizes()
         length, most = self.config.sequence_length, self._limit(tokenizer)
         tokens = packed_tokens(sizes.tolist(), length, most) if most else int(sizes.sum(dtype=np.int64))
         return tokens / (self.config.batch_size * length)
@@ -243,7 +273,7 @@ class TextData:
     def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
         """By the first records of the first source, no more than fill 64 rows: where rows are padded, records are short."""
         length, most = self.config.sequence_length, self._limit(tokenizer)
-        records = open_tokens(self.sources[0], "train", tokenizer) if most > 0 else ()
+        records = open_tokens(self.trained[0], "train", tokenizer) if most > 0 else ()
         sizes: list[int] = []
         while len(sizes) < min(at_most, len(records)) and sum(sizes) < 64 * length:
             sizes.append(records[len(sizes)].num_targets)

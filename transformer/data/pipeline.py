@@ -53,7 +53,7 @@ def train_batches(
     """
     rows = own_rows(config, process_index, process_count)
     sources = sources or open_sources(config)
-    fewest, name = min((len(source.records("train")), source.name) for source in sources)
+    fewest, name = min((_count_records(source, tokenizer), source.name) for source in sources)
     num_streams = _num_streams(config, fewest, name, continued)
     tokens = [open_tokens(source, "train", tokenizer) for source in sources]
     for source, of_source in zip(sources, tokens, strict=True):
@@ -183,7 +183,7 @@ class EvaluationBatches:
 
     def texts(self) -> Iterator[str]:
         """What is scored, without prompts: whole texts, or as much of them as the limit allows; of conversations, the replies."""
-        if self.config.limit > 0:
+        if self.config.limit > 0 or any(source.encoded for source in self.sources):
             for pairs in self.documents():
                 yield self._learnt(pairs)
             return
@@ -250,6 +250,10 @@ def own_rows(config: DataConfig, process_index: int, process_count: int) -> rang
         f"data.batch_size must be divisible by the number of processes ({process_count}), got {size}.",
     )
     return range(size * process_index // process_count, size * (process_index + 1) // process_count)
+
+
+def _count_records(source: Source, tokenizer: Tokenizer) -> int:
+    return len(source.records("train") if source.encoded is None else source.encoded("train", tokenizer))
 
 
 def _num_streams(config: DataConfig, fewest: int, name: str, continued: bool) -> int:

@@ -14,13 +14,15 @@ from transformer.data.sources.files import JsonLines, Table, TextFile
 from transformer.data.sources.folders import Folder, StandardLibrary
 from transformer.data.sources.globs import Pattern
 from transformer.data.sources.tfds import TfdsDataset
+from transformer.data.sources.token_files import TokenFiles
 from transformer.storage import expand
 from transformer.types import UserError
 
 AnySource = TypeVar("AnySource", bound=SourceKind)
 
 _FILES: tuple[SourceKind, ...] = (JsonLines(), Table(), Columns(), TextFile())
-_KINDS: list[SourceKind] = [StandardLibrary(), SavedDataset(), Folder(), *_FILES, Pattern(_FILES), TfdsDataset()]
+_KINDS: list[SourceKind] = [StandardLibrary(), TokenFiles(), SavedDataset(), Folder()]
+_KINDS += [*_FILES, Pattern(_FILES), TfdsDataset()]
 
 
 def register_source(kind: type[AnySource]) -> type[AnySource]:

@@ -75,6 +75,8 @@ class Source(_Opened):
 
     tokens_in: epath.Path | None = None
     """The folder of its tokens, for text that is stored."""
+    encoded: Callable[[str, Any], Any] | None = None
+    """Of ids that are no text: the documents of a split for a tokenizer (`data.tokens.Tokens`)."""
 
     def records(self, split: str) -> Sequence[Record]:
         """The records of a split (or of all: `WHOLE`), in the order of the text, read at random.

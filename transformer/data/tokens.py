@@ -57,6 +57,8 @@ class Tokens(Sequence[Encoded]):
 
 def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Tokens:
     """The records of a split as tokens, stored now if they were not before."""
+    if source.encoded is not None:
+        return source.encoded(split, tokenizer)
     records = source.records(split)
     stored = _stored(source, split, records, tokenizer, whole=False)
     return _Now(records, tokenizer) if stored is None else stored
@@ -68,6 +70,9 @@ def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: 
     Without `store`, tokens that are stored are read, and none are stored.
     """
     for name in source.split_names if split == WHOLE and WHOLE not in source.sizes else (split,):
+        if source.encoded is not None:
+            yield from _joined(source.encoded(name, tokenizer))
+            continue
         stored = _stored(source, name, source.records(name), tokenizer, whole=True, store=store)
         if stored is not None:
             yield from _joined(stored)
@@ -79,7 +84,7 @@ def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: 
 def store_tokens(source: Source, tokenizer: Tokenizer) -> bool:
     """Store what training and its evaluations read of a source; whether it is stored."""
     kept = True
-    for split in source.split_names:
+    for split in source.split_names if source.encoded is None else ():
         stored = _stored(source, split, source.records(split), tokenizer, whole=split != "train")
         kept = kept and stored is not None
     return kept

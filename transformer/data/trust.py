@@ -18,11 +18,11 @@ from transformer.validation import require
 
 
 def remember(config: DataConfig) -> None:
-    """Note the paths of a config that the user trains with: its sources and its `data_dir`.
+    """Note the paths of a config that the user trains with: its sources, its `data_dir`, and those of its tokenizer.
 
     Where there is no home to note them in, nothing is: the user gives them again.
     """
-    remember_paths(*filter(_is_path, config.source), config.data_dir)
+    remember_paths(*filter(_is_path, config.source + config.validation), config.data_dir, *config.tokenizer.paths)
 
 
 def remember_paths(*paths: str) -> None:
@@ -40,7 +40,14 @@ def is_known(path: str) -> bool:
     return _absolute(path) in _remembered()
 
 
-def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_dir: str = "") -> DataConfig:
+def trusted(
+    config: DataConfig,
+    run: str,
+    *,
+    source: Sequence[str] = (),
+    validation: Sequence[str] = (),
+    data_dir: str = "",
+) -> DataConfig:
     """The data config of a run's directory, with what the user gave; safe to open.
 
     Datasets by name are read in the user's own `data_dir`: the one given, the run's if this user has trained with it, else the
@@ -49,7 +56,8 @@ def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_di
     Args:
         config: as the directory has it.
         run: the directory, for messages.
-        source: as given on the command line; empty for the run's.
+        source: as given on the command line; empty for the run's, and for what the run names for validation.
+        validation: likewise.
         data_dir: as given on the command line; empty for the run's or the default.
 
     Raises:
@@ -60,8 +68,11 @@ def trusted(config: DataConfig, run: str, *, source: Sequence[str] = (), data_di
         data_dir = config.data_dir
     config = dataclasses.replace(config, data_dir=data_dir)
     if source:
-        return dataclasses.replace(config, source=tuple(source), weights=())
-    for path in filter(_is_path, config.source):
+        config = dataclasses.replace(config, source=tuple(source), weights=(), validation=())
+    if validation:
+        config = dataclasses.replace(config, validation=tuple(validation))
+    named = (() if source else config.source) + (() if validation else config.validation)
+    for path in (*filter(_is_path, named), *config.tokenizer.paths):
         require(
             _absolute(path) in known,
             f"A run's directory may name only data that you have trained on; {run} names {path!r}, which is not read. If it is "

@@ -371,7 +371,8 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
         **derive(sums),
         **config.objective.generation_scores(parts.model, params, tokenizer, data, split, config),
     }
-    if "bytes" in sums and hasattr(batches, "texts"):  # of batches of one's own the text is not known
+    # Of batches of one's own, and of ids without a vocabulary, the text is not known.
+    if sums.get("bytes", 0) > 0 and hasattr(batches, "texts"):
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), "compressed_bytes": int(others.pop("bytes"))}
         scores |= {f"{name}_bits_per_byte": bits for name, bits in others.items()}

@@ -36,7 +36,15 @@ class RunningText(Form):
         "data.record_bytes",
     )
     needs_name = False
-    prepares = ("separator", "text_key", "prompt_key", "validation_fraction", "test_fraction", "record_bytes")
+    prepares = (
+        "validation",
+        "separator",
+        "text_key",
+        "prompt_key",
+        "validation_fraction",
+        "test_fraction",
+        "record_bytes",
+    )
     prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes")
 
     def open(self, reader: Any) -> Any:

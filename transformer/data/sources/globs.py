@@ -25,7 +25,7 @@ class Pattern(SourceKind):
 
     def accepts(self, name: str) -> bool:
         """If it has a sign of patterns; files and folders of just this name were asked before."""
-        return bool(_MAGIC.search(name))
+        return is_pattern(name)
 
     def title(self, name: str) -> tuple[str, str]:
         """The pattern without the folders before it."""
@@ -43,13 +43,7 @@ class Pattern(SourceKind):
 
     def files(self, name: str) -> list[epath.Path]:
         """Those that match."""
-        path = epath.Path(expand(name))
-        if is_local(name):
-            return sorted(map(epath.Path, glob.glob(os.fspath(path), recursive=True)))
-        require("**" not in name, f"A pattern in storage must name each folder, {name} has **; use * for a folder.")
-        plain = next(index for index, part in enumerate(path.parts) if _MAGIC.search(part))
-        root = epath.Path(*path.parts[:plain])
-        return sorted(found for found in root.glob("/".join(path.parts[plain:])) if not found.name.startswith("."))
+        return matching(name)
 
     def _found(self, name: str) -> tuple[SourceKind, list[str]]:
         files = [str(path) for path in self.files(name)]
@@ -62,3 +56,19 @@ class Pattern(SourceKind):
         )
         assert kinds[0] is not None
         return kinds[0], files
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name may be of several files."""
+    return bool(_MAGIC.search(name))
+
+
+def matching(name: str) -> list[epath.Path]:
+    """The files of a pattern, in the order of their names."""
+    path = epath.Path(expand(name))
+    if is_local(name):
+        return sorted(map(epath.Path, glob.glob(os.fspath(path), recursive=True)))
+    require("**" not in name, f"A pattern in storage must name each folder, {name} has **; use * for a folder.")
+    plain = next(index for index, part in enumerate(path.parts) if _MAGIC.search(part))
+    root = epath.Path(*path.parts[:plain])
+    return sorted(found for found in root.glob("/".join(path.parts[plain:])) if not found.name.startswith("."))

@@ -1,24 +1,42 @@
-"""The tokenizer of the run that this one starts from, else bytes."""
+"""The tokenizer of the run that this one starts from, that of a pretrained model's folder, or else bytes."""
 
 import dataclasses
+import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
 from transformer.data.tokenizers.bytes import Bytes
+from transformer.storage import expand
 from transformer.tokenizer import TOKENIZERS, TokenizerKind
 from transformer.types import UserError
+from transformer.validation import require
 
 
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Auto(TokenizerKind):
-    """That of the run in training.init_from, else bytes."""
+    """That of the run in training.init_from, that of a folder, else bytes."""
 
     kind = "auto"
 
+    folder: str = ""
+    """A folder with the tokenizer of a pretrained model (tokenizer.json or tokenizer.model, and what names its special ids)."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folder."""
+        return (expand(self.folder),) if self.folder else ()
+
     def train(self, texts: Iterable[str]) -> Any:
-        """Bytes."""
-        return Bytes().train(texts)
+        """That of the folder, else bytes."""
+        if not self.folder:
+            return Bytes().train(texts)
+        kind, files = self._found()
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in files.items():
+                (pathlib.Path(directory) / name).write_bytes(content)
+            return kind.open(directory)
 
     def load(self, content: str) -> Any:
         """A run records what it used."""
@@ -28,9 +46,20 @@ class Auto(TokenizerKind):
         )
 
     def filled(self) -> TokenizerKind:
-        """Bytes."""
-        return Bytes()
+        """What the folder's is, else bytes."""
+        return self._found()[0] if self.folder else Bytes()
 
     def going_on(self, recorded: TokenizerKind) -> TokenizerKind:
-        """The other run's."""
+        """The other run's, which must be the folder's."""
+        require(
+            not self.folder or recorded == self or recorded == self.filled(),
+            f"A run keeps its tokenizer, that of data.tokenizer.folder={self.folder} differs in kind or special ids; leave "
+            "the folder out, or start a new run.",
+        )
         return recorded
+
+    def _found(self) -> tuple[TokenizerKind, dict[str, bytes]]:
+        # Every config loads this file, few read such a folder, and the libraries that do so take their time.
+        from transformer.data.tokenizers.folder import from_folder  # noqa: PLC0415
+
+        return from_folder(self.folder)
