@@ -46,7 +46,7 @@ LEVEL = {package: level for level, packages in enumerate(STAIRS) for package in 
 LAZY = {
     "transformer/training/progress.py": {"IPython.display"},
     "transformer/data/sources/columns.py": {"pyarrow.ipc", "pyarrow.parquet"},
-    "transformer/data/tokenizers/auto.py": {"transformer.data.tokenizers.folder"},
+    "transformer/data/tokenizers/auto.py": {"transformer.data.tokenizers"},
 }
 
 

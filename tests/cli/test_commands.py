@@ -283,8 +283,12 @@ def test_generate_repeats_by_seed(workdir, capsys):
         ),
         (["prepare", "{place}/nowhere"], "nowhere"),
         (
-            ["prepare", "{place}/text", "--validation", "x"],
-            "--validation is for --kind labelled or pairs, got --kind text",
+            ["prepare", "{place}/text", "--validation", "x", "--validation-fraction", "0.2"],
+            "--validation-fraction is for text without files of --validation",
+        ),
+        (
+            ["prepare", "{place}/text", "--test", "x"],
+            "--test is for --kind labelled or pairs, got --kind text",
         ),
         (
             ["prepare", "x", "--kind", "pairs", "--name", "x", "--record-bytes", "9"],

@@ -199,3 +199,16 @@ def test_what_a_strangers_run_names_for_validation_is_not_read(tmp_path, run, mo
     said = run("evaluate", fails=True)
     assert f"names '{tmp_path / 'b.txt'}', which is not read" in said
     assert run("evaluate", "--data.source", tmp_path / "b.txt")["loss"] == known["loss"]
+
+
+def test_text_is_prepared_with_its_validation_files(tmp_path, run, capsys):
+    (tmp_path / "a.txt").write_text("".join(words(0, 30)))
+    (tmp_path / "b.txt").write_text("".join(words(30, 40)))
+    place = ("--data-dir", str(tmp_path / "data"), "--tokenizer", "bytes")
+    main(["prepare", str(tmp_path / "a.txt"), "--validation", str(tmp_path / "b.txt"), *place])
+    out, _ = capsys.readouterr()
+    assert "a.txt: train 1 document" in out
+    assert "b.txt: validation 1 document" in out
+    there = {path for path in (tmp_path / "data").rglob("*.array_record*")}
+    run("train", "--data.source", tmp_path / "a.txt", "--data.validation", tmp_path / "b.txt")
+    assert {path for path in (tmp_path / "data").rglob("*.array_record*")} == there

@@ -140,6 +140,10 @@ def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
         f"--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got {options.tokenizer!r}; leave them out.",
     )
     require(
+        not {"validation", "validation_fraction"} <= set(given),
+        "--validation-fraction is for text without files of --validation, got both; leave one out.",
+    )
+    require(
         not form.needs_name or options.name != "",
         f"A dataset of {form.title} needs a name that training can ask for; give --name.",
     )

@@ -29,8 +29,8 @@ def main(options: PrepareOptions, given: Given) -> None:
     form = FORMS.find(options.kind)()
     described = form.prepare(Reader(DataConfig(**values)), options.name, files)
     if options.tokenizer:
-        source = (options.name,) if form.needs_name else options.files
-        described += "\n" + form.open(Reader(DataConfig(**{**values, "source": source}))).store_tokens(tokenizer)
+        stored = {"source": (options.name,), "validation": ()} if form.needs_name else {"source": options.files}
+        described += "\n" + form.open(Reader(DataConfig(**{**values, **stored}))).store_tokens(tokenizer)
     print(printable(described, lines=True))
 
 

@@ -1,8 +1,6 @@
 """The tokenizer of the run that this one starts from, that of a pretrained model's folder, or else bytes."""
 
 import dataclasses
-import pathlib
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,11 +30,7 @@ class Auto(TokenizerKind):
         """That of the folder, else bytes."""
         if not self.folder:
             return Bytes().train(texts)
-        kind, files = self._found()
-        with tempfile.TemporaryDirectory() as directory:
-            for name, content in files.items():
-                (pathlib.Path(directory) / name).write_bytes(content)
-            return kind.open(directory)
+        return _folders().open_folder(self.folder)
 
     def load(self, content: str) -> Any:
         """A run records what it used."""
@@ -47,7 +41,7 @@ class Auto(TokenizerKind):
 
     def filled(self) -> TokenizerKind:
         """What the folder's is, else bytes."""
-        return self._found()[0] if self.folder else Bytes()
+        return _folders().from_folder(self.folder)[0] if self.folder else Bytes()
 
     def going_on(self, recorded: TokenizerKind) -> TokenizerKind:
         """The other run's, which must be the folder's."""
@@ -58,8 +52,9 @@ class Auto(TokenizerKind):
         )
         return recorded
 
-    def _found(self) -> tuple[TokenizerKind, dict[str, bytes]]:
-        # Every config loads this file, few read such a folder, and the libraries that do so take their time.
-        from transformer.data.tokenizers.folder import from_folder  # noqa: PLC0415
 
-        return from_folder(self.folder)
+def _folders() -> Any:
+    # Every config loads this file, few read such a folder, and the libraries that do so take their time.
+    from transformer.data.tokenizers import folder  # noqa: PLC0415
+
+    return folder
