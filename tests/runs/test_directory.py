@@ -400,7 +400,7 @@ def test_every_field_that_is_a_path_is_expanded_when_its_config_is_made(monkeypa
             value = getattr(kind(**{name: "~/a" if hint is UserPath else ("~/a", "b")}), name)
             assert value == ("/home/u/a" if hint is UserPath else ("/home/u/a", "b"))
             found.append(name)
-    assert sorted(found) == ["data_dir", "init_from", "source", "workdir"]
+    assert sorted(found) == ["data_dir", "init_from", "source", "validation", "workdir"]
 
 
 def test_a_field_whose_documentation_speaks_of_a_directory_is_a_path():
