@@ -74,6 +74,9 @@ class DataConfig(Settings):
     max_segments: int = 32
     """A row ends in padding after this many documents. 0 means no limit; fused attention on a GPU then refuses packed rows. A
     higher limit takes more memory there."""
+    best_fit: bool = False
+    """Training: put whole documents into rows, some hundred rows at a time, and cut only those that are longer than a row; off: a
+    document that does not fit goes on in the next row, where it does not see what came before."""
     stride: int = 0
     """Evaluation of running text: 0 scores rows of packed documents; else each window of a document moves on by so many
     tokens, and only they are scored, so that (almost) a whole window precedes each."""
@@ -125,10 +128,12 @@ class DataConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """Shares of a single source, and a sample that nothing is trained on."""
+        """Shares of a single source, packing of windows, and a sample that nothing is trained on."""
         unused = {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
         if self.validation and self.validation_fraction > 0:
             unused["validation_fraction"] = "runs without validation files of their own (data.validation)"
+        if not self.pack:
+            unused["best_fit"] = "packed rows (data.pack=True)"
         if not self.tokenizer.sampled:
             unused["tokenizer_bytes"] = "tokenizers that are trained on a sample (data.tokenizer.kind=bpe)"
         return unused
@@ -229,6 +234,7 @@ OF_SOME = (
     "data.buckets",
     "data.pack",
     "data.max_segments",
+    "data.best_fit",
     "data.stride",
     "data.limit",
     "data.num_streams",
@@ -281,7 +287,8 @@ class Config(Settings):
         if not self.model.has_experts:
             of_objective |= dict.fromkeys(("objective.load_balance", "objective.router_z"), "models with experts")
         if self.model.memory_length > 0:
-            of_objective["data.max_segments"] = "rows that do not continue each other (model.memory_length=0)"
+            settings = ("data.max_segments", "data.best_fit")
+            of_objective |= dict.fromkeys(settings, "rows that do not continue each other (model.memory_length=0)")
         parts = [(getattr(self, field.name), f"{field.name}.") for field in dataclasses.fields(self)]
         return {path: purpose for part, start in parts for path, purpose in _unused_within(part, start)} | of_objective
 

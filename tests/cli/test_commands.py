@@ -339,14 +339,20 @@ def test_a_row_holds_as_many_documents_as_it_may(place, tmp_path, capsys, monkey
     for most in (0, 3):
         command = [str(place / "config.py"), *data, "--data.max-segments", str(most)]
         main(["inspect", *command])
-        shown[most] = {int(count) for count in re.findall(r"row \d+: (\d+) documents", capsys.readouterr().out)}
+        out = capsys.readouterr().out
+        assert re.search(
+            r"^rows of \d+ documents: \d+% padding, \d+% cut, mean context lost \d+ tokens?$", out, re.MULTILINE
+        )
+        shown[most] = {int(count) for count in re.findall(r"row \d+: (\d+) documents", out)}
     assert shown[3] == {3} and min(shown[0]) > 3
     main(["train", *command, "--workdir", str(tmp_path / "run"), "--training.steps", "3"])
     assert (tmp_path / "run" / "checkpoints" / "3").exists()
     told = capsys.readouterr().err
-    assert "of the training rows are padding, since a row holds at most 3 documents" in told
+    assert re.search(r"rows of \d+ documents: \d\d% padding, 0% cut", told)
+    assert "A row ends after 3 documents; a larger data.max_segments packs more" in told
     main(["train", *command, "--workdir", str(tmp_path / "whole"), "--training.steps", "3", "--data.max-segments", "0"])
-    assert "rows are padding" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(r"rows of \d+ documents: 0% padding, \d+% cut", told) and "max_segments" not in told
 
 
 def test_prepare_writes_what_train_would_read(place, capsys, tmp_path):

@@ -37,6 +37,9 @@ def _assert_equal(actual, expected):
             np.testing.assert_array_equal(x, y, err_msg=name)
 
 
+every_packing = pytest.mark.parametrize("best_fit", [False, True], ids=["as they come", "best fit"])
+
+
 def _segments(batch):
     """(inputs, targets, weights, positions) of each segment of each row."""
     for row in range(batch.inputs.shape[0]):
@@ -55,8 +58,9 @@ def _documents(targets):
 # ---- What is in a batch ----------------------------------------------------------------------------------------------
 
 
-def test_a_batch_has_the_shapes_and_dtypes_of_its_contract(make_config, write_folder):
-    iterator = train_batches(make_config(write_folder(), batch_size=8), BYTES)
+@every_packing
+def test_a_batch_has_the_shapes_and_dtypes_of_its_contract(make_config, write_folder, best_fit):
+    iterator = train_batches(make_config(write_folder(), batch_size=8, best_fit=best_fit), BYTES)
     assert isinstance(iterator, CheckpointableIterator)
     batch = next(iterator)
     assert isinstance(batch, Batch)
@@ -64,13 +68,16 @@ def test_a_batch_has_the_shapes_and_dtypes_of_its_contract(make_config, write_fo
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
 
 
-def test_packed_documents_are_segments_that_count_from_zero(make_config, write_folder):
-    batches = _take(train_batches(make_config(write_folder(), sequence_length=50), BYTES), 20)
+@every_packing
+def test_packed_documents_are_segments_that_count_from_zero(make_config, write_folder, best_fit):
+    batches = _take(train_batches(make_config(write_folder(), sequence_length=50, best_fit=best_fit), BYTES), 20)
     starts = 0
     for batch in batches:
-        assert batch.segment_ids.min() == 1  # training rows are full
+        assert best_fit or batch.segment_ids.min() == 1  # training rows are full
         assert np.all(batch.segment_ids[:, 0] == 1)
-        assert np.all(np.diff(batch.segment_ids, axis=1) >= 0)
+        padding = batch.segment_ids == 0
+        assert np.all(np.diff(np.where(padding, 99, batch.segment_ids), axis=1) >= 0)
+        assert not any(field[padding].any() for field in batch)
         for inputs, targets, weights, positions in _segments(batch):
             assert positions.tolist() == list(range(len(inputs)))
             np.testing.assert_array_equal(inputs[1:], targets[:-1])
@@ -133,10 +140,12 @@ def test_streams_share_the_documents_out(make_config, write_folder):
     assert set().union(*of_stream) == set(documents)
 
 
-def test_the_seed_decides_the_order(make_config, write_folder):
+@every_packing
+def test_the_seed_decides_the_order(make_config, write_folder, best_fit):
     folder = write_folder()
     one, same, other = (
-        _take(train_batches(make_config(folder, shuffle_seed=seed), BYTES), 5) for seed in (0, 0, 2**40)
+        _take(train_batches(make_config(folder, shuffle_seed=seed, best_fit=best_fit), BYTES), 5)
+        for seed in (0, 0, 2**40)
     )
     _assert_equal(one, same)
     assert any(np.any(a.inputs != b.inputs) for a, b in zip(one, other, strict=True))
@@ -159,9 +168,10 @@ def test_pieces_of_long_documents_are_segments_without_a_start(tmp_path, make_co
     assert sorted(per_epoch.tolist()) == sorted([*expected, E])
 
 
-def test_prompts_have_no_weight(make_config, write_jsonl):
+@every_packing
+def test_prompts_have_no_weight(make_config, write_jsonl, best_fit):
     path = write_jsonl([{"prompt": f"<{i}>", "text": f"[{i}]"} for i in range(20)])
-    for batch in _take(train_batches(make_config(path, num_streams=2), BYTES), 10):
+    for batch in _take(train_batches(make_config(path, num_streams=2, best_fit=best_fit), BYTES), 10):
         prompted = np.array([[chr(t) in "<>" if t < 256 else False for t in row] for row in batch.targets])
         learnt = np.array([[chr(t) in "[]" if t < 256 else True for t in row] for row in batch.targets])
         assert np.all(batch.weights[prompted] == 0)
@@ -202,9 +212,10 @@ def test_continued_rows_need_a_stream_each(make_config, write_folder):
 # ---- Mixtures --------------------------------------------------------------------------------------------------------
 
 
-def test_mixtures_keep_their_shares_at_any_time_and_in_any_stream(make_config, write_folder):
+@every_packing
+def test_mixtures_keep_their_shares_at_any_time_and_in_any_stream(make_config, write_folder, best_fit):
     sources = [write_folder(name) for name in ("x", "y", "z")]
-    config = make_config(*sources, weights=(5.0, 2.0, 1.0), batch_size=8, sequence_length=64)
+    config = make_config(*sources, weights=(5.0, 2.0, 1.0), batch_size=8, sequence_length=64, best_fit=best_fit)
     batches = _take(train_batches(config, BYTES), 200)
     # Text of another source would be in the row only if rows mixed sources.
     names = np.array([[set(BYTES.decode(row)) & set("xyz") for row in batch.inputs] for batch in batches])
@@ -230,10 +241,13 @@ every_num_streams = pytest.mark.parametrize("num_streams", [1, 2, 4, 8, 16])
 
 
 @every_num_streams
+@every_packing
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_data_does_not_depend_on_the_number_of_processes(make_config, write_folder, num_streams, process_count):
+def test_data_does_not_depend_on_the_number_of_processes(
+    make_config, write_folder, num_streams, process_count, best_fit
+):
     folders = write_folder("x", 24), write_folder("y", 24)
-    config = make_config(*folders, batch_size=8, num_streams=num_streams, weights=(2.0, 1.0))
+    config = make_config(*folders, batch_size=8, num_streams=num_streams, weights=(2.0, 1.0), best_fit=best_fit)
     alone = _take(train_batches(config, BYTES), 12)
     together = [
         _take(train_batches(config, BYTES, process_index=index, process_count=process_count), 12)
@@ -249,10 +263,11 @@ def test_a_process_reads_its_own_streams_only(make_config, write_folder):
 
 
 @every_num_streams
+@every_packing
 @settings(max_examples=5, deadline=None)
 @given(before=st.integers(0, 12), after=st.integers(1, 12))
-def test_a_restored_iterator_goes_on_exactly(module_config, num_streams, before, after):
-    config = module_config(num_streams)
+def test_a_restored_iterator_goes_on_exactly(module_config, num_streams, best_fit, before, after):
+    config = dataclasses.replace(module_config(num_streams), best_fit=best_fit)
     iterator = train_batches(config, BYTES)
     _take(iterator, before)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -284,8 +299,9 @@ def module_config(tmp_path_factory):
 
 
 @every_num_streams
-def test_a_state_is_read_by_another_number_of_processes(module_config, num_streams):
-    config = module_config(num_streams)
+@every_packing
+def test_a_state_is_read_by_another_number_of_processes(module_config, num_streams, best_fit):
+    config = dataclasses.replace(module_config(num_streams), best_fit=best_fit)
     pair = [train_batches(config, BYTES, process_index=index, process_count=2) for index in range(2)]
     for iterator in pair:
         _take(iterator, 5)
@@ -473,10 +489,11 @@ def test_a_missing_split_is_refused_before_the_first_evaluation(make_config, wri
         evaluation_batches(make_config(write_folder()), BYTES, "test")
 
 
-def test_a_stream_without_any_text_is_refused_instead_of_searched_for_ever():
+@every_packing
+def test_a_stream_without_any_text_is_refused_instead_of_searched_for_ever(best_fit):
     records = [Record("some text " * 10, "", False, True), Record("", "", False, True)]
     source = Source("records", "", {"train": 0}, "", lambda split: records)
-    config = DataConfig(sequence_length=16, batch_size=2, num_streams=2)
+    config = DataConfig(sequence_length=16, batch_size=2, num_streams=2, best_fit=best_fit)
     with pytest.raises(UserError, match="A stream must hold text"):
         next(train_batches(config, BYTES, sources=[source]))
 

@@ -38,6 +38,8 @@ def main(chosen: Config | InspectOptions) -> None:
     tokenizer = run.tokenizer
     batch = next(run.data.train_batches(tokenizer))
     console.rule("first batch")
+    if told := run.data.describe_rows(tokenizer):
+        console.print(Text(told), end="\n\n")
     rows = jax.tree.map(lambda part: part[:_ROWS], batch)
     for heading, lines in run.config.objective.show(rows, tokenizer, run.data.class_names):
         title, colon, rest = printable(heading).partition(":")

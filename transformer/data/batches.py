@@ -112,10 +112,10 @@ class BatchData:
         names = tuple(self.splits) if split == WHOLE else (split,)
         return _Once([self.splits[name] for name in names], _Checked(self._config, process_count))
 
-    def share_of_padding(self, tokenizer: Any, at_most: int) -> float:
-        """Nothing is packed here."""
+    def describe_rows(self, tokenizer: Any, at_most: int = 0) -> str:
+        """Nothing is known of how they were made."""
         del tokenizer, at_most
-        return 0.0
+        return ""
 
     def count_cut(self, tokenizer: Any, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """Nothing is known of what was cut."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from transformer.config import Config, DataConfig
-from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches
+from transformer.data.example_batches import ExampleBatches, ExampleEvaluationBatches, padding_of
 from transformer.data.example_tokens import open_encoded, open_example_tokens
 from transformer.data.examples import open_examples, prepare_examples
 from transformer.data.forms.examples import ExampleForm
@@ -19,9 +19,16 @@ from transformer.data.held_out import (
     held_out_text,
     trained_part,
 )
-from transformer.data.pipeline import evaluation_batches, own_rows, prefetched, train_batches, training_limit
+from transformer.data.packing import best_fit_tokens, describe_packing, packed_tokens, sample_documents
+from transformer.data.pipeline import (
+    count_streams,
+    evaluation_batches,
+    own_rows,
+    prefetched,
+    train_batches,
+    training_limit,
+)
 from transformer.data.registry import find_source, open_sources
-from transformer.data.rows import packed_tokens
 from transformer.data.source import WHOLE, ExampleSource, Source, split_text
 from transformer.data.tokenizers import Tokenizer, describe_entries
 from transformer.data.tokens import open_tokens, store_tokens
@@ -86,8 +93,8 @@ class Dataset(Protocol):
         """
         ...
 
-    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
-        """The part of packed training rows that is padding because a row holds no more documents, by so many records."""
+    def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
+        """How much of training rows is padding, and of texts cut, by so many of them: a line, and perhaps one with a remedy."""
         ...
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
@@ -267,17 +274,24 @@ class TextData:
         )
         sizes = open_tokens(self.trained[0], "train", tokenizer).sizes()
         length, most = self.config.sequence_length, self._limit(tokenizer)
-        tokens = packed_tokens(sizes.tolist(), length, most) if most else int(sizes.sum(dtype=np.int64))
+        if self.config.best_fit:
+            streams = count_streams(self.config, self.trained, tokenizer)
+            tokens = best_fit_tokens(sizes.tolist(), length, most, streams)
+        else:
+            tokens = packed_tokens(sizes.tolist(), length, most) if most else int(sizes.sum(dtype=np.int64))
         return tokens / (self.config.batch_size * length)
 
-    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
-        """By the first records of the first source, no more than fill 64 rows: where rows are padded, records are short."""
-        length, most = self.config.sequence_length, self._limit(tokenizer)
-        records = open_tokens(self.trained[0], "train", tokenizer) if most > 0 else ()
-        sizes: list[int] = []
-        while len(sizes) < min(at_most, len(records)) and sum(sizes) < 64 * length:
-            sizes.append(records[len(sizes)].num_targets)
-        return 1 - sum(sizes) / packed_tokens(sizes, length, most) if sum(sizes) else 0.0
+    def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
+        """Of the first source, at eight places of it; nothing of windows, and of rows that continue each other."""
+        if self.continued or not self.config.pack:
+            return ""
+        records, most, streams = open_tokens(self.trained[0], "train", tokenizer), self._limit(tokenizer), 0
+        documents = sample_documents(records, at_most)
+        if self.config.best_fit:
+            # A part of the split is packed as if it were of one stream, whose chunks are full.
+            all_read = sum(len(document.sizes) for document in documents) == len(records)
+            streams = count_streams(self.config, self.trained, tokenizer) if all_read else 1
+        return describe_packing(documents, self.config.sequence_length, most, streams)
 
     def _limit(self, tokenizer: Tokenizer) -> int:
         """Most documents of a training row; 0 is any number."""
@@ -372,10 +386,17 @@ class ExampleData:
         examples = functools.partial(open_encoded, self.source, self.form, split, tokenizer, self.config)
         return ExampleEvaluationBatches(self.config, self.form, examples, rows)
 
-    def share_of_padding(self, tokenizer: Tokenizer, at_most: int) -> float:
-        """Each row is one text."""
-        del tokenizer, at_most
-        return 0.0
+    def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
+        """Of examples spread evenly over the split."""
+        cut, count = self.count_cut(tokenizer, "train", at_most)
+        examples = self.source.examples("train")
+        chosen = (examples[i * len(examples) // count] for i in range(count))
+        lengths = [self.form.length(self.form.encode(example, tokenizer, self.config)) for example in chosen]
+        cuts = " and ".join(f"{n / count:.0%} of {name}" for name, n in cut.items() if n)
+        padding = f"{padding_of(lengths, self.config):.0%} padding"
+        line = f"batches of {counted(count, self.form.noun)}: {padding}, {cuts or 'none'} cut"
+        room = f"A row has room for {self.config.sequence_length - 1} tokens; a longer data.sequence_length cuts fewer."
+        return f"{line}\n{room}" if cuts else line
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""

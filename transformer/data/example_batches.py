@@ -27,6 +27,15 @@ def _batch(encoded: Sequence[Any], form: ExampleForm, config: DataConfig, rows: 
     return type(batch)(*(field[rows.start : rows.stop] for field in batch))
 
 
+def padding_of(lengths: Sequence[int], config: DataConfig) -> float:
+    """The part of batches that is padding, where these are the lengths of examples of one chunk."""
+    ordered, total = sorted(lengths), 0
+    for start in range(0, len(ordered), config.batch_size):
+        of_batch = ordered[start : start + config.batch_size]
+        total += len(of_batch) * next(bucket for bucket in buckets(config) if bucket >= of_batch[-1])
+    return 1 - sum(ordered) / total
+
+
 class ExampleBatches(grain.IterDataset):
     """Some rows of every batch of an endless training run.
 

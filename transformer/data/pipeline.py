@@ -52,9 +52,13 @@ def train_batches(
     their batches have no segment ids.
     """
     rows = own_rows(config, process_index, process_count)
+    require(
+        not config.best_fit or (config.pack and not continued and not joined),
+        "Best-fit packing is of packed rows whose documents are kept apart, got data.best_fit=True and rows that are "
+        f"{'continued' if continued else 'joined' if joined else 'windows'}; set data.best_fit=False.",
+    )
     sources = sources or open_sources(config)
-    fewest, name = min((_count_records(source, tokenizer), source.name) for source in sources)
-    num_streams = _num_streams(config, fewest, name, continued)
+    num_streams = count_streams(config, sources, tokenizer, continued)
     tokens = [open_tokens(source, "train", tokenizer) for source in sources]
     for source, of_source in zip(sources, tokens, strict=True):
         _check_length(config, source.name, of_source)
@@ -256,7 +260,9 @@ def _count_records(source: Source, tokenizer: Tokenizer) -> int:
     return len(source.records("train") if source.encoded is None else source.encoded("train", tokenizer))
 
 
-def _num_streams(config: DataConfig, fewest: int, name: str, continued: bool) -> int:
+def count_streams(config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, continued: bool = False) -> int:
+    """How many streams the training split of each source is dealt into."""
+    fewest, name = min((_count_records(source, tokenizer), source.name) for source in sources)
     require(
         not continued or config.batch_size <= fewest,
         f"A memory needs a stream of text for each of {config.batch_size} rows, {name} has {fewest} records: set a "

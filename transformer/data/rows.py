@@ -1,7 +1,6 @@
 """Tokens as aligned pairs, and rows that pairs are written into."""
 
 import functools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,23 +49,6 @@ def write_pairs(
     batch.segment_ids[row, here] = segment
     batch.positions[row, here] = arange(length)[:count] + first_position
     return count
-
-
-def packed_tokens(sizes: Iterable[int], length: int, most: int) -> int:
-    """Tokens of records of these sizes in rows that follow each other, and the padding behind rows of `most` records (0: any).
-
-    >>> packed_tokens([3, 1, 1, 6], length=8, most=0), packed_tokens([3, 1, 1, 6], length=8, most=3)
-    (11, 14)
-    """
-    total = segment = 0
-    for size in sizes:
-        if size > 0 and segment == most > 0:
-            total, segment = -(-total // length) * length, 0
-        rows = (total + size) // length - total // length
-        total += size
-        # A record that ends a row leaves none for the next one.
-        segment = (int(total % length > 0) if rows else segment + 1) if size else segment
-    return total
 
 
 @functools.cache

@@ -11,12 +11,14 @@ from transformer.config import DataConfig
 from transformer.data.draws import permutation
 from transformer.data.encoded import Encoded
 from transformer.data.identity import ContentHash
+from transformer.data.packing import ROWS_OF_CHUNK, best_fit, row_parts
 from transformer.data.rows import Pairs, arange, empty_batch, pairs_of, write_pairs
 from transformer.data.source import Source
-from transformer.types import Batch, Noise
+from transformer.types import Batch, Noise, UserError
 from transformer.validation import require
 
 _GOLDEN_RATIO = 0.6180339887498949
+_ORDER = 1  # tells the order of a chunk's rows from that of an epoch's records
 
 
 class StreamBatches(grain.IterDataset):
@@ -40,6 +42,8 @@ class StreamBatches(grain.IterDataset):
         super().__init__()
         self.config = config
         self.max_segments = max_segments
+        # Packing may not change either, since the state counts rows.
+        self.best_fit = [config.sequence_length, max_segments] if config.best_fit else None
         self.noise, self.continued = noise, continued
         self.own_rows = own_rows
         self.num_streams = num_streams
@@ -71,8 +75,9 @@ class StreamBatches(grain.IterDataset):
 
     def cursors(self, stream: int) -> "list[_Cursor]":
         """One for each source."""
+        kind = _BestFitCursor if self.config.best_fit else _Cursor
         return [
-            _Cursor(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
+            kind(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
             for i, (records, deal) in enumerate(zip(self._records, self._deals, strict=True))
         ]
 
@@ -114,7 +119,8 @@ class _BatchIterator(grain.DatasetIterator):
             for stream, cursors in self._cursors.items()
         }
         num_streams, corpus = self._batches.num_streams, self._batches.corpus
-        return {"step": self._step, "corpus": corpus, "num_streams": num_streams, "streams": streams}
+        state = {"step": self._step, "corpus": corpus, "num_streams": num_streams, "streams": streams}
+        return state if self._batches.best_fit is None else state | {"best_fit": self._batches.best_fit}
 
     def set_state(self, state: dict[str, Any]) -> None:
         num_streams, corpus = self._batches.num_streams, self._batches.corpus
@@ -122,6 +128,12 @@ class _BatchIterator(grain.DatasetIterator):
             state["corpus"] == corpus and state["num_streams"] == num_streams,
             f"A run must go on with the text it began with (corpus {state['corpus']}, {state['num_streams']} streams), "
             f"the sources now give corpus {corpus}, {num_streams} streams: restore the text, or start a new run.",
+        )
+        require(
+            state.get("best_fit") == self._batches.best_fit,
+            "A run must go on with the rows it began with, whose length and most documents in best-fit packing are "
+            f"{state.get('best_fit', 'none')}, got {self._batches.best_fit or 'none'}: set data.best_fit, data.sequence_length "
+            "and data.max_segments as they were, or start a new run.",
         )
         missing = [stream for stream in self._cursors if str(stream) not in state["streams"]]
         if missing:
@@ -183,14 +195,60 @@ class _Cursor:
                 column, self.offset = column + count, self.offset + count
             if self.offset == len(pairs.inputs):
                 self.move(self.record + 1, 0)
-                require(
-                    self.record - last_used <= len(self._share),
-                    f"A stream must hold text, the {len(self._share)} records of one hold none: "
-                    "set a smaller data.num_streams.",
-                )
+                self._check_found(self.record - last_used)
+
+    def _check_found(self, without_text: int) -> None:
+        """Refuse to search for text for ever."""
+        if without_text > len(self._share):
+            raise UserError(
+                f"A stream must hold text, the {len(self._share)} records of one hold none: set a smaller data.num_streams."
+            )
 
     def _read_record(self) -> Encoded:
         epoch, index = divmod(self.record, len(self._share))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._share[permutation(len(self._share), *self._seed, epoch)]
         return self._records[int(self._order[index])]
+
+
+class _BestFitCursor(_Cursor):
+    """Reads a stream in chunks of records, whose documents are packed whole where they fit in a row (Ding et al. 2024).
+
+    `record` is the first of a chunk, and `offset` the row of it that comes next. A chunk ends where an epoch does. Of a document
+    that is longer than a row, what the rows that it fills leave over is packed as a document.
+    """
+
+    _rows: Sequence[list[tuple[Pairs, int]]] = ()
+    _end = 0
+
+    def move(self, record: int, offset: int) -> None:
+        """The next row is number `offset` of the chunk that begins with record number `record`, counted over all epochs."""
+        super().move(record, offset)
+        self._rows = ()
+
+    def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
+        """Write the next row, of at most so many documents (0: any)."""
+        del continues
+        self._rows = self._rows or self._pack(batch.inputs.shape[1], most)
+        column = 0
+        for segment, (pairs, start) in enumerate(self._rows[self.offset], 1):
+            column += write_pairs(batch, row, column, pairs, start, segment)
+        self.offset += 1
+        if self.offset == len(self._rows):
+            self.move(self._end, 0)
+
+    def _pack(self, length: int, most: int) -> list[list[tuple[Pairs, int]]]:
+        """The rows of the chunk that begins with `record`, in a random order: parts of documents, and where each starts."""
+        first, tokens = self.record, 0
+        parts, sizes = list[tuple[Pairs, int]](), list[int]()
+        while tokens < ROWS_OF_CHUNK * length and (tokens == 0 or self.record % len(self._share) > 0):
+            self._check_found(self.record - first)
+            pairs = pairs_of(self._read_record())
+            parts += [(pairs, start) for start in range(0, len(pairs.inputs), length)]
+            sizes += row_parts(len(pairs.inputs), length)
+            tokens += len(pairs.inputs)
+            self.record += 1
+        self._end, self.record = self.record, first
+        rows = best_fit(sizes, length, most)
+        order = permutation(len(rows), *self._seed, first, _ORDER)
+        return [[parts[part] for part in rows[row]] for row in order]

@@ -78,7 +78,7 @@ class SpanCorruption(TranslatesText):
     @classmethod
     def uses(cls, setting: str) -> bool:
         """Its rows are one text each, of whatever number of documents."""
-        return setting != "data.max_segments" and super().uses(setting)
+        return setting not in ("data.max_segments", "data.best_fit") and super().uses(setting)
 
     def max_segments(self, config: "Config") -> int:
         """A source and a target."""

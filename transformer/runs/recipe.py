@@ -287,24 +287,3 @@ def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sam
             samples.add(step, text)
 
     return sample
-
-
-def describe_cut(run: Run) -> str:
-    """How many training texts are longer than a row, by up to a thousand of them; empty if none is."""
-    cut, count = run.data.count_cut(run.tokenizer, "train", at_most=1000)
-    longer = " and ".join(f"{n} of {count} {name}" for name, n in cut.items() if n)
-    return longer and (
-        f"{longer} of the training split are longer than a row ({run.config.data.sequence_length - 1} tokens) and are cut; "
-        "a longer data.sequence_length has room for more."
-    )
-
-
-def describe_padding(run: Run) -> str:
-    """How much of packed rows is padding, by a thousand records; empty if it is little."""
-    share = run.data.share_of_padding(run.tokenizer, at_most=1000)
-    if share < 0.1:
-        return ""
-    return (
-        f"{share:.0%} of the training rows are padding, since a row holds at most {run.config.data.max_segments} documents; a "
-        "larger data.max_segments packs more (0: any number, for which attention on a GPU has no fused kernel)."
-    )

@@ -38,8 +38,6 @@ from transformer.runs.given import Given, compare_given
 from transformer.runs.lock import locked
 from transformer.runs.recipe import (
     Run,
-    describe_cut,
-    describe_padding,
     epochs_a_step,
     make_evaluator,
     make_run,
@@ -199,7 +197,7 @@ class _Session:
         done = self.old.step if self.old else 0
         change = describe_change(before, self.config, done) if self.given.optimizer is None else ""
         warning = out_of_memory.warning(needs) if needs else ""
-        for note in (run.notes, describe_cut(run), describe_padding(run), change, warning):
+        for note in (run.notes, run.data.describe_rows(run.tokenizer), change, warning):
             if note:
                 self.report(note)
         return needs

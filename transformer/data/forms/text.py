@@ -31,6 +31,7 @@ class RunningText(Form):
         "data.test_fraction",
         "data.pack",
         "data.max_segments",
+        "data.best_fit",
         "data.limit",
         "data.num_streams",
         "data.record_bytes",
