@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from transformer.config import DataConfig
-from transformer.data.datasets import ExampleData
 from transformer.data.example_batches import ExampleEvaluationBatches
+from transformer.data.example_data import ExampleData
 from transformer.data.forms.examples import buckets
 from transformer.data.forms.labelled import LabelledText, LabelledTexts
 from transformer.data.forms.pairs import Pairs, TextPair

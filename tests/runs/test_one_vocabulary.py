@@ -19,7 +19,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
 
 from transformer.config import Config, DataConfig, ParallelConfig
-from transformer.data.datasets import ExampleData, TextData
+from transformer.data.datasets import TextData
+from transformer.data.example_data import ExampleData
 from transformer.data.tokenizers.wordpiece import WordPieces
 from transformer.objective import OBJECTIVES
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
