@@ -38,7 +38,7 @@ BACKENDS = _family(
     *("auto", "xla", "blockwise", "splash", "cudnn"),
     field="model.attention.implementation",
 )
-POOLINGS = _family("model.pooling", "poolings", "mean", "max", "first", "attention")
+POOLINGS = _family("model.pooling", "poolings", "mean", "max", "first", "last", "attention")
 
 
 @dataclasses.dataclass(frozen=True)

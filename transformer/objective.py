@@ -10,6 +10,7 @@ import numpy as np
 
 from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
+from transformer.model_kinds import POOLINGS
 from transformer.tokenizer import prompt_ids
 from transformer.types import Array, Batch, Loss, LossOutput, PyTree, Reading, UserError
 from transformer.validation import require_at_least, require_range
@@ -339,6 +340,19 @@ class Objective(Kind):
             UserError: the model gives no probabilities of texts, or a text does not fit.
         """
         self._refuse("scores given texts must be a language model, a masked model or a translator")
+
+    def reads_texts(self, segment_ids_BT: Array) -> tuple[str, Mapping[str, Any]]:
+        """The method of the model that reads texts into hidden states, and its options beside their tokens.
+
+        Args:
+            segment_ids_BT: 1 for tokens, 0 for the padding behind them.
+        """
+        return "__call__", {"segment_ids_BT": segment_ids_BT}
+
+    def pooling_of(self, config: "ModelConfig") -> Any:
+        """How `embed` makes one vector of hidden states, if nothing else is asked for: by default, their mean."""
+        del config
+        return POOLINGS.find("mean")()
 
     def next_command(self, prompt: str) -> tuple[str, ...]:
         """What to type after training to use the model of a run, after `transformer` and without the run."""

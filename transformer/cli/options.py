@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from transformer.cli.arguments import parse_config, parse_config_and
 from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional
 from transformer.cli.reading import Given, read, refuse
-from transformer.cli.row_options import PredictOptions, ScoreOptions, predict, score
+from transformer.cli.row_options import EmbedOptions, PredictOptions, ScoreOptions, embed, predict, score
 from transformer.cli.using import AttentionOptions, GenerateOptions, parse_attention
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
@@ -300,6 +300,7 @@ OPTIONS = {
     "generate": _of_options("generate", GenerateOptions()),
     "attention": Command(parse_attention, lambda: flags(AttentionOptions())),
     "predict": Command(predict, lambda: flags(PredictOptions())),
+    "embed": Command(embed, lambda: flags(EmbedOptions())),
     "score": Command(score, lambda: flags(ScoreOptions())),
     "prove": _of_options("prove", ProveOptions()),
     "import": Command(_import, lambda: flags(ImportOptions())),

@@ -1,4 +1,4 @@
-"""Options of the commands that read a file row by row: predict and score."""
+"""Options of the commands that read a file row by row: predict, score and embed."""
 
 import dataclasses
 from typing import Any, Literal, TypeVar
@@ -86,6 +86,25 @@ class ScoreOptions(RowOptions):
     the model's length."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EmbedOptions(RowOptions):
+    """Make a vector of each text from a model's hidden states.
+
+    INPUT is as for predict. With -o FILE.npy, the vectors are one float32 array [texts, width] in the order of the rows; otherwise
+    each row gets a column `embedding`.
+    """
+
+    output: str = short("-o", "")
+    """A new .npy, .jsonl or .csv file; empty means JSON lines on standard output."""
+    pooling: str = ""
+    """mean, first, last or max of a text's tokens, or attention, where the run has learned it; empty means the model's own, or
+    the mean."""
+    layer: int = 0
+    """Layer whose hidden states are pooled, from 1; 0 means the last one, behind the final norm."""
+    normalize: bool = False
+    """Scale each vector to the length one; the model of a sentence encoder may do so by itself."""
+
+
 def predict(arguments: list[str]) -> tuple[PredictOptions, Given]:
     """Options of `transformer predict`."""
     return _read(PredictOptions(), arguments, "transformer predict")
@@ -105,12 +124,17 @@ def score(arguments: list[str]) -> tuple[ScoreOptions, Given]:
     return options, given
 
 
-def _read(default: Options, arguments: list[str], command: str) -> tuple[Any, Given]:
+def embed(arguments: list[str]) -> tuple[EmbedOptions, Given]:
+    """Options of `transformer embed`."""
+    return _read(EmbedOptions(), arguments, "transformer embed", "npy", "jsonl", "csv")
+
+
+def _read(default: Options, arguments: list[str], command: str, *suffixes: str) -> tuple[Any, Given]:
     options, given = read(default, arguments, command)
-    suffix = options.output.rpartition(".")[2]
+    suffixes = suffixes or ("jsonl", "csv")
     require(
-        options.output == "" or suffix in ("jsonl", "csv"),
-        f"--output must be the name of a .jsonl or .csv file, got {options.output!r}.",
+        options.output == "" or options.output.rpartition(".")[2] in suffixes,
+        f"--output must be the name of a {' or '.join(f'.{suffix}' for suffix in suffixes)} file, got {options.output!r}.",
     )
     piped = options.input in (None, "-")
     require(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from rich.progress import Progress
 
@@ -58,7 +59,7 @@ def write_rows(rows: Sequence[Row], found: Iterable[dict[str, Any]], output: str
     # A bar and rows do not share a terminal.
     hidden = not console.is_terminal or (output == "" and sys.stdout.isatty())
     progress = Progress(console=console, disable=hidden, transient=True, redirect_stdout=False, redirect_stderr=False)
-    with progress as bar, _writer(output) as write:
+    with progress as bar, _writer(output, len(rows)) as write:
         for (place, row), columns in zip(rows, bar.track(found, len(rows), description=doing), strict=True):
             taken = [column for column in columns if column in row]
             require(
@@ -81,13 +82,16 @@ def require_new(output: str) -> None:
 
 
 @contextmanager
-def _writer(output: str) -> Iterator[Write]:
-    """What writes rows to a file, which is there once all of them are, or to standard output."""
+def _writer(output: str, count: int) -> Iterator[Write]:
+    """What writes so many rows to a file, which is there once all of them are, or to standard output."""
     if output == "":
         yield lambda place, row: _print(json.dumps(row))
         return
     with explained(output), writing_whole(expand(output)) as file:
-        yield _csv_writer(file, output) if output.endswith(".csv") else lambda place, row: _put(file, row)
+        if output.endswith(".npy"):
+            yield _array_writer(file, count)
+        else:
+            yield _csv_writer(file, output) if output.endswith(".csv") else lambda place, row: _put(file, row)
         require_new(output)
 
 
@@ -118,5 +122,21 @@ def _csv_writer(file: Any, output: str) -> Write:
         values = [row[column] for column in columns]
         table.writerow(["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values])
         file.write(line.getvalue().encode("utf-8", "replace"))
+
+    return write
+
+
+def _array_writer(file: Any, count: int) -> Write:
+    """Writes the `embedding` of so many rows as one array in NumPy's format."""
+    begun: list[bool] = []
+
+    def write(place: str, row: dict[str, Any]) -> None:
+        del place
+        vector_D = row["embedding"]
+        if not begun:
+            begun.append(True)
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, len(vector_D))}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(vector_D.astype("<f4").tobytes())
 
     return write

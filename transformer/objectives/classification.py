@@ -21,6 +21,7 @@ from transformer.validation import require, require_range
 
 if TYPE_CHECKING:
     from transformer.config import Config
+    from transformer.model_config import ModelConfig
 
 
 @OBJECTIVES.register
@@ -106,6 +107,10 @@ class Classification(Objective):
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
         """End-of-text, then as much of the text as a row has room for."""
         return text_tokens(tokenizer, text, data)
+
+    def pooling_of(self, config: "ModelConfig") -> Any:
+        """The model's own."""
+        return config.pooling
 
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, top_k: int = 1

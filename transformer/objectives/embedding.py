@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from transformer.objectives.bases import read_whole, refuse_target, rows_of_text
 from transformer.tokenizer import encoder_ids
 from transformer.types import Array, PyTree, Reading, UserError
 from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.model_config import ModelConfig
 
 
 @OBJECTIVES.register
@@ -49,6 +52,10 @@ class Embedding(Objective):
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
         """As much of the text as a row has room for, between the ids that stand around it."""
         return text_tokens(tokenizer, text, data)
+
+    def pooling_of(self, config: "ModelConfig") -> Any:
+        """The model's own."""
+        return config.pooling
 
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int

@@ -76,6 +76,10 @@ class PrefixLM(ContinuesText):
             {"decoder": ids_T}, (ids_T[None],), options, predicts="next token", of="decoder", first=len(prefix_T) - 1
         )
 
+    def reads_texts(self, segment_ids_BT: Any) -> tuple[str, Mapping[str, Any]]:
+        """All of a text is a prefix."""
+        return "__call__", {"segment_ids_BT": segment_ids_BT, "prefix_BT": segment_ids_BT > 0}
+
     def show(self, batch: Batch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
         """Rows of text, and a mask in which prefixes are read in both directions."""
         prefix_BT = np.asarray(prefix_tokens(batch.weights, batch.segment_ids))

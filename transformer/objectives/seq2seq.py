@@ -39,6 +39,14 @@ class TranslatesText(TokenObjective):
     num_stacks = 2
     draws_nothing = "a translator takes the most likely token each time"
 
+    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+        """As much of the source as a row has room for, then end-of-text."""
+        return source_tokens(tokenizer, text, data)
+
+    def reads_texts(self, segment_ids_BT: Array) -> tuple[str, Mapping[str, Any]]:
+        """The encoder's."""
+        return "encode", {"segment_ids_BS": segment_ids_BT}
+
     def generate(
         self,
         run: Trained,
@@ -154,10 +162,6 @@ class Seq2Seq(TranslatesText):
         return translation_scores(
             [tokenizer.decode(target) for target in targets], [example.target for example in examples]
         )
-
-    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
-        """As much of the source as a row has room for, then end-of-text."""
-        return source_tokens(tokenizer, text, data)
 
     def predict(
         self,

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float
 
 from transformer.analysis.attention import TextAttention, read_attention
+from transformer.analysis.embeddings import text_embeddings
 from transformer.config import Config, DataConfig
 from transformer.config_io import IMPORT_FILE
 from transformer.data.datasets import Dataset, data_of, fingerprints
@@ -133,6 +135,52 @@ class Loaded:
                 "precision.",
             )
             yield Scored(text, tokens, scores)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str = "",
+        layer: int = 0,
+        normalize: bool = False,
+        batch_size: int = 0,
+    ) -> Float[np.ndarray, "N D"]:
+        """A vector of each text, pooled from the hidden states of a layer, float32.
+
+        Args:
+            texts: none of them blank. What is longer than the model reads is cut.
+            pooling: mean, first, last, max, or attention where the run has learned it; empty means the model's own, of models
+                without one the mean. Ids that stand around a text are pooled too.
+            layer: from 1 to the number of layers; 0 means the last, whose hidden states are those behind the final norm. Of a
+                translator, of its encoder.
+            normalize: scale each vector to the length one, as a sentence encoder with `objective.normalize` always does.
+            batch_size: texts that are computed together; 0 means as in training.
+
+        Raises:
+            UserError: a text is blank, or there is no such pooling or layer.
+
+        Example:
+            `load("all-MiniLM-L6-v2").embed(["a fine film", "a good movie"])`
+        """
+        found = self.embeddings(texts, pooling=pooling, layer=layer, normalize=normalize, batch_size=batch_size)
+        return (
+            np.stack([vector_D for vector_D, _ in found])
+            if texts
+            else np.zeros((0, self.config.model.embed_dim), np.float32)
+        )
+
+    def embeddings(
+        self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """`embed`, some texts after the others, each with the number of its tokens that were cut."""
+        self._require_ours("Embeddings")
+        require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
+        names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
+        for text, name in zip(texts, names, strict=True):
+            require(text.strip() != "", f"A text to embed must not be blank, {name} is; remove it.")
+        options["normalize"] |= getattr(self.config.objective, "normalize", False)
+        size = batch_size or self.config.data.batch_size
+        return text_embeddings(self._on_device(), texts, names, batch_size=size, **options)
 
     def predictions(
         self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
