@@ -90,8 +90,8 @@ class ScoreOptions(RowOptions):
 class EmbedOptions(RowOptions):
     """Make a vector of each text from a model's hidden states.
 
-    INPUT is as for predict. With -o FILE.npy, the vectors are one float32 array [texts, width] in the order of the rows; otherwise
-    each row gets a column `embedding`.
+    INPUT is as for predict. With -o FILE.npy, the vectors are one float32 array [texts, width] in the order of the rows.
+    Otherwise each row gets a column `embedding`.
     """
 
     output: str = short("-o", "")
