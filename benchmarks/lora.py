@@ -24,7 +24,7 @@ from transformer.config import AdapterConfig, Config, DataConfig, ParallelConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.optimizers.adamw import AdamW
 from transformer.runs.recipe import make_run
-from transformer.runs.saved import evaluate
+from transformer.runs.scoring import evaluate
 from transformer.runs.train import train
 from transformer.schedules.cosine import CosineSchedule
 from transformer.training.writers import read_jsonl

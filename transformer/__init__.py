@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformer.form import FORMS, Form, Shown
     from transformer.generation.beams import BeamConfig, Beams, beam_search
     from transformer.generation.generate import Generated, Generator, generate, stream
+    from transformer.generation.likelihood import Scored
     from transformer.generation.prompts import unpad
     from transformer.generation.sampling import SamplingConfig
     from transformer.generation.translate import translate
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from transformer.ops.patterns.strided import StridedPattern
     from transformer.ops.poolings.attention import AttentionPooling
     from transformer.ops.poolings.first import FirstPooling
+    from transformer.ops.poolings.last import LastPooling
     from transformer.ops.poolings.max import MaxPooling
     from transformer.ops.poolings.mean import MeanPooling
     from transformer.ops.positions.alibi import AlibiBias, AlibiPositions
@@ -99,6 +101,7 @@ _NAMES = {
     "form": "FORMS Form Shown",
     "generation.beams": "BeamConfig Beams beam_search",
     "generation.generate": "Generated Generator generate stream",
+    "generation.likelihood": "Scored",
     "generation.prompts": "unpad",
     "generation.sampling": "SamplingConfig",
     "generation.translate": "translate",
@@ -136,6 +139,7 @@ _NAMES = {
     "ops.poolings.attention": "AttentionPooling",
     "ops.poolings.first": "FirstPooling",
     "ops.poolings.max": "MaxPooling",
+    "ops.poolings.last": "LastPooling",
     "ops.poolings.mean": "MeanPooling",
     "ops.positions.alibi": "AlibiBias AlibiPositions",
     "ops.positions.inherit": "InheritPositions",

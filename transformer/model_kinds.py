@@ -254,6 +254,8 @@ class Pooling(Kind):
     """How a classifier makes one vector of a text."""
 
     family = POOLINGS
+    learned: ClassVar[bool] = False
+    """Whether it uses learned scores."""
 
     def __call__(self, x_BTD: Array, valid_BT: Array, scores: Callable[[], Array]) -> Array:
         """`pool` in float32, and zeros for a row without a valid token; the result has the type of the hidden states."""

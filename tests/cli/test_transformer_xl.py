@@ -15,7 +15,8 @@ from transformer.config_io import from_dict
 from transformer.generation.generate import generate
 from transformer.generation.sampling import SamplingConfig
 from transformer.runs.recipe import make_run
-from transformer.runs.saved import evaluate, load
+from transformer.runs.saved import load
+from transformer.runs.scoring import evaluate
 from transformer.training.checkpoint import Checkpointer
 from transformer.types import UserError
 

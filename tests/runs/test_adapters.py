@@ -21,7 +21,8 @@ from transformer.objectives.classification import Classification
 from transformer.optimizers.adamw import AdamW
 from transformer.parts import Parts, StandIn, Steps, resolve
 from transformer.runs.directory import BASE_FILE, read_run, stored_record
-from transformer.runs.saved import evaluate, load
+from transformer.runs.saved import load
+from transformer.runs.scoring import evaluate
 from transformer.runs.train import train
 from transformer.schedules.constant import ConstantSchedule
 from transformer.training.checkpoint import Checkpointer, read_description

@@ -23,7 +23,8 @@ from transformer.config import Config, DataConfig, TrainingConfig, UserPath
 from transformer.data.tokenizers.characters import Characters
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.optimizers.adamw import AdamW
-from transformer.runs.saved import evaluate, load
+from transformer.runs.saved import load
+from transformer.runs.scoring import evaluate
 from transformer.runs.train import train
 from transformer.schedules.cosine import CosineSchedule
 from transformer.training.manifest import write_manifest

@@ -21,7 +21,8 @@ from transformer.objectives.next_token import NextToken
 from transformer.optimizers.adamw import AdamW
 from transformer.runs.directory import Record
 from transformer.runs.given import Given, _same, describe
-from transformer.runs.saved import evaluate, load
+from transformer.runs.saved import load
+from transformer.runs.scoring import evaluate
 from transformer.runs.train import train
 from transformer.training.writers import read_jsonl
 from transformer.types import Batch, UserError

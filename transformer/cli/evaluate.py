@@ -4,7 +4,7 @@ import functools
 import json
 
 from transformer.cli.options import EvaluateOptions, Given
-from transformer.runs.saved import evaluate
+from transformer.runs.scoring import evaluate
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 

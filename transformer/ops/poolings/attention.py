@@ -16,6 +16,7 @@ class AttentionPooling(Pooling):
     """The mean of a text's hidden states, weighted by the softmax of learned scores."""
 
     kind = "attention"
+    learned = True
 
     def pool(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], scores: Callable[[], Array]

@@ -46,11 +46,10 @@ def text_embeddings(
     num_layers, limit = model.num_layers, model.max_length
     require(0 <= layer <= num_layers, f"layer must be from 1 to {num_layers}, or 0 for the last, got {layer}.")
     kind: Pooling = POOLINGS.find(pooling)() if pooling else objective.pooling_of(model)
-    learned = "pooling" in run.params
     require(
-        kind.kind != "attention" or learned,
-        "Pooling by attention needs the scores that a classifier with model.pooling=attention has learned, this run has none; "
-        "take mean, first, last or max.",
+        not kind.learned or "pooling" in run.params,
+        f"Pooling by {kind.kind} needs the scores that a classifier with model.pooling={kind.kind} has learned, this run has "
+        "none; take mean, first, last or max.",
     )
 
     def rows() -> Iterator[Row]:

@@ -1,0 +1,168 @@
+"""Scores of a run's model over a whole split."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from transformer.config import Config, DataConfig
+from transformer.config_io import IMPORT_FILE
+from transformer.data.datasets import Dataset, data_of, fingerprints
+from transformer.data.source import WHOLE
+from transformer.data.tokenizers import Tokenizer
+from transformer.data.trust import trusted
+from transformer.evaluation.compression import compressed_bits_per_byte
+from transformer.evaluation.confusion import class_scores
+from transformer.evaluation.scores import sum_statistics
+from transformer.memory import check_batch
+from transformer.objective import Objective
+from transformer.parts import Parts
+from transformer.runs.directory import Record, compare_data, read_run
+from transformer.runs.given import Given, as_dataset
+from transformer.runs.saved import load_record
+from transformer.training import out_of_memory
+from transformer.training.metrics import derive
+from transformer.training.step import EvaluateStep
+from transformer.types import PyTree
+from transformer.validation import require
+
+
+@out_of_memory.explained(what="Evaluating this run")
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | str = "latest",
+    base: str | os.PathLike[str] = "",
+    split: str | None = None,
+    source: Sequence[str] = (),
+    data_dir: str = "",
+    keys: Mapping[str, str] | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    memory_length: int | None = None,
+    model: nn.Module | None = None,
+    objective: Objective | None = None,
+    tokenizer: Tokenizer | None = None,
+    data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
+
+    Args:
+        workdir: of the run.
+        step: of the checkpoint: `latest`, `best` or a number, as for `load`.
+        base: of adapters, as for `load`.
+        split: train, validation, test or all (of them); without, validation, or all of a corpus that the run was not trained on.
+        source: corpora to score instead of the run's own.
+        data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
+        keys: `data.text_key` and the others that end in `_key`, instead of the run's, by name.
+        stride: `data.stride`, instead of the run's.
+        limit: `data.limit`, instead of the run's.
+        memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
+        model: that was given to `train`, if one was.
+        objective: and the tokenizer, likewise.
+        data: batches to score, as `train` takes them, instead of the run's data; all of them, unless a split is named.
+        report: called with a line for the user before the split is scored, once nothing is left to refuse.
+
+    Raises:
+        UserError: there is no run or split, the run names data that this user has not trained on, or a value means nothing.
+    """
+    given, base = Given(model, objective, tokenizer=tokenizer), os.fspath(base)
+    run, record = read_run(workdir, lambda found: (load_record(found, given, base=base), found), step)
+    changes = {"stride": stride, "limit": limit, **(keys or {})}
+    if data is None:
+        named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
+        config = _changed(run.config, named, changes, memory_length)
+        config, split, opened = _open(record, config, source, split, report)
+    else:
+        config = _changed(run.config, run.config.data, changes, memory_length)
+        split, opened = split or WHOLE, as_dataset(data, config)
+    names = list(source or (config.data.source if data is None else ("batches of your own",)))
+    require(
+        split in (*opened.split_names, WHOLE),
+        f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "
+        f"{split!r}.",
+    )
+    which = "all" if split == WHOLE else f"the {split} split"
+    begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
+    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names, own_batches=data is not None)
+    scores = _scores(parts, run.params, opened, split, begin)
+    return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
+
+
+def _open(
+    record: Record, config: Config, source: Sequence[str], split: str | None, report: Callable[[str], object]
+) -> tuple[Config, str, Dataset]:
+    """The data of a run, or the sources that are scored instead; and which split of them, if none is asked for."""
+    require(
+        bool(source) or IMPORT_FILE not in record.files,
+        f"{record.path.parent.parent} is an imported model, whose training data is not there; name what is to be scored with "
+        "--data.source.",
+    )
+    require(
+        bool(source) or "data" not in record.given,
+        f"{record.path.parent.parent} was trained on batches of its own, which are not in its directory; give evaluate(data=...) "
+        "batches in Python, or name what is to be scored with --data.source.",
+    )
+    if split is None:
+        split = "validation"
+        if source and not _trained_on(record, config):
+            # Only scored: nothing of it need be held out.
+            split, whole = WHOLE, dataclasses.replace(config.data, validation_fraction=0.0, test_fraction=0.0)
+            config = dataclasses.replace(config, data=whole)
+    check_batch(config)
+    data = data_of(config, record.class_names)
+    if source:
+        report(data.description)
+    else:
+        compare_data(record, data, remedy="Restore it, or name what is to be scored with --data.source.")
+    return config, split, data
+
+
+def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_length: int | None) -> Config:
+    """The config of a run with other data, and perhaps another memory."""
+    model = config.model
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if memory_length is not None:
+        model = dataclasses.replace(model, memory_length=memory_length)
+        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
+            changes = {**changes, "pack": True, "num_streams": 0}
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **changes))
+
+
+def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Callable[[], object]) -> dict[str, Any]:
+    """The scores of a split, and what they are of; `begin` is called when nothing is left to refuse."""
+    config: Config = parts.config
+    tokenizer: Any = parts.vocabulary
+    batches: Any = data.evaluation_batches(tokenizer, split)
+    carry = parts.loss.init_carry(config.data.batch_size)
+    checked = map(parts.check_batch, batches)
+    begin()
+    sums = sum_statistics(jax.jit(EvaluateStep(parts.loss)), params, checked, carry, split=split)
+    scores: dict[str, Any] = {
+        "scored": data.describe_scored(split, int(sums["weight"])),
+        "targets": int(sums["weight"]),
+        **{f"cut_{name}": count for name, count in data.count_cut(tokenizer, split)[0].items()},
+        **derive(sums),
+        **config.objective.generation_scores(parts.model, params, tokenizer, data, split, config),
+    }
+    # Of batches of one's own, and of ids without a vocabulary, the text is not known.
+    if sums.get("bytes", 0) > 0 and hasattr(batches, "texts"):
+        others = compressed_bits_per_byte(batches.texts())
+        scores |= {"bytes": int(sums["bytes"]), "compressed_bytes": int(others.pop("bytes"))}
+        scores |= {f"{name}_bits_per_byte": bits for name, bits in others.items()}
+    if "confusion" in sums:
+        per_class = dict(zip(parts.class_names, class_scores(sums["confusion"]), strict=True))
+        scores |= {"classes": list(parts.class_names), "per_class": per_class}
+        scores |= {"confusion": sums["confusion"].astype(int).tolist()}
+    return scores
+
+
+def _trained_on(record: Record, config: Config) -> bool:
+    """Whether a config names the corpora of a run, whatever they are called and wherever they lie."""
+    found = fingerprints(config.data, config.objective, record.class_names)
+    return found == [source.fingerprint for source in record.data]
