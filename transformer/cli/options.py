@@ -116,6 +116,8 @@ class PrepareOptions:
     """data.tokenizer_bytes of the training."""
     data_dir: str = DataConfig.data_dir
     """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+    beam_pipeline_options: str = ""
+    """Running text: prepare it on Apache Beam; its options, with commas between, as of `tfds build`: runner=DirectRunner,..."""
 
 
 def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:

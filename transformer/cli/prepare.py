@@ -6,6 +6,7 @@ from etils import epath
 
 from transformer.cli.options import Given, PrepareOptions
 from transformer.config import DataConfig
+from transformer.data.beam import on_beam
 from transformer.data.datasets import Reader
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.folder import open_folder
@@ -27,10 +28,12 @@ def main(options: PrepareOptions, given: Given) -> None:
     tokenizer = _of_folder(options.tokenizer) if options.tokenizer and not given_by_name else None
     files = {"train": options.files, "validation": options.validation, "test": options.test}
     form = FORMS.find(options.kind)()
-    described = form.prepare(Reader(DataConfig(**values)), options.name, files)
+    run = on_beam(options.beam_pipeline_options.split(",")) if options.beam_pipeline_options else None
+    described = form.prepare(Reader(DataConfig(**values), run=run), options.name, files)
     if options.tokenizer:
         stored = {"source": (options.name,), "validation": ()} if form.needs_name else {"source": options.files}
-        described += "\n" + form.open(Reader(DataConfig(**{**values, **stored}))).store_tokens(tokenizer)
+        reader = Reader(DataConfig(**{**values, **stored}), run=run)
+        described += "\n" + form.open(reader).store_tokens(tokenizer)
     print(printable(described, lines=True))
 
 

@@ -26,6 +26,7 @@ from transformer.data.pipeline import (
 )
 from transformer.data.registry import find_source, open_sources
 from transformer.data.source import WHOLE, ExampleSource, Source, split_text
+from transformer.data.tasks import Run
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokens import open_tokens, store_tokens
 from transformer.data.vocabulary import vocabulary_texts
@@ -141,12 +142,14 @@ class Reader:
     """Of the run that scores it, if one does."""
     continued: bool = False
     """Each row goes on where that of the batch before ended."""
+    run: Run | None = None
+    """Where the tasks run that prepare text and store its tokens; None is in this process and others of this machine."""
 
     def running_text(self) -> "TextData":
         """Each of `config.source` as running text, prepared now if it was not before."""
-        named, trained = held_out_part(self.config), open_sources(trained_part(self.config))
-        held_out = tuple(map(held_out_text, open_sources(named))) if named else ()
-        return TextData(self.config, self.objective, trained, held_out, self.continued)
+        named, trained = held_out_part(self.config), open_sources(trained_part(self.config), self.run)
+        held_out = tuple(map(held_out_text, open_sources(named, self.run))) if named else ()
+        return TextData(self.config, self.objective, trained, held_out, self.continued, run=self.run)
 
     def text_fingerprints(self) -> list[str]:
         """Those of `running_text`, without preparing it."""
@@ -193,6 +196,7 @@ class TextData:
     """What is named for validation (`data.validation`)."""
     continued: bool = False
     class_names: tuple[str, ...] = ()
+    run: Run | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -237,7 +241,7 @@ class TextData:
     def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
         """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
         tokenizer = tokenizer or self.make_tokenizer()
-        kept = all([store_tokens(source, tokenizer) for source in self.sources])
+        kept = all([store_tokens(source, tokenizer, self.run) for source in self.sources])
         return describe_stored(tokenizer, kept)
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:

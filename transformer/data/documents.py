@@ -56,6 +56,11 @@ def file_documents(root: epath.Path, files: list[epath.Path], separator: str) ->
         yield from (Document(part.removeprefix("\n"), "", f"{place}:{n}") for n, part in enumerate(others, 2))
 
 
+def with_text(documents: Iterator[Document]) -> Iterator[Document]:
+    """Those that are not blank."""
+    return (document for document in documents if document.text and not document.text.isspace())
+
+
 def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Document]], if_empty: str) -> Corpus:
     """A corpus of the documents that are not blank.
 
@@ -63,15 +68,12 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
         UserError: there are none; `if_empty` says what there is instead.
     """
 
-    def with_text() -> Iterator[Document]:
-        return (document for document in documents() if document.text and not document.text.isspace())
-
     content, sizes = ContentHash(), array.array("q")
-    for document in with_text():
+    for document in with_text(documents()):
         content.add(document.text, document.prompt)
         sizes.append(len(document.text.encode()))
     require(len(sizes) > 0, f"A source must hold text, {if_empty}.")
-    return Corpus(name, version, content.hexdigest(), np.array(sizes, np.int64), with_text)
+    return Corpus(name, version, content.hexdigest(), np.array(sizes, np.int64), lambda: with_text(documents()))
 
 
 def visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> list[epath.Path]:

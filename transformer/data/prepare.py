@@ -22,7 +22,7 @@ from transformer.data.encoded import pack_text
 from transformer.data.identity import ContentHash
 from transformer.data.progress import progress
 from transformer.data.seen import Stamp
-from transformer.data.shards import Shards, count_shards, holds, write_shard
+from transformer.data.shards import Shards, count_shards, holds, shard_of, write_shard
 from transformer.data.source import Record, Source, pieces
 from transformer.data.splits import SPLIT_RULE, SPLITS, divide, split_documents
 from transformer.data.stored import open_stored
@@ -44,18 +44,24 @@ def open_corpus(read: Callable[[], Corpus], title: tuple[str, str], config: Data
         config: how it is split.
         stamp: of its files; where they were read before, and a corpus of this content is prepared, they are not read again.
     """
-    known = stamp.known()
+    known = find_prepared(title, config, stamp.known())
     if known is not None:
-        corpus = Corpus(*title, known, np.zeros(0, np.int64), lambda: iter(()))
-        pointer, _ = _places(corpus, config)
-        if pointer.exists():
-            return _open(corpus, pointer, config)
+        return known
     corpus = read()
     stamp.note(corpus.fingerprint)
-    pointer, label = _places(corpus, config)
+    pointer = pointer_of(corpus, config)
     if not pointer.exists():
-        _prepare(corpus, label, pointer, config)
-    return _open(corpus, pointer, config)
+        _prepare(corpus, pointer, config)
+    return open_prepared(corpus, pointer, config)
+
+
+def find_prepared(title: tuple[str, str], config: DataConfig, fingerprint: str | None) -> Source | None:
+    """The corpus of a fingerprint, if that is known and the corpus prepared."""
+    if fingerprint is None:
+        return None
+    corpus = Corpus(*title, fingerprint, np.zeros(0, np.int64), lambda: iter(()))
+    pointer = pointer_of(corpus, config)
+    return open_prepared(corpus, pointer, config) if pointer.exists() else None
 
 
 def fingerprint_of(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> str:
@@ -67,16 +73,17 @@ def fingerprint_of(read: Callable[[], Corpus], title: tuple[str, str], config: D
     return corpus_fingerprint(Corpus(*title, known, np.zeros(0, np.int64), lambda: iter(())), config)
 
 
-def _places(corpus: Corpus, config: DataConfig) -> tuple[epath.Path, str]:
-    """The file that says what is prepared, and what TFDS calls it."""
+def pointer_of(corpus: Corpus, config: DataConfig) -> epath.Path:
+    """The file that says what is prepared."""
     label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower()[:80] or "text"
     identity = corpus_fingerprint(corpus, config)
     root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{identity[:16]}-{config.record_bytes}"
     # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies beside it.
-    return root / "prepared.json", label
+    return root / "prepared.json"
 
 
-def _open(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> Source:
+def open_prepared(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> Source:
+    """What a pointer names."""
     prepared = json.loads(pointer.read_text())
     with quiet():
         builder: Any = open_stored(pointer.parent / prepared["directory"])
@@ -104,18 +111,21 @@ def corpus_fingerprint(corpus: Corpus, config: DataConfig) -> str:
     return content.hexdigest()
 
 
-def _prepare(corpus: Corpus, label: str, pointer: epath.Path, config: DataConfig) -> None:
-    directory = pointer.parent / "text"
+def _prepare(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> None:
     parts = divide(corpus.sizes, config.validation_fraction, config.test_fraction)
-    writers = {split: _Writer(directory, split, int(parts[:, column].sum())) for column, split in enumerate(SPLITS)}
+    with preparing(pointer) as directory, progress(f"records of {corpus.name}", int(corpus.sizes.sum())) as advance:
+        writers = {split: _Writer(directory, split, int(parts[:, column].sum())) for column, split in enumerate(SPLITS)}
+        _write(corpus, parts, writers, config, advance)
+        finish(pointer, {split: (writer.sizes, writer.paths) for split, writer in writers.items()})
+
+
+@contextlib.contextmanager
+def preparing(pointer: epath.Path) -> Iterator[epath.Path]:
+    """The directory in which the shards are written that a pointer will name; what to keep of it where that fails."""
+    directory = pointer.parent / "text"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with progress(f"records of {corpus.name}", int(corpus.sizes.sum())) as advance:
-            _write(corpus, parts, writers, config, advance)
-        sizes = {split: writer.sizes for split, writer in writers.items() if writer.sizes["documents"] > 0}
-        with quiet():
-            describe(directory, "text_records", TEXT_FEATURES, {split: writers[split].paths for split in sizes})
-        write_whole(pointer, json.dumps({"directory": directory.name, "splits": sizes}, indent=2))
+        yield directory
     except (OSError, UserError) as error:
         # What is whole stays for the next attempt, unless the text has changed meanwhile.
         if isinstance(error, _Changed) or not any(directory.glob("*.array_record-*-of-?????")):
@@ -127,6 +137,21 @@ def _prepare(corpus: Corpus, label: str, pointer: epath.Path, config: DataConfig
                 f"Prepared text must be written below data.data_dir, {pointer.parent} failed: {error}."
             ) from error
         raise
+
+
+def finish(pointer: epath.Path, written: Mapping[str, tuple[dict[str, int], list[epath.Path]]]) -> None:
+    """Describe the shards, and write the pointer: from here on, the dataset is there.
+
+    Args:
+        pointer: which names it.
+        written: split -> how many documents and bytes it has, and its shards; a split without documents is left out.
+    """
+    there = {split: part for split, part in written.items() if part[0]["documents"] > 0}
+    with quiet():
+        paths = {split: paths for split, (_, paths) in there.items()}
+        describe(pointer.parent / "text", "text_records", TEXT_FEATURES, paths)
+    sizes = {split: size for split, (size, _) in there.items()}
+    write_whole(pointer, json.dumps({"directory": "text", "splits": sizes}, indent=2))
 
 
 class _Changed(UserError):
@@ -149,12 +174,15 @@ def _write(
         writers[split].add(document, config.record_bytes)
     if content.hexdigest() != corpus.fingerprint:
         raise _Changed(f"A source must stay as it is while it is prepared, {corpus.name} changed; start again.")
+    require_splits(corpus, {split: writer.sizes["documents"] for split, writer in writers.items()}, config)
+    for writer in writers.values():
+        writer.close()
+
+
+def require_splits(corpus: Corpus, documents: Mapping[str, int], config: DataConfig) -> None:
+    """Refuse a corpus that has no documents for a split that is asked for."""
     wanted = [1.0, config.validation_fraction, config.test_fraction]
-    missing = [
-        split
-        for split, share in zip(SPLITS, wanted, strict=True)
-        if share > 0 and not writers[split].sizes["documents"]
-    ]
+    missing = [split for split, share in zip(SPLITS, wanted, strict=True) if share > 0 and not documents[split]]
     require(
         not missing,
         f"A source must leave text for each split, {corpus.name} has {counted(int(corpus.sizes.sum()), 'byte')} in "
@@ -162,16 +190,19 @@ def _write(
         f"data.validation_fraction={config.validation_fraction} and data.test_fraction={config.test_fraction}: add text, or "
         "set them to 0.",
     )
-    for writer in writers.values():
-        writer.close()
+
+
+def shard_paths(directory: epath.Path, split: str, num_bytes: int) -> list[epath.Path]:
+    """Where the shards of a split of so many bytes lie."""
+    count = count_shards(num_bytes, _SHARD_BYTES)
+    return [shard_path(directory, "text_records", split, shard, count) for shard in range(count)]
 
 
 class _Writer:
     """The shards of a split, one after the other. One that is whole is compared and kept."""
 
     def __init__(self, directory: epath.Path, split: str, num_bytes: int) -> None:
-        count = count_shards(num_bytes, _SHARD_BYTES)
-        self.paths = [shard_path(directory, "text_records", split, shard, count) for shard in range(count)]
+        self.paths = shard_paths(directory, split, num_bytes)
         self.sizes = {"documents": 0, "bytes": 0}
         self._num_bytes, self._shard = num_bytes, 0
         self._records: list[bytes] = []
@@ -179,8 +210,7 @@ class _Writer:
     def add(self, document: Document, record_bytes: int) -> None:
         """Add the records of a document."""
         for record in pieces(document.text, document.prompt, record_bytes):
-            last = len(self.paths) - 1
-            while self._shard < min(self.sizes["bytes"] * len(self.paths) // max(1, self._num_bytes), last):
+            while self._shard < shard_of(self.sizes["bytes"], self._num_bytes, len(self.paths)):
                 self._flush()
             self._records.append(pack_text(record, document.name))
             self.sizes["bytes"] += len(record.text.encode()) + len(record.prompt.encode())

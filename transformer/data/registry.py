@@ -15,6 +15,7 @@ from transformer.data.sources.folders import Folder, StandardLibrary
 from transformer.data.sources.globs import Pattern
 from transformer.data.sources.tfds import TfdsDataset
 from transformer.data.sources.token_files import TokenFiles
+from transformer.data.tasks import Run
 from transformer.storage import expand
 from transformer.types import UserError
 
@@ -63,8 +64,10 @@ def find_source(name: str) -> SourceKind:
     return found
 
 
-def open_sources(config: DataConfig) -> tuple[Source, ...]:
-    """Each of `config.source` as running text, prepared now if it was not before."""
+def open_sources(config: DataConfig, run: Run | None = None) -> tuple[Source, ...]:
+    """Each of `config.source` as running text, prepared now if it was not before; by tasks that `run` runs, if it is given."""
+    if run is not None:
+        return tuple(find_source(name).open_text(name, config, run) for name in config.source)
     return tuple(open_source(source, config) for source in config.source)
 
 

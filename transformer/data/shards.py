@@ -4,15 +4,18 @@ import bisect
 import itertools
 import math
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from transformer.data.stored import readable
+from transformer.storage import is_local
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -68,6 +71,12 @@ def count_shards(num_bytes: int, shard_bytes: int) -> int:
     return max(1, min(math.ceil(num_bytes / shard_bytes), _MOST))
 
 
+def shard_of(position: Any, num_bytes: int, count: int) -> Any:
+    """The shard, of `count`, of a record that so many bytes of its split's `num_bytes` precede; of an array of them likewise."""
+    shard = position * count // max(1, num_bytes)
+    return min(shard, count - 1) if isinstance(shard, int) else np.minimum(shard, count - 1)
+
+
 def count_records(path: epath.PathLike) -> int:
     """How many records a file has."""
     with readable():
@@ -78,13 +87,14 @@ def count_records(path: epath.PathLike) -> int:
             reader.close()
 
 
-def holds(path: epath.PathLike, records: Sequence[bytes]) -> bool:
+def holds(path: epath.PathLike, records: Iterable[bytes]) -> bool:
     """Whether a file is there and has these records."""
     if not epath.Path(path).exists():
         return False
     try:
-        stored = Shards([path], [len(records)])
-        return all(stored[number] == record for number, record in enumerate(records))
+        stored = Shards([path], [count_records(path)])
+        found = map(stored.__getitem__, range(len(stored)))
+        return all(one == other for one, other in itertools.zip_longest(found, records))
     except UserError:
         return False
 
@@ -97,6 +107,11 @@ def write_shard(path: epath.PathLike, records: Iterable[bytes]) -> None:
         UserError: what was written does not come back.
     """
     path = epath.Path(path)
+    if not is_local(path):  # ArrayRecord reads files in a bucket, and writes none; an object appears whole
+        with tempfile.TemporaryDirectory() as folder:
+            write_shard(epath.Path(folder) / path.name, records)
+            (epath.Path(folder) / path.name).copy(path, overwrite=True)
+        return
     aside = path.parent / f"{path.name}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
     try:
         # The writer itself says nothing where there is no room or no permission.

@@ -15,6 +15,8 @@ from transformer.data.forms.labelled import LabelledText
 from transformer.data.prepare import data_directory, fingerprint_of, open_corpus
 from transformer.data.seen import Stamp, stamp
 from transformer.data.source import ExampleSource, Source
+from transformer.data.spread import open_in_tasks
+from transformer.data.tasks import Run
 from transformer.types import UserError
 from transformer.validation import require, shown
 
@@ -68,6 +70,16 @@ class SourceKind:
             document = _document(row, place, config)
             yield document._replace(name=f"{self.title(name)[0]}:{place.rpartition(' ')[2]}")
 
+    def parts(self, name: str) -> Sequence[Any]:
+        """Parts of running text that can be read on their own, in their order, each ready for JSON; by default one: all of it."""
+        del name
+        return ("all",)
+
+    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+        """The documents of one of `parts`."""
+        del part
+        return self.documents(name, config)
+
     def corpus(self, name: str, config: DataConfig) -> Corpus:
         """The running text of a name.
 
@@ -85,11 +97,12 @@ class SourceKind:
         """What is missing where there is no running text, for messages."""
         return f"{name} has no line with a non-empty {config.text_key!r}"
 
-    def open_text(self, name: str, config: DataConfig) -> Source:
-        """Running text, prepared now if it was not before."""
-        return open_corpus(
-            functools.partial(self.corpus, name, config), self.title(name), config, self._stamp(name, config)
-        )
+    def open_text(self, name: str, config: DataConfig, run: Run | None = None) -> Source:
+        """Running text, prepared now if it was not before; by tasks that `run` runs, if it is given."""
+        stamped = self._stamp(name, config)
+        if run is not None:
+            return open_in_tasks(self, name, config, stamped, run)
+        return open_corpus(functools.partial(self.corpus, name, config), self.title(name), config, stamped)
 
     def fingerprint(self, name: str, config: DataConfig) -> str:
         """That of `open_text`, without preparing it."""

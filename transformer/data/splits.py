@@ -26,15 +26,20 @@ def split_documents(corpus: Corpus, parts: Parts) -> Iterator[tuple[str, Documen
             raise UserError(
                 f"A source must stay as it is while it is prepared, the number of texts in {corpus.name} changed; start again."
             )
-        if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, where most of it belongs
-            yield SPLITS[of_document.argmax()], document
-            continue
-        for split, size, (start, stop) in zip(
-            SPLITS, of_document, _stretches(document.text, of_document.tolist()), strict=True
-        ):
-            if size > 0 and start < stop:
-                prompt = document.prompt if start == 0 else ""
-                yield split, document._replace(text=document.text[start:stop], prompt=prompt)
+        yield from split_document(document, of_document)
+
+
+def split_document(document: Document, of_document: Int[np.ndarray, " 3"]) -> Iterator[tuple[str, Document]]:
+    """A document with its split: whole, or each part that a row of `Parts` gives a split."""
+    if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, where most of it belongs
+        yield SPLITS[of_document.argmax()], document
+        return
+    for split, size, (start, stop) in zip(
+        SPLITS, of_document, _stretches(document.text, of_document.tolist()), strict=True
+    ):
+        if size > 0 and start < stop:
+            prompt = document.prompt if start == 0 else ""
+            yield split, document._replace(text=document.text[start:stop], prompt=prompt)
 
 
 def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_fraction: float) -> Parts:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -220,7 +219,7 @@ def _parts(encoded: Encoded) -> Iterator[Encoded]:
 JOB, TOKENIZER = "job.json", "tokenizer"
 
 
-def save_job(directory: pathlib.Path, job: Job, tokenizer: Tokenizer) -> None:
+def save_job(directory: epath.Path, job: Job, tokenizer: Tokenizer) -> None:
     """Write what a process needs."""
     tokenizer.save(directory / TOKENIZER)
     settings: Any = getattr(tokenizer, "settings", None) or TOKENIZERS.find(tokenizer.kind)()
@@ -228,13 +227,31 @@ def save_job(directory: pathlib.Path, job: Job, tokenizer: Tokenizer) -> None:
     (directory / JOB).write_text(json.dumps(content))
 
 
+@functools.lru_cache(2)
+def _load_job(directory: epath.Path) -> tuple[Job, Tokenizer]:
+    """What `save_job` wrote."""
+    content = json.loads((directory / JOB).read_text())
+    kind = TOKENIZERS.find(content["kind"])(**content["settings"])
+    return Job(**content["job"]), load_tokenizer(directory / TOKENIZER, kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteTokens:
+    """The task (`tasks.Run`) that writes a shard of the job in a folder that all machines reach."""
+
+    folder: str
+
+    def __call__(self, shard: int) -> None:
+        """Write it, unless it is there."""
+        job, tokenizer = _load_job(epath.Path(self.folder))
+        if not job.path(shard).exists():
+            write_tokens(job, tokenizer, shard, lambda done: None)
+
+
 def main() -> None:
     """Write the shards whose numbers come on standard input, a line each, and say on standard output what is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, and ends it
-    directory = pathlib.Path(sys.argv[1])
-    content = json.loads((directory / JOB).read_text())
-    job = Job(**content["job"])
-    tokenizer = load_tokenizer(directory / TOKENIZER, TOKENIZERS.find(content["kind"])(**content["settings"]))
+    job, tokenizer = _load_job(epath.Path(sys.argv[1]))
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin:
             try:

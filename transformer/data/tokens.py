@@ -27,10 +27,12 @@ from transformer.data.progress import progress
 from transformer.data.shards import Shards, count_shards
 from transformer.data.source import WHOLE, Record, Source, whole_documents
 from transformer.data.stored import INFO, open_stored
+from transformer.data.tasks import Run, remove, run_tasks
 from transformer.data.token_shards import (
     SIZES,
     Job,
     TextRecords,
+    WriteTokens,
     read_sizes,
     record_sizes,
     save_job,
@@ -81,11 +83,11 @@ def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: 
             yield from encode_records(tokenizer, [Record(text, prompt, continues=False, last=True)])
 
 
-def store_tokens(source: Source, tokenizer: Tokenizer) -> bool:
-    """Store what training and its evaluations read of a source; whether it is stored."""
+def store_tokens(source: Source, tokenizer: Tokenizer, run: Run | None = None) -> bool:
+    """Store what training and its evaluations read of a source, by tasks of `run` if it is given; whether it is stored."""
     kept = True
     for split in source.split_names if source.encoded is None else ():
-        stored = _stored(source, split, source.records(split), tokenizer, whole=split != "train")
+        stored = _stored(source, split, source.records(split), tokenizer, whole=split != "train", run=run)
         kept = kept and stored is not None
     return kept
 
@@ -157,14 +159,21 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str | None:
 
 
 def _stored(
-    source: Source, split: str, records: Sequence[Record], tokenizer: Tokenizer, *, whole: bool, store: bool = True
+    source: Source,
+    split: str,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    whole: bool,
+    store: bool = True,
+    run: Run | None = None,
 ) -> _Stored | None:
     """The tokens of a split; None where they cannot be kept: of text that is not stored, or where nothing can be written."""
     if source.tokens_in is None or not isinstance(records, TextRecords):
         return None
     name = f"{split}{'-documents' if whole else ''}"
     job = Job(records.shards.paths, records.shards.lengths, "", split, 0, whole, fields=records.fields, cut=records.cut)
-    found = stored_tokens(source.tokens_in, name, job, tokenizer, source.name, store=store)
+    found = stored_tokens(source.tokens_in, name, job, tokenizer, source.name, store=store, run=run)
     return found and _Stored(epath.Path(found.directory), found.shards, token_type(tokenizer.vocab_size))
 
 
@@ -176,7 +185,14 @@ class Found(NamedTuple):
 
 
 def stored_tokens(
-    folder: epath.Path, name: str, job: Job, tokenizer: Tokenizer, source: str, *, store: bool = True
+    folder: epath.Path,
+    name: str,
+    job: Job,
+    tokenizer: Tokenizer,
+    source: str,
+    *,
+    store: bool = True,
+    run: Run | None = None,
 ) -> Found | None:
     """Tokens in a folder, stored now if they were not before; None where they cannot be kept, or are not and need not be.
 
@@ -187,6 +203,7 @@ def stored_tokens(
         tokenizer: that makes them; nothing is stored for one of one's own.
         source: the name of the dataset, for the user.
         store: whether they are stored where they are not.
+        run: runs the tasks that store them; None: processes of this machine do.
     """
     identity = tokenizer_identity(tokenizer)
     if identity is None:
@@ -199,7 +216,7 @@ def stored_tokens(
             directory.mkdir(parents=True, exist_ok=True)
             records = Shards(job.texts, job.lengths)
             shards = max(1, min(count_shards(records.num_bytes, _SHARD_BYTES), len(records)))
-            _store(dataclasses.replace(job, directory=os.fspath(directory), num_shards=shards), tokenizer, source)
+            _store(dataclasses.replace(job, directory=os.fspath(directory), num_shards=shards), tokenizer, source, run)
         except OSError as error:
             if error.errno in READ_ONLY:
                 return None
@@ -209,7 +226,7 @@ def stored_tokens(
     return Found(directory, Shards(found.filepaths, found.shard_lengths))
 
 
-def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
+def _store(job: Job, tokenizer: Tokenizer, name: str, run: Run | None) -> None:
     """Write the shards that are missing, and then the description, without which there is no dataset."""
     # Processes of one run that share the folder begin at different places.
     first = random.randrange(job.num_shards)
@@ -217,7 +234,9 @@ def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
     processes = min(len(missing), _processors()) if is_local(job.directory) and sys.executable else 1
     total = Shards(job.texts, job.lengths).num_bytes * len(missing) // job.num_shards
     with progress(f"tokens of {name}, {job.split}", total) as advance:
-        if processes > 1:
+        if run is not None:
+            _in_tasks(run, f"tokens of {name}, {job.split}", job, tokenizer, missing)
+        elif processes > 1:
             _in_processes(job, tokenizer, missing, processes, advance)
         else:
             for shard in missing:
@@ -228,6 +247,17 @@ def _store(job: Job, tokenizer: Tokenizer, name: str) -> None:
         write_sizes(job, token_type(tokenizer.vocab_size))
     with quiet():
         describe(epath.Path(job.directory), "tokens", job.features(tokenizer), {job.split: paths})
+
+
+def _in_tasks(run: Run, what: str, job: Job, tokenizer: Tokenizer, shards: Sequence[int]) -> None:
+    """Write shards in tasks, to which the tokenizer is handed in a folder beside them."""
+    folder = epath.Path(job.directory) / "tasks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_job(folder, job, tokenizer)
+        run_tasks(run, what, WriteTokens(os.fspath(folder)), shards, folder)
+    finally:
+        remove(folder)
 
 
 def _processors() -> int:
@@ -242,7 +272,7 @@ def _in_processes(
     for shard in shards:
         waiting.put(shard)
     with tempfile.TemporaryDirectory() as folder:
-        save_job(pathlib.Path(folder), job, tokenizer)
+        save_job(epath.Path(folder), job, tokenizer)
         workers = [_Worker(folder, job, waiting, advance) for _ in range(count)]
         try:
             for worker in workers:

@@ -46,7 +46,7 @@ class RunningText(Form):
         "test_fraction",
         "record_bytes",
     )
-    prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes")
+    prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes", "beam_pipeline_options")
 
     def open(self, reader: Any) -> Any:
         """Documents, read in streams; local text is prepared now if it was not before."""

@@ -3,7 +3,8 @@
 import functools
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -13,6 +14,7 @@ from transformer.data.files import decode_text, read_file, refuse_dangling
 from transformer.data.forms.examples import label_text
 from transformer.data.forms.labelled import LabelledText
 from transformer.data.source_kind import SourceKind
+from transformer.data.tasks import by_size
 from transformer.storage import expand
 from transformer.validation import require
 
@@ -34,6 +36,14 @@ class Folder(SourceKind):
         """The files, or their parts between `data.separator`."""
         path = epath.Path(expand(name)).resolve()
         return file_documents(path, visible_files(path), config.separator)
+
+    def parts(self, name: str) -> Sequence[Any]:
+        """Files one after the other."""
+        return by_size(visible_files(epath.Path(expand(name)).resolve()))
+
+    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+        """Those of these files."""
+        return file_documents(epath.Path(expand(name)).resolve(), list(map(epath.Path, part)), config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
         """Files without text."""

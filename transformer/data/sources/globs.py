@@ -5,12 +5,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.documents import Document
 from transformer.data.source_kind import Rows, SourceKind
+from transformer.data.tasks import by_size
 from transformer.storage import expand, is_local
 from transformer.validation import require
 
@@ -40,6 +42,15 @@ class Pattern(SourceKind):
         """Those of the files, one after the other."""
         kind, files = self._found(name)
         return itertools.chain.from_iterable(kind.documents(file, config) for file in files)
+
+    def parts(self, name: str) -> Sequence[Any]:
+        """Files one after the other."""
+        return by_size(map(epath.Path, self._found(name)[1]))
+
+    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+        """Those of these files."""
+        kind = next(kind for kind in self._kinds if kind.accepts(part[0]))
+        return itertools.chain.from_iterable(kind.documents(file, config) for file in part)
 
     def files(self, name: str) -> list[epath.Path]:
         """Those that match."""

@@ -21,6 +21,7 @@ from transformer.data.shards import Shards
 from transformer.data.source import Converted, ExampleSource, Record, Source, pieces
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.stored import NAME, find_stored, in_order, open_stored, readable
+from transformer.data.tasks import Run
 from transformer.data.token_shards import TextRecords
 from transformer.types import UserError
 from transformer.validation import counted, require
@@ -46,8 +47,9 @@ class TfdsDataset(SourceKind):
         """It is prepared already."""
         return self.open_text(name, config).fingerprint
 
-    def open_text(self, name: str, config: DataConfig) -> Source:
-        """Its splits are its own."""
+    def open_text(self, name: str, config: DataConfig, run: Run | None = None) -> Source:
+        """Its splits are its own; nothing is to be prepared."""
+        del run
         builder = stored_builder(name, config)
         features = _features(name, builder, [config.text_key], ["text_key"])
         given = [features[key] for key in (config.text_key, config.prompt_key) if key in features]
