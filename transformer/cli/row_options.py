@@ -1,7 +1,7 @@
 """Options of the commands that read a file row by row: predict, score and embed."""
 
 import dataclasses
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from transformer.cli.fields import positional, short
 from transformer.cli.reading import Given, read
@@ -28,9 +28,6 @@ class RowOptions:
     """Field of the text; empty means the field that training read."""
     batch_size: int = 0
     """Texts that are computed together, those of similar length; 0 means as in training, a multiple of the devices."""
-
-
-Options = TypeVar("Options", bound=RowOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ def embed(arguments: list[str]) -> tuple[EmbedOptions, Given]:
     return _read(EmbedOptions(), arguments, "transformer embed", "npy", "jsonl", "csv")
 
 
-def _read(default: Options, arguments: list[str], command: str, *suffixes: str) -> tuple[Any, Given]:
+def _read(default: RowOptions, arguments: list[str], command: str, *suffixes: str) -> tuple[Any, Given]:
     options, given = read(default, arguments, command)
     suffixes = suffixes or ("jsonl", "csv")
     require(

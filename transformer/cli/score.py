@@ -144,7 +144,7 @@ def _optional(row: dict[str, Any], key: str, place: str, needed: bool) -> str:
 
 
 def _choices(row: dict[str, Any], keys: Sequence[str], place: str) -> list[str]:
-    choices: list[str] = []
+    choices: list[Any] = []
     for key in keys:
         value = field(row, key, place)
         choices += [value] if isinstance(value, str) else value if isinstance(value, list) else [None]

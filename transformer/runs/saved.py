@@ -73,7 +73,11 @@ class Loaded:
     def place(self, rows: np.ndarray) -> Any:
         """Rows of a batch, spread over the devices that the parameters are on; as they are where these do not divide them."""
         sharding = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
-        if not isinstance(sharding, NamedSharding) or len(rows) % num_row_shards(sharding.mesh) != 0:
+        if (
+            not isinstance(sharding, NamedSharding)
+            or not isinstance(sharding.mesh, Mesh)
+            or len(rows) % num_row_shards(sharding.mesh) != 0
+        ):
             return rows
         return jax.device_put(rows, batch_sharding(sharding.mesh))
 

@@ -101,7 +101,7 @@ class TfdsDataset(SourceKind):
             info = builder.info.splits[split]
             shards, roles = Shards(info.filepaths, info.shard_lengths), roles_of(form, keys)
             found = open_stored_tokens(form, shards, roles, folder, split, tokenizer, builder.info.full_name, store)
-            return found and (found, numbered)
+            return None if found is None else (found, numbered)
 
         def numbered(example: Any) -> Any:
             return example if labelled is None else form.with_class(example, number(example[labelled]))
