@@ -173,7 +173,8 @@ def a_line(command, base):
     """A short command line that a command takes."""
     config, run, text = str(base.config_file), str(base.place / "a"), str(base.place / "text-a")
     new = ["--workdir", str(base.place / "new")]
-    attempts = ([], [config], [config, "--topology", "v5e:2x2"], [run], [run, text], [text], [text, *new])
+    page = ["--text", "a", "--output", str(base.place / "page.html")]
+    attempts = ([], [config], [config, "--topology", "v5e:2x2"], [run], [run, text], [text], [text, *new], [run, *page])
     for arguments in attempts:
         with contextlib.suppress(UserError):
             parsed(command, arguments)

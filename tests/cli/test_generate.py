@@ -256,7 +256,7 @@ def test_predictions_of_beams_have_scores(runs, kind):
 @pytest.mark.parametrize("kind", ["next_token", "seq2seq"])
 def test_predict_takes_beams(runs, kind, tmp_path, monkeypatch, capsys):
     run, texts = runs(kind, "bytes"), ["the cat", "a"]
-    monkeypatch.setattr("transformer.cli.predict.load", lambda *args, **kwargs: run)
+    monkeypatch.setattr("transformer.cli.rows.load", lambda *args, **kwargs: run)
     (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
     arguments = ["predict", "runs/x", str(tmp_path / "texts.txt"), "--max-new-tokens", "2"]
     main([*arguments, "--beams", "3", "--num-best", "2", "--length-penalty", "0.5"])

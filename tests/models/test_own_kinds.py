@@ -59,7 +59,7 @@ class Neighbours(Pattern):
 class LastPooling(Pooling):
     """The last valid vector."""
 
-    kind = "last"
+    kind = "final"
 
     def pool(self, x_BTD, valid_BT, scores):
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
@@ -118,7 +118,7 @@ def test_configs_and_flags_have_them():
     assert "--model.positions.hours" in flags(made)
     chosen = override(
         Config(objective=Classification()),
-        {"model.positions.kind": "clock", "model.positions.hours": 5, "model.pooling.kind": "last"},
+        {"model.positions.kind": "clock", "model.positions.hours": 5, "model.pooling.kind": "final"},
     )
     assert chosen.model.positions == Clock(hours=5)
     with pytest.raises(UserError, match=r"hours is a setting of clock, model\.positions\.kind is rotary"):

@@ -33,6 +33,7 @@ def test_equals_the_definition_on_the_valid_part(arrays, kind):
             "mean": part.mean(axis=0),
             "max": part.max(axis=0),
             "first": part[0],
+            "last": part[-1],
             "attention": (weights / weights.sum()) @ part,
         }[kind]
         np.testing.assert_allclose(pooled[row], expected, rtol=1e-5)

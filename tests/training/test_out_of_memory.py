@@ -13,7 +13,7 @@ from transformer.cli.main import main
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
-from transformer.runs import saved
+from transformer.runs import saved, scoring
 from transformer.runs import train as runs_train
 from transformer.training import out_of_memory
 from transformer.training.out_of_memory import Needs, OutOfMemory, activation_bytes, explained, output_bytes
@@ -96,9 +96,10 @@ def test_a_saved_run_that_does_not_fit(name, monkeypatch, tmp_path):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(saved, "read_run", fail)
+    for module in (saved, scoring):
+        monkeypatch.setattr(module, "read_run", fail)
     with pytest.raises(OutOfMemory, match="this run needs more memory than there is"):
-        getattr(saved, name)(tmp_path)
+        getattr({"load": saved, "evaluate": scoring}[name], name)(tmp_path)
 
 
 def test_a_generation_that_does_not_fit(monkeypatch, tmp_path, capsys):
