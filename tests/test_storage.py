@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pathlib
 import stat
 
 import pytest
 
-from transformer.storage import _CAUSES, ASIDE, expand, explain, explained, write_whole
+import transformer
+from transformer.storage import _CAUSES, ASIDE, expand, explain, explained, resolved, write_whole
+from transformer.training.folders import absolute
 from transformer.types import UserError
 
 
@@ -17,6 +20,16 @@ from transformer.types import UserError
 def test_home_is_expanded_where_a_shell_would(path, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/u")
     assert expand(path) == expected
+
+
+def test_an_address_in_a_bucket_is_no_path_below_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for make in (resolved, absolute):
+        assert os.fspath(make("gs://bucket/run")) == "gs://bucket/run"
+        assert os.fspath(make("a/../b")) == str(tmp_path / "b")
+    package = pathlib.Path(transformer.__file__).parent
+    others = [path for path in package.rglob("*.py") if ".resolve()" in path.read_text() and path.name != "storage.py"]
+    assert others == []  # epath's own takes an address for a relative path
 
 
 @pytest.mark.parametrize("path", ["", " ", "\t\n"])

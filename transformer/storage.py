@@ -63,6 +63,15 @@ def expand(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(name)
 
 
+def resolved(path: epath.PathLike) -> epath.Path:
+    """A path that a user gave, absolute and without links; an address in a bucket as it is.
+
+    (`epath`'s own `resolve` takes an address for a relative path.)
+    """
+    path = expand(path)
+    return epath.Path(path).resolve() if is_local(path) else epath.Path(path)
+
+
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is of this machine's file system (network mounts included), not of a bucket."""
     return "://" not in os.fspath(path)

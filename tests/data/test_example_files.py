@@ -6,11 +6,13 @@ import json
 import lzma
 
 import pytest
+from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.forms.labelled import LabelledText, LabelledTexts
 from transformer.data.forms.pairs import Pairs, TextPair
 from transformer.data.registry import find_source
+from transformer.data.tables import table_rows
 from transformer.types import UserError
 
 
@@ -43,6 +45,14 @@ def test_json_lines(tmp_path, compress):
     path = tmp_path / ("a.jsonl" if compress is bytes else "a.jsonl.gz")
     path.write_bytes(compress(f"{lines}\n\n".encode()))
     assert list(read_labelled([str(path)])) == EXAMPLES
+
+
+def test_a_table_is_read_row_by_row(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\n"one\r\nline",x\rtwo,y\nthr\xff,z\n')
+    rows = table_rows(epath.Path(tmp_path / "a.csv"), ",", ("text", "label"))
+    assert [row["text"] for _, row in (next(rows), next(rows))] == ["one\r\nline", "two"]
+    with pytest.raises(UserError, match=r"a\.csv, line 4 is not \(byte 3: 0xff\)"):
+        next(rows)
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])

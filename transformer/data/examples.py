@@ -112,7 +112,7 @@ def _in_memory(form: ExampleForm, read: Read, config: DataConfig, name: str, kno
     examples = list(read(notes))
     require(len(examples) > 0, f"A source must hold examples, {name} has none.")
     class_names = known(
-        examples[0], sorted({form.label(example) for example in examples}) if form.class_part is not None else ()
+        examples[0], sorted({str(form.label(example)) for example in examples}) if form.class_part is not None else ()
     )
     content = ContentHash()
     content.add(form.kind, *class_names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer.data.files import decode_text, file_lines, read_file
+from transformer.data.files import decode_text, file_lines
 from transformer.types import UserError
 from transformer.validation import require
 
@@ -31,8 +31,7 @@ def table_rows(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Itera
     rows: csv.DictReader[str] | None = None
     first = 1  # the line in which a row begins
     try:
-        text = decode_text(read_file(path), str(path))
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
         header = list(rows.fieldnames or ())
         _check_header(header, path, delimiter, keys)
         first = rows.line_num + 1
@@ -52,6 +51,12 @@ def table_rows(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Itera
         ) from None
     finally:
         csv.field_size_limit(before)
+
+
+def _lines(path: epath.Path) -> Iterator[str]:
+    """The lines of a table one after the other, whatever ends them; only one is in memory."""
+    for number, line in file_lines(path):
+        yield from io.StringIO(decode_text(line, f"{path}, line {number}"), newline="")
 
 
 def _check_header(header: list[str], path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from transformer.storage import expand, is_local, sync_directory, write_whole
+from transformer.storage import is_local, resolved, sync_directory, write_whole
 from transformer.training import manifest
 from transformer.types import UserError
 from transformer.validation import require
@@ -21,7 +21,7 @@ Report = Callable[[str], object]
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
-    return epath.Path(expand(directory)).resolve()
+    return resolved(directory)
 
 
 def require_plain(directory: epath.PathLike) -> None:

@@ -11,7 +11,7 @@ from etils import epath
 from transformer.data.files import is_there, kind_of, refuse_dangling
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.sources.files import File
-from transformer.storage import expand, understood
+from transformer.storage import expand, resolved, understood
 from transformer.types import UserError
 from transformer.validation import require, require_installed, shown
 
@@ -42,7 +42,7 @@ class SavedDataset(SourceKind):
 
     def title(self, name: str) -> tuple[str, str]:
         """The folder's name."""
-        return epath.Path(expand(name)).resolve().name, "1.0.0"
+        return resolved(name).name, "1.0.0"
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """Those of its files, one after the other."""

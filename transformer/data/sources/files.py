@@ -9,7 +9,7 @@ from transformer.data.documents import Document, file_documents
 from transformer.data.files import is_there, json_objects, kind_of
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.tables import table_rows, text_lines
-from transformer.storage import expand
+from transformer.storage import expand, resolved
 from transformer.validation import require
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -65,14 +65,14 @@ class TextFile(File):
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
         """The file, or its parts between `data.separator`."""
-        path = epath.Path(expand(name)).resolve()
+        path = resolved(name)
         _refuse_json(name)
         return file_documents(path.parent, [path], config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
         """A file of white space."""
         del config
-        return f"{epath.Path(expand(name)).resolve()} has 1 files and no text in them"
+        return f"{resolved(name)} has 1 files and no text in them"
 
 
 def _refuse_json(name: str) -> None:

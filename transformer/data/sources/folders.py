@@ -15,7 +15,7 @@ from transformer.data.forms.examples import label_text
 from transformer.data.forms.labelled import LabelledText
 from transformer.data.source_kind import SourceKind
 from transformer.data.tasks import by_size
-from transformer.storage import expand
+from transformer.storage import expand, resolved
 from transformer.validation import require
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -30,25 +30,25 @@ class Folder(SourceKind):
 
     def title(self, name: str) -> tuple[str, str]:
         """The folder's name."""
-        return epath.Path(expand(name)).resolve().name, "1.0.0"
+        return resolved(name).name, "1.0.0"
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
         """The files, or their parts between `data.separator`."""
-        path = epath.Path(expand(name)).resolve()
+        path = resolved(name)
         return file_documents(path, visible_files(path), config.separator)
 
     def parts(self, name: str) -> Sequence[Any]:
         """Files one after the other."""
-        return by_size(visible_files(epath.Path(expand(name)).resolve()))
+        return by_size(visible_files(resolved(name)))
 
     def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
         """Those of these files."""
-        return file_documents(epath.Path(expand(name)).resolve(), list(map(epath.Path, part)), config.separator)
+        return file_documents(resolved(name), list(map(epath.Path, part)), config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
         """Files without text."""
         del config
-        path = epath.Path(expand(name)).resolve()
+        path = resolved(name)
         return f"{path} has {len(visible_files(path))} files and no text in them"
 
     def class_folders(self, name: str) -> Iterator[tuple[str, LabelledText]]:

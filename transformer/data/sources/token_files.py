@@ -16,7 +16,7 @@ from transformer.data.source import Source
 from transformer.data.source_kind import SourceKind
 from transformer.data.sources.globs import is_pattern, matching
 from transformer.data.token_stream import Part, TokenStream
-from transformer.storage import expand
+from transformer.storage import expand, resolved
 from transformer.types import UserError
 from transformer.validation import counted, require
 
@@ -38,7 +38,7 @@ class TokenFiles(SourceKind):
     def title(self, name: str) -> tuple[str, str]:
         """The name of the file or folder."""
         path = epath.Path(expand(name))
-        return (path.name if is_pattern(name) else path.resolve().name), "1.0.0"
+        return (path.name if is_pattern(name) else resolved(name).name), "1.0.0"
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Any]:
         """Nothing but an error: there is no text."""
