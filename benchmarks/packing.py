@@ -2,12 +2,12 @@
 
     python benchmarks/packing.py [--tokens 8_000_000] [--seconds 5]
 
-The same arrays of token ids, in memory and in a shuffled order, become rows of 1,024 (documents of about 100 tokens) or 2,048 tokens
-(log-normal lengths around 1,000, some of them much longer).
+The same arrays of token ids, in memory and in a shuffled order, become rows of 1,024 (documents of about 100 tokens) or 2,048
+tokens (log-normal lengths around 1,000, some of them much longer).
 
     fill               share of positions with a token of a document
     pieces_a_document  mean number of rows that hold a part of a document
-    tokens_a_core      tokens of documents a second of processor time, in batches of 16 rows, with the state taken every ten batches
+    tokens_a_core      tokens of documents a second of processor time; 16 rows a batch, the state every ten batches
 
 Documents longer than a row are cut into rows before Grain's first and best fit, which refuse them.
 """
