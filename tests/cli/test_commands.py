@@ -269,11 +269,34 @@ def test_generate_repeats_by_seed(workdir, capsys):
     assert generate("--temperature", "0") == generate("--top-k", "1", "--temperature", "3")
 
 
+def test_generate_goes_on_past_the_length(workdir, capsys):
+    """Of 32 tokens, those of a prompt with the one before it included; and says what it reads."""
+    options = ("--seed", "1", "--max-new-tokens")
+    main(["generate", str(workdir), "--prompt", "to be", *options, "26"])
+    within = capsys.readouterr()
+    assert within.err == ""
+    main(["generate", str(workdir), "--prompt", "to be", *options, "70"])
+    beyond = capsys.readouterr()
+    assert beyond.out.startswith(within.out.removesuffix("\n")) and len(beyond.out.encode()) > 60
+    assert beyond.err == (
+        "note: the model reads 32 tokens, and the text is longer. Each time they are full, it goes on from the last 16 alone. "
+        "Nothing before them has an effect: names, facts and the topic may change.\n"
+    )
+    main(["generate", str(workdir), "--prompt", "to be or not to be, " * 4, *options, "9"])
+    long = capsys.readouterr()
+    assert long.out.startswith("to be or not to be, " * 4)
+    assert "the last 17 of the prompt's 81 tokens are read" in long.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "{run}", "--prompt", "x" * 40], "leaves room for 0"),
-        (["generate", "{run}", "--prompt", "", "--max-new-tokens", "32"], "leaves room for 31"),
+        (["generate", "{run}", "--prompt", "x" * 40], "say how many tokens to add (--max-new-tokens)"),
+        (
+            ["generate", "{run}", "--prompt", "x", "--beams", "2", "--max-new-tokens", "32"],
+            "leaves room for 30 of the model's 32, --max-new-tokens is 32; shorten the prompt or ask for fewer",
+        ),
         (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "--top-p must be above 0"),
         (["generate", "{place}", "--prompt", "x"], "must have a checkpoint, there is none in"),
         (["evaluate", "{place}/nowhere"], "must have a checkpoint, there is none in"),

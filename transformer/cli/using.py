@@ -29,7 +29,8 @@ class GenerateOptions:
     system: str | None = None
     """With --chat: the system's message before it."""
     max_new_tokens: int = 0
-    """Tokens to add at most; 0 means as many as the model's length has room for."""
+    """Tokens to add at most; 0 means as many as the model's length has room for. A language model goes on past that length and
+    then reads the latest tokens alone."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token each time, as a translator always does."""
     top_k: int = 0

@@ -13,7 +13,8 @@ from transformer.generation.loop import Draw, State, append, extend
 from transformer.generation.prepare import loop_model, prepare
 from transformer.generation.prompts import end_ids
 from transformer.generation.sampling import SamplingConfig, check_drawable, check_drawn
-from transformer.layers.cache import cache_overflow, check_capacity
+from transformer.generation.window import check_window, num_dropped, windows
+from transformer.layers.cache import cache_overflow, check_capacity, replace_rows
 from transformer.memory import check_cache
 from transformer.models.decoder import Decoder
 from transformer.ops.ids import token_rows
@@ -37,6 +38,15 @@ class Generated(NamedTuple):
 class Generator:
     """A model and its parameters, made ready for decoding; for many calls, where `generate` would do so in each.
 
+    Args:
+        model: a decoder.
+        params: its parameters.
+        place: puts rows of prompts on devices.
+        keep_first: None refuses a row that is longer than the model's max_length. A number lets it go on in a rolling window:
+            the model reads these first tokens of a row and the latest ones. Whenever max_length tokens are read, the earlier
+            half is dropped, and the later half is read again, at positions from 0. Logits are those of the model applied to
+            the window.
+
     Example:
         >>> from transformer.model_config import ModelConfig
         >>> from transformer.models.init import init_params
@@ -49,8 +59,15 @@ class Generator:
         5
     """
 
-    def __init__(self, model: Decoder, params: PyTree, place: Callable[[np.ndarray], Any] = lambda rows: rows) -> None:
-        self._place = place
+    def __init__(
+        self,
+        model: Decoder,
+        params: PyTree,
+        place: Callable[[np.ndarray], Any] = lambda rows: rows,
+        *,
+        keep_first: int | None = None,
+    ) -> None:
+        self._place, self._keep_first = place, keep_first
         self._model, params = loop_model(model, params)
         self._params = jax.tree.map(jnp.asarray, params)
         self._prepared: dict[int, PyTree] = {}
@@ -124,31 +141,61 @@ class Generator:
         ends_E = end_ids(end_of_text, vocab_size)
         check_drawable(drawable, vocab_size)
         longest = max(len(row) for row in rows)
-        limit = self._model.config.max_length or longest + max_new_tokens + _CAPACITY_UNIT
-        check_capacity(limit, longest, max_new_tokens)
-        capacity = min(-(-(longest + max_new_tokens) // _CAPACITY_UNIT) * _CAPACITY_UNIT, limit)
+        limit, capacity, width = self._sizes(longest, max_new_tokens)
         check_cache(self._model.config, len(rows), capacity)
-        num_padded = min(max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length()), capacity)
-        tokens_BT = np.zeros((len(rows), num_padded), np.int32)
-        for index, row in enumerate(rows):
-            tokens_BT[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
+        dropped_B = num_dropped(lengths_B, limit)
+        num_read = int(np.max(lengths_B - dropped_B))
+        num_padded = min(max(_SHORTEST_PROMPT, 1 << (num_read - 1).bit_length()), capacity)
+        tokens_BP = np.zeros((len(rows), width), np.int32)
+        for index, row in enumerate(rows):
+            tokens_BP[index, : len(row)] = row
         numbers_B = np.array(range(len(rows)) if row_numbers is None else row_numbers, np.int32)
         draw = Draw(jax.random.key(seed), numbers_B, ends_E, drawable)
-        tokens_BT = self._place(tokens_BT)
-        state = _prefill(self._model, self._params, tokens_BT, lengths_B, draw, capacity=capacity, sampling=sampling)
+        window = (self._place(tokens_BP), lengths_B, dropped_B)
+        sizes = {"keep_first": self._keep_first or 0, "length": num_padded, "capacity": capacity}
+        state = _prefill(self._model, self._params, *window, draw, sampling=sampling, **sizes)
         return state, draw
+
+    def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
+        """Tokens that the model reads (0: no limit), slots of the cache, and room for tokens in a row."""
+        limit, needed = self._model.config.max_length, longest + max_new_tokens
+        width = -(-needed // _CAPACITY_UNIT) * _CAPACITY_UNIT
+        if limit == 0:
+            return 0, width, width
+        if self._keep_first is None:
+            check_capacity(limit, longest, max_new_tokens)
+        elif needed > limit:
+            check_window(limit, self._keep_first)
+        capacity = min(width, limit)
+        return limit, capacity, capacity if needed <= limit else width
 
     def _extend(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> State:
         """Rows with `num_new` new tokens, fewer if all have ended."""
-        batch_size = len(state.tokens_BP)
+        batch_size, limit = len(state.tokens_BP), self._model.config.max_length
         if batch_size not in self._prepared:
             self._prepared = {batch_size: prepare(self._model, self._params, batch_size)}
         params = self._prepared[batch_size]
-        state, overflow = _decode(self._model, params, state, np.int32(num_new), draw, sampling=sampling)
-        if overflow:
-            raise RuntimeError("The cache must hold every token, but some were dropped; what was generated is wrong.")
+        while int(state.num_new) < num_new and not np.all(state.ended_B):
+            read_B = np.asarray(state.lengths_B) - 1  # the latest token is read with the next step
+            room_B = limit - (read_B - num_dropped(read_B, limit))
+            if limit and not room_B.all():
+                state = self._roll(state, room_B == 0)
+                room_B[room_B == 0] = limit - limit // 2
+            end = min(num_new, int(state.num_new) + int(room_B.min())) if limit else num_new
+            state, overflow = _decode(self._model, params, state, np.int32(end), draw, sampling=sampling)
+            if overflow:
+                raise RuntimeError(
+                    "The cache must hold every token, but some were dropped; what was generated is wrong."
+                )
         return state
+
+    def _roll(self, state: State, full_B: np.ndarray) -> State:
+        """Drop the earlier half of the windows that are full, and read the later half again."""
+        limit = self._model.config.max_length
+        dropped_B = num_dropped(np.asarray(state.lengths_B), limit)
+        sizes = {"keep_first": self._keep_first or 0, "length": limit // 2, "capacity": limit}
+        return _roll(self._model, self._params, state, full_B, dropped_B, **sizes)
 
 
 def generate(
@@ -161,6 +208,7 @@ def generate(
     seed: int = 0,
     end_of_text: int | Sequence[int] = -1,
     drawable: np.ndarray | None = None,
+    keep_first: int | None = None,
 ) -> Generated:
     """Continue each prompt.
 
@@ -168,17 +216,19 @@ def generate(
         model: a decoder.
         params: its parameters.
         prompts: tokens of each row, which may differ in number; at least one a row. `unpad` takes the padding from a batch.
-        max_new_tokens: how many to add; with the longest prompt at most the model's max_length, if it has one.
+        max_new_tokens: how many to add; with the longest prompt at most the model's max_length, if it has one, unless there is a
+            `keep_first`.
         sampling: how tokens are drawn.
         seed: a row's draws depend on it, on the row's place among the prompts and on the token's position, on nothing
             else: not on the other rows, and not on how many tokens were asked for.
         end_of_text: the token at which a row ends, or several; -1 if none does.
         drawable: which tokens may be drawn, bool [V]; None for all. A table may have rows that are no token's.
+        keep_first: as for a `Generator`.
 
     Raises:
         ValueError: if a prompt is empty, holds a token outside the vocabulary, or is too long; or if a row's logits are NaN.
     """
-    return Generator(model, params).generate(
+    return Generator(model, params, keep_first=keep_first).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
     )
 
@@ -193,39 +243,68 @@ def stream(
     seed: int = 0,
     end_of_text: int | Sequence[int] = -1,
     drawable: np.ndarray | None = None,
+    keep_first: int | None = None,
 ) -> Iterator[int]:
     """The tokens of `generate(model, params, [prompt], ...)`, as they come; end-of-text is not among them."""
-    return Generator(model, params).stream(
+    return Generator(model, params, keep_first=keep_first).stream(
         prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity", "sampling"))
+@functools.partial(jax.jit, static_argnames=("model", "keep_first", "length", "capacity", "sampling"))
 def _prefill(
     model: Decoder,
     params: PyTree,
-    tokens_BT: Int[Array, "B T"],
+    tokens_BP: Int[Array, "B P"],
     lengths_B: Int[Array, " B"],
+    dropped_B: Int[Array, " B"],
     draw: Draw,
     *,
+    keep_first: int,
+    length: int,
     capacity: int,
     sampling: SamplingConfig,
 ) -> State:
-    """Read right-padded prompts, which are the prefix of a prefix-LM, and draw the first token of each row."""
+    """Read the windows of right-padded prompts, and draw the first token of each row."""
+    tokens_BT = windows(tokens_BP, dropped_B, keep_first=keep_first, length=length)
+    num_read_B = lengths_B - dropped_B
+    logits_BTV, cache = _read(model, params, tokens_BT, num_read_B, capacity)
+    logits_BV = jnp.take_along_axis(logits_BTV, num_read_B[:, None, None] - 1, axis=1)[:, 0]
+    state = State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((len(tokens_BP),), bool), cache)
+    return append(state, logits_BV, draw, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "keep_first", "length", "capacity"), donate_argnames="state")
+def _roll(
+    model: Decoder,
+    params: PyTree,
+    state: State,
+    full_B: Bool[Array, " B"],
+    dropped_B: Int[Array, " B"],
+    *,
+    keep_first: int,
+    length: int,
+    capacity: int,
+) -> State:
+    """Rows that are full with the cache of their next window, which ends before the latest token."""
+    tokens_BT = windows(state.tokens_BP, dropped_B, keep_first=keep_first, length=length)
+    _, cache = _read(model, params, tokens_BT, jnp.full_like(dropped_B, length), capacity)
+    return state._replace(cache=replace_rows(state.cache, full_B, cache))
+
+
+def _read(
+    model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], capacity: int
+) -> Any:
+    """Logits [B, T, V] and the cache of right-padded rows, which are the prefix of a prefix-LM."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
-    outputs: Any = model.apply(
+    return model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
         prefix_BT=valid_BT if model.bidirectional_prefix else None,
         cache=model.init_cache(B, capacity),
     )
-    logits_BTV, cache = outputs
-    logits_BV = jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    tokens_BP = jnp.pad(tokens_BT, ((0, 0), (0, capacity - T)))
-    state = State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((B,), bool), cache)
-    return append(state, logits_BV, draw, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")

@@ -54,6 +54,16 @@ class Cache:
         del rows_R
         return self
 
+    def replace_rows(self, chosen_B: Bool[Array, " B"], other: Any) -> "Cache":
+        """The cache with another one's rows where these are chosen."""
+        del chosen_B, other
+        return self
+
+    def shortened(self, lengths_B: Int[Array, " B"]) -> "Cache":
+        """The cache with the first tokens of each row alone; slots behind them are written anew."""
+        del lengths_B
+        return self
+
 
 NO_CACHE = Cache()
 
@@ -109,6 +119,26 @@ class KVCache(Cache):
         """Keys, values and lengths of these rows."""
         key, value = (jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BGPK, self.value_BGPK))
         return KVCache(key, value, jnp.take(self.lengths_B, rows_R, axis=self.lengths_B.ndim - 1), self.overflow)
+
+    def replace_rows(self, chosen_B: Bool[Array, " B"], other: Any) -> Cache:
+        """Keys, values and lengths."""
+
+        def choose(new: Array, old: Array, axis: int) -> Array:
+            shape = [1] * old.ndim
+            shape[axis] = len(chosen_B)
+            return jnp.where(chosen_B.reshape(shape), new, old)
+
+        key, value = (
+            choose(new, old, old.ndim - 4)
+            for new, old in zip((other.key_BGPK, other.value_BGPK), (self.key_BGPK, self.value_BGPK), strict=True)
+        )
+        lengths_B = choose(other.lengths_B, self.lengths_B, self.lengths_B.ndim - 1)
+        return KVCache(key, value, lengths_B, self.overflow | other.overflow)
+
+    def shortened(self, lengths_B: Int[Array, " B"]) -> Cache:
+        """Lengths alone change."""
+        lengths = lengths_B.reshape((1,) * (self.lengths_B.ndim - 1) + lengths_B.shape)
+        return dataclasses.replace(self, lengths_B=jnp.broadcast_to(lengths, self.lengths_B.shape))
 
     def implementation(self, chosen: str) -> str:
         """Where a row begins is data here; where a backend must know it while compiling, auto reads the cache."""
@@ -280,6 +310,18 @@ def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_memory: bool = Fals
         return cache if keep_memory and isinstance(cache, MemoryCache) else cache.take(rows_R)
 
     return jax.tree.map(take, caches, is_leaf=lambda part: isinstance(part, Cache))
+
+
+def replace_rows(caches: Any, chosen_B: Bool[Array, " B"], others: Any) -> Any:
+    """A model's cache with the rows of another where they are chosen."""
+    return jax.tree.map(
+        lambda cache, other: cache.replace_rows(chosen_B, other), caches, others, is_leaf=lambda x: isinstance(x, Cache)
+    )
+
+
+def shorten(caches: Any, lengths_B: Int[Array, " B"]) -> Any:
+    """A model's cache with the first `lengths_B` tokens of each row alone."""
+    return jax.tree.map(lambda cache: cache.shortened(lengths_B), caches, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def cache_lengths(caches: Any) -> Int[Array, " B"]:

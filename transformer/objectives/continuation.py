@@ -14,6 +14,7 @@ from transformer.generation.generate import Generator, stream
 from transformer.generation.likelihood import Query, next_token_scores
 from transformer.generation.sampling import SamplingConfig
 from transformer.generation.text import stream_text
+from transformer.generation.window import num_dropped
 from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
@@ -43,7 +44,7 @@ class ContinuesText(TokenObjective):
         """The prompt as the model reads it, and how it goes on; with beams, of each continuation."""
         tokens = prompt_ids(run.tokenizer, prompt)
         if beams:
-            length, ids = self._room(run, tokens, max_new_tokens, note), _ids(run)
+            length, ids = _room(run, tokens, max_new_tokens, note), _ids(run)
             how = {"max_new_tokens": length, **ids, **dataclasses.asdict(beams)}
             found = beam_search(run.model, run.params, [tokens], **how).best(0)
             return iter(["\n".join(run.tokenizer.decode([*tokens, *best]) for best, _ in found)])
@@ -74,21 +75,9 @@ class ContinuesText(TokenObjective):
         note: Callable[[str], None],
     ) -> Iterator[int]:
         """The tokens behind others, as they come."""
-        length = self._room(run, tokens, max_new_tokens, note)
+        length = _room(run, tokens, max_new_tokens, note, rolling=True)
         options: Any = {"max_new_tokens": length, "sampling": sampling, "seed": seed, **_ids(run)}
-        return stream(run.model, run.params, tokens, **options)
-
-    def _room(self, run: Trained, tokens: list[int], max_new_tokens: int, note: Callable[[str], None]) -> int:
-        """How many tokens to add at most; a note says what of those read is unknown."""
-        tokenizer = run.tokenizer
-        room = run.config.model.max_length - len(tokens)
-        require(
-            0 <= max_new_tokens <= room and room > 0,
-            f"A prompt of {len(tokens)} tokens (with the one that starts a document) leaves room for {max(room, 0)} of the "
-            f"model's {run.config.model.max_length}, max_new_tokens is {max_new_tokens}; shorten the prompt or ask for fewer.",
-        )
-        note_unknown(tokenizer, tokens, note)
-        return max_new_tokens or room
+        return stream(run.model, run.params, tokens, keep_first=_keep_first(run), **options)
 
     def predict(
         self,
@@ -198,6 +187,42 @@ def continuations(
                     texts_R = [_behind(run.tokenizer, prompts[index], tokens) for tokens, _ in found]
                     said[index] = ranked_columns("continuation", texts_R, [score for _, score in found], how.beams)
         yield from said
+
+
+def _room(
+    run: Trained, tokens: list[int], max_new_tokens: int, note: Callable[[str], None], *, rolling: bool = False
+) -> int:
+    """How many tokens to add at most; notes say what of those read is unknown, and what is not read in a rolling window."""
+    limit = run.config.model.max_length
+    room = limit - len(tokens)
+    longer = rolling and room < max_new_tokens
+    require(
+        longer or (0 <= max_new_tokens <= room and room > 0),
+        f"A prompt of {len(tokens)} tokens (with the one that starts a document) leaves room for {max(room, 0)} of the model's "
+        f"{limit}, max_new_tokens is {max_new_tokens}; shorten the prompt or "
+        f"{'say how many tokens to add (max_new_tokens)' if rolling else 'ask for fewer'}.",
+    )
+    note_unknown(run.tokenizer, tokens, note)
+    if longer:
+        note(_what_is_read(len(tokens), limit, _keep_first(run)))
+    return max_new_tokens or room
+
+
+def _what_is_read(prompt: int, limit: int, keep_first: int) -> str:
+    """What a rolling window reads, and what that means for the text."""
+    read = prompt - int(num_dropped(np.array([prompt]), limit)[0])
+    cut = f"the last {read:,} of the prompt's {prompt:,} tokens are read. " if read < prompt else ""
+    always = f" and the {keep_first} that every text begins with" if keep_first else ""
+    return (
+        f"the model reads {limit:,} tokens, and the text is longer. {cut}Each time they are full, it goes on from the last "
+        f"{limit // 2:,}{always} alone. Nothing before them has an effect: names, facts and the topic may change."
+    )
+
+
+def _keep_first(run: Trained) -> int:
+    """Tokens that stay in a rolling window: those with which an imported tokenizer begins each text. Rows of running text begin
+    anywhere."""
+    return min(len(getattr(run.tokenizer, "begin", ())), max(0, run.config.model.max_length // 2 - 1))
 
 
 def _ids(run: Trained) -> dict[str, Any]:
