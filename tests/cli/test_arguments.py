@@ -1,5 +1,6 @@
 """Command lines become configs; what cannot be taken is a short error and exit code 2, before any work."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -127,8 +128,35 @@ def test_an_error_in_a_config_file_has_its_line(tmp_path, text, message):
 
 
 def test_missing_config_file_is_named():
-    with pytest.raises(UserError, match=r"must be a Python file, got 'nowhere\.py', which does not exist"):
+    with pytest.raises(
+        UserError, match=r"'nowhere\.py', which does not exist; the names are enwiki_bytes, .*gpt2_124m, "
+    ):
         load_config("nowhere.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("gpt2_124", "gpt2_124m"), ("gpt2-124m", "gpt2_124m"), ("configs/lama_8b.py:debug", "llama_8b or llama_1b or ")],
+)
+def test_a_name_that_is_almost_a_config_is_answered_with_its_neighbours(name, near):
+    with pytest.raises(UserError, match=f"did you mean {near}"):
+        load_config(name)
+
+
+def test_a_config_has_a_name_anywhere(tmp_path, monkeypatch):
+    """A file or a run of that name comes first; a folder that is neither does not."""
+    monkeypatch.chdir(tmp_path)
+    named = parse_config(["shakespeare_char_cpu:debug"], command="transformer train")
+    assert named.workdir == "runs/shakespeare_char_cpu-debug"
+    assert dataclasses.replace(named, workdir="") == load_config(str(ROOT / "configs/shakespeare_char_cpu.py:debug"))
+    (tmp_path / "shakespeare_char_cpu").mkdir()
+    assert parse_config(["shakespeare_char_cpu:debug"], command="transformer train") == named
+    (tmp_path / "shakespeare_char_cpu" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="shakespeare_char_cpu is neither"):
+        load_config("shakespeare_char_cpu")
+    (tmp_path / "gpt2_124m").write_text("")
+    with pytest.raises(UserError, match=r"must be a Python file ending in \.py, got 'gpt2_124m'"):
+        load_config("gpt2_124m")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -26,25 +27,34 @@ from transformer.validation import require
 
 _TUNED = "-tuned"
 """Ends the directory of a run that starts from an imported model, unless it is named."""
+_PACKAGE = pathlib.Path(__file__).parents[1]
+CONFIGS = next((place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir()), _PACKAGE)
+"""The configs that have names: a wheel has them inside the package, a clone beside it."""
 _ABOUT = """\
-CONFIG is a Python file with get_config(), such as configs/python_stdlib.py, or the directory of a run, to go on with it. With
-another --workdir a new run starts from its parameters, as it does from an imported model. Each file has a small variant to try
-things with: configs/python_stdlib.py:debug. Every field can be set here; --model.attention.*, --model.feed-forward.* and
---model.norm.* set all blocks. Settings of the file that do not fit your flags are adjusted, unless you set them yourself."""
+CONFIG is a Python file with get_config(), the name of a config that comes with the package, such as python_stdlib, or the
+directory of a run, to go on with it. With another --workdir a new run starts from its parameters, as it does from an imported
+model. Each config has a small variant to try things with: python_stdlib:debug. Every field can be set here;
+--model.attention.*, --model.feed-forward.* and --model.norm.* set all blocks. Settings of the file that do not fit your flags
+are adjusted, unless you set them yourself."""
 
 
 def load_config(reference: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:VARIANT`, which the file's `get_config([VARIANT])` returns, or of a run's directory.
+    """The config of `FILE.py[:VARIANT]` or `NAME[:VARIANT]`, which the file's `get_config([VARIANT])` returns, or of a run's
+    directory.
 
     An empty workdir becomes `runs/FILE[-VARIANT]`.
     """
     name, _, variant = reference.partition(":")
-    path = pathlib.Path(expand(name))
+    path = _place(name)
     if path.is_dir():
         return _config_of_run(path)
     if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))) or "none here"
-        raise UserError(f"A config must be a Python file, got {name!r}, which does not exist; in configs/: {near}.")
+        names = sorted(config.stem for config in CONFIGS.glob("*.py"))
+        near = difflib.get_close_matches(pathlib.Path(name).stem, names)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the names are {', '.join(names)}."
+        raise UserError(
+            f"A config must be a Python file or the name of one, got {name!r}, which does not exist; {hint}"
+        )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"A config must be a Python file ending in .py, got {name!r}.")
@@ -66,6 +76,14 @@ def load_config(reference: str) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {name!r} must return a transformer.config.Config, got {type(config)}.")
     return config
+
+
+def _place(name: str) -> pathlib.Path:
+    """The file of a config, or the directory of a run; a name of `CONFIGS` where there is no such file or run."""
+    path = pathlib.Path(expand(name))
+    named = CONFIGS / f"{name}.py"
+    there = path.is_file() or (path / CONFIG_FILE).is_file()
+    return named if not there and pathlib.Path(name).name == name and named.is_file() else path
 
 
 def _config_of_run(path: pathlib.Path) -> Config:
@@ -108,14 +126,14 @@ def default_workdir(reference: str) -> str:
 
 
 def parse_config(arguments: list[str], *, command: str, trains: bool = False) -> Config:
-    """The config of `FILE.py[:VARIANT] [--section.field value ...]`."""
+    """The config of `CONFIG[:VARIANT] [--section.field value ...]`."""
     return parse_config_and(None, arguments, command=command, trains=trains)[0]
 
 
 def parse_config_and(
     own: Any, arguments: list[str], *, command: str, trains: bool = False
 ) -> tuple[Config, dict[str, Any]]:
-    """The config of `FILE.py[:VARIANT] [--section.field value ...]`, and the given ones of a command's own options.
+    """The config of `CONFIG[:VARIANT] [--section.field value ...]`, and the given ones of a command's own options.
 
     Settings of the file that do not fit those of the command line follow them (`transformer.overrides`); a note on standard
     error says which.
@@ -133,9 +151,7 @@ def parse_config_and(
     named = bool(arguments) and not arguments[0].startswith("-")
     reference, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
     if not reference and not {"-h", "--help"} & set(arguments):
-        raise UserError(
-            f"`{command}` needs a config file, got none; for example `{command} configs/python_stdlib.py:debug`."
-        )
+        raise UserError(f"`{command}` needs a config file, got none; for example `{command} python_stdlib:debug`.")
     config = load_config(reference) if reference else Config()
     tunes = config.training.init_from != "" and config.workdir == f"{config.training.init_from}{_TUNED}"
     own_table = flags(own) if own is not None else {}
@@ -159,7 +175,7 @@ def parse_config_and(
         not tunes or "data.source" in given or command.endswith(" plan"),
         f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
     )
-    if os.path.isdir(expand(reference)):
+    if named and _place(reference).is_dir():
         config = _tuning(config, given) if tunes else _starting(config, reference, given) if trains else config
         # Imported here: a mistake on the command line is answered at once.
         trust = importlib.import_module("transformer.data.trust")

@@ -30,7 +30,8 @@ COMMANDS = {
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
 _MORE = """
-`transformer COMMAND --help` tells more. A config has a small variant to try things with: configs/python_stdlib.py:debug.
+`transformer COMMAND --help` tells more, `transformer --version` the version. A config comes with a name (gpt2_124m) or is a file,
+and has a small variant to try things with: python_stdlib:debug.
 Results go to standard output, progress and notes to standard error."""
 
 
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + _MORE)
+        return
+    if arguments[0] == "--version":
+        print(f"transformer {importlib.import_module('transformer').__version__}")
         return
     name, *rest = arguments
     if name not in COMMANDS:
