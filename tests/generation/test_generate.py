@@ -401,3 +401,26 @@ def test_only_what_is_drawable_is_drawn(sampling):
     np.testing.assert_array_equal(all_alike, generator.generate(PROMPTS, max_new_tokens=8, sampling=sampling).tokens)
     with pytest.raises(UserError, match="truth value for each of vocab_size=13"):
         generator.generate(PROMPTS, max_new_tokens=1, drawable=np.ones(12, bool))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_of_decoding_does_not_copy_the_cache(rows):
+    """XLA must write a token in place: otherwise it copies the cache of every layer in every step."""
+    model = Decoder(ModelConfig(vocab_size=5, num_layers=2, embed_dim=8, max_length=37))
+    tokens = jnp.zeros((rows, 1), jnp.int32)
+    params = model.init(jax.random.key(0), tokens)
+
+    def step(_, state):
+        tokens, cache = state
+        logits, cache = model.apply(params, tokens, cache=cache)
+        return jnp.argmax(logits, axis=-1), cache
+
+    def decode(tokens, cache):
+        return jax.lax.fori_loop(0, 9, step, (tokens, cache))
+
+    cache = model.init_cache(rows, 37)
+    shape = ",".join(map(str, cache[0].attention.key_BGPK.shape))
+    text = jax.jit(decode, donate_argnums=1).lower(tokens, cache).compile().as_text()
+    copies = [line for line in text.splitlines() if " copy(" in line and f"= f32[{shape}]" in line]
+    assert f"f32[{shape}]" in text
+    assert copies == []

@@ -88,3 +88,20 @@ def test_capacity_is_checked_on_the_host():
         ValueError, match=r"prompt and new tokens, 5 \+ 4, but its capacity is 8; raise the capacity to 9"
     ):
         check_capacity(8, 5, 4)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_one_row_drops_what_does_not_fit_and_has_gradients(length):
+    """A single token is written another way on a CPU."""
+    cache = dataclasses.replace(init_cache(1, 3, 1, 2), lengths_B=jnp.array([length]))
+
+    def written(key):
+        return write_cache(cache, key, -key).key_BGPK
+
+    key = jnp.array([[[[5.0, 7.0]]]])
+    expected = np.zeros((1, 1, 3, 2))
+    expected[0, 0, 2] = [5, 7] if length == 2 else 0
+    np.testing.assert_array_equal(jax.jit(written)(key), expected)
+    assert bool(write_cache(cache, key, key).overflow) == (length == 3)
+    gradient = jax.grad(lambda key: jnp.sum(written(key)))(key)
+    np.testing.assert_array_equal(gradient, jnp.full_like(key, float(length == 2)))

@@ -278,8 +278,22 @@ def write_cache(
     wanted_B = cache.lengths_B + added_B
     rows_B1 = jnp.arange(B)[:, None]
 
+    def scatter(slots_BGPK: Array, new_BTGK: Array) -> Array:
+        return slots_BGPK.at[rows_B1, :, slots_BT].set(new_BTGK, mode="drop")
+
+    def one(slots_BGPK: Array, new_BTGK: Array) -> Array:
+        # XLA's CPU backend fuses a scatter of one token twice, into the cache and into attention, and copies the cache four
+        # times in every step for it. A branch is not fused, and writes in place.
+        def put(slots_BGPK: Array) -> Array:
+            start = (0, 0, slots_BT[0, 0], 0)
+            return jax.lax.dynamic_update_slice(slots_BGPK, jnp.swapaxes(new_BTGK, 1, 2), start)
+
+        return jax.lax.cond(slots_BT[0, 0] < capacity, put, lambda slots_BGPK: slots_BGPK, slots_BGPK)
+
     def write(slots_BGPK: Array, new_BTGK: Array) -> Array:
-        return slots_BGPK.at[rows_B1, :, slots_BT].set(new_BTGK.astype(slots_BGPK.dtype), mode="drop")
+        on_cpu = one if slots_BT.size == 1 else scatter
+        new_BTGK = new_BTGK.astype(slots_BGPK.dtype)
+        return jax.lax.platform_dependent(slots_BGPK, new_BTGK, cpu=on_cpu, default=scatter)
 
     return KVCache(
         key_BGPK=write(cache.key_BGPK, key_BTGK),
