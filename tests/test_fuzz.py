@@ -175,6 +175,7 @@ def a_line(command, base):
     new = ["--workdir", str(base.place / "new")]
     page = ["--text", "a", "--output", str(base.place / "page.html")]
     attempts = ([], [config], [config, "--topology", "v5e:2x2"], [run], [run, text], [text], [text, *new], [run, *page])
+    attempts += ([run, *page[2:]],)
     for arguments in attempts:
         with contextlib.suppress(UserError):
             parsed(command, arguments)

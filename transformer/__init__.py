@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from transformer.parallel.rules import Sharding
     from transformer.parallel_config import ParallelConfig
     from transformer.runs.attention import attention_page
+    from transformer.runs.report import report_page
     from transformer.runs.saved import Loaded, load
     from transformer.schedules.constant import ConstantSchedule
     from transformer.schedules.cosine import CosineSchedule
@@ -157,6 +158,7 @@ _NAMES = {
     "parallel.rules": "Sharding",
     "parallel_config": "ParallelConfig",
     "runs.attention": "attention_page",
+    "runs.report": "report_page",
     "runs.saved": "Loaded load",
     "schedules.constant": "ConstantSchedule",
     "schedules.cosine": "CosineSchedule",

@@ -109,20 +109,21 @@ def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
 
 
-def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config as JSON has it, each with its path."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from _leaves(value, f"{path}.{name}" if path else name)
+            yield from leaves(value, f"{path}.{name}" if path else name)
     elif isinstance(values, list) and values and isinstance(values[0], dict):
         for index, value in enumerate(values):
-            yield from _leaves(value, f"{path}.{index}")
+            yield from leaves(value, f"{path}.{index}")
     else:
         yield path, values
 
 
 def differences(asked: Any, found: Any) -> list[str]:
     """Where two configs of the data differ, as `data.tokenizer.size=300 (there 200)`; of two kinds, only that they do."""
-    before, after = dict(_leaves(to_dict(asked), "data")), dict(_leaves(to_dict(found), "data"))
+    before, after = dict(leaves(to_dict(asked), "data")), dict(leaves(to_dict(found), "data"))
     names = [name for name, value in before.items() if after.get(name, value) != value]
     return [f"{name}={before[name]} (there {after[name]})" for name in names]
 
@@ -141,7 +142,7 @@ def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
 
     What one of them leaves open is none.
     """
-    before, after = dict(_leaves(to_dict(old))), dict(_leaves(new))
+    before, after = dict(leaves(to_dict(old))), dict(leaves(new))
     resumable = tuple(path for path in RESUMABLE if path not in old.optimizer.fixed)
     return [
         f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"

@@ -183,8 +183,8 @@ def understood(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn a failed write inside into the `WriteError` of `explain`; other exceptions pass.
+def explained(what: str, done: str = "written") -> Iterator[None]:
+    """Turn a failed write (or what else could not be `done`) inside into the `WriteError` of `explain`; other exceptions pass.
 
     Example:
         `with explained(f"{path}"): write_whole(path, text)`
@@ -192,7 +192,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = explain(error, what)
+        told = explain(error, what, done)
         if told is None:
             raise
         raise told from error

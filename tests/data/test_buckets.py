@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 import pytest
+from buckets import make_bucket
 from etils import epath
-from etils.epath import backend, gpath
 
 from transformer.config import DataConfig
 from transformer.data.registry import find_source, open_source
@@ -19,35 +19,10 @@ pq = pytest.importorskip("pyarrow.parquet")
 ROWS = [{"text": f"text {i}, über\n" * 9, "label": "ab"[i % 2]} for i in range(30)]
 
 
-class Bucket:
-    """Objects in a folder. Whoever opens `gs://...` without epath finds nothing."""
-
-    def __init__(self, root):
-        self.root = str(root)
-
-    def __getattr__(self, name):
-        method = getattr(backend.os_backend, name)
-
-        def call(*paths, **options):
-            given = [
-                str(path).replace("gs:/", self.root, 1).replace("//", "/") if "gs:/" in str(path) else path
-                for path in paths
-            ]
-            found = method(*given, **options)
-            if name == "glob":
-                return [path.replace(self.root, "gs:/", 1) for path in found]
-            return found
-
-        return call
-
-
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """A folder that is also `gs://b`."""
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket(tmp_path / "objects"))
-    folder = tmp_path / "objects" / "b"
-    folder.mkdir(parents=True)
-    return folder
+    return make_bucket(tmp_path, monkeypatch)
 
 
 def as_jsonl(rows):

@@ -1,9 +1,6 @@
 """Attention as a page: one HTML file to look into, which needs no network."""
 
 import base64
-import html
-import json
-import pathlib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +8,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from transformer.analysis.assemble import assemble
 from transformer.analysis.attention import AttentionMap, TextAttention
 from transformer.analysis.heads import head_statistics
 
 MOST_BYTES = 14_500_000
 """Of all weights together, as text: where both states of a model take more, the initial one has its statistics alone."""
-_PARTS = pathlib.Path(__file__).parent / "page"
+_FOOT = (
+    "Weights are rounded to 8 bits of their square root: no number of a single weight is off by more than 1/255. Statistics are "
+    "of the exact weights."
+)
 Candidates = list[list[tuple[str, float, bool]]]
 """Of each row of logits: texts, their probabilities, and whether it is the one of the text."""
 
@@ -57,18 +58,7 @@ def render_page(
         "of": seen.reading.of,
         "candidates": candidates,
     }
-    # In a script element, only "<" could end it.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {
-        "title": f"Attention: {html.escape(heading)}",
-        "heading": html.escape(heading),
-        "about": html.escape(about),
-        "style": (_PARTS / "attention.css").read_text("utf-8"),
-        "script": (_PARTS / "attention.js").read_text("utf-8"),
-        "data": text,
-    }
-    before, *rest = (_PARTS / "attention.html").read_text("utf-8").split("{{")
-    return before + "".join(parts[name] + after for name, _, after in (piece.partition("}}") for piece in rest))
+    return assemble("attention", data, kicker="Attention", heading=heading, about=about, foot=_FOOT)
 
 
 def _map(found: AttentionMap, initial: AttentionMap | None, count: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import functools
 import json
 
 from transformer.cli.options import EvaluateOptions, Given
-from transformer.runs.scoring import evaluate
+from transformer.runs.scoring import evaluate, keep_scores
+from transformer.storage import WriteError
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 
@@ -13,6 +14,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
     """Score and print."""
     del given
     use_compilation_cache()
+    report = functools.partial(say, make_console())
     scores = evaluate(
         options.workdir,
         step=options.step,
@@ -24,6 +26,10 @@ def main(options: EvaluateOptions, given: Given) -> None:
         stride=options.data.stride,
         limit=options.data.limit,
         memory_length=options.model.memory_length,
-        report=functools.partial(say, make_console()),
+        report=report,
     )
-    print(json.dumps(scores))
+    print(json.dumps(scores), flush=True)
+    try:
+        keep_scores(options.workdir, scores)
+    except WriteError as error:
+        report(f"These scores are not kept for `transformer report`: {error}")

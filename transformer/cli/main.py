@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue a prompt with a run's model",
     "predict": "say what a run's model makes of each text of a file",
     "attention": "write a page that shows a model's attention while it reads a text",
+    "report": "write a page of the curves, samples and scores of runs",
     "embed": "make a vector of each text of a file",
     "score": "say how likely a run's model finds each text of a file",
     "import": "make a run of a pretrained model (a Hugging Face folder)",

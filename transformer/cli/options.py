@@ -9,7 +9,7 @@ from transformer.cli.arguments import parse_config, parse_config_and
 from transformer.cli.fields import Flag, all_flags, chosen_from, flags, positional
 from transformer.cli.reading import Given, read, refuse
 from transformer.cli.row_options import EmbedOptions, PredictOptions, ScoreOptions, embed, predict, score
-from transformer.cli.using import AttentionOptions, GenerateOptions, parse_attention
+from transformer.cli.using import AttentionOptions, GenerateOptions, ReportOptions, parse_attention, parse_report
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
 from transformer.storage import expand
@@ -301,6 +301,7 @@ OPTIONS = {
     "evaluate": _of_options("evaluate", EvaluateOptions()),
     "generate": _of_options("generate", GenerateOptions()),
     "attention": Command(parse_attention, lambda: flags(AttentionOptions())),
+    "report": Command(parse_report, lambda: flags(ReportOptions())),
     "predict": Command(predict, lambda: flags(PredictOptions())),
     "embed": Command(embed, lambda: flags(EmbedOptions())),
     "score": Command(score, lambda: flags(ScoreOptions())),

@@ -1,4 +1,4 @@
-"""What the commands that use a model can be told: generate and attention."""
+"""What the commands that use a model or look at runs can be told: generate, attention and report."""
 
 import dataclasses
 
@@ -85,9 +85,38 @@ def parse_attention(arguments: list[str]) -> tuple[AttentionOptions, Given]:
     """The options of `attention`."""
     options, given = read(AttentionOptions(), arguments, "transformer attention")
     require(options.text.strip() != "", f"There must be a text to look at, got {options.text!r}; give --text TEXT.")
-    require(
-        options.output.endswith(".html"),
-        f"--output must be the name of a new .html file, got {options.output!r}; give -o FILE.html.",
-    )
+    _check_output(options.output)
     require(options.top_k >= 1, f"--top-k must be at least 1, got {options.top_k}.")
     return options, given
+
+
+# ---- report ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Write a page (HTML, without network) of what runs wrote about themselves, one run or several beside each other.
+
+    Curves of every metric, samples over time, scores of `transformer evaluate`, confusion matrices, where the time went, and the
+    settings in which the runs differ. A run may still be at work.
+    """
+
+    runs: tuple[str, ...] = positional(())
+    """Directories of runs."""
+    output: str = short("-o", "")
+    """A new .html file."""
+
+
+def parse_report(arguments: list[str]) -> tuple[ReportOptions, Given]:
+    """The options of `report`."""
+    options, given = read(ReportOptions(), arguments, "transformer report")
+    require(len(options.runs) > 0, "A report needs at least one run, got none; give its directory.")
+    _check_output(options.output)
+    return options, given
+
+
+def _check_output(output: str) -> None:
+    require(
+        output.endswith(".html"),
+        f"--output must be the name of a new .html file, got {output!r}; give -o FILE.html.",
+    )

@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from transformer.runs.directory import CHECKPOINTS
 from transformer.training.folders import latest_undamaged
-from transformer.training.metrics import TIMINGS
+from transformer.training.metrics import without_timings
 from transformer.training.writers import read_jsonl
 from transformer.validation import require
 
@@ -50,7 +50,7 @@ def read_outcome(workdir: epath.PathLike) -> Outcome:
     workdir = epath.Path(workdir)
     path = latest_undamaged(workdir / CHECKPOINTS)
     require(path is not None, f"A run to compare must have a checkpoint, {workdir} has none; train it first.")
-    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_jsonl(workdir / "metrics.jsonl")]
+    rows = [without_timings(row) for row in read_jsonl(workdir / "metrics.jsonl")]
     return Outcome(int(path.name), read_arrays(path), rows)  # type: ignore[union-attr]
 
 

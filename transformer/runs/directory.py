@@ -31,6 +31,7 @@ from transformer.validation import Settings, require, shown
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+SCORES_FILE = "scores.jsonl"  # what `transformer evaluate` gave, a line each
 CLASSES_FILE = "classes.json"  # their names, of a classifier
 GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by the name of what made it; never imported
 FAMILY_FILE = (

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from etils import epath
 
 from transformer.config import Config, DataConfig
 from transformer.config_io import IMPORT_FILE
@@ -21,9 +23,10 @@ from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch
 from transformer.objective import Objective
 from transformer.parts import Parts
-from transformer.runs.directory import Record, compare_data, read_run
+from transformer.runs.directory import SCORES_FILE, Record, compare_data, read_run
 from transformer.runs.given import Given, as_dataset
 from transformer.runs.saved import load_record
+from transformer.storage import expand, explained
 from transformer.training import out_of_memory
 from transformer.training.metrics import derive
 from transformer.training.step import EvaluateStep
@@ -92,6 +95,17 @@ def evaluate(
     parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names, own_batches=data is not None)
     scores = _scores(parts, run.params, opened, split, begin)
     return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
+
+
+def keep_scores(workdir: str | os.PathLike[str], scores: Mapping[str, Any]) -> None:
+    """Add what `evaluate` gave to the run's directory, where a report finds it.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path = epath.Path(expand(workdir)) / SCORES_FILE
+    with explained(f"{path}"), path.open("a") as file:
+        file.write(json.dumps(scores) + "\n")
 
 
 def _open(

@@ -49,6 +49,7 @@ from transformer.training import folders, loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer, retire
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
 from transformer.training.learning_rate import describe_change
+from transformer.training.metrics import without_timings
 from transformer.training.out_of_memory import Needs
 from transformer.training.profile import trace_steps
 from transformer.training.signals import interruptible
@@ -377,7 +378,7 @@ class _Latest:
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         if split == "validation":
-            self.metrics = dict(metrics)
+            self.metrics = without_timings(metrics)
 
     def resume(self, step: int) -> None: ...
 
@@ -389,4 +390,5 @@ def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
     path = workdir / METRICS_FILE
     rows = read_jsonl(path) if path.exists() else []
     found = [row for row in rows if (row["step"], row.get("split")) == (step, "validation")]
-    return {name: value for row in found for name, value in row.items() if name not in ("step", "split")}
+    scores = without_timings({name: value for row in found for name, value in row.items()})
+    return {name: value for name, value in scores.items() if name not in ("step", "split")}

@@ -14,7 +14,7 @@ from transformer.parallel.runner import Runner
 from transformer.storage import understood
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.loss_scale import FINITE, SMALLEST
-from transformer.training.metrics import Stopwatch, Window, Work
+from transformer.training.metrics import Ledger, Stopwatch, Window, Work
 from transformer.training.patience import Patience
 from transformer.training.processes import largest_over_processes, merged_over_processes
 from transformer.training.signals import StopRequest
@@ -92,7 +92,7 @@ def train(
             it goes); checkpoints of earlier steps stay.
     """
     # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
-    watchdog = Watchdog(config.hang_timeout)
+    watchdog, ledger = Watchdog(config.hang_timeout), Ledger()
     with watchdog.watching():
         restored = checkpointer.restore(state)
         start, sums, patience = restored.step if restored else 0, dict[str, float](), Patience({})
@@ -110,13 +110,15 @@ def train(
             state = init_state()
         state = state._replace(frozen=frozen())
     window = Window(sums)
-    report = _Report(writers, config, Stopwatch(peak_flops), window, checkpointer, epochs_a_step)
+    report = _Report(writers, config, Stopwatch(peak_flops), ledger, window, checkpointer, epochs_a_step)
 
     step, ended = start, patience.ended(config.patience)
     with watchdog.watching(), StopRequest() as stop, _finishing(checkpointer, writers, watchdog):
         for step in () if ended else range(start + 1, config.steps + 1):
             # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
+            ledger.enter("data")
             batch = next(batches)
+            ledger.enter("step" if step > start + 1 else "compile")
             watchdog.step(batch)
             report.note_end()
             state, statistics = runner.step(state, runner.place_batch(batch))
@@ -141,6 +143,7 @@ def train(
             validation_loss = None
             try:
                 # ---- Evaluate ---------------------------------------------------------------------------------------
+                ledger.enter("evaluation")
                 for split, evaluate in (evaluators or {}).items() if evaluating else ():
                     metrics = evaluate(evaluation_params(state))
                     report.write(step, split, metrics)
@@ -151,11 +154,13 @@ def train(
                     sampling = sampling or (ended and sampler is not None)
 
                 # ---- Sample -----------------------------------------------------------------------------------------
+                ledger.enter("sample")
                 if sampling and sampler is not None:
                     sampler(runner.fetch_state(evaluation_params(state)), step)
                 stopping = stopping or (alone and stop.number > 0)  # it came meanwhile
             finally:
                 # ---- Save, whatever became of that: this step's loss is known to be finite (or it was skipped) ----------
+                ledger.enter("save")
                 if saving or stopping:
                     one_copy = runner.fetch_state(state)
                     if not _all_finite(one_copy.params):
@@ -181,6 +186,7 @@ class _Report:
         writers: Sequence[Writer],
         config: TrainingConfig,
         stopwatch: Stopwatch,
+        ledger: Ledger,
         window: Window,
         checkpointer: Checkpointer,
         epochs_a_step: float,
@@ -188,6 +194,7 @@ class _Report:
         self._epochs_a_step = epochs_a_step
         self.window = window
         self.stopwatch = stopwatch
+        self._ledger = ledger
         self.in_flight: tuple[int, Statistics, Work] | None = None
         self._ended: float | None = None
         self._writers, self._config, self._checkpointer = writers, config, checkpointer
@@ -220,7 +227,9 @@ class _Report:
             self.write(step, "train", {**self.window.close(), **epoch, **self.stopwatch.close()})
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """A row to every writer."""
+        """A row to every writer, with the seconds since the row before."""
+        seconds = self._ledger.close()
+        metrics = {**metrics, **{name: value for name, value in seconds.items() if name not in metrics}}
         for writer in self._writers:
             writer.write(step, split, metrics)
 

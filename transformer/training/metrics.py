@@ -10,8 +10,15 @@ import numpy as np
 from transformer.evaluation.confusion import macro_f1
 from transformer.training.step import PER_STEP
 
-TIMINGS = ("tokens_per_second", "mfu")
+PARTS = ("start", "compile", "data", "step", "evaluation", "sample", "save")
+"""What a run spends its time on. A start restores or initialises; to compile is to take the first step after it."""
+TIMINGS = ("tokens_per_second", "mfu", *(f"{part}_seconds" for part in PARTS))
 """Metrics that differ between two runs of the same arithmetic."""
+
+
+def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs of the same arithmetic have alike."""
+    return {name: value for name, value in metrics.items() if name not in TIMINGS}
 
 
 _NAMED = ("loss", "weight", "correct", "bytes", "objective", "objective_weight")
@@ -105,3 +112,22 @@ class Stopwatch:
         if self._peak_flops > 0:
             metrics["mfu"] = sum(work.flops for _, work in laps) / seconds / self._peak_flops
         return metrics
+
+
+class Ledger:
+    """Seconds by part of a run (`PARTS`), since the last row. Each moment belongs to one part."""
+
+    def __init__(self) -> None:
+        self._part, self._last, self._seconds = PARTS[0], time.perf_counter(), dict[str, float]()
+
+    def enter(self, part: str) -> None:
+        """From now on, time is that part's."""
+        now = time.perf_counter()
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._last
+        self._part, self._last = part, now
+
+    def close(self) -> dict[str, float]:
+        """Metrics of the time since the last call."""
+        self.enter(self._part)
+        seconds, self._seconds = self._seconds, {}
+        return {f"{part}_seconds": round(seconds[part], 4) for part in PARTS if seconds.get(part, 0.0) >= 1e-4}

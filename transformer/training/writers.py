@@ -1,11 +1,12 @@
 """Where metric rows go: a file of JSON lines, TensorBoard, the terminal."""
 
+import itertools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from etils import epath
@@ -77,20 +78,31 @@ def read_jsonl(path: epath.PathLike) -> list[dict]:
     Raises:
         UserError: a line other than the last is no row.
     """
-    lines = epath.Path(path).read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    for number, row in jsonl_rows(path):
+        if isinstance(row, bytes):
             raise UserError(
-                f"{path} must hold one JSON object with a step a line, line {number} is {line[:80].decode(errors='replace')!r}; "
+                f"{path} must hold one JSON object with a step a line, line {number} is {row[:80].decode(errors='replace')!r}; "
                 "put a copy back, or move the file away."
             )
         rows.append(row)
     return rows
+
+
+def jsonl_rows(path: epath.PathLike) -> Iterator[tuple[int, dict | bytes]]:
+    """The lines of a metrics file one after the other, numbered from 1: each as its row, or as it is where it is none.
+
+    An unfinished last line is left out.
+    """
+    with epath.Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield number, row if isinstance(row, dict) and type(row.get("step")) is int else line.removesuffix(b"\n")
 
 
 class SamplesWriter:
@@ -114,16 +126,23 @@ class SamplesWriter:
         with explained(f"{self._path}"), self._path.open("ab") as file:
             file.write(b"---- step %d, %d bytes\n%b\n" % (step, len(content), content))
 
+    @classmethod
+    def read(cls, content: bytes) -> Iterator[tuple[int, bytes, int]]:
+        """The samples of a file: each step, text and end; one that a kill left unfinished, and all after it, are left out."""
+        end = 0
+        while header := cls._HEADER.match(content, end):
+            start, end = header.end(), header.end() + int(header[2]) + 1
+            if content[end - 1 : end] != b"\n":
+                return
+            yield int(header[1]), content[start : end - 1], end
+
     def resume(self, step: int) -> None:
         """Drop samples after `step`, and a last one that a kill left unfinished."""
         if not self._path.exists():
             return
-        content, end = self._path.read_bytes(), 0
-        while (header := self._HEADER.match(content, end)) and int(header[1]) <= step:
-            after = header.end() + int(header[2]) + 1
-            if content[after - 1 : after] != b"\n":
-                break
-            end = after
+        content = self._path.read_bytes()
+        kept = itertools.takewhile(lambda sample: sample[0] <= step, self.read(content))
+        end = max((end for _, _, end in kept), default=0)
         if end < len(content):
             with explained(f"{self._path}"):
                 write_whole(self._path, content[:end])

@@ -1,7 +1,5 @@
-"use strict";
 (() => {
-  const page = JSON.parse(document.getElementById("data").textContent);
-  const el = (id) => document.getElementById(id);
+  const { page, el, make, svg, choices, step } = Page;
   const state = { map: 0, layer: 0, head: 0, initial: false, query: -1, key: -1 };
   const decoded = new Map();
   const map = () => page.maps[state.map];
@@ -55,13 +53,6 @@
     canvas.getContext("2d").putImageData(image, 0, 0);
   }
   const label = (layer, head) => `layer ${layer + 1}, head ${head + 1}`;
-
-  function make(tag, text = "", more = {}) {
-    const node = document.createElement(tag);
-    node.textContent = text;
-    Object.entries(more).forEach(([name, value]) => node.setAttribute(name, value));
-    return node;
-  }
 
   function drawThumbs() {
     const box = el("thumbs"), heads = Math.max(...map().layers.map((l) => l.heads));
@@ -227,12 +218,6 @@
       return box;
     }));
   }
-  function svg(tag, more, text = "") {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    Object.entries(more).forEach(([name, value]) => node.setAttribute(name, value));
-    if (text) node.textContent = text;
-    return node;
-  }
   function chart(kind, name, unit, wide) {
     const layers = map().layers, room = Math.floor(el(wide ? "unlike" : "charts").clientWidth), W = Math.min(wide ? 640 : 270, Math.max(room, 200)), H = wide ? 210 : 150, left = 34, bottom = 22;
     const all = layers.flatMap((l) => [...l.after[kind], ...(l.before ? l.before[kind] : [])]);
@@ -301,15 +286,6 @@
 
   // ---- Choices -------------------------------------------------------------------------------------------------------
 
-  function choices(id, names, chosen, change) {
-    const box = el(id);
-    box.replaceChildren(...(names.length > 1 ? names : []).map((name, index) => {
-      const button = make("button", name, { type: "button", role: "radio", "aria-checked": index === chosen });
-      button.tabIndex = index === chosen ? 0 : -1;
-      button.addEventListener("click", () => change(index));
-      return button;
-    }));
-  }
   function drawChoices() {
     choices("maps", page.maps.map((m) => m.name), state.map, (index) => {
       Object.assign(state, { map: index, layer: 0, head: 0, query: -1, key: -1 });
@@ -336,12 +312,6 @@
     drawHead(); drawCharts(); drawTable();
   }
 
-  function step(event, moves) {
-    const by = moves[event.key];
-    if (by === undefined || event.altKey || event.ctrlKey || event.metaKey) return undefined;
-    event.preventDefault();
-    return by;
-  }
   el("thumbs").addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button) choose(+button.dataset.layer, +button.dataset.head);
@@ -353,16 +323,6 @@
     choose(layer, Math.min(Math.max(state.head + by[1], 0), map().layers[layer].heads - 1));
     el("thumbs").querySelector("[aria-pressed='true']").focus();
   });
-  for (const box of document.querySelectorAll(".choice")) {
-    box.addEventListener("keydown", (event) => {
-      const by = step(event, { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 });
-      if (!by) return;
-      const buttons = [...box.querySelectorAll("button")], now = buttons.findIndex((b) => b.tabIndex === 0);
-      const next = (now + by + buttons.length) % buttons.length;
-      buttons[next].click();
-      requestAnimationFrame(() => box.querySelectorAll("button")[next].focus());
-    });
-  }
   for (const box of document.querySelectorAll(".tokens")) {
     const on = (event) => { const span = event.target.closest("span[data-index]"); if (span) focusToken(span); };
     box.addEventListener("pointerover", on);

@@ -1,0 +1,31 @@
+"""New HTML files that commands write."""
+
+from etils import epath
+
+from transformer.storage import expand, explained, is_local, write_whole
+from transformer.terminal import make_console, say
+from transformer.validation import require
+
+
+def new_page(output: str) -> epath.Path:
+    """The path of a page to be written, refused before anything is read or computed.
+
+    Raises:
+        UserError: its folder is not there, or the file is.
+    """
+    path = epath.Path(expand(output))
+    require(
+        not is_local(path) or path.parent.is_dir(),
+        f"--output must be in a folder that is there, {path.parent} is none; make it first.",
+    )
+    require(not path.exists(), f"--output must be a new file, {output} exists; choose another name, or remove it.")
+    return path
+
+
+def write_page(path: epath.Path, page: str) -> None:
+    """Write a page whole, and say so."""
+    with explained(f"{path}"):
+        write_whole(path, page)
+    megabytes = len(page.encode()) / 1e6
+    size = f"{megabytes:.1f} MB" if megabytes >= 0.1 else f"{1000 * megabytes:.0f} kB"
+    say(make_console(), f"{path} written, {size}; open it in a browser")
