@@ -269,7 +269,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 def test_ids_of_no_token_are_refused(tmp_path):
     content = (make_folder(tmp_path, "llama") / "tokenizer.json").read_text()
-    with pytest.raises(UserError, match="Special ids must be of the tokenizer"):
+    with pytest.raises(UserError, match="Special ids must belong to the tokenizer"):
         Pretrained(end_of_text=5000).load(content)
 
 

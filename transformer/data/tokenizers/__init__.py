@@ -1,4 +1,4 @@
-"""Tokenizers, one file a kind; `transformer.tokenizer` finds them by name."""
+"""Tokenizers, one file per kind; `transformer.tokenizer` finds them by name."""
 
 from transformer.data.tokenizers.base import END_OF_TEXT as END_OF_TEXT
 from transformer.data.tokenizers.base import PairTokenizer as PairTokenizer

@@ -1,4 +1,4 @@
-"""The tokenizer of the run that this one starts from, that of a pretrained model's folder, or else bytes."""
+"""The default tokenizer: that of the run in training.init_from, that of a pretrained model's folder, or bytes."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,37 +14,37 @@ from transformer.validation import require
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Auto(TokenizerKind):
-    """That of the run in training.init_from, that of a folder, else bytes."""
+    """The tokenizer of the run in training.init_from or of a folder; without either, bytes."""
 
     kind = "auto"
 
     folder: str = ""
-    """A folder with the tokenizer of a pretrained model (tokenizer.json or tokenizer.model, and what names its special ids)."""
+    """Folder of a pretrained model's tokenizer (tokenizer.json or tokenizer.model, and the files that name its special ids)."""
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The folder."""
+        """The folder, if one is set."""
         return (expand(self.folder),) if self.folder else ()
 
     def train(self, texts: Iterable[str]) -> Any:
-        """That of the folder, else bytes."""
+        """Load the folder's tokenizer, else use bytes."""
         if not self.folder:
             return Bytes().train(texts)
         return _folders().open_folder(self.folder)
 
     def load(self, content: str) -> Any:
-        """A run records what it used."""
+        """Refuse: a run records the tokenizer that it resolved to."""
         del content
         raise UserError(
             "A run must say which tokenizer it has, its config has data.tokenizer.kind=auto; put a copy back."
         )
 
     def filled(self) -> TokenizerKind:
-        """What the folder's is, else bytes."""
+        """The kind of the folder's tokenizer, else bytes."""
         return _folders().from_folder(self.folder)[0] if self.folder else Bytes()
 
     def going_on(self, recorded: TokenizerKind) -> TokenizerKind:
-        """The other run's, which must be the folder's."""
+        """The tokenizer of the other run; that of the folder, if set, must equal it."""
         require(
             not self.folder or recorded == self or recorded == self.filled(),
             f"A run keeps its tokenizer, that of data.tokenizer.folder={self.folder} differs in kind or special ids; leave "
@@ -54,7 +54,7 @@ class Auto(TokenizerKind):
 
 
 def _folders() -> Any:
-    # Every config loads this file, few read such a folder, and the libraries that do so take their time.
+    # Every config loads this file, but few read such a folder, and the libraries for it load slowly.
     from transformer.data.tokenizers import folder  # noqa: PLC0415
 
     return folder

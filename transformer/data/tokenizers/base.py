@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how a run's directory holds one, or one for sources and one for targets."""
+"""The tokenizer interface, and how a run directory stores one tokenizer, or a pair for sources and targets."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,38 +20,38 @@ Ids = Sequence[int] | Int[np.ndarray, " n"] | Any
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What a model and its loss need to know of a tokenizer."""
+    """The properties of a tokenizer that a model and its loss use."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below it."""
+        """Number of ids; every id is smaller."""
         ...
 
     @property
     def token_bytes(self) -> Int[np.ndarray, " V"]:
-        """UTF-8 bytes each id stands for, 0 for special ids: what bits per byte divides by.
+        """The number of UTF-8 bytes that each id stands for, 0 for special ids; the denominator of bits per byte.
 
-        Where a tokenizer puts a space before each text that the text has not, `end_of_text` has -1 for it.
+        `end_of_text` has -1 if the tokenizer adds a space before each text.
         """
         ...
 
 
 @runtime_checkable
 class Tokenizer(Vocabulary, Protocol):
-    """What the pipeline, the trainer and generation need to know of a tokenizer.
+    """The properties of a tokenizer that the pipeline, the trainer and generation use.
 
-    It may also have `begin`, `end` and `stop` (tuples of ids), `decoder_start`, `mask`, `sentinels` and `known`, as those of
-    pretrained models do; `transformer.tokenizer` has what they mean, and what holds without them.
+    It may also have `begin`, `end` and `stop` (tuples of ids), `decoder_start`, `mask`, `sentinels` and `known`, as tokenizers of
+    pretrained models do. `transformer.tokenizer` explains them, and the defaults for tokenizers without them.
     """
 
     @property
     def kind(self) -> str:
-        """As `data.tokenizer.kind` names it; of a pair, that for targets."""
+        """The name in `data.tokenizer.kind`; for a pair, the kind of the target tokenizer."""
         ...
 
     @property
     def end_of_text(self) -> int:
-        """The id that ends a document, and that stands before its first token."""
+        """The id that ends a document and precedes its first token."""
         ...
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
@@ -59,11 +59,11 @@ class Tokenizer(Vocabulary, Protocol):
         ...
 
     def decode(self, ids: Ids) -> str:
-        """Text of any integers: special ids are dropped, as are those outside the vocabulary."""
+        """The text of any integers; special ids and ids outside the vocabulary are dropped."""
         ...
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write what `load_tokenizer` reads."""
+        """Write the file that `load_tokenizer` reads."""
         ...
 
 
@@ -71,20 +71,20 @@ AnyVocabulary = TypeVar("AnyVocabulary", bound=Vocabulary)
 
 
 def known_ids(ids: Ids, vocab_size: int) -> np.ndarray:
-    """The ids that are of a vocabulary."""
+    """The ids that belong to the vocabulary."""
     flat = np.asarray(ids, dtype=np.int64).reshape(-1)
     return flat[(flat >= 0) & (flat < vocab_size)]
 
 
 def write_tokenizer(directory: epath.PathLike, text: str) -> None:
-    """Write the file that the `load` of a tokenizer's kind is given."""
+    """Write the tokenizer file, whose content the kind's `load` takes."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FILE_NAME).write_text(text)
 
 
 class PairTokenizer:
-    """A tokenizer of targets that has another one, for sources, beside it."""
+    """A target tokenizer together with a separate source tokenizer."""
 
     def __init__(self, source: Tokenizer, target: Tokenizer) -> None:
         self.source, self.target, self.kind = source, target, target.kind
@@ -99,24 +99,24 @@ class PairTokenizer:
         return self.target.decode(ids)
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write the one for targets as every tokenizer is, and the other beside it."""
+        """Write the target tokenizer under the usual name, and the source tokenizer beside it."""
         self.source.save(epath.Path(directory) / _SOURCE)
         self.target.save(directory)
 
 
 def source_tokenizer(tokenizer: AnyVocabulary) -> AnyVocabulary:
-    """The one that reads sources: that of a pair, else itself."""
+    """The source tokenizer: that of a pair, else the tokenizer itself."""
     return getattr(tokenizer, "source", tokenizer)
 
 
 def describe_entries(tokenizer: Tokenizer) -> str:
-    """The size of a vocabulary, or of both of a pair."""
+    """The vocabulary size, or both sizes of a pair."""
     entries, reader = f"{tokenizer.vocab_size:,} entries", source_tokenizer(tokenizer)
     return entries if reader is tokenizer else f"{reader.vocab_size:,} entries for sources, {entries} for targets"
 
 
 def note_unknown(tokenizer: Tokenizer, tokens: Ids, note: Callable[[str], None]) -> None:
-    """Say how many words or characters of a prompt training did not see: they all look alike to the model."""
+    """Report how many words or characters of a prompt are unknown: the model cannot distinguish them."""
     unknown = int(np.sum(np.asarray(tokens) == getattr(tokenizer, "unknown", -1)))
     if unknown:
         verb = "is" if unknown == 1 else "are"
@@ -126,7 +126,7 @@ def note_unknown(tokenizer: Tokenizer, tokens: Ids, note: Callable[[str], None])
 
 
 def load_tokenizer(directory: epath.PathLike, kind: TokenizerKind) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `directory`, of a kind that the run's config names."""
+    """Load the tokenizer that `Tokenizer.save` wrote to `directory`; `kind` comes from the run's config."""
     if (epath.Path(directory) / _SOURCE).exists():
         return PairTokenizer(_load(epath.Path(directory) / _SOURCE, kind), _load(directory, kind))
     return _load(directory, kind)
@@ -139,17 +139,17 @@ def _load(directory: epath.PathLike, kind: TokenizerKind) -> Tokenizer:
         return kind.open(directory)
     except UserError:
         raise
-    except Exception as error:  # the library raises nothing more special, and one's own what it likes
+    except Exception as error:  # the library raises only the base class, and user-defined kinds may raise anything
         raise UserError(
             f"{path} must describe a tokenizer of the kind {kind.kind!r} as training writes it: {error}."
         ) from None
 
 
 def saved_fields(content: str, kind: str) -> dict[str, Any]:
-    """The fields of a file that says its kind.
+    """The fields of a tokenizer file that names its kind.
 
     Raises:
-        ValueError: it says another, or is no such file.
+        ValueError: the file names another kind, or is not a tokenizer file.
     """
     fields = json.loads(content)
     if not isinstance(fields, dict) or fields.get("kind") != kind:

@@ -1,4 +1,4 @@
-"""Byte pairs of a corpus as tokens."""
+"""Byte-pair tokens of a corpus."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -32,13 +32,13 @@ class BpeTokenizer(LibraryTokenizer):
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class BytePairs(SizedTokenizer):
-    """Byte pairs of the training split."""
+    """Byte pairs learnt from the training split."""
 
     kind = "bpe"
     fewest = 257  # every byte and end-of-text
 
     def train(self, texts: Iterable[str]) -> BpeTokenizer:
-        """Merges learnt from texts; a small corpus gives fewer entries than asked for."""
+        """Learn merges from texts; a small corpus gives fewer entries than `size`."""
         size = self.filled().size
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
         model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,5 +53,5 @@ class BytePairs(SizedTokenizer):
         return BpeTokenizer(model)
 
     def load(self, content: str) -> BpeTokenizer:
-        """The library's file."""
+        """Read the file of the `tokenizers` library."""
         return BpeTokenizer(read_library(content, "BPE"))

@@ -1,4 +1,4 @@
-"""How many bytes of a text each token of a `tokenizer.json` stands for, where its pieces together are the text."""
+"""The number of text bytes of each token of a `tokenizer.json`, if the tokens of a text spell the text."""
 
 import functools
 import re
@@ -15,26 +15,27 @@ _IN_UTF8 = [*range(0xC0), *range(0xC2, 0xF5)]
 
 
 class Counts(NamedTuple):
-    """Bytes of tokens."""
+    """The byte counts of tokens."""
 
     token_bytes: Int[np.ndarray, " V"]
-    """All zeros where a text cannot be told from its tokens."""
+    """All zeros if tokens do not determine their text."""
     adds_space: bool
-    """A space is put before each text, and counted with its first token."""
+    """Whether a space is added before each text, and counted with its first token."""
 
 
 def count_bytes(fields: Mapping[str, Any], vocabulary: Mapping[str, int], special: set[int], size: int) -> Counts:
-    """Bytes of each token.
+    """The number of bytes of each token.
 
-    The tokens of a text add up to its bytes (those of its NFC form, where the file has that normalizer) if the file says
-    that nothing is dropped: bytes as characters (byte-level), or spaces as `▁` and characters without a token as bytes
-    (byte fallback). A `▁` in a text then counts as a space. Elsewhere (lower case, unknown words) there are zeros.
+    The counts of a text's tokens add up to its bytes (those of its NFC form, if the file has that normalizer), provided that
+    the file drops nothing. That holds if bytes are written as characters (byte-level), or if spaces are written as `▁` and
+    characters without a token as bytes (byte fallback). A `▁` in a text then counts as a space. All other tokenizers (lower
+    case, unknown words) have zeros.
 
     Args:
-        fields: of the file.
+        fields: the content of the file.
         vocabulary: every token with its id.
         special: ids that stand for no text.
-        size: of the table.
+        size: the length of the table.
     """
     model = fields["model"]
     normalizers = list(_parts(fields.get("normalizer"), "normalizers"))
@@ -66,7 +67,7 @@ def count_bytes(fields: Mapping[str, Any], vocabulary: Mapping[str, int], specia
 
 
 def _parts(part: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer, or those of a sequence."""
+    """A normalizer or pre-tokenizer, or the members of a sequence of them."""
     if part is not None and part["type"] == "Sequence":
         for inner in part[name]:
             yield from _parts(inner, name)
@@ -81,7 +82,7 @@ def _keeps_text(normalizer: Mapping[str, Any]) -> bool:
 
 
 def _adds_space(part: Mapping[str, Any]) -> bool:
-    # Older files of Metaspace say `add_prefix_space`.
+    # Older Metaspace files use the key `add_prefix_space`.
     never = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never") == "never"
     return part["type"] == "Prepend" or (
         not never if part["type"] == "Metaspace" else part["type"] == "ByteLevel" and part.get("add_prefix_space", True)
@@ -97,7 +98,7 @@ def byte_alphabet() -> Mapping[int, str]:
 
 
 def _keeps_pieces(model: Mapping[str, Any], byte_level: bool) -> bool:
-    """Whether each character has a token, or tokens for its bytes."""
+    """Whether each character has a token, or a token for each of its bytes."""
     plain = not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
     if model.get("type") not in ("BPE", "Unigram") or not plain:
         return False

@@ -27,11 +27,11 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
-        """Text of bytes; what is not UTF-8 becomes U+FFFD."""
+        """The text of bytes; invalid UTF-8 becomes U+FFFD."""
         return known_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write what `load_tokenizer` reads."""
+        """Write the file that `load_tokenizer` reads."""
         write_tokenizer(directory, json.dumps({"kind": "bytes"}))
 
 
@@ -43,11 +43,11 @@ class Bytes(TokenizerKind):
     kind = "bytes"
 
     def train(self, texts: Iterable[str]) -> ByteTokenizer:
-        """There is nothing to learn."""
+        """Nothing to learn."""
         del texts
         return ByteTokenizer()
 
     def load(self, content: str) -> ByteTokenizer:
-        """There is nothing to read."""
+        """Nothing to read."""
         saved_fields(content, self.kind)
         return ByteTokenizer()

@@ -22,7 +22,7 @@ class CharacterTokenizer:
     def __init__(self, characters: str) -> None:
         self.characters = characters
         self.vocab_size = 2 + len(characters)
-        # Unknown counts 0 bytes: it stands for no particular character, so a score may not claim to have predicted one.
+        # Unknown counts 0 bytes: it stands for no particular character, so it must not count as a predicted byte.
         self.token_bytes = np.array([0, 0] + [len(c.encode()) for c in characters], np.int32)
         points = np.array([ord(c) for c in characters], np.int64)
         self._id_of_point = np.full(points.max(initial=0) + 2, self.unknown, np.int32)
@@ -30,16 +30,16 @@ class CharacterTokenizer:
         self._text_of_id = np.array(["", "\N{REPLACEMENT CHARACTER}", *characters], dtype=object)
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
-        """One id a character."""
+        """One id per character."""
         points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
         return self._id_of_point[np.minimum(points, len(self._id_of_point) - 1)]
 
     def decode(self, ids: Ids) -> str:
-        """Text of characters; the unknown one becomes U+FFFD."""
+        """The text of ids; the unknown character becomes U+FFFD."""
         return "".join(self._text_of_id[known_ids(ids, self.vocab_size)])
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write what `load_tokenizer` reads."""
+        """Write the file that `load_tokenizer` reads."""
         write_tokenizer(directory, json.dumps({"kind": "characters", "characters": self.characters}))
 
 
@@ -58,5 +58,5 @@ class Characters(TokenizerKind):
         return CharacterTokenizer("".join(sorted(characters)))
 
     def load(self, content: str) -> CharacterTokenizer:
-        """Those that were saved."""
+        """Read the saved characters."""
         return CharacterTokenizer(saved_fields(content, self.kind)["characters"])

@@ -1,4 +1,4 @@
-"""Conversations as text, and as tokens: the chat template of a pretrained model, rendered in a sandbox."""
+"""Conversations as text and as tokens: a pretrained model's chat template, rendered in a sandbox."""
 
 import dataclasses
 import datetime
@@ -24,28 +24,28 @@ try:
 except ImportError:
     jinja2: Any = None
 
-_SECONDS = 5.0  # that a template may take
-_LONGEST = 2**24  # characters that it may write
+_SECONDS = 5.0  # time limit of a template
+_LONGEST = 2**24  # most characters of a template's output
 
 Messages = Sequence[Mapping[str, Any]]
-"""Of a conversation in order, each with a `role` (system, user, assistant) and its `content`."""
+"""The messages of a conversation in order, each with a `role` (system, user, assistant) and its `content`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate(Settings):
-    """How a conversation is written for a model, in Jinja."""
+    """The Jinja templates that write a conversation as a model's text."""
 
     templates: dict[str, str]
-    """By name; `default` is used."""
+    """Templates by name; `default` is used."""
     tokens: dict[str, str]
-    """What templates are given besides messages, as bos_token."""
+    """Variables of the templates besides the messages, such as bos_token."""
 
     def render(self, messages: Messages, *, reply: bool = False) -> str:
         """The text of a conversation, as `transformers.AutoTokenizer.apply_chat_template` makes it.
 
         Args:
-            messages: of the conversation.
-            reply: an assistant's reply is to follow (`add_generation_prompt`).
+            messages: the conversation.
+            reply: the text ends where an assistant's reply begins (`add_generation_prompt`).
 
         Raises:
             UserError: the template refuses the messages, fails, or takes too long.
@@ -68,7 +68,7 @@ def chat_of(tokenizer: Any) -> ChatTemplate:
     """The chat template of a run's tokenizer.
 
     Raises:
-        UserError: it has none.
+        UserError: the tokenizer has none.
     """
     content = getattr(tokenizer, "chat_file", b"")
     require(
@@ -85,17 +85,18 @@ def _parsed(content: bytes) -> ChatTemplate:
 
 
 def chat_ids(tokenizer: Any, messages: Messages, *, reply: bool = False) -> Int[np.ndarray, " n"]:
-    """Ids of a conversation; names of special tokens, in messages too, are read as these."""
+    """Ids of a conversation; the names of special tokens become these tokens, in messages too."""
     return tokenizer.encode(chat_of(tokenizer).render(messages, reply=reply), special=True)
 
 
 def learnt_ids(tokenizer: Any, messages: Messages) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Ids of a conversation, and which of them an assistant says.
+    """Ids of a conversation, and a mask of the assistant's tokens.
 
-    An assistant's part is what its message adds to the text that asks for it. A token that belongs to both is the assistant's.
+    The assistant's text is what its message adds to the text that ends where the reply begins. A token that spans both parts
+    counts as the assistant's.
 
     Raises:
-        UserError: the template writes earlier messages otherwise once others follow.
+        UserError: the template rewrites earlier messages when others follow.
     """
     template = chat_of(tokenizer)
     whole = template.render(messages)
@@ -110,16 +111,16 @@ def learnt_ids(tokenizer: Any, messages: Messages) -> tuple[Int[np.ndarray, " n"
         for text in (before, after):
             require(
                 whole.startswith(text),
-                "A chat template must write the messages before a reply alike whatever follows them, so that the reply is known, "
-                f"this one does not at message {index + 1}: {_difference(whole, text)}. They cannot be learnt from; "
-                "split them in one for each reply, or change the template.",
+                "A chat template must write the messages before a reply alike whatever follows them, to locate the reply, "
+                f"this one does not at message {index + 1}: {_difference(whole, text)}. Such a conversation cannot be learnt "
+                "from; split it into one for each reply, or change the template.",
             )
         learnt[_common(encode(before), ids) : _common(encode(after), ids)] = True
     return ids, learnt
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many ids two sequences begin with alike."""
+    """The length of the common prefix of two sequences of ids."""
     length = min(len(one), len(other))
     differs = np.flatnonzero(one[:length] != other[:length])
     return int(differs[0]) if len(differs) else length
@@ -134,7 +135,7 @@ def _difference(whole: str, text: str) -> str:
 
 
 def _limited(template: Any, given: dict[str, Any]) -> str:
-    """Render, unless it takes too long: a template comes with a model, and a model from anybody."""
+    """Render within the limits: a template comes with a model, and a model may come from anybody."""
     deadline, before = time.monotonic() + _SECONDS, sys.gettrace()
 
     def watch(frame: Any, event: str, argument: Any) -> Any:
@@ -161,7 +162,7 @@ def _limited(template: Any, given: dict[str, Any]) -> str:
 
 @functools.lru_cache(8)
 def _compiled(text: str) -> Any:
-    """A template, with what `transformers` gives it."""
+    """A template with the functions and extensions that `transformers` provides."""
     require_installed(jinja2, "jinja2", "chat")
 
     def fail(message: str) -> None:
@@ -173,7 +174,7 @@ def _compiled(text: str) -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, with which some templates mark replies: its content alone."""
+        """`{% generation %}`, which marks replies in some templates; rendered as its content."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -186,7 +187,7 @@ def _compiled(text: str) -> Any:
             return caller()
 
     class Namespace(jinja2.utils.Namespace):
-        """Without names that begin with an underscore, which Python's own objects have."""
+        """A namespace without names that begin with an underscore, such as the internal attributes of Python objects."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *others = args

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder of a pretrained model, as Hugging Face lays it out: its files, and the special ids they name."""
+"""The tokenizer of a pretrained model's Hugging Face folder: its files, and the special ids that they name."""
 
 import json
 import tempfile
@@ -32,24 +32,24 @@ _PROBES = ("a", "A", "1", "the", "\N{HIRAGANA LETTER A}")
 
 
 class _Folder(NamedTuple):
-    """What the small files of a folder say."""
+    """The content of a folder's small files."""
 
     path: epath.Path
     tokens: Mapping[str, str]
-    """Role of a special token, as eos_token -> its text."""
+    """The text of a special token by its role, such as eos_token."""
     config: Mapping[str, Any]
     generation: Mapping[str, Any]
 
 
 def from_folder(directory: epath.PathLike) -> tuple[SpecialIds, dict[str, bytes]]:
-    """The tokenizer of a folder: its kind with the special ids, and the files of the run's record, byte for byte.
+    """The tokenizer of a folder: its kind with the special ids, and unchanged copies of the files for the run directory.
 
     Args:
-        directory: with a `tokenizer.json`, and perhaps `tokenizer_config.json`, `special_tokens_map.json`,
+        directory: a folder with `tokenizer.json`, and optionally `tokenizer_config.json`, `special_tokens_map.json`,
             `generation_config.json` and `config.json`.
 
     Raises:
-        UserError: there is none, or a file is not as it must be.
+        UserError: there is no tokenizer, or a file is invalid.
 
     Example:
         `kind, files = from_folder("SmolLM2-135M")`; then `kind.load(files["tokenizer.json"].decode())` is the tokenizer.
@@ -75,7 +75,7 @@ def from_folder(directory: epath.PathLike) -> tuple[SpecialIds, dict[str, bytes]
 
 
 def open_folder(directory: epath.PathLike) -> Any:
-    """The tokenizer of a folder, as a run that starts from it has it.
+    """The tokenizer of a folder, as a run that starts from the folder uses it.
 
     Raises:
         UserError: as `from_folder`.
@@ -96,7 +96,7 @@ def _library(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
 
 
 def _pieces(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
-    """Of a SentencePiece model: ids that its class in `transformers` puts around a text, and tokens beside it."""
+    """A SentencePiece model, with the ids that its `transformers` class adds around a text, and the added tokens."""
     named = str(_fields(folder.path / _NAMED[0]).get("tokenizer_class") or folder.config.get("model_type") or "")
     family = named.lower().removesuffix("fast").removesuffix("tokenizer")
     require(
@@ -145,7 +145,7 @@ def _bytes(path: epath.Path, most: int) -> bytes:
 
 
 def _fields(path: epath.Path) -> dict[str, Any]:
-    """The object of a JSON file; nothing where it is missing."""
+    """The object of a JSON file; empty if the file is missing."""
     if not path.exists():
         return {}
     try:
@@ -157,7 +157,7 @@ def _fields(path: epath.Path) -> dict[str, Any]:
 
 
 def _chat(folder: _Folder) -> dict[str, bytes]:
-    """The chat templates: those of files, else those of `tokenizer_config.json`, one text or several with names."""
+    """The chat templates in files, else those in `tokenizer_config.json`: one text, or several with names."""
     files = {"default": folder.path / "chat_template.jinja"}
     more = folder.path / "additional_chat_templates"
     if more.is_dir():
@@ -201,14 +201,14 @@ def _special_ids(
     known_V = table_of(dict(vocabulary))
 
     def known(values: Any) -> list[int]:
-        """Those of an id, or of a list, that a token has: a config may name others."""
+        """The ids, of one id or a list, that have a token: a config may name others."""
         flat = values if isinstance(values, list) else [values]
         return [
             i for i in flat if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < len(known_V) and known_V[i]
         ]
 
     def of(role: str, *usual: str) -> list[int]:
-        """The id of a special token, by its name, else by the model's config, else by the names that it usually has."""
+        """The id of a special token: from its declared name, else the model's config, else its usual names."""
         index = vocabulary.get(folder.tokens.get(f"{role}_token", ""))
         if index is not None:
             return [index]
@@ -236,7 +236,7 @@ def _special_ids(
 
 
 def _template(model: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the file's post-processor puts before a text and after it: found by what it makes of one."""
+    """The ids that the file's post-processor adds before and after a text, found by encoding a text."""
     for text in _probes(model):
         own = model.encode(text, add_special_tokens=False).ids
         if not own:
@@ -252,6 +252,6 @@ def _template(model: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def _probes(model: tokenizers.Tokenizer) -> Iterator[str]:
-    """Texts, some of which have tokens."""
+    """Texts to try; some of them encode to tokens."""
     yield from _PROBES
     yield from (model.decode([index]) for index in range(min(256, model.get_vocab_size())))

@@ -1,4 +1,4 @@
-"""Token ids whose vocabulary is not known: their text is their numbers."""
+"""A tokenizer for token ids without a known vocabulary: an id's text is its number."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from transformer.validation import require
 
 
 class IdTokenizer:
-    """Ids from 0 on, one of which ends documents. No id has bytes: there is no score a byte."""
+    """Ids from 0, one of which ends documents. No id has bytes, so there is no score per byte."""
 
     kind = "ids"
 
@@ -24,12 +24,12 @@ class IdTokenizer:
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
 
     def encode(self, text: str) -> Int[np.ndarray, " n"]:
-        """The numbers in a text, with white space between them; what is no number of an id is left out."""
+        """The ids written in a text, separated by white space; anything that is not the number of an id is skipped."""
         numbers = [int(word) for word in text.split() if word.isascii() and word.isdecimal() and len(word) < 9]
         return known_ids(numbers, self.vocab_size).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
-        """Their numbers; those around documents are dropped."""
+        """The ids as numbers; ids that begin or end documents are dropped."""
         shown = known_ids(ids, self.vocab_size)
         return " ".join(map(str, shown[~np.isin(shown, (self.end_of_text, *self.begin))].tolist()))
 
@@ -41,31 +41,31 @@ class IdTokenizer:
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class IdNumbers(TokenizerKind):
-    """Ids alone, of files that hold no text (.bin); by default as many as GPT-2 has."""
+    """Ids without text, as in token files (.bin); the default vocabulary size is that of GPT-2."""
 
     kind = "ids"
 
     vocab_size: int = 50257
-    """Ids are below it."""
+    """Number of ids; every id is smaller."""
     end_of_text: int = 50256
-    """The id that ends a document, or that stands between documents."""
+    """The id that ends a document, or stands between two documents."""
     begin: int = -1
-    """The id that begins a document; -1: end_of_text."""
+    """The id that begins a document; -1 means `end_of_text`."""
 
     def __post_init__(self) -> None:
         require(1 <= self.vocab_size <= 2**24, f"IdNumbers.vocab_size must be from 1 to 2^24, got {self.vocab_size}.")
         require(
             0 <= self.end_of_text < self.vocab_size and -1 <= self.begin < self.vocab_size,
             f"IdNumbers.end_of_text and begin must be ids below vocab_size={self.vocab_size}, got {self.end_of_text} and "
-            f"{self.begin}; where no id ends a document, let vocab_size be one more, and end_of_text the last.",
+            f"{self.begin}; if no id ends a document, increase vocab_size by one and let end_of_text be the last id.",
         )
 
     def train(self, texts: Iterable[str]) -> IdTokenizer:
-        """There is nothing to learn."""
+        """Nothing to learn."""
         del texts
         return IdTokenizer(self)
 
     def load(self, content: str) -> IdTokenizer:
-        """There is nothing to read."""
+        """Nothing to read."""
         saved_fields(content, self.kind)
         return IdTokenizer(self)

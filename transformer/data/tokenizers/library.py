@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: what they have in common, and those of words."""
+"""The base of tokenizers of the `tokenizers` library, and the word tokenizer."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ UNKNOWN = "<|unknown|>"
 
 
 class LibraryTokenizer:
-    """What tokenizers of the `tokenizers` library have in common."""
+    """Base of tokenizers of the `tokenizers` library."""
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
-        # A document may contain the text "<|endoftext|>": it is then text, not the end.
+        # A document may contain the text "<|endoftext|>": there it is text, not the end of the document.
         model.encode_special_tokens = True
         self._model = model
         self.vocab_size = model.get_vocab_size()
@@ -31,28 +31,28 @@ class LibraryTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
         """Ids of each text."""
-        # Unlike `encode`, this lets other threads run meanwhile: the one that feeds the device must not wait.
+        # Unlike `encode`, this call releases the GIL, and the thread that feeds the device need not wait.
         encodings = self._model.encode_batch_fast([without_surrogates(text) for text in texts])
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Ids) -> str:
-        """Text of ids; what is not UTF-8 becomes U+FFFD."""
+        """The text of ids; invalid UTF-8 becomes U+FFFD."""
         return self._model.decode(known_ids(ids, self.vocab_size).tolist())
 
     def to_json(self) -> str:
-        """The file of the `tokenizers` library."""
+        """The JSON file of the `tokenizers` library."""
         return self._model.to_str()
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write the JSON of the `tokenizers` library."""
+        """Write the JSON file of the `tokenizers` library."""
         write_tokenizer(directory, self.to_json())
 
 
 def read_library(content: str, kind: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a file, whose model must be of a kind.
+    """The library's tokenizer of a file, whose model must be of the given kind.
 
     Raises:
-        ValueError: it is of another, or no such file.
+        ValueError: the model is of another kind, or the content is no such file.
     """
     fields = json.loads(content)
     model = fields.get("model") if isinstance(fields, dict) else None
@@ -62,9 +62,9 @@ def read_library(content: str, kind: str) -> tokenizers.Tokenizer:
 
 
 class WordTokenizer(LibraryTokenizer):
-    """Lower-case words, or pieces of them (WordPiece, as in Devlin et al. 2019); end-of-text is 0, unknown 1.
+    """Lower-case words or word pieces (WordPiece, as in Devlin et al. 2019); end-of-text is 0, unknown 1.
 
-    Case, accents and spaces are lost, so that `decode` gives a likeness of the text and bits per byte mean nothing.
+    Case, accents and spaces are lost: `decode` only approximates the text, and bits per byte are meaningless.
     """
 
     end_of_text = 0
@@ -77,10 +77,10 @@ class WordTokenizer(LibraryTokenizer):
 
 
 def train_words(model: Any, trainer: Any, texts: Iterable[str], size: int) -> Any:
-    """A model of lower-case words, trained.
+    """Train a model of lower-case words.
 
     Raises:
-        UserError: the vocabulary has no room for each character as a piece that begins a word and one that goes on with it.
+        UserError: the vocabulary is too small for every character, each once as the start of a word and once as a continuation.
     """
     model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -95,4 +95,4 @@ def train_words(model: Any, trainer: Any, texts: Iterable[str], size: int) -> An
 
 
 SPECIAL: Any = {"special_tokens": [END_OF_TEXT, UNKNOWN], "show_progress": False}
-"""Arguments of the trainer of words: the first two ids, and no bar."""
+"""Trainer arguments: the first two ids, and no progress bar."""

@@ -1,4 +1,4 @@
-"""The SentencePiece model of a pretrained model, as it is, wrapped in JSON."""
+"""The unchanged SentencePiece model of a pretrained model, wrapped in JSON."""
 
 import base64
 import dataclasses
@@ -29,19 +29,19 @@ _BYTES = 256
 
 
 def wrapped(model: bytes, added: dict[str, int], each_prefixed: bool) -> bytes:
-    """The file of a run that holds a SentencePiece model.
+    """The file of a run that stores a SentencePiece model.
 
     Args:
         model: the content of a `tokenizer.model`.
-        added: text -> id of special tokens that the folder has beside it.
-        each_prefixed: the text behind a special token is given a space too (`legacy` of transformers).
+        added: special tokens that the folder adds to the model, text -> id.
+        each_prefixed: text after a special token gets a leading space too (`legacy` of transformers).
     """
     fields = {"kind": "sentencepiece", "each_prefixed": each_prefixed, "added": added}
     return json.dumps({**fields, "model": base64.b64encode(model).decode()}, indent=1).encode()
 
 
 class PieceTokenizer(SpecialTokenizer):
-    """Pieces of the `sentencepiece` library, which encodes and decodes."""
+    """A tokenizer of the `sentencepiece` library."""
 
     def __init__(self, content: bytes, settings: SpecialIds) -> None:
         fields = saved_fields(content.decode(), settings.kind)
@@ -68,13 +68,13 @@ class PieceTokenizer(SpecialTokenizer):
                 self.token_bytes[self.end_of_text] = -1
 
     def _keeps_text(self) -> bool:
-        """Whether the pieces of a text are the text: nothing is normalised, and what has no piece has bytes."""
+        """Whether pieces spell the text: the model normalizes nothing, and characters without a piece become bytes."""
         normalizer = self.proto.normalizer_spec
         bytes_known = sum(map(self._processor.is_byte, range(self._processor.get_piece_size()))) == _BYTES
         return bytes_known and not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
 
     def encode(self, text: str, special: bool = False) -> Int[np.ndarray, " n"]:
-        """Ids of a text, without those around it; see `PretrainedTokenizer.encode`."""
+        """Ids of a text, without the special ids around it; see `PretrainedTokenizer.encode`."""
         text = without_surrogates(text)
         if not special:
             return self.spell_special(np.array(self._processor.encode(text), np.int32))
@@ -88,26 +88,26 @@ class PieceTokenizer(SpecialTokenizer):
 
     @functools.cached_property
     def _parts(self) -> re.Pattern[str]:
-        """Finds the names of special tokens, the longest first."""
+        """A pattern that finds the names of special tokens, the longest first."""
         return re.compile("(" + "|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) + ")")
 
     @functools.cached_property
     def _unprefixed(self) -> Any:
-        """The same model, which puts no space before a text."""
+        """The same model without the leading space."""
         proto = read_proto(self.model)
         proto.normalizer_spec.add_dummy_prefix = False
         return _processor(proto.SerializeToString())
 
     def spelled(self, index: int) -> list[int]:
-        """An unknown character stays; the library makes no other special token of a text."""
+        """The id itself: of special tokens, the library encodes text only as the unknown token, which stays."""
         return [index] if index == self.unknown or index not in self.special else []
 
     def name_of(self, index: int) -> str:
-        """The piece of an id, or the token beside the pieces."""
+        """The piece of an id, or the added token."""
         return next((name for name, known in self._names.items() if known == index), "")
 
     def decode(self, ids: Ids) -> str:
-        """Text of ids, special ones dropped; what is not UTF-8 becomes U+FFFD."""
+        """The text of ids; special ids are dropped, and invalid UTF-8 becomes U+FFFD."""
         size = self._processor.get_piece_size()
         return self._processor.decode([index for index in self.drop_special(ids) if index < size])
 
@@ -115,16 +115,16 @@ class PieceTokenizer(SpecialTokenizer):
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Pieces(SpecialIds):
-    """The SentencePiece model of a pretrained model, as it is."""
+    """The unchanged SentencePiece model of a pretrained model."""
 
     kind = "sentencepiece"
 
     def load(self, content: str) -> PieceTokenizer:
-        """The model in its JSON."""
+        """Read the model from its JSON."""
         return PieceTokenizer(content.encode(), self)
 
     def open(self, directory: epath.PathLike) -> Any:
-        """With its chat templates."""
+        """Load the tokenizer with its chat templates."""
         return with_chat(super().open(directory), directory)
 
 
@@ -132,13 +132,13 @@ def read_proto(model: bytes) -> Any:
     """The fields of a model.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is no SentencePiece model.
     """
     require_installed(sentencepiece, "sentencepiece", "sentencepiece")
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(model)
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # protobuf's exception
         raise ValueError(f"it is no SentencePiece model ({error!s:.80})") from None
     require(len(proto.pieces) > 0, "A SentencePiece model must have pieces, this one has none.")
     return proto

@@ -1,4 +1,4 @@
-"""The tokenizer of a pretrained model: its `tokenizer.json` as it is, and the special ids that its folder names."""
+"""The tokenizer of a pretrained model: its unchanged `tokenizer.json`, and the special ids that its folder names."""
 
 import copy
 import dataclasses
@@ -20,31 +20,31 @@ from transformer.types import UserError
 from transformer.validation import require
 
 CHAT_FILE = "chat_template.json"
-"""Templates of conversations by name, and the texts of special tokens that they use."""
+"""Chat templates by name, and the texts of the special tokens that they use."""
 _MOST_IDS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds(TokenizerKind):
-    """The special ids of a pretrained tokenizer, as `from_folder` finds them. -1 and an empty list are none."""
+    """The special ids of a pretrained tokenizer, as `from_folder` finds them; -1 or an empty list means none."""
 
     begin: tuple[int, ...] = ()
     """Ids before a text, such as BERT's [CLS] or Llama's <|begin_of_text|>."""
     end: tuple[int, ...] = ()
-    """Ids after a text that an encoder reads, such as [SEP] or T5's </s>."""
+    """Ids after a text of an encoder, such as [SEP] or T5's </s>."""
     end_of_text: int = 0
     """The id that ends a document."""
     stop: tuple[int, ...] = ()
-    """Ids that end generation; none: end_of_text alone."""
+    """Ids that end generation; empty means end_of_text alone."""
     pad: int = -1
-    """The id of padding."""
+    """The padding id."""
     decoder_start: int = -1
-    """The id before a target of an encoder-decoder; -1: end_of_text."""
+    """The id before a target of an encoder-decoder; -1 means end_of_text."""
     mask: int = -1
-    """The id that hides a token; -1: one after all others."""
+    """The id that replaces a masked token; -1 means one more than the largest id."""
 
     def train(self, texts: Iterable[str]) -> NoReturn:
-        """It is trained already."""
+        """A pretrained tokenizer is not trained."""
         del texts
         raise UserError(
             f"A tokenizer of the kind {self.kind} comes with a pretrained model and is not trained; start from an imported run "
@@ -53,20 +53,20 @@ class SpecialIds(TokenizerKind):
 
     @property
     def all_ids(self) -> set[int]:
-        """Every id that is named."""
+        """Every special id."""
         named = {*self.begin, *self.end, *self.stop, self.end_of_text, self.pad, self.decoder_start, self.mask}
         return named - {-1}
 
 
 class SpecialTokenizer:
-    """What tokenizers of pretrained models have in common: special ids stand for no text, and no text becomes one."""
+    """Base of the tokenizers of pretrained models: special ids stand for no text, and no text becomes a special id."""
 
     def __init__(self, settings: SpecialIds, known_V: Bool[np.ndarray, " V"], special: set[int]) -> None:
         self.kind, self.settings, self.known, self.vocab_size = settings.kind, settings, known_V, len(known_V)
         missing = [index for index in settings.all_ids if not (0 <= index < len(known_V) and known_V[index])]
         require(
             not missing,
-            f"Special ids must be of the tokenizer, which has {int(known_V.sum())} tokens below {len(known_V)}, got "
+            f"Special ids must belong to the tokenizer, which has {int(known_V.sum())} tokens below {len(known_V)}, got "
             f"{', '.join(map(str, sorted(missing)))}.",
         )
         self.begin, self.end, self.end_of_text = settings.begin, settings.end, settings.end_of_text
@@ -86,21 +86,21 @@ class SpecialTokenizer:
         return flat[~np.isin(flat, self._special_N)].tolist()
 
     def spell_special(self, ids_N: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-        """Ids of a text in which the name of a special token is text: the pieces of that name in its place."""
+        """Replace special ids in an encoded text by the ids of their names: in a text, such a name is ordinary text."""
         if not np.isin(ids_N, self._special_N).any():
             return ids_N
         return np.array([piece for index in ids_N.tolist() for piece in self.spelled(index)], np.int32)
 
     def spelled(self, index: int) -> list[int]:
-        """Ids of what a text has where it seems to have a special token; itself for an ordinary id."""
+        """The ids that spell the name of a special token as text; an ordinary id is returned as it is."""
         raise NotImplementedError
 
     def name_of(self, index: int) -> str:
-        """What the file calls an id."""
+        """The name of an id in the tokenizer file."""
         raise NotImplementedError
 
     def save(self, directory: epath.PathLike) -> None:
-        """Write the files as they were found."""
+        """Write unchanged copies of the tokenizer's files."""
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         (path / FILE_NAME).write_bytes(self.content)
@@ -111,7 +111,7 @@ class SpecialTokenizer:
 
 
 class PretrainedTokenizer(SpecialTokenizer):
-    """A tokenizer of the `tokenizers` library that another program has made."""
+    """A pretrained tokenizer of the `tokenizers` library."""
 
     def __init__(self, content: bytes, settings: SpecialIds) -> None:
         self.content, fields = content, read_fields(content)
@@ -130,11 +130,11 @@ class PretrainedTokenizer(SpecialTokenizer):
         self._byte_level = '"ByteLevel"' in json.dumps([fields.get("pre_tokenizer"), fields.get("normalizer")])
 
     def encode(self, text: str, special: bool = False) -> Int[np.ndarray, " n"]:
-        """Ids of a text, without those around it.
+        """Ids of a text, without the special ids around it.
 
         Args:
-            text: any.
-            special: names of special tokens in it stand for these, as in the text of a chat template; else they are text.
+            text: any text.
+            special: names of special tokens in the text become these tokens, as in a rendered chat template; else they are text.
         """
         return _ids(self._with_special, [text])[0] if special else self.encode_batch([text])[0]
 
@@ -143,7 +143,7 @@ class PretrainedTokenizer(SpecialTokenizer):
         return [self.spell_special(ids_N) for ids_N in _ids(self._model, texts)]
 
     def decode(self, ids: Ids) -> str:
-        """Text of ids, special ones dropped; what is not UTF-8 becomes U+FFFD."""
+        """The text of ids; special ids are dropped, and invalid UTF-8 becomes U+FFFD."""
         return self._model.decode(self.drop_special(ids), skip_special_tokens=True)
 
     @functools.cached_property
@@ -153,7 +153,7 @@ class PretrainedTokenizer(SpecialTokenizer):
         return model
 
     def spelled(self, index: int) -> list[int]:
-        """Of a special token's name, cut in two so that it is not found again; the unknown token stays."""
+        """Encode the name of a special token in two parts, so that the library does not find the token; unknown stays unknown."""
         if index == self.unknown or index not in self.special:
             return [index]
         name = self.name_of(index)
@@ -174,21 +174,21 @@ def _ids(model: tokenizers.Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarr
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Pretrained(SpecialIds):
-    """The tokenizer.json of a pretrained model, as it is."""
+    """The unchanged tokenizer.json of a pretrained model."""
 
     kind = "pretrained"
 
     def load(self, content: str) -> PretrainedTokenizer:
-        """The file of the `tokenizers` library, whatever it holds."""
+        """Read any file of the `tokenizers` library."""
         return PretrainedTokenizer(content.encode(), self)
 
     def open(self, directory: epath.PathLike) -> Any:
-        """With its chat templates."""
+        """Load the tokenizer with its chat templates."""
         return with_chat(super().open(directory), directory)
 
 
 def with_chat(tokenizer: SpecialTokenizer, directory: epath.PathLike) -> SpecialTokenizer:
-    """A tokenizer with the chat templates that lie in its directory."""
+    """Add the chat templates stored in a tokenizer's directory."""
     path = epath.Path(directory) / CHAT_FILE
     tokenizer.chat_file = path.read_bytes() if path.exists() else b""
     return tokenizer
@@ -198,7 +198,7 @@ def read_fields(content: bytes) -> dict[str, Any]:
     """The fields of a `tokenizer.json`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is no `tokenizer.json`.
     """
     fields = json.loads(content.decode())
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
@@ -207,16 +207,16 @@ def read_fields(content: bytes) -> dict[str, Any]:
 
 
 def read_model(content: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer, without the padding and truncation that the file may ask for.
+    """The library's tokenizer, without the padding and truncation that the file may set.
 
     Raises:
-        ValueError: the library does not take it.
+        ValueError: the library refuses the file.
     """
     try:
         model: Any = tokenizers.Tokenizer.from_str(content.decode())
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # the library raises no more special exception, or a panic that is no Exception
+    except BaseException as error:  # the library raises only base classes, or a panic that is not an Exception
         raise ValueError(str(error)) from None
     model.no_padding()
     model.no_truncation()
@@ -225,7 +225,7 @@ def read_model(content: bytes) -> tokenizers.Tokenizer:
 
 
 def table_of(vocabulary: dict[str, int]) -> Bool[np.ndarray, " V"]:
-    """Which ids up to the largest one a token has."""
+    """A mask of the ids that have a token, up to the largest id."""
     size = max(vocabulary.values(), default=-1) + 1
     require(
         0 < size <= _MOST_IDS,
@@ -237,6 +237,6 @@ def table_of(vocabulary: dict[str, int]) -> Bool[np.ndarray, " V"]:
 
 
 def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int:
-    """The id of what has no token, -1 for none."""
+    """The id of the unknown token; -1 if there is none."""
     index = model.get("unk_id") if model.get("type") == "Unigram" else vocabulary.get(model.get("unk_token") or "")
     return index if isinstance(index, int) else -1

@@ -1,4 +1,4 @@
-"""A run's tokenizer as the files of a Hugging Face folder."""
+"""Export of a run's tokenizer as the files of a Hugging Face folder."""
 
 import json
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ def class_words(class_names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def generation_texts(tokenizer: Tokenizer, kept: Mapping[str, str]) -> dict[str, str]:
-    """The file that says where generation ends and begins, unless an import has kept one."""
+    """The file with the start and stop ids of generation, unless an import kept one."""
     stops = list(stop_ids(tokenizer))
     values = {"eos_token_id": stops[0] if len(stops) == 1 else stops, "decoder_start_token_id": target_start(tokenizer)}
     return {} if _GENERATION in kept else {_GENERATION: json.dumps(values, indent=2)}
 
 
 def tokenizer_texts(tokenizer: Tokenizer, kept: Mapping[str, str]) -> dict[str, str]:
-    """The files of a tokenizer, name -> content; those that an import has kept stay as they were.
+    """The files of a tokenizer, name -> content; files kept by an import are unchanged.
 
-    A tokenizer of the package is written so that a prompt begins with end-of-text there too. One that the `tokenizers` library
-    has no form for is left out.
+    A tokenizer of this package is written such that a prompt also begins with end-of-text in transformers. A tokenizer without
+    an equivalent in the `tokenizers` library is left out.
     """
     content = getattr(tokenizer, "content", b"")
     if content:
@@ -55,7 +55,7 @@ def _written(tokenizer: Any) -> dict[str, str]:
 
 
 def _bytes_model() -> tokenizers.Tokenizer:
-    """Bytes as the library has them: byte pairs without a merge, end-of-text after them."""
+    """The byte tokenizer in the library's terms: byte pairs without merges, then end-of-text."""
     alphabet = _alphabet()
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: b for b, c in enumerate(alphabet)}, merges=[]))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -65,7 +65,7 @@ def _bytes_model() -> tokenizers.Tokenizer:
 
 
 def _alphabet() -> list[str]:
-    """The character that stands for each byte (GPT-2): itself where it can be seen, else one of those from 256 on."""
+    """The character that stands for each byte (GPT-2): printable bytes stand for themselves, others map to code points from 256."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]

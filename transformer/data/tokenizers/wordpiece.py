@@ -1,4 +1,4 @@
-"""Lower-case pieces of words of a corpus as tokens."""
+"""Lower-case word pieces of a corpus as tokens."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from transformer.tokenizer import TOKENIZERS, SizedTokenizer
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class WordPieces(SizedTokenizer):
-    """Lower-case pieces of words of the training split, the most frequent ones."""
+    """The most frequent lower-case word pieces of the training split."""
 
     kind = "wordpiece"
 
     def train(self, texts: Iterable[str]) -> WordTokenizer:
-        """Those of texts."""
+        """Learn the word pieces of texts."""
         size = self.filled().size
         model: Any = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN, max_input_chars_per_word=100))
         model.decoder = tokenizers.decoders.WordPiece()
@@ -26,5 +26,5 @@ class WordPieces(SizedTokenizer):
         return WordTokenizer(train_words(model, trainer, texts, size), self.kind)
 
     def load(self, content: str) -> WordTokenizer:
-        """The library's file."""
+        """Read the file of the `tokenizers` library."""
         return WordTokenizer(read_library(content, "WordPiece"), self.kind)

@@ -13,17 +13,17 @@ from transformer.tokenizer import TOKENIZERS, SizedTokenizer
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Words(SizedTokenizer):
-    """Lower-case words of the training split, the most frequent ones."""
+    """The most frequent lower-case words of the training split."""
 
     kind = "words"
 
     def train(self, texts: Iterable[str]) -> WordTokenizer:
-        """Those of texts."""
+        """Learn the words of texts."""
         size = self.filled().size
         model: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
         trainer: Any = tokenizers.trainers.WordLevelTrainer(vocab_size=size, **SPECIAL)
         return WordTokenizer(train_words(model, trainer, texts, size), self.kind)
 
     def load(self, content: str) -> WordTokenizer:
-        """The library's file."""
+        """Read the file of the `tokenizers` library."""
         return WordTokenizer(read_library(content, "WordLevel"), self.kind)
