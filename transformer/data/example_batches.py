@@ -1,4 +1,4 @@
-"""Batches with one example a row, of similar length so that little is padding."""
+"""Batches with one example per row, grouped by similar length to reduce padding."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from transformer.data.tokenizers import Tokenizer
 from transformer.validation import require
 
 _BATCHES_OF_CHUNK = 64
-_ORDER = 1  # tells the order of a chunk's batches from other draws
+_ORDER = 1  # separates the random order of a chunk's batches from other draws
 
 
 def _batch(encoded: Sequence[Any], form: ExampleForm, config: DataConfig, rows: range) -> Any:
@@ -28,7 +28,7 @@ def _batch(encoded: Sequence[Any], form: ExampleForm, config: DataConfig, rows: 
 
 
 def padding_of(lengths: Sequence[int], config: DataConfig) -> float:
-    """The part of batches that is padding, where these are the lengths of examples of one chunk."""
+    """The fraction of padding in batches, for the example lengths of one chunk."""
     ordered, total = sorted(lengths), 0
     for start in range(0, len(ordered), config.batch_size):
         of_batch = ordered[start : start + config.batch_size]
@@ -39,9 +39,9 @@ def padding_of(lengths: Sequence[int], config: DataConfig) -> float:
 class ExampleBatches(grain.IterDataset):
     """Some rows of every batch of an endless training run.
 
-    Each epoch has another order and drops what does not fill a batch. Examples of some dozens of batches are sorted by length
-    before they are dealt to batches, and these are shuffled again. Batch `t` depends on `t` and the seed only, not on
-    which process asks, so that the state is `t`.
+    Each epoch has another order and drops its incomplete last batch. The examples of some dozens of batches (a chunk) are
+    sorted by length and split into batches, which are shuffled again. Batch `t` depends only on `t` and the seed, not on the
+    process: `t` is the whole state.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ExampleBatches(grain.IterDataset):
         return _ExampleIterator(self)
 
     def chunk(self, epoch: int, index: int) -> list[list[Any]]:
-        """The batches of a chunk, in the order they are used."""
+        """The batches of a chunk, in their final order."""
         size, seed = self.config.batch_size, self.config.shuffle_seed
         order = permutation(len(self.examples), seed, epoch)
         count = min(_BATCHES_OF_CHUNK, self.batches_of_epoch - index * _BATCHES_OF_CHUNK)
@@ -104,12 +104,12 @@ class _ExampleIterator(grain.DatasetIterator):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleEvaluationBatches:
-    """A whole split, each example once, sorted by length within some dozens of batches; iterate as often as needed."""
+    """A whole split, each example once, sorted by length within some dozens of batches; can be iterated repeatedly."""
 
     config: DataConfig
     form: ExampleForm
     examples: Callable[[], Sequence[Any]]
-    """Of the split, encoded."""
+    """The encoded examples of the split."""
     own_rows: range
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Labelled texts, pairs or other examples, one a row: what is in them, and batches of them."""
+"""The data of a run on labelled texts, pairs or other examples, one per row."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from transformer.validation import counted
 
 
 def describe_stored(tokenizer: Tokenizer, kept: bool) -> str:
-    """A line about the tokens of a dataset: whether they are stored."""
+    """A line that says whether the tokens of a dataset are stored."""
     stored = "stored" if kept else "not stored: in a folder that cannot be written to, there are none"
     return f"tokens of the tokenizer {tokenizer.kind}, {describe_entries(tokenizer)}: {stored}"
 
@@ -29,7 +29,7 @@ def _example_bytes(example: Sequence[Any]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleData:
-    """Labelled texts, pairs or other examples, one a row."""
+    """Labelled texts, pairs or other examples, one per row."""
 
     config: DataConfig
     form: ExampleForm
@@ -37,17 +37,17 @@ class ExampleData:
 
     @property
     def sources(self) -> tuple[ExampleSource]:
-        """The one there is."""
+        """The only source."""
         return (self.source,)
 
     @property
     def description(self) -> str:
-        """What there is to read."""
+        """A description of the data."""
         return self.source.description
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """The splits there are."""
+        """The names of the splits."""
         return self.source.split_names
 
     @property
@@ -64,7 +64,7 @@ class ExampleData:
         return (int(self.form.label(example)) for example in self.source.examples(split))
 
     def make_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the training split."""
+        """Make the tokenizer of the training split."""
         examples = self.source.examples("train")
 
         def chosen() -> Iterable[Any]:
@@ -74,7 +74,7 @@ class ExampleData:
         return self.form.make_tokenizer(self.config, chosen if self.config.tokenizer.sampled else lambda: examples)
 
     def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
-        """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
+        """Store the tokens for a run with a tokenizer, by default the training split's own; returns a line about them."""
         made, source = tokenizer or self.make_tokenizer(), self.source
         kept = [source.tokens and source.tokens(split, made, True) is not None for split in source.split_names]
         return describe_stored(made, all(kept))
@@ -82,21 +82,21 @@ class ExampleData:
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
-        """Rows of the form's batches."""
+        """Training rows in the form's batches."""
         rows = own_rows(self.config, process_index, process_count)
         return prefetched(ExampleBatches(self.config, self.form, tokenizer, self.source, rows))
 
     def evaluation_batches(
         self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
-        """Rows of the form's batches."""
+        """Evaluation rows in the form's batches."""
         rows = own_rows(self.config, process_index, process_count)
-        self.source.examples(split)  # a missing split is an error now, not at the first evaluation
+        self.source.examples(split)  # report a missing split now, not at the first evaluation
         examples = functools.partial(open_encoded, self.source, self.form, split, tokenizer, self.config)
         return ExampleEvaluationBatches(self.config, self.form, examples, rows)
 
     def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
-        """Of examples spread evenly over the split."""
+        """Statistics of examples evenly spaced over the split."""
         cut, count = self.count_cut(tokenizer, "train", at_most)
         examples = self.source.examples("train")
         chosen = (examples[i * len(examples) // count] for i in range(count))
@@ -108,18 +108,18 @@ class ExampleData:
         return f"{line}\n{room}" if cuts else line
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
-        """How many `texts`, or `sources` and `targets`, are longer than a row, and of how many."""
+        """The number of `texts`, or of `sources` and `targets`, that are longer than a row, and the number of examples."""
         examples = open_example_tokens(self.source, self.form, split, tokenizer, store=False)
         count = min(len(examples), at_most or len(examples))
         chosen = (examples[i * len(examples) // count] for i in range(count))
         return self.form.count_cut(chosen, tokenizer, self.config), count
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
-        """Whole batches: what does not fill one is left out of an epoch, other examples in each."""
+        """The number of full batches; each epoch drops other examples, those of the incomplete last batch."""
         del tokenizer
         return float(len(self.source.examples("train")) // self.config.batch_size)
 
     def describe_scored(self, split: str, targets: int) -> str:
-        """The examples."""
+        """The number of scored examples."""
         del targets
         return counted(len(self.source.examples(split)), self.form.noun)

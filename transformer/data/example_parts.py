@@ -1,4 +1,4 @@
-"""Examples as they are stored: their texts and classes, and the token ids of each text, whole."""
+"""The stored form of examples: their texts and classes, and the complete token ids of each text."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.types import UserError
 
 CLASS, SOURCE, TEXT = "class", "source", "text"
-"""What a part is: a class, a text that the tokenizer of sources reads, or any other text."""
+"""The role of a part: a class, a text for the source tokenizer, or any other text."""
 
 Roles = Mapping[str, str]
-"""Of each part of an example, by its name in the records, in their order."""
+"""The role of each part of an example, by its name in the records, in order."""
 
 _CHARACTERS_AT_ONCE = 1 << 20
 
@@ -40,8 +40,8 @@ def unpack_tokens(record: bytes, types: Mapping[str, np.dtype | None]) -> list[I
     """The ids of each text of an example, and its class.
 
     Args:
-        record: that was stored.
-        types: of the ids, by name; None for the class.
+        record: a stored record.
+        types: the types of the ids, by name; None for the class.
     """
     fields = unpack_fields(record)
     return [
@@ -53,14 +53,14 @@ def unpack_tokens(record: bytes, types: Mapping[str, np.dtype | None]) -> list[I
 
 
 def types_of(roles: Roles, tokenizer: Tokenizer) -> dict[str, np.dtype | None]:
-    """The type of the ids of each text; None for the class."""
+    """The integer type of the ids of each text; None for the class."""
     return {
         name: token_type(_reader(role, tokenizer).vocab_size) if role != CLASS else None for name, role in roles.items()
     }
 
 
 def features_of(roles: Roles, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What TFDS is told of stored tokens."""
+    """The TFDS features of stored tokens."""
     return {
         name: tfds.features.Scalar(np.int64)
         if dtype is None
@@ -72,7 +72,7 @@ def features_of(roles: Roles, tokenizer: Tokenizer) -> dict[str, Any]:
 def pack_tokens(
     examples: Iterator[Sequence[str | int]], roles: Roles, tokenizer: Tokenizer, advance: Callable[[int], object]
 ) -> Iterator[bytes]:
-    """Records of the tokens of examples; `advance` is told the characters that are done."""
+    """Records of the tokens of examples; `advance` is called with the number of finished characters."""
     types = types_of(roles, tokenizer)
     while some := list(_some(examples)):
         columns = list[Sequence[Any]]()
@@ -86,7 +86,7 @@ def pack_tokens(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
-    """Ids of texts, at once where a tokenizer can."""
+    """The ids of texts, encoded as a batch if the tokenizer can."""
     together = getattr(tokenizer, "encode_batch", None)
     return [tokenizer.encode(text) for text in texts] if together is None else together(list(texts))
 

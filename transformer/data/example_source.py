@@ -1,4 +1,4 @@
-"""Labelled texts and pairs in splits; a validation split that is missing is taken from the training one."""
+"""Labelled texts and pairs in splits; a missing validation split is taken from the training split."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,18 +21,18 @@ def example_source(
     note: str = "",
     tokens: Callable[[str, Any, bool], tuple[Sequence[Any], Callable[[Any], Any]] | None] | None = None,
 ) -> ExampleSource:
-    """Examples with the splits that they have, and a fixed share of training for validation where that is missing.
+    """Examples with their splits, and a fixed fraction of training as validation if that split is missing.
 
     Args:
         name: for messages.
-        identify: a hash of what the examples are, and of what it is given.
-        sizes: split -> its examples.
+        identify: returns a hash of the examples and of its arguments.
+        sizes: the number of examples of each split.
         class_names: in the order of their numbers.
-        open_split: the stored examples of a split, and what makes an example of one.
-        labels: the class of each training example; None of pairs.
-        validation_fraction: the share that is taken.
-        note: more lines for the user.
-        tokens: the stored tokens of a split (`ExampleSource.tokens`), and what numbers the class of an example.
+        open_split: returns the stored examples of a split, and a function that converts one to an example.
+        labels: the class of each training example; None for pairs.
+        validation_fraction: the fraction that is held out.
+        note: further lines for the user.
+        tokens: opens the stored tokens of a split (`ExampleSource.tokens`), with a function that numbers the class of an example.
     """
     sizes, taken = dict(sizes), np.zeros(0, np.int64)
     carved = "train" in sizes and "validation" not in sizes and validation_fraction > 0
@@ -73,10 +73,10 @@ def example_source(
 
 
 def class_numbers(names: Sequence[str], known: Sequence[str], where: str) -> list[int]:
-    """The number that each class has among the known ones.
+    """The number of each class among the known classes.
 
     Raises:
-        UserError: one is not among them.
+        UserError: a class is unknown.
     """
     unknown = [name for name in names if name not in known]
     require(

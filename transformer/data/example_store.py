@@ -1,4 +1,4 @@
-"""Examples of files: stored once as records, by their content, and read at random."""
+"""Examples of files: stored once as records under a hash of their content, and read at random."""
 
 import array
 import contextlib
@@ -29,16 +29,16 @@ from transformer.data.tokens import READ_ONLY
 from transformer.storage import write_whole
 from transformer.types import UserError
 
-_FORMAT = 1  # of the stored examples; a change stores all of them anew
-_SHARD_BYTES = 32 << 20  # of a shard, which is in memory while it is made
+_FORMAT = 1  # version of stored examples; a change stores all of them again
+_SHARD_BYTES = 32 << 20  # size of a shard, which is in memory while it is written
 _NAME, _SPLIT, _CLASSES, _POINTER = "examples", "train", "classes", "prepared.json"
 
 Read = Callable[[list[str]], Iterator[Any]]
-"""The examples of files, anew at each call, with names of classes; behind the last one, the list has notes."""
+"""Reads the examples of files, with class names; fills the list with notes after the last example."""
 
 
 class ExampleRecords(Sequence[Any]):
-    """Stored examples, with the numbers of their classes."""
+    """Stored examples with class numbers."""
 
     def __init__(self, shards: Shards, form: ExampleForm, roles: Roles) -> None:
         self.shards, self._form, self._roles = shards, form, roles
@@ -51,24 +51,24 @@ class ExampleRecords(Sequence[Any]):
 
 
 class Kept(NamedTuple):
-    """The examples of files, as they are stored."""
+    """The stored examples of files."""
 
     directory: epath.Path
-    """Theirs, in which their tokens and fingerprints lie too."""
+    """The examples' folder, which also holds their tokens and fingerprints."""
     records: ExampleRecords
     roles: Roles
     classes: tuple[str, ...]
-    """The names of classes, in the order of their numbers."""
+    """The class names, in the order of their numbers."""
     notes: list[str]
-    """For the user."""
+    """Notes for the user."""
 
     def labels(self) -> UInt[np.ndarray, " n"]:
-        """The class of each example, without reading these."""
+        """The class of each example, read without the examples."""
         stored = Shards([self.directory / _NAME / _CLASSES], [1])
         return np.frombuffer(stored[0], token_type(len(self.classes)))
 
     def fingerprint(self, form: ExampleForm, known: tuple[str, ...], *parts: str | int) -> str:
-        """The hash of a source: of the kind, the classes, each example and what is given; noted the first time."""
+        """The hash of a source: its kind, classes, examples and the given parts; stored after the first computation."""
         key = ContentHash().ended(*known, *parts)
         note = self.directory / f"fingerprint-{key[:16]}"
         with contextlib.suppress(OSError):
@@ -92,21 +92,21 @@ def keep_examples(
     name: str,
     check: Callable[[Any, Sequence[str]], object],
 ) -> Kept | None:
-    """The examples of files, stored now if they were not before.
+    """The stored examples of files; they are stored now unless they already are.
 
     Args:
-        form: of the examples.
+        form: the form of the examples.
         read: reads them.
-        stamp: of their files; where these were read before, and the examples are stored, they are not read again.
-        config: says where.
-        name: of the source, for the user.
-        check: is given an example and the names of all classes before anything is written, and may refuse them.
+        stamp: the state of their files; files already read in this state are not read again if their examples are stored.
+        config: has the directory.
+        name: the name of the source, for messages.
+        check: receives an example and the names of all classes before anything is written, and may raise.
 
     Returns:
-        None where they cannot be kept: nothing can be written there, or a form of one's own has parts that are no text.
+        None if the examples cannot be stored: the directory is not writable, or a user-defined form has parts that are not text.
 
     Raises:
-        UserError: there is none, they change while they are read, or the disk is full.
+        UserError: there are no examples, they change while they are read, or the disk is full.
     """
     identity = stamp.known()
     if identity is None or not (_directory(form, identity, config) / _POINTER).exists():
@@ -144,19 +144,19 @@ def _open(form: ExampleForm, directory: epath.Path) -> Kept:
 
 
 class _Survey(NamedTuple):
-    """What a first reading finds."""
+    """The results of the first reading."""
 
     identity: str
     num_bytes: int
     classes: tuple[str, ...]
-    """Names, in the order of their numbers."""
+    """The class names, in the order of their numbers."""
     labels: UInt[np.ndarray, " n"]
     """The class of each example."""
     notes: list[str]
 
 
 class _Hash:
-    """Tells examples from others as they are read."""
+    """A hash of examples, updated as they are read."""
 
     def __init__(self, form: ExampleForm) -> None:
         self._content = ContentHash()
@@ -166,7 +166,7 @@ class _Hash:
         self._content.add(*example)
 
     def ended(self, notes: Sequence[str]) -> str:
-        # Spellings of classes, say, are no part of the examples, and are to be said at every start.
+        # Notes, such as spellings of classes, are not part of the examples, and are printed at every start.
         return self._content.ended("notes", *notes)
 
 
@@ -192,7 +192,7 @@ def _survey(form: ExampleForm, read: Read, name: str, check: Callable[[Any, Sequ
 
 
 def _write(form: ExampleForm, read: Read, survey: _Survey, directory: epath.Path, name: str) -> None:
-    """Write shards, then their description, then the pointer, without which there is nothing; files are hashed again."""
+    """Write shards, then their description, then the pointer that makes them visible; files are hashed again."""
     folder, roles = directory / _NAME, roles_of(form, form.example._fields)
     folder.mkdir(parents=True, exist_ok=True)
     count = count_shards(survey.num_bytes, _SHARD_BYTES)

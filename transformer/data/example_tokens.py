@@ -1,4 +1,4 @@
-"""The tokens of examples: stored once, whole, and framed as rows whenever they are read."""
+"""The tokens of examples: stored once without truncation, and framed as rows when they are read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from transformer.data.tokens import stored_tokens
 
 
 def roles_of(form: ExampleForm, names: Sequence[str]) -> Roles:
-    """What the parts of examples are, by their names in the records."""
+    """The roles of the parts of examples, by their names in the records."""
     special = {form.class_part: CLASS, form.source_part: SOURCE}
     return {name: special.get(index, TEXT) for index, name in enumerate(names)}
 
 
 class _StoredTokens(Sequence[Any]):
-    """Examples whose texts are ids."""
+    """Examples with ids instead of texts."""
 
     def __init__(self, shards: Shards, form: ExampleForm, types: Mapping[str, Any]) -> None:
         self._shards, self._form, self._types = shards, form, types
@@ -44,17 +44,17 @@ def open_stored_tokens(
     name: str,
     store: bool,
 ) -> Sequence[Any] | None:
-    """The tokens of stored examples, stored now if they were not before; None where they cannot be kept.
+    """The stored tokens of examples, stored now unless they already are; None if they cannot be stored.
 
     Args:
-        form: of the examples.
-        records: theirs.
-        roles: what their parts are.
-        folder: of the tokens.
-        split: that they are.
-        tokenizer: that makes them.
-        name: of the source, for the user.
-        store: whether they are stored where they are not.
+        form: the form of the examples.
+        records: the stored examples.
+        roles: the roles of their parts.
+        folder: the folder of the tokens.
+        split: the split of the examples.
+        tokenizer: the tokenizer that encodes them.
+        name: the name of the source, for messages.
+        store: whether missing tokens are stored.
     """
     job = Job(records.paths, records.lengths, "", split, 0, False, dict(roles))
     found = stored_tokens(folder, split, job, tokenizer, name, store=store)
@@ -64,7 +64,7 @@ def open_stored_tokens(
 def open_example_tokens(
     source: ExampleSource, form: ExampleForm, split: str, tokenizer: Tokenizer, *, store: bool = True
 ) -> Sequence[Any]:
-    """The examples of a split as `ExampleForm.tokens` gives them: stored, or made of each whenever it is read."""
+    """The examples of a split as `ExampleForm.tokens` returns them: stored, or encoded when read."""
     if split == WHOLE and WHOLE not in source.sizes:
         parts = [open_example_tokens(source, form, name, tokenizer, store=store) for name in source.split_names]
         return parts[0] if len(parts) == 1 else Joined(parts)
@@ -76,8 +76,8 @@ def open_example_tokens(
 def open_encoded(
     source: ExampleSource, form: ExampleForm, split: str, tokenizer: Tokenizer, config: DataConfig
 ) -> Sequence[Any]:
-    """The examples of a split as they are in rows (`ExampleForm.encode`)."""
-    if type(form).encode is not ExampleForm.encode:  # what it makes of a text is not known
+    """The encoded examples of a split, as they appear in rows (`ExampleForm.encode`)."""
+    if type(form).encode is not ExampleForm.encode:  # a user-defined encoding cannot be stored
         return Converted(source.examples(split), lambda example: form.encode(example, tokenizer, config))
     tokens = open_example_tokens(source, form, split, tokenizer)
     return Converted(tokens, lambda example: form.frame(example, tokenizer, config))

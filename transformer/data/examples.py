@@ -1,4 +1,4 @@
-"""Labelled texts, pairs and other examples: read from files, stored as datasets with a name, and opened as either."""
+"""Labelled texts, pairs and other examples: read from files, stored as named datasets, and opened as either."""
 
 import dataclasses
 import functools
@@ -35,16 +35,16 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def open_examples(
     names: Sequence[str], form: ExampleForm, config: DataConfig, class_names: tuple[str, ...] = ()
 ) -> ExampleSource:
-    """A stored dataset, or files; where there is no validation split, a fixed share of training is taken for it.
+    """Open a stored dataset, or files; without a validation split, a fixed fraction of training is held out.
 
     Args:
-        names: one dataset, one folder, or files: of pairs one or two, of other forms one after the other.
-        form: of the examples.
+        names: one dataset, one folder, or files: one or two for pairs, any number for other forms.
+        form: the form of the examples.
         config: names the fields and the directory of stored datasets.
-        class_names: of a run that scores them, whose numbers the labels are given; else the classes are those that occur.
+        class_names: the classes of the run that scores the examples, which number the labels; by default, the classes that occur.
 
     Raises:
-        UserError: they cannot be read, or have a class that the run has not; the message has the file and the line.
+        UserError: the examples are not readable, or have an unknown class; the message names the file and the line.
     """
     stored = [find_source(name).open_stored(name, form, config, class_names) for name in names]
     if len(names) == 1 and stored[0] is not None:
@@ -69,19 +69,19 @@ def open_examples(
 def _stamp(names: Sequence[str], form: ExampleForm, config: DataConfig) -> Stamp:
     reading = (type(form).__qualname__, *form.key_names(config))
     stamps = [find_source(name).stamp(name, reading, config) for name in names]
-    # What a form of one's own makes of a file is not known.
+    # The files that a user-defined form reads are unknown.
     return joined(stamps) if type(form).__module__.startswith("transformer.") else Stamp(stamps[0].path, "")
 
 
 Known = Callable[[Any, Sequence[str]], tuple[str, ...]]
-"""The classes in the order of their numbers, of an example and of those that occur."""
+"""The classes in the order of their numbers, computed from an example and the classes that occur."""
 
 
 def _kept(form: ExampleForm, kept: Kept, read: Read, config: DataConfig, name: str, known: Known) -> ExampleSource:
-    """Examples that are stored."""
+    """Open stored examples."""
     class_names = known(kept.records[0], kept.classes)
     if not set(kept.classes) <= set(class_names):
-        for _ in read([]):  # until the one that has another class
+        for _ in read([]):  # stops with an error at the example with another class
             pass
     numbers = class_numbers(kept.classes, class_names, name)
 
@@ -107,7 +107,7 @@ def _kept(form: ExampleForm, kept: Kept, read: Read, config: DataConfig, name: s
 
 
 def _in_memory(form: ExampleForm, read: Read, config: DataConfig, name: str, known: Known) -> ExampleSource:
-    """Examples that cannot be stored."""
+    """Open examples that cannot be stored."""
     notes: list[str] = []
     examples = list(read(notes))
     require(len(examples) > 0, f"A source must hold examples, {name} has none.")
@@ -138,13 +138,13 @@ def prepare_examples(form: ExampleForm, name: str, files: Mapping[str, Sequence[
     """Store examples as the TFDS dataset `name` in `config.data_dir`, which `tfds.data_source(name)` then reads.
 
     Args:
-        form: of the examples.
-        name: of the dataset, lower case.
-        files: for each split, what `form.read` reads; empty splits are left out.
+        form: the form of the examples.
+        name: the dataset's name, in lower case.
+        files: the files of each split, for `form.read`; empty splits are omitted.
         config: names the fields and the directory.
 
     Returns:
-        What the dataset holds, for the user.
+        A description of the dataset for the user.
 
     Raises:
         UserError: the files cannot be read as examples, or another dataset has this name.
@@ -170,18 +170,18 @@ def prepare_examples(form: ExampleForm, name: str, files: Mapping[str, Sequence[
 
 @dataclasses.dataclass(frozen=True)
 class _Draft:
-    """A dataset that is to be written."""
+    """A dataset to be written."""
 
     kind: str
-    """Of its form."""
+    """The dataset's form."""
     features: dict[str, Any]
     splits: dict[str, Callable[[], Iterator[Any]]]
-    """The examples of each, read anew by each call."""
+    """The examples of each split; each call reads them again."""
     fingerprint: str
-    """Of the examples of all splits, in their order."""
+    """A hash of the examples of all splits, in order."""
 
     def write(self, name: str, target: epath.Path) -> None:
-        """Write it beside its place, read it back, and move it there."""
+        """Write the dataset to a temporary folder, read it back, and rename it."""
         aside = target.parent.parent / f".{name}-{uuid.uuid4().hex}"
         again = ContentHash()
         try:
@@ -213,7 +213,7 @@ class _Draft:
 
 
 def _read_draft(form: ExampleForm, files: Mapping[str, Sequence[str]], config: DataConfig) -> tuple[_Draft, list[str]]:
-    """The examples of files, and notes of what was changed or left out."""
+    """The examples of files, and notes about changed or skipped examples."""
     keys = form.key_names(config)
     require(
         len(set(keys)) == len(keys) and "" not in keys,

@@ -1,4 +1,4 @@
-"""How documents share training rows, from their sizes alone: in their order or best fit, and what of them is cut or padded."""
+"""How documents share training rows, computed from their sizes: in order or best fit, and the amounts of cuts and padding."""
 
 import bisect
 import itertools
@@ -10,17 +10,17 @@ import numpy as np
 from transformer.data.encoded import Encoded
 from transformer.validation import counted
 
-ROWS_OF_CHUNK = 128  # that best fit packs at once: 99 % full; with 64, 98 %, and with 256, 99.5 %
+ROWS_OF_CHUNK = 128  # packed together by best fit: rows are 99 % full; with 64, 98 %, and with 256, 99.5 %
 _PLACES = 8
 _MOST_TOKENS = 1 << 20
-_MUCH = 0.1  # padding that is worth a remedy
+_MUCH = 0.1  # padding above this share gets a hint
 
 
 # ---- In their order --------------------------------------------------------------------------------------------------
 
 
 def packed_tokens(sizes: Iterable[int], length: int, most: int) -> int:
-    """Tokens of records of these sizes in rows that follow each other, and the padding behind rows of `most` records (0: any).
+    """Tokens of consecutive records of these sizes, and the padding at the end of rows with `most` records (0: any number).
 
     >>> packed_tokens([3, 1, 1, 6], length=8, most=0), packed_tokens([3, 1, 1, 6], length=8, most=3)
     (11, 14)
@@ -31,13 +31,13 @@ def packed_tokens(sizes: Iterable[int], length: int, most: int) -> int:
             total, segment = -(-total // length) * length, 0
         rows = (total + size) // length - total // length
         total += size
-        # A record that ends a row leaves none for the next one.
+        # A record that ends exactly at the end of a row has no part in the next row.
         segment = (int(total % length > 0) if rows else segment + 1) if size else segment
     return total
 
 
 def _parts_in_order(sizes: Iterable[int], length: int, most: int) -> Iterator[list[int]]:
-    """The parts of each record that different rows hold, where records follow each other as in `packed_tokens`."""
+    """For each record, the sizes of its parts in different rows, packed in order as in `packed_tokens`."""
     column = segment = 0
     for size in sizes:
         parts = list[int]()
@@ -53,13 +53,13 @@ def _parts_in_order(sizes: Iterable[int], length: int, most: int) -> Iterator[li
 
 
 def best_fit(sizes: Sequence[int], length: int, most: int) -> list[list[int]]:
-    """Rows of at most `most` parts (0: any): the longest first, each to the fullest row that has room (best-fit decreasing).
+    """Rows of at most `most` parts (0: any number), by best-fit decreasing: each part, longest first, goes into the fullest row.
 
     >>> best_fit([3, 1, 5, 2, 4], length=8, most=0), best_fit([3, 1, 5, 2, 4], length=8, most=2)
     ([[2, 0], [4, 3, 1]], [[2, 0], [4, 3], [1]])
     """
     rows = list[list[int]]()
-    room = list[tuple[int, int]]()  # what is left of each row that may take more, the least first
+    room = list[tuple[int, int]]()  # free tokens of each row that accepts more, in ascending order
     for part in np.argsort(np.negative(sizes), kind="stable").tolist():
         size = sizes[part]
         at = bisect.bisect_left(room, (size, 0))
@@ -73,7 +73,7 @@ def best_fit(sizes: Sequence[int], length: int, most: int) -> list[list[int]]:
 
 
 def row_parts(size: int, length: int) -> list[int]:
-    """The parts of a record that is cut only where it is longer than a row.
+    """The parts of a record, which is cut only if it is longer than a row.
 
     >>> row_parts(8, length=8), row_parts(19, length=8)
     ([8], [8, 8, 3])
@@ -82,7 +82,7 @@ def row_parts(size: int, length: int) -> list[int]:
 
 
 def best_fit_tokens(sizes: Sequence[int], length: int, most: int, streams: int) -> int:
-    """Tokens and padding of the best-fit rows of an epoch of records, in chunks of about `ROWS_OF_CHUNK` rows of each stream."""
+    """Tokens and padding of one epoch of records, packed by best fit in chunks of about `ROWS_OF_CHUNK` rows per stream."""
     rows = 0
     for stream in range(streams):
         tokens, parts = 0, list[int]()
@@ -95,20 +95,20 @@ def best_fit_tokens(sizes: Sequence[int], length: int, most: int, streams: int) 
     return rows * length
 
 
-# ---- What becomes of a sample ----------------------------------------------------------------------------------------
+# ---- Statistics of a sample -------------------------------------------------------------------------------------------
 
 
 class Document(NamedTuple):
     """A document of a sample."""
 
     sizes: list[int]
-    """Targets of its records, as far as they were read."""
+    """Targets of the records that were read."""
     whole: bool
-    """Whether it is one record."""
+    """Whether the document is one record."""
 
 
 def sample_documents(records: Sequence[Encoded], at_most: int) -> list[Document]:
-    """Documents at eight places of a split: of about so many records, or of a million tokens if that is less."""
+    """Documents from eight parts of a split: about `at_most` records, or a million tokens if that is less."""
     found = list[Document]()
     places = max(1, min(_PLACES, len(records)))
     for place in range(places):
@@ -122,7 +122,7 @@ def sample_documents(records: Sequence[Encoded], at_most: int) -> list[Document]
             if tokens > _MOST_TOKENS // places:
                 break
         if start > 0 and not records[start - 1].last:
-            # The end of a document is left out, unless there is nothing else.
+            # Drop the last document, which is incomplete, unless it is the only one.
             documents = [document for document in documents[1:] if document.sizes] or [
                 documents[0]._replace(whole=False)
             ]
@@ -131,18 +131,18 @@ def sample_documents(records: Sequence[Encoded], at_most: int) -> list[Document]
 
 
 class Packing(NamedTuple):
-    """What becomes of documents in training rows."""
+    """The effect of packing on documents."""
 
     padding: float
-    """The part of rows that is padding."""
+    """The fraction of tokens in rows that is padding."""
     cut: float
-    """The part of documents that is cut."""
+    """The fraction of documents that is cut."""
     lost: float
-    """Tokens before a target in its document that are not before it in its row: the mean of all targets."""
+    """Lost context: earlier tokens of a target's document that are not in its row; the mean over all targets."""
 
 
 def packing_of(documents: Sequence[Document], length: int, most: int, streams: int) -> Packing:
-    """That of documents which follow each other (0 streams), or of best fit, where they are dealt to streams."""
+    """The statistics of documents packed in order (0 streams), or distributed over streams and packed by best fit."""
     sizes = [size for document in documents for size in document.sizes]
     if streams > 0:
         total = best_fit_tokens(sizes, length, most, streams)
@@ -160,7 +160,7 @@ def packing_of(documents: Sequence[Document], length: int, most: int, streams: i
 
 
 def describe_packing(documents: Sequence[Document], length: int, most: int, streams: int) -> str:
-    """`packing_of` in a line, and where much is padding a second one with the remedy; empty where there are no documents."""
+    """`packing_of` as a line, followed by a hint if padding is high; empty without documents."""
     if not documents:
         return ""
     found = packing_of(documents, length, most, streams)

@@ -1,4 +1,4 @@
-"""Batches for training, from virtual streams without end, and for evaluation, over a whole split in order."""
+"""Batches for training, from endless virtual streams, and for evaluation, over a whole split in order."""
 
 import atexit
 import dataclasses
@@ -23,7 +23,7 @@ from transformer.types import Batch, CheckpointableIterator, Noise, UserError
 from transformer.validation import require
 
 Convert = Callable[[Batch], Any]
-"""Makes another kind of batch of one, row by row."""
+"""Converts a batch to another type of batch, row by row."""
 
 _MAX_STREAMS = 64
 _PREFETCHED_BATCHES = 8
@@ -43,13 +43,14 @@ def train_batches(
 ) -> CheckpointableIterator:
     """An endless iterator over this process's rows of each batch, from the training split.
 
-    The rows of all processes together do not depend on how many there are. The state is
-    `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams this process reads: the union of the `streams` of
-    all processes restores any number of them. `sources` are those of `config`, if they are open already; `noise`
-    changes every row, and `convert` makes something else of the batches. Where rows are `continued`, row i of a batch goes on
-    where row i of the batch before it ended, and positions go on counting. Where they are `joined`, the documents of a row are
-    one text, so that it may have any number of them. Rows of one text each, joined ones and windows (`pack=False`), are full, and
-    their batches have no segment ids.
+    The rows of all processes together do not depend on the number of processes. The state is
+    `{"step": t, "streams": {"0": ..., ...}, ...}` with the streams that this process reads. The union of the `streams` of all
+    processes restores any number of processes.
+
+    `sources` are the opened sources of `config`, if available; `noise` changes every row, and `convert` makes another type of
+    batch. With `continued`, row i of a batch continues row i of the previous batch, and its positions go on counting. With
+    `joined`, the documents of a row are one text, and their number is unlimited. Joined rows, windows (`pack=False`) and rows
+    of one text each are full, and their batches have no segment ids.
     """
     rows = own_rows(config, process_index, process_count)
     require(
@@ -66,12 +67,12 @@ def train_batches(
     batches = StreamBatches(config, sources, tokens, num_streams, rows, noise, continued, most)
     if convert is not None:
         batches = batches.map(convert)
-    # What a conversion of one's own makes of windows, nobody knows.
+    # The result of a user-defined conversion of windows is unknown.
     return prefetched(batches.map(whole_rows) if joined or (not config.pack and convert is None) else batches)
 
 
 def whole_rows(batch: Any) -> Any:
-    """A batch whose rows are one document each, without the segment ids that say so."""
+    """A batch whose rows are one document each, without the redundant segment ids."""
     names = [name for name in batch._fields if name.endswith("segment_ids")]
     require(
         all((getattr(batch, name) == 1).all() for name in names),
@@ -82,15 +83,15 @@ def whole_rows(batch: Any) -> Any:
 
 
 def prefetched(batches: grain.IterDataset) -> CheckpointableIterator:
-    """An iterator that is a few batches ahead, in a thread; its state is that of the batch last given."""
+    """An iterator that prefetches a few batches in a thread; its state is that of the last batch returned."""
     iterator = _PrefetchIterator(iter(batches), _PREFETCHED_BATCHES)
-    atexit.register(_close, weakref.ref(iterator))  # its thread must not run into the end of the interpreter
+    atexit.register(_close, weakref.ref(iterator))  # its thread must end before the interpreter does
     return iterator
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Grain's destructor fails, noisily, when modules have already been taken apart.
+        # Grain's destructor prints an error if modules have already been torn down.
         if not is_finalizing():
             super().__del__()
 
@@ -103,12 +104,12 @@ def _close(reference: "weakref.ref[_PrefetchIterator]") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatches:
-    """A whole split, in order, each document once and whole; iterate as often as needed.
+    """A whole split in order, each document exactly once; can be iterated repeatedly.
 
-    Rows are packed, and their documents kept apart, whatever `config.pack` says; a document longer than a row goes on
-    in the next one, without its context. With `config.stride`, a row is a window of one document, and only what the window
-    before it did not score counts. Where rows are `continued`, the split is cut into as many equal parts as a batch has rows,
-    and row i of the batches reads part i. The last batch is filled up with rows of weight 0.
+    Rows are packed and their documents kept apart, whatever `config.pack` says. A document longer than a row continues in the
+    next row, without its context. With `config.stride`, a row is a window of one document, and only targets that the previous
+    window did not score have weight. With `continued`, the split is cut into as many equal parts as a batch has rows, and row
+    i of the batches reads part i. The last batch is padded with rows of weight 0.
     """
 
     config: DataConfig
@@ -150,7 +151,7 @@ class EvaluationBatches:
 
     def _continued_batches(self) -> Iterator[Batch]:
         size, length = self.config.batch_size, self.config.sequence_length
-        # Views of what is stored: two bytes for each token of the split.
+        # Views of stored data: two bytes for each token of the split.
         documents = list(self.documents())
         starts = np.cumsum([0, *(len(pairs.inputs) for pairs in documents)])
         num_tokens = int(starts[-1])
@@ -163,14 +164,14 @@ class EvaluationBatches:
                 column = 0
                 while column < length and place + column < num_tokens:
                     offset = place + column - int(starts[index])
-                    # A document cut between two parts starts anew in the second, where nothing precedes it.
+                    # A document cut between two parts restarts in the second part, without context.
                     position = min(offset, start + column)
                     column += write_pairs(batch, row, column, documents[index], offset, index - first + 1, position)
                     index += 1
             yield batch
 
     def _windows(self) -> Iterator[Pairs]:
-        """Documents; with a stride, windows of them, whose first tokens are read but not scored."""
+        """Documents; with a stride, windows of them, whose first tokens are context without loss."""
         length, stride = self.config.sequence_length, self.config.stride
         for pairs in self.documents():
             if stride == 0:
@@ -186,7 +187,7 @@ class EvaluationBatches:
                 scored = stop
 
     def texts(self) -> Iterator[str]:
-        """What is scored, without prompts: whole texts, or as much of them as the limit allows; of conversations, the replies."""
+        """The scored text, without prompts: whole texts, or the part within the limit; of conversations, the replies."""
         if self.config.limit > 0 or any(source.encoded for source in self.sources):
             for pairs in self.documents():
                 yield self._learnt(pairs)
@@ -200,10 +201,10 @@ class EvaluationBatches:
         return self.tokenizer.decode(pairs.targets[pairs.weights > 0])
 
     def documents(self) -> Iterator[Pairs]:
-        """The documents that are scored, the last one cut at the limit."""
+        """The scored documents, the last one cut at the limit."""
         left = self.config.limit or sys.maxsize
         for source in self.sources:
-            # Of a limited part the rest need not be encoded.
+            # With a limit, tokens beyond it need not be encoded.
             for encoded in document_tokens(source, self.split, self.tokenizer, store=self.config.limit == 0):
                 pairs = pairs_of(encoded)
                 yield Pairs(*(field[:left] for field in pairs))
@@ -225,21 +226,21 @@ def evaluation_batches(
     continued: bool = False,
     joined: bool = False,
 ) -> EvaluationBatches:
-    """This process's rows of the batches that cover the split: every target of it exactly once."""
+    """This process's rows of the batches that cover the split: each target exactly once."""
     rows = own_rows(config, process_index, process_count)
     sources = tuple(sources or open_sources(config))
     for source in sources:
-        source.records(split)  # a missing split is an error now, not at the first evaluation
+        source.records(split)  # report a missing split now, not at the first evaluation
     return EvaluationBatches(config, tokenizer, split, sources, rows, noise, convert, continued, joined)
 
 
 def segment_limit(config: DataConfig, continued: bool, joined: bool) -> int:
-    """Most documents of a packed row; 0 is any number."""
+    """Most documents of a packed row; 0 means no limit."""
     return 0 if continued or joined else config.max_segments
 
 
 def training_limit(config: DataConfig, continued: bool, joined: bool) -> int:
-    """`segment_limit` of training rows, which are packed or windows of any number of documents."""
+    """`segment_limit` of training rows, which are packed, or windows with any number of documents."""
     return segment_limit(config, continued, joined) if config.pack else 0
 
 
@@ -261,7 +262,7 @@ def _count_records(source: Source, tokenizer: Tokenizer) -> int:
 
 
 def count_streams(config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, continued: bool = False) -> int:
-    """How many streams the training split of each source is dealt into."""
+    """The number of streams over which the training split of each source is distributed."""
     fewest, name = min((_count_records(source, tokenizer), source.name) for source in sources)
     require(
         not continued or config.batch_size <= fewest,

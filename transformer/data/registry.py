@@ -1,4 +1,4 @@
-"""Every kind of source, tried in order, and what a name in `data.source` is by the first that accepts it."""
+"""All kinds of sources in the order of trial; the first kind that accepts a name in `data.source` reads it."""
 
 import os
 from typing import TypeVar
@@ -27,10 +27,10 @@ _KINDS += [*_FILES, Pattern(_FILES), TfdsDataset()]
 
 
 def register_source(kind: type[AnySource]) -> type[AnySource]:
-    """Make a kind of source known, before those there are; a decorator.
+    """Register a kind of source, to be tried before the existing kinds; a decorator.
 
     Example:
-        A source is read where its module has been imported:
+        A source can be read once its module has been imported:
 
         >>> @register_source
         ... class Numbers(SourceKind):
@@ -52,7 +52,7 @@ def find_source(name: str) -> SourceKind:
     """The kind that reads a name.
 
     Raises:
-        UserError: there is none.
+        UserError: no kind accepts the name.
     """
     refuse_dangling(epath.Path(expand(name)))
     found = next((kind for kind in _KINDS if kind.accepts(name)), None)
@@ -65,12 +65,12 @@ def find_source(name: str) -> SourceKind:
 
 
 def open_sources(config: DataConfig, run: Run | None = None) -> tuple[Source, ...]:
-    """Each of `config.source` as running text, prepared now if it was not before; by tasks that `run` runs, if it is given."""
+    """Open each of `config.source` as running text. It is prepared unless it already is; by tasks of `run`, if given."""
     if run is not None:
         return tuple(find_source(name).open_text(name, config, run) for name in config.source)
     return tuple(open_source(source, config) for source in config.source)
 
 
 def open_source(source: str, config: DataConfig) -> Source:
-    """A source of running text, ready to be read."""
+    """Open a source of running text."""
     return find_source(source).open_text(source, config)

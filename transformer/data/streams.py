@@ -1,4 +1,4 @@
-"""Virtual streams: a corpus dealt into a fixed number of endless sequences of rows, and batches made of them."""
+"""Virtual streams: a corpus distributed over a fixed number of endless sequences of rows, and batches of these rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,14 @@ from transformer.types import Batch, Noise, UserError
 from transformer.validation import require
 
 _GOLDEN_RATIO = 0.6180339887498949
-_ORDER = 1  # tells the order of a chunk's rows from that of an epoch's records
+_ORDER = 1  # separates the random order of a chunk's rows from that of an epoch's records
 
 
 class StreamBatches(grain.IterDataset):
     """Some rows of every batch, as a Grain dataset.
 
-    Which rows other processes read has no influence on these: stream s owns the records that the seed deals it, and
-    with no more streams than rows, it fills the same rows of each batch; with more, streams take turns.
+    The rows of other processes do not influence these rows. Stream s reads the records that the seed assigns to it. With no
+    more streams than rows, a stream fills the same rows of each batch; with more, streams take turns.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StreamBatches(grain.IterDataset):
         super().__init__()
         self.config = config
         self.max_segments = max_segments
-        # Packing may not change either, since the state counts rows.
+        # The kind of packing must not change either, because the state counts rows.
         self.best_fit = [config.sequence_length, max_segments] if config.best_fit else None
         self.noise, self.continued = noise, continued
         self.own_rows = own_rows
@@ -61,20 +61,20 @@ class StreamBatches(grain.IterDataset):
         return _BatchIterator(self)
 
     def place(self, row: int, step: int) -> tuple[int, int]:
-        """The stream that row `row` of batch `step` comes from, and which of the stream's rows it is."""
+        """The stream of row `row` of batch `step`, and the index of the row within the stream."""
         stream = row // self.rows_per_stream + self.config.batch_size * (step % self.turns)
         return stream, step // self.turns * self.rows_per_stream + row % self.rows_per_stream
 
     def source(self, stream: int, row_of_stream: int) -> int:
-        """The source that a row of a stream is drawn from."""
+        """The source of a row of a stream."""
         if len(self._shares) == 1:
             return 0
-        # A golden-ratio sequence, staggered: even over the streams at any step, and over time in any stream.
+        # A staggered golden-ratio sequence: even over the streams at any step, and over time in any stream.
         point = (row_of_stream * _GOLDEN_RATIO + stream / self.num_streams) % 1.0
         return min(int(np.searchsorted(self._shares, point, side="right")), len(self._shares) - 1)
 
     def cursors(self, stream: int) -> "list[_Cursor]":
-        """One for each source."""
+        """The stream's cursors, one per source."""
         kind = _BestFitCursor if self.config.best_fit else _Cursor
         return [
             kind(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
@@ -83,14 +83,14 @@ class StreamBatches(grain.IterDataset):
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """The state is a record and an offset for each stream and source: small, exact, and restored without reading."""
+    """The state is a record and an offset for each stream and source: small, exact, and restored without reading data."""
 
     def __init__(self, batches: StreamBatches) -> None:
         super().__init__()
         self._batches = batches
         self._step = 0
         per_stream, own = batches.rows_per_stream, batches.own_rows
-        # A stream whose rows are shared with another process is read whole, and the other's rows dropped.
+        # If another process fills some rows of a stream, the whole stream is read here, and the other process's rows dropped.
         self._rows = range(own.start // per_stream * per_stream, -(-own.stop // per_stream) * per_stream)
         streams = sorted({batches.place(row, step)[0] for row in self._rows for step in range(batches.turns)})
         self._cursors = {stream: batches.cursors(stream) for stream in streams}
@@ -148,7 +148,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _Cursor:
-    """Reads one stream's share of one source, in another order each epoch: which record, and where in it."""
+    """Reads one stream's share of one source, in another order each epoch; its state is a record and an offset in it."""
 
     def __init__(
         self,
@@ -166,25 +166,25 @@ class _Cursor:
         self.offset = 0
 
     def move(self, record: int, offset: int) -> None:
-        """The next pair is number `offset` of record number `record`, counted over all epochs."""
+        """Set the next pair to number `offset` of record number `record`, counted over all epochs."""
         self.record, self.offset, self._pairs = record, offset, None
 
     def skip_to_window(self, length: int) -> None:
-        """Go to a window of the next record, at another place each time the record is read.
+        """Move to a window of the next record, at another offset each time the record is read.
 
-        Windows that follow each other in a text would make a batch, or the steps of a stream, too much alike.
+        Consecutive windows of one text would make the rows of a batch, or the steps of a stream, too similar.
         """
         if self.offset > 0:
             self.move(self.record + 1, 0)
         record = self._read_record()
         self._pairs = pairs_of(record)
         size = len(self._pairs.inputs)
-        # Only behind the end of a document may a window go on with another text.
+        # A window may continue with another text only after the end of a document.
         room = size if record.last else max(1, size - length + 1)
         self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
 
     def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
-        """Write the next row, of at most so many documents (0: any); if it continues the last one, positions go on from there."""
+        """Write the next row, of at most `most` documents (0: any number); with `continues`, positions continue the last row."""
         column, segment, last_used = 0, 0, self.record
         while column < batch.inputs.shape[1] and (most == 0 or segment < most):
             pairs = self._pairs = self._pairs or pairs_of(self._read_record())
@@ -198,7 +198,7 @@ class _Cursor:
                 self._check_found(self.record - last_used)
 
     def _check_found(self, without_text: int) -> None:
-        """Refuse to search for text for ever."""
+        """Refuse to search for text without end."""
         if without_text > len(self._share):
             raise UserError(
                 f"A stream must hold text, the {len(self._share)} records of one hold none: set a smaller data.num_streams."
@@ -212,22 +212,22 @@ class _Cursor:
 
 
 class _BestFitCursor(_Cursor):
-    """Reads a stream in chunks of records, whose documents are packed whole where they fit in a row (Ding et al. 2024).
+    """Reads a stream in chunks of records; documents that fit in a row are packed whole (Ding et al. 2024).
 
-    `record` is the first of a chunk, and `offset` the row of it that comes next. A chunk ends where an epoch does. Of a document
-    that is longer than a row, what the rows that it fills leave over is packed as a document.
+    `record` is the first record of the chunk, and `offset` the index of its next row. A chunk ends at the end of an epoch. If a
+    document is longer than a row, the tokens beyond its full rows are packed like a document.
     """
 
     _rows: Sequence[list[tuple[Pairs, int]]] = ()
     _end = 0
 
     def move(self, record: int, offset: int) -> None:
-        """The next row is number `offset` of the chunk that begins with record number `record`, counted over all epochs."""
+        """Set the next row to number `offset` of the chunk that begins with record number `record`, counted over all epochs."""
         super().move(record, offset)
         self._rows = ()
 
     def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
-        """Write the next row, of at most so many documents (0: any)."""
+        """Write the next row, of at most `most` documents (0: any number)."""
         del continues
         self._rows = self._rows or self._pack(batch.inputs.shape[1], most)
         column = 0
@@ -238,7 +238,7 @@ class _BestFitCursor(_Cursor):
             self.move(self._end, 0)
 
     def _pack(self, length: int, most: int) -> list[list[tuple[Pairs, int]]]:
-        """The rows of the chunk that begins with `record`, in a random order: parts of documents, and where each starts."""
+        """The rows of the chunk that begins with `record`, in a random order: parts of documents with their offsets."""
         first, tokens = self.record, 0
         parts, sizes = list[tuple[Pairs, int]](), list[int]()
         while tokens < ROWS_OF_CHUNK * length and (tokens == 0 or self.record % len(self._share) > 0):

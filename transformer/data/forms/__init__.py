@@ -1,1 +1,1 @@
-"""The forms of data that objectives learn from, one file a form; `transformer.form` finds them by name."""
+"""The forms of data that objectives train on, one file per form; `transformer.form` finds them by name."""

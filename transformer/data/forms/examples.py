@@ -1,4 +1,4 @@
-"""What labelled texts, pairs and one's own examples have in common: each is a row of texts, and perhaps a class."""
+"""The base of labelled texts, pairs and user-defined examples: each example is a row of texts, perhaps with a class."""
 
 import dataclasses
 import json
@@ -21,41 +21,41 @@ from transformer.validation import require
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 TOKENIZED = ("tokenizer", "tokenizer_size", "tokenizer_bytes")
-"""Options of `transformer prepare`, for `prepares` of a form whose tokens are stored."""
+"""Options of `transformer prepare` for forms with stored tokens (`prepares`)."""
 Find = Callable[[str], Any]
-"""The kind of source that reads a name (`data.registry.find_source`)."""
+"""The source kind that reads a name (`data.registry.find_source`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleForm(Form):
-    """A form whose examples are a row each, of a file or of a stored dataset.
+    """A form whose examples are the rows of a file or of a stored dataset.
 
-    What one's own must bring is `title`, `noun`, `keys`, `example`, `frame`, `length`, `collate` and `show`. The tokens of its
-    texts are then stored once. Where these are not enough, it brings `encode` in the place of `frame`, and each text is encoded
+    A subclass must define `title`, `noun`, `keys`, `example`, `frame`, `length`, `collate` and `show`. The tokens of its
+    texts are then stored once. If these are not enough, it defines `encode` instead of `frame`, and each text is encoded
     whenever it is read.
     """
 
     keys: ClassVar[tuple[str, ...]]
-    """Fields of the data's config that name the parts of an example."""
+    """Fields of the data config that name the parts of an example."""
     example: ClassVar[Callable[..., Any]]
-    """The NamedTuple of an example, made of its parts in the order of `keys`."""
+    """The NamedTuple of an example, with its parts in the order of `keys`."""
     class_part: ClassVar[int | None] = None
-    """Which part is a class, if one is: by its name in a file, by its number once the data is open."""
+    """The part that is a class, if any: its name in a file, its number once the data is open."""
     source_part: ClassVar[int | None] = None
-    """Which part the tokenizer of sources reads, if there is one beside that of targets."""
+    """The part for the source tokenizer, if a separate one exists."""
 
     # ---- Files and stored datasets -----------------------------------------------------------------------------------
 
     def open(self, reader: Any) -> Any:
-        """A stored dataset, or files."""
+        """Open a stored dataset, or files."""
         return reader.examples(self)
 
     def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
-        """As a dataset that has a name."""
+        """Store the files as a named dataset."""
         return reader.store(self, name, files)
 
     def read(self, find: Find, names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, Any]]:
-        """The examples of files, one file after the other, each with its place; classes are as they are written."""
+        """The examples of files, one file after the other, each with its location; classes as written in the files."""
         keys = self.key_names(config)
         for name in names:
             for place, row in find(name).rows(name, keys, self.title):
@@ -75,16 +75,16 @@ class ExampleForm(Form):
     def clean(
         self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], notes: list[str], where: str = ""
     ) -> Iterator[Any]:
-        """Examples with clean names of classes, one after the other.
+        """Yield the examples with normalized class names.
 
         Args:
-            found: examples with their places.
-            class_names: of a run that scores them, if one does.
-            notes: is given, behind the last example, lines about what was changed or left out.
-            where: begins each note that is about a single split.
+            found: examples with their locations.
+            class_names: the classes of the run that scores the examples; empty without such a run.
+            notes: receives, after the last example, lines about changed or skipped examples.
+            where: prefix of notes about a single split.
 
         Raises:
-            UserError: an example has a class that the run has not.
+            UserError: the run does not have an example's class.
         """
         del where
         spellings = dict[str, set[str]]()
@@ -107,18 +107,18 @@ class ExampleForm(Form):
         ]
 
     def with_class(self, example: Any, name_or_number: str | int) -> Any:
-        """An example with another class."""
+        """The example with another class."""
         return self.example(*(name_or_number if i == self.class_part else part for i, part in enumerate(example)))
 
     def numbered(self, examples: Sequence[Any], class_names: tuple[str, ...]) -> list[Any]:
-        """Examples with the numbers of their classes."""
+        """The examples with class numbers instead of names."""
         if self.class_part is None:
             return list(examples)
         numbers = {name: number for number, name in enumerate(class_names)}
         return [self.with_class(example, numbers[example[self.class_part]]) for example in examples]
 
     def class_names(self, examples: Sequence[Any]) -> tuple[str, ...]:
-        """The classes that occur, in order: numbers by their size, then names; of a form without classes, none."""
+        """The classes that occur: numbers in ascending order, then names; empty for a form without classes."""
         if self.class_part is None:
             return ()
         names = in_order({example[self.class_part] for example in examples})
@@ -126,27 +126,27 @@ class ExampleForm(Form):
         return names
 
     def label(self, example: Any) -> str | int:
-        """The class of an example, 0 where there are none."""
+        """The class of an example; 0 for a form without classes."""
         return 0 if self.class_part is None else example[self.class_part]
 
     def text(self, example: Any) -> Any:
-        """The text of an example, or its ids; of several, the last."""
+        """The text of an example, or its ids; the last text if there are several."""
         return next(part for i, part in reversed(list(enumerate(example))) if i != self.class_part)
 
     # ---- Batches -----------------------------------------------------------------------------------------------------
 
     def make_tokenizer(self, config: DataConfig, examples: Callable[[], Iterable[Any]]) -> Tokenizer:
-        """The tokenizer of training examples: by default, one of all their texts."""
+        """Make the tokenizer of training examples: by default, one tokenizer of all their texts."""
         return config.tokenizer.train(
             part for example in examples() for i, part in enumerate(example) if i != self.class_part
         )
 
     def encode(self, example: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
-        """Tokens of an example, as many as a row has room for."""
+        """Tokens of an example, cut to the length of a row."""
         return self.frame(self.tokens(example, tokenizer), tokenizer, config)
 
     def tokens(self, example: Any, tokenizer: Tokenizer) -> Any:
-        """An example with the ids of its texts, whole, in the place of these."""
+        """The example with the complete ids of its texts instead of the texts."""
         reader = source_tokenizer(tokenizer)
         parts = (
             part if i == self.class_part else (reader if i == self.source_part else tokenizer).encode(part)
@@ -155,28 +155,28 @@ class ExampleForm(Form):
         return self.example(*parts)
 
     def frame(self, tokens: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
-        """What `tokens` gives, as many as a row has room for, with the ids that stand around them."""
+        """The result of `tokens`, cut to the length of a row, with the special ids around each text."""
         raise NotImplementedError(f"{type(self).__name__} must define frame().")
 
     def length(self, encoded: Any) -> int:
-        """Positions that an encoded example needs."""
+        """The number of positions of an encoded example."""
         raise NotImplementedError(f"{type(self).__name__} must define length().")
 
     def collate(self, encoded: Sequence[Any], rows: int, length: int) -> Any:
-        """A batch of encoded examples, whose rows beyond them are filler."""
+        """A batch of encoded examples; the remaining rows are padding."""
         raise NotImplementedError(f"{type(self).__name__} must define collate().")
 
     def lengths(self, tokens: Any, tokenizer: Tokenizer) -> dict[str, int]:
-        """Tokens of each text before it is cut, with the ids around it but one: a row has room for `sequence_length - 1`."""
+        """Tokens of each text before truncation, with all but one of the ids around it: a row holds `sequence_length - 1`."""
         return {"texts": len(self.text(tokens)) + sum(map(len, around_text(tokenizer))) - 1}
 
     def count_cut(self, examples: Iterable[Any], tokenizer: Tokenizer, config: DataConfig) -> dict[str, int]:
-        """How many texts of each kind (of `lengths`) are longer than a row has room for, and so are cut.
+        """The number of texts of each kind (of `lengths`) that are longer than a row, and are therefore cut.
 
         Args:
-            examples: as `tokens` gives them.
-            tokenizer: that made them.
-            config: of the rows.
+            examples: results of `tokens`.
+            tokenizer: the tokenizer that made them.
+            config: has the length of rows.
         """
         cut: Counter[str] = Counter()
         for tokens in examples:
@@ -190,7 +190,7 @@ class ExampleForm(Form):
 
 
 def field(row: dict[str, Any], key: str, place: str) -> Any:
-    """A field that a row must have."""
+    """A required field of a row."""
     require(
         key in row,
         f"Each example must have {key!r}, {place} has {', '.join(f'{name!r:.40}' for name in row) or 'nothing'}.",
@@ -199,14 +199,14 @@ def field(row: dict[str, Any], key: str, place: str) -> Any:
 
 
 def text_field(row: dict[str, Any], key: str, place: str) -> str:
-    """A field that must be text."""
+    """A required text field of a row."""
     text = field(row, key, place)
     require(isinstance(text, str), f"{key!r} must be text, {place} has {type(text).__name__}.")
     return without_surrogates(text)
 
 
 def label_text(value: Any, key: str, place: str) -> str:
-    """A label as text, whatever kind of file it comes from; a number or truth value of JSON as JSON writes it (`0.0`, `true`)."""
+    """A label as text, from any kind of file; numbers and truth values keep their JSON form (`0.0`, `true`)."""
     number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     label = json.dumps(value) if number else value
     require(
@@ -217,9 +217,9 @@ def label_text(value: Any, key: str, place: str) -> str:
 
 
 def clean_label(label: str) -> str:
-    """A class's name: newlines and tabs within are a space, and there is no white space at its ends.
+    """A class name without newlines, tabs and surrounding white space: TFDS stores one stripped name per line.
 
-    TFDS stores names one a line, and without white space at their ends.
+    Newlines and tabs inside become spaces.
 
     >>> clean_label(" two\\nlines ")
     'two lines'
@@ -228,7 +228,7 @@ def clean_label(label: str) -> str:
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes: numbers by their size, then the others."""
+    """Class names in order: numbers ascending, then the others."""
     return tuple(sorted(names, key=_numbers_first))
 
 
@@ -244,7 +244,7 @@ def _numbers_first(name: str) -> tuple[bool, float, str]:
 
 
 def buckets(config: DataConfig) -> tuple[int, ...]:
-    """The lengths that batches may have: one program is compiled for each."""
+    """The possible lengths of batches: one program is compiled for each."""
     length = config.sequence_length
     return config.buckets or tuple(sorted({-(-length // 4), -(-length // 2), length}))
 
@@ -260,7 +260,7 @@ def truncate(tokens: Int[np.ndarray, " n"], room: int, keep: str) -> Int[np.ndar
 def framed(
     tokens: Int[np.ndarray, " n"], around: tuple[tuple[int, ...], tuple[int, ...]], config: DataConfig
 ) -> Int[np.ndarray, " m"]:
-    """Tokens between the ids that stand around a text, as many as a row has room for."""
+    """Tokens with the special ids around a text, cut to the length of a row."""
     begin, end = around
     room = config.sequence_length - len(begin) - len(end)
     require(
@@ -272,7 +272,7 @@ def framed(
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids [rows, length]; rows beyond the sequences are filler."""
+    """Tokens and segment ids [rows, length]; the remaining rows are padding."""
     tokens_BT, segment_ids_BT = np.zeros((2, rows, length), np.int32)
     for row, sequence in enumerate(sequences):
         tokens_BT[row, : len(sequence)], segment_ids_BT[row, : len(sequence)] = sequence, 1
@@ -280,6 +280,6 @@ def padded(sequences: Sequence[np.ndarray], rows: int, length: int) -> tuple[np.
 
 
 def by_length(sequences: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-    """Indices of sequences of similar length, at most `batch_size` at a time; each index once."""
+    """Indices of sequences of similar length, at most `batch_size` per group; each index occurs once."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))

@@ -37,31 +37,31 @@ class LabelledTexts(ExampleForm):
     class_part = 1
 
     def read(self, find: Find, names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, LabelledText]]:
-        """The rows of files, and the texts of folders with one folder for each class."""
+        """The rows of files, and the texts of a folder with one subfolder per class."""
         for name in names:
             found = find(name).class_folders(name)
             yield from super().read(find, [name], config) if found is None else found
 
     def frame(self, tokens: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[Int[np.ndarray, " n"], int]:
-        """The text as a classifier reads it, and its class."""
+        """The ids of the text for a classifier, and its class."""
         return framed(tokens.text, around_text(tokenizer), config), int(tokens.label)
 
     def length(self, encoded: Any) -> int:
-        """That of the text."""
+        """The length of the text."""
         return len(encoded[0])
 
     def collate(self, encoded: Sequence[Any], rows: int, length: int) -> LabelledBatch:
-        """Texts, and their classes."""
+        """Stack the texts and their classes."""
         labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         labels[: len(encoded)], weights[: len(encoded)] = [label for _, label in encoded], 1
         return LabelledBatch(*padded([tokens for tokens, _ in encoded], rows, length), labels, weights)
 
     def max_segments(self, data: DataConfig) -> int:
-        """One text, then padding."""
+        """One text per row, then padding."""
         return 1
 
     def show(self, batch: LabelledBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
-        """Each text, under its class."""
+        """Each text below its class."""
         for row, tokens in enumerate(batch.inputs):
             read = tokens if batch.segment_ids is None else tokens[batch.segment_ids[row] > 0]
             heading = f"row {row}: class {class_names[batch.labels[row]]}, {len(read)} of {len(tokens)} tokens"
@@ -69,8 +69,8 @@ class LabelledTexts(ExampleForm):
 
 
 def text_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
-    """A text as a classifier reads it: end-of-text, which it may pool, then as much as a row has room for.
+    """The ids of a text for a classifier: end-of-text, which may be pooled, then the text, cut to the length of a row.
 
-    A pretrained tokenizer has ids of its own in the place of end-of-text, and perhaps some after the text.
+    A pretrained tokenizer has its own ids instead of end-of-text, and perhaps ids after the text.
     """
     return framed(tokenizer.encode(text), around_text(tokenizer), config)

@@ -1,4 +1,4 @@
-"""Pairs: a source, and the target that it is turned into."""
+"""Pairs of a source text and a target text."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from transformer.validation import counted, require
 
 
 class TextPair(NamedTuple):
-    """A text and what it is turned into."""
+    """A source text and its target text."""
 
     source: str
     target: str
@@ -39,7 +39,7 @@ class Pairs(ExampleForm):
     source_part = 0
 
     def read(self, find: Find, names: Sequence[str], config: DataConfig) -> Iterator[tuple[str, TextPair]]:
-        """Pairs of one file, or of two files of which line n of one belongs to line n of the other."""
+        """Pairs of one file, or of the corresponding lines of two files."""
         require(
             len(names) in (1, 2), f"Pairs are read from one file, or two with a line for each, got {len(names)} files."
         )
@@ -62,7 +62,7 @@ class Pairs(ExampleForm):
     def clean(
         self, found: Iterable[tuple[str, Any]], class_names: tuple[str, ...], notes: list[str], where: str = ""
     ) -> Iterator[TextPair]:
-        """Pairs that are not blank."""
+        """Yield the pairs that have no blank side."""
         left_out = 0
         for _, pair in found:
             if pair.source.strip() and pair.target.strip():
@@ -74,7 +74,7 @@ class Pairs(ExampleForm):
             notes.append(f"{where}{counted(left_out, 'pair')} with an empty side {verb} left out")
 
     def make_tokenizer(self, config: DataConfig, examples: Callable[[], Iterable[TextPair]]) -> Tokenizer:
-        """One of both sides, or one for each."""
+        """Make one tokenizer for both sides, or one for each."""
         train = config.tokenizer.train
         sources, targets = (pair.source for pair in examples()), (pair.target for pair in examples())
         if config.share_vocabulary:
@@ -84,17 +84,17 @@ class Pairs(ExampleForm):
     def frame(
         self, tokens: Any, tokenizer: Tokenizer, config: DataConfig
     ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """The source ends with end-of-text, the target starts and ends with it; a pretrained model may have other ids there."""
+        """The source ends with end-of-text, the target starts and ends with it; pretrained models may use other ids there."""
         target = tokens.target[: config.sequence_length - 1]
         target = np.concatenate([[target_start(tokenizer)], target, [tokenizer.end_of_text]])
         return framed(tokens.source, around_source(source_tokenizer(tokenizer)), config), target
 
     def length(self, encoded: Any) -> int:
-        """That of the longer side."""
+        """The length of the longer side."""
         return max(len(encoded[0]), len(encoded[1]) - 1)
 
     def collate(self, encoded: Sequence[Any], rows: int, length: int) -> PairBatch:
-        """Sources, and targets as they are read and as they follow."""
+        """Stack the sources, the decoder inputs, and the targets."""
         sources, targets = [source for source, _ in encoded], [target for _, target in encoded]
         inputs_BT, segment_ids_BT = padded([target[:-1] for target in targets], rows, length)
         targets_BT, _ = padded([target[1:] for target in targets], rows, length)
@@ -102,12 +102,12 @@ class Pairs(ExampleForm):
         return PairBatch(*padded(sources, rows, length), inputs_BT, targets_BT, weights_BT, segment_ids_BT)
 
     def lengths(self, tokens: Any, tokenizer: Tokenizer) -> dict[str, int]:
-        """Of both sides."""
+        """The lengths of both sides."""
         around = sum(map(len, around_source(source_tokenizer(tokenizer))))
         return {"sources": len(tokens.source) + around - 1, "targets": len(tokens.target)}
 
     def max_segments(self, data: DataConfig) -> int:
-        """One text, then padding, on either side."""
+        """On either side, one text, then padding."""
         return 1
 
     def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
@@ -125,13 +125,13 @@ class Pairs(ExampleForm):
 
 
 def source_tokens(tokenizer: Tokenizer, text: str, config: DataConfig) -> Int[np.ndarray, " n"]:
-    """A source as a translator reads it: as much as a row has room for, then end-of-text."""
+    """The ids of a source: the text, cut to the length of a row, then end-of-text."""
     reader = source_tokenizer(tokenizer)
     return framed(reader.encode(text), around_source(reader), config)
 
 
 def _with_sentinels(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of tokens, with <0>, <1>, ... for ids after the tokenizer's, which stand for hidden spans."""
+    """The text of tokens; ids beyond the vocabulary, which stand for hidden spans, are written <0>, <1>, ..."""
     parts = []
     for part in np.split(tokens, np.flatnonzero(tokens >= tokenizer.vocab_size)):
         sentinel = f"<{part[0] - tokenizer.vocab_size}>" if len(part) and part[0] >= tokenizer.vocab_size else ""

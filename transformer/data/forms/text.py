@@ -1,4 +1,4 @@
-"""Running text: documents in packed rows, or windows of them."""
+"""Running text: documents packed into rows, or windows of them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,26 +49,26 @@ class RunningText(Form):
     prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes", "beam_pipeline_options")
 
     def open(self, reader: Any) -> Any:
-        """Documents, read in streams; local text is prepared now if it was not before."""
+        """Open the documents, read in streams; local text is prepared now unless it already is."""
         return reader.running_text()
 
     def fingerprints(self, reader: Any) -> list[str]:
-        """Local text is not prepared."""
+        """Fingerprints of the sources; local text is not prepared."""
         return reader.text_fingerprints()
 
     def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
-        """As training itself does."""
+        """Prepare the text as training does."""
         config = dataclasses.replace(reader.config, source=tuple(files["train"]))
         return dataclasses.replace(reader, config=config).running_text().description
 
     def max_segments(self, data: Any) -> int:
-        """As many documents as a row is packed from."""
+        """Most documents in a packed row."""
         return data.max_segments
 
     def show(
         self, batch: Batch, tokenizer: Any, class_names: Sequence[str], prefix_BT: Array | None = None
     ) -> Iterator[Shown]:
-        """Rows with a colour for each document, and who attends to whom in the first one."""
+        """Rows with one colour per document, and a picture of the attention mask of the first row."""
         if batch.segment_ids is None:
             batch = batch._replace(segment_ids=np.ones(batch.inputs.shape, np.int32))
         for row in range(len(batch.inputs)):
@@ -80,7 +80,7 @@ class RunningText(Form):
 
 
 def _documents(batch: Batch, row: int, tokenizer: Any) -> Iterator[tuple[str, str]]:
-    """The text of a row: a colour for each document, dim where the loss does not count."""
+    """The text of a row: one colour per document, dim for tokens without loss."""
     segments, weights = batch.segment_ids[row], batch.weights[row] > 0
     starts = np.flatnonzero(np.diff(segments, prepend=-1) | np.diff(weights.astype(int), prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):
@@ -92,7 +92,7 @@ def _documents(batch: Batch, row: int, tokenizer: Any) -> Iterator[tuple[str, st
 
 
 def _mask_picture(segments_T: np.ndarray, prefix_T: np.ndarray | None) -> Shown:
-    """Who attends to whom (■) where the row's documents meet or a prefix ends, or at its start."""
+    """The attention mask (■) where documents of the row meet or a prefix ends, else at the start of the row."""
     prefix_T = np.zeros(len(segments_T), bool) if prefix_T is None else prefix_T
     borders = np.flatnonzero((np.diff(segments_T) != 0) | np.diff(prefix_T))
     start = int(max(0, min(borders[0] - _MASK_SIZE // 2, len(segments_T) - _MASK_SIZE))) if len(borders) else 0

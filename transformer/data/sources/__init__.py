@@ -1,1 +1,1 @@
-"""The kinds of sources, one class each; `data/registry.py` tries them in order."""
+"""The kinds of sources, one class per kind; `data/registry.py` tries them in order."""

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, and the folders of `datasets.Dataset.save_to_disk`, read by pyarrow a few rows at a time."""
+"""Parquet and Arrow files, and folders of `datasets.Dataset.save_to_disk`, read by pyarrow a few rows at a time."""
 
 import base64
 import itertools
@@ -15,19 +15,19 @@ from transformer.storage import expand, resolved, understood
 from transformer.types import UserError
 from transformer.validation import require, require_installed, shown
 
-_ROWS = 1024  # that are in memory at a time
-_ARROW = b"ARROW1"  # begins files of Arrow; what `datasets` writes is a stream
+_ROWS = 1024  # rows in memory at a time
+_ARROW = b"ARROW1"  # starts Arrow files; `datasets` writes the stream format instead
 
 
 class Columns(File):
     """A .parquet, .arrow or .feather file: its columns have names."""
 
     def accepts(self, name: str) -> bool:
-        """By its suffix."""
+        """Recognize the file by its suffix."""
         return kind_of(epath.Path(expand(name))) in (".parquet", ".arrow", ".feather") and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """A row of the table each."""
+        """Each row of the table."""
         del what
         return column_rows(epath.Path(expand(name)), keys)
 
@@ -36,21 +36,21 @@ class SavedDataset(SourceKind):
     """A folder that `datasets.Dataset.save_to_disk` wrote."""
 
     def accepts(self, name: str) -> bool:
-        """By the files that describe it."""
+        """Recognize the folder by its metadata files."""
         path = epath.Path(expand(name))
         return path.is_dir() and any((path / described).exists() for described in ("state.json", "dataset_dict.json"))
 
     def title(self, name: str) -> tuple[str, str]:
-        """The folder's name."""
+        """Name the corpus after the folder."""
         return resolved(name).name, "1.0.0"
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """Those of its files, one after the other."""
+        """The rows of its files, one file after the other."""
         del what
         return itertools.chain.from_iterable(column_rows(path, keys) for path in self.files(name))
 
     def files(self, name: str) -> list[epath.Path]:
-        """Its pieces, in their order."""
+        """The data files, in their order."""
         path = epath.Path(expand(name))
         if (path / "dataset_dict.json").exists():
             splits = sorted(child.name for child in path.iterdir() if child.is_dir())
@@ -92,7 +92,7 @@ def column_rows(path: epath.Path, keys: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _as_in_json(value: Any) -> Any:
-    """A value as a .jsonl file would have it: times and decimals as text, bytes in base64."""
+    """A value as in a .jsonl file: times and decimals as text, bytes in base64."""
     if isinstance(value, dict):
         return {name: _as_in_json(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -104,7 +104,7 @@ def _as_in_json(value: Any) -> Any:
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow.ipc  # noqa: PLC0415 (importing it takes half a second, and few have such files)
+        import pyarrow.ipc  # noqa: PLC0415 (the import takes half a second, and such files are rare)
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
         require_installed(None, "pyarrow", "formats")

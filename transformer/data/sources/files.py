@@ -16,10 +16,10 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class File(SourceKind):
-    """What the kinds of files have in common."""
+    """Base of the source kinds that are files."""
 
     def title(self, name: str) -> tuple[str, str]:
-        """The file's name."""
+        """Name the corpus after the file."""
         return epath.Path(expand(name)).name, "1.0.0"
 
 
@@ -27,11 +27,11 @@ class JsonLines(File):
     """A .jsonl file: each line is a row."""
 
     def accepts(self, name: str) -> bool:
-        """By its suffix."""
+        """Recognize the file by its suffix."""
         return kind_of(epath.Path(expand(name))) == ".jsonl" and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """An object a line."""
+        """Each line is an object."""
         del keys, what
         return json_objects(epath.Path(expand(name)))
 
@@ -40,37 +40,37 @@ class Table(File):
     """A .csv or .tsv file: its first line names the columns."""
 
     def accepts(self, name: str) -> bool:
-        """By its suffix."""
+        """Recognize the file by its suffix."""
         return kind_of(epath.Path(expand(name))) in _DELIMITERS and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """A row of the table each."""
+        """Each row of the table."""
         del what
         path = epath.Path(expand(name))
         return table_rows(path, _DELIMITERS[kind_of(path)], keys)
 
 
 class TextFile(File):
-    """Any other file: running text; a line of it is a row of one field."""
+    """Any other file: running text; each line is a row with one field."""
 
     def accepts(self, name: str) -> bool:
-        """Whatever its suffix."""
+        """Accept any suffix."""
         return is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """A line each, for one field only."""
+        """Each line, as the value of a single field."""
         key, *others = keys
         _refuse_json(name)
         return super().rows(name, keys, what) if others else text_lines(epath.Path(expand(name)), key)
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
-        """The file, or its parts between `data.separator`."""
+        """The whole file, or its parts between `data.separator`."""
         path = resolved(name)
         _refuse_json(name)
         return file_documents(path.parent, [path], config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
-        """A file of white space."""
+        """Describe a file of white space."""
         del config
         return f"{resolved(name)} has 1 files and no text in them"
 

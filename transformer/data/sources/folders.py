@@ -1,4 +1,4 @@
-"""Folders as sources: text files, Python's standard library, and a folder for each class."""
+"""Folders as sources: text files, Python's standard library, and one folder per class."""
 
 import functools
 import sys
@@ -22,14 +22,14 @@ _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", 
 
 
 class Folder(SourceKind):
-    """A folder of text files, or of a folder of texts for each class."""
+    """A folder of text files, or of one folder of texts per class."""
 
     def accepts(self, name: str) -> bool:
-        """If there is one."""
+        """Accept an existing folder."""
         return epath.Path(expand(name)).is_dir()
 
     def title(self, name: str) -> tuple[str, str]:
-        """The folder's name."""
+        """Name the corpus after the folder."""
         return resolved(name).name, "1.0.0"
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
@@ -38,15 +38,15 @@ class Folder(SourceKind):
         return file_documents(path, visible_files(path), config.separator)
 
     def parts(self, name: str) -> Sequence[Any]:
-        """Files one after the other."""
+        """Groups of files, in order."""
         return by_size(visible_files(resolved(name)))
 
     def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
-        """Those of these files."""
+        """The documents of a group of files."""
         return file_documents(resolved(name), list(map(epath.Path, part)), config.separator)
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
-        """Files without text."""
+        """Describe files without text."""
         del config
         path = resolved(name)
         return f"{path} has {len(visible_files(path))} files and no text in them"
@@ -64,20 +64,20 @@ class Folder(SourceKind):
 
 
 class StandardLibrary(SourceKind):
-    """The source code of this Python's standard library: `python_stdlib`."""
+    """The source code of the running interpreter's standard library: `python_stdlib`."""
 
     is_path = False
 
     def accepts(self, name: str) -> bool:
-        """By its name."""
+        """Recognize the name `python_stdlib`."""
         return name == "python_stdlib"
 
     def title(self, name: str) -> tuple[str, str]:
-        """With Python's version."""
+        """Name the corpus after Python's version."""
         return name, ".".join(map(str, sys.version_info[:3]))
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
-        """Each module, tests left out."""
+        """Each module, without tests."""
         del name, config
         root = epath.Path(sysconfig.get_paths()["stdlib"])
         return file_documents(root, _modules(root), "")
@@ -90,7 +90,10 @@ def _modules(root: epath.Path) -> list[epath.Path]:
         if path.suffix == ".py":
             try:
                 path.read_bytes().decode("utf-8")
-            except (UnicodeDecodeError, FileNotFoundError):  # a codec's fixture, say; a link of the distribution's
+            except (
+                UnicodeDecodeError,
+                FileNotFoundError,
+            ):  # for example a test file of a codec, or a distribution's dead link
                 continue
             found.append(path)
     return found

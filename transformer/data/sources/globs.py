@@ -1,4 +1,4 @@
-"""Several files by one name with `*`, `?` or `[...]`, such as `data/*.jsonl.zst`: their rows or texts one after the other."""
+"""Several files under one name with `*`, `?` or `[...]`, such as `data/*.jsonl.zst`: their rows or texts in sequence."""
 
 import glob
 import itertools
@@ -20,40 +20,40 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 class Pattern(SourceKind):
-    """The files that match, in the order of their names, which must be of one kind."""
+    """The files that match a pattern, in the order of their names; all must be of one kind."""
 
     def __init__(self, kinds: Sequence[SourceKind]) -> None:
         self._kinds = kinds
 
     def accepts(self, name: str) -> bool:
-        """If it has a sign of patterns; files and folders of just this name were asked before."""
+        """Accept a name with a wildcard; files and folders with exactly this name were tried before."""
         return is_pattern(name)
 
     def title(self, name: str) -> tuple[str, str]:
-        """The pattern without the folders before it."""
+        """Name the corpus after the pattern's last component."""
         return epath.Path(name).name, "1.0.0"
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """Those of the files, one after the other."""
+        """The rows of the files, one file after the other."""
         kind, files = self._found(name)
         return itertools.chain.from_iterable(kind.rows(file, keys, what) for file in files)
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
-        """Those of the files, one after the other."""
+        """The documents of the files, one file after the other."""
         kind, files = self._found(name)
         return itertools.chain.from_iterable(kind.documents(file, config) for file in files)
 
     def parts(self, name: str) -> Sequence[Any]:
-        """Files one after the other."""
+        """Groups of files, in order."""
         return by_size(map(epath.Path, self._found(name)[1]))
 
     def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
-        """Those of these files."""
+        """The documents of a group of files."""
         kind = next(kind for kind in self._kinds if kind.accepts(part[0]))
         return itertools.chain.from_iterable(kind.documents(file, config) for file in part)
 
     def files(self, name: str) -> list[epath.Path]:
-        """Those that match."""
+        """The files that match."""
         return matching(name)
 
     def _found(self, name: str) -> tuple[SourceKind, list[str]]:
@@ -70,7 +70,7 @@ class Pattern(SourceKind):
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name may be of several files."""
+    """Whether a name has a wildcard."""
     return bool(_MAGIC.search(name))
 
 

@@ -26,29 +26,29 @@ from transformer.data.token_shards import TextRecords
 from transformer.types import UserError
 from transformer.validation import counted, require
 
-_FEW_RECORDS = 64  # a split with fewer records is cut into pieces, so that there is something to shuffle
+_FEW_RECORDS = 64  # records of a smaller split are cut into pieces, which give shuffling enough records
 
 
 class TfdsDataset(SourceKind):
-    """A dataset that TFDS has prepared: `name`, `name/config` or `name:1.0.0`."""
+    """A dataset prepared by TFDS: `name`, `name/config` or `name:1.0.0`."""
 
     is_path = False
 
     def accepts(self, name: str) -> bool:
-        """By how it is written."""
+        """Recognize the form of the name."""
         return NAME.fullmatch(name) is not None
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """None: it is no file."""
+        """Refuse: a dataset name is no file."""
         del keys
         raise UserError(f"A file or folder of {what} must exist, {name!r} does not.")
 
     def fingerprint(self, name: str, config: DataConfig) -> str:
-        """It is prepared already."""
+        """The dataset's fingerprint; there is nothing to prepare."""
         return self.open_text(name, config).fingerprint
 
     def open_text(self, name: str, config: DataConfig, run: Run | None = None) -> Source:
-        """Its splits are its own; nothing is to be prepared."""
+        """Open the dataset with its own splits; there is nothing to prepare."""
         del run
         builder = stored_builder(name, config)
         features = _features(name, builder, [config.text_key], ["text_key"])
@@ -80,7 +80,7 @@ class TfdsDataset(SourceKind):
     def open_stored(
         self, name: str, form: ExampleForm, config: DataConfig, class_names: tuple[str, ...]
     ) -> ExampleSource:
-        """Its splits are its own; its labels are given the numbers that `class_names` have."""
+        """Open the dataset with its own splits; labels are renumbered in the order of `class_names`."""
         builder, keys, labelled = stored_builder(name, config), form.key_names(config), form.class_part
         features = _features(name, builder, keys, form.keys)
         own = (
@@ -133,7 +133,7 @@ class TfdsDataset(SourceKind):
 
 
 def _features(name: str, builder: Any, keys: Sequence[str], options: Sequence[str]) -> Any:
-    """The features of a dataset, which have the keys that the options name."""
+    """The features of a dataset, which must include the keys in the named options."""
     features = builder.info.features
     there = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     for key, option in zip(keys, options, strict=True):
@@ -145,7 +145,7 @@ def _features(name: str, builder: Any, keys: Sequence[str], options: Sequence[st
 
 
 def _is_text(feature: Any) -> bool:
-    """Whether a record has a feature as one text, so that it is read without TFDS."""
+    """Whether records hold the feature as one text, which is read without TFDS."""
     return feature.shape == () and np.dtype(feature.np_dtype) == np.dtype(object)
 
 
@@ -154,7 +154,7 @@ def _in_records(builder: Any) -> bool:
 
 
 def _tokens_in(folder: str, fingerprint: str, builder: Any, config: DataConfig, *reading: str | int) -> epath.Path:
-    """The folder of the tokens of a stored dataset, which is nobody's to write into."""
+    """The folder for the tokens of a stored dataset, whose own folder stays unchanged."""
     label = re.sub(r"\W+", "_", builder.info.full_name, flags=re.ASCII).strip("_").lower()[:80]
     key = ContentHash().ended(fingerprint, builder.info.full_name, *reading)
     return data_directory(config) / folder / f"{label}-{key[:16]}" / "tokens"
@@ -177,10 +177,10 @@ def _class_names(name: str, label: Any, option: str, key: str) -> tuple[str, ...
 
 
 def stored_builder(name: str, config: DataConfig) -> Any:
-    """The builder of a dataset that is on disk.
+    """The builder of a dataset on disk.
 
     Raises:
-        UserError: TFDS does not know it, or it has not been prepared.
+        UserError: TFDS does not know the dataset, or it has not been prepared.
     """
     data_dir = data_directory(config)
     directory = find_stored(name, data_dir)
@@ -203,10 +203,10 @@ def stored_builder(name: str, config: DataConfig) -> Any:
 
 
 def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> Sequence[Any]:
-    """The examples of a split, read at random; `options` are those of TFDS's `as_data_source`.
+    """The examples of a split, read at random; `options` go to TFDS's `as_data_source`.
 
     Raises:
-        UserError: they are not stored as ArrayRecord.
+        UserError: the dataset is not stored as ArrayRecord.
     """
     try:
         with quiet(), readable():
@@ -220,16 +220,16 @@ def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> 
 
 
 def tfds_sizes(builder: Any) -> dict[str, int]:
-    """Split -> its examples, without empty ones."""
+    """The number of examples of each split that is not empty."""
     return {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
 
 
 def hash_tfds(
     content: ContentHash, builder: Any, config: DataConfig, convert: Callable[[Example], Sequence[str | int]]
 ) -> None:
-    """Add what a stored dataset holds: sizes and evenly spaced examples of each split (all of a small one).
+    """Hash the content of a stored dataset: sizes and evenly spaced examples of each split (all of a small one).
 
-    Not the name: another dataset of the same name, in another folder, must differ.
+    The name is not hashed: another dataset of the same name, in another folder, must differ.
     """
     for split, count in sorted(tfds_sizes(builder).items()):
         content.add(split, count, builder.info.splits[split].num_bytes)

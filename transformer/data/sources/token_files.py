@@ -26,27 +26,27 @@ _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "t
 
 
 class TokenFiles(SourceKind):
-    """A .bin file, a pattern of such files, or a folder with `train.bin` or `..._train_000001.bin`, and perhaps such a `val`."""
+    """A .bin file, a pattern of such files, or a folder with `train.bin` or `..._train_000001.bin`, perhaps with a `val` file."""
 
     def accepts(self, name: str) -> bool:
-        """By its suffix; a folder by the names in it."""
+        """Recognize a file by its suffix, and a folder by the names in it."""
         path = epath.Path(expand(name))
         if kind_of(path) == _SUFFIX and not path.is_dir():
             return is_there(name) or is_pattern(name)
         return path.is_dir() and any(_SPLIT.search(child.name) for child in path.iterdir())
 
     def title(self, name: str) -> tuple[str, str]:
-        """The name of the file or folder."""
+        """Name the corpus after the file or folder."""
         path = epath.Path(expand(name))
         return (path.name if is_pattern(name) else resolved(name).name), "1.0.0"
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Any]:
-        """Nothing but an error: there is no text."""
+        """Refuse: token files hold no text."""
         del config
         raise _no_text(name)
 
     def open_text(self, name: str, config: DataConfig) -> Source:
-        """The ids, which are used as they are."""
+        """Open the ids, which are used unchanged."""
         streams = {split: TokenStream(paths) for split, paths in _files(name).items()}
         digests = {split: self._digest(name, split, stream, config) for split, stream in streams.items()}
         parts = _parts(streams, digests, config)
@@ -70,7 +70,7 @@ class TokenFiles(SourceKind):
         )
 
     def fingerprint(self, name: str, config: DataConfig) -> str:
-        """That of `open_text`."""
+        """The fingerprint of the source that `open_text` opens."""
         files = _files(name).items()
         return self._fingerprint(
             {split: self._digest(name, split, TokenStream(paths), config) for split, paths in files}, config
@@ -92,7 +92,7 @@ class TokenFiles(SourceKind):
 
 
 class _NoText(Sequence[Any]):
-    """Records of ids, which are no text."""
+    """A placeholder for records without text; reading one is an error."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -116,7 +116,7 @@ def _no_text(name: str) -> UserError:
 
 
 def _files(name: str) -> dict[str, list[epath.Path]]:
-    """Split -> its files, in the order of their names."""
+    """The files of each split, in the order of their names."""
     path = epath.Path(expand(name))
     if not path.is_dir():
         packed = path.name.lower().rpartition(_SUFFIX)[2]
@@ -134,7 +134,7 @@ def _files(name: str) -> dict[str, list[epath.Path]]:
 
 
 def _parts(streams: Mapping[str, TokenStream], digests: Mapping[str, str], config: DataConfig) -> dict[str, Part]:
-    """The splits that there are; of a single stream, those that the config takes from its end."""
+    """The splits with files of their own; a single stream is split as the config says, from its end."""
     if len(streams) > 1:
         return {split: Part(stream, 0, len(stream), digests[split]) for split, stream in streams.items()}
     (stream,), (digest,) = streams.values(), digests.values()

@@ -65,7 +65,7 @@ def _bytes_model() -> tokenizers.Tokenizer:
 
 
 def _alphabet() -> list[str]:
-    """The character that stands for each byte (GPT-2): printable bytes stand for themselves, others map to code points from 256."""
+    """The character that stands for each byte (GPT-2): itself if printable, else a code point from 256."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]
