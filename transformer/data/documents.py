@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from transformer.data.files import decode_text, read_file
 from transformer.data.identity import ContentHash
+from transformer.data.long_text import Text, chunks, file_texts, num_bytes
 from transformer.storage import is_local
 from transformer.validation import require
 
@@ -23,7 +23,7 @@ CONVERSATION = "\0conversation"
 class Document(NamedTuple):
     """A text, what stands before it without being learnt, and the file it came from."""
 
-    text: str
+    text: Text
     prompt: str
     name: str
 
@@ -49,11 +49,12 @@ class Corpus:
 def file_documents(root: epath.Path, files: list[epath.Path], separator: str) -> Iterator[Document]:
     """The documents of text files, named by their paths below `root`; blank ones are left out."""
     for path in files:
-        text = decode_text(read_file(path), str(path))
         place = path.relative_to(root).as_posix()
-        first, *others = text.split(separator) if separator else [text]
-        yield Document(first, "", place)
-        yield from (Document(part.removeprefix("\n"), "", f"{place}:{n}") for n, part in enumerate(others, 2))
+        for number, text in enumerate(file_texts(path, separator), 1):
+            if number == 1:
+                yield Document(text, "", place)
+            else:
+                yield Document(text.removeprefix("\n"), "", f"{place}:{number}")
 
 
 def with_text(documents: Iterator[Document]) -> Iterator[Document]:
@@ -70,8 +71,8 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
 
     content, sizes = ContentHash(), array.array("q")
     for document in with_text(documents()):
-        content.add(document.text, document.prompt)
-        sizes.append(len(document.text.encode()))
+        sizes.append(num_bytes(document.text))
+        content.add_text(sizes[-1], chunks(document.text), document.prompt)
     require(len(sizes) > 0, f"A source must hold text, {if_empty}.")
     return Corpus(name, version, content.hexdigest(), np.array(sizes, np.int64), lambda: with_text(documents()))
 

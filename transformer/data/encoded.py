@@ -1,8 +1,9 @@
 """Records of text as token ids, and the form in which these are stored."""
 
 import functools
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformer.data.documents import CONVERSATION
 from transformer.data.source import Record
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokenizers.chat import learnt_ids
-from transformer.data.tokenizers.long import encode_all
+from transformer.data.tokenizers.long import encode_all, encode_stream
 from transformer.tokenizer import around_text, document_start
 
 
@@ -86,6 +87,26 @@ def _framed(tokenizer: Tokenizer, record: Record, prompt: np.ndarray, text: np.n
     if closed:
         return Encoded(tokens, np.array([len(prompt), len(tokens) - 2 - len(prompt), 1], np.uint32), True)
     return Encoded(tokens, np.array([len(prompt)], np.uint32) if len(prompt) else _ALL, record.last)
+
+
+def encode_long(tokenizer: Tokenizer, prompt: str, texts: Iterable[str], most: int) -> Iterator[Encoded]:
+    """A document whose text comes in pieces, as `encode_records` gives it, in parts of at most `most` targets.
+
+    Each part begins with the token that the one before ends with.
+    """
+    of_prompt = encode_all(tokenizer, [prompt])[0] if prompt else _ALL
+    start = np.append(document_start(tokenizer), of_prompt).astype(np.int32)
+    closed = all(around_text(tokenizer))
+    end = np.full(1 + closed, tokenizer.end_of_text, np.int32)
+    held, done = start[:0], 0
+    for ids in itertools.chain((start,), encode_stream(tokenizer, texts), (end,)):
+        held = np.concatenate([held, ids]).astype(np.int32)
+        while len(held) > most + 1:
+            yield Encoded(held[: most + 1], learnt_runs(np.arange(done, done + most) >= len(of_prompt)), False)
+            held, done = held[most:], done + most
+    learnt = np.arange(done, done + len(held) - 1) >= len(of_prompt)
+    learnt[len(learnt) - closed :] = False
+    yield Encoded(held, learnt_runs(learnt), True)
 
 
 def learnt_runs(learnt: np.ndarray) -> np.ndarray:

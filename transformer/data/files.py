@@ -100,6 +100,12 @@ def kind_of(path: epath.Path) -> str:
 
 def decode_text(data: bytes, name: str) -> str:
     """UTF-8 text; what is not text is refused with its likely reason."""
+    refuse_other(data, name)
+    return decode_part(data, name)
+
+
+def refuse_other(data: bytes, name: str) -> None:
+    """What begins as other files do, or as text in another encoding."""
     for magic, kind in _REFUSED.items():
         require(
             not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
@@ -109,9 +115,15 @@ def decode_text(data: bytes, name: str) -> str:
         not wide,
         f"A text source must be UTF-8, {name} is {wide}: save it as UTF-8, or convert it with `iconv -f {wide} -t UTF-8`.",
     )
+
+
+def decode_part(data: bytes, name: str, start: int = 0) -> str:
+    """The text of a part of a file that begins at byte `start`."""
     zero = data.find(b"\0")
-    require(zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {zero}).")
-    return decode_utf8(data, f"A text source must be UTF-8, {name}")
+    require(
+        zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {start + zero})."
+    )
+    return decode_utf8(data, f"A text source must be UTF-8, {name}", start)
 
 
 def _wide_encoding(start: bytes) -> str:
@@ -125,13 +137,13 @@ def _wide_encoding(start: bytes) -> str:
     return "UTF-16BE" if big else "UTF-16LE" if little else ""
 
 
-def decode_utf8(data: bytes, sentence: str) -> str:
-    """The text of bytes in UTF-8; other bytes are refused by `sentence`, which ends before "is not"."""
+def decode_utf8(data: bytes, sentence: str, start: int = 0) -> str:
+    """The text of bytes in UTF-8; others are refused by `sentence`, which ends before "is not". They begin at byte `start`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{sentence} is not (byte {error.start}: {data[error.start]:#04x}): convert it, for example with "
+            f"{sentence} is not (byte {start + error.start}: {data[error.start]:#04x}): convert it, for example with "
             "`iconv -f LATIN1 -t UTF-8`."
         ) from None
 

@@ -1,7 +1,7 @@
 """Hashes that tell one corpus from another by its content."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,9 +18,18 @@ class ContentHash:
         """Append a tuple."""
         self._digest.update(len(parts).to_bytes(8, "big"))
         for part in parts:
-            data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-            self._digest.update(len(data).to_bytes(8, "big"))
-            self._digest.update(data)
+            self._add(part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass"))
+
+    def add_text(self, num_bytes: int, chunks: Iterable[bytes], prompt: str) -> None:
+        """As `add(text, prompt)`, of a text of so many bytes that comes in pieces."""
+        self._digest.update((2).to_bytes(8, "big") + num_bytes.to_bytes(8, "big"))
+        for chunk in chunks:
+            self._digest.update(chunk)
+        self._add(prompt.encode("utf-8", "surrogatepass"))
+
+    def _add(self, data: bytes) -> None:
+        self._digest.update(len(data).to_bytes(8, "big"))
+        self._digest.update(data)
 
     def ended(self, *parts: str | bytes | int | float) -> str:
         """The digest behind a last tuple."""

@@ -15,7 +15,7 @@ from transformer.data.documents import CONVERSATION
 from transformer.data.encoded import Encoded
 from transformer.data.registry import open_sources
 from transformer.data.rows import Pairs, empty_batch, make_pairs, pairs_of, write_pairs
-from transformer.data.source import Record, Source, whole_documents
+from transformer.data.source import Source
 from transformer.data.streams import StreamBatches
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokens import document_tokens, open_tokens
@@ -187,15 +187,15 @@ class EvaluationBatches:
                 scored = stop
 
     def texts(self) -> Iterator[str]:
-        """The scored text, without prompts: whole texts, or the part within the limit; of conversations, the replies."""
+        """The scored text, without prompts: long texts in pieces, as much as the limit allows; of conversations, the replies."""
         if self.config.limit > 0 or any(source.encoded for source in self.sources):
             for pairs in self.documents():
                 yield self._learnt(pairs)
             return
         for source in self.sources:
-            for prompt, text in whole_documents(source, self.split):
-                record = Record(text, prompt, continues=False, last=True)
-                yield self._learnt(make_pairs(self.tokenizer, record)) if prompt == CONVERSATION else text
+            for record in source.records(self.split):
+                replies = record.prompt == CONVERSATION
+                yield self._learnt(make_pairs(self.tokenizer, record)) if replies else record.text
 
     def _learnt(self, pairs: Pairs) -> str:
         return self.tokenizer.decode(pairs.targets[pairs.weights > 0])

@@ -20,6 +20,7 @@ from transformer.data.builder import TEXT_FEATURES, describe, shard_path
 from transformer.data.documents import Corpus, Document
 from transformer.data.encoded import pack_text
 from transformer.data.identity import ContentHash
+from transformer.data.long_text import chunks, num_bytes
 from transformer.data.progress import progress
 from transformer.data.seen import Stamp
 from transformer.data.shards import Shards, count_shards, holds, shard_of, write_shard
@@ -166,12 +167,11 @@ def _write(
 
     def documents() -> Iterator[Document]:
         for document in corpus.documents():
-            content.add(document.text, document.prompt)
+            content.add_text(num_bytes(document.text), chunks(document.text), document.prompt)
             yield document
-            advance(len(document.text))
 
     for split, document in split_documents(dataclasses.replace(corpus, documents=documents), parts):
-        writers[split].add(document, config.record_bytes)
+        writers[split].add(document, config.record_bytes, advance)
     if content.hexdigest() != corpus.fingerprint:
         raise _Changed(f"A source must stay as it is while it is prepared, {corpus.name} changed; start again.")
     require_splits(corpus, {split: writer.sizes["documents"] for split, writer in writers.items()}, config)
@@ -207,13 +207,15 @@ class _Writer:
         self._num_bytes, self._shard = num_bytes, 0
         self._records: list[bytes] = []
 
-    def add(self, document: Document, record_bytes: int) -> None:
-        """Add the records of a document."""
+    def add(self, document: Document, record_bytes: int, advance: Callable[[int], None]) -> None:
+        """Add the records of a document; `advance` is told the bytes of each."""
         for record in pieces(document.text, document.prompt, record_bytes):
             while self._shard < shard_of(self.sizes["bytes"], self._num_bytes, len(self.paths)):
                 self._flush()
             self._records.append(pack_text(record, document.name))
-            self.sizes["bytes"] += len(record.text.encode()) + len(record.prompt.encode())
+            length = len(record.text.encode())
+            self.sizes["bytes"] += length + len(record.prompt.encode())
+            advance(length)
         self.sizes["documents"] += 1
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from transformer.data.documents import CONVERSATION, plain_text
+from transformer.data.long_text import Text
 from transformer.data.splits import cut
 from transformer.data.stored import readable
 from transformer.validation import require
@@ -123,11 +124,14 @@ def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
             pieces = []
 
 
-def pieces(text: str, prompt: str, record_bytes: int) -> Iterator[Record]:
+def pieces(text: Text, prompt: str, record_bytes: int) -> Iterator[Record]:
     """A document as records of about so many bytes."""
-    parts = [text] if prompt == CONVERSATION else list(cut(text, record_bytes))
-    for index, part in enumerate(parts):
-        yield Record(part, prompt if index == 0 else "", index > 0, index == len(parts) - 1)
+    parts = iter([str(text)]) if prompt == CONVERSATION else cut(text, record_bytes)
+    part, continues = next(parts), False
+    for following in parts:
+        yield Record(part, "" if continues else prompt, continues, False)
+        part, continues = following, True
+    yield Record(part, "" if continues else prompt, continues, True)
 
 
 class Converted(Sequence[Any]):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from transformer.data.documents import CONVERSATION, Corpus, Document
+from transformer.data.long_text import LongText, Text, chunks
 from transformer.types import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -34,12 +35,11 @@ def split_document(document: Document, of_document: Int[np.ndarray, " 3"]) -> It
     if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, where most of it belongs
         yield SPLITS[of_document.argmax()], document
         return
-    for split, size, (start, stop) in zip(
-        SPLITS, of_document, _stretches(document.text, of_document.tolist()), strict=True
-    ):
-        if size > 0 and start < stop:
-            prompt = document.prompt if start == 0 else ""
-            yield split, document._replace(text=document.text[start:stop], prompt=prompt)
+    prompt = document.prompt
+    for split, size, part in zip(SPLITS, of_document, _parts(document.text, of_document.tolist()), strict=True):
+        if size > 0 and part:
+            yield split, document._replace(text=part, prompt=prompt)
+            prompt = ""
 
 
 def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_fraction: float) -> Parts:
@@ -162,34 +162,38 @@ def assign(count: int, validation_fraction: float, test_fraction: float) -> list
     return splits
 
 
-def _stretches(text: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """For parts of so many bytes, where they start and stop, in characters: at least one each if there are as many."""
-    data, stretches, start = text.encode(), [], 0
+def _parts(text: Text, sizes: Sequence[int]) -> Sequence[Text]:
+    """Consecutive parts of about so many bytes: at least a character each if there are as many."""
+    if isinstance(text, LongText):
+        return text.parts(sizes)
+    data, parts, start = text.encode(), [], 0
     for index, size in enumerate(sizes):
         stop = len(data[: sum(sizes[: index + 1])].decode(errors="ignore"))
         later = sum(size > 0 for size in sizes[index + 1 :])
         stop = max(start, min(max(stop, start + (size > 0)), len(text) - later))
-        stretches.append((start, stop))
+        parts.append(text[start:stop])
         start = stop
-    return stretches
+    return parts
 
 
-def cut(text: str, record_bytes: int) -> Iterator[str]:
+def cut(text: Text, record_bytes: int) -> Iterator[str]:
     """Consecutive pieces of at most `record_bytes` bytes, cut after a newline in their second half or else anywhere.
 
     >>> list(cut("one\\ntwo\\nthree", 9))
     ['one\\ntwo\\n', 'three']
     """
-    data = text.encode()
-    start = 0
-    while len(data) - start > record_bytes:
-        stop = start + record_bytes
-        newline = data.rfind(b"\n", start + record_bytes // 2, stop)
-        if newline >= 0:
-            stop = newline + 1
-        else:
-            while data[stop] & 0xC0 == 0x80:  # inside a character
-                stop -= 1
-        yield data[start:stop].decode()
-        start = stop
-    yield data[start:].decode()
+    data = b""
+    for chunk in chunks(text):
+        data, start = data + chunk, 0
+        while len(data) - start > record_bytes:
+            stop = start + record_bytes
+            newline = data.rfind(b"\n", start + record_bytes // 2, stop)
+            if newline >= 0:
+                stop = newline + 1
+            else:
+                while data[stop] & 0xC0 == 0x80:  # inside a character
+                    stop -= 1
+            yield data[start:stop].decode()
+            start = stop
+        data = data[start:]
+    yield data.decode()

@@ -4,6 +4,7 @@ import array
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from jaxtyping import UInt
 from transformer.data.builder import shard_path
 from transformer.data.encoded import (
     Encoded,
+    encode_long,
     encode_records,
     learnt_runs,
     pack,
@@ -27,6 +29,7 @@ from transformer.data.encoded import (
     unpack_fields,
 )
 from transformer.data.example_parts import features_of, pack_tokens, unpack_parts
+from transformer.data.long_text import LONG
 from transformer.data.shards import Shards, count_records, write_shard
 from transformer.data.source import Record, pieces
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -128,17 +131,16 @@ def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[
         return
     records, dtype = job.records, token_type(tokenizer.vocab_size)
     start, stop = (part * len(records) // job.num_shards for part in (shard, shard + 1))
-    texts = _documents(records, start, stop) if job.whole else map(records.__getitem__, range(start, stop))
-
+    if job.whole:
+        encoded = _encode_documents(tokenizer, _documents(records, start, stop), advance)
+    else:
+        encoded = _encode(tokenizer, map(records.__getitem__, range(start, stop)), advance)
     sizes = array.array("I")
 
     def packed() -> Iterator[bytes]:
-        for some in _batched(texts):
-            for encoded in encode_records(tokenizer, some):
-                for part in _parts(encoded):
-                    sizes.append(part.num_targets)
-                    yield pack(part, dtype)
-            advance(sum(map(_size, some)))
+        for part in encoded:
+            sizes.append(part.num_targets)
+            yield pack(part, dtype)
 
     write_shard(job.path(shard), packed())
     write_shard(job.sizes_path(shard), [np.array(sizes, _SIZE).tobytes()])
@@ -176,31 +178,65 @@ def _size(record: Record) -> int:
     return len(record.text) + len(record.prompt)
 
 
-def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records in lists of about so many characters, which are encoded at once."""
+def _encode(tokenizer: Tokenizer, records: Iterable[Record], advance: Callable[[int], object]) -> Iterator[Encoded]:
+    """The parts of records, of which about so many characters are encoded at once."""
     some, size = list[Record](), 0
     for record in records:
         some.append(record)
         size += _size(record)
         if size >= _CHARACTERS_AT_ONCE:
-            yield some
+            yield from _encode_some(tokenizer, some)
+            advance(size)
             some, size = [], 0
-    if some:
-        yield some
+    yield from _encode_some(tokenizer, some)
+    advance(size)
 
 
-def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[Record]:
-    """The documents that begin in a part of the records, whole."""
+def _encode_some(tokenizer: Tokenizer, records: Sequence[Record]) -> Iterator[Encoded]:
+    return itertools.chain.from_iterable(map(_parts, encode_records(tokenizer, records)))
+
+
+def _encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[tuple[Iterable[Record], bool]], advance: Callable[[int], object]
+) -> Iterator[Encoded]:
+    """The parts of documents, which are pieces and whether these are too many to be held in memory."""
+    for long, some in itertools.groupby(documents, lambda document: document[1]):
+        if not long:
+            yield from _encode(tokenizer, (_joined(parts) for parts, _ in some), advance)
+            continue
+        for parts, _ in some:
+            rest = iter(parts)
+            first = next(rest)
+            yield from encode_long(tokenizer, first.prompt, _told(itertools.chain([first], rest), advance), _LONGEST)
+
+
+def _told(pieces: Iterable[Record], advance: Callable[[int], object]) -> Iterator[str]:
+    for piece in pieces:
+        yield piece.text
+        advance(_size(piece))
+
+
+def _joined(pieces: Iterable[Record]) -> Record:
+    first, *rest = pieces
+    return Record("".join([first.text, *(piece.text for piece in rest)]), first.prompt, continues=False, last=True)
+
+
+def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[tuple[Iterable[Record], bool]]:
+    """The pieces of each document that begins in a part of the records, and whether these are long: then they are read again."""
     index = start
     while index < stop and records[index].continues:
         index += 1
     while index < stop:
-        pieces = [records[index]]
-        while not pieces[-1].last:
+        first, size, pieces, piece = index, 0, list[Record](), records[index]
+        while not piece.last:
+            size += _size(piece)
+            if size <= LONG:
+                pieces.append(piece)
             index += 1
-            pieces.append(records[index])
-        yield Record("".join(piece.text for piece in pieces), pieces[0].prompt, continues=False, last=True)
+            piece = records[index]
         index += 1
+        long = size > LONG
+        yield (map(records.__getitem__, range(first, index)) if long else [*pieces, piece]), long
 
 
 def _parts(encoded: Encoded) -> Iterator[Encoded]:

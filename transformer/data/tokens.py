@@ -104,6 +104,8 @@ def _joined(parts: Sequence[Encoded]) -> Iterator[Encoded]:
 
 def _one(pieces: Sequence[Encoded]) -> Encoded:
     tokens = np.concatenate([pieces[0].tokens[:1], *(piece.tokens[1:] for piece in pieces)])
+    if not any(len(piece.learnt) for piece in pieces):
+        return Encoded(tokens, pieces[0].learnt, True)
     return Encoded(tokens, learnt_runs(np.concatenate([piece.weights for piece in pieces]) > 0), True)
 
 

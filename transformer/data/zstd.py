@@ -31,7 +31,7 @@ class _Frames(io.RawIOBase):
     def __init__(self, file: Any) -> None:
         require_installed(zstandard, "zstandard", "formats")
         self._file = file
-        self.seek(0)
+        self._restart()
 
     def readable(self) -> bool:
         return True
@@ -42,12 +42,20 @@ class _Frames(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        if offset or whence:
-            raise io.UnsupportedOperation("zstd data are read from the start")
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """To a place counted from the start or from here; what lies before it is unpacked, perhaps again."""
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("the length of zstd data is not known before they are unpacked")
+        target = offset + self._place * (whence == io.SEEK_CUR)
+        if target < self._place:
+            self._restart()
+        while self._place < target and self.read(min(_PIECE, target - self._place)):
+            pass
+        return self._place
+
+    def _restart(self) -> None:
         self._file.seek(0)
         self._place, self._rest, self._ready, self._frame = 0, b"", memoryview(b""), None
-        return 0
 
     def readinto(self, buffer: Any) -> int:
         """Raises EOFError where data end within a frame, and OSError where they are damaged."""

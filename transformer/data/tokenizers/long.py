@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -49,7 +49,25 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarra
     return [next(short) if len(text) <= _LONG else _encode_long(tokenizer, text) for text in texts]
 
 
+def encode_stream(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Int[np.ndarray, " n"]]:
+    """Ids of a text that comes in pieces, as those of the whole; it is held only as far as it has no place to cut."""
+    text, enough = "", 2 * _LONG
+    for more in texts:
+        text += more
+        if len(text) >= enough:
+            ids, text = _encode_start(tokenizer, text)
+            yield from ids
+            enough = 2 * max(len(text), _LONG)
+    yield _encode_long(tokenizer, text)
+
+
 def _encode_long(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " n"]:
+    ids, rest = _encode_start(tokenizer, text)
+    return np.concatenate([*ids, tokenizer.encode(rest)])
+
+
+def _encode_start(tokenizer: Tokenizer, text: str) -> tuple[list[Int[np.ndarray, " n"]], str]:
+    """Ids of the pieces that can be cut off the start of a text, and the rest."""
     ids, start = [], 0
     while len(text) - start > _LONG:
         places = itertools.islice(_BETWEEN_WORDS.finditer(text, start + _PIECE), _TRIES)
@@ -58,7 +76,7 @@ def _encode_long(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " n"]:
             break
         ids.append(tokenizer.encode(text[start:stop]))
         start = stop
-    return np.concatenate([*ids, tokenizer.encode(text[start:])])
+    return ids, text[start:]
 
 
 def _divides(tokenizer: Tokenizer, text: str, place: int) -> bool:
