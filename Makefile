@@ -46,7 +46,7 @@ test-device: $(VENV)/installed-dev
 	TRANSFORMER_TEST_DEVICE=1 $(BIN)/python -m pytest -rs @tests/device.txt
 
 test-beam: $(VENV)/beam/installed
-	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs tests/data/test_beam.py tests/data/test_spread.py
+	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs tests/data/test_beam.py tests/data/test_distributed.py
 
 prove: $(VENV)/installed
 	$(BIN)/python -m transformer prove

@@ -1,1 +1,1 @@
-"""From text to batches: tokenizers, local and TFDS corpora, and the training and evaluation pipelines."""
+"""From text to batches: tokenizers, local files and TFDS datasets, and the pipelines for training and evaluation."""

@@ -1,4 +1,4 @@
-"""Batches that a caller makes, in the place of the data that a config names."""
+"""Batches that a caller supplies instead of the data that a config names."""
 
 import contextlib
 import copy
@@ -20,19 +20,20 @@ _END = object()
 
 
 class BatchData:
-    """Batches of one's own as the data of a run.
+    """User-supplied batches as the data of a run.
 
-    A batch has the arrays that the objective reads (`Objective.batch_shapes`): for the package's, a `Batch`, `LabelledBatch` or
-    `PairBatch` of numpy arrays, or a dictionary of some of its fields (`{"inputs": ..., "targets": ...}`; see their `of`). Each
-    has `data.batch_size` rows, of `data.sequence_length` tokens at most; with several processes, each brings its part of them.
+    A batch has the arrays of the objective (`Objective.batch_shapes`). For the package's objectives, it is a `Batch`,
+    `LabelledBatch` or `PairBatch` of numpy arrays, or a dictionary with some of its fields (`{"inputs": ..., "targets": ...}`;
+    see their `of`). It has `data.batch_size` rows of at most `data.sequence_length` tokens; with several processes, each
+    supplies its share of the rows.
 
-    A run that goes on is given the iterable again. If it has `get_state` and `set_state` with a state that is JSON, it is set to
-    where it was; else as many batches are skipped as were taken, so that it must give the same ones in the same order.
+    A resumed run receives the iterable again. If its iterator has `get_state` and `set_state` with a JSON state, the state is
+    restored. Otherwise the batches already used are skipped; the iterable must then give the same batches in the same order.
 
     Args:
-        splits: batches to train on; or those of `train` and of splits to score, by the name of the split. What is trained on goes
-            on without end, or can be iterated again and starts anew; what is scored ends, and can be iterated again.
-        class_names: of labelled texts, in the order of their numbers.
+        splits: batches to train on; or a mapping with those of `train` and of splits to score. Training batches are endless, or
+            can be iterated again from the start; batches to score end, and can be iterated again.
+        class_names: the classes of labelled texts, in the order of their numbers.
     """
 
     def __init__(
@@ -55,38 +56,38 @@ class BatchData:
             )
 
     def for_run(self, config: Config) -> "BatchData":
-        """The same batches for a run of this config."""
+        """The same batches for a run with this config."""
         other = copy.copy(self)
         other._config = config
         return other
 
     @property
     def description(self) -> str:
-        """Its splits."""
+        """A line with the splits."""
         names = f"batches of your own: {', '.join(self.splits)}"
         unscored = len(self.splits) > 1 and "validation" not in self.splits
         return names + ("; none is called validation, so that none is scored while training" if unscored else "")
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """Those that were given."""
+        """The given splits."""
         return tuple(self.splits)
 
     def texts(self, split: str) -> Iterator[str]:
-        """None: batches hold ids."""
+        """No texts: batches hold ids."""
         del split
         return iter(())
 
     def labels(self, split: str) -> Iterator[int]:
-        """None are known before they come."""
+        """No labels: they are unknown before the batches are read."""
         del split
         return iter(())
 
     def make_tokenizer(self) -> Any:
-        """A vocabulary without a tokenizer, whose size is the config's `model.vocab_size`.
+        """A vocabulary without a tokenizer, with the size `model.vocab_size`.
 
         Raises:
-            UserError: the batches are of tokens, and the config does not say how many there are.
+            UserError: the batches hold tokens, and the config has no vocabulary size.
         """
         config = self._config
         require(
@@ -99,7 +100,7 @@ class BatchData:
     def train_batches(
         self, tokenizer: Any, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
-        """Those of `train`, over and over."""
+        """The batches of `train`, repeated without end."""
         del tokenizer, process_index
         require("train" in self.splits, f"data= must have a split train, got {', '.join(self.splits)}.")
         return _Endless(self.splits["train"], _Checked(self._config, process_count))
@@ -107,25 +108,25 @@ class BatchData:
     def evaluation_batches(
         self, tokenizer: Any, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
-        """Those of a split, once."""
+        """The batches of a split, once."""
         del tokenizer, process_index
         names = tuple(self.splits) if split == WHOLE else (split,)
         return _Once([self.splits[name] for name in names], _Checked(self._config, process_count))
 
     def describe_rows(self, tokenizer: Any, at_most: int = 0) -> str:
-        """Nothing is known of how they were made."""
+        """Empty: the making of the batches is unknown."""
         del tokenizer, at_most
         return ""
 
     def count_cut(self, tokenizer: Any, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
-        """Nothing is known of what was cut."""
+        """Nothing: cuts are unknown."""
         del tokenizer, split, at_most
         return {}, 0
 
     def batches_of_epoch(self, tokenizer: Any) -> float | None:
-        """How many there are, where they can be counted."""
+        """The number of batches, if they can be counted."""
         batches: Any = self.splits.get("train")
-        if hasattr(batches, "__len__") and len(batches) < 2**31:  # more stand for batches without end
+        if hasattr(batches, "__len__") and len(batches) < 2**31:  # a larger length means endless batches
             return float(len(batches))
         require(
             tokenizer is None,
@@ -135,23 +136,23 @@ class BatchData:
         return None
 
     def describe_scored(self, split: str, targets: int) -> str:
-        """What was counted."""
+        """The number of scored targets."""
         del split
         return f"{targets:,} targets"
 
 
 class _Checked:
-    """Gives a batch the types of the objective's; UserError where it has others, or other axes."""
+    """Converts a batch to the types of the objective; raises UserError for other fields or axes."""
 
     def __init__(self, config: Config, process_count: int) -> None:
         self._shapes, self._size = config.objective.batch_shapes(config), config.data.batch_size
         self._processes, self._rows = process_count, config.data.batch_size // process_count
-        make = getattr(type(self._shapes), "of", None)  # of the package's batches
+        make = getattr(type(self._shapes), "of", None)  # present in the package's batches
         self._of: Any = make
         self._needed = list(inspect.signature(make).parameters)[:-1] if make else []
 
     def __call__(self, batch: Any) -> Any:
-        """The batch as the runner places it."""
+        """The batch, ready for the runner."""
         batch = self._named(batch)
         shapes = self._shapes if self._of is None or type(batch) is not type(self._shapes) else self._like(batch)
         require(
@@ -163,7 +164,7 @@ class _Checked:
         return jax.tree_util.tree_map_with_path(functools.partial(self._array, lengths), batch, shapes)
 
     def _like(self, batch: Any) -> Any:
-        """The shapes of a batch of the package, with segment ids where it has them: whether rows are whole is its own affair."""
+        """The shapes of a batch, with segment ids only if it has them: the batch decides whether its rows are whole."""
         shapes = self._shapes
         ids = {"segment_ids": shapes.inputs, "source_segment_ids": getattr(shapes, "source", None)}
         present = {name: like for name, like in ids.items() if name in shapes._fields}
@@ -171,7 +172,7 @@ class _Checked:
         return shapes._replace(**given)
 
     def _named(self, batch: Any) -> Any:
-        """A dictionary as the batch whose fields it has; anything else as it is."""
+        """A dictionary as the batch with its fields; anything else is unchanged."""
         if not isinstance(batch, Mapping) or self._of is None:
             return batch
         fields = self._shapes._fields
@@ -186,7 +187,7 @@ class _Checked:
     def _array(
         self, lengths: dict[tuple[int, ...], tuple[int, ...]], path: Any, values: Any, expected: jax.ShapeDtypeStruct
     ) -> np.ndarray:
-        """An array of the batch; `lengths` are the axes that earlier ones have, by those of full rows."""
+        """An array of the batch; `lengths` maps the axes of full rows to those of earlier arrays."""
         values, name = np.asarray(values), jax.tree_util.keystr(path, simple=True, separator="/") or "array"
         require(
             values.shape[:1] == (self._rows,),
@@ -194,7 +195,7 @@ class _Checked:
             + (f", {self._rows} in each of {self._processes} processes" if self._processes > 1 else "")
             + f", got {name} of shape {list(values.shape)}; set data.batch_size, or leave out what does not fill a batch.",
         )
-        # A row may be shorter than the config's; all fields have one length.
+        # A row may be shorter than the config's length; all fields share one length.
         longest, own = expected.shape[1:], values.shape[1:]
         fits = len(own) == len(longest) and all(
             size == most or (self._of is not None and 0 < size < most) for size, most in zip(own, longest, strict=True)
@@ -214,12 +215,12 @@ class _Checked:
 
 
 def _words(tree: Any) -> str:
-    """What a batch is: its class, or the keys of a dictionary."""
+    """The type of a batch: its class, or the keys of a dictionary."""
     return f"a dictionary of {', '.join(map(str, tree))}" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
 
 
 class NoTokenizer:
-    """The vocabulary of a run on ids, whose size alone is known."""
+    """The vocabulary of a run on ids, with a known size and no text."""
 
     kind = "none"
     end_of_text = 0
@@ -241,17 +242,17 @@ class NoTokenizer:
         )
 
     def save(self, directory: Any) -> None:
-        """There is nothing to keep."""
+        """Nothing to save."""
 
 
 def ids_alone(config: Config) -> NoTokenizer:
-    """The vocabulary of a config that names its size, less the ids that its objective adds."""
+    """The vocabulary of a config with a vocabulary size, without the ids that its objective adds."""
     size = config.model.vocab_size
     return NoTokenizer(max(0, size - config.objective.extra_tokens(NoTokenizer(size), config.data.sequence_length)))
 
 
 class _Endless:
-    """Batches over and over, with a state that says where they are."""
+    """Batches repeated without end, with a state that stores the position."""
 
     def __init__(self, batches: Iterable[Any], check: Callable[[Any], Any]) -> None:
         self._batches, self._check = batches, check
@@ -275,7 +276,7 @@ class _Endless:
         return self._check(batch)
 
     def get_state(self) -> dict[str, Any]:
-        """Batches taken, and the iterator's own state where that is JSON."""
+        """The number of batches taken, and the iterator's own state if it is JSON."""
         state: dict[str, Any] = {"taken": self._taken}
         if hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state"):
             with contextlib.suppress(TypeError):
@@ -283,7 +284,7 @@ class _Endless:
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to where it was."""
+        """Restore the position."""
         taken = int(state["taken"])
         if "own" in state:
             self._iterator.set_state(state["own"])
@@ -293,7 +294,7 @@ class _Endless:
 
 
 class _Once:
-    """Batches of some splits, each time they are iterated."""
+    """The batches of some splits; each iteration starts from the first."""
 
     def __init__(self, splits: list[Iterable[Any]], check: Callable[[Any], Any]) -> None:
         self._splits, self._check = splits, check

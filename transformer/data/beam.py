@@ -1,4 +1,4 @@
-"""Tasks on Apache Beam, on any of its runners."""
+"""Tasks on Apache Beam, with any of its runners."""
 
 import contextlib
 import io
@@ -11,32 +11,32 @@ from transformer.validation import require_installed
 
 
 def on_beam(options: Sequence[str]) -> Run:
-    """Tasks run in pipelines of Apache Beam.
+    """Run tasks in pipelines of Apache Beam.
 
     Args:
-        options: of the pipelines, as Beam's command line has them, with or without the dashes: `runner=DirectRunner`.
+        options: pipeline options as on Beam's command line, with or without dashes: `runner=DirectRunner`.
 
     Raises:
-        UserError: the package is not installed, or an option has no value that Beam takes.
+        UserError: the package is not installed, or Beam rejects an option.
     """
     beam = _beam()
-    # Else Beam's worker processes write a dozen lines each. The last of equal words counts.
+    # Without this option, each of Beam's worker processes logs a dozen lines. The last of equal options counts.
     words = ["--default_sdk_harness_log_level=WARNING", *(f"--{option.removeprefix('--')}" for option in options)]
     make_options = beam.options.pipeline_options.PipelineOptions
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             make_options(words).get_all_options()
-    except SystemExit:  # of argparse, whose usage fills a screen
+    except SystemExit:  # raised by argparse, whose usage message fills a screen
         error = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         raise UserError(f"The options must be Apache Beam's, got {','.join(options)}: {error}.") from None
 
     def run(what: str, task: Callable[[Any], None], items: Sequence[Any]) -> None:
         try:
             with beam.Pipeline(options=make_options(words)) as pipeline:
-                spread = pipeline | "tasks" >> beam.Create(items) | "spread" >> beam.Reshuffle()
-                _ = spread | what >> beam.Map(task)
-        except Exception as error:  # whatever a runner raises; a worker's error is the last line of a traceback
+                elements = pipeline | "tasks" >> beam.Create(items) | "distribute" >> beam.Reshuffle()
+                _ = elements | what >> beam.Map(task)
+        except Exception as error:  # any error of a runner; a worker's error is the last line of a traceback
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise Unfinished(
                 f"A pipeline of Apache Beam must finish, {what} with {' '.join(words[1:]) or 'no options'} did not: "
@@ -48,7 +48,7 @@ def on_beam(options: Sequence[str]) -> Run:
 
 def _beam() -> Any:
     try:
-        # Importing it takes three seconds, and few need it.
+        # The import takes three seconds, and few runs need it.
         import apache_beam  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
         import apache_beam.options.pipeline_options  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except ImportError:

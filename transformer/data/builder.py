@@ -1,4 +1,4 @@
-"""TFDS builders that write examples as ArrayRecord files, and descriptions of files that are there, without TensorFlow."""
+"""TFDS builders that write examples as ArrayRecord files, and descriptions of existing files, without TensorFlow."""
 
 import pathlib
 import tempfile
@@ -25,13 +25,13 @@ TEXT_FEATURES = {
     "last": tfds.features.Scalar(np.int32),
     "name": tfds.features.Text(),
 }
-"""Documents in pieces: one that `continues` goes on where the record before it stopped, the `last` ends it."""
+"""Documents in pieces: a record that `continues` follows the one before it, and the `last` one ends the document."""
 
 
 class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Examples in the order given: training shuffles, evaluation must not."""
+    """Examples in the given order: training shuffles, evaluation must not."""
 
-    url_infos: Mapping[str, Any] = {}  # nothing is downloaded; looking for checksums wants another package
+    url_infos: Mapping[str, Any] = {}  # nothing is downloaded; a lookup of checksums requires another package
 
     def __init__(
         self,
@@ -66,19 +66,19 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def builder_class(name: str) -> type[Examples]:
-    """`Examples` under a dataset's name, which TFDS finds it by."""
+    """`Examples` under a dataset's name, by which TFDS finds it."""
     return type(name, (Examples,), {"name": name}, skip_registration=True)
 
 
 def shard_path(directory: epath.Path, name: str, split: str, shard: int, num_shards: int) -> epath.Path:
-    """Where TFDS looks for a shard."""
+    """The path at which TFDS looks for a shard."""
     return directory / f"{name}-{split}.array_record-{shard:05}-of-{num_shards:05}"
 
 
 def describe(
     directory: epath.Path, name: str, features: Mapping[str, Any], splits: Mapping[str, Sequence[epath.Path]]
 ) -> None:
-    """Describe the shards in a directory as a dataset, and remove what a kill has left. Before, there is no dataset."""
+    """Describe the shards in a directory as a dataset, and remove remains of killed writers. The description makes it visible."""
     with tempfile.TemporaryDirectory() as aside:
         builder: Any = builder_class(name)(features=features, splits={}, version="1.0.0", data_dir=aside)
         infos = [

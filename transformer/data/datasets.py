@@ -1,4 +1,4 @@
-"""What a config reads, text or examples, behind one set of questions: what is in it, and batches of it."""
+"""The data of a config, text or examples, behind one interface: its description, its texts and its batches."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,12 +41,12 @@ class Dataset(Protocol):
 
     @property
     def sources(self) -> Sequence[Source | ExampleSource]:
-        """What `data.source` names, in its order, then what `data.validation` does."""
+        """The sources in `data.source`, in order, then those in `data.validation`."""
         ...
 
     @property
     def description(self) -> str:
-        """What there is to read, a line a source."""
+        """A description of the data, one line per source."""
         ...
 
     @property
@@ -68,61 +68,61 @@ class Dataset(Protocol):
         ...
 
     def make_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the config asks for, trained on the training split if it is to be trained."""
+        """Make the tokenizer that the config names; a trainable one is trained on the training split."""
         ...
 
     def train_batches(
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
-        """This process's rows of the training batches, without end."""
+        """This process's rows of an endless sequence of training batches."""
         ...
 
     def evaluation_batches(
         self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
-        """This process's rows of the batches that cover a split, to be iterated as often as needed."""
+        """This process's rows of the batches that cover a split; can be iterated repeatedly."""
         ...
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
-        """How many texts of each kind are longer than a row and so are cut, and of how many: all, or `at_most` spread evenly.
+        """How many texts of each kind exceed a row and are cut, and how many were examined: all, or `at_most` evenly spaced.
 
         Running text is never cut.
         """
         ...
 
     def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
-        """How much of training rows is padding, and of texts cut, by so many of them: a line, and perhaps one with a remedy."""
+        """A line with the fractions of padding and of cut texts in training rows, from `at_most` texts; perhaps a hint too."""
         ...
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
-        """Batches in which each training text is learnt once; None if that is not known without a tokenizer to count with.
+        """The number of batches that train on each text once; None if counting requires a tokenizer.
 
         Raises:
-            UserError: it cannot be told.
+            UserError: the number is undefined.
         """
         ...
 
     def describe_scored(self, split: str, targets: int) -> str:
-        """How much a score of so many targets is of, as `60 texts` or `1,234 tokens`."""
+        """The amount of data behind a score of `targets` targets, such as `60 texts` or `1,234 tokens`."""
         ...
 
 
 def open_data(
     config: DataConfig, objective: Objective, class_names: tuple[str, ...] = (), *, continued: bool = False
 ) -> Dataset:
-    """Open (and prepare, if it is local text) what `config` names, in the form the objective reads.
+    """Open the data that `config` names, in the form of the objective; local text is prepared first.
 
     Args:
-        config: of the data.
-        objective: what reads it.
-        class_names: of the run that scores it, if one does.
-        continued: each row goes on where that of the batch before ended, for a model with a memory.
+        config: the data config.
+        objective: the objective of the run.
+        class_names: the classes of the run that scores the data, if any.
+        continued: each row continues the same row of the previous batch, for a model with a Transformer-XL memory.
     """
     return objective.form.open(Reader(config, objective, class_names, continued))
 
 
 def data_of(config: Config, class_names: tuple[str, ...] = ()) -> Dataset:
-    """`open_data` of a run."""
+    """`open_data` for a run's config."""
     return open_data(config.data, config.objective, class_names, continued=config.model.memory_length > 0)
 
 
@@ -133,26 +133,26 @@ def fingerprints(config: DataConfig, objective: Objective, class_names: tuple[st
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """What a form opens and stores its data with: in streams of running text, or one example a row."""
+    """Opens and stores data for a form: as streams of running text, or as one example per row."""
 
     config: DataConfig
     objective: Objective | None = None
-    """What reads it, if anything does."""
+    """The objective of the run, if any."""
     class_names: tuple[str, ...] = ()
-    """Of the run that scores it, if one does."""
+    """The classes of the run that scores the data, if any."""
     continued: bool = False
-    """Each row goes on where that of the batch before ended."""
+    """Each row continues the same row of the previous batch."""
     run: Run | None = None
-    """Where the tasks run that prepare text and store its tokens; None is in this process and others of this machine."""
+    """Runs the tasks that prepare text and store its tokens; None means this process and others on this machine."""
 
     def running_text(self) -> "TextData":
-        """Each of `config.source` as running text, prepared now if it was not before."""
+        """Open each of `config.source` as running text, prepared now unless it already is."""
         named, trained = held_out_part(self.config), open_sources(trained_part(self.config), self.run)
         held_out = tuple(map(held_out_text, open_sources(named, self.run))) if named else ()
         return TextData(self.config, self.objective, trained, held_out, self.continued, run=self.run)
 
     def text_fingerprints(self) -> list[str]:
-        """Those of `running_text`, without preparing it."""
+        """The fingerprints of `running_text`; nothing is prepared."""
         trained, held_out = trained_part(self.config), held_out_part(self.config)
         found = [find_source(name).fingerprint(name, trained) for name in trained.source]
         named = [find_source(name).fingerprint(name, held_out) for name in held_out.source] if held_out else []
@@ -173,11 +173,11 @@ class Reader:
 
 
 def describe_data(data: Dataset) -> list[dict[str, Any]]:
-    """What a run reads, ready for JSON. Two datasets are the same where their fingerprints are.
+    """A JSON description of the data of a run. Two datasets are equal if their fingerprints are.
 
     Returns:
-        For each source, in the order of `data.source`: its `name`, for messages; its `fingerprint`, a hash of texts, prompts or
-        labels and of the split rule, but of no path or name; its `splits`, name -> documents or examples.
+        For each source, in the order of `data.source`: its `name`, for messages; its `fingerprint`, a hash of the texts, prompts
+        or labels and of the split rule, but not of paths or names; and its `splits`, name -> number of documents or examples.
     """
     return [
         {"name": source.name, "fingerprint": source.fingerprint, "splits": dict(source.sizes)}
@@ -193,19 +193,19 @@ class TextData:
     objective: Objective | None
     trained: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()
-    """What is named for validation (`data.validation`)."""
+    """The sources in `data.validation`."""
     continued: bool = False
     class_names: tuple[str, ...] = ()
     run: Run | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Those of `data.source`, then those of `data.validation`."""
+        """The sources in `data.source`, then those in `data.validation`."""
         return self.trained + self.held_out
 
     @property
     def description(self) -> str:
-        """What there is to read, a line a source."""
+        """A description of the data, one line per source."""
         return "\n".join(source.description for source in self.sources)
 
     @property
@@ -222,48 +222,48 @@ class TextData:
         return self.held_out if self.held_out and split == "validation" else self.trained
 
     def texts(self, split: str) -> Iterator[str]:
-        """The documents of a split, with their prompts in front."""
+        """The documents of a split, each after its prompt."""
         for source in self.of(split):
             yield from split_text(source, split)
 
     def labels(self, split: str) -> Iterator[int]:
-        """None: running text has no classes."""
+        """No labels: running text has no classes."""
         del split
         return iter(())
 
     def make_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the training split."""
+        """Make the tokenizer of the training split."""
         kind = self.config.tokenizer
         if not kind.sampled:
             return kind.train(self.texts("train"))
         return kind.train(vocabulary_texts(self.trained, self.config.tokenizer_bytes))
 
     def store_tokens(self, tokenizer: Tokenizer | None = None) -> str:
-        """Store what a run with a tokenizer reads, by default with the one of the training split; a line about it."""
+        """Store the tokens for a run with a tokenizer, by default the training split's own; returns a line about them."""
         tokenizer = tokenizer or self.make_tokenizer()
         kept = all([store_tokens(source, tokenizer, self.run) for source in self.sources])
         return describe_stored(tokenizer, kept)
 
     def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
-        """Rows of `Batch`es, or of `PairBatch`es; masked or corrupted where the objective wants them so."""
+        """Rows of `Batch`es or `PairBatch`es, masked or corrupted if the objective requires it."""
         return train_batches(self.config, tokenizer, sources=self.trained, **self._changes(tokenizer), **process)
 
     def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: Any) -> Iterable[Any]:
-        """Rows like those of training; masked or corrupted always alike."""
+        """Rows as in training; masking or corruption is the same at each evaluation."""
         return evaluation_batches(
             self.config, tokenizer, split, sources=self.of(split), **self._changes(tokenizer), **process
         )
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
-        """Nothing: a document goes on in the next row."""
+        """Nothing is cut: a document continues in the next row."""
         del tokenizer, split, at_most
         return {}, 0
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
-        """The tokens of the training split over those of a batch: each of the streams reads its part over and over.
+        """The tokens of the training split divided by the tokens of a batch: each stream reads its share repeatedly.
 
-        Padding behind the last of `data.max_segments` documents counts too, so that the streams come to their ends at about that
-        step; windows (`pack=False`) cover as much text by then, some of it twice.
+        Padding after the last of `data.max_segments` documents counts too, and all streams reach their ends at about this step.
+        Windows (`pack=False`) cover as much text by then, some of it twice.
         """
         if tokenizer is None:
             return None
@@ -282,23 +282,23 @@ class TextData:
         return tokens / (self.config.batch_size * length)
 
     def describe_rows(self, tokenizer: Tokenizer, at_most: int = 1000) -> str:
-        """Of the first source, at eight places of it; nothing of windows, and of rows that continue each other."""
+        """Statistics of the first source, from eight parts of it; empty for windows and for continued rows."""
         if self.continued or not self.config.pack:
             return ""
         records, most, streams = open_tokens(self.trained[0], "train", tokenizer), self._limit(tokenizer), 0
         documents = sample_documents(records, at_most)
         if self.config.best_fit:
-            # A part of the split is packed as if it were of one stream, whose chunks are full.
+            # The sample is packed as if it were one stream, whose chunks are full.
             all_read = sum(len(document.sizes) for document in documents) == len(records)
             streams = count_streams(self.config, self.trained, tokenizer) if all_read else 1
         return describe_packing(documents, self.config.sequence_length, most, streams)
 
     def _limit(self, tokenizer: Tokenizer) -> int:
-        """Most documents of a training row; 0 is any number."""
+        """Most documents of a training row; 0 means no limit."""
         return training_limit(self.config, self.continued, bool(self._changes(tokenizer).get("joined")))
 
     def describe_scored(self, split: str, targets: int) -> str:
-        """The tokens that were to be predicted."""
+        """The number of predicted tokens."""
         del split
         return counted(targets, "token")
 

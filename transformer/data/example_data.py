@@ -12,7 +12,7 @@ from transformer.data.forms.examples import ExampleForm
 from transformer.data.pipeline import own_rows, prefetched
 from transformer.data.source import ExampleSource
 from transformer.data.tokenizers import Tokenizer, describe_entries
-from transformer.data.vocabulary import spread
+from transformer.data.vocabulary import evenly_spaced
 from transformer.types import CheckpointableIterator
 from transformer.validation import counted
 
@@ -68,7 +68,7 @@ class ExampleData:
         examples = self.source.examples("train")
 
         def chosen() -> Iterable[Any]:
-            some = spread([examples], _example_bytes, self.config.tokenizer_bytes)
+            some = evenly_spaced([examples], _example_bytes, self.config.tokenizer_bytes)
             return examples if some is None else some
 
         return self.form.make_tokenizer(self.config, chosen if self.config.tokenizer.sampled else lambda: examples)

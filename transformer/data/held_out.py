@@ -1,4 +1,4 @@
-"""What is scored during training, where it is named (`data.validation`) and not taken from the sources."""
+"""Validation data that is named (`data.validation`) instead of held out from the sources."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from transformer.validation import counted, require
 
 
 def trained_part(config: DataConfig) -> DataConfig:
-    """Of the sources alone: where validation is named, nothing is taken from them for it."""
+    """The config of the training sources; with named validation data, nothing is held out from them."""
     return dataclasses.replace(config, validation=(), validation_fraction=0.0) if config.validation else config
 
 
 def held_out_part(config: DataConfig) -> DataConfig | None:
-    """Of what is named for validation, whole; None where nothing is."""
+    """The config of the named validation data, read whole; None without any."""
     if not config.validation:
         return None
     whole = {"validation_fraction": 0.0, "test_fraction": 0.0}
@@ -24,14 +24,14 @@ def held_out_part(config: DataConfig) -> DataConfig | None:
 
 
 def held_out_fingerprint(*fingerprints: str) -> str:
-    """Of what is named for validation, and not for training."""
+    """The fingerprint of data that is named for validation, and not for training."""
     content = ContentHash()
     content.add("validation", *fingerprints)
     return content.hexdigest()
 
 
 def held_out_text(source: Source) -> Source:
-    """A corpus as the validation split of another."""
+    """A corpus as the validation split of another corpus."""
     split, encoded = _only_split(source), source.encoded
     rest = source.description.removeprefix(f"{source.name}: ").removeprefix(f"{split} ")
     return dataclasses.replace(
@@ -45,7 +45,7 @@ def held_out_text(source: Source) -> Source:
 
 
 def held_out_examples(source: ExampleSource, held_out: ExampleSource) -> ExampleSource:
-    """Examples with others as their validation split."""
+    """Examples as the validation split of other examples."""
     split = _only_split(held_out)
     count = held_out.sizes[split]
     _, *notes = held_out.description.splitlines()
@@ -66,7 +66,7 @@ def held_out_examples(source: ExampleSource, held_out: ExampleSource) -> Example
 
 
 def _only_split(source: Source | ExampleSource) -> str:
-    """The split that is scored: that for validation of a dataset that has one, else the only one."""
+    """The split to score: `validation` if the dataset has it, else its only split."""
     if "validation" in source.sizes:
         return "validation"
     require(

@@ -11,7 +11,7 @@ from transformer.data.encoded import Encoded
 from transformer.validation import counted
 
 ROWS_OF_CHUNK = 128  # packed together by best fit: rows are 99 % full; with 64, 98 %, and with 256, 99.5 %
-_PLACES = 8
+_REGIONS = 8
 _MOST_TOKENS = 1 << 20
 _MUCH = 0.1  # padding above this share gets a hint
 
@@ -110,16 +110,16 @@ class Document(NamedTuple):
 def sample_documents(records: Sequence[Encoded], at_most: int) -> list[Document]:
     """Documents from eight parts of a split: about `at_most` records, or a million tokens if that is less."""
     found = list[Document]()
-    places = max(1, min(_PLACES, len(records)))
-    for place in range(places):
-        start, stop = (len(records) * part // places for part in (place, place + 1))
+    regions = max(1, min(_REGIONS, len(records)))
+    for region in range(regions):
+        start, stop = (len(records) * part // regions for part in (region, region + 1))
         documents, tokens = [Document([], True)], 0
-        for record in map(records.__getitem__, range(start, min(stop, start + -(-at_most // places)))):
+        for record in map(records.__getitem__, range(start, min(stop, start + -(-at_most // regions)))):
             sizes = [*documents[-1].sizes, record.num_targets]
             documents[-1] = Document(sizes, record.last and len(sizes) == 1)
             documents += [Document([], True)] * record.last
             tokens += record.num_targets
-            if tokens > _MOST_TOKENS // places:
+            if tokens > _MOST_TOKENS // regions:
                 break
         if start > 0 and not records[start - 1].last:
             # Drop the last document, which is incomplete, unless it is the only one.

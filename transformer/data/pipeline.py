@@ -159,11 +159,11 @@ class EvaluationBatches:
         for start in range(0, part, length):
             batch = empty_batch(size, length)
             for row in range(size):
-                place = row * part + start
-                first = index = int(np.searchsorted(starts, place, side="right")) - 1
+                begin = row * part + start
+                first = index = int(np.searchsorted(starts, begin, side="right")) - 1
                 column = 0
-                while column < length and place + column < num_tokens:
-                    offset = place + column - int(starts[index])
+                while column < length and begin + column < num_tokens:
+                    offset = begin + column - int(starts[index])
                     # A document cut between two parts restarts in the second part, without context.
                     position = min(offset, start + column)
                     column += write_pairs(batch, row, column, documents[index], offset, index - first + 1, position)

@@ -1,4 +1,4 @@
-"""A bar for what takes long, on a terminal only."""
+"""A progress bar for long operations, only on a terminal."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from transformer.terminal import make_console, printable
 
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of so many bytes, and what it is told when more are done."""
+    """A bar of `total` bytes; yields a function to call with the number of further bytes done."""
     console = make_console()
     hidden = not console.is_terminal
     with Progress(console=console, disable=hidden, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:

@@ -1,4 +1,4 @@
-"""Tokens as aligned pairs, and rows that pairs are written into."""
+"""Tokens as aligned pairs, and the rows that hold them."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from transformer.types import Batch
 
 
 class Pairs(NamedTuple):
-    """Tokens of a document, or of a piece of one: each with the token before it, and how much it counts."""
+    """Tokens of a document or a piece of one, each with its previous token and its loss weight."""
 
     inputs: Integer[np.ndarray, " n"]
     targets: Integer[np.ndarray, " n"]
@@ -21,17 +21,17 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(tokenizer: Tokenizer, record: Record) -> Pairs:
-    """Pairs of a record; a document without text has none."""
+    """The pairs of a record; a document without text has none."""
     return pairs_of(next(encode_records(tokenizer, [record])))
 
 
 def pairs_of(encoded: Encoded) -> Pairs:
-    """Pairs of tokens: views of them."""
+    """The pairs of encoded tokens, as views."""
     return Pairs(encoded.tokens[:-1], encoded.tokens[1:], encoded.weights)
 
 
 def empty_batch(rows: int, length: int) -> Batch:
-    """Padding only."""
+    """A batch of padding."""
     integers = np.zeros((4, rows, length), np.int32)
     return Batch(integers[0], integers[1], np.zeros((rows, length), np.float32), integers[2], integers[3])
 
@@ -39,7 +39,7 @@ def empty_batch(rows: int, length: int) -> Batch:
 def write_pairs(
     batch: Batch, row: int, column: int, pairs: Pairs, offset: int, segment: int, first_position: int = 0
 ) -> int:
-    """Write pairs from `offset` on to a row from `column` on, as many as fit; returns how many."""
+    """Write as many pairs as fit, from `offset`, into a row from `column`; returns their number."""
     length = batch.inputs.shape[1]
     count = min(length - column, len(pairs.inputs) - offset)
     here, there = slice(column, column + count), slice(offset, offset + count)
@@ -53,5 +53,5 @@ def write_pairs(
 
 @functools.cache
 def arange(length: int) -> Int[np.ndarray, " n"]:
-    """0, 1, ..., shared: do not write to it."""
+    """0, 1, ..., in a shared array: do not write to it."""
     return np.arange(length, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Which files have been read and hashed already, so that a start need not read a text that has not changed."""
+"""A record of the files that were read and hashed, which spares a start the reading of unchanged text."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from etils import epath
 from transformer.data.documents import visible_files
 from transformer.storage import expand, is_local, write_whole
 
-_SETTLED_SECONDS = 2  # a file that has just changed may change again under the same time
+_SETTLED_SECONDS = 2  # a file changed more recently may change again without a new time stamp
 _FOLDER = "text_seen"
 
 
 class Stamp(NamedTuple):
-    """The state of the files of a source, before they are read."""
+    """The state of a source's files before they are read."""
 
     path: epath.Path
-    """Where it is noted what they hold."""
+    """The file that stores their fingerprint."""
     state: str
-    """A hash of their places, sizes and times; empty where these say nothing."""
+    """A hash of their paths, sizes and times; empty if these do not determine the content."""
 
     def known(self) -> str | None:
-        """The fingerprint of what they hold, if they were read in this state."""
+        """The fingerprint of the content, if the files were read in this state."""
         try:
             noted = json.loads(self.path.read_text())
             return str(noted["fingerprint"]) if self.state and noted["state"] == self.state else None
@@ -33,7 +33,7 @@ class Stamp(NamedTuple):
             return None
 
     def note(self, fingerprint: str) -> None:
-        """Keep what they hold. Where nothing can be written, they are read again the next time."""
+        """Store the fingerprint of the content. If nothing can be written, the files are read again the next time."""
         try:
             if self.state and self.known() != fingerprint:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,14 +47,15 @@ def stamp(
 ) -> Stamp:
     """The state of a file or folder.
 
-    Sizes and times stand for the content only to spare the reading. A change of the content changes the time of the inode
-    (ctime), which no program sets.
+    Sizes and times replace the content only to avoid reading it. Every change of the content changes the inode's time (ctime),
+    which no program can set.
 
     Args:
-        name: of the source.
-        reading: whatever else decides what is read of it.
-        data_dir: where prepared datasets live.
-        files: that it is of; None means the file of this name, or those of the folder. Of none, nothing is known.
+        name: the name of the source.
+        reading: all other settings that affect the content read.
+        data_dir: the directory of prepared datasets.
+        files: the files of the source. None means the file with this name, or the files of the folder; an empty list means that
+            the files are unknown.
     """
     path = os.path.abspath(expand(name))
     key = hashlib.sha256(repr((path, *reading)).encode(errors="surrogateescape")).hexdigest()[:32]
@@ -62,11 +63,11 @@ def stamp(
 
 
 def joined(stamps: Sequence[Stamp]) -> Stamp:
-    """Of several names that are read together."""
+    """The joint state of several names that are read together."""
     if len(stamps) == 1:
         return stamps[0]
-    places, states = [stamp.path.name for stamp in stamps], [stamp.state for stamp in stamps]
-    key, state = (hashlib.sha256(repr(parts).encode()).hexdigest() for parts in (places, states))
+    paths, states = [stamp.path.name for stamp in stamps], [stamp.state for stamp in stamps]
+    key, state = (hashlib.sha256(repr(parts).encode()).hexdigest() for parts in (paths, states))
     return Stamp(stamps[0].path.parent / f"{key[:32]}.json", state if all(states) else "")
 
 

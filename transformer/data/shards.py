@@ -1,4 +1,4 @@
-"""ArrayRecord files as one sequence of records, each read at random, and one such file written whole."""
+"""ArrayRecord files as one sequence of records with random access, and the writing of complete files."""
 
 import bisect
 import itertools
@@ -19,13 +19,13 @@ from transformer.storage import is_local
 from transformer.types import UserError
 from transformer.validation import require
 
-# A reader that looks ahead takes 1.5 ms for a record at another place, this one 5 microseconds.
+# A reader that prefetches takes 1.5 ms for a record at another position, this one 5 microseconds.
 _READING = "max_parallelism:0,readahead_buffer_size:0"
-# Groups of more than one record are read whole. Tokens hardly shrink, and unpacking takes longer than reading.
+# Groups of more than one record are read whole. Tokens hardly compress, and decompression takes longer than reading.
 _WRITING = "group_size:1,uncompressed"
-_MOST = 400  # of a split: as many files are open
+_MOST = 400  # shards of a split: that many files are open
 UNFINISHED = ".unfinished"
-"""Ends the name of a shard that is being written; what a kill left under such a name is removed once the dataset is whole."""
+"""Suffix of a shard that is being written; remains of killed writers are removed once the dataset is complete."""
 
 
 class Shards(Sequence[Any]):
@@ -51,7 +51,7 @@ class Shards(Sequence[Any]):
 
     @property
     def num_bytes(self) -> int:
-        """Of the files."""
+        """The total size of the files."""
         return sum(epath.Path(path).stat().length for path in self.paths)
 
     def _open(self, part: int) -> Any:
@@ -67,18 +67,18 @@ class Shards(Sequence[Any]):
 
 
 def count_shards(num_bytes: int, shard_bytes: int) -> int:
-    """How many shards of about so many bytes a split has."""
+    """The number of shards of a split, of about `shard_bytes` each."""
     return max(1, min(math.ceil(num_bytes / shard_bytes), _MOST))
 
 
 def shard_of(position: Any, num_bytes: int, count: int) -> Any:
-    """The shard, of `count`, of a record that so many bytes of its split's `num_bytes` precede; of an array of them likewise."""
+    """The shard (of `count`) of a record, where `position` of the split's `num_bytes` bytes precede it; also for arrays."""
     shard = position * count // max(1, num_bytes)
     return min(shard, count - 1) if isinstance(shard, int) else np.minimum(shard, count - 1)
 
 
 def count_records(path: epath.PathLike) -> int:
-    """How many records a file has."""
+    """The number of records of a file."""
     with readable():
         reader = ArrayRecordReader(os.fspath(path), _READING)
         try:
@@ -88,7 +88,7 @@ def count_records(path: epath.PathLike) -> int:
 
 
 def holds(path: epath.PathLike, records: Iterable[bytes]) -> bool:
-    """Whether a file is there and has these records."""
+    """Whether a file exists with exactly these records."""
     if not epath.Path(path).exists():
         return False
     try:
@@ -100,21 +100,21 @@ def holds(path: epath.PathLike, records: Iterable[bytes]) -> bool:
 
 
 def write_shard(path: epath.PathLike, records: Iterable[bytes]) -> None:
-    """Write a file of records beside its place, read it back, and rename it: it is whole, or it is not there.
+    """Write a file of records under a temporary name, read it back, and rename it: it appears complete, or not at all.
 
     Raises:
         OSError: it cannot be written.
-        UserError: what was written does not come back.
+        UserError: the records read back differ.
     """
     path = epath.Path(path)
-    if not is_local(path):  # ArrayRecord reads files in a bucket, and writes none; an object appears whole
+    if not is_local(path):  # ArrayRecord reads files in a bucket, but cannot write them; an object appears complete
         with tempfile.TemporaryDirectory() as folder:
             write_shard(epath.Path(folder) / path.name, records)
             (epath.Path(folder) / path.name).copy(path, overwrite=True)
         return
     aside = path.parent / f"{path.name}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
     try:
-        # The writer itself says nothing where there is no room or no permission.
+        # The writer itself reports neither a full disk nor a missing permission.
         aside.write_bytes(b"")
         written, digests = 0, []
         writer = ArrayRecordWriter(os.fspath(aside), _WRITING)
@@ -126,7 +126,7 @@ def write_shard(path: epath.PathLike, records: Iterable[bytes]) -> None:
         _check(aside, digests, written)
         aside.replace(path)
     except (OSError, UserError):
-        if not path.exists():  # else another process has written the same one, and cleaned up
+        if not path.exists():  # otherwise another process has written the same shard and cleaned up
             raise
     finally:
         aside.unlink(missing_ok=True)

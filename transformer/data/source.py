@@ -1,4 +1,4 @@
-"""What a name of `data.source` is once it is open: splits of records of text, or of examples, read at random."""
+"""An open source: splits of text records or of examples, read at random."""
 
 import bisect
 import dataclasses
@@ -16,11 +16,11 @@ from transformer.data.stored import readable
 from transformer.validation import require
 
 WHOLE = "all"
-"""The name of all splits together, one after the other."""
+"""The name of all splits together, in sequence."""
 
 
 class Record(NamedTuple):
-    """A document, or a piece of one that is too long; `last` is the piece that ends it."""
+    """A document, or a piece of a document that is too long; `last` marks the final piece."""
 
     text: str
     prompt: str
@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
 
 class Joined(Sequence[Any]):
-    """Sequences one after the other, as one."""
+    """Several sequences concatenated as one."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
         self._parts, self._starts = parts, [0, *itertools.accumulate(map(len, parts))]
@@ -46,19 +46,19 @@ class Joined(Sequence[Any]):
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """What both kinds of open sources have in common."""
+    """Base of both kinds of open sources."""
 
     name: str
     fingerprint: str
-    """Of content and split rule, not of a path."""
+    """A hash of the content and the split rule, but not of a path."""
     sizes: dict[str, int]
-    """Split -> its documents or examples."""
+    """The number of documents or examples of each split."""
     description: str
     open_split: Callable[[str], Sequence[Any]]
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """The splits there are."""
+        """The names of the splits."""
         return tuple(self.sizes)
 
     def _open(self, split: str, hint: str) -> Sequence[Any]:
@@ -72,12 +72,12 @@ class _Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Source(_Opened):
-    """A corpus of running text, ready to be read."""
+    """An open corpus of running text."""
 
     tokens_in: epath.Path | None = None
-    """The folder of its tokens, for text that is stored."""
+    """The folder of its tokens, if the text is stored."""
     encoded: Callable[[str, Any], Any] | None = None
-    """Of ids that are no text: the documents of a split for a tokenizer (`data.tokens.Tokens`)."""
+    """For token files: returns the encoded documents of a split for a tokenizer (`data.tokens.Tokens`)."""
 
     def records(self, split: str) -> Sequence[Record]:
         """The records of a split (or of all: `WHOLE`), in the order of the text, read at random.
@@ -90,12 +90,12 @@ class Source(_Opened):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleSource(_Opened):
-    """A dataset of labelled texts, pairs or other examples, ready to be read."""
+    """An open dataset of labelled texts, pairs or other examples."""
 
     class_names: tuple[str, ...]
     tokens: Callable[[str, Any, bool], Sequence[Any] | None] | None = None
-    """Of examples that are stored: those of a split as `ExampleForm.tokens` gives them for a tokenizer, stored now if need be and
-    the last argument says so; None where they are not. Labels are given their numbers."""
+    """For stored examples: returns those of a split as `ExampleForm.tokens` makes them for a tokenizer, with class numbers. With
+    a true last argument, missing tokens are stored now; else the result is None without them."""
 
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of a split (or of all: `WHOLE`), read at random.
@@ -107,13 +107,13 @@ class ExampleSource(_Opened):
 
 
 def split_text(source: Source, split: str) -> Iterator[str]:
-    """The documents of a split, whole and in order, with their prompts in front."""
+    """The documents of a split, whole and in order, each after its prompt."""
     for prompt, text in whole_documents(source, split):
         yield plain_text(prompt, text)
 
 
 def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
-    """(prompt, text) of each document of a split, in order, its pieces joined again."""
+    """The prompt and text of each document of a split, in order, with its pieces joined again."""
     prompt, pieces = "", list[str]()
     for record in source.records(split):
         if not record.continues:
@@ -125,7 +125,7 @@ def whole_documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
 
 
 def pieces(text: Text, prompt: str, record_bytes: int) -> Iterator[Record]:
-    """A document as records of about so many bytes."""
+    """A document as records of about `record_bytes` bytes."""
     parts = iter([str(text)]) if prompt == CONVERSATION else cut(text, record_bytes)
     part, continues = next(parts), False
     for following in parts:
@@ -135,7 +135,7 @@ def pieces(text: Text, prompt: str, record_bytes: int) -> Iterator[Record]:
 
 
 class Converted(Sequence[Any]):
-    """Stored examples, or those that are chosen, each converted when it is read."""
+    """Stored examples, or a selection of them, each converted when it is read."""
 
     def __init__(
         self,

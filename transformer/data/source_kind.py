@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from transformer.config import DataConfig
+from transformer.data.distributed import open_in_tasks
 from transformer.data.documents import CONVERSATION, Corpus, Document, make_corpus
 from transformer.data.files import without_surrogates
 from transformer.data.forms.examples import ExampleForm
@@ -15,39 +16,38 @@ from transformer.data.forms.labelled import LabelledText
 from transformer.data.prepare import data_directory, fingerprint_of, open_corpus
 from transformer.data.seen import Stamp, stamp
 from transformer.data.source import ExampleSource, Source
-from transformer.data.spread import open_in_tasks
 from transformer.data.tasks import Run
 from transformer.types import UserError
 from transformer.validation import require, shown
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""The rows of a file: the place of each, for messages, and its fields."""
+"""The rows of a file: the location of each, for messages, and its fields."""
 
 
 class SourceKind:
-    """One way to read a name in `data.source`. One's own derives from this and is made known by `register_source`.
+    """A reader of names in `data.source`. A user-defined kind derives from it and is registered with `register_source`.
 
-    What it must bring is `accepts` and, for running text, examples of every form and prediction alike, `rows`. Running text that
-    is not in rows is read by `documents`.
+    It must define `accepts` and `rows`, which serves running text, examples of every form, and prediction. If its running text is
+    not in rows, it defines `documents` too.
     """
 
     is_path = True
-    """Its names are of files or folders: those that a run's directory names are read only if this user has trained on them."""
+    """Names are paths: those in a run's directory are read only if this user has trained on them."""
 
     def accepts(self, name: str) -> bool:
-        """Whether this kind reads the name; the first kind that does is taken."""
+        """Whether this kind reads the name; the first kind that does is used."""
         raise NotImplementedError(f"{type(self).__name__} must define accepts().")
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
-        """Each row with its place.
+        """Each row with its location.
 
         Args:
-            name: of the source.
-            keys: the fields that are wanted.
-            what: is read, for messages: labelled texts, pairs, ...
+            name: the name of the source.
+            keys: the required fields.
+            what: the kind of content, for messages: labelled texts, pairs, ...
 
         Raises:
-            UserError: they cannot be read; the message has the file and the line.
+            UserError: the rows cannot be read; the message names the file and the line.
         """
         del keys
         raise UserError(
@@ -57,21 +57,21 @@ class SourceKind:
     # ---- Running text ------------------------------------------------------------------------------------------------
 
     def files(self, name: str) -> list[epath.Path] | None:
-        """The files that a name is of, where it is no file or folder itself."""
+        """The files of a name that is not itself a file or folder."""
         del name
 
     def title(self, name: str) -> tuple[str, str]:
-        """What the corpus is called, and its version."""
+        """The title of the corpus, and its version."""
         return name, "1.0.0"
 
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
-        """The documents of running text; blank ones are left out. By default each row is one."""
-        for place, row in self.rows(name, (config.text_key,), "running text"):
-            document = _document(row, place, config)
-            yield document._replace(name=f"{self.title(name)[0]}:{place.rpartition(' ')[2]}")
+        """The documents of running text, without blank ones. By default each row is one document."""
+        for location, row in self.rows(name, (config.text_key,), "running text"):
+            document = _document(row, location, config)
+            yield document._replace(name=f"{self.title(name)[0]}:{location.rpartition(' ')[2]}")
 
     def parts(self, name: str) -> Sequence[Any]:
-        """Parts of running text that can be read on their own, in their order, each ready for JSON; by default one: all of it."""
+        """Parts of running text that can be read independently, in order, each JSON-serializable; by default one part."""
         del name
         return ("all",)
 
@@ -94,18 +94,18 @@ class SourceKind:
             raise UserError(f"A source must be readable, {name} is not: {error}.") from error
 
     def describe_empty(self, name: str, config: DataConfig) -> str:
-        """What is missing where there is no running text, for messages."""
+        """The cause of missing running text, for messages."""
         return f"{name} has no line with a non-empty {config.text_key!r}"
 
     def open_text(self, name: str, config: DataConfig, run: Run | None = None) -> Source:
-        """Running text, prepared now if it was not before; by tasks that `run` runs, if it is given."""
+        """Open running text. It is prepared unless it already is; by tasks of `run`, if given."""
         stamped = self._stamp(name, config)
         if run is not None:
             return open_in_tasks(self, name, config, stamped, run)
         return open_corpus(functools.partial(self.corpus, name, config), self.title(name), config, stamped)
 
     def fingerprint(self, name: str, config: DataConfig) -> str:
-        """That of `open_text`, without preparing it."""
+        """The fingerprint of the source that `open_text` opens; nothing is prepared."""
         return fingerprint_of(
             functools.partial(self.corpus, name, config), self.title(name), config, self._stamp(name, config)
         )
@@ -114,8 +114,8 @@ class SourceKind:
         return self.stamp(name, (config.separator, config.text_key, config.prompt_key), config)
 
     def stamp(self, name: str, reading: Sequence[str], config: DataConfig) -> Stamp:
-        """The state of the files of a name, of which `reading` says what is read."""
-        # What a kind of one's own reads is not known, and a name that is no path may be a file's by chance.
+        """The state of the files of a name; `reading` describes the settings that affect the content read."""
+        # The files of a user-defined kind are unknown, and a name that is not a path may be a file's by chance.
         is_known = self.is_path and type(self).__module__.startswith("transformer.")
         reading = (type(self).__qualname__, *reading)
         return stamp(name, reading, data_directory(config), self.files(name) if is_known else [])
@@ -123,37 +123,37 @@ class SourceKind:
     # ---- Examples ----------------------------------------------------------------------------------------------------
 
     def class_folders(self, name: str) -> Iterator[tuple[str, LabelledText]] | None:
-        """Labelled texts that are no rows, each with its place; None where they are rows, as all other examples."""
+        """Labelled texts in class folders, each with its location; None if they are rows, as all other examples are."""
         del name
 
     def open_stored(
         self, name: str, form: ExampleForm, config: DataConfig, class_names: tuple[str, ...]
     ) -> ExampleSource | None:
-        """Examples that are stored with splits of their own; None where they are rows."""
+        """Examples stored with their own splits; None if they are rows."""
         del name, form, config, class_names
         return None
 
 
-def _document(row: dict[str, Any], place: str, config: DataConfig) -> Document:
+def _document(row: dict[str, Any], location: str, config: DataConfig) -> Document:
     text: Any = row.get(config.text_key, row.get("messages"))
     if isinstance(text, list):
-        return Document(_conversation(text, place), CONVERSATION, "")
+        return Document(_conversation(text, location), CONVERSATION, "")
     prompt: Any = row.get(config.prompt_key, "")
     require(
         isinstance(text, str) and isinstance(prompt, str),
         f"data.text_key={config.text_key!r} must name a string in each line, or it must have messages (and "
-        f"data.prompt_key={config.prompt_key!r} a string, where present); {place} has "
+        f"data.prompt_key={config.prompt_key!r} a string, where present); {location} has "
         f"{', '.join(f'{k:.40} ({type(v).__name__})' for k, v in row.items())}.",
     )
     return Document(without_surrogates(text), without_surrogates(prompt), "")
 
 
-def _conversation(messages: list[Any], place: str) -> str:
-    """Messages as JSON; each has a role and its content, and keeps what else it has."""
+def _conversation(messages: list[Any], location: str) -> str:
+    """Messages as JSON; each must have a role and content, and keeps its other fields."""
     for number, message in enumerate(messages, 1):
         strings = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         require(
             strings,
-            f"A message must have a role and its content, both text; message {number} of {place} is {shown(message)}.",
+            f"A message must have a role and its content, both text; message {number} of {location} is {shown(message)}.",
         )
     return without_surrogates(json.dumps(messages, ensure_ascii=False)) if messages else ""

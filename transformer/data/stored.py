@@ -1,7 +1,7 @@
-"""Datasets that TFDS left on disk, found by name and opened without running or importing anything they name.
+"""Datasets that TFDS stored on disk, found by name and opened without running or importing code that they name.
 
-TFDS itself imports what it is told to: the code of a dataset, and the module of each feature's class in `features.json`.
-Here a dataset is data. Its description is checked against the kinds of features below before TFDS reads it.
+TFDS itself imports the code of a dataset, and the module of each feature's class in `features.json`. This module treats a
+dataset as data: its description is checked against the known kinds of features before TFDS reads it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from transformer.types import UserError
 from transformer.validation import require
 
 NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?")
-"""How a dataset is named: `name`, `name/config`, either with `:1.0.0`, where a number may be `*`."""
+"""The syntax of a dataset name: `name`, `name/config`, either with `:1.0.0`; a number may be `*`."""
 
 _READ_AT_ONCE = 1024
 _MOST_CLASSES = 1_000_000
@@ -36,24 +36,24 @@ _CONTENT = {
     tfds.features.TranslationVariableLanguages: "translation",
 }
 _TYPES = ("string", "bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
-_TYPES += ("float16", "bfloat16", "float32", "float64")  # of others TFDS asks TensorFlow, which it would import
+_TYPES += ("float16", "bfloat16", "float32", "float64")  # for other types TFDS would import TensorFlow
 _KINDS = {f"{kind.__module__}.{kind.__name__}": field for kind, field in _CONTENT.items()}
-"""The class names that a description may have, and the field that describes each; no other class is looked up."""
+"""The permitted class names, each with the field that describes it; no other class is looked up."""
 
 
 def find_stored(name: str, data_dir: epath.Path) -> epath.Path | None:
-    """The directory of a dataset's latest version (or the one that is named) in `data_dir`; None if there is none.
+    """The directory of a dataset's latest or given version in `data_dir`; None if there is none.
 
     Raises:
-        UserError: it is not the name of a dataset, or it has several configurations and none is named.
+        UserError: the name is malformed, or the dataset has several configurations and the name has none.
     """
     parts = NAME.fullmatch(name)
     if parts is None:
         raise UserError(f"The name of a TFDS dataset must be written name, name/config or name:1.0.0, got {name!r}.")
-    # TFDS takes a class's name too.
+    # TFDS accepts the name of a class too.
     snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", parts["name"]).lower()
     for folder in dict.fromkeys((data_dir / parts["name"], data_dir / snake_case)):
-        if (folder / (parts["config"] or "") / INFO).exists():  # the version stands where a configuration does
+        if (folder / (parts["config"] or "") / INFO).exists():  # a version in the position of a configuration
             return folder / (parts["config"] or "")
         if parts["config"]:
             found = _latest(folder / parts["config"], parts["version"])
@@ -68,24 +68,24 @@ def open_stored(directory: epath.Path) -> Any:
     """The TFDS builder of a stored dataset, for reading.
 
     Raises:
-        UserError: the description is damaged, or has features of other kinds than text, classes, numbers and nests of them.
+        UserError: the description is damaged, or has features other than text, classes, numbers and nests of them.
     """
     info, features = (_read_json(directory / file) for file in (INFO, _FEATURES))
     require("features" not in info, f"Features must be described in {_FEATURES}, {directory / INFO} has some too.")
     _check_feature(features, str(directory / _FEATURES), "the features")
     try:
         return tfds.builder_from_directory(directory)
-    except Exception as error:  # whatever a parser of foreign files may raise
+    except Exception as error:  # any error of a parser of external files
         raise UserError(f"A stored dataset must be whole, {directory} cannot be opened: {error}") from error
 
 
 def check_stored(
     directory: epath.Path, features: Mapping[str, Any], splits: Mapping[str, Callable[[], Iterator[dict[str, Any]]]]
 ) -> None:
-    """Read a dataset back and compare class names and every example with what was to be stored.
+    """Read a dataset back, and compare class names and every example with the originals.
 
     Raises:
-        UserError: something has changed; the dataset must not be used.
+        UserError: something differs; the dataset must not be used.
     """
     builder = open_stored(directory)
 
@@ -105,11 +105,12 @@ def check_stored(
             _require_same(given, found, f"example {number:,} of {split}")
 
 
-def _require_same(given: Any, found: Any, place: str) -> None:
+def _require_same(given: Any, found: Any, location: str) -> None:
     require(
         given == found,
-        f"What was stored must come back as it was given, {place} came back as {_short(found)} for {_short(given)}. Nothing is "
-        "kept: prepare it again; should this last, the files change while they are read, or have what cannot be stored.",
+        f"What was stored must come back as it was given, {location} came back as {_short(found)} for {_short(given)}. "
+        "Nothing is kept: prepare it again. If the error remains, the files change while they are read, or hold values that "
+        "cannot be stored.",
     )
 
 
@@ -119,7 +120,7 @@ def _short(value: Any) -> str:
 
 
 def in_order(stored: Any, indices: Sequence[int] | None = None) -> Iterator[Any]:
-    """All examples of a TFDS data source, or some; many are read at once, which takes a tenth of the time."""
+    """All examples of a TFDS data source, or those at `indices`, read in groups, which takes a tenth of the time."""
     indices = range(len(stored)) if indices is None else indices
     for start in range(0, len(indices), _READ_AT_ONCE):
         with readable():
@@ -138,7 +139,7 @@ def readable() -> Iterator[None]:
         RuntimeError,
         ValueError,
         OSError,
-    ) as error:  # what ArrayRecord raises of files that are damaged or too short
+    ) as error:  # ArrayRecord's errors for damaged or truncated files
         raise UserError(
             f"A stored dataset must be whole, its examples cannot be read: {error}. Prepare it again."
         ) from error
@@ -172,43 +173,45 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def _check_feature(feature: Any, path: str, place: str) -> None:
-    """Refuse what is not exactly the form that TFDS writes for a known kind."""
-    require(isinstance(feature, dict), f"A feature must be described by a JSON object, {path} has another for {place}.")
+def _check_feature(feature: Any, path: str, location: str) -> None:
+    """Refuse everything except the exact form that TFDS writes for a known kind."""
+    require(
+        isinstance(feature, dict), f"A feature must be described by a JSON object, {path} has another for {location}."
+    )
     name = feature.get("pythonClassName")
     field = _KINDS.get(name) if isinstance(name, str) else None
     require(
         field is not None,
-        f"A feature must be of a known kind ({', '.join(kind.__name__ for kind in _CONTENT)}), {path} has {name!r} for {place}; "
-        "the code that a dataset names is never imported.",
+        f"A feature must be of a known kind ({', '.join(kind.__name__ for kind in _CONTENT)}), {path} has {name!r} for "
+        f"{location}; the code that a dataset names is never imported.",
     )
     content = feature.get(field, {})
     strange = sorted(set(feature) - {"pythonClassName", "description", "valueRange", field})
     require(
         isinstance(content, dict) and not strange,
-        f"A feature must be described as TFDS does, {path} has {', '.join(strange) or 'no object'} for {place}.",
+        f"A feature must be described as TFDS does, {path} has {', '.join(strange) or 'no object'} for {location}.",
     )
     match field:
         case "featuresDict":
             parts = content.get("features", {})
-            require(isinstance(parts, dict), f"Features must have names, {path} has none for {place}.")
+            require(isinstance(parts, dict), f"Features must have names, {path} has none for {location}.")
             for key, part in parts.items():
-                # TFDS makes a file's name of it.
+                # TFDS uses the name in a file name.
                 require(
                     "/" not in key,
-                    f"A feature's name must have no slash, {path} has {key!r} in {place}: rename the field.",
+                    f"A feature's name must have no slash, {path} has {key!r} in {location}: rename the field.",
                 )
                 _check_feature(part, path, repr(key))
         case "sequence":
-            _check_feature(content.get("feature"), path, f"the elements of {place}")
+            _check_feature(content.get("feature"), path, f"the elements of {location}")
         case "tensor":
             require(
                 content.get("dtype") in _TYPES,
-                f"A feature must have a known type, {path} has {content.get('dtype')!r} for {place}.",
+                f"A feature must have a known type, {path} has {content.get('dtype')!r} for {location}.",
             )
         case "classLabel":
             count = str(content.get("numClasses", 0))
             require(
                 count.isdecimal() and len(count) < 19 and int(count) <= _MOST_CLASSES,
-                f"A dataset must have at most {_MOST_CLASSES:,} classes, {path} has {count} for {place}.",
+                f"A dataset must have at most {_MOST_CLASSES:,} classes, {path} has {count} for {location}.",
             )

@@ -60,7 +60,7 @@ class StreamBatches(grain.IterDataset):
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
 
-    def place(self, row: int, step: int) -> tuple[int, int]:
+    def locate(self, row: int, step: int) -> tuple[int, int]:
         """The stream of row `row` of batch `step`, and the index of the row within the stream."""
         stream = row // self.rows_per_stream + self.config.batch_size * (step % self.turns)
         return stream, step // self.turns * self.rows_per_stream + row % self.rows_per_stream
@@ -92,14 +92,14 @@ class _BatchIterator(grain.DatasetIterator):
         per_stream, own = batches.rows_per_stream, batches.own_rows
         # If another process fills some rows of a stream, the whole stream is read here, and the other process's rows dropped.
         self._rows = range(own.start // per_stream * per_stream, -(-own.stop // per_stream) * per_stream)
-        streams = sorted({batches.place(row, step)[0] for row in self._rows for step in range(batches.turns)})
+        streams = sorted({batches.locate(row, step)[0] for row in self._rows for step in range(batches.turns)})
         self._cursors = {stream: batches.cursors(stream) for stream in streams}
 
     def __next__(self) -> Batch:
         batches = self._batches
         batch = empty_batch(len(self._rows), batches.config.sequence_length)
         for index, row in enumerate(self._rows):
-            stream, row_of_stream = batches.place(row, self._step)
+            stream, row_of_stream = batches.locate(row, self._step)
             cursor = self._cursors[stream][batches.source(stream, row_of_stream)]
             if not batches.config.pack:
                 cursor.skip_to_window(batches.config.sequence_length)

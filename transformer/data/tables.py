@@ -1,4 +1,4 @@
-"""Rows of tables (.csv, .tsv) and lines of text files, each with its place."""
+"""Rows of tables (.csv, .tsv) and lines of text files, each with its location."""
 
 import csv
 import io
@@ -15,34 +15,34 @@ _LONGEST_FIELD = 1 << 30
 
 
 def text_lines(path: epath.Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a text file, each with its place, as rows of one field."""
+    """The lines of a text file as rows with one field, each with its location."""
     for number, line in file_lines(path):
-        place = f"{path}, line {number}"
-        yield place, {key: decode_text(line, place).rstrip("\r\n")}
+        location = f"{path}, line {number}"
+        yield location, {key: decode_text(line, location).rstrip("\r\n")}
 
 
 def table_rows(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table whose first line names its columns, `keys` among them; each with its place.
+    """The rows of a table, each with its location; its first line names its columns, which must include `keys`.
 
     Raises:
         UserError: the table is not well formed, or lacks a column.
     """
     before = csv.field_size_limit(_LONGEST_FIELD)
     rows: csv.DictReader[str] | None = None
-    first = 1  # the line in which a row begins
+    first = 1  # the first line of a row
     try:
         rows = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
         header = list(rows.fieldnames or ())
         _check_header(header, path, delimiter, keys)
         first = rows.line_num + 1
         for row in rows:
-            place = f"{path}, line {rows.line_num}"
+            location = f"{path}, line {rows.line_num}"
             require(
                 None not in row and None not in row.values(),
-                f"Each row must have the {len(header)} columns of the header, {place} has more or fewer; "
+                f"Each row must have the {len(header)} columns of the header, {location} has more or fewer; "
                 "a field with commas, quotes or newlines is put in double quotes.",
             )
-            yield place, row
+            yield location, row
             first = rows.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -54,13 +54,13 @@ def table_rows(path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> Itera
 
 
 def _lines(path: epath.Path) -> Iterator[str]:
-    """The lines of a table one after the other, whatever ends them; only one is in memory."""
+    """The lines of a table, with any line ending; only one is in memory."""
     for number, line in file_lines(path):
         yield from io.StringIO(decode_text(line, f"{path}, line {number}"), newline="")
 
 
 def _check_header(header: list[str], path: epath.Path, delimiter: str, keys: tuple[str, ...]) -> None:
-    """Raise UserError unless the first line of a table has the columns that are read, each once."""
+    """Require that the first line of a table has each column of `keys` exactly once."""
     twice = next((key for index, key in enumerate(header) if key in header[:index]), None)
     require(
         twice is None,

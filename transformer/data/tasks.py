@@ -1,4 +1,4 @@
-"""Tasks that any machine may do, each perhaps more than once: where they run, how they fail, what they leave in files."""
+"""Tasks for any machine, each possibly run more than once: their execution, their errors, and their results in files."""
 
 import contextlib
 import dataclasses
@@ -13,18 +13,18 @@ from transformer.data.shards import UNFINISHED
 from transformer.types import UserError
 
 Run = Callable[[str, Callable[[Any], None], Sequence[Any]], None]
-"""Runs tasks: it is given what they do, for messages, a function, and what this is to be called with, in any order, perhaps more
-than once or at the same time. Both can be pickled. It raises `Unfinished` where a call has failed for good."""
+"""Runs tasks. Its arguments are a description for messages, a function, and the items to call it with, in any order. A call may
+be repeated or run twice at the same time. Function and items can be pickled. Raises `Unfinished` if a call fails for good."""
 
-_PART_BYTES = 32 << 20  # of files that one task reads, unless a single file is larger
+_PART_BYTES = 32 << 20  # of files per task, unless a single file is larger
 
 
 class Unfinished(UserError):
-    """Not all tasks have been done; those that have need not be done again."""
+    """Some tasks are not done; those that are need not be repeated."""
 
 
 def by_size(files: Iterable[epath.Path]) -> list[list[str]]:
-    """Files, in their order, in groups for one task each."""
+    """Files, in order, grouped into one list per task."""
     groups, size = list[list[str]](), _PART_BYTES
     for path in files:
         length = path.stat().length
@@ -40,17 +40,17 @@ def run_tasks(run: Run, what: str, task: Callable[[Any], None], items: Sequence[
     """Call `task` with each of the items.
 
     Args:
-        run: where.
-        what: the tasks do, for messages.
-        task: is called.
-        items: that it is called with.
-        folder: that all machines reach.
+        run: runs the calls.
+        what: a description of the tasks, for messages.
+        task: the function to call.
+        items: its arguments.
+        folder: a folder that all machines can access.
 
     Raises:
-        UserError: one of the calls has raised it; calls that have not begun by then do nothing.
-        Unfinished: otherwise, if not all tasks have been done.
+        UserError: a call raised it; calls that had not begun by then are skipped.
+        Unfinished: some tasks were not done for another reason.
     """
-    _failures(folder)  # of a run before
+    _failures(folder)  # removes the errors of an earlier run
     if len(items) > 0:
         try:
             run(what, _Guarded(task, os.fspath(folder)), items)
@@ -61,7 +61,7 @@ def run_tasks(run: Run, what: str, task: Callable[[Any], None], items: Sequence[
 
 
 def publish(path: epath.Path, content: bytes) -> None:
-    """Write a file whole, which several machines may do at the same time; the content is the same then."""
+    """Write a complete file; several machines may do so at the same time with equal content."""
     aside = path.parent / f"{path.name}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
     aside.write_bytes(content)
     aside.replace(path)
@@ -69,7 +69,7 @@ def publish(path: epath.Path, content: bytes) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Guarded:
-    """A task whose `UserError` reaches the user: runners would try again, and hand back a traceback."""
+    """A task whose `UserError` reaches the user: runners would retry it, and report a traceback."""
 
     task: Callable[[Any], None]
     folder: str
@@ -85,13 +85,13 @@ class _Guarded:
 
 
 def remove(folder: epath.Path) -> None:
-    """Remove what tasks have left for each other."""
+    """Remove the intermediate results of tasks."""
     with contextlib.suppress(OSError):
         folder.rmtree()
 
 
 def _failures(folder: epath.Path) -> list[str]:
-    """The errors of tasks, which are forgotten thereby."""
+    """Read and remove the errors of tasks."""
     failures = []
     for path in sorted(folder.glob("failed-*")):
         failures.append(path.read_text())

@@ -1,4 +1,4 @@
-"""Files of token ids as other programs write them: their headers, the ids of several files as one stream, and its documents."""
+"""Token files of other programs: their headers, the ids of several files as one stream, and its documents."""
 
 import array
 import functools
@@ -20,11 +20,11 @@ from transformer.tokenizer import around_text, document_start
 from transformer.types import UserError
 from transformer.validation import require
 
-_HEADER = 256  # numbers of 32 bits: a magic number, a version, the number of ids, and zeros
+_HEADER = 256  # 32-bit numbers: a magic number, a version, the number of ids, and zeros
 _FORMATS = {20240520: (1, np.dtype("<u2"), "GPT-2"), 20240801: (7, np.dtype("<u4"), "Llama 3")}
 _QUESTIONS = 20240522
 _PLAIN = np.dtype("<u2")
-_BLOCK = 1 << 23  # ids that are in memory at a time
+_BLOCK = 1 << 23  # ids in memory at a time
 _INDEX_FORMAT = 1
 
 
@@ -39,10 +39,10 @@ class TokenFile(NamedTuple):
 
 
 def read_header(path: epath.Path) -> TokenFile:
-    """What a file says of itself: llm.c and modded-nanoGPT begin with 256 numbers, nanoGPT with the first id.
+    """The description of a file: llm.c and modded-nanoGPT begin with 256 numbers, nanoGPT with the first id.
 
     Raises:
-        UserError: it is no such file, or not whole.
+        UserError: the file is not a token file, or incomplete.
     """
     refuse_dangling(path)
     require(is_file(path), f"A file of ids must exist, {path} does not, or is a folder, a pipe or a device.")
@@ -80,7 +80,7 @@ def _described(path: epath.Path, magic: int, version: int, count: int) -> TokenF
 
 
 class TokenStream:
-    """The ids of files, one file after the other. Local files are memory-mapped; of others, what is asked for is read."""
+    """The ids of files, one file after the other. Local files are memory-mapped; of remote files, only requested ids are read."""
 
     def __init__(self, paths: Sequence[epath.Path]) -> None:
         self.files = [read_header(path) for path in paths]
@@ -98,7 +98,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, " n"]:
-        """The ids from one place to another; do not write to them."""
+        """The ids in a range of positions; do not write to them."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while start < stop:
@@ -108,17 +108,17 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, self.dtype)])
 
     def blocks(self) -> Iterator[tuple[int, Integer[np.ndarray, " n"]]]:
-        """All ids, in pieces with their places."""
+        """All ids, in blocks with their start positions."""
         for start in range(0, len(self), _BLOCK):
             yield start, self.read(start, min(start + _BLOCK, len(self)))
 
-    def place(self, index: int) -> str:
-        """Where an id lies, for messages."""
+    def location(self, index: int) -> str:
+        """The file and position of an id, for messages."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return f"{self.files[number].path}, position {index - int(self.starts[number]):,}"
 
     def digest(self, name: str) -> str:
-        """A hash of the ids; how files divide them does not count."""
+        """A hash of the ids, independent of their division into files."""
         content = ContentHash()
         with progress(f"ids of {name}", len(self)) as advance:
             for _, ids in self.blocks():
@@ -135,7 +135,7 @@ class TokenStream:
                 return np.frombuffer(remote.read((stop - start) * self.dtype.itemsize), self.dtype)
         if number not in self._mapped:
             mapped = np.memmap(file.path, self.dtype, "r", file.start, file.count)
-            self._mapped[number] = np.asarray(mapped)  # a plain view: slices of it take a fifth of the time
+            self._mapped[number] = np.asarray(mapped)  # slices of a plain view take a fifth of the time
         return self._mapped[number][start:stop]
 
 
@@ -143,7 +143,7 @@ class TokenStream:
 
 
 class TokenRecords(Tokens):
-    """The documents of a part of a stream, long ones in pieces, as a tokenizer's own would be encoded."""
+    """The documents of a part of a stream, long ones in pieces, encoded as the tokenizer would encode their text."""
 
     def __init__(self, stream: TokenStream, pairs: Int[np.ndarray, "n 2"], tokenizer: Tokenizer) -> None:
         self._stream, self._pairs = stream, pairs
@@ -159,7 +159,7 @@ class TokenRecords(Tokens):
         near = self._pairs[max(0, index - 1) : index + 2].tolist()
         own = min(index, 1)
         start, stop = near[own]
-        continues = own > 0 and near[0][1] == start  # else an id that is no text stands between
+        continues = own > 0 and near[0][1] == start  # false if an id without text separates the two
         last = own + 1 == len(near) or near[own + 1][0] != stop
         after = last and stop < len(self._stream)
         ids = self._stream.read(max(0, start - 1), stop + after)
@@ -174,7 +174,7 @@ class TokenRecords(Tokens):
         return Encoded(tokens, learnt, last)
 
     def sizes(self) -> np.ndarray:
-        """The targets of each record."""
+        """The number of targets of each record."""
         starts, stops = self._pairs.T
         last = np.append(starts[1:] != stops[:-1], True)
         return (stops - starts + last * (1 + self._closed)).astype(np.uint32)
@@ -190,13 +190,13 @@ class Part(NamedTuple):
     start: int
     stop: int
     digest: str
-    """Of the whole stream."""
+    """A hash of the whole stream."""
 
     def records(self, tokenizer: Tokenizer, longest: int, folder: epath.Path) -> TokenRecords:
-        """Its documents as a tokenizer reads them; where they stand is noted below `folder`.
+        """The documents of the part for a tokenizer; their positions are stored below `folder`.
 
         Raises:
-            UserError: the tokenizer does not have one of the ids, or there is no text.
+            UserError: the tokenizer lacks one of the ids, or there is no text.
         """
         between = sorted({document_start(tokenizer), tokenizer.end_of_text})
         content = ContentHash()
@@ -212,17 +212,17 @@ class Part(NamedTuple):
         return TokenRecords(self.stream, pairs, tokenizer)
 
     def _found(self, between: Sequence[int], longest: int) -> Int[np.ndarray, "n 2"]:
-        """Start and stop of each record; the last row is the largest id, and the number of ids."""
-        places, largest = array.array("q", [self.start - 1]), 0
+        """Start and stop of each record; the last row is the largest id and the number of ids."""
+        positions, largest = array.array("q", [self.start - 1]), 0
         with progress(f"documents of {self.stream.files[0].path.name}", self.stop - self.start) as advance:
             for start, ids in self.stream.blocks():
                 ids = ids[max(0, self.start - start) : max(0, self.stop - start)]
                 if len(ids):
                     found = functools.reduce(np.logical_or, (ids == index for index in between))
-                    places.frombytes((np.flatnonzero(found) + max(start, self.start)).astype(np.int64).tobytes())
+                    positions.frombytes((np.flatnonzero(found) + max(start, self.start)).astype(np.int64).tobytes())
                     largest = max(largest, int(ids.max()))
                     advance(len(ids))
-        ends = np.append(np.frombuffer(places, np.int64), self.stop)
+        ends = np.append(np.frombuffer(positions, np.int64), self.stop)
         starts, stops = ends[:-1] + 1, ends[1:]
         starts, stops = starts[starts < stops], stops[starts < stops]
         counts = -(-(stops - starts) // longest)
@@ -240,8 +240,8 @@ class Part(NamedTuple):
             if len(unknown):
                 first = int(unknown[0])
                 raise UserError(
-                    f"A file of ids must be read with the tokenizer that made it, {self.stream.place(start + first)} has the id "
-                    f"{int(ids[first])} and the tokenizer {vocab_size:,} ids. Give its folder (data.tokenizer.folder), start "
+                    f"A file of ids must be read with the tokenizer that made it, {self.stream.location(start + first)} has the "
+                    f"id {int(ids[first])} and the tokenizer {vocab_size:,} ids. Give its folder (data.tokenizer.folder), start "
                     "from a model that has it (training.init_from), or read ids alone (data.tokenizer.kind=ids)."
                 )
 
@@ -250,12 +250,12 @@ def _noted(path: epath.Path) -> Int[np.ndarray, "n 2"] | None:
     try:
         found = np.memmap(path, "<i8", "r") if is_local(path) else np.frombuffer(path.read_bytes(), "<i8")
         return np.asarray(found).reshape(-1, 2)
-    except (OSError, ValueError):  # it is not there, or was cut off
+    except (OSError, ValueError):  # missing or truncated
         return None
 
 
 def _note(path: epath.Path, pairs: Int[np.ndarray, "n 2"]) -> None:
-    """Keep where documents stand. Where nothing can be written, they are found again the next time."""
+    """Store the positions of documents. If nothing can be written, they are found again the next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_whole(path) as file:

@@ -1,7 +1,7 @@
-"""Which files and folders a run's directory may send its reader to: those that this user has trained on.
+"""The files and folders that a run's directory may refer to: those that this user has trained on.
 
-A run's directory may come from anybody, and says which data it was trained on. Training remembers the paths that its user
-gave, in a file of the user's own; scoring a run reads no other path unless it is given again.
+A run's directory may come from anybody, and names the data of its training. Training records the paths that its user gave, in
+a file of the user's own. Scoring a run reads no other path unless the user gives it again.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from transformer.validation import require
 
 
 def remember(config: DataConfig) -> None:
-    """Note the paths of a config that the user trains with: its sources, its `data_dir`, and those of its tokenizer.
+    """Record the paths of a config that the user trains with: its sources, its `data_dir`, and those of its tokenizer.
 
-    Where there is no home to note them in, nothing is: the user gives them again.
+    Without a home directory, nothing is recorded: the user gives the paths again.
     """
     remember_paths(*filter(_is_path, config.source + config.validation), config.data_dir, *config.tokenizer.paths)
 
 
 def remember_paths(*paths: str) -> None:
-    """Note paths that the user trains with; empty ones are left out."""
+    """Record paths that the user trains with; empty ones are skipped."""
     new = sorted({_absolute(path) for path in paths if path} - _remembered())
     with contextlib.suppress(OSError):
         if new:
@@ -48,17 +48,17 @@ def trusted(
     validation: Sequence[str] = (),
     data_dir: str = "",
 ) -> DataConfig:
-    """The data config of a run's directory, with what the user gave; safe to open.
+    """The data config of a run's directory, updated with the user's arguments; safe to open.
 
-    Datasets by name are read in the user's own `data_dir`: the one given, the run's if this user has trained with it, else the
-    default. `python_stdlib` is this interpreter's.
+    Datasets by name are read in the user's own `data_dir`: the given one, the run's if this user has trained with it, else the
+    default. `python_stdlib` is the library of this interpreter.
 
     Args:
-        config: as the directory has it.
+        config: the config in the directory.
         run: the directory, for messages.
-        source: as given on the command line; empty for the run's, and for what the run names for validation.
-        validation: likewise.
-        data_dir: as given on the command line; empty for the run's or the default.
+        source: from the command line; empty means the run's source and validation data.
+        validation: from the command line; empty means the run's.
+        data_dir: from the command line; empty means the run's or the default.
 
     Raises:
         UserError: the directory names a file or a folder that this user has not trained on.
@@ -82,8 +82,8 @@ def trusted(
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is read as a file or a folder, not as a dataset's name; so is one that nothing reads."""
-    if not is_local(source):  # without a look at what is there
+    """Whether a source is read as a file or folder, not as a dataset name; true for a name that no kind reads."""
+    if not is_local(source):  # decided without file access
         return True
     try:
         return find_source(source).is_path
@@ -96,7 +96,7 @@ def _absolute(path: str) -> str:
 
 
 def _file() -> pathlib.Path:
-    """Of paths, one a line; in the folder for what programs remember (XDG base directories)."""
+    """A file of paths, one per line, in the folder for application state (XDG base directories)."""
     home = os.environ.get("XDG_STATE_HOME") or expand("~/.local/state")
     return pathlib.Path(home) / "transformer" / "trained_on"
 

@@ -1,4 +1,4 @@
-"""What a vocabulary is trained on: the texts of a training split, or a sample that is spread over it, in pieces."""
+"""Training text of a vocabulary: the texts of a training split, or a sample evenly spaced over it, in pieces."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ _PIECE = 1 << 16
 
 
 def vocabulary_texts(sources: Sequence[Source], limit: int) -> Iterator[str]:
-    """The training text of sources, or about `limit` bytes of it: pieces of documents that are evenly spread."""
+    """The training text of sources, or about `limit` bytes of it: pieces of evenly spaced documents."""
     parts = [source.records("train") for source in sources]
-    chosen = spread(parts, _record_bytes, limit)
+    chosen = evenly_spaced(parts, _record_bytes, limit)
     whole = itertools.chain.from_iterable(split_text(source, "train") for source in sources)
     texts = whole if chosen is None else (plain_text(record.prompt, record.text) for record in chosen)
     return (piece for text in texts for piece in in_pieces(text, _PIECE))
 
 
-def spread(parts: Sequence[Sequence[Item]], size: Callable[[Item], int], limit: int) -> Iterator[Item] | None:
-    """About `limit` bytes of items, evenly spread over all parts; None if they have no more than that.
+def evenly_spaced(parts: Sequence[Sequence[Item]], size: Callable[[Item], int], limit: int) -> Iterator[Item] | None:
+    """About `limit` bytes of items, evenly spaced over all parts; None if the parts have no more than that.
 
-    >>> list(spread([["ab"] * 3, list("cdef")], len, 5))
+    >>> list(evenly_spaced([["ab"] * 3, list("cdef")], len, 5))
     ['ab', 'd', 'f']
     """
     items = itertools.chain.from_iterable(map(_each, parts))
@@ -34,16 +34,16 @@ def spread(parts: Sequence[Sequence[Item]], size: Callable[[Item], int], limit: 
         return None
     total = 0.0
     for part in parts:
-        places = sampled(len(part))
-        total += len(part) * sum(size(part[place]) for place in places) / max(1, len(places))
+        indices = sampled(len(part))
+        total += len(part) * sum(size(part[index]) for index in indices) / max(1, len(indices))
     share = limit / max(total, limit)
     return (
-        part[place] for part in parts for place in range(len(part)) if int((place + 1) * share) > int(place * share)
+        part[index] for part in parts for index in range(len(part)) if int((index + 1) * share) > int(index * share)
     )
 
 
 def _each(part: Sequence[Item]) -> Iterator[Item]:
-    return (part[place] for place in range(len(part)))
+    return (part[index] for index in range(len(part)))
 
 
 def _record_bytes(record: Record) -> int:

@@ -58,18 +58,18 @@ class ExampleForm(Form):
         """The examples of files, one file after the other, each with its location; classes as written in the files."""
         keys = self.key_names(config)
         for name in names:
-            for place, row in find(name).rows(name, keys, self.title):
-                yield place, self.example(*(self._part(row, index, key, place) for index, key in enumerate(keys)))
+            for location, row in find(name).rows(name, keys, self.title):
+                yield location, self.example(*(self._part(row, index, key, location) for index, key in enumerate(keys)))
 
     def key_names(self, config: DataConfig) -> tuple[str, ...]:
         """The names of an example's parts in files and datasets."""
         return tuple(getattr(config, option) for option in self.keys)
 
-    def _part(self, row: dict[str, Any], index: int, key: str, place: str) -> str:
+    def _part(self, row: dict[str, Any], index: int, key: str, location: str) -> str:
         return (
-            label_text(field(row, key, place), repr(key), place)
+            label_text(field(row, key, location), repr(key), location)
             if index == self.class_part
-            else text_field(row, key, place)
+            else text_field(row, key, location)
         )
 
     def clean(
@@ -88,7 +88,7 @@ class ExampleForm(Form):
         """
         del where
         spellings = dict[str, set[str]]()
-        for place, example in found:
+        for location, example in found:
             if self.class_part is None:
                 yield example
                 continue
@@ -96,7 +96,7 @@ class ExampleForm(Form):
             clean = clean_label(label)
             require(
                 not class_names or clean in class_names,
-                f"A label must be one of the run's classes, {', '.join(class_names)}, {place} has {clean!r:.80}.",
+                f"A label must be one of the run's classes, {', '.join(class_names)}, {location} has {clean!r:.80}.",
             )
             spellings.setdefault(clean, set()).add(label)
             yield self.with_class(example, clean)
@@ -189,29 +189,29 @@ class ExampleForm(Form):
 # ---- Fields of a row -------------------------------------------------------------------------------------------------
 
 
-def field(row: dict[str, Any], key: str, place: str) -> Any:
+def field(row: dict[str, Any], key: str, location: str) -> Any:
     """A required field of a row."""
     require(
         key in row,
-        f"Each example must have {key!r}, {place} has {', '.join(f'{name!r:.40}' for name in row) or 'nothing'}.",
+        f"Each example must have {key!r}, {location} has {', '.join(f'{name!r:.40}' for name in row) or 'nothing'}.",
     )
     return row[key]
 
 
-def text_field(row: dict[str, Any], key: str, place: str) -> str:
+def text_field(row: dict[str, Any], key: str, location: str) -> str:
     """A required text field of a row."""
-    text = field(row, key, place)
-    require(isinstance(text, str), f"{key!r} must be text, {place} has {type(text).__name__}.")
+    text = field(row, key, location)
+    require(isinstance(text, str), f"{key!r} must be text, {location} has {type(text).__name__}.")
     return without_surrogates(text)
 
 
-def label_text(value: Any, key: str, place: str) -> str:
+def label_text(value: Any, key: str, location: str) -> str:
     """A label as text, from any kind of file; numbers and truth values keep their JSON form (`0.0`, `true`)."""
     number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     label = json.dumps(value) if number else value
     require(
         isinstance(label, str) and clean_label(label) != "",
-        f"{key} must be the name or number of a class, {place} has {value!r:.80}.",
+        f"{key} must be the name or number of a class, {location} has {value!r:.80}.",
     )
     return without_surrogates(str(label))
 

@@ -127,8 +127,8 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _difference(whole: str, text: str) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text)))
-    return f"{shown(text[place : place + 30])} instead of {shown(whole[place : place + 30])}"
+    start = next((i for i, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text)))
+    return f"{shown(text[start : start + 30])} instead of {shown(whole[start : start + 30])}"
 
 
 # ---- The sandbox -----------------------------------------------------------------------------------------------------

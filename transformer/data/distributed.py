@@ -1,6 +1,6 @@
-"""Running text prepared by tasks on many machines: documents are read file by file, and records written shard by shard.
+"""Running text prepared by distributed tasks: documents are read file by file, and records written shard by shard.
 
-The shards are those of `prepare`, bit for bit. What tasks leave for each other lies in a folder below `data.data_dir`.
+The shards equal those of `prepare`, bit for bit. Tasks pass results to each other in a folder below `data.data_dir`.
 """
 
 import array
@@ -45,21 +45,21 @@ _NUMBERS = np.dtype("<i8")
 
 
 def open_in_tasks(kind: Any, name: str, config: DataConfig, stamp: Stamp, run: Run) -> Source:
-    """As `open_corpus`: a local corpus, prepared now by tasks if it was not before.
+    """Like `open_corpus`: a local corpus, prepared now by tasks unless it already is.
 
     Args:
         kind: the `SourceKind` that reads it.
-        name: of the source.
-        config: how it is split.
-        stamp: of its files.
-        run: where the tasks run.
+        name: the name of the source.
+        config: sets the splits.
+        stamp: the state of its files.
+        run: runs the tasks.
     """
     title: tuple[str, str] = kind.title(name)
     fingerprint = stamp.known()
     prepared = find_prepared(title, config, fingerprint)
     if prepared is not None:
         return prepared
-    # What a kill has left is gone on with, where the files are certain to be what they were.
+    # Continue from the remains of a killed preparation if the files are certainly unchanged.
     state = f"{stamp.path.stem[:16]}-{stamp.state[:16]}" if stamp.state else uuid.uuid4().hex
     folder = data_directory(config) / _FOLDER / state
     kept = False
@@ -91,7 +91,7 @@ class Documents(Sequence[Document]):
 
     def __init__(self, folder: str, counts: Sequence[int]) -> None:
         self.folder, self.counts = folder, counts
-        self._shards = Shards([_place(folder, "documents", number) for number in range(len(counts))], counts)
+        self._shards = Shards([_path(folder, "documents", number) for number in range(len(counts))], counts)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -102,16 +102,16 @@ class Documents(Sequence[Document]):
 
     @functools.cached_property
     def sizes(self) -> Int[np.ndarray, "documents 3"]:
-        """Bytes of each document's text and of its prompt, and 1 where it is a conversation."""
-        read = (_place(self.folder, "sizes", number).read_bytes() for number in range(len(self.counts)))
+        """Bytes of each document's text and of its prompt, and 1 for a conversation."""
+        read = (_path(self.folder, "sizes", number).read_bytes() for number in range(len(self.counts)))
         return np.frombuffer(b"".join(read), _NUMBERS).reshape(-1, 3)
 
     def fingerprint(self) -> str:
-        """That of the corpus: one SHA-256 of all documents in their order, which no two tasks could share."""
+        """The fingerprint of the corpus: one SHA-256 of all documents in order, which tasks cannot divide."""
         content = ContentHash()
         with progress("hash of the documents", int(self.sizes[:, :2].sum())) as advance:
             for number, count in enumerate(self.counts):
-                part = Shards([_place(self.folder, "documents", number)], [count])
+                part = Shards([_path(self.folder, "documents", number)], [count])
                 for index in range(count):
                     text, prompt, _ = _unpack(part[index])
                     content.add(text, prompt)
@@ -119,7 +119,7 @@ class Documents(Sequence[Document]):
         return content.hexdigest()
 
 
-def _place(folder: str, what: str, number: int) -> epath.Path:
+def _path(folder: str, what: str, number: int) -> epath.Path:
     return epath.Path(folder) / f"{what}-{number:06}"
 
 
@@ -129,10 +129,10 @@ def _pack(text: bytes, prompt: bytes, name: bytes) -> bytes:
 
 
 def _unpack(record: bytes) -> list[bytes]:
-    """Text, prompt and name."""
+    """The text, prompt and name of a record."""
     parts, start = [], 24
-    for place in (0, 8, 16):
-        stop = start + int.from_bytes(record[place : place + 8], "little")
+    for offset in (0, 8, 16):
+        stop = start + int.from_bytes(record[offset : offset + 8], "little")
         parts.append(record[start:stop])
         start = stop
     return parts
@@ -145,10 +145,10 @@ def _read(kind: Any, name: str, config: DataConfig, folder: epath.Path, run: Run
     except OSError as error:
         raise UserError(f"A source must be readable, {name} is not: {error}.") from error
     for number, part in enumerate(parts):
-        publish(_place(shared, "part", number), json.dumps(part).encode())
-    missing = [number for number in range(len(parts)) if not _place(shared, "sizes", number).exists()]
+        publish(_path(shared, "part", number), json.dumps(part).encode())
+    missing = [number for number in range(len(parts)) if not _path(shared, "sizes", number).exists()]
     run_tasks(run, f"reading of {kind.title(name)[0]}", _Reading(kind, name, config, shared), missing, folder)
-    counts = [_place(shared, "sizes", number).stat().length // (3 * _NUMBERS.itemsize) for number in range(len(parts))]
+    counts = [_path(shared, "sizes", number).stat().length // (3 * _NUMBERS.itemsize) for number in range(len(parts))]
     require(sum(counts) > 0, f"A source must hold text, {kind.describe_empty(name, config)}.")
     return Documents(shared, counts)
 
@@ -164,7 +164,7 @@ class _Reading:
 
     def __call__(self, number: int) -> None:
         """Write the documents of a part, and then their sizes."""
-        part = json.loads(_place(self.folder, "part", number).read_text())
+        part = json.loads(_path(self.folder, "part", number).read_text())
         sizes = array.array("q")
 
         def packed() -> Iterator[bytes]:
@@ -173,8 +173,8 @@ class _Reading:
                 sizes.extend((len(text), len(prompt), document.prompt == CONVERSATION))
                 yield _pack(text, prompt, document.name.encode())
 
-        write_shard(_place(self.folder, "documents", number), packed())
-        publish(_place(self.folder, "sizes", number), np.array(sizes, _NUMBERS).tobytes())
+        write_shard(_path(self.folder, "documents", number), packed())
+        publish(_path(self.folder, "sizes", number), np.array(sizes, _NUMBERS).tobytes())
 
 
 # ---- Records, written shard by shard -----------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class _Reading:
 
 def _write(corpus: Corpus, documents: Documents, pointer: epath.Path, config: DataConfig, run: Run) -> None:
     parts = divide(corpus.sizes, config.validation_fraction, config.test_fraction)
-    # Documents of which several splits have a part: one at most for each that is held out.
+    # Documents with parts in several splits: at most one for each held-out split.
     cut = np.flatnonzero((np.count_nonzero(parts, axis=1) > 1) & (documents.sizes[:, 2] == 0)).tolist()
     lengths = _lengths(documents, parts, cut)
     with preparing(pointer) as directory:
@@ -194,7 +194,7 @@ def _write(corpus: Corpus, documents: Documents, pointer: epath.Path, config: Da
             sizes = {"documents": len(chosen), "bytes": int(lengths[chosen, column].sum())}
             written[split] = sizes, paths
             for shard, plan in enumerate(_plans(chosen, lengths[chosen, column], num_bytes, len(paths))):
-                publish(_place(documents.folder, f"plan-{split}", shard), plan.astype(_NUMBERS).tobytes())
+                publish(_path(documents.folder, f"plan-{split}", shard), plan.astype(_NUMBERS).tobytes())
                 items.append((split, shard, os.fspath(paths[shard]), num_bytes, len(paths)))
         require_splits(corpus, {split: sizes["documents"] for split, (sizes, _) in written.items()}, config)
         rows = {index: parts[index].tolist() for index in cut}
@@ -204,11 +204,11 @@ def _write(corpus: Corpus, documents: Documents, pointer: epath.Path, config: Da
 
 
 def _lengths(documents: Documents, parts: Parts, cut: Sequence[int]) -> Parts:
-    """Bytes of the records that each split has of each document, prompts included."""
+    """Bytes of the records of each document in each split, prompts included."""
     lengths = np.zeros_like(parts)
     everything = np.arange(len(parts))
     lengths[everything, parts.argmax(axis=1)] = documents.sizes[:, :2].sum(axis=1)
-    for index in cut:  # between characters, so that the text is needed
+    for index in cut:  # cuts lie between characters, which requires the text
         lengths[index] = 0
         for split, part in split_document(documents[index], parts[index]):
             lengths[index, SPLITS.index(split)] = len(part.text.encode()) + len(part.prompt.encode())
@@ -216,13 +216,13 @@ def _lengths(documents: Documents, parts: Parts, cut: Sequence[int]) -> Parts:
 
 
 def _plans(chosen: np.ndarray, lengths: np.ndarray, num_bytes: int, count: int) -> Iterator[np.ndarray]:
-    """For each shard of a split, the bytes before its first document, and its documents, the outer ones perhaps in part.
+    """For each shard of a split, the bytes before its first document, and its documents; the first and last may be incomplete.
 
     Args:
         chosen: the documents of the split.
         lengths: bytes of their records.
-        num_bytes: of the split, by which its shards are counted.
-        count: of shards.
+        num_bytes: bytes of the split, which determine the boundaries of its shards.
+        count: the number of shards.
     """
     if len(chosen) == 0:
         return
@@ -241,18 +241,18 @@ class _Writing:
     folder: str
     counts: tuple[int, ...]
     rows: Mapping[int, list[int]]
-    """Of documents that are cut: their rows of `Parts`."""
+    """The rows of `Parts` of documents that are cut."""
     record_bytes: int
 
     def __call__(self, item: tuple[str, int, str, int, int]) -> None:
-        """Write the shard, unless it is there."""
+        """Write the shard unless it exists."""
         path = epath.Path(item[2])
         if not holds(path, self._records(*item)):
             write_shard(path, self._records(*item))
 
     def _records(self, split: str, shard: int, path: str, num_bytes: int, count: int) -> Iterator[bytes]:
         del path
-        plan = np.frombuffer(_place(self.folder, f"plan-{split}", shard).read_bytes(), _NUMBERS).tolist()
+        plan = np.frombuffer(_path(self.folder, f"plan-{split}", shard).read_bytes(), _NUMBERS).tolist()
         documents = Documents(self.folder, self.counts)
         position = plan[0] if plan else 0
         for index in plan[1:]:
