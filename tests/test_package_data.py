@@ -120,12 +120,17 @@ TINY = shlex.split(
 )
 
 
-def test_the_wheel_trains_and_evaluates_its_own_configs(command):
-    trained = command("train", "gpt2_124m:debug", *TINY, "--training.sample-length", "0")
+@pytest.mark.parametrize("name", ["gpt2_124m:debug", "gpt:d2"])
+def test_the_wheel_trains_and_evaluates_its_own_configs(command, name):
+    trained = command("train", name, *TINY, "--training.sample-length", "0")
     assert trained.returncode == 0, trained.stderr
-    assert "runs/gpt2_124m-debug" in trained.stderr  # what to type next
-    scores = command("evaluate", "runs/gpt2_124m-debug")
+    run = f"runs/{name.replace(':', '-')}"
+    assert run in trained.stderr  # what to type next
+    scores = command("evaluate", run)
     assert json.loads(scores.stdout)["bits_per_byte"] > 0, scores.stderr
+
+
+def test_the_wheel_shows_its_own_configs(command):
     shown = command("inspect", "gpt2_124m:debug", *TINY)
     assert shown.returncode == 0 and "embedding" in shown.stdout, shown.stderr
 
