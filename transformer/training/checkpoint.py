@@ -1,4 +1,4 @@
-"""Checkpoints: written by Orbax in the background, made valid by a manifest, verified before they are believed."""
+"""Checkpoints: written by Orbax in the background, completed by a manifest, and verified before use."""
 
 import json
 import logging
@@ -24,37 +24,37 @@ from transformer.types import PyTree, UserError
 from transformer.validation import require, typed
 
 FORMAT = 3
-"""Of a checkpoint's files; what has another number is refused."""
+"""Version of a checkpoint's files; other versions are refused."""
 DESCRIPTION = "checkpoint.json"
 _ARRAY = re.compile(
     r"(?P<dtype>bfloat16|float(16|32|64)|u?int(8|16|32|64))\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]"
-)  # of `describe`
+)  # the format of `describe`
 _LEAST_IN_FLIGHT = 2**26
 _log = logging.getLogger(__name__)
-# What goes wrong in Orbax's threads is raised by the save, and need not be logged with a traceback of each thread.
+# Errors in Orbax's threads are raised by the save; a logged traceback of each thread would repeat them.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The content of a checkpoint."""
 
     step: int
     state: TrainState
     loop: dict[str, Any]
-    """As given to `Checkpointer.save`."""
+    """The `loop` argument of `Checkpointer.save`."""
 
 
 class Checkpointer:
     """Saves and restores `DIRECTORY/STEP/`, keeping the latest ones and the best one.
 
-    A step is written beside its place: by Orbax, then the files of the run's record, a description, and a manifest. Then it is
-    renamed, so that a kill at any moment leaves either a whole checkpoint or none.
+    A step is written in a temporary folder: by Orbax, then the files of the run's record, a description, and a manifest. Then the
+    folder is renamed. A kill at any moment therefore leaves either a complete checkpoint or none.
 
     Args:
-        directory: where; may be remote.
-        keep: latest checkpoints kept, besides the one with the lowest validation loss.
-        record: files that each checkpoint holds too, path -> content; what a model needs besides its arrays.
-        report: takes a sentence for the user about damage found; by default a logged warning.
+        directory: the folder of the checkpoints; may be remote.
+        keep: number of latest checkpoints kept, besides the one with the lowest validation loss.
+        record: further files of each checkpoint, path -> content, which a model needs besides its arrays.
+        report: receives a sentence about damage, for the user; by default a logged warning.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Checkpointer:
     def save(
         self, state: TrainState, loop: dict[str, Any], *, validation_loss: float | None = None, piecewise: bool = False
     ) -> None:
-        """Start saving; returns when the state has left the devices, so that it may be donated.
+        """Start saving; returns when the state has been copied from the devices, and may be donated.
 
         Args:
-            state: of one copy (`Runner.fetch_state`).
-            loop: JSON-serialisable, what the host must know to go on.
-            validation_loss: at this very step, if it was measured.
-            piecewise: with little memory beside the state's own, and so not in the background; the state must stay as it is.
+            state: the state of one replica (`Runner.fetch_state`).
+            loop: JSON-serializable data that the host needs to resume.
+            validation_loss: measured at this very step, if it was evaluated.
+            piecewise: save with little memory beyond the state's own, and not in the background; the state must not change.
         """
         self.wait()
         step = int(state.step)
@@ -107,7 +107,7 @@ class Checkpointer:
                 response.result()
                 if jax.process_index() == 0:
                     for name, content in {**self._record, DESCRIPTION: text.encode()}.items():
-                        (path / name).parent.mkdir(exist_ok=True)  # not its parents: a folder that was removed stays so
+                        (path / name).parent.mkdir(exist_ok=True)  # without parents: a removed folder is not made again
                         (path / name).write_bytes(content)
                     folders.commit(self._directory, step)
                     retire(self._directory, self._keep)
@@ -115,36 +115,36 @@ class Checkpointer:
         self._pending = self._worker.submit(commit)
 
     def wait(self) -> None:
-        """Return when the last save is valid; raises what went wrong in the background."""
+        """Wait until the last save is complete; raises errors of the background thread."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def check(self) -> None:
-        """Raise what went wrong with the last save, if it has ended; never waits."""
+        """Raise the error of the last save, if it has ended; never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def close(self) -> None:
-        """Finish the last save and stop."""
+        """Complete the last save and stop."""
         try:
             self.wait()
         finally:
             self._worker.shutdown()
 
     def steps(self) -> list[int]:
-        """Steps of the valid checkpoints, as far as that can be told without reading them; ascending."""
+        """Steps of the valid checkpoints in ascending order, judged without reading their files."""
         return folders.committed_steps(self._directory)
 
     def restore(self, target: TrainState) -> Restored | None:
-        """The latest checkpoint whose files are all as they were written; None if there are no checkpoints.
+        """The latest checkpoint whose files all match its manifest; None if there are no checkpoints.
 
         Args:
             target: a state of the same shapes, or their `jax.ShapeDtypeStruct`s; arrays are loaded with its shardings. The
-            layers of the one may be scanned where those of the other are looped.
+            layers may be scanned in the checkpoint and looped in the target, or vice versa.
 
         Raises:
-            UserError: checkpoints exist but all are damaged, or the latest good one is of another model or optimizer.
+            UserError: all checkpoints are damaged, or the latest good one belongs to another model or optimizer.
         """
         path = folders.latest_undamaged(self._directory, self._report)
         if path is None:
@@ -153,10 +153,10 @@ class Checkpointer:
         return Restored(description["step"], _from_parts(parts, target), description["loop"])
 
     def clean(self, step: int) -> None:
-        """Make room for a run that starts from `step`; `folders.clean` says how.
+        """Remove or set aside what conflicts with a run that starts from `step` (see `folders.clean`).
 
         Raises:
-            UserError: a later folder may be somebody's training.
+            UserError: a later folder may be part of a copied run.
         """
         if jax.process_index() == 0:
             folders.clean(self._directory, step, self._report)
@@ -167,16 +167,16 @@ def retire(directory: epath.PathLike, keep: int) -> None:
     directory = folders.absolute(directory)
     steps = folders.committed_steps(directory)
     losses = {step: _validation_loss(directory / str(step)) for step in steps}
-    best = min(steps, key=lambda step: losses[step], default=None)  # none: the folder has been removed
+    best = min(steps, key=lambda step: losses[step], default=None)  # None if the folder has been removed
     for step in steps[:-keep]:
         if step != best or math.isinf(losses[step]):
             folders.discard(directory, step)
 
 
 def _saving(state: Any, *, piecewise: bool) -> ocp.Context:
-    """How Orbax writes a state: a part after the other, or all of it at once, copied so that the caller may change it."""
+    """Orbax settings for saving: one part after another, or everything at once from a copy, so that the caller may change it."""
     context = ocp.Context()
-    # Made in the background, a folder that cannot be made leaves Orbax's thread, and so the process, waiting for minutes.
+    # A folder that cannot be created in the background blocks Orbax's thread, and the process, for minutes.
     context.asynchronous.create_directories_asynchronously = False
     if piecewise:
         context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = _in_flight(state, 1)
@@ -184,24 +184,24 @@ def _saving(state: Any, *, piecewise: bool) -> ocp.Context:
 
 
 def _loading(tree: Any) -> ocp.Context:
-    """How Orbax reads a tree: with few bytes beside those of the arrays themselves."""
+    """Orbax settings for loading, with few bytes beyond the arrays themselves."""
     context = ocp.Context()
-    context.pytree.loading.partial_load = True  # what is stored is compared before, by its description
-    context.memory.read_concurrent_bytes = _in_flight(tree, 2)  # pieces of files that are cut otherwise count whole
+    context.pytree.loading.partial_load = True  # stored arrays were already compared, by their description
+    context.memory.read_concurrent_bytes = _in_flight(tree, 2)  # files in other chunks count with their full size
     return context
 
 
 def _in_flight(tree: Any, largest: int) -> int:
-    """Bytes that may be on their way at a time: more than the largest array, so many times."""
+    """The limit of bytes in flight: a multiple of the largest array."""
     sizes = [math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)]
     return max(_LEAST_IN_FLIGHT, largest * max(sizes, default=0) + 2**20, sum(sizes) // 16)
 
 
 def checked_step(step: int | str, name: str = "A step to load") -> int | str:
-    """The step of a checkpoint to use: a number, `latest` or `best`; a text of digits is the number.
+    """The step of a checkpoint to use: a number, `latest` or `best`; a string of digits is converted to a number.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the step is none of these.
     """
     number = int(step) if str(step).isdecimal() else -1
     require(
@@ -211,15 +211,15 @@ def checked_step(step: int | str, name: str = "A step to load") -> int | str:
 
 
 def find_checkpoint(directory: epath.PathLike, step: int | str = "latest") -> epath.Path | None:
-    """The undamaged checkpoint of a step; None where there are no checkpoints.
+    """The undamaged checkpoint of a step; None if there are no checkpoints.
 
     Args:
-        directory: of the checkpoints.
-        step: its number; `best` for the one with the lowest validation loss, among those saved at a step that was evaluated;
-            `latest` for the latest undamaged one.
+        directory: the folder of the checkpoints.
+        step: its number; `best` for the lowest validation loss, among checkpoints whose step was evaluated; `latest` for the
+            latest undamaged one.
 
     Raises:
-        UserError: that checkpoint is damaged or not there, none was evaluated, or all are damaged.
+        UserError: that checkpoint is damaged or missing, none was evaluated, or all are damaged.
     """
     directory, step = folders.absolute(directory), checked_step(step)
     asked = step
@@ -242,22 +242,22 @@ def find_checkpoint(directory: epath.PathLike, step: int | str = "latest") -> ep
     except FileNotFoundError:
         if path.exists():
             raise
-        return find_checkpoint(directory, asked)  # the run, which goes on, has just removed it
+        return find_checkpoint(directory, asked)  # the run, which is still training, has just removed it
     except manifest.DamagedError as error:
         raise UserError(f"A checkpoint to load must be undamaged. {path}: {error}. Use another: {kept}.") from error
     return path
 
 
 def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tuple[int, PyTree]:
-    """Step and parameters of the latest undamaged checkpoint: the moving average if it has one.
+    """Step and parameters of the latest undamaged checkpoint; the moving average if it has one.
 
     Args:
-        directory: of the checkpoints.
-        target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, to the first
-            device where there are none. None takes the parameters as they are, to the host.
+        directory: the folder of the checkpoints.
+        target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, or to the first device
+            without shardings. None loads the stored parameters to the host.
 
     Raises:
-        UserError: no checkpoint, only damaged ones, or one of another model.
+        UserError: there is no checkpoint, only damaged ones, or one of another model.
     """
     path = folders.latest_undamaged(directory)
     if path is None:
@@ -266,7 +266,7 @@ def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tupl
 
 
 def load_step_params(path: epath.Path, target: PyTree | None = None, *, some: bool = False) -> tuple[int, PyTree]:
-    """`load_params` of one checkpoint, known to be undamaged; `some` reads the parts of the model that `target` has."""
+    """`load_params` of one checkpoint, known to be undamaged; `some` reads only the parts of the model in `target`."""
     field, stored = stored_params(path)
     if target is None:
         target = stored
@@ -289,7 +289,7 @@ def stored_params(path: epath.Path) -> tuple[str, PyTree]:
 def _load(
     path: epath.Path, parts: dict[str, PyTree], fields: dict[str, PyTree], *, of: str, within: tuple[str, ...] = ("",)
 ) -> tuple[dict[str, Any], dict[str, PyTree]]:
-    """A checkpoint's description, and parts of it, of which `fields` has the names that the description has."""
+    """A checkpoint's description and some of its parts; `fields` maps the parts to their names in the description."""
     parts = jax.tree.map(_abstract, parts)
     found: dict[str, str] = read_description(path)["arrays"]
     found = {name: text for name, text in found.items() if name.startswith(within)}
@@ -302,10 +302,10 @@ def _load(
 
 
 def read_description(path: epath.Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """The description stored in a checkpoint.
 
     Raises:
-        UserError: it is of another format.
+        UserError: the checkpoint has another format.
     """
     stored = path / DESCRIPTION
     require(stored.exists(), f"A checkpoint must hold {DESCRIPTION}, {path} does not; put a copy back.")
@@ -326,7 +326,7 @@ def read_description(path: epath.Path) -> dict[str, Any]:
 
 
 def _from_description(arrays: dict[str, str], file: epath.Path) -> PyTree:
-    """The inverse of `describe`, for nested dictionaries; messages name the file that the description is of."""
+    """The inverse of `describe`, for nested dictionaries; `file` is named in messages."""
     tree: dict[str, Any] = {}
     for name, text in arrays.items():
         *path, last = name.split("/")
@@ -347,7 +347,7 @@ def _by_field(tree: Any) -> Any:
 
 
 def describe(tree: Any) -> dict[str, str]:
-    """Path -> type and shape of every array: `{"params/output/kernel": "float32[16,64]"}`."""
+    """The type and shape of every array by its path: `{"params/output/kernel": "float32[16,64]"}`."""
     tree = _by_field(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}".replace(" ", "")
@@ -358,7 +358,7 @@ def describe(tree: Any) -> dict[str, str]:
 def _check_fit(
     path: epath.Path, expected: dict[str, str], *, of: str, within: tuple[str, ...] = ("",)
 ) -> dict[str, Any]:
-    """The checkpoint's description, if its arrays (those whose names begin with one of `within`) are the expected ones."""
+    """The checkpoint's description, if its arrays (with names that begin with one of `within`) match the expected ones."""
     description = read_description(path)
     found = {name: text for name, text in description["arrays"].items() if name.startswith(within)}
     names = [name for name in sorted(found | expected) if found.get(name) != expected.get(name)]
@@ -373,7 +373,7 @@ def _check_fit(
 
 
 def _validation_loss(path: epath.Path) -> float:
-    """As saved; infinite where none was measured, or where damage hides it."""
+    """The stored validation loss; infinite if it was not measured or is unreadable."""
     try:
         loss = json.loads((path / DESCRIPTION).read_text())["validation_loss"]
         return math.inf if loss is None else float(loss)
@@ -382,7 +382,7 @@ def _validation_loss(path: epath.Path) -> float:
 
 
 def _to_parts(state: TrainState) -> dict[str, PyTree]:
-    """A state as separately loadable parts; empty ones are left out, Orbax refuses them."""
+    """A state as separately loadable parts, without empty ones, which Orbax refuses."""
     parts = {name: getattr(state, name) for name in ("params", "ema_params", "carry", "loss_scale", "spikes")}
     parts["rest"] = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
@@ -394,6 +394,6 @@ def _from_parts(parts: dict[str, PyTree], target: TrainState) -> TrainState:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    # Without a sharding Orbax would want the devices of the run that saved.
+    # Without a sharding, Orbax would require the devices of the run that saved.
     sharding = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""Which layer is the first whose activations or gradients are not finite: one more pass over a batch, when a run has diverged."""
+"""Finds the first layer with activations or gradients that are not finite, by repeating the batch on which a run diverged."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +17,17 @@ def first_not_finite(
     """A sentence that names the first parameter, module or gradient that is not finite; layers must be looped, without remat.
 
     Args:
-        objective: of the run.
-        params: before the step.
-        parts: `(carry, batch, key)` of each part of the batch that is computed by itself, as `split` gives them.
-        scale: of the loss (float16).
+        objective: the run's objective.
+        params: the parameters before the step.
+        parts: `(carry, batch, key)` of each separately computed part of the batch, as `split` yields them.
+        scale: the loss scale (float16).
     """
     weight = sum(objective.weight(batch) for _, batch, _ in parts)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         if not bool(_finite(x)):
             return f"The parameter {parameter_path(path)} was not finite before that step."
     found = [_first(objective, params, carry, batch, key, scale / weight) for carry, batch, key in parts]
-    # What is not finite in the forward pass explains what is not in the backward pass.
+    # An activation that is not finite in the forward pass explains such gradients in the backward pass.
     return next((text for _, text in sorted(filter(None, found))), "")
 
 
@@ -54,7 +54,7 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
         (grads, tapped), flags = jax.grad(loss, (0, 1), has_aux=True)(params, taps, carry, batch)
         return jax.tree.map(_finite, grads), tapped, flags
 
-    jax.eval_shape(loss, params, None, carry, batch)  # which counts the calls
+    jax.eval_shape(loss, params, None, carry, batch)  # counts the calls
     grads, tapped, flags = jax.jit(run)(params, jnp.zeros(len(names)), carry, batch)
     finite = [bool(flag) for flag in flags]
     if not all(finite):
@@ -63,12 +63,12 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
             return 0, "All activations of that step are finite, its loss is not: look at the targets and weights."
         return 0, f"The first activations of that step that are not finite are those of {names[at] or 'the model'}."
     bad = {call: f"{names[call] or 'the model'} (its output)" for call, flag in enumerate(tapped) if flag}
-    explained = {names[call] for call in bad}  # of a shared parameter, any of its calls may be the one
+    explained = {names[call] for call in bad}  # for a shared parameter, any of its calls may be the cause
     for path in (parameter_path(path) for path, flag in jax.tree_util.tree_leaves_with_path(grads) if not bool(flag)):
         module = path.rpartition("/")[0]
         if module not in explained:
             bad[max((call for call, name in enumerate(names) if name == module), default=-1)] = path
-    # The backward pass begins where the forward pass ends.
+    # The backward pass starts where the forward pass ends.
     return (
         (1, f"All activations of that step are finite; the first gradient that is not is that of {bad[max(bad)]}.")
         if bad
@@ -78,7 +78,7 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
 
 @jax.custom_vjp
 def _tap(tree: PyTree, flag: Array) -> PyTree:
-    """The tree; the gradient of `flag` is 1 where that of the tree is not finite."""
+    """The tree itself; the gradient of `flag` is 1 if that of the tree is not finite."""
     del flag
     return tree
 
@@ -92,14 +92,14 @@ def _finite(tree: PyTree) -> Array:
 
 
 def split(carry: PyTree, batch: Any, key: Array, *, devices: int = 1, accumulate_steps: int = 1) -> Iterator[tuple]:
-    """The parts of a batch that a step computes by themselves, with their keys.
+    """The parts of a batch that a step computes separately, with their keys.
 
     Args:
-        carry: of the whole batch.
+        carry: the carry of the whole batch.
         batch: all its rows.
-        key: of the step.
-        devices: that run the step on rows of their own (pmap), else 1.
-        accumulate_steps: micro-batches.
+        key: the key of the step.
+        devices: number of devices that run the step on their own rows (pmap), else 1.
+        accumulate_steps: number of micro-batches.
     """
     for device in range(devices):
         own = jax.random.fold_in(key, device) if devices > 1 else key

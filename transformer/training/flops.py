@@ -1,4 +1,4 @@
-"""Operations of a training step, counted in what its loss traces to; those of attention by the pairs that its masks leave."""
+"""Operations of a training step, counted in the traced loss; those of attention count the pairs that its masks permit."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,37 +13,37 @@ from transformer.types import Loss, PyTree
 
 
 class Flops(NamedTuple):
-    """Operations, two for each multiply-add, by where they are."""
+    """Operations, two per multiply-add, by category."""
 
     products: float
-    """Of matrix products (and convolutions) outside attention."""
+    """Matrix products and convolutions outside attention."""
     attention: float
-    """Of attention over the pairs of queries and keys that masks leave (`ops.visible`): what model FLOPs count."""
+    """Attention over the pairs of queries and keys that masks permit (`ops.visible`), as in model FLOPs."""
     attention_whole: float
-    """The same over all pairs."""
+    """Attention over all pairs."""
 
     @property
     def total(self) -> float:
-        """What utilisation (MFU) counts."""
+        """The operations counted by utilization (MFU)."""
         return self.products + self.attention
 
 
 def count_flops(loss: Callable[..., Any], params: PyTree, *arguments: PyTree) -> Flops:
     """Operations of a loss and its gradient by `params`; `loss` is traced once, with shapes, and nothing is computed.
 
-    A product counts once, and once more for each operand that has a gradient: three times for a layer in training, twice for the
-    first, whose inputs have none, once for what is frozen and for a model in evaluation. So it does whatever is done to
-    save memory: rematerialisation, a loss in chunks and custom gradients count as if they were not there. Loops count as often as
-    they run, where that is known when tracing, else once; of branches, the dearest counts. A mixture's experts count for the
-    tokens that go there.
+    A product counts once, and once more for each operand with a gradient: three times for a layer in training, twice for the
+    first layer, whose inputs have no gradient, and once for frozen layers and for a model in evaluation. Memory-saving
+    techniques (rematerialization, a loss in chunks, custom gradients) do not change the count. A loop counts its iterations if
+    their number is known when tracing, else one; of several branches, the most expensive counts. A mixture's experts count for
+    the tokens routed to them.
 
-    Attention by `ops.dot_product_attention` (and so by every layer here) counts by formula, whichever backend it has: two
-    products of every query with the keys that the static fields of its mask leave it, and four for the gradient.
+    Attention by `ops.dot_product_attention` (and therefore by every layer of this package) counts by formula, for every backend:
+    two products of each query with the keys that the static fields of its mask permit, and four for the gradient.
 
     Args:
         loss: `(params, *arguments) -> loss`, or a pytree whose first leaf is the loss. Other results have no gradient.
-        params: what is differentiated: arrays or their shapes. Nothing (`()`) counts a forward pass.
-        arguments: all others.
+        params: the differentiated arrays, or their shapes. An empty tree (`()`) counts a forward pass.
+        arguments: all other arguments.
 
     Example:
         >>> w, x = jax.ShapeDtypeStruct((4, 5), "float32"), jax.ShapeDtypeStruct((3, 4), "float32")
@@ -59,7 +59,7 @@ def count_flops(loss: Callable[..., Any], params: PyTree, *arguments: PyTree) ->
 
 
 def step_flops(loss: Loss, params: PyTree, batch: PyTree) -> Flops:
-    """`count_flops` of a loss on a batch, of which shapes matter only."""
+    """`count_flops` of a loss on a batch; only the batch's shapes matter."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
     rows = len(jax.tree.leaves(batch)[0])
     carry = jax.eval_shape(lambda: loss.init_carry(rows))
@@ -72,10 +72,10 @@ def step_flops(loss: Loss, params: PyTree, batch: PyTree) -> Flops:
 
 
 def traced_flops(function: Any, *arguments: PyTree) -> float:
-    """Operations of all matrix products of a function as it is written, over all devices, without attention's own.
+    """Operations of all matrix products of a function as traced, over all devices, without those of attention.
 
-    Of a training step these may be more than `count_flops` has: recomputation counts as computed, and each device of a
-    `shard_map` for itself. Attention is left out, because kernels do not say what they do.
+    For a training step, the result may exceed `count_flops`: recomputation counts as computed, and each device of a `shard_map`
+    counts separately. Attention is omitted, because kernels do not reveal their operations.
     """
     return _as_written(jax.make_jaxpr(function)(*arguments).jaxpr, experts=1)
 
@@ -101,7 +101,7 @@ def _as_written(jaxpr: Any, experts: int) -> float:
 
 
 class _Counter:
-    """Reads a traced loss. A value is active if it depends on the parameters, and live if the loss depends on it."""
+    """Interprets a traced loss. A value is active if it depends on the parameters, and live if the loss depends on it."""
 
     def __init__(self) -> None:
         self._counts: dict[Any, tuple[np.ndarray, tuple[bool, ...]]] = {}
@@ -110,7 +110,7 @@ class _Counter:
     def count(
         self, jaxpr: Any, active: tuple[bool, ...], live: tuple[bool, ...]
     ) -> tuple[np.ndarray, tuple[bool, ...]]:
-        """Operations as in `Flops`, and which results are active, given which arguments are and which results are live."""
+        """The operations as in `Flops`, and the active results, for given active arguments and live results."""
         key = (id(jaxpr), active, live)
         if key not in self._counts:
             self._counts[key] = self._count(jaxpr, active, live)
@@ -152,7 +152,7 @@ class _Counter:
             return dearest * _repeats(equation), [any(each) for each in zip(*(o for _, o in counted), strict=True)]
         if equation.primitive.name == "scan":
             return self._scan(equation, operands, results)
-        # Of what is within, nothing else is known than that it runs.
+        # Nothing is known of the inner program, except that it runs.
         parts = _parts(equation.params)
         inner = sum(self.count(part, (False,) * len(part.invars), (False,) * len(part.outvars))[0] for part in parts)
         return inner * (_repeats(equation) * (3 if differentiated else 1)), outs
@@ -167,7 +167,7 @@ class _Counter:
             operands = (*operands[:consts], *carry, *operands[consts + carried :])
 
     def _scan_live(self, equation: Any, results: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Which results of the body are live, and which operands."""
+        """The live results of the body, and the live operands."""
         body, consts, carried = _scan_parts(equation)
         while True:
             ins = self.live(body, results)
@@ -177,7 +177,7 @@ class _Counter:
             results = (*carry, *results[carried:])
 
     def live(self, jaxpr: Any, results: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Which arguments are live, given which results are."""
+        """The live arguments, for given live results."""
         key = (id(jaxpr), results)
         if key not in self._lives:
             found = self._live_vars(jaxpr, results)
@@ -202,14 +202,14 @@ class _Counter:
 
 
 def _product_flops(equation: Any, experts: int = 1) -> float | None:
-    """Of an equation that is one product; None for others. Its operands come first among the equation's."""
+    """Operations of an equation that is one product; None for others. Its operands come first among the equation's."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name.startswith("ragged_dot"):
-        # Each row meets one of the groups' matrices; over an axis of experts, on one of the devices that hold the row.
+        # Each row is multiplied by one group's matrix; over an axis of experts, on one of the devices that hold the row.
         rows, inner = equation.invars[0].aval.shape[:2]
         return 2.0 * rows * inner * equation.outvars[0].aval.shape[-1] / experts
     if name == "conv_general_dilated":
@@ -220,7 +220,7 @@ def _product_flops(equation: Any, experts: int = 1) -> float | None:
 
 
 def _branches(equation: Any) -> list[Any]:
-    """The programs of which an equation runs one on its last operands, with its results: of a switch, or one that it calls."""
+    """The programs of a switch or a call: the equation runs one of them on its last operands and returns its results."""
     if equation.primitive.name == "cond":
         return [branch.jaxpr for branch in equation.params["branches"]]
     parts = _parts(equation.params)
@@ -230,12 +230,12 @@ def _branches(equation: Any) -> list[Any]:
 
 
 def _scan_parts(equation: Any) -> tuple[Any, int, int]:
-    """The body of a loop, and how many of its operands are constant and carried."""
+    """The body of a loop, and the numbers of its constant and carried operands."""
     return equation.params["jaxpr"].jaxpr, equation.params["num_consts"], equation.params["num_carry"]
 
 
 def _parts(params: dict[str, Any]) -> list[Any]:
-    """The programs within an equation."""
+    """The programs inside an equation."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -246,7 +246,7 @@ def _parts(params: dict[str, Any]) -> list[Any]:
 
 
 def _repeats(equation: Any) -> float:
-    """How often what is within an equation runs."""
+    """How often the programs inside an equation run."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
         return params["length"]
@@ -260,7 +260,7 @@ def _repeats(equation: Any) -> float:
 
 
 def _trips(equation: Any) -> int:
-    """How often a `while` runs that counts up by one from a number to a number; 1 for others."""
+    """The iterations of a `while` that increments a counter by one between known bounds; 1 for others."""
     params = equation.params
     condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
     if len(condition.eqns) != 1:

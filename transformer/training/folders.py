@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: which are whole, which are a save in progress, and which are not ours to touch."""
+"""The folders of a run's checkpoints: complete checkpoints, saves in progress, and folders that must stay untouched."""
 
 import logging
 from collections.abc import Callable
@@ -16,19 +16,19 @@ _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str], object]
-"""Takes a sentence for the user."""
+"""Receives a sentence for the user."""
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only."""
+    """The path as an absolute path, which Orbax requires."""
     return resolved(directory)
 
 
 def require_plain(directory: epath.PathLike) -> None:
-    """Refuse a path in which Orbax would look for patterns: it would save checkpoints without their arrays, in silence.
+    """Refuse a path that Orbax would read as a glob pattern: it would silently save checkpoints without their arrays.
 
     Raises:
-        UserError: it has one of `*?[` in it.
+        UserError: the path contains one of `*?[`.
     """
     path = absolute(directory)
     require(
@@ -37,7 +37,7 @@ def require_plain(directory: epath.PathLike) -> None:
     )
 
 
-# ---- What is there ---------------------------------------------------------------------------------------------------
+# ---- Existing checkpoints ----------------------------------------------------------------------------------------------
 
 
 def committed_steps(directory: epath.PathLike) -> list[int]:
@@ -52,12 +52,12 @@ def committed_steps(directory: epath.PathLike) -> list[int]:
 def latest_undamaged(
     directory: epath.PathLike, report: Report = _log.warning, *, only: tuple[str, ...] = ("",)
 ) -> epath.Path | None:
-    """The latest checkpoint that agrees with its manifest; None if there is no checkpoint at all.
+    """The latest checkpoint that matches its manifest; None if there is no checkpoint at all.
 
     Args:
-        directory: of the checkpoints.
-        report: is told of each damaged one.
-        only: files whose path begins so are compared; by default all.
+        directory: the folder of the checkpoints.
+        report: called for each damaged one.
+        only: path prefixes of the files to compare; by default all files.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -74,7 +74,9 @@ def latest_undamaged(
         except FileNotFoundError:
             if path.exists():
                 raise
-            return latest_undamaged(directory, report, only=only)  # the run, which goes on, has just removed it
+            return latest_undamaged(
+                directory, report, only=only
+            )  # the run, which is still training, has just removed it
         else:
             return path
     if problems:
@@ -86,14 +88,14 @@ def latest_undamaged(
 
 
 def never_saved(directory: epath.Path) -> bool:
-    """Whether a run has begun here that never finished a save."""
+    """Whether a run started here and never completed a save."""
     return (directory / _NEVER_SAVED).exists() and not committed_steps(directory)
 
 
 def require_whole(directory: epath.Path, step: int) -> None:
-    """Refuse to start from `step` where a later folder of a checkpoint has lost its manifest.
+    """Refuse to start from `step` if a later checkpoint folder has no manifest.
 
-    A save appears under its number when it is whole, so that such a folder is never what a kill left: it is part of a copy.
+    A save gets its final name only when it is complete. Such a folder therefore never comes from a kill: it is part of a copy.
 
     Raises:
         UserError: there is such a folder.
@@ -117,28 +119,28 @@ def require_whole(directory: epath.Path, step: int) -> None:
 
 
 def begin(directory: epath.Path) -> None:
-    """Mark a new run's directory: until its first save is whole, there is nothing to lose in it."""
+    """Mark a new run's directory: until its first save is complete, it holds nothing to lose."""
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / _NEVER_SAVED, "No checkpoint has been saved yet: the next start begins anew.\n")
 
 
 def draft(directory: epath.Path, step: int) -> epath.Path:
-    """Where the checkpoint of `step` is written until `commit`; every process gets the same.
+    """The folder in which the checkpoint of `step` is written until `commit`; the same for every process.
 
-    Beside its place, to be renamed. In a bucket a rename would copy every file: it is written in its place, which counts as
-    unfinished by its mark (`mark`) as long as it has no manifest.
+    It is a temporary folder, to be renamed. In a bucket, a rename would copy every file. There the final folder is used, whose
+    mark (`mark`) says that it is unfinished as long as it has no manifest.
     """
     return directory / (f"{step}{UNFINISHED}" if is_local(directory) else str(step))
 
 
 def mark(directory: epath.Path, step: int) -> None:
-    """Say, where a save is written in its place, that it is one; before its first file."""
+    """For a save in the final folder, write the mark of an unfinished save before the first file."""
     if not is_local(directory):
         write_whole(directory / f"{step}{UNFINISHED}", "")
 
 
 def commit(directory: epath.Path, step: int) -> None:
-    """Make a draft a checkpoint, its manifest last."""
+    """Turn a draft into a checkpoint, its manifest last."""
     manifest.write_manifest(draft(directory, step))
     if is_local(directory):
         (directory / f"{step}{UNFINISHED}").rename(directory / str(step))
@@ -149,7 +151,7 @@ def commit(directory: epath.Path, step: int) -> None:
 
 
 def discard(directory: epath.Path, step: int) -> None:
-    """Remove a checkpoint; a kill on the way leaves what `clean` removes."""
+    """Remove a checkpoint; `clean` removes the remains of an interrupted removal."""
     mark(directory, step)
     aside = draft(directory, step)
     if is_local(directory):
@@ -160,13 +162,13 @@ def discard(directory: epath.Path, step: int) -> None:
 
 
 def clean(directory: epath.Path, step: int, report: Report) -> None:
-    """Make room for a run that starts from `step`.
+    """Remove or set aside everything that conflicts with a run that starts from `step`.
 
-    What a killed run left unfinished is removed. A later checkpoint, damaged or else it would have been restored, is set
-    aside as `STEP.damaged`: the run will come to that step again.
+    Unfinished saves of a killed run are removed. A later checkpoint must be damaged, since it was not restored; it is renamed
+    to `STEP.damaged`, because the run will reach that step again.
 
     Raises:
-        UserError: a later folder may be somebody's training (`require_whole`); nothing is removed then.
+        UserError: a later folder may be part of a copied run (`require_whole`); nothing is removed then.
     """
     if not directory.exists():
         return
@@ -183,24 +185,24 @@ def clean(directory: epath.Path, step: int, report: Report) -> None:
         (directory / _NEVER_SAVED).unlink(missing_ok=True)
 
 
-def _remove_unfinished(path: epath.Path, place: epath.Path, report: Report) -> None:
-    """Remove a draft beside its place, or a mark and the draft in that place."""
+def _remove_unfinished(path: epath.Path, final: epath.Path, report: Report) -> None:
+    """Remove a draft in a temporary folder, or a mark and the draft in the final folder."""
     if path.is_dir():
         path.rmtree()
     else:
-        if place.exists() and not (place / manifest.NAME).exists():
-            place.rmtree()
+        if final.exists() and not (final / manifest.NAME).exists():
+            final.rmtree()
         path.unlink()
     report(f"{path} was left by a save that an end of the run cut short. It is removed.")
 
 
 def _is_draft(path: epath.Path) -> bool:
-    """Whether a mark stands beside the folder of a step."""
+    """Whether the folder of a step has a mark."""
     return (path.parent / f"{path.name}{UNFINISHED}").exists()
 
 
 def _free(path: epath.Path) -> epath.Path:
-    """The path, or with a number after it the first that is not taken."""
+    """The path, or the first free one with a number appended."""
     number, free = 1, path
     while free.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""How fast the hardware could be: its peak of matrix products; and memory and programs kept for the next step."""
+"""Peak speed of the hardware in matrix products, and memory and programs kept between steps and runs."""
 
 import ctypes
 import functools
@@ -32,28 +32,28 @@ PEAK_FLOPS = {
 
 
 def peak_flops(dtype: str, num_devices: int) -> float:
-    """Matrix-product operations a second of so many devices like this process's; 0 where unknown.
+    """Matrix-product operations per second of `num_devices` devices like this process's; 0 if unknown.
 
     Args:
-        dtype: of the operands; on a CPU, where it is measured, float32 and bfloat16 differ.
-        num_devices: of all processes.
+        dtype: type of the operands; on a CPU, whose speed is measured, float32 and bfloat16 differ.
+        num_devices: devices of all processes.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        # The devices of a host share its processor: their number does not add speed.
+        # The devices of a host share its processor: more of them add no speed.
         return measured_peak_flops(dtype) * jax.process_count()
     return published_peak_flops(device.device_kind) * num_devices
 
 
 def published_peak_flops(device_kind: str) -> float:
-    """Peak of one device from its name as JAX gives it (`NVIDIA H100 80GB HBM3`); 0 if it is not in the table."""
+    """Peak of one device from its name in JAX (`NVIDIA H100 80GB HBM3`); 0 if it is not in the table."""
     matches = [name for name in PEAK_FLOPS if name in device_kind]
     return PEAK_FLOPS[max(matches, key=len)] if matches else 0.0
 
 
 @functools.cache
 def measured_peak_flops(dtype: str) -> float:
-    """The best of a few plain matrix products, about 0.2 seconds in all, remembered for the process."""
+    """The best of a few plain matrix products, about 0.2 seconds in all; cached for the process."""
     best = 0.0
     for rows, inner, columns in ((1024, 1024, 1024), (2048, 512, 2048), (4096, 384, 1536)):
         left, right = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
@@ -67,15 +67,15 @@ def measured_peak_flops(dtype: str) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what XLA frees on a CPU: each step allocates its temporaries anew, and fresh pages are faults.
+    """Let glibc keep memory that XLA frees on a CPU: each step allocates its temporaries again, and fresh pages cause faults.
 
-    To be called before JAX starts its backend, whose threads otherwise have arenas of their own already: a step of 10M
-    parameters then takes a fifth longer. Where the backend is not a CPU, and elsewhere than on Linux, nothing changes.
+    Call it before JAX starts its backend, whose threads otherwise have their own arenas already: a step of 10M parameters then
+    takes a fifth longer. Nothing changes with other backends than a CPU, or on systems other than Linux.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is None:
         return
-    # Parameters of malloc.h: no mmap for large blocks, never trim, one arena; and what glibc does by itself.
+    # Parameters of malloc.h: no mmap for large blocks, never trim, one arena; and the defaults of glibc.
     keep, default = ((-4, 0), (-1, -1), (-8, 1)), ((-4, 65536), (-1, 128 * 1024), (-8, 0))
     for parameter, value in keep:
         mallopt(parameter, value)
@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX was told where (or not to) already."""
+    """Keep compiled programs between runs, unless JAX's own settings say where, or not to."""
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = pathlib.Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "transformer" / "compiled"))

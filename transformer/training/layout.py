@@ -1,4 +1,4 @@
-"""A checkpoint of looped layers for a scanned stack, and the other way round."""
+"""Loading of a checkpoint of looped layers into a scanned stack, and vice versa."""
 
 import functools
 import re
@@ -13,15 +13,15 @@ from transformer.types import PyTree
 
 
 class Layout(NamedTuple):
-    """How what is stored differs from what is wanted."""
+    """The difference between the stored and the target layout."""
 
     stored: Callable[[PyTree], PyTree]
-    """Shapes (with shardings) of what is wanted -> of what is stored."""
+    """Converts shapes (with shardings) of the target to stored shapes."""
     convert: Callable[[PyTree], PyTree]
-    """Arrays as they are stored -> as they are wanted."""
+    """Converts stored arrays to target arrays."""
 
     def read(self, arrays: PyTree, target: PyTree) -> PyTree:
-        """The arrays as they are wanted, with the shardings of the target."""
+        """The arrays in the target layout, with the target's shardings."""
         shardings = jax.tree.map(lambda x: x.sharding, target)
         return jax.jit(self.convert, out_shardings=shardings)(arrays)
 
@@ -29,18 +29,18 @@ class Layout(NamedTuple):
 def stored_layout(
     found: Mapping[str, str], target: PyTree, describe: Callable[[PyTree], Mapping[str, str]]
 ) -> Layout | None:
-    """The layout in which a checkpoint fits a target; None where it fits as it is, or in no way at all.
+    """The layout in which a checkpoint fits a target; None if it fits as it is, or cannot fit.
 
     Args:
-        found: names, types and shapes of the arrays there are.
-        target: shapes of those wanted.
-        describe: gives the names, types and shapes of a tree.
+        found: names, types and shapes of the stored arrays.
+        target: shapes of the target arrays.
+        describe: returns the names, types and shapes of a tree.
     """
     if describe(target) == found:
         return None
     wanted = describe(target)
     there, here = _num_blocks(found), _num_blocks(wanted)
-    # The scanned one has the blocks of a period only; of a single period, they are as many.
+    # The scanned layout has the blocks of one period only; with a single period, both have equally many.
     candidates = []
     if 0 < there <= here:
         scan = functools.partial(scan_params, pattern_length=there, num_first=_num_blocks(found, "first"))

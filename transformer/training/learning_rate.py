@@ -14,9 +14,9 @@ from transformer.validation import require
 def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
     """`count -> learning rate`, where `count` is the number of steps already done.
 
-    Warm-up is a straight line that would be 0 one step before the first and is at the peak after `warmup_steps` steps, so no
-    step is spent on a learning rate of 0. Then the learning rate is the peak times `Schedule.decay`. After each of
-    `schedule.restarts` all of this begins anew, over the steps to the next one or the last.
+    Warm-up is linear: it would be 0 one step before the first, and reaches the peak after `warmup_steps` steps. No step is
+    therefore spent on a learning rate of 0. Then the learning rate is the peak times `Schedule.decay`. After each of
+    `schedule.restarts` the schedule starts again, over the steps to the next restart or the end.
     """
     restarts = config.schedule.restarts
     cycles = [_cycle(config, end - begin) for begin, end in itertools.pairwise((0, *restarts, steps))]
@@ -36,15 +36,15 @@ def _cycle(config: Optimizer, steps: int) -> optax.Schedule:
 
 
 def describe_change(before: Config, after: Config, done: int) -> str:
-    """What becomes of the learning rate when a run goes on; empty where its schedule stays.
+    """How the learning rate changes when a run is continued; empty if its schedule is unchanged.
 
     Args:
-        before: the config that the run has.
-        after: the config that it goes on with.
-        done: steps that it has taken.
+        before: the run's config.
+        after: the config that continues it.
+        done: number of steps already done.
 
     Raises:
-        UserError: restarts before that step differ, so that the schedule would not be the one that was trained with.
+        UserError: restarts before that step differ, and the schedule would not be the one of the training so far.
     """
     changed = {
         step for step in {*before.optimizer.schedule.restarts} ^ {*after.optimizer.schedule.restarts} if step < done

@@ -1,4 +1,4 @@
-"""The training loop: steps, metric rows, evaluation, samples, checkpoints, and stopping in good order."""
+"""The training loop: steps, metric rows, evaluation, samples, checkpoints, and an orderly stop."""
 
 import contextlib
 import math
@@ -25,16 +25,16 @@ from transformer.training.writers import Writer
 from transformer.types import Array, CheckpointableIterator, Interrupted, PyTree, Statistics, UserError
 
 Evaluator = Callable[[PyTree], Mapping[str, float]]
-"""Parameters as the runner places them -> metrics of a whole split."""
+"""Parameters as placed by the runner -> metrics of a whole split."""
 Sampler = Callable[[PyTree, int], object]
-"""`(params of one copy, step)`: print or write a sample."""
+"""`(params of one replica, step)`: print or write a sample."""
 Hook = Callable[[int, TrainState, Statistics], object]
-"""`(step, state, statistics)`, after every step. To read an array is to wait for the device, and the next step donates
-the state."""
+"""`(step, state, statistics)`, called after every step. Reading an array waits for the device, and the next step donates the
+state."""
 
 
 class NotFinite(UserError):
-    """A run diverged; `step` is the first whose loss, gradient or result was not finite."""
+    """A run diverged; `step` is the first whose loss, gradient or result is not finite."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -58,40 +58,40 @@ def train(
     sampler: Sampler | None = None,
     hooks: Sequence[Hook] = (),
 ) -> TrainState:
-    """Train to `config.steps`, or as long as `config.patience` has it, from the latest good checkpoint if there is one.
+    """Train to `config.steps`, or until `config.patience` ends it, from the latest good checkpoint if there is one.
 
-    A plain step never waits for the device: statistics are fetched while the next step runs. A resumed run writes the
-    rows an uninterrupted one would have written, to the bit: the sums of a row not yet due are in the checkpoint, and
-    rows after the checkpoint are dropped. A signal (`signals.SIGNALS`) finishes the step, and its evaluation where one is due,
-    saves, and raises; a second one acts at once.
+    A plain step never waits for the device: statistics are fetched while the next step runs. A resumed run writes the rows of
+    an uninterrupted one, to the bit: the checkpoint has the sums of the unfinished row, and rows after the checkpoint are
+    dropped. A signal (`signals.SIGNALS`) finishes the step, and its evaluation if one is due, saves, and raises; a second one
+    acts at once.
 
     Args:
-        state: of one copy, before the first step; also the shapes and shardings of what is restored, which suffice if
-            there is an `init_state`.
-        config: how long, and how often to report, evaluate, sample and save.
+        state: the state of one replica before the first step. It also has the shapes and shardings of restored arrays; they
+            suffice if there is an `init_state`.
+        config: the length of training, and the intervals of reports, evaluations, samples and saves.
         runner: the compiled steps.
-        batches: this process's rows of the training batches, without end.
-        checkpointer: where the state, the place in the data and open sums are saved.
-        init_state: makes the state before the first step as the runner places it; None places `state`.
-        frozen: reads what is frozen, and in no checkpoint, as the runner places it.
-        measure_work: what the step on a batch amounts to, for tokens a second and MFU.
-        peak_flops: of all devices together; 0, unknown, leaves MFU out.
-        epochs_a_step: the part of an epoch that a step is; with 0, unknown, rows have no `epoch`.
-        writers: take the metric rows, in this process; closed at the end.
-        evaluators: split -> evaluator; the loss of `validation` decides which checkpoint is the best, among those
-            saved at a step that was evaluated.
+        batches: this process's rows of the endless training batches.
+        checkpointer: saves the state, the data position and open sums.
+        init_state: makes the initial state as placed by the runner; None places `state`.
+        frozen: reads the frozen parameters, which no checkpoint has, as placed by the runner.
+        measure_work: the operations and tokens of a step on a batch, for tokens per second and MFU.
+        peak_flops: of all devices together; 0 (unknown) omits MFU.
+        epochs_a_step: the fraction of an epoch per step; with 0 (unknown), rows have no `epoch`.
+        writers: receive the metric rows in this process; closed at the end.
+        evaluators: split -> evaluator; the loss of `validation` selects the best checkpoint, among those saved at a step that
+            was evaluated.
         sampler: called every `config.sample_every` steps.
         hooks: called after every step.
 
     Returns:
-        The last state, of one copy.
+        The last state, of one replica.
 
     Raises:
-        Interrupted: a signal came; the step that it names is saved, be it the last.
-        NotFinite: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has fallen as low as
-            it goes); checkpoints of earlier steps stay.
+        Interrupted: a signal came; the step that it names is saved, even if it is the last one.
+        NotFinite: the loss, the gradient or a parameter is not finite (in float16: and the loss scale has reached its
+            minimum); checkpoints of earlier steps stay.
     """
-    # ---- Resume: from the latest good checkpoint; what was written after it is taken back ---------------------------
+    # ---- Resume: from the latest good checkpoint; rows written after it are dropped ---------------------------------
     watchdog, ledger = Watchdog(config.hang_timeout), Ledger()
     with watchdog.watching():
         restored = checkpointer.restore(state)
@@ -115,7 +115,7 @@ def train(
     step, ended = start, patience.ended(config.patience)
     with watchdog.watching(), StopRequest() as stop, _finishing(checkpointer, writers, watchdog):
         for step in () if ended else range(start + 1, config.steps + 1):
-            # ---- Step: dispatched, not waited for; meanwhile the statistics of the step before are fetched ----------
+            # ---- Step: dispatched without waiting; meanwhile the statistics of the previous step are fetched ---------
             ledger.enter("data")
             batch = next(batches)
             ledger.enter("step" if step > start + 1 else "compile")
@@ -129,7 +129,7 @@ def train(
                 hook(step, state, statistics)
 
             last = step == config.steps
-            # Processes must save at the same step, and asking them costs a message.
+            # Processes must save at the same step, and agreeing costs a message.
             alone = jax.process_count() == 1
             stopping = (alone or _due(step, config.log_every)) and largest_over_processes(stop.number) > 0
             evaluating = bool(evaluators) and (last or _due(step, config.eval_every))
@@ -138,7 +138,7 @@ def train(
             if not (evaluating or sampling or saving):
                 continue
             watchdog.long()
-            report.settle()  # this step's own row comes before what follows
+            report.settle()  # this step's own row comes first
 
             validation_loss = None
             try:
@@ -157,9 +157,9 @@ def train(
                 ledger.enter("sample")
                 if sampling and sampler is not None:
                     sampler(runner.fetch_state(evaluation_params(state)), step)
-                stopping = stopping or (alone and stop.number > 0)  # it came meanwhile
+                stopping = stopping or (alone and stop.number > 0)  # the signal came meanwhile
             finally:
-                # ---- Save, whatever became of that: this step's loss is known to be finite (or it was skipped) ----------
+                # ---- Save, even if stopping: this step's loss is known to be finite (or it was skipped) -----------------
                 ledger.enter("save")
                 if saving or stopping:
                     one_copy = runner.fetch_state(state)
@@ -171,7 +171,7 @@ def train(
             report.stopwatch.skip()
             if stopping or ended:
                 break
-    number = largest_over_processes(stop.number)  # of a signal that came with the last step, too
+    number = largest_over_processes(stop.number)  # includes a signal during the last step
     if number:
         on = "training is done." if step == config.steps or ended else "the same command goes on from there."
         raise Interrupted(number, f"stopped at step {step} of {config.steps} and saved; {on}", agreed=True)
@@ -200,12 +200,12 @@ class _Report:
         self._writers, self._config, self._checkpointer = writers, config, checkpointer
 
     def note_end(self) -> None:
-        """Take the time if the step in flight has ended: a dispatch that runs its step, as on a CPU, would be counted too."""
+        """Take the time if the step in flight has ended: on a CPU, dispatching may run the next step, which must not count."""
         arrays: list[Any] = [x for x in jax.tree.leaves(self.in_flight) if isinstance(x, jax.Array)]
         self._ended = time.perf_counter() if arrays and all(x.is_ready() for x in arrays) else None
 
     def settle(self) -> None:
-        """Wait for the step in flight; add its statistics, and write a row where one is due."""
+        """Wait for the step in flight; add its statistics, and write a row if one is due."""
         if self.in_flight is None:
             return
         (step, statistics, work), self.in_flight = self.in_flight, None
@@ -217,7 +217,7 @@ class _Report:
                 found += f" with a loss scale that fell to {scale:g}, below {SMALLEST:g} (try model.dtype=bfloat16),"
             if scale < SMALLEST:
                 raise NotFinite(_not_finite(bad[0], found, step, self._checkpointer), step)
-            # The step was skipped, and adds nothing to the row.
+            # The step was skipped, and contributes nothing to the row.
             values = {name: values[name] for name in PER_STEP if name in values and name not in bad}
         self.stopwatch.lap(work, self._ended)
         self._ended = None
@@ -227,7 +227,7 @@ class _Report:
             self.write(step, "train", {**self.window.close(), **epoch, **self.stopwatch.close()})
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """A row to every writer, with the seconds since the row before."""
+        """Pass a row to every writer, with the seconds since the previous row."""
         seconds = self._ledger.close()
         metrics = {**metrics, **{name: value for name, value in seconds.items() if name not in metrics}}
         for writer in self._writers:
@@ -244,7 +244,7 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) -> str:
-    checkpointer.wait()  # so that the one under way is among them
+    checkpointer.wait()  # includes the save in progress
     steps = checkpointer.steps()
     return (
         f"The {what} must be finite, {found} at step {step}. Lower optimizer.learning_rate, lengthen "
@@ -255,7 +255,7 @@ def _not_finite(what: str, found: str, step: int, checkpointer: Checkpointer) ->
 
 @contextlib.contextmanager
 def _finishing(checkpointer: Checkpointer, writers: Sequence[Writer], watchdog: Watchdog) -> Iterator[None]:
-    """Whatever happens inside, let the checkpoint under way become valid, and close the writers."""
+    """Complete the save in progress and close the writers, whatever happens inside."""
     try:
         yield
         checkpointer.wait()

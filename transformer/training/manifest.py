@@ -1,4 +1,4 @@
-"""A list of a directory's files with their SHA-256, so that damage is found and named."""
+"""A list of a directory's files with their SHA-256 checksums, which finds and names damaged files."""
 
 import hashlib
 import os
@@ -12,13 +12,13 @@ _CHUNK = 1 << 20
 
 
 class DamagedError(Exception):
-    """Files of a directory are not what its manifest says; the message names them."""
+    """Files of a directory do not match its manifest; the message names them."""
 
 
 def write_manifest(directory: epath.Path) -> None:
-    """List every file in `directory`; the list appears all at once, when it is complete and they have reached the disk.
+    """List every file in `directory`; the list appears atomically, after it is complete and the files have reached the disk.
 
-    The first line is the checksum of the rest, which is in the format of `sha256sum`.
+    The first line is the checksum of the following lines, which have the format of `sha256sum`.
     """
     files = files_below(directory)
     text = "".join(f"{_checksum(files[name], sync=True)}  {name}\n" for name in sorted(files))
@@ -29,8 +29,8 @@ def verify_manifest(directory: epath.Path, *, only: tuple[str, ...] = ("",)) -> 
     """Compare the files with the manifest.
 
     Args:
-        directory: that has one.
-        only: files whose path begins so; by default all.
+        directory: a directory with a manifest.
+        only: path prefixes of the files to compare; by default all files.
 
     Raises:
         DamagedError: a file is missing, changed or not in the list, or the manifest itself is damaged.
@@ -51,10 +51,11 @@ def verify_manifest(directory: epath.Path, *, only: tuple[str, ...] = ("",)) -> 
 
 
 def files_below(directory: epath.Path) -> dict[str, epath.Path]:
-    """Every file below `directory` but the manifest, by its path from there.
+    """Every file below `directory`, except the manifest, by its relative path.
 
     Raises:
-        DamagedError: there is a link to a folder, which may lead back or anywhere, or what is neither file nor folder.
+        DamagedError: there is a link to a folder, which may form a cycle or lead elsewhere, or something other than files and
+            folders.
     """
     files: dict[str, epath.Path] = {}
     for path in directory.iterdir():

@@ -1,4 +1,4 @@
-"""From sums to metrics: per-token loss, bits per byte, accuracy; and the window of steps that a row covers."""
+"""Metrics from sums: per-token loss, bits per byte, accuracy; and the window of steps that a row covers."""
 
 import math
 import time
@@ -11,13 +11,13 @@ from transformer.evaluation.confusion import macro_f1
 from transformer.training.step import PER_STEP
 
 PARTS = ("start", "compile", "data", "step", "evaluation", "sample", "save")
-"""What a run spends its time on. A start restores or initialises; to compile is to take the first step after it."""
+"""The categories of a run's time. A start restores or initializes; compilation includes the first step after it."""
 TIMINGS = ("tokens_per_second", "mfu", *(f"{part}_seconds" for part in PARTS))
-"""Metrics that differ between two runs of the same arithmetic."""
+"""Metrics that differ between two runs with the same arithmetic."""
 
 
 def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs of the same arithmetic have alike."""
+    """The metrics that are equal in two runs with the same arithmetic."""
     return {name: value for name, value in metrics.items() if name not in TIMINGS}
 
 
@@ -25,12 +25,11 @@ _NAMED = ("loss", "weight", "correct", "bytes", "objective", "objective_weight")
 
 
 def derive(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of summed statistics: `loss` (nats a token) and, where their sums are there, the others.
+    """Metrics of summed statistics: `loss` (nats per token), and the others if their sums are present.
 
-    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (where classes have
-    weights, / objective_weight), macro_f1 of a confusion matrix. Every other sum that is a number, of routers or of one's own
-    objective, is reported as its mean, / weight, under its name.
-    With no weight at all (nothing but padding) there is nothing to report but zeros.
+    bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (with class weights,
+    / objective_weight), macro_f1 of a confusion matrix. Every other numeric sum, of routers or of user-defined objectives, is
+    reported as its mean, / weight, under its name. If the weight is zero (only padding), all metrics are zero.
     """
     weight = sums["weight"] or 1.0
     metrics = {"loss": sums["loss"] / weight}
@@ -54,7 +53,7 @@ class Window:
         self._per_step: dict[str, float] = {}
 
     def add(self, statistics: Mapping[str, float]) -> None:
-        """Add one step; a skipped one has its own numbers only."""
+        """Add one step; a skipped step contributes only the statistics of a single step."""
         self._per_step = {}
         for name, value in statistics.items():
             if name in PER_STEP:
@@ -63,14 +62,14 @@ class Window:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def close(self) -> dict[str, float]:
-        """The metrics of the window, with the last step's own; the next window is empty."""
+        """The metrics of the window and those of the last step; resets the window."""
         metrics = {**(derive(self.sums) if self.sums else {}), **self._per_step}
         self.sums = {}
         return metrics
 
 
 class Work(NamedTuple):
-    """What a step amounts to, over all devices."""
+    """The work of a step, over all devices."""
 
     tokens: int = 0
     """Positions of the batch, padding included."""
@@ -79,29 +78,29 @@ class Work(NamedTuple):
 
 
 class Stopwatch:
-    """Work a second, without pauses (evaluation, checkpoints) and without the first step, which compiles."""
+    """Work per second, without pauses (evaluation, checkpoints) and without the first step, which compiles."""
 
     def __init__(self, peak_flops: float = 0.0) -> None:
-        """`peak_flops` of all devices together; 0, unknown, leaves MFU out."""
+        """`peak_flops` of all devices together; 0 (unknown) omits MFU."""
         self._peak_flops = peak_flops
         self._last = time.perf_counter()
         self._laps: list[tuple[float, Work]] = []
         self._compiling = True
 
     def lap(self, work: Work, at: float | None = None) -> None:
-        """A step has ended, now or at a time of `time.perf_counter`."""
+        """Record the end of a step, now or at a time of `time.perf_counter`."""
         now = time.perf_counter() if at is None else at
         self._laps.append((now - self._last, work))
         self._last = now
 
     def skip(self) -> None:
-        """Leave out the time since the last lap."""
+        """Exclude the time since the last lap."""
         self._last = time.perf_counter()
 
     def close(self) -> dict[str, float]:
-        """Tokens a second, and MFU, model FLOPs utilisation (Chowdhery et al. 2022, section 4.1), since the last call.
+        """Tokens per second, and MFU, model FLOPs utilization (Chowdhery et al. 2022, section 4.1), since the last call.
 
-        Empty where no whole step was timed.
+        Empty if no complete step was timed.
         """
         laps = self._laps[1:] if self._compiling else self._laps
         self._laps, self._compiling = [], False
@@ -115,13 +114,13 @@ class Stopwatch:
 
 
 class Ledger:
-    """Seconds by part of a run (`PARTS`), since the last row. Each moment belongs to one part."""
+    """Seconds by category (`PARTS`) since the last row. Each moment belongs to one category."""
 
     def __init__(self) -> None:
         self._part, self._last, self._seconds = PARTS[0], time.perf_counter(), dict[str, float]()
 
     def enter(self, part: str) -> None:
-        """From now on, time is that part's."""
+        """Assign the following time to a category."""
         now = time.perf_counter()
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._last
         self._part, self._last = part, now

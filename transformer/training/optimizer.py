@@ -1,4 +1,4 @@
-"""Update rules as one optax chain: clip, precondition, decay, learning rate, groups."""
+"""Update rules as one optax chain: clipping, preconditioning, decay, learning rate, parameter groups."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def make_optimizer(
     """The optimizer of a run and its learning-rate schedule.
 
     Args:
-        config: which rule and how.
+        config: the update rule and its settings.
         steps: length of the run, for the schedule.
         params: the parameters or their shapes; only paths are read.
 
@@ -48,14 +48,14 @@ def make_optimizer(
 
 
 def parameter_path(path: tuple) -> str:
-    """A leaf's path as users write it: `decoder/blocks/block_0/attention/query/kernel`."""
+    """A leaf's path in user notation: `decoder/blocks/block_0/attention/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for matrices: not for norms, biases and learned position tables.
+    """True for matrices; False for norms, biases and learned position tables.
 
-    Decided by name, not by rank: a bias of heads has two axes, and a scanned stack adds one to every parameter.
+    Decided by name, not by rank: a bias of heads has two axes, and a scanned stack adds an axis to every parameter.
     """
 
     def decays(path: tuple, _: object) -> bool:
@@ -69,7 +69,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def check_scanned_groups(config: Optimizer, params: PyTree) -> None:
-    """Raise UserError if a group tells layers apart that are one parameter in a scanned stack."""
+    """Require that no group distinguishes layers that are one parameter in a scanned stack."""
 
     groups = config.groups()
     found = [(parameter_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
@@ -88,7 +88,7 @@ def check_scanned_groups(config: Optimizer, params: PyTree) -> None:
 
 
 def check_adapters(config: AdapterConfig, trained: PyTree) -> None:
-    """Raise UserError unless every pattern of `adapter.paths` is of a kernel that has an adapter."""
+    """Require that every pattern of `adapter.paths` matches a kernel with an adapter."""
     paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
     kernels = [path.removesuffix(LORA_A) + "kernel" for path in paths if path.endswith(f"/{LORA_A}")]
     for pattern in config.paths if config.rank else ():
@@ -100,7 +100,7 @@ def check_adapters(config: AdapterConfig, trained: PyTree) -> None:
 
 
 def group_scales(config: Optimizer, params: PyTree) -> PyTree:
-    """The learning-rate factor of every parameter: of the first group whose pattern is found in its path, else 1."""
+    """The learning-rate factor of every parameter: that of the first group whose pattern occurs in its path, else 1."""
     groups = config.groups()
     paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in groups:
@@ -124,11 +124,11 @@ def _first_scale(groups: Sequence[tuple[re.Pattern[str], float]], path: str) -> 
 
 
 def freeze(loss: Loss, config: Optimizer, params: PyTree) -> Loss:
-    """The loss with frozen parameters held constant: their gradient is not computed, nor counted in its norm.
+    """The loss with frozen parameters held constant: their gradient is neither computed nor counted in the norm.
 
     Args:
-        loss: of the model.
-        config: whose parameter groups are of what is trained.
+        loss: the model's loss.
+        config: its parameter groups apply to the trained parameters.
         params: all parameters of the model, or their shapes; the base of adapters is frozen.
     """
     frozen, trained = split(params)
@@ -154,5 +154,5 @@ def _scale_groups(scales: PyTree) -> optax.GradientTransformation:
 
 
 def _freeze() -> optax.GradientTransformation:
-    # Minus zero, because x + -0.0 is x for every x, and -0.0 + 0.0 is not.
+    # Minus zero, because x + -0.0 is x for every x, whereas -0.0 + 0.0 is 0.0.
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))

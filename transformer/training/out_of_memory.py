@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, by arithmetic, what is free, and what would make it fit."""
+"""The device memory of a training step, by arithmetic, the free memory, and changes that make the step fit."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,12 @@ from transformer.types import UserError
 
 
 def row_shards(parallel: ParallelConfig) -> int:
-    """Devices that have rows of the batch of their own; at least 1 along `data`."""
+    """Number of devices with rows of their own; at least 1 along `data`."""
     return max(parallel.dcn, 1) * max(parallel.data, 1) * parallel.fsdp * parallel.expert
 
 
 def activation_bytes(config: Config) -> float:
-    """What the blocks of one device keep for the backward pass of a micro-batch."""
+    """Activations that the blocks of one device keep for the backward pass of a micro-batch."""
     model, parallel = config.model, config.parallel
     rows = config.data.batch_size / config.optimizer.accumulate_steps / row_shards(parallel)
     places = config.data.sequence_length / parallel.context
@@ -32,7 +32,7 @@ def activation_bytes(config: Config) -> float:
 
 
 def output_bytes(config: Config) -> float:
-    """The logits of one device's micro-batch and their gradient, and the output matrix gathered and its gradient."""
+    """Logits of one device's micro-batch and their gradient, and the gathered output matrix and its gradient."""
     model, parallel = config.model, config.parallel
     rows = config.data.batch_size / config.optimizer.accumulate_steps / row_shards(parallel)
     places = config.data.sequence_length / parallel.context
@@ -41,11 +41,11 @@ def output_bytes(config: Config) -> float:
 
 
 def kept_widths(model: ModelConfig, tensor: int) -> float:
-    """What a block keeps of a place for the backward pass, in widths of the stream.
+    """Activations that a block keeps for the backward pass, per position, in multiples of the hidden size.
 
-    `full` keeps the stream alone, and while a block is computed again all of that one; `dots` its products too; `none` also
-    what lies between, most of it float32 in and around the norms, which `tensor` does not share. Counted from the layers,
-    and set right by what programs of Llama 3.1 8B compiled for TPUs hold.
+    `full` keeps the hidden state alone, plus all activations of the one block being recomputed. `dots` also keeps the block's
+    matrix products; `none` also keeps the intermediate values, most of them float32 in and around the norms, which `tensor`
+    does not shard. Counted from the layers, and adjusted to programs of Llama 3.1 8B compiled for TPUs.
     """
     products = between = 0.0
     for block in model.blocks:
@@ -62,12 +62,12 @@ def kept_widths(model: ModelConfig, tensor: int) -> float:
 
 
 class Needs:
-    """What a step of a resolved config needs on one device, in bytes.
+    """The memory of a step of a resolved config on one device, in bytes.
 
     Args:
-        config: of the run; a `parallel.data` of -1 is what the other axes leave of `devices`.
-        state: shapes of the run's state, with the shardings that they will have.
-        devices: that share the work.
+        config: the run's config; with `parallel.data` of -1, that axis takes the devices left by the other axes.
+        state: shapes of the run's state, with their final shardings.
+        devices: number of devices that share the work.
         local: devices that share one memory: those of this process on a CPU, 1 elsewhere.
     """
 
@@ -92,7 +92,7 @@ class Needs:
         )
 
     def levers(self, free: float) -> str:
-        """What would make it fit in `free` bytes (0 means unknown), each with what a step needs then."""
+        """Changes that make the step fit in `free` bytes (0: unknown), each with the memory of the changed step."""
         changes = self._changes()
         found = _first_of_each([(name, needs) for name, needs in changes if free <= 0 or needs <= free])
         if found and free > 0:
@@ -101,7 +101,7 @@ class Needs:
         return f"What takes less: {', '.join(parts)}."
 
     def _changes(self) -> list[tuple[str, float]]:
-        """Changes that keep the arithmetic of a run, each alone and the cheapest together; only those that help."""
+        """Changes that keep a run's arithmetic, each alone and the cheapest together; only those that save memory."""
         config, shards = self.config, row_shards(self.config.parallel)
         remat = {"model.remat=full": _with(config, "model", remat="full")} if config.model.remat != "full" else {}
         chunks = {}
@@ -136,7 +136,7 @@ def _shared(config: Config) -> int:
 
 
 def _first_of_each(changes: list[tuple[str, float]]) -> list[str]:
-    """The first of the values of each field, with what a step needs then."""
+    """The first value of each field, with the memory of the step."""
     first: dict[str, str] = {}
     for name, needs in changes:
         first.setdefault(name.split("=")[0] + ("&" if " " in name else ""), f"{name} (about {_size(needs)})")
@@ -152,7 +152,7 @@ def _size(number: float) -> str:
 
 
 def free_bytes() -> float:
-    """Of this process's first device, or of the host where that is a CPU, control groups included; 0 where unknown."""
+    """Free bytes of this process's first device, or of a CPU's host within its control groups; 0 if unknown."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         found = device.memory_stats() or {}
@@ -178,7 +178,7 @@ def _read(path: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is of a device or a host without memory left."""
+    """Whether an exception reports that a device or a host is out of memory."""
     text = str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError)
@@ -187,16 +187,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OutOfMemory(UserError):
-    """There is not enough memory; the message has what is needed and what would make it fit."""
+    """There is not enough memory; the message has the requirement and changes that make it fit."""
 
 
 @contextlib.contextmanager
 def explained(needs: Needs | None = None, what: str = "A training step") -> Iterator[None]:
-    """Turn a lack of memory inside into `OutOfMemory`; every command that holds a model passes through here.
+    """Convert out-of-memory errors inside into `OutOfMemory`; every command that holds a model uses it.
 
     Args:
-        needs: of the run's step; None where there is no arithmetic for what is done.
-        what: needs the memory, for the message.
+        needs: the memory of the run's step; None if the operation has no formula.
+        what: the operation, for the message.
     """
     try:
         yield
@@ -215,7 +215,7 @@ def explained(needs: Needs | None = None, what: str = "A training step") -> Iter
 
 
 def warning(needs: Needs) -> str:
-    """A sentence where a step needs more than is free, by its arithmetic; else empty."""
+    """A warning if a step needs more memory than is free, by its arithmetic; else empty."""
     free = free_bytes()
     if free <= 0 or needs.total <= free:
         return ""

@@ -1,4 +1,4 @@
-"""Evaluations since the lowest validation loss: when training stops for want of a better one (`training.patience`)."""
+"""Evaluations since the lowest validation loss: training stops after `training.patience` of them without a lower one."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Patience:
-    """The lowest validation loss and the evaluations since; its `state` is in every checkpoint, whether or not a limit is set.
+    """The lowest validation loss and the evaluations since; its `state` is in every checkpoint, with or without a limit.
 
     Args:
-        state: as a checkpoint has it; empty before the first evaluation.
+        state: the state stored in a checkpoint; empty before the first evaluation.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -19,11 +19,11 @@ class Patience:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `__init__` takes, ready for JSON."""
+        """The argument of `__init__`, ready for JSON."""
         return {"since": self.since} | ({"loss": self._loss, "step": self._step} if self._step else {})
 
     def add(self, step: int, loss: float) -> bool:
-        """Count an evaluation, and say whether its loss is lower than all before; one that is not finite is not."""
+        """Count an evaluation; returns whether its loss is the lowest so far. A loss that is not finite never is."""
         better = math.isfinite(loss) and loss < self._loss
         self.since += 1
         if better:
@@ -31,7 +31,7 @@ class Patience:
         return better
 
     def ended(self, limit: int) -> bool:
-        """Whether so many evaluations have gone by without a lower loss; 0 is no limit."""
+        """Whether `limit` evaluations have passed without a lower loss; 0 means no limit."""
         return 0 < limit <= self.since
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""What the processes of a run over several hosts must agree on."""
+"""Agreement between the processes of a run on several hosts."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformer.types import UserError
 
 
 def largest_over_processes(number: int) -> int:
-    """The largest of the numbers of all processes, the same in each; all processes must call it."""
+    """The maximum over all processes; all processes must call it."""
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
@@ -24,7 +24,7 @@ def merged_over_processes(state: dict[str, Any]) -> dict[str, Any]:
         return state
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.asarray(text.size))))
-    # Blanks after a JSON text do no harm.
+    # Trailing blanks after a JSON text are harmless.
     padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
     merged: dict[str, Any] = {}
     for row in np.asarray(multihost_utils.process_allgather(padded)):
@@ -33,10 +33,10 @@ def merged_over_processes(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def made_by_first(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A JSON object that process 0 makes, in every process; all processes must call it.
+    """A JSON object made by process 0, for every process; all processes must call it.
 
     Raises:
-        UserError: process 0 could not make it; every process says so.
+        UserError: process 0 failed to make it; raised in every process.
     """
     if jax.process_count() == 1:
         return make()

@@ -12,12 +12,12 @@ from etils import epath
 def trace_steps(
     steps: tuple[int, int], directory: epath.Path, report: Callable[[str], object] = print
 ) -> Iterator[list[Any]]:
-    """The hook of `training.loop` that traces from the first to the last of `steps`; none for (0, 0).
+    """The hook of `training.loop` that traces from the first to the last of `steps`; no hook for (0, 0).
 
     Args:
-        steps: the first and the last. A run that ends between them leaves the trace of those it took.
-        directory: where the trace goes, one for each process.
-        report: takes a sentence for the user.
+        steps: the first and the last step. A run that ends between them leaves the trace of the steps so far.
+        directory: the folder of the traces, one per process.
+        report: receives a sentence for the user.
     """
     first, last = steps
     latest, tracing = 0, False
@@ -37,7 +37,7 @@ def trace_steps(
         latest = step
         if tracing and step >= last:
             stop(statistics)
-        # Hooks come after their step: the trace of the first begins when the one before has ended.
+        # Hooks run after their step: the trace of the first step starts when the previous step has ended.
         elif step == first - 1:
             jax.block_until_ready(statistics)
             jax.profiler.start_trace(str(directory))

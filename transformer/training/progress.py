@@ -1,4 +1,4 @@
-"""One line at the foot of a terminal, or in a cell of a notebook, that is redrawn in place."""
+"""A line at the bottom of a terminal, or in a notebook cell, that is redrawn in place."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ _ERASE_DOWN = "\r\x1b[J"
 
 
 class _Code(Control):
-    """A code that terminals obey: rich has none that erases what is below."""
+    """A terminal control code; rich has none that erases everything below the cursor."""
 
     def __init__(self, code: str) -> None:
         super().__init__()
@@ -20,27 +20,27 @@ class _Code(Control):
 
 
 class _Fitted:
-    """A line as wide as the console is when it is drawn."""
+    """A line that is fitted to the console's width when it is drawn."""
 
     def __init__(self, draw: Callable[[int], Text]) -> None:
         self.draw = draw
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        # One column is left free: a line that fills the last one would move the cursor on some terminals.
+        # One column stays free: a line in the last column would move the cursor on some terminals.
         line = self.draw(max(1, console.width - 1))
         line.no_wrap, line.overflow, line.end = True, "crop", ""
         yield line
 
 
 class FootLine(RenderHook):
-    """A line that stays below everything else that its console prints.
+    """A line that stays below all other output of its console.
 
-    The cursor waits at the line's first column. A terminal that is made narrower breaks the line into several, and the cursor
-    stays at the first: erasing from there downwards leaves nothing behind, where going up by a number of lines would.
+    The cursor rests in the line's first column. When a terminal is made narrower, it breaks the line, and the cursor stays at
+    the start. Erasing from there downwards removes every part; moving up by a number of lines would not.
 
     Args:
-        console: of a terminal or a notebook.
-        draw: the line for a number of columns.
+        console: a console on a terminal or in a notebook.
+        draw: returns the line for a number of columns.
     """
 
     def __init__(self, console: Console, draw: Callable[[int], Text]) -> None:
@@ -48,11 +48,11 @@ class FootLine(RenderHook):
         self._cell: Any = None
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """What the console is about to print, between erasing the line and drawing it again."""
+        """The output of the console, after erasing the line and before drawing it again."""
         return [_Code(_ERASE_DOWN), *renderables, self._line, _Code("\r")]  # pyright: ignore[reportReturnType]
 
     def draw(self) -> None:
-        """Draw the line, or draw it anew."""
+        """Draw or redraw the line."""
         if self._console.is_jupyter:
             self._draw_in_notebook()
             return
@@ -62,15 +62,15 @@ class FootLine(RenderHook):
         self._console.print(Control())
 
     def close(self) -> None:
-        """Leave the line standing as it is, and go to the next."""
+        """Leave the line as it is, and move to the next line."""
         if self._drawn:
             self._console.pop_render_hook()
             self._console.print(_Code(_ERASE_DOWN), self._line, Text())
             self._drawn = False
 
     def _draw_in_notebook(self) -> None:
-        """One output, updated; it needs no widgets."""
-        import IPython.display  # noqa: PLC0415 (there in a notebook only) # pyright: ignore[reportMissingImports]
+        """One output that is updated; needs no widgets."""
+        import IPython.display  # noqa: PLC0415 (exists only in a notebook) # pyright: ignore[reportMissingImports]
 
         (line,) = self._line.__rich_console__(self._console, self._console.options)
         content = {"text/plain": str(line)}

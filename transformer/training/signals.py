@@ -1,4 +1,4 @@
-"""Signals that stop a run: at once while there is nothing to save, and between two steps of the training loop."""
+"""Signals that stop a run: at once if there is nothing to save, and between two steps of the training loop."""
 
 import contextlib
 import signal
@@ -9,14 +9,14 @@ from types import FrameType, TracebackType
 from transformer.types import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""Asked to end, Ctrl-C, and the end of a terminal or a connection."""
+"""A request to end, Ctrl-C, and the end of a terminal or a connection."""
 
 
 @contextlib.contextmanager
 def interruptible(message: Callable[[], str]) -> Iterator[None]:
-    """A context in which a signal raises `Interrupted` with the message at once.
+    """A context in which a signal immediately raises `Interrupted` with the message.
 
-    Outside the main thread, which alone is given signals, nothing changes.
+    Outside the main thread, the only one that receives signals, it has no effect.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -27,7 +27,7 @@ def interruptible(message: Callable[[], str]) -> Iterator[None]:
 
 
 class StopRequest:
-    """A context in which the first signal is remembered and a second one acts as it would outside.
+    """A context in which the first signal is recorded; a second one acts as it would outside.
 
     Example:
         >>> with StopRequest() as stop:
@@ -37,7 +37,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal; 0 where there was none."""
+        """The number of the signal; 0 without one."""
         self._handlers = _Handlers(self._handle)
 
     def __enter__(self) -> "StopRequest":
@@ -55,19 +55,19 @@ class StopRequest:
 
 
 class _Handlers:
-    """One handler for all signals within a context, and those of before after it."""
+    """One handler for all signals within a context; the previous handlers are restored after it."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
         self._handler = handler
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> None:
-        # Python delivers signals to the main thread only, and lets no other set a handler.
+        # Python delivers signals to the main thread only, and only that thread can set a handler.
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
             previous = signal.getsignal(number)
-            # `nohup` ignores the end of a terminal, and the run goes on.
+            # `nohup` ignores the hang-up signal, and the run continues.
             if number in (signal.SIGTERM, signal.SIGINT) or previous is not signal.SIG_IGN:
                 self._previous[number] = previous
                 signal.signal(number, self._handler)
@@ -76,7 +76,7 @@ class _Handlers:
         self.restore()
 
     def restore(self) -> None:
-        """Put the handlers of before back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}

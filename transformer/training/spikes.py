@@ -1,4 +1,4 @@
-"""Skipping a step whose gradient is far larger than those before it: a batch that would throw the run back."""
+"""Skips a step whose gradient is far larger than recent ones: a batch that would set the run back."""
 
 from typing import Any, NamedTuple
 
@@ -10,39 +10,39 @@ from transformer.training.state import TrainState
 from transformer.types import Statistics
 
 WINDOW = 128
-"""Steps whose median a gradient's norm is compared with."""
+"""Number of recent steps whose median norm is the reference."""
 FEWEST = 16
-"""Norms without which none is a spike."""
+"""Number of norms required before a step can be a spike."""
 
 
 class Spikes(NamedTuple):
-    """The norms of the latest gradients, whether their steps counted or not: a rise that lasts becomes the median."""
+    """The norms of recent gradients, of skipped steps too: after a lasting rise, the median rises as well."""
 
-    norms: Any  # float32 [WINDOW], that of step t at t % WINDOW; NaN where there was none
+    norms: Any  # float32 [WINDOW]; step t at t % WINDOW; NaN before the first
     skipped_spikes: Any  # int32 scalar, of the whole run
 
 
 def make_spikes(factor: float) -> Spikes | tuple[()]:
-    """Before the first step; () where none is skipped (`factor`, which is `training.skip_spikes`, is 0)."""
+    """The state before the first step; () if no step is skipped (`factor`, which is `training.skip_spikes`, is 0)."""
     return Spikes(jnp.full(WINDOW, jnp.nan, jnp.float32), jnp.int32(0)) if factor > 0 else ()
 
 
 def skip_spike(
     state: TrainState, new_state: TrainState, statistics: Statistics, factor: float
 ) -> tuple[TrainState, Statistics]:
-    """The step, unless the norm of its gradient exceeds `factor` times the median of the norms before.
+    """The step, unless the norm of its gradient exceeds `factor` times the median of the recent norms.
 
-    Of a skipped step the step counter, the norm and what is carried to the next rows go on; parameters, optimizer and average
-    keep their bits. A norm that is not finite is no spike, and not remembered.
+    In a skipped step, the step counter, the norms and the carry advance; parameters, optimizer state and average keep their
+    bits. A norm that is not finite is no spike, and is not recorded.
 
     Args:
-        state: before the step, with `Spikes`.
-        new_state: after it.
-        statistics: of the step, with the gradient's norm. Sums over devices, so that all agree.
+        state: the state before the step, with `Spikes`.
+        new_state: the state after it.
+        statistics: of the step, with the gradient's norm; sums over devices, which therefore agree.
         factor: above 1.
 
     Returns:
-        The state to go on with, and the statistics with the run's `skipped_spikes`.
+        The state to continue with, and the statistics with the run's `skipped_spikes`.
     """
     norms, skipped_spikes = state.spikes
     norm = statistics["grad_norm"].astype(jnp.float32)
@@ -57,7 +57,7 @@ def skip_spike(
 
 
 def updates_done(state: TrainState) -> jax.Array:
-    """Steps that changed the parameters, by which the schedule and the average go: without the skipped ones."""
+    """The number of steps that changed the parameters (none skipped), which the schedule and the average count."""
     done = state.step
     if state.loss_scale:
         done = done - state.loss_scale.skipped_steps

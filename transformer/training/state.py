@@ -1,4 +1,4 @@
-"""The state of a run: all that a step reads and writes, and all that a checkpoint holds."""
+"""The state of a run: everything that a step reads and writes, and that a checkpoint holds."""
 
 from typing import Any, NamedTuple
 
@@ -11,24 +11,24 @@ from transformer.types import Array, PyTree
 
 
 class TrainState(NamedTuple):
-    """What a training step takes and returns.
+    """The input and output of a training step.
 
-    Randomness of step `t` is `fold_in(key, t)`, so that nothing else is needed to go on exactly.
+    The randomness of step `t` is `fold_in(key, t)`; an exact resume needs nothing else.
     """
 
     step: Any  # int32 scalar, optimizer steps done
-    params: PyTree  # what is trained: all of the model, or its adapters alone
+    params: PyTree  # the trained parameters: the whole model, or its adapters alone
     opt_state: PyTree
-    carry: PyTree  # what flows from step to step in each row besides the parameters; () for most objectives
+    carry: PyTree  # per-row state from step to step, such as the Transformer-XL memory; () for most objectives
     key: Any  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
     loss_scale: Any = ()  # a `LossScale` in float16, else ()
-    spikes: Any = ()  # a `Spikes` where they are skipped, else ()
-    frozen: PyTree = ()  # the base that adapters are beside, else (); never changed, never in a checkpoint
+    spikes: Any = ()  # a `Spikes` if spikes are skipped, else ()
+    frozen: PyTree = ()  # the base model of adapters, else (); never changed, never in a checkpoint
 
     @property
     def model_params(self) -> PyTree:
-        """All parameters of the model, as they are trained."""
+        """All parameters of the model, with the latest values."""
         return join(self.frozen, self.params)
 
 
@@ -46,17 +46,17 @@ def create_state(
 
     Args:
         params: initial parameters, plain arrays.
-        optimizer: as given to `TrainStep`.
-        key: a PRNG key (`jax.random.key(seed)`); dropout derives from it.
+        optimizer: the optimizer of `TrainStep`.
+        key: a PRNG key (`jax.random.key(seed)`), from which dropout derives.
         carry: the objective's initial carry.
-        ema: keep a moving average of the parameters, starting from `params`.
-        loss_scale: as `make_loss_scale` gives it.
-        spikes: as `make_spikes` gives it.
+        ema: whether to keep a moving average of the parameters, starting from `params`.
+        loss_scale: the result of `make_loss_scale`.
+        spikes: the result of `make_spikes`.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(optimizer.init)(params),  # one compilation, not one per shape of array
+        opt_state=jax.jit(optimizer.init)(params),  # one compilation instead of one per array shape
         carry=carry,
         key=key,
         # A copy: the step donates its state, and a buffer cannot be donated twice.
@@ -67,6 +67,6 @@ def create_state(
 
 
 def evaluation_params(state: TrainState) -> PyTree:
-    """All parameters of the model to score and to sample from: the moving average where there is one."""
+    """All parameters of the model for scoring and sampling: the moving average if there is one."""
     averaged = not (isinstance(state.ema_params, tuple) and state.ema_params == ())
     return join(state.frozen, state.ema_params) if averaged else state.model_params

@@ -14,30 +14,30 @@ from transformer.training.state import TrainState
 from transformer.types import Array, Loss, PyTree, Statistics
 
 PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skipped_spikes")
-"""Statistics that do not add: they describe one step."""
+"""Statistics that are not summed: they describe a single step."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
     """One optimizer step, `(state, batch) -> (state, statistics)`, a pure function that a runner of `parallel` compiles.
 
-    The gradient is of `loss_sum / weight`, where the weight is that of the whole batch, over micro-batches and
-    devices, so that a step does not depend on how its rows are dealt out.
+    The gradient is that of `loss_sum / weight`, with the weight of the whole batch, over micro-batches and devices. A step
+    therefore does not depend on the assignment of rows to devices.
 
-    Its statistics are the objective's and `objective`, `loss` and `weight`, all sums over the batch, and the norm of the
-    gradient before clipping and the learning rate, which are of this step and do not add. A state with a `loss_scale` has its
-    scale and the number of skipped steps among them, one with `spikes` that of skipped spikes.
+    Its statistics are the objective's, and `objective`, `loss` and `weight`, all sums over the batch. The norm of the gradient
+    before clipping and the learning rate belong to a single step and are not summed. A state with a `loss_scale` adds its scale
+    and the number of skipped steps, one with `spikes` the number of skipped spikes.
     """
 
     objective: Loss
-    """What is minimised."""
+    """The loss to minimize."""
     optimizer: optax.GradientTransformation
-    """Turns gradients into updates."""
+    """The optimizer, which turns gradients into updates."""
     schedule: optax.Schedule | None
-    """Learning rate by step, reported only (the optimizer has its own); None leaves it out."""
+    """Learning rate by step, only for reports (the optimizer has its own); None omits it."""
     accumulate_steps: int = 1
-    """Micro-batches; the number of rows must be a multiple of it. Row r is in micro-batch r % accumulate_steps, which keeps every
-    row on the device that has it."""
+    """Number of micro-batches; it must divide the number of rows. Row r is in micro-batch r % accumulate_steps, which keeps
+    every row on its device."""
     ema_decay: float = 0.0
     """Decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off."""
     skip_spikes: float = 0.0
@@ -46,16 +46,16 @@ class TrainStep:
     """The axis to sum over when each device runs the step on its own rows (`pmap`)."""
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Statistics]:
-        """The state after a batch."""
+        """Take one step on a batch."""
         key = jax.random.fold_in(state.key, state.step)
         if self.axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
         weight = _total(self.objective.weight(batch), self.axis_name)
-        # A batch of nothing but padding has gradient 0, not 0 / 0.
+        # A batch of padding alone has gradient 0, not 0 / 0.
         weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
         scaling = state.loss_scale
         if scaling:
-            # Of the loss times the scale, which the gradient is then divided by.
+            # The gradient of the scaled loss, divided by the scale afterwards.
             weight = weight / scaling.scale
         compute = self._gradient if self.accumulate_steps == 1 else self._accumulated_gradient
         grads, carry, statistics = compute(state.params, state.frozen, state.carry, batch, key, weight)
@@ -118,18 +118,18 @@ class EvaluateStep:
     """`(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
 
     objective: Loss
-    """What is scored."""
+    """The loss to evaluate."""
     axis_name: str | None = None
-    """As of `TrainStep`."""
+    """As in `TrainStep`."""
 
     def __call__(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        """The sums of a batch."""
+        """The sums over a batch."""
         (loss_sum, weight_sum), (carry, found) = self.objective.loss(params, carry, batch, jax.random.key(0), False)
         return carry, _total(_sums(loss_sum, weight_sum, found), self.axis_name)
 
 
 def _sums(loss_sum: Array, weight_sum: Array, statistics: Statistics) -> Statistics:
-    """What is summed of every batch; an objective's statistics may say `loss` and the others more exactly."""
+    """The sums of every batch; the `loss` and other statistics of an objective override those computed here."""
     return {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
 
 
@@ -140,7 +140,7 @@ def _total(tree: PyTree, axis_name: str | None) -> PyTree:
 def update_ema(ema_params: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
     """`decay * average + (1 - decay) * params`, with a decay of at most (1 + step) / (10 + step).
 
-    The bound, usual in image models, lets the average forget the initial parameters within a short run.
+    The bound, common in image models, lets the average forget the initial parameters within a short run.
     """
     count = step.astype(jnp.float32)
     decay_now = jnp.minimum(decay, (1.0 + count) / (10.0 + count))

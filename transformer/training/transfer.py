@@ -1,4 +1,4 @@
-"""Starting from the parameters of another run, where names and shapes agree, and saying what was done."""
+"""Initialization from the parameters of another run, for matching names and shapes, with a report of the differences."""
 
 from typing import Any, NamedTuple
 
@@ -10,19 +10,19 @@ from transformer.types import PyTree, UserError
 
 
 class Transfer(NamedTuple):
-    """Parameters to start from, and the paths that were not simply taken."""
+    """Initial parameters, and the paths of those that were not copied unchanged."""
 
     params: PyTree
     taken: tuple[str, ...]
     reshaped: tuple[str, ...]
-    """Of another number of rows: those that both have were taken (a longer position table, a larger vocabulary)."""
+    """Parameters with another number of rows: common rows were copied (a longer position table, a larger vocabulary)."""
     fresh: tuple[str, ...]
-    """Not there, or of another shape: initialised anew."""
+    """Parameters that are missing there, or have another shape there: initialized randomly."""
     skipped: tuple[str, ...]
-    """There, but not here."""
+    """Parameters that exist there, but not here."""
 
     def report(self) -> str:
-        """The difference, a line each."""
+        """The differences, one per line."""
         lines = [f"{len(self.taken)} parameters taken"]
         for what in ("reshaped", "fresh", "skipped"):
             lines += [f"  {what}: {path}" for path in getattr(self, what)]
@@ -30,18 +30,18 @@ class Transfer(NamedTuple):
 
 
 def transfer(params: PyTree, donor: PyTree, *, pattern_length: int = 1, num_first: int = 0) -> Transfer:
-    """Replace each of `params` by the donor's of the same path.
+    """Replace each of `params` by the donor's parameter with the same path.
 
-    Layers are compared one by one, scanned or looped.
+    Layers are compared one by one, whether scanned or looped.
 
     Args:
-        params: initialised, of the model to train.
-        donor: of the other run.
-        pattern_length: blocks of the pattern of the model to train.
-        num_first: blocks before it.
+        params: the initialized parameters of the model to train.
+        donor: the parameters of the other run.
+        pattern_length: number of blocks in the pattern of the model to train.
+        num_first: number of blocks before the pattern.
 
     Raises:
-        UserError: they have nothing in common.
+        UserError: the two have no parameter in common.
     """
     here, there = is_scanned(params), is_scanned(donor)
     if here or there:

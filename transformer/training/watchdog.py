@@ -1,4 +1,4 @@
-"""A process that hangs ends, so that the others of its run do too."""
+"""Ends a process that hangs, which lets the other processes of its run end too."""
 
 import contextlib
 import faulthandler
@@ -9,20 +9,20 @@ from typing import Any
 import jax
 
 SEVERAL_PROCESSES = 1800
-"""Seconds a step may take in a run of several processes, unless `training.hang_timeout` says otherwise."""
+"""Time limit in seconds of a step in a run of several processes, unless `training.hang_timeout` is set."""
 PATIENCE = 4 * 3600
-"""Seconds that compiling, evaluating, sampling, saving or restoring may take, each."""
+"""Time limit in seconds of each compilation, evaluation, sample, save or restoration."""
 
 
 class Watchdog:
     """Ends the process, with every thread's traceback and exit status 1, when the next sign of life is late.
 
-    It is `faulthandler`'s, a thread of C that needs no lock of Python's: it also ends a process that waits for ever in an
-    exchange between devices. The others then see that it is gone, or wait for it and end by their own.
+    It uses `faulthandler`, a C thread that needs no Python lock: it also ends a process that waits forever in a collective
+    operation between devices. The others then notice its absence, or wait for it until their own watchdogs end them.
 
     Args:
-        seconds: that a step may take; 0 for 1,800 in a run of several processes and no limit in one of a single one.
-        patience: seconds for what is longer than a step; at least `seconds`.
+        seconds: time limit of a step; 0 means 1,800 in a run of several processes and no limit in a single one.
+        patience: time limit in seconds of operations longer than a step; at least `seconds`.
     """
 
     def __init__(self, seconds: int = 0, patience: int = PATIENCE) -> None:
@@ -32,7 +32,7 @@ class Watchdog:
         self._long_steps = 0
 
     def step(self, batch: Any) -> None:
-        """A step begins; one with a batch of new shapes is compiled first."""
+        """Start of a step; the first step with a new batch shape is compiled first."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._compiled:
             self._compiled.add(shapes)
@@ -44,7 +44,7 @@ class Watchdog:
         self._long_steps -= 1
 
     def long(self) -> None:
-        """Something longer than a step begins; the two steps after it may have to wait for other processes to end theirs."""
+        """Start of a long operation; the next two steps may have to wait for other processes to finish theirs."""
         self._arm(self._patience)
         self._long_steps = 2
 
@@ -54,7 +54,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A context after which nothing is watched any more; it begins with something long."""
+        """A context that ends the watch on exit; it starts with a long operation."""
         self.long()
         try:
             yield
@@ -64,7 +64,7 @@ class Watchdog:
 
 
 def _stderr() -> Any:
-    """Where tracebacks go: a file of the operating system, which a notebook's `sys.stderr` is not."""
+    """The destination of tracebacks: an operating system file, unlike `sys.stderr` in a notebook."""
     try:
         sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):

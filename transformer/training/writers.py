@@ -1,4 +1,4 @@
-"""Where metric rows go: a file of JSON lines, TensorBoard, the terminal."""
+"""Destinations of metric rows: a file of JSON lines, TensorBoard, the terminal."""
 
 import itertools
 import json
@@ -28,14 +28,14 @@ _BAR = 20  # columns
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes metric rows as they come; a run that resumes first takes back those after the step it resumes from."""
+    """Receives metric rows; a resumed run first drops the rows after the step from which it resumes."""
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """One row: what was measured on `split` at `step`."""
+        """Write one row: metrics measured on `split` at `step`."""
         ...
 
     def resume(self, step: int) -> None:
-        """Forget rows of steps after `step`."""
+        """Drop rows of steps after `step`."""
         ...
 
     def close(self) -> None:
@@ -44,9 +44,9 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line, `{"step": ..., "split": ..., metric: value, ...}`.
+    """One JSON object per line, `{"step": ..., "split": ..., metric: value, ...}`.
 
-    Values are written so that they read back as the same float64.
+    Values are written with enough digits to read back the same float64.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
@@ -61,7 +61,7 @@ class JsonlWriter:
             file.write(row + "\n")
 
     def resume(self, step: int) -> None:
-        """Drop rows after `step`, and a last line that a kill left unfinished."""
+        """Drop rows after `step`, and an incomplete last line left by a kill."""
         if not self._path.exists():
             return
         kept = [row for row in read_jsonl(self._path) if row["step"] <= step]
@@ -69,11 +69,11 @@ class JsonlWriter:
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict]:
-    """The rows of a metrics file; an unfinished last line is left out.
+    """The rows of a metrics file, without an incomplete last line.
 
     Raises:
         UserError: a line other than the last is no row.
@@ -90,9 +90,9 @@ def read_jsonl(path: epath.PathLike) -> list[dict]:
 
 
 def jsonl_rows(path: epath.PathLike) -> Iterator[tuple[int, dict | bytes]]:
-    """The lines of a metrics file one after the other, numbered from 1: each as its row, or as it is where it is none.
+    """The lines of a metrics file, numbered from 1: each as its row, or as bytes if it is not a row.
 
-    An unfinished last line is left out.
+    An incomplete last line is left out.
     """
     with epath.Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -106,9 +106,9 @@ def jsonl_rows(path: epath.PathLike) -> Iterator[tuple[int, dict | bytes]]:
 
 
 class SamplesWriter:
-    """Samples of text: `---- step STEP, N bytes`, and the text on lines of its own.
+    """Samples of text: a header `---- step STEP, N bytes`, then the text on its own lines.
 
-    Their length is told, because a text may hold such a line too.
+    The header has the length, because a text may contain such a line too.
     """
 
     _HEADER = re.compile(rb"---- step (\d+), (\d+) bytes\n")
@@ -117,7 +117,7 @@ class SamplesWriter:
         self._path = epath.Path(path)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Rows of metrics have no place here."""
+        """Metric rows are not written here."""
         del step, split, metrics
 
     def add(self, step: int, text: str) -> None:
@@ -128,7 +128,7 @@ class SamplesWriter:
 
     @classmethod
     def read(cls, content: bytes) -> Iterator[tuple[int, bytes, int]]:
-        """The samples of a file: each step, text and end; one that a kill left unfinished, and all after it, are left out."""
+        """The step, text and end of each sample; an incomplete one left by a kill, and all after it, are left out."""
         end = 0
         while header := cls._HEADER.match(content, end):
             start, end = header.end(), header.end() + int(header[2]) + 1
@@ -137,7 +137,7 @@ class SamplesWriter:
             yield int(header[1]), content[start : end - 1], end
 
     def resume(self, step: int) -> None:
-        """Drop samples after `step`, and a last one that a kill left unfinished."""
+        """Drop samples after `step`, and an incomplete last one left by a kill."""
         if not self._path.exists():
             return
         content = self._path.read_bytes()
@@ -148,13 +148,13 @@ class SamplesWriter:
                 write_whole(self._path, content[:end])
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 class TensorBoardWriter:
-    """Scalars named `split/metric`, in a file of events for each start.
+    """Scalars named `split/metric`, in one event file per start.
 
-    Written in the caller's thread: with a thread of its own, tensorboardX loses what cannot be written, and then waits for ever.
+    Written in the caller's thread: with its own thread, tensorboardX loses events that cannot be written, and then hangs.
     """
 
     def __init__(self, directory: epath.PathLike) -> None:
@@ -166,12 +166,12 @@ class TensorBoardWriter:
         with explained(self._directory):
             if self._writer is None:
                 directory_check(self._directory)
-                # Of two starts within a second, too, each has a file.
+                # Two starts within a second have separate files too.
                 self._writer = EventsWriter(f"{self._directory}/events", f".{os.getpid()}.{time.time_ns()}")
             for event in events:
                 event.wall_time = time.time()
                 self._writer.write_event(event)
-            # To a bucket, the whole file is sent anew.
+            # In a bucket, the whole file is uploaded again.
             if is_local(self._directory) or time.monotonic() - self._flushed > 120:
                 self._flushed = time.monotonic()
                 self._writer.flush()
@@ -182,7 +182,7 @@ class TensorBoardWriter:
         self._add(Event(step=step, summary=Summary(value=values)))
 
     def resume(self, step: int) -> None:
-        """Have TensorBoard hide what earlier runs wrote after `step`."""
+        """Have TensorBoard hide events of earlier starts after `step`."""
         restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         begun = step > 0 or epath.Path(self._directory).exists()
         self._add(*[restart] if begun else [])
@@ -196,9 +196,9 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """A line on a terminal or in a notebook (step, metrics, time left) that training moves; elsewhere a line a row.
+    """On a terminal or in a notebook, a line (step, metrics, time left) that training updates; elsewhere one line per row.
 
-    Where there is little room, the step and the time left stay, and metrics leave from the right.
+    If the line is too narrow, metrics are dropped from the right, and the step and the time left stay.
     """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
@@ -210,7 +210,7 @@ class ConsoleWriter:
         self._foot = FootLine(self._console, self._fitted) if in_place else None
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Show a row: training moves the line, other splits get one that stays."""
+        """Show a row: training updates the line, other splits print a permanent one."""
         if split == "train":
             self._step, self._left, self._parts = step, self._seconds_left(step), metric_parts(metrics)
         if self._foot and split == "train":
@@ -228,7 +228,7 @@ class ConsoleWriter:
         return f"step {step:>{len(str(self._steps))}}/{self._steps}"
 
     def _fitted(self, columns: int) -> Text:
-        """The line for so many columns: step, metrics while they fit, a bar in what is left, time left."""
+        """The line for a width: step, metrics as far as they fit, a bar in the free columns, time left."""
         left = "" if self._left is None else f"  {clock(self._left)} left"
         line = _with_parts(self._head(self._step), self._parts, columns - len(left))
         if columns - len(line) - len(left) >= _BAR + 2:
@@ -240,7 +240,7 @@ class ConsoleWriter:
         return line.append(left)
 
     def _seconds_left(self, step: int) -> float | None:
-        """Time left, by the time since the first row (which is late by the compilation); None if there is no telling."""
+        """Time left, from the time since the first row (which excludes compilation); None if unknown."""
         now = time.monotonic()
         first_step, first_time = self._first = self._first or (step, now)
         if step == first_step or step == self._steps:
@@ -248,17 +248,17 @@ class ConsoleWriter:
         return (self._steps - step) * (now - first_time) / (step - first_step)
 
     def resume(self, step: int) -> None:
-        """Begin where the run goes on."""
+        """Start at the resumed step."""
         self._step = step
 
     def close(self) -> None:
-        """Leave the last line standing."""
+        """Leave the last line in place."""
         if self._foot:
             self._foot.close()
 
 
 def _with_parts(head: str, parts: list[str], columns: int) -> Text:
-    """A line that begins with `head`, and as many of the parts, from the first, as columns allow."""
+    """A line that begins with `head`, and as many of the parts, from the first, as the columns allow."""
     for part in parts:
         if len(head) + 2 + len(part) > columns:
             break
@@ -267,7 +267,7 @@ def _with_parts(head: str, parts: list[str], columns: int) -> Text:
 
 
 def clock(seconds: float) -> str:
-    """A time as a clock shows it.
+    """A duration in clock notation.
 
     Example:
         >>> clock(65), clock(7265)
@@ -279,7 +279,7 @@ def clock(seconds: float) -> str:
 
 
 def format_metrics(metrics: Metrics) -> str:
-    """The metrics a person follows, in a fixed order, in a fixed width.
+    """The most followed metrics, in a fixed order and a fixed width.
 
     Example:
         >>> format_metrics({"loss": 1.25, "mfu": 0.5, "unknown": 3.0})
