@@ -187,7 +187,7 @@ def test_a_config_that_is_missing_or_damaged(run, content):
         (run / "config.json").write_bytes(content)
     (found,) = report(run)["runs"]
     what = "missing" if content is None else "damaged"
-    assert found["notes"] == [f"Its config.json is {what}, so that its settings are not known."]
+    assert found["notes"] == [f"Its config.json is {what}; its settings are unknown."]
 
 
 def test_damaged_scores(run):

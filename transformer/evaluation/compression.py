@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of a text: the bar a language model's bits per byte stand against."""
+"""Compression of a text by general-purpose compressors, as a baseline for a language model's bits per byte."""
 
 import lzma
 import zlib
@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 MOST_BYTES = 16_000_000
-"""Compressors are given so much of a text at most: xz takes half a minute for it, and its window is half as large."""
-_GZIP = 16 + zlib.MAX_WBITS  # zlib's number for the format of gzip
+"""Limit of the compressed text: xz takes half a minute for it, and its window is half as large."""
+_GZIP = 16 + zlib.MAX_WBITS  # zlib's code for the gzip format
 
 
 def compressed_bits_per_byte(texts: Iterable[str], most: int = MOST_BYTES) -> dict[str, float]:
     """Bits per byte of `gzip -9` and `xz` (its default preset) on the texts, joined and encoded as UTF-8.
 
-    A compressor starts from nothing and learns as it reads; a trained model has seen other text before. Both spend
-    these bits on the same bytes, but of a long text compressors are given the beginning alone.
+    A compressor starts without knowledge and learns while reading; a trained model has seen other text before. Both encode the
+    same bytes, except that of a long text, only the beginning is compressed.
 
     Args:
-        texts: read no further than is needed, and not kept.
-        most: bytes that are compressed at most.
+        texts: read only as far as needed, and not stored.
+        most: limit of the compressed bytes.
 
     Returns:
         Bits per byte of `gzip` and `xz`, and the `bytes` that were compressed.
@@ -48,7 +48,7 @@ def compressed_bits_per_byte(texts: Iterable[str], most: int = MOST_BYTES) -> di
 
 
 def describe_compressed(scores: dict[str, float]) -> str:
-    """What compressors make of the text that a model was scored on, for people; `scores` are of `compressed_bits_per_byte`.
+    """The compressors' results on a scored text, for people; `scores` come from `compressed_bits_per_byte`.
 
     >>> describe_compressed({"gzip": 2.5, "xz": 2.25, "bytes": 1000})
     'on the same bytes gzip -9 2.5, xz 2.25'

@@ -11,7 +11,7 @@ def class_scores(confusion_CC: Float[np.ndarray, "C C"]) -> list[dict[str, float
     precision of a class that was never predicted) is 0.
 
     Args:
-        confusion_CC: how many examples of the row's class were given the column's.
+        confusion_CC: number of examples of each true class (row) and predicted class (column).
     """
     hits_C, support_C, predicted_C = np.diag(confusion_CC), confusion_CC.sum(axis=1), confusion_CC.sum(axis=0)
 
@@ -27,7 +27,7 @@ def macro_f1(confusion_CC: Float[np.ndarray, "C C"]) -> float:
     """The mean F1 of the classes that occur, as truth or as prediction (`sklearn.metrics.f1_score(average="macro")`).
 
     Args:
-        confusion_CC: how many examples of the row's class were given the column's; 0 where there are none at all.
+        confusion_CC: number of examples of each true class (row) and predicted class (column); the result is 0 without any.
 
     Example:
         >>> round(macro_f1(np.array([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [0.0, 0.0, 0.0]])), 4)

@@ -10,7 +10,7 @@ import numpy as np
 from transformer.types import PyTree, Statistics
 from transformer.validation import require
 
-_PENDING = 8  # steps whose results are not waited for: the device has work, and memory for no more batches is needed
+_PENDING = 8  # steps in flight: the device stays busy, and no more batches need memory
 
 
 def sum_statistics(
@@ -25,13 +25,13 @@ def sum_statistics(
 
     Args:
         evaluate_step: `(params, carry, batch) -> (carry, statistics)`, compiled.
-        params: as `evaluate_step` takes them.
-        batches: the split, as `evaluate_step` takes them.
-        carry: the objective's before the first batch.
-        split: their name, for errors.
+        params: the parameters for `evaluate_step`.
+        batches: the batches of the split for `evaluate_step`.
+        carry: the objective's initial carry.
+        split: the name of the split, for errors.
 
     Raises:
-        UserError: there was nothing to score.
+        UserError: there is no batch, or no target with weight.
     """
     pending: collections.deque[Statistics] = collections.deque()
     sums: dict[str, Any] = {}

@@ -10,10 +10,10 @@ from transformer.validation import require
 
 
 def translation_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Corpus scores of decoded text against one reference each.
+    """Corpus scores of decoded texts, with one reference each.
 
     Returns:
-        `bleu` (Papineni et al. 2002; cased, detokenised, tokenised anew by 13a) and `chrf` (Popović 2015), 0 to 100, and the
+        `bleu` (Papineni et al. 2002; cased, detokenized, tokenized again by 13a) and `chrf` (Popović 2015), 0 to 100, and the
         signatures that make them comparable (Post 2018).
 
     Raises:

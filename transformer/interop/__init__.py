@@ -1,1 +1,1 @@
-"""Pretrained models in and out: Hugging Face folders as parameters of this package's models, and back."""
+"""Import and export of pretrained models: Hugging Face folders as parameters of this package's models, and back."""

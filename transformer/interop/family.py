@@ -1,4 +1,4 @@
-"""What a family of pretrained models is: its config and its tensors as ours, both ways."""
+"""The base of families of pretrained models: the conversion of their config and tensors, in both directions."""
 
 import dataclasses
 import math
@@ -30,12 +30,12 @@ FAMILIES = Family(
     },
     field="model_type",
 )
-"""By the `model_type` of their config.json."""
+"""Families by the `model_type` in config.json."""
 
 T = TypeVar("T")
 
-# Keys of any config.json that change no logits: names, training, how outputs are returned, defaults of generation and labels of
-# tasks. Everything else is read by a family, or refused.
+# Keys of any config.json that do not affect logits: names, training, format of outputs, defaults of generation, and labels of
+# tasks. A family reads every other key, or it is refused.
 COMMON_KEYS = (
     *("_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation", "_num_labels", "architectures"),
     *("auto_map", "transformers.js_config", "is_llama_config"),
@@ -62,10 +62,10 @@ COMMON_KEYS = (
 
 
 def typed_number(value: Any, kind: type[T], name: str, least: int = 1) -> T:
-    """A value of a config.json, checked; `name` begins the message.
+    """A checked value of a config.json; `name` begins the message.
 
     Raises:
-        UserError: it is of another type, a size below `least` or beyond 31 bits, or a float that is not positive and finite.
+        UserError: it has another type, is a size below `least` or beyond 31 bits, or a float that is not positive and finite.
     """
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
@@ -80,27 +80,27 @@ def typed_number(value: Any, kind: type[T], name: str, least: int = 1) -> T:
 
 
 class Pretrained(NamedTuple):
-    """What a config.json says of a model, in this package's terms."""
+    """The content of a config.json in this package's terms."""
 
     model: ModelConfig
     objective: str
     """The kind of objective that trains and uses such a model."""
     class_names: tuple[str, ...] = ()
-    """Of a classifier, in the order of its logits."""
+    """The classes of a classifier, in the order of its logits."""
     settings: Mapping[str, Any] = {}
-    """Of the objective."""
+    """Further fields of the objective."""
     longest_text: int = 0
-    """Tokens at which the folder cuts a text; 0 means the model's length."""
+    """Length in tokens to which the folder cuts a text; 0 means the model's length."""
 
 
 class Keys:
-    """The keys of a config.json, each of which is read, or known to change nothing, or refused.
+    """The keys of a config.json; each is read, known to have no effect, or refused.
 
     Args:
-        values: of the file.
-        defaults: of the family's own class, for keys that are left out.
-        where: names the file, in messages.
-        tensors: names of those that lie beside it: what is tied is told by both.
+        values: the content of the file.
+        defaults: defaults of the family's own class, for missing keys.
+        where: the name of the file, for messages.
+        tensors: the names of the tensors beside it, which also indicate tied parameters.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class Keys:
         self.ignored: dict[str, Any] = {}
 
     def get(self, name: str, kind: type[T], *, least: int = 1) -> T:
-        """The value of a key, or its default where the file leaves it out.
+        """The value of a key, or its default if the file has no such key.
 
         Args:
-            name: of the key.
+            name: the key.
             kind: bool, str, list; int for a size, or float for a positive number.
-            least: of a size.
+            least: the smallest size.
 
         Raises:
-            UserError: it is of another type, missing without a default, or a number that no model has.
+            UserError: it has another type, is missing without a default, or is out of range.
         """
         return typed_number(self.optional(name), kind, f"{self.where}: {name}", least)
 
     def num_layers(self, name: str) -> int:
-        """A number of layers, which may be listed: it is bounded before anything is as long."""
+        """A number of layers, bounded before any list of that length is made."""
         count = self.get(name, int)
         require(
             count <= MOST_LOOPED_LAYERS,
@@ -138,12 +138,12 @@ class Keys:
         return count
 
     def each_layer(self, name: str, values: Sequence[T], otherwise: Sequence[T]) -> list[T]:
-        """A list with a value for each layer.
+        """A list with one value per layer.
 
         Args:
-            name: of the key.
-            values: that are known.
-            otherwise: where the key is missing or null.
+            name: the key.
+            values: the permitted values.
+            otherwise: the result if the key is missing or null.
 
         Raises:
             UserError: it has another length, or other values.
@@ -159,12 +159,12 @@ class Keys:
         return found
 
     def optional(self, name: str) -> Any:
-        """The value of a key, of any type; the default where it is missing. A null is a value of its own."""
+        """The value of a key, of any type; the default if it is missing. Null is an ordinary value."""
         self._read.add(name)
         return self._values.get(name, self._defaults.get(name))
 
     def only(self, name: str, *values: Any) -> None:
-        """Refuse a key whose value is not one of these, the only ones that our models can be."""
+        """Refuse a key with another value than these, the only supported ones."""
         value = self.optional(name)
         require(
             value in values and type(value) in {type(v) for v in values},
@@ -172,14 +172,14 @@ class Keys:
         )
 
     def ignore(self, *names: str) -> None:
-        """Keys that change nothing: they are kept for an export."""
+        """Accept keys without effect; they are kept for an export."""
         for name in names:
             if name in self._values and name not in self._read:
                 self.ignored[name] = self._values[name]
                 self._read.add(name)
 
     def finish(self) -> None:
-        """Refuse keys that nothing has read."""
+        """Refuse keys that were not read."""
         self.ignore(*COMMON_KEYS)
         unknown = sorted(set(self._values) - self._read - {"model_type"})
         require(
@@ -193,57 +193,57 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily(Kind):
-    """Models of one `model_type`. It must bring `read`, `write` and `rules`."""
+    """Models of one `model_type`. A subclass must define `read`, `write` and `rules`."""
 
     family = FAMILIES
     architectures: ClassVar[Mapping[str, str]]
-    """Class of their config.json -> kind of objective that such a model is for; the first one is exported."""
+    """The kind of objective for each class in config.json; an export names the first class."""
     defaults: ClassVar[Mapping[str, Any]]
-    """Of keys that a config.json may leave out, as the class of their config has them."""
+    """Defaults of missing keys in config.json, as in the class of the family's config."""
     prefix: ClassVar[str] = "model."
-    """Begins the names of the tensors of a model with a head; a model without one is saved without it."""
+    """Prefix of the tensors of a model with a head; a model without one is saved without the prefix."""
     ignored: ClassVar[tuple[str, ...]] = ()
-    """Patterns of tensors without a place: buffers, and heads that are not used."""
+    """Patterns of unused tensors: buffers, and heads of other tasks."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """How older files end a name -> how it ends now."""
+    """Suffixes of names in older files -> current suffixes."""
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
         """The model that a config.json describes.
 
         Raises:
-            UserError: it is of a variant that our models cannot be.
+            UserError: the variant is not supported.
         """
         raise NotImplementedError(f"{type(self).__name__} must define read().")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """A config.json that `read` makes this model of, as far as the family can express it; without its `architectures`.
+        """A config.json that `read` converts back to this model, as far as the family can express it; without `architectures`.
 
         Raises:
-            UserError: it cannot.
+            UserError: the family cannot express the model.
         """
         raise NotImplementedError(f"{type(self).__name__} must define write().")
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter of a model for an objective; names as of a model with a head."""
+        """The correspondence of tensors and parameters of a model for an objective; names as in a model with a head."""
         raise NotImplementedError(f"{type(self).__name__} must define rules().")
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """Tensors that may be there beside the ones that they are tied with."""
+        """Redundant tensors that may be stored beside those with which they are tied."""
         del model
         return {}
 
     def has_head(self, objective: str) -> bool:
-        """Whether the class that is written for an objective has a head, so that names have the prefix."""
+        """Whether the class exported for an objective has a head, and its names the prefix."""
         named = next(name for name, kind in self.architectures.items() if kind == objective)
         return not named.endswith("Model")
 
     def outside_prefix(self, name: str) -> bool:
-        """Whether a tensor is of a head, whose name never begins with the prefix."""
+        """Whether a tensor belongs to a head, whose name never has the prefix."""
         del name
         return False
 
     def pretrained(self, values: Mapping[str, Any], where: str, tensors: Collection[str]) -> tuple[Pretrained, Keys]:
-        """What a config.json says, with every key accounted for."""
+        """The content of a config.json, in which every key is accounted for."""
         keys = Keys(values, self.defaults, where, tensors)
         named = values.get("architectures") or [next(iter(self.architectures))]
         known = ", ".join(self.architectures)
@@ -257,7 +257,7 @@ class ModelFamily(Kind):
         )
         try:
             model = self.read(keys, named[0])
-        except UserError as error:  # of a setting of ours, which has another name in the file
+        except UserError as error:  # names a setting of this package, which has another name in the file
             raise UserError(f"{error}" if where in f"{error}" else f"{where}: {error}") from None
         objective = self.architectures[named[0]]
         names = _class_names(keys) if objective == "classification" else ()
@@ -266,7 +266,7 @@ class ModelFamily(Kind):
 
 
 def _class_names(keys: Keys) -> tuple[str, ...]:
-    """Of a classifier, in the order of its logits."""
+    """The classes of a classifier, in the order of its logits."""
     keys.only("problem_type", None, "single_label_classification")
     names = keys.optional("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     require(
@@ -280,7 +280,7 @@ def _class_names(keys: Keys) -> tuple[str, ...]:
 
 
 def repeated(blocks: Sequence[BlockConfig], num_first: int = 0) -> dict[str, Any]:
-    """The fields of a `ModelConfig` for a list of blocks: the shortest pattern that gives them, after the first ones."""
+    """The fields of a `ModelConfig` for a list of blocks: the first blocks, then the shortest repeating pattern."""
     rest = list(blocks[num_first:])
     period = next(
         (n for n in range(1, len(rest)) if all(rest[i] == rest[i - n] for i in range(n, len(rest)))), len(rest)

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face has them: its config, its tensors in one file or in pieces, and what it is."""
+"""A Hugging Face folder: its config, its model family, and its tensors in one file or several."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|h5|msgpack)")
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is of a folder of a pretrained model, rather than of a run."""
+    """Whether a path is the folder of a pretrained model, rather than of a run."""
     root = pathlib.Path(expand(path))
     if not root.is_dir() or (root / "checkpoints").exists():
         return False
@@ -45,7 +45,7 @@ def read_small(path: pathlib.Path, most: int = _MOST_CONFIG) -> str:
     """The text of a small file.
 
     Raises:
-        UserError: it is missing, no regular file, too large, or no text.
+        UserError: it is missing, not a regular file, too large, or not text.
     """
     require(
         path.is_file(), f"A pretrained model must have a file {path.name}, {path.parent} has none; copy all its files."
@@ -61,10 +61,10 @@ def read_small(path: pathlib.Path, most: int = _MOST_CONFIG) -> str:
 
 
 def read_json(path: pathlib.Path, most: int = _MOST_CONFIG) -> Any:
-    """What a small JSON file holds.
+    """The content of a small JSON file.
 
     Raises:
-        UserError: it is missing, too large, or no JSON.
+        UserError: it is missing, too large, or not JSON.
     """
     text = read_small(path, most)
     try:
@@ -74,13 +74,13 @@ def read_json(path: pathlib.Path, most: int = _MOST_CONFIG) -> Any:
 
 
 class Folder:
-    """A pretrained model on the disk; its weights are read where they are asked for.
+    """A pretrained model on disk; weights are read on access.
 
     Args:
-        path: of the folder.
+        path: the folder.
 
     Raises:
-        UserError: it is no such folder, or of a model that ours cannot be.
+        UserError: it is no such folder, or its model is not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -103,9 +103,9 @@ class Folder:
         name = self.values["model_type"]
         self.family: ModelFamily = FAMILIES.find(name)()
         self.bare = False
-        """Whether its names lack the prefix of models with a head."""
+        """Whether tensor names lack the prefix of models with a head."""
         self.tensors = self._open_weights()
-        """By name, as the headers of all pieces describe them."""
+        """The tensors by name, from the headers of all files."""
         self.pretrained: Pretrained
         self.keys: Keys
         self.pretrained, self.keys = self.family.pretrained(self.values, str(self.path / CONFIG), self.tensors)
@@ -115,7 +115,7 @@ class Folder:
 
     @property
     def architecture(self) -> str:
-        """The class that its config names, or else the first of the family."""
+        """The class named in the config, or else the family's first."""
         return (self.values.get("architectures") or [next(iter(self.family.architectures))])[0]
 
     def _config(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Folder:
                 else "copy all its files"
             )
             raise UserError(f"A pretrained model must have its weights in {name}, {self.path} has not; {remedy}.")
-        # A link is followed, as the caches of Hugging Face are made of links; what it leads to is a regular file.
+        # Links are followed, because Hugging Face caches consist of links; the target must be a regular file.
         require(os.path.isfile(path), f"{path} must be a regular file, or a link to one.")
         return path
 
@@ -191,7 +191,7 @@ class Folder:
         )
 
     def _renamed(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-        """With the endings of today, and the prefix that models with a head have."""
+        """The tensors with current suffixes, and with the prefix of models with a head."""
         found: dict[str, Stored] = {}
         self.bare = bare = not any(name.startswith(self.family.prefix) for name in tensors)
         for name, tensor in tensors.items():
@@ -207,13 +207,13 @@ class Folder:
         return found
 
     def view(self, tensor: Stored) -> np.ndarray:
-        """A tensor as a view of its mapped file."""
+        """A tensor as a view of its memory-mapped file."""
         if tensor.file not in self._maps:
             self._maps[tensor.file] = map_file(tensor.file)
         return tensor.view(self._maps[tensor.file])
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every file that is read: of the config, the weights and the tokenizer."""
+        """SHA-256 of every file that is read: the config, the weights and the tokenizer."""
         names = [CONFIG, INDEX, WEIGHTS, *(self._pieces(self.path / INDEX) if (self.path / INDEX).exists() else ())]
         names += sorted(p.name for p in self.path.iterdir() if p.suffix in (".json", ".model", ".jinja", ".txt"))
         return {name: _sha256(self.path / name) for name in dict.fromkeys(names) if os.path.isfile(self.path / name)}
@@ -224,12 +224,12 @@ _POOLINGS = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max"}
 
 
 def sentence_encoder(root: pathlib.Path, found: Pretrained) -> Pretrained:
-    """With the pooling that the `modules.json` of a sentence encoder names, and the length at which it cuts a text.
+    """The model with the pooling and the longest text from a sentence encoder's `modules.json`.
 
-    Without such a file, means that are not normalised.
+    Without such a file, the pooling is the mean, without normalization.
 
     Raises:
-        UserError: it names modules that ours cannot be.
+        UserError: it names modules that are not supported.
     """
     path = root / "modules.json"
     if not path.exists():
@@ -262,10 +262,10 @@ def sentence_encoder(root: pathlib.Path, found: Pretrained) -> Pretrained:
 
 
 def _longest_text(root: pathlib.Path, length: int) -> int:
-    """What the files of a sentence encoder say of the texts that it reads.
+    """The longest text of a sentence encoder, according to its files.
 
     Raises:
-        UserError: it changes texts in a way that ours does not.
+        UserError: it changes texts in a way that is not supported.
     """
     values: dict[str, Any] = {}
     for path in [*sorted(root.glob("sentence_*_config.json")), root / "config_sentence_transformers.json"]:
@@ -300,10 +300,10 @@ def stored_dtypes(tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
 
 
 def common_dtype(tensors: Mapping[str, Stored], where: object) -> Any:
-    """The type that all tensors have.
+    """The type of all tensors.
 
     Raises:
-        UserError: they have several, or one that parameters cannot have.
+        UserError: they have several types, or one that parameters cannot have.
     """
     found = stored_dtypes(tensors)
     counts = ", ".join(f"{len(names)} of {dtype}" for dtype, names in found.items())

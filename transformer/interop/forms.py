@@ -1,4 +1,4 @@
-"""How one tensor is laid out in two places: a reshape and a transposition of named axes, read in either direction."""
+"""The correspondence of two tensor layouts: a reshape and a transposition of named axes, for both directions."""
 
 import functools
 import math
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PART = "part"
-"""The axis along which equal tensors of ours are fused in one of theirs."""
+"""The axis along which equally shaped parameters are fused in one stored tensor."""
 _AXIS = re.compile(r"\(([a-z_ ]+)\)|([a-z_]+)")
 
 
 class Form(NamedTuple):
-    """`"(heads head_dim) embed -> embed heads head_dim"`: theirs on the left, where axes may be merged, ours on the right.
+    """`"(heads head_dim) embed -> embed heads head_dim"`: the stored tensor, with merged axes, then the parameter.
 
-    The axis `part` numbers tensors of ours that are fused in theirs; it comes first on the right.
+    The axis `part` numbers parameters that are fused in one stored tensor; it comes first on the right.
 
     Example:
         >>> form = parse("(part heads) embed -> part embed heads")
@@ -28,7 +28,7 @@ class Form(NamedTuple):
     """
 
     groups: tuple[tuple[str, ...], ...]
-    """Of each axis of theirs, the axes that are merged in it."""
+    """For each axis of the stored tensor, the axes merged in it."""
     ours: tuple[str, ...]
 
     @property
@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
     @property
     def num_axes(self) -> int:
-        """Of one tensor of ours."""
+        """The number of axes of one parameter."""
         return len(self.ours) - self.fused
 
     @property
@@ -46,10 +46,10 @@ class Form(NamedTuple):
         return tuple(axis for group in self.groups for axis in group)
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of theirs for those of ours; unequal ones follow each other on the first axis of theirs.
+        """The shape of the stored tensor for parameters of these shapes; unequal ones are concatenated along its first axis.
 
         Raises:
-            ValueError: they do not have the axes of the form.
+            ValueError: the shapes do not have the axes of the form.
         """
         if self.fused or len(shapes) == 1:
             return self._shape(shapes[0], len(shapes))
@@ -59,7 +59,7 @@ class Form(NamedTuple):
         return (sum(shape[0] for shape in every), *every[0][1:])
 
     def to_ours(self, theirs: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
-        """The tensors of ours, of these shapes, as views of theirs: no byte is read."""
+        """The parameters with these shapes, as views of the stored tensor: nothing is read."""
         if self.fused:
             whole = self._ours(theirs, self._sizes(shapes[0], len(shapes)))
             return list(whole)
@@ -72,7 +72,7 @@ class Form(NamedTuple):
         return views
 
     def to_theirs(self, ours: list[Any]) -> Any:
-        """The tensor of theirs; a new array where its memory differs from ours."""
+        """The stored tensor; a new array if its memory layout differs."""
         if self.fused:
             return self._theirs(np.stack(ours))
         return self._theirs(ours[0]) if len(ours) == 1 else np.concatenate([self._theirs(x) for x in ours])
@@ -99,10 +99,10 @@ class Form(NamedTuple):
 
 @functools.cache
 def parse(text: str) -> Form:
-    """The form that a text describes.
+    """Parse the text of a form.
 
     Raises:
-        ValueError: it describes none.
+        ValueError: the text is no form.
     """
     left, arrow, right = text.partition("->")
     found = [match[1] or match[2] for match in _AXIS.finditer(left)]

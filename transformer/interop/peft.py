@@ -1,4 +1,4 @@
-"""Low-rank adapters as PEFT has them: two tensors beside each tensor of a family's table, in either direction."""
+"""Low-rank adapters in PEFT's format: two tensors for each tensor of a family's table, in both directions."""
 
 import math
 import pathlib
@@ -17,7 +17,7 @@ from transformer.layers.adapters import HEADS, LORA_A, LORA_B
 from transformer.validation import require, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CLASSES = "classes.json"  # ours: the names of the classes, for which PEFT has no place
+CLASSES = "classes.json"  # class names, an addition of this package: PEFT does not store them
 PREFIX = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _TASKS = {
@@ -28,7 +28,7 @@ _TASKS = {
     "span_corruption": "SEQ_2_SEQ_LM",
     "embedding": "FEATURE_EXTRACTION",
 }
-# Keys that make another model of the factors than ours; each with the values that change nothing.
+# Keys that change the computation of the factors; each with the values that have no effect.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
@@ -44,27 +44,27 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 
 
 class Pair(NamedTuple):
-    """The two factors of one tensor of theirs, and the kernels of ours that it holds: one, or several that are fused."""
+    """The two factors of one PEFT tensor, and the one or several (fused) kernels that it holds."""
 
     module: str
-    """Theirs: the name of the tensor without `.weight`."""
+    """The name of the PEFT tensor without `.weight`."""
     kernels: tuple[str, ...]
-    """Paths of ours, in the tree of a looped model."""
+    """Paths of the kernels in the tree of a looped model."""
     form: Form
     inputs: int
-    """Axes of the input of a kernel of ours, its first."""
+    """Number of input axes of a kernel, which come first."""
     transposed: bool
-    """Whether their tensor has the input first (`Conv1D`)."""
+    """Whether the PEFT tensor has the input axis first (`Conv1D`)."""
 
     def to_theirs(
         self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], shapes: Mapping[str, tuple[int, ...]], rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`[rank, inputs]` and `[outputs, rank]`: fused kernels have columns of their own, and what is left is zero.
+        """`[rank, inputs]` and `[outputs, rank]`: each fused kernel has its own columns, and other entries are zero.
 
         Args:
             factors: A and B of the kernels that have an adapter.
-            shapes: of all kernels.
-            rank: of theirs, at least the sum of those of the adapters.
+            shapes: the shapes of all kernels.
+            rank: the rank of the PEFT factors, at least the sum of the adapters' ranks.
         """
         firsts, seconds, start = [], [], 0
         for kernel in self.kernels:
@@ -82,10 +82,10 @@ class Pair(NamedTuple):
     def to_ours(
         self, theirs: Mapping[str, np.ndarray], shapes: Sequence[tuple[int, ...]]
     ) -> list[dict[str, np.ndarray]]:
-        """The factors of each kernel, of kernels of these shapes; fused kernels share A.
+        """The factors of each kernel, for kernels of these shapes; fused kernels share A.
 
         Raises:
-            UserError: the factors are of another size.
+            UserError: the factors have another size.
         """
         rank, inputs = len(theirs[LORA_A]), shapes[0][: self.inputs]
         one = (*inputs, rank, *(1,) * (len(shapes[0]) - self.inputs - 1))
@@ -112,14 +112,14 @@ class Pair(NamedTuple):
 
 
 def pairs(bound: Sequence[Bound], contracted: Mapping[str, int]) -> list[Pair]:
-    """The adapted kernels of a model as PEFT names them.
+    """The adapted kernels of a model with their PEFT names.
 
     Args:
         bound: the rules of the model.
-        contracted: path of each adapted kernel in the looped model -> axes of its input.
+        contracted: number of input axes of each adapted kernel in the looped model, by path.
 
     Raises:
-        UserError: a kernel is in no tensor of theirs, or in one that is no matrix.
+        UserError: a kernel belongs to no tensor, or to one that is not a matrix.
     """
     found = []
     for rule in bound:
@@ -144,27 +144,27 @@ def _pair(rule: Bound, contracted: int) -> Pair:
 
 
 def heads(bound: Sequence[Bound]) -> list[Bound]:
-    """The rules of what is trained whole beside adapters (`modules_to_save`)."""
+    """The rules of parameters that are trained in full beside adapters (`modules_to_save`)."""
     return [rule for rule in bound if rule.ours[0].partition("/")[0] in HEADS]
 
 
 def _saved_module(tensor: str) -> str:
-    """The module of a tensor that is saved whole; PEFT saves `classifier` of its own accord, with all that is in it."""
+    """The module of a tensor that is saved in full; PEFT always saves `classifier`, with everything in it."""
     return "classifier" if tensor.startswith("classifier.") else tensor.rpartition(".")[0]
 
 
 def config_values(
     adapter: AdapterConfig, rank: int, found: Sequence[Pair], bound: Sequence[Bound], objective: str, base: str
 ) -> dict[str, Any]:
-    """An adapter_config.json.
+    """The content of an adapter_config.json.
 
     Args:
-        adapter: of the run.
-        rank: of the factors.
+        adapter: the run's adapter config.
+        rank: the rank of the factors.
         found: the adapted kernels.
-        bound: the rules of the model; a short name is used where it means the adapted tensors alone.
-        objective: the kind of objective of the run.
-        base: names the base model.
+        bound: the rules of the model; a short name is used if it matches only the adapted tensors.
+        objective: the kind of the run's objective.
+        base: the name of the base model.
     """
     modules = {pair.module for pair in found}
     ends = sorted({module.rpartition(".")[2] for module in modules})
@@ -186,24 +186,24 @@ def config_values(
 
 
 class Adapters(NamedTuple):
-    """A folder of PEFT's."""
+    """The content of a PEFT folder."""
 
     rank: int
     alpha: float
     dropout: float
     factors: dict[str, dict[str, np.ndarray]]
-    """Module of theirs -> `lora_a` and `lora_b`, as views of the file."""
+    """PEFT module -> `lora_a` and `lora_b`, as views of the file."""
     whole: dict[str, np.ndarray]
-    """Tensor of theirs, trained whole -> its values."""
+    """Tensors trained in full, by PEFT name."""
     class_names: tuple[str, ...]
-    """Of a classifier whose head is among these, in the order of its logits."""
+    """The classes of a classifier whose head is included, in the order of its logits."""
 
 
 def read_adapters(path: pathlib.Path) -> Adapters:
-    """The adapters of a folder of PEFT's.
+    """Read the adapters in a PEFT folder.
 
     Raises:
-        UserError: it is none, or of a kind that ours cannot be.
+        UserError: it is no such folder, or of a kind that is not supported.
     """
     where = path / CONFIG
     values = read_json(where)
@@ -247,7 +247,7 @@ def read_adapters(path: pathlib.Path) -> Adapters:
 
 
 def _class_names(path: pathlib.Path, whole: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Those that an export wrote, or as transformers numbers them."""
+    """The class names that an export wrote, or transformers' default names."""
     counts = [len(x) for name, x in whole.items() if name in ("classifier.bias", "classifier.out_proj.bias")]
     if not counts:
         return ()

@@ -1,4 +1,4 @@
-"""The weights of a folder as parameters on devices; each process reads the bytes of its own shards only."""
+"""Loads the weights of a folder as parameters on devices; each process reads the bytes of its own shards only."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,24 +16,24 @@ from transformer.validation import require
 
 
 class Weights(NamedTuple):
-    """The tensors of a folder, checked against the parameters of a model; none is read yet."""
+    """The tensors of a folder, checked against the parameters of a model, but not yet read."""
 
     folder: Folder
     tensors: dict[str, Stored]
     bound: list[table.Bound]
     shapes: dict[str, tuple[int, ...]]
-    """Of the parameters of the looped model."""
+    """The shapes of the looped model's parameters."""
     leaves: dict[str, table.Leaf]
     """The parameters of the model."""
     ignored: list[str]
-    """Tensors that are left out."""
+    """Tensors that are ignored."""
 
     @property
     def dtype(self) -> Any:
-        """The type that all parameters are stored in.
+        """The type in which all parameters are stored.
 
         Raises:
-            UserError: they have several.
+            UserError: they have several types.
         """
         return common_dtype({rule.theirs: self.tensors[rule.theirs] for rule in self.bound}, self.folder.path)
 
@@ -43,10 +43,10 @@ class Weights(NamedTuple):
         return {rule.theirs: str(DTYPES.get(self.tensors[rule.theirs].dtype)) for rule in self.bound}
 
     def read(self, params: PyTree) -> PyTree:
-        """The parameters.
+        """Read the parameters.
 
         Args:
-            params: their shapes and types, with the shardings that they are wanted in; without one, the first device's.
+            params: their shapes and types, with the target shardings; without one, the first device is used.
         """
         view = self._view
         found = table.sources(self.bound, self.shapes, view)
@@ -63,15 +63,15 @@ class Weights(NamedTuple):
 
 
 def open_weights(folder: Folder, config: ModelConfig, shapes: PyTree) -> Weights:
-    """The weights of a folder for a model, whose every parameter they fill.
+    """The weights of a folder, which must provide every parameter of a model.
 
     Args:
-        folder: of the pretrained model.
-        config: of the model, which may have its layers scanned.
-        shapes: of its parameters.
+        folder: the folder of the pretrained model.
+        config: the config of the model, whose layers may be scanned.
+        shapes: the shapes of its parameters.
 
     Raises:
-        UserError: a tensor is missing, has another shape or no place; or tied ones differ.
+        UserError: a tensor is missing, unexpected or of another shape; or tied tensors differ.
     """
     family, where = folder.family, str(folder.path)
     tensors = folder.tensors

@@ -1,4 +1,4 @@
-"""The table of a family: which tensor of theirs is which parameter of ours, read in both directions, exact or refused."""
+"""The table of a family: the correspondence of stored tensors and parameters, for both directions, exact or refused."""
 
 import functools
 import re
@@ -17,16 +17,16 @@ _BLOCK = re.compile(r"(?P<stack>.*?)(?P<part>first|blocks|last)/block_(?P<index>
 
 
 class Rule(NamedTuple):
-    """One tensor of theirs (or one for each layer, or each expert), and one or more parameters of ours.
+    """One stored tensor (or one per layer or expert), and one or more parameters.
 
-    `{layer}` in a name is the number of the layer; `{expert}`, in theirs only, that of an expert: ours has an axis of experts
-    before those of the form.
+    `{layer}` in a name is the number of the layer; `{expert}`, only in stored names, the number of the expert. Parameters have
+    an axis of experts before the axes of the form.
     """
 
     theirs: str
     ours: str | tuple[str, ...]
-    """Paths in the tree of a looped model, with `/`. Several are fused in one of theirs, along the form's axis `part` or, where
-    it has none, one after the other on the first axis of theirs."""
+    """Paths in the tree of a looped model, with `/`. Several parameters are fused in one stored tensor: along the form's axis
+    `part`, or without it concatenated along the stored tensor's first axis."""
     form: str
 
 
@@ -40,12 +40,12 @@ class Bound(NamedTuple):
 
 
 def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: int) -> list[Bound]:
-    """The rules for every layer and expert of a model; those whose parameters it does not have are left out.
+    """The rules for every layer and expert of a model, without those of parameters that it does not have.
 
     Args:
-        rules: of a family.
-        shapes: of the parameters of a looped model, by path.
-        layers: of each stack.
+        rules: the rules of a family.
+        shapes: the shapes of a looped model's parameters, by path.
+        layers: number of layers of each stack.
     """
     bound = []
     for rule in rules:
@@ -53,7 +53,7 @@ def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: i
         for layer in range(layers) if _LAYER in rule.theirs + ours[0] else (0,):
             paths = tuple(path.replace(_LAYER, str(layer)) for path in ours)
             theirs = rule.theirs.replace(_LAYER, str(layer))
-            axes = form.num_axes + (_EXPERT in theirs)  # layers without experts have the same paths
+            axes = form.num_axes + (_EXPERT in theirs)  # layers without experts use the same paths
             if not all(len(shapes.get(path, ())) == axes for path in paths):
                 continue
             experts = range(shapes[paths[0]][0]) if _EXPERT in theirs else (None,)
@@ -62,12 +62,12 @@ def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: i
 
 
 def own_shapes(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The shapes of a rule's parameters, those of one expert where it is of one."""
+    """The shapes of a rule's parameters, without the axis of experts for a rule of one expert."""
     return [shapes[path][1:] if bound.expert is not None else shapes[path] for path in bound.ours]
 
 
 def their_shape(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a rule's tensor."""
+    """The shape of a rule's stored tensor."""
     return bound.form.shape(own_shapes(bound, shapes))
 
 
@@ -75,7 +75,7 @@ def their_shape(bound: Bound, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
 
 
 class Leaf(NamedTuple):
-    """A parameter of a tree, which holds one parameter of a looped model, or those of the periods of a scanned one."""
+    """A parameter of a tree: one parameter of a looped model, or the stacked ones of a scanned model's periods."""
 
     looped: tuple[str, ...]
     """Paths in the tree of the looped model; several are stacked on a leading axis."""
@@ -84,12 +84,12 @@ class Leaf(NamedTuple):
 
 
 def leaves(tree: PyTree, num_first: int, period: int, *, scanned: bool) -> dict[str, Leaf]:
-    """The parameters of a tree by path; of a scanned one, each says which layers it holds.
+    """The parameters of a tree by path; in a scanned tree, each lists its layers.
 
     Args:
-        tree: of parameters or of their shapes.
-        num_first: blocks before the pattern.
-        period: blocks of the pattern.
+        tree: parameters or their shapes.
+        num_first: number of blocks before the pattern.
+        period: number of blocks in the pattern.
         scanned: whether the pattern's blocks have a leading axis of periods.
     """
     found = {}
@@ -130,13 +130,13 @@ def looped_shapes(tree: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
 
 
 class Source(NamedTuple):
-    """Where the values of a parameter of the looped model are: views of theirs, of one or of each expert."""
+    """The origin of a looped model's parameter: views of a stored tensor, or of one per expert."""
 
     views: tuple[Callable[[], np.ndarray], ...]
     experts: bool
 
     def fill(self, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """Copy the part of the parameter at an index, cast to the type of `out`."""
+        """Copy a slice of the parameter, cast to the type of `out`."""
         if not self.experts:
             out[...] = self.views[0]()[index]
             return
@@ -151,8 +151,8 @@ def sources(
 
     Args:
         bound: the rules of a model.
-        shapes: of its parameters.
-        view: gives a tensor of theirs, by name, as a view.
+        shapes: the shapes of its parameters.
+        view: returns a stored tensor as a view, by name.
     """
     found: dict[str, list[Callable[[], np.ndarray]]] = {}
     experts = set()
@@ -169,7 +169,7 @@ def _part(rule: Bound, shapes: list[tuple[int, ...]], view: Callable[[str], np.n
 
 
 def make_array(leaf: Leaf, found: Mapping[str, Source], dtype: Any, sharding: Any) -> jax.Array:
-    """A parameter on its devices; a process reads the bytes of its own shards, into memory of its own."""
+    """A parameter on its devices; a process reads the bytes of its own shards into its own memory."""
     shape = tuple(leaf.value.shape)
 
     def shard(index: Any) -> np.ndarray:
@@ -185,7 +185,7 @@ def make_array(leaf: Leaf, found: Mapping[str, Source], dtype: Any, sharding: An
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory that a CPU device takes as it is: XLA copies what is not aligned to 64 bytes, which doubles a large table."""
+    """Memory that a CPU device uses without a copy: XLA copies arrays not aligned to 64 bytes, which doubles a large table."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -203,18 +203,18 @@ def check_tensors(
     copies: Mapping[str, str],
     where: str,
 ) -> list[str]:
-    """Raise UserError unless every tensor of theirs is used once, and every parameter of ours is filled.
+    """Require that every stored tensor is used once, and every parameter is filled.
 
     Args:
-        stored: shape of each tensor of theirs.
+        stored: the shape of each stored tensor.
         bound: the rules of the model.
-        shapes: of its parameters.
-        ignored: patterns of the names that the family may leave out.
-        copies: names that may be there beside the tensor that they must equal.
-        where: names the folder, in messages.
+        shapes: the shapes of its parameters.
+        ignored: patterns of tensor names that the family ignores.
+        copies: redundant tensors -> the tensors that they must equal.
+        where: the name of the folder, for messages.
 
     Returns:
-        The names that are left out.
+        The names of ignored tensors.
     """
     wanted = {rule.theirs: their_shape(rule, shapes) for rule in bound}
     missing = [name for name in wanted if name not in stored]
@@ -254,7 +254,7 @@ def _some(names: Sequence[str]) -> str:
 def check_copies(
     stored: Mapping[str, Any], copies: Mapping[str, str], view: Callable[[str], np.ndarray], where: str
 ) -> Iterator[str]:
-    """The redundant tensors that are there; each must be the other bit for bit.
+    """The redundant tensors in the folder; each must equal its counterpart bit for bit.
 
     Raises:
         UserError: one differs.
@@ -271,7 +271,7 @@ def check_copies(
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Compared in pieces, so that no copy of a large table is made."""
+    """Whether two arrays are equal, compared in pieces, so that no copy of a large table is made."""
     kind = f"u{one.dtype.itemsize}"
     rows = max(1, 2**24 // max(1, one[:1].nbytes)) if one.ndim else 1
     flat = (one.view(kind), other.view(kind)) if one.ndim else (one.reshape(1).view(kind), other.reshape(1).view(kind))

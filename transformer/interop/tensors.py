@@ -1,8 +1,8 @@
-"""Files of tensors in the safetensors format: read as views of the mapped file, written one tensor after the other.
+"""Files in the safetensors format: read as views of the memory-mapped file, and written one tensor after the other.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes, the length of a JSON header, the header, and the bytes of all
-tensors without a gap. The library of that name copies each tensor it reads and wants all of them in memory to write; here a
-process reads the bytes of its own shards only.
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of a JSON header, the header, and the bytes of
+all tensors without a gap. The safetensors library copies each tensor that it reads, and needs all of them in memory to write.
+Here, a process reads the bytes of its own shards only.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformer.types import UserError
 from transformer.validation import require, shown
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Of `DTYPES`, those that parameters are stored in."""
+"""The members of `DTYPES` that parameters may have."""
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -33,30 +33,30 @@ DTYPES: dict[str, Any] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""Name in a header -> type. Those of 8-bit floats are refused where a tensor of them is read."""
+"""Types by their names in a header. Tensors of 8-bit floats are refused when read."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER = 100_000_000  # the format's limit
 _METADATA = "__metadata__"
-_MOST_AXES = 64  # numpy's own limit
+_MOST_AXES = 64  # numpy's limit
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 
 
 class Stored(NamedTuple):
-    """A tensor as the header of its file describes it."""
+    """The description of a tensor in the header of its file."""
 
     file: str
     dtype: str
-    """Its name in headers."""
+    """The type's name in headers."""
     shape: tuple[int, ...]
     start: int
-    """Of its bytes in the file."""
+    """The offset of its bytes in the file."""
     end: int
 
     def view(self, mapped: mmap.mmap) -> np.ndarray:
-        """The tensor as a read-only view of its mapped file: bytes are read where they are used.
+        """The tensor as a read-only view of its memory-mapped file: bytes are read on access.
 
         Raises:
-            UserError: its type is not one of `DTYPES`, or the file has become shorter.
+            UserError: its type is not one of `DTYPES`, or the file has been truncated.
         """
         require(
             self.dtype in DTYPES,
@@ -72,16 +72,16 @@ class Stored(NamedTuple):
 
 
 def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
-    """A file mapped to memory, to be read."""
+    """A file mapped to memory for reading."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a file by name, and its metadata; nothing else is read.
+    """The tensors of a file by name, and its metadata; only the header is read.
 
     Raises:
-        UserError: the file is truncated, or its header is not as the format asks.
+        UserError: the file is truncated, or its header violates the format.
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
@@ -162,21 +162,21 @@ def _described(value: Any, key: str, name: str, begin: int) -> Stored:
 
 
 class Planned(NamedTuple):
-    """A tensor to be written: its type and shape are known before its values are fetched."""
+    """A tensor to write, with known type and shape; its values are fetched later."""
 
     dtype: Any
     shape: tuple[int, ...]
     values: Callable[[], np.ndarray]
-    """Fetches it; called once, while the file is written."""
+    """Fetches the values; called once, while the file is written."""
 
     @property
     def num_bytes(self) -> int:
-        """Of its values."""
+        """The size of its values."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def write_tensors(file: IO[bytes] | None, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors, in their order; with no file, fetch each all the same, as every process must."""
+    """Write a file of tensors, in order. Without a file, the tensors are still fetched, as every process must."""
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0
     for name, tensor in tensors.items():
@@ -188,7 +188,7 @@ def write_tensors(file: IO[bytes] | None, tensors: Mapping[str, Planned], metada
         }
         offset = end
     content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-(8 + len(content)) % 64)  # the first tensor is aligned as devices want it
+    content += b" " * (-(8 + len(content)) % 64)  # aligns the first tensor for devices
     if file is not None:
         file.write(len(content).to_bytes(8, "little") + content)
     for tensor in tensors.values():
@@ -204,7 +204,7 @@ def _write(file: IO[bytes], values: np.ndarray) -> None:
 
 
 def pieces(tensors: Mapping[str, Planned], limit: int) -> list[dict[str, Planned]]:
-    """Tensors in groups of at most so many bytes, in their order; a larger one is a group by itself."""
+    """Tensors in groups of at most `limit` bytes, in order; a larger tensor is a group by itself."""
     found: list[dict[str, Planned]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -217,5 +217,5 @@ def pieces(tensors: Mapping[str, Planned], limit: int) -> list[dict[str, Planned
 
 
 def total_bytes(tensors: Iterable[Planned]) -> int:
-    """Of all of them."""
+    """The total size of the tensors."""
     return sum(tensor.num_bytes for tensor in tensors)

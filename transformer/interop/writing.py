@@ -1,4 +1,4 @@
-"""Parameters of our models as a folder that Hugging Face's libraries read: weights, config, tokenizer."""
+"""Writes parameters as a folder for Hugging Face's libraries: weights, config, tokenizer."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from transformer.types import PyTree, UserError
 from transformer.validation import require
 
 PIECE_BYTES = 5 * 10**9
-"""A file of weights has at most so many, as transformers' own."""
-# Of a model's config: how it computes and is trained, which no family has a word for.
+"""Most bytes in a file of weights, as in transformers."""
+# Fields of a model config about computation and training, which no family can express.
 _COMPUTING = frozenset(["dtype", "param_dtype", "scan_layers", "remat", "init_std", "dropout", "memory_length"])
 _OF_TRAINING = frozenset(("dropout", "implementation"))
 
@@ -35,17 +35,17 @@ def expressing_family(
     preferred: str = "",
     known: Mapping[str, Any] | None = None,
 ) -> tuple[ModelFamily, dict[str, Any]]:
-    """The family that can express a model exactly, and the config.json that says it.
+    """The family that can express a model exactly, and the corresponding config.json.
 
     Args:
-        model: resolved.
-        objective: the kind of objective that the model is for.
-        name: of the family that is asked for; without, the first that can.
-        preferred: the family that is tried first.
-        known: the config.json that the model was imported with, which is taken as it is if it says the same.
+        model: the resolved config.
+        objective: the kind of objective of the model.
+        name: the requested family; by default, the first that can express the model.
+        preferred: the family to try first.
+        known: the config.json of the model's import, used unchanged if it is equivalent.
 
     Raises:
-        UserError: none can, or not this one; the fields in the way are named.
+        UserError: no family, or not this one, can express the model; the message names the fields.
     """
     tried: dict[str, list[str]] = {}
     names = sorted(FAMILIES.names, key=lambda found: found != preferred)
@@ -62,7 +62,7 @@ def expressing_family(
         len(tried) > 0,
         f"A model to export must be of an objective that a family knows, none{f' of {name}' if name else ''} has {objective!r}.",
     )
-    # One that cannot be written at all is far, however short the reason.
+    # A family that cannot express the model at all is the least similar, however short its reason.
     nearest = min(tried, key=lambda found: (not all(" -> " in line for line in tried[found]), len(tried[found])))
     raise UserError(
         f"A model to export must be one that a family can express; {nearest}, the nearest, cannot express\n  "
@@ -72,23 +72,23 @@ def expressing_family(
 
 
 def _expressed(family: ModelFamily, model: ModelConfig, objective: str) -> tuple[dict[str, Any], list[str]]:
-    """The config.json of a model, and where the model that it describes differs."""
+    """The config.json of a model, and the differences of the model that it describes."""
     architecture = next(name for name, kind in family.architectures.items() if kind == objective)
     try:
         own = family.write(dataclasses.replace(model, scan_layers=False))
-    except (UserError, AttributeError) as error:  # a field that only the family's own kinds of parts have
+    except (UserError, AttributeError) as error:  # for example a field that only the family's kinds of parts have
         return {}, [str(error)]
     values = {"architectures": [architecture], "model_type": family.kind, **own}
     return values, _differing(family, model, objective, values)
 
 
 def _differing(family: ModelFamily, model: ModelConfig, objective: str, values: Mapping[str, Any]) -> list[str]:
-    """Where the model that a config.json describes differs from a model."""
+    """The differences between a model and the model that a config.json describes."""
     tensors = {rule.theirs for rule in family.rules(model, objective)} - set(family.copies(model))
     named = values.get("architectures") or [next(iter(family.architectures))]
     try:
         read = family.read(Keys(values, family.defaults, CONFIG, tensors), named[0])
-        # Other heads do not pool, and the folder of a sentence encoder says in another file how it does.
+        # Other heads do not pool, and the folder of a sentence encoder names its pooling in another file.
         if objective != "classification":
             read = dataclasses.replace(read, pooling=model.pooling)
         return differences(model, read)
@@ -97,15 +97,15 @@ def _differing(family: ModelFamily, model: ModelConfig, objective: str, values: 
 
 
 def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """Where the models of two configs compute something else, a line each, as `logits_soft_cap: 30.0 -> 0.0`."""
+    """Differences in the computation of two models, one per line, such as `logits_soft_cap: 30.0 -> 0.0`."""
     lines = []
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(model, field.name), getattr(other, field.name)
-        # The family may know no limit.
+        # The family may have no limit.
         unlimited = field.name == "max_length" and after == 0
         if field.name not in _COMPUTING | {"first", "pattern"} and before != after and not unlimited:
             lines.append(f"{field.name}: {before} -> {after}")
-    layers: dict[str, list[int]] = {}  # one line for all layers that differ alike
+    layers: dict[str, list[int]] = {}  # one line for all layers with the same difference
     for layer, (block, another) in enumerate(zip(model.blocks, other.blocks, strict=False)):
         one, two = (_resolved(b, model.embed_dim) for b in (block, another))
         for name in one:
@@ -118,7 +118,7 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
 
 
 def _resolved(block: BlockConfig, embed_dim: int) -> dict[str, Any]:
-    """The fields of a block, with what is left open as it is used."""
+    """The fields of a block, with defaults resolved."""
     attention = dataclasses.replace(
         block.attention,
         num_kv_heads=block.attention.kv_heads,
@@ -151,12 +151,12 @@ def planned(
     """The tensors of a model by their names in the family, to be fetched one after the other.
 
     Args:
-        family: that expresses it.
-        model: its config.
-        objective: the kind of objective that it is for.
-        params: arrays, perhaps over several processes, all of which must fetch.
-        dtype: gives the type of a tensor, for its name and the type of the parameter.
-        bare: leave out the prefix of models with a head.
+        family: the family that expresses the model.
+        model: the model's config.
+        objective: the kind of objective of the model.
+        params: arrays, perhaps distributed over several processes, all of which must fetch.
+        dtype: returns the type of a tensor, given its name and the type of the parameter.
+        bare: omit the prefix of models with a head.
     """
     tree = table.leaves(params, len(model.first), len(model.pattern), scanned=model.scan_layers)
     shapes = table.looped_shapes(tree)
@@ -185,14 +185,14 @@ def _values(rule: table.Bound, places: Sequence[tuple[table.Leaf, int]]) -> np.n
 
 
 def _fetched(value: Any) -> np.ndarray:
-    """The whole of an array on the host, also where other processes have parts of it."""
+    """A complete array on the host, even if other processes hold parts of it."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
     return np.asarray(value)
 
 
 def write_weights(folder: pathlib.Path, tensors: Mapping[str, Planned]) -> None:
-    """Write the tensors in a file, or in pieces with an index; with several processes, the first one writes."""
+    """Write the tensors in one file, or in several with an index; with several processes, the first one writes."""
     groups = pieces(tensors, PIECE_BYTES)
     names = [WEIGHTS] if len(groups) == 1 else [_piece(number, len(groups)) for number in range(len(groups))]
     for name, group in zip(names, groups, strict=True):

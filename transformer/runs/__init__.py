@@ -1,1 +1,1 @@
-"""From a config to its parts, a run in its directory, and a saved run opened again."""
+"""Building a run from a config, training it in its directory, and opening a saved run."""

@@ -1,4 +1,4 @@
-"""Adapters in and out, as PEFT has them: a folder becomes a run beside its base; a run's adapters become a folder."""
+"""Import and export of adapters in PEFT's format: a folder becomes a run next to its base, and a run's adapters a folder."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def _leaves(config: Config, params: PyTree) -> dict[str, table.Leaf]:
 
 
 def _contracted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Path of each adapted kernel -> axes of its input."""
+    """The number of input axes of each adapted kernel, by path."""
     ending = f"/{LORA_A}"
     return {p.removesuffix(LORA_A) + "kernel": len(shape) - 1 for p, shape in shapes.items() if p.endswith(ending)}
 
@@ -65,18 +65,18 @@ def write_adapters(
     base: str,
     class_names: tuple[str, ...] = (),
 ) -> None:
-    """Write the adapters of a model to a folder, as PEFT reads them.
+    """Write the adapters of a model to a folder in PEFT's format.
 
     Args:
-        folder: there already.
-        family: that expresses the model.
-        config: resolved.
+        folder: an existing folder.
+        family: the family that expresses the model.
+        config: the resolved config.
         params: all parameters of the model, with adapters.
-        base: names the base model.
-        class_names: of a classifier.
+        base: the name of the base model.
+        class_names: the classes of a classifier.
 
     Raises:
-        UserError: a kernel with an adapter has no tensor of the family.
+        UserError: a kernel with an adapter has no tensor in the family.
     """
     tree = _leaves(config, params)
     shapes = table.looped_shapes(tree)
@@ -117,17 +117,17 @@ def import_adapters(
     family: Callable[[Any, Config], ModelFamily],
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Make a run's directory of a folder of PEFT's, beside the run of its base.
+    """Turn a PEFT folder into a run directory, next to the run of its base.
 
     Args:
-        path: of the folder.
-        base: directory of the base's run, such as an imported model.
+        path: the PEFT folder.
+        base: the directory of the base's run, such as an imported model.
         workdir: a new directory.
-        family: gives the family of the base's record and config.
-        report: called with a line for the user.
+        family: returns the family for the base's record and config.
+        report: receives a line for the user.
 
     Raises:
-        UserError: the adapters are of a kind that ours cannot be, or of another model.
+        UserError: the adapters are of an unsupported kind, or of another model.
     """
     require(jax.process_count() == 1, "Adapters are imported by one process; start one, on one device.")
     folder, base, workdir = pathlib.Path(expand(path)), os.fspath(expand(base)), expand(workdir)
@@ -178,7 +178,7 @@ def _check_run(base: str) -> None:
 
 
 def _with_head(config: Config) -> Config:
-    """The config of a classifier with the encoder of another, as the sequence classifiers of all families are."""
+    """The config of a classifier with the encoder of another model, built like the sequence classifiers of all families."""
     model = dataclasses.replace(config.model, pooling=FirstPooling())
     return dataclasses.replace(config, objective=Classification(), model=model)
 
@@ -196,7 +196,7 @@ def _save(config: Config, files: dict[str, bytes], params: PyTree, report: Calla
 
 
 def _heads_of(record: Record, parts: Parts) -> PyTree:
-    """What a base has of the parts that are trained whole beside adapters."""
+    """The base's values of the parts that are trained in full next to adapters."""
     own = {name: part for name, part in split(parts.shapes)[1].items() if name in HEADS}
     stored = stored_params(record.path)[1]
     if not own.keys() & stored.keys():
@@ -210,7 +210,7 @@ def _heads_of(record: Record, parts: Parts) -> PyTree:
 def _read_params(
     folder: pathlib.Path, parts: Parts, adapters: peft.Adapters, bound: Sequence[table.Bound], heads: PyTree
 ) -> PyTree:
-    """The adapters of a folder, and its heads or those of the base, as parameters of a model that has some."""
+    """The parameters of a folder's adapters, and of its heads or those of the base."""
     trained = split(parts.shapes)[1]
     leaves = _leaves(parts.config, trained)
     own = table.looped_shapes(leaves)
@@ -240,7 +240,7 @@ def _read_params(
 
 
 def _patterns(tree: Mapping[str, table.Leaf], adapted: set[str]) -> tuple[str, ...]:
-    """Patterns of the paths of these kernels of the looped model: a role that all blocks have, or a path."""
+    """Path patterns of these kernels of the looped model: a role that all blocks have, or a path."""
     paths = []
     for path, leaf in tree.items():
         chosen = adapted.intersection(leaf.looped)

@@ -1,4 +1,4 @@
-"""The attention of a run's model as a page: trained and as it was initialised, with its candidates for each token."""
+"""A page with the attention of a run's model, trained and as initialized, and its candidates for each token."""
 
 from typing import Any
 
@@ -15,25 +15,25 @@ from transformer.runs.saved import Loaded
 from transformer.types import PyTree
 from transformer.validation import require
 
-_BEFORE = 4  # tokens before a candidate, which decide how it is decoded
+_BEFORE = 4  # previous tokens, which affect how a candidate is decoded
 
 
 def attention_page(
     run: Loaded, text: str, *, target: str | None = None, top_k: int = 8, initial: bool = True, name: str = ""
 ) -> str:
-    """An HTML page of a model's attention while it reads a text; it needs no network.
+    """An HTML page of a model's attention to a text; it needs no network.
 
     Args:
         run: the model.
-        text: not blank, and no longer than the model reads.
-        target: of a translator, the translation that its decoder reads, None meaning its own; of a prefix language model,
-            what follows the text.
-        top_k: candidates of each token, or classes.
-        initial: show the same model with its initial parameters too, as the run's seed makes them.
-        name: of the model, for the heading.
+        text: not blank, and no longer than the model's maximum.
+        target: for a translator, the translation for its decoder (None: its own); for a prefix language model, the text after
+            the prefix.
+        top_k: number of candidates for each token, or of classes.
+        initial: also show the same model with its initial parameters, as the run's seed makes them.
+        name: the name of the model, for the heading.
 
     Raises:
-        UserError: the text does not fit, or the run has nothing to look at.
+        UserError: the text does not fit, or the run's model has no attention to show.
 
     Example:
         `pathlib.Path("attention.html").write_text(attention_page(load("runs/python_stdlib"), "def main():"))`
@@ -56,10 +56,10 @@ def attention_page(
 
 
 def initial_params(run: Loaded) -> PyTree:
-    """Parameters of a run's model as its seed makes them: those before the first step, unless it started from another run.
+    """The initial parameters for a run's seed: those before the first step, unless the run started from another run.
 
     Raises:
-        UserError: they do not fit beside the trained ones.
+        UserError: they do not fit into memory next to the trained ones.
     """
     config = run.config
     check_params(config)
@@ -85,7 +85,7 @@ def _about(run: Loaded, seen: TextAttention) -> str:
 
 
 def _candidates(run: Loaded, seen: TextAttention, top_k: int) -> Candidates:
-    """The likeliest tokens, or classes, of each row of logits, with their probabilities."""
+    """The most likely tokens, or classes, for each row of logits, with their probabilities."""
     reading, names = seen.reading, run.class_names
     assert seen.logits is not None
     ids = [int(index) for index in reading.ids[reading.of]] if reading.of else []

@@ -1,4 +1,4 @@
-"""The run that adapters are beside: its checkpoint is named by a checksum, found again, and read."""
+"""The base run of adapters: its checkpoint is identified by a checksum, located, and read."""
 
 import dataclasses
 import hashlib
@@ -22,18 +22,18 @@ from transformer.validation import Settings, require
 
 @dataclasses.dataclass(frozen=True)
 class Base(Settings):
-    """The checkpoint that adapters were trained on; where it lies is `training.init_from` of their run."""
+    """The checkpoint that adapters were trained on; its location is `training.init_from` of their run."""
 
     step: int
     sha256: str
-    """Of its manifest, which has the SHA-256 of each of its files."""
+    """The checksum of its manifest, which has the SHA-256 of each of its files."""
 
     @classmethod
     def of(cls, record: Record) -> "Base":
-        """A checkpoint as a base.
+        """Identify a checkpoint as a base.
 
         Raises:
-            UserError: it holds adapters itself.
+            UserError: the checkpoint holds adapters itself.
         """
         require(
             BASE_FILE not in record.files,
@@ -43,7 +43,7 @@ class Base(Settings):
         return cls(record.step, hashlib.sha256((record.path / manifest.NAME).read_bytes()).hexdigest())
 
     def to_file(self) -> bytes:
-        """For the record of a run."""
+        """The content of the base file in the record of a run."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
 
@@ -53,7 +53,7 @@ def base_in(record: Record) -> Base:
 
 
 def base_place(path: str) -> str:
-    """Where the base of adapters lies: here, or, where this is a run with adapters too, where it has its base from."""
+    """The location of the base of adapters: the path itself, or for a run with adapters, the location of that run's base."""
     seen = set[str]()
     while path not in seen and (epath.Path(expand(path)) / BASE_FILE).exists():
         seen.add(path)
@@ -62,16 +62,16 @@ def base_place(path: str) -> str:
 
 
 def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
-    """The record of a base, if it is the one that the adapters of a run were trained on.
+    """The record of a base, if the adapters of a run were trained on it.
 
     Args:
-        path: of the base's run.
-        base: as the run of the adapters names it.
+        path: the directory of the base's run.
+        base: the base named in the run of the adapters.
         run: the directory of the adapters, for messages.
-        remedy: how to say where the base is.
+        remedy: how to give the location of the base.
 
     Raises:
-        UserError: it is not there, or is another one.
+        UserError: the base is missing, or is another one.
     """
     try:
         record = read_run(path, lambda record: record, base.step)
@@ -91,15 +91,15 @@ def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
 
 
 def check_base(record: Record, frozen: PyTree) -> None:
-    """Raise UserError unless a base has the parameters that a model has without its adapters, in their types.
+    """Require that a base has the parameters of a model without its adapters, with the same types.
 
     Args:
-        record: of the base.
-        frozen: shapes of these parameters.
+        record: the record of the base.
+        frozen: the shapes of these parameters.
     """
     arrays: dict[str, str] = read_description(record.path)["arrays"]
     field = "ema_params/" if any(name.startswith("ema_params/") for name in arrays) else "params/"
-    within = tuple(f"{field}{part}/" for part in frozen)  # a base may have more, such as another head
+    within = tuple(f"{field}{part}/" for part in frozen)  # a base may have other parts, such as another head
     found = {name.removeprefix(field): text for name, text in arrays.items() if name.startswith(within)}
     layout = stored_layout(found, frozen, describe)
     wanted = describe(frozen if layout is None else layout.stored(frozen))
@@ -117,12 +117,12 @@ def check_base(record: Record, frozen: PyTree) -> None:
 
 
 def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[int, PyTree]:
-    """Step and all parameters of a run's model (`load_step_params`): with adapters, those of its base too.
+    """The step and all parameters of a run's model (`load_step_params`); with adapters, including those of the base.
 
     Args:
-        record: of the checkpoint.
-        target: shapes of all parameters, with the shardings that they are wanted in.
-        base: directory of the base's run, if it lies elsewhere than where training found it.
+        record: the record of the checkpoint.
+        target: shapes of all parameters, with the target shardings.
+        base: directory of the base's run, if it has moved since training.
 
     Raises:
         UserError: there is no such base, it is another one, or this user has never trained with it.
@@ -146,6 +146,6 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
 
 
 def on_host(shapes: PyTree) -> PyTree:
-    """Shapes that are read to the host's memory."""
+    """The shapes with shardings in the host's memory."""
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), shapes)

@@ -1,4 +1,4 @@
-"""Two runs compared: every array of their last checkpoints, bit by bit, and every metric row."""
+"""Comparison of two runs: every array of their last checkpoints, bit by bit, and every metric row."""
 
 import itertools
 import json
@@ -19,30 +19,30 @@ from transformer.validation import require
 
 
 class Outcome(NamedTuple):
-    """What a run ended with, on the host."""
+    """The final state and metrics of a run, on the host."""
 
     step: int
     arrays: dict[str, np.ndarray]
     """Every array of the last checkpoint by its path: parameters, optimizer state, carry, key."""
     rows: list[dict[str, Any]]
-    """The metric rows without their timings."""
+    """The metric rows without timings."""
 
 
 class Difference(NamedTuple):
-    """How far a run's outcome is from another's."""
+    """The difference between the outcomes of two runs."""
 
     bits: int
-    """Bits of all arrays that differ; an array that only one of them has, or has in another type or shape, counts whole."""
+    """Number of differing bits in all arrays; an array without a counterpart of the same type and shape counts completely."""
     total_bits: int
-    """Bits of the reference."""
+    """Number of bits of the reference."""
     largest: float
-    """Largest absolute difference of a parameter; infinite where the parameters are not the same ones."""
+    """Largest absolute difference of a parameter; infinite if the runs have different parameters."""
     rows: int
-    """Metric rows that differ, or that only one of them has."""
+    """Number of metric rows that differ, or exist in one run only."""
 
 
 def read_outcome(workdir: epath.PathLike) -> Outcome:
-    """The latest undamaged checkpoint of a run, whatever its model and mesh were, and its metric rows.
+    """The latest undamaged checkpoint of a run, with any model and mesh, and its metric rows.
 
     Raises:
         UserError: there is no checkpoint, or no undamaged one.
@@ -55,7 +55,7 @@ def read_outcome(workdir: epath.PathLike) -> Outcome:
 
 
 def read_arrays(checkpoint: epath.PathLike) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path, `params/...`, `rest/opt_state/...`, on the host; a PRNG key as its words."""
+    """Every array of a checkpoint by its path, `params/...`, `rest/opt_state/...`, on the host; a PRNG key as integers."""
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     stored = ocp.checkpointables_metadata(epath.Path(checkpoint)).metadata
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
@@ -64,10 +64,10 @@ def read_arrays(checkpoint: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def compare(found: Outcome, reference: Outcome) -> Difference:
-    """How far `found` is from `reference`."""
+    """The difference of `found` from `reference`."""
     names = sorted(found.arrays.keys() | reference.arrays.keys())
     params = [name for name in names if name.startswith("params/")]
-    texts = ([json.dumps(row) for row in outcome.rows] for outcome in (found, reference))  # NaN is equal to itself
+    texts = ([json.dumps(row) for row in outcome.rows] for outcome in (found, reference))  # as text, NaN equals itself
     return Difference(
         bits=sum(_differing_bits(found.arrays.get(name), reference.arrays.get(name)) for name in names),
         total_bits=sum(8 * x.nbytes for x in reference.arrays.values()),

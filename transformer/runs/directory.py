@@ -1,7 +1,7 @@
-"""What a run's directory holds besides arrays, and what it takes for a run to go on there.
+"""The files of a run's directory besides arrays, and the checks before a run continues there.
 
-Each checkpoint has the record of its run (config, tokenizer, class names, corpus) under its own manifest. The files of the same
-names at the top of the directory are copies, for people.
+Each checkpoint has the record of its run (config, tokenizer, class names, corpus) under its own manifest. The files with the
+same names at the top of the directory are copies for human readers.
 """
 
 import dataclasses
@@ -31,55 +31,55 @@ from transformer.validation import Settings, require, shown
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
-SCORES_FILE = "scores.jsonl"  # what `transformer evaluate` gave, a line each
-CLASSES_FILE = "classes.json"  # their names, of a classifier
-GIVEN_FILE = "given.json"  # what was given to `train` besides the config, by the name of what made it; never imported
+SCORES_FILE = "scores.jsonl"  # results of `transformer evaluate`, one per line
+CLASSES_FILE = "classes.json"  # class names of a classifier
+GIVEN_FILE = "given.json"  # objects passed to `train` besides the config, by their qualified names; never imported
 FAMILY_FILE = (
-    "family.json"  # what an export writes of an imported model besides arrays; runs that start from it have it too
+    "family.json"  # content of an export of an imported model besides arrays; inherited by runs that start from it
 )
-BASE_FILE = "base.json"  # of adapters: the checkpoint that they were trained on, by a checksum
-DATA_FILE = "data.json"  # the corpus and its splits; in checkpoints only
+BASE_FILE = "base.json"  # for adapters: the checkpoint that they were trained on, by checksum
+DATA_FILE = "data.json"  # the corpus and its splits; only in checkpoints
 RECORD_FILE = "run.json"
-"""The file of a checkpoint that holds the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
+"""The file of a checkpoint with the record, name -> text of each file. (Orbax takes every folder there for arrays.)"""
 
 T = TypeVar("T")
 
 
 _NAME = re.compile(r"([a-z_]+/)?[a-z_]+\.json")
-"""Of a file in a record. It becomes a path, and a run may come from anybody."""
+"""The syntax of a file name in a record. It becomes a path, and a run may come from anybody."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus(Settings):
-    """A source of a run's data, as `describe_data` gives it."""
+    """A source of a run's data, as in `describe_data`."""
 
     name: str
     fingerprint: str
     splits: dict[str, Annotated[int, 63]]
-    """Name -> documents or examples."""
+    """The number of documents or examples by split."""
 
 
 class Record(NamedTuple):
-    """What a checkpoint says of its run."""
+    """The description of a run in its checkpoint."""
 
     path: epath.Path
-    """Of the checkpoint."""
+    """The path of the checkpoint."""
     step: int
     config: Config
-    """As it was given: vocab_size and max_length are not resolved."""
+    """The config as given: vocab_size and max_length are not resolved."""
     class_names: tuple[str, ...]
-    """Of a classifier; none for other runs."""
+    """The classes of a classifier; empty for other runs."""
     data: tuple[Corpus, ...]
-    """What `describe_data` gave."""
+    """The result of `describe_data`."""
     files: dict[str, bytes]
-    """All of it: name -> content."""
+    """All files of the record, name -> content."""
     evaluations: Patience
-    """Since the lowest validation loss."""
+    """The evaluations since the lowest validation loss."""
     given: dict[str, str]
-    """What was given to `train` in the place of the config's parts: the name of each object, by that of its argument."""
+    """The objects passed to `train` instead of parts of the config: the name of each, by its argument."""
 
     def load_tokenizer(self) -> Tokenizer:
-        """The run's; of one on batches of its own, a vocabulary alone."""
+        """Load the run's tokenizer; for a run on user-supplied batches, only a vocabulary."""
         require(
             "tokenizer" not in self.given,
             f"A tokenizer that was given to train is not kept with the run, {self.path.parent.parent} was made with "
@@ -100,15 +100,15 @@ class Record(NamedTuple):
 
 
 def read_run(workdir: epath.PathLike, read: Callable[[Record], T], step: int | str = "latest") -> T:
-    """What `read` makes of a checkpoint; of the next one if a run that goes on removes it meanwhile.
+    """The result of `read` for a checkpoint. If an active run removes the checkpoint meanwhile, the next one is read.
 
     Args:
-        workdir: of the run.
-        read: makes something of a record.
-        step: of the checkpoint (`find_checkpoint`): a number, `best` or `latest`.
+        workdir: the run's directory.
+        read: a function of a record.
+        step: the step of the checkpoint (`find_checkpoint`): a number, `best` or `latest`.
 
     Raises:
-        UserError: there is no run, no such or no undamaged checkpoint, or one of another format.
+        UserError: there is no run, no undamaged or no such checkpoint, or one of another format.
     """
     directory = epath.Path(expand(workdir))
     while True:
@@ -142,14 +142,14 @@ def _read_record(path: epath.Path) -> Record:
     return Record(path, description["step"], config, classes, data, files, evaluations, given)
 
 
-# ---- Go on -----------------------------------------------------------------------------------------------------------
+# ---- Continue --------------------------------------------------------------------------------------------------------
 
 
 def open_new_workdir(config: Config, report: folders.Report) -> None:
-    """`open_workdir` of what is imported, which makes a run and goes on with none.
+    """`open_workdir` for an import, which creates a run and continues none.
 
     Raises:
-        UserError: the directory holds a run, or something that is no run.
+        UserError: the directory holds a run, or other files.
     """
     require(
         not folders.committed_steps(epath.Path(config.workdir) / CHECKPOINTS),
@@ -159,17 +159,17 @@ def open_new_workdir(config: Config, report: folders.Report) -> None:
 
 
 def open_workdir(config: Config, report: folders.Report) -> Record | None:
-    """The record of the latest checkpoint in `config.workdir`; None where the run begins. Nothing is written.
+    """The record of the latest checkpoint in `config.workdir`; None if the run is new. Nothing is written.
 
     Raises:
-        UserError: the directory is another run's, lacks files of a run, or holds something that is no run.
+        UserError: the directory belongs to another run, lacks files of a run, or holds other files.
     """
     workdir = epath.Path(config.workdir)
     require(config.workdir != "", "A run needs a directory; set workdir.")
     require(not workdir.exists() or workdir.is_dir(), f"A run directory must be a folder, {workdir} is a file.")
     checkpoints = workdir / CHECKPOINTS
     folders.require_plain(checkpoints)
-    # Before the mark is looked for: process 0 may be beginning here, and writes it first.
+    # Read the names before looking for the mark: process 0 may be starting here, and writes the mark first.
     names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
     steps = folders.committed_steps(checkpoints)
     if not steps:
@@ -179,7 +179,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
         else:
             _require_empty(workdir, names, config)
         return None
-    # A run that goes on compares all files when it restores; one that is finished would not.
+    # A continued run compares all files when it restores; a finished one would not.
     only = ("",) if steps[-1] >= config.training.steps else (DESCRIPTION, RECORD_FILE)
     path = folders.latest_undamaged(checkpoints, report, only=only)
     assert path is not None
@@ -202,7 +202,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
 
 
 def _require_empty(workdir: epath.Path, names: set[str], config: Config) -> None:
-    """Refuse a directory in which something lies that a first start does not leave."""
+    """Refuse a directory with files that a first start does not leave."""
     prepared = data_directory(config.data)
     names = names - {LOCK_FILE, *(prepared.relative_to(workdir).parts[:1] if prepared.is_relative_to(workdir) else ())}
     if names == {CHECKPOINTS} and all(path.name.endswith(ASIDE) for path in (workdir / CHECKPOINTS).iterdir()):
@@ -219,7 +219,7 @@ def _require_empty(workdir: epath.Path, names: set[str], config: Config) -> None
 
 
 def _parsed(path: epath.Path) -> Any:
-    """The JSON of a file; None where it is missing or damaged."""
+    """The JSON of a file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -238,7 +238,7 @@ def _compare_config(workdir: epath.Path, expected: Config) -> None:
 
 
 def _compare_copies(workdir: epath.Path, record: Record) -> None:
-    """Refuse a whole copy that says something else than the record; one that is missing or damaged will be written anew."""
+    """Refuse an intact copy that differs from the record; a missing or damaged one will be written again."""
     _compare_config(workdir, record.config)
     for name, content in record.files.items():
         path = workdir / name
@@ -251,10 +251,10 @@ def _compare_copies(workdir: epath.Path, record: Record) -> None:
 
 
 def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
-    """Refuse data other than the run's: other texts, labels or splits, whatever they are called and wherever they lie.
+    """Refuse data other than the run's: other texts, labels or splits, regardless of names and paths.
 
     Raises:
-        UserError: what differs, and the remedy.
+        UserError: the data differ; the message has the differences and the remedy.
     """
     found = [Corpus(**source) for source in describe_data(data)]
     lines = [
@@ -293,7 +293,7 @@ def make_record(
     given: dict[str, str],
     kept: Mapping[str, bytes] = {},
 ) -> dict[str, bytes]:
-    """The files of a run's record, name -> content; those that never change are as `old` has them, or `kept` for a new run."""
+    """The files of a run's record, name -> content; unchanging files come from `old`, or from `kept` for a new run."""
     files: dict[str, bytes] = dict(old.files) if old else dict(kept)
     if not old:
         with tempfile.TemporaryDirectory() as directory:
@@ -310,17 +310,17 @@ def make_record(
 
 
 def stored_record(files: dict[str, bytes]) -> dict[str, bytes]:
-    """A record as the one file that a checkpoint takes."""
+    """A record as the single file of a checkpoint."""
     return {RECORD_FILE: json.dumps({name: content.decode() for name, content in files.items()}, indent=1).encode()}
 
 
 def write_copies(workdir: epath.Path, files: dict[str, bytes], *, begun: bool) -> None:
-    """Write the copies at the top that are missing, damaged or of another config; remove what a kill left of them.
+    """Write the copies at the top that are missing, damaged or of another config; remove remains of a kill.
 
     Args:
-        workdir: of the run; no other run may be at work in it.
-        files: of the record.
-        begun: it has a checkpoint; else it is marked as a run without one first.
+        workdir: the run's directory; no other run may be active in it.
+        files: the files of the record.
+        begun: the run has a checkpoint; otherwise the directory is first marked as a run without one.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if not begun:

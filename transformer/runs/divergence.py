@@ -1,4 +1,4 @@
-"""Where a run diverged: its steps since the last checkpoint are repeated, and the one that was not finite is looked into."""
+"""Locates divergence: the steps since the last checkpoint are repeated, and the first step that is not finite is examined."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ from transformer.types import UserError
 
 @contextlib.contextmanager
 def located(run: Run, report: Callable[[str], object]) -> Iterator[None]:
-    """Where training diverges inside, its error says in which layer.
+    """If training diverges inside the context, add the layer to its error.
 
     Args:
-        run: that trains in its directory.
-        report: takes a sentence for the user, as the search may take as long as the steps since the last checkpoint took.
+        run: the run that trains in its directory.
+        report: receives a sentence for the user, because the search may take as long as the steps since the last checkpoint.
     """
     try:
         yield
@@ -34,16 +34,16 @@ def located(run: Run, report: Callable[[str], object]) -> Iterator[None]:
 
 
 def locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[str], object]) -> str:
-    """A sentence on the first layer that was not finite at a step; empty where it cannot be found.
+    """A sentence on the first layer that is not finite at a step; empty if it cannot be found.
 
-    Steps are deterministic, so that the state before the step is had by repeating those since the last checkpoint; nothing is
-    kept for it while a run goes well. With several processes, none of which has the whole batch, nothing is looked for.
+    Steps are deterministic: repeating those since the last checkpoint gives the state before the step, and nothing is stored
+    for the search while a run is healthy. With several processes, none of which has the whole batch, no search is done.
     """
     if jax.process_count() > 1:
         return ""
     try:
         return _locate(run, checkpointer, step, report)
-    except Exception as error:  # What is known of the run must be said in any case.
+    except Exception as error:  # the original error must be reported in any case
         return f"The layer was looked for, without success: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -60,7 +60,7 @@ def _locate(run: Run, checkpointer: Checkpointer, step: int, report: Callable[[s
         state, _ = run.runner.step(state, run.runner.place_batch(next(batches)))
     state = run.runner.fetch_state(state)
 
-    # Of a looped stack without recomputation, every module's output can be seen.
+    # In a looped stack without recomputation, every module's output is observable.
     params = loop_params(state.model_params) if run.config.model.scan_layers else state.model_params
     looped = run.steps.parts.changed(scan_layers=False, remat="none")
     parts = split(

@@ -1,4 +1,4 @@
-"""What a run takes from the run that it starts from (`training.init_from`): its tokenizer, and the parameters that fit."""
+"""The contributions of the run in `training.init_from` to a new run: its tokenizer, and the parameters that fit."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,33 +24,33 @@ _HEAD = "classifier"
 
 
 class Donor(NamedTuple):
-    """The run that another one starts from."""
+    """The run from which another one starts."""
 
     path: str
     config: Config
     tokenizer: Tokenizer
     class_names: tuple[str, ...]
     step: int | str = "latest"
-    """Of the checkpoint, as it was asked for."""
+    """The step of the checkpoint, as requested."""
     kept: Mapping[str, bytes] = {}
-    """Files of its record that a run that starts from it has too."""
+    """Files of its record that a run started from it inherits."""
     record: Record | None = None
-    """Of that checkpoint."""
+    """The path of that checkpoint."""
 
 
 class Inherited(NamedTuple):
-    """Parts of a model that a run has from the run that it starts from: branches at the top of the tree of parameters."""
+    """Parts of a model that a run inherits: top-level branches of the parameter tree."""
 
     parts: Mapping[str, PyTree]
-    """Their shapes."""
+    """The shapes of the parts."""
     read: Callable[[], PyTree]
-    """Reads them straight to the devices, each process its own shards."""
+    """Reads the parts directly to the devices; each process reads its own shards."""
     note: str
     """Lines for the user."""
 
 
 def read_donor(directory: str, step: int | str = "latest") -> Donor:
-    """The run in a directory, by the checkpoint of a step, but for its parameters."""
+    """The run in a directory at the checkpoint of a step, without its parameters."""
 
     def donor(run: Record) -> Donor:
         kept = {name: content for name, content in run.files.items() if name == FAMILY_FILE}
@@ -60,10 +60,10 @@ def read_donor(directory: str, step: int | str = "latest") -> Donor:
 
 
 def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
-    """The config with the donor's tokenizer, whose ids its embeddings are of, and a line that says so.
+    """The config with the donor's tokenizer, whose ids its embeddings belong to, and a line about it.
 
     Raises:
-        UserError: the config asks for another one.
+        UserError: the config names another tokenizer.
     """
     tokenizer = donor.tokenizer
     kept = donor.config.data.tokenizer
@@ -80,19 +80,19 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
 
 
 def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tuple[str, ...]) -> tuple[PyTree, str]:
-    """Initial parameters on the host, the donor's where they fit, and lines that say which, and where the models differ.
+    """Initial parameters on the host, the donor's where they fit, and lines about them and the differences of the models.
 
     Args:
-        config: of the run, as it was given.
-        parts: of the run.
-        donor: whose parameters are read.
-        class_names: of the run's data; a head for other classes, or the same in another order, is not taken.
+        config: the run's config, as given.
+        parts: the parts of the run.
+        donor: the run whose parameters are read.
+        class_names: the classes of the run's data; a head for other classes, or another order of classes, is not taken.
     """
     check_params(config)
     step, params = read_run(donor.path, _whole_params, donor.step)
     if donor.class_names != class_names:
         params = {name: part for name, part in params.items() if name != _HEAD}
-    # On the host: each device is given its part only.
+    # On the host: each device receives its own part only.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         own = parts.init_params(jax.random.key(config.training.seed))
         blocks = {"pattern_length": len(config.model.pattern), "num_first": len(config.model.first)}
@@ -103,17 +103,17 @@ def inherit_params(config: Config, parts: Parts, donor: Donor, class_names: tupl
 def inherit_parts(
     config: Config, target: PyTree, donor: Donor, class_names: tuple[str, ...], *, adapted: bool = False
 ) -> Inherited | None:
-    """The parts of a run's model (an embedding, a stack, a head) that the donor has in the same shapes.
+    """The parts of a run's model (an embedding, a stack, a head) that the donor has with the same shapes.
 
     Args:
-        config: of the run, as it was given.
+        config: the run's config, as given.
         target: shapes of the run's parameters, with their shardings.
-        donor: whose parameters are read.
-        class_names: of the run's data.
-        adapted: whether these are what is trained of a run with adapters.
+        donor: the run whose parameters are read.
+        class_names: the classes of the run's data.
+        adapted: whether these are the trained parameters of a run with adapters.
 
     Returns:
-        None where no part fits, or one in some of its parameters only, of which `inherit_params` then takes these.
+        None if no part fits, or if a part fits only in some of its parameters, which `inherit_params` can then take.
     """
     wanted = jax.tree.map(lambda x: getattr(x, "sharding", None), target)
     if not jax.tree.leaves(wanted):
@@ -129,7 +129,7 @@ def inherit_parts(
     if not fits or any(name in target and name not in fits for name in stored):
         return None
     own = {name: target[name] for name in fits}
-    # As they are stored, where they are wanted.
+    # In their stored types, with the target shardings.
     fits = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding), fits, own)
 
     def read() -> PyTree:
@@ -160,15 +160,15 @@ def _without(tree: Mapping[str, PyTree], parts: Mapping[str, PyTree]) -> dict[st
 def compare_base(
     config: Config, parts: Parts, donor: Donor, base: str, class_names: tuple[str, ...], inherited: Inherited | None
 ) -> str:
-    """Lines that say which kernels have adapters beside which base, and where the models differ.
+    """Lines about the adapted kernels and their base, and the differences of the models.
 
     Args:
-        config: of the run, as it was given.
-        parts: of the run.
-        donor: the base, or a run with adapters beside it.
-        base: where the base lies.
-        class_names: of the run's data.
-        inherited: what is trained, as far as the donor has it.
+        config: the run's config, as given.
+        parts: the parts of the run.
+        donor: the base, or a run with adapters on it.
+        base: the location of the base.
+        class_names: the classes of the run's data.
+        inherited: the trained parts that the donor has.
     """
     frozen, trained = split(parts.shapes)
     whole = {name: trained.pop(name) for name in HEADS if name in trained}
@@ -185,7 +185,7 @@ def compare_base(
 
 
 def _whole_params(record: Record) -> tuple[int, PyTree]:
-    """Of a run with adapters, merged."""
+    """The step and parameters of a run; adapters are merged."""
     if BASE_FILE not in record.files:
         return load_step_params(record.path)
     tokenizer = record.load_tokenizer()
@@ -196,7 +196,7 @@ def _whole_params(record: Record) -> tuple[int, PyTree]:
 
 
 def _differing(config: Config, donor: Donor, class_names: tuple[str, ...]) -> list[str]:
-    """What shapes need not show: an activation, a window, the distances of position buckets."""
+    """Differences that shapes may not reveal: an activation, a window, the distances of position buckets."""
     conflicts = resume_conflicts(donor.config, to_dict(config))
     differs = [line for line in conflicts if line.startswith("model.")]
     if donor.class_names and class_names and donor.class_names != class_names:

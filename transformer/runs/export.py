@@ -1,4 +1,4 @@
-"""A run becomes a folder that Hugging Face's libraries read, or its adapters one that PEFT reads."""
+"""Export of a run as a folder for Hugging Face's libraries, or of its adapters as a folder for PEFT."""
 
 import functools
 import json
@@ -40,20 +40,20 @@ def export_model(
     adapter: bool = False,
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Write a run's model as a folder that Hugging Face's libraries, and what is built on them, read; adapters are merged.
+    """Write a run's model as a folder for Hugging Face's libraries and software based on them; adapters are merged.
 
     Args:
-        workdir: of the run.
+        workdir: the run's directory.
         path: a new folder; it appears when it is complete.
-        step: of the checkpoint, as for `load`.
-        dtype: of the weights; empty is that of the files that were imported, or the parameters'.
-        family: the `model_type` to write; empty is that of the import, or the first that can express the model.
-        base: directory of the run that adapters were trained on, if it lies elsewhere now.
-        adapter: write the adapters alone, as PEFT reads them.
-        report: called with a line for the user.
+        step: the step of the checkpoint, as for `load`.
+        dtype: type of the weights; empty means that of the imported files, or of the parameters.
+        family: the `model_type` to write; empty means that of the import, or the first that can express the model.
+        base: directory of the run that adapters were trained on, if it has moved.
+        adapter: write the adapters alone, in PEFT's format.
+        report: receives a line for the user.
 
     Raises:
-        UserError: no family can express the model; the fields in the way are named. Or the folder exists.
+        UserError: no family can express the model (the message names the fields), or the folder exists.
     """
     folder = pathlib.Path(expand(path))
     require(
@@ -125,7 +125,7 @@ def _export(
     bare = bool(origin.get("bare")) if same else not chosen.has_head(objective)
     tensors = planned(chosen, config.model, objective, params, written_dtype, bare=bare)
     values |= {"torch_dtype": str(next(iter(tensors.values())).dtype), **class_words(record.class_names)}
-    values.pop("dtype", None)  # the newer name of the same
+    values.pop("dtype", None)  # the newer name of torch_dtype
     kept = {name: str(text) for name, text in origin.get("texts", {}).items() if name in KEPT}
     generates = config.objective.continues_text or config.objective.num_stacks > 1
     texts = kept | tokenizer_texts(tokenizer, kept) | (generation_texts(tokenizer, kept) if generates else {})
@@ -149,7 +149,7 @@ def _export(
 
 
 def _object(record: Record, name: str) -> dict[str, Any]:
-    """A file of the record, if it has one of that name."""
+    """The object in a file of the record; empty without that file."""
     if name not in record.files:
         return {}
     with understood(f"{record.path}: {name}"):

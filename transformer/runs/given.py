@@ -1,4 +1,4 @@
-"""What a caller brings to a run besides its config: noted by name in its directory, and asked for again."""
+"""Objects passed to a run besides its config: their names are recorded in its directory, and required again later."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,25 +22,25 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class Given(NamedTuple):
-    """What takes the place of parts that a config names, and what comes on top."""
+    """Objects that replace parts named in a config, and additional ones."""
 
     model: nn.Module | None = None
     objective: Objective | None = None
     optimizer: optax.GradientTransformation | None = None
     data: Any = None
-    """A `Dataset`, once it is `opened`."""
+    """A `Dataset`, once the object is `opened`."""
     tokenizer: Tokenizer | None = None
     evaluators: Mapping[str, loop.Evaluator] = {}
     writers: Sequence[Writer] = ()
     hooks: Sequence[loop.Hook] = ()
 
     def opened(self, config: Config) -> "Given":
-        """The same, checked, and with a dataset in the place of batches."""
+        """The same objects, checked, with batches converted to a dataset."""
         self.check()
         return self if self.data is None else self._replace(data=as_dataset(self.data, self.applied(config)))
 
     def check(self) -> None:
-        """Raise UserError unless each is what its argument takes."""
+        """Require that each object has the type that its argument expects."""
         for name in ("model", "objective", "tokenizer"):
             value = getattr(self, name)
             require(
@@ -83,18 +83,18 @@ class Given(NamedTuple):
         )
 
     def applied(self, config: Config) -> Config:
-        """The config with the objective that takes the place of its own."""
+        """The config with the given objective, if any."""
         return config if self.objective is None else dataclasses.replace(config, objective=self.objective)
 
     @property
     def described(self) -> dict[str, str]:
-        """What each object that takes a place is called, by the name of its argument."""
+        """The name of each object that replaces a part of the config, by its argument."""
         objects = self._asdict().items()
         return {name: describe(value) for name, value in objects if name in REPLACING and value is not None}
 
 
 def as_dataset(data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any], config: Config) -> Dataset:
-    """What a caller gives as the data of a run; batches become a dataset."""
+    """The data passed to a run; batches become a dataset."""
     if not isinstance(data, Dataset):
         data = BatchData(data)
     return data.for_run(config) if isinstance(data, BatchData) else data
@@ -102,13 +102,13 @@ def as_dataset(data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any], conf
 
 NOTHING = Given()
 REPLACING = ("model", "objective", "optimizer", "data", "tokenizer")
-"""What takes the place of a part of the config."""
+"""The arguments that replace a part of the config."""
 
 
 def describe(value: Any) -> str:
-    """The qualified name of a function or a class, else of its `update` or of its class, with the settings of a dataclass.
+    """The qualified name of a function or a class, else of its `update` or its class, with the settings of a dataclass.
 
-    Settings are numbers, texts, functions, and tuples and dataclasses of them; what else an object holds is not told.
+    Settings are numbers, texts, functions, and tuples and dataclasses of them; other contents of an object are omitted.
     """
     owner: Any = getattr(value, "update", value) if isinstance(value, tuple) and hasattr(value, "update") else value
     kind: Any = owner if hasattr(owner, "__qualname__") else type(owner)
@@ -127,16 +127,16 @@ def _setting(value: Any) -> str:
 
 
 def _same(before: str, now: str) -> bool:
-    """Whether two descriptions are of one object; a script that is run calls its own module `__main__`."""
+    """Whether two descriptions name one object; a script that is run calls its own module `__main__`."""
     names = [name.removeprefix("__main__.") for name in (before, now)]
     return before == now or any(long.endswith(f".{short}") for long, short in (names, names[::-1]))
 
 
 def compare_given(record: Record | None, given: Given) -> None:
-    """Refuse to go on without the objects that a run was made with, or with others.
+    """Refuse to continue a run without the objects that it was made with, or with others.
 
     Raises:
-        UserError: which, and what they were.
+        UserError: the objects differ; the message names them.
     """
     if record is not None:
         now = given.described
@@ -151,15 +151,15 @@ def compare_given(record: Record | None, given: Given) -> None:
 
 
 def ask_for(record: Record, given: Given) -> None:
-    """Refuse to load a run without the objects that it was made with, or with others; its directory holds their names alone.
+    """Refuse to load a run without the objects that it was made with, or with others; its directory has only their names.
 
     Raises:
-        UserError: which, and what they were.
+        UserError: the objects differ; the message names them.
     """
     names = ["model", "objective"]
     if (
         "data" not in record.given or "tokenizer" in record.given
-    ):  # else it only reads and writes what was trained on as ids
+    ):  # otherwise the tokenizer only converts the ids that were trained on
         names.append("tokenizer")
     now = given.described
     _compare(record, names, now, "is loaded with the {} it was made with;", "in Python, give load or evaluate ({}=...)")
@@ -168,7 +168,7 @@ def ask_for(record: Record, given: Given) -> None:
 def _compare(
     record: Record, names: Iterable[str], described: Mapping[str, str], rule: str, give: str, others: str = ""
 ) -> None:
-    """Compare what is given with what a run was made with, by the names of arguments; the words are of the message."""
+    """Compare the given objects with those that a run was made with, by argument; `rule` and `give` are parts of the message."""
     for name in names:
         before, now = record.given.get(name, "none"), described.get(name, "none")
         remedy = f"{give.format(name)} the same again" if name in record.given else f"leave out {name}="

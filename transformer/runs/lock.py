@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that ends with the process that holds it."""
+"""One active run per directory: a lock that ends with the process that holds it."""
 
 import contextlib
 import errno
@@ -22,17 +22,17 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def locked(workdir: epath.PathLike, report: Callable[[str], object]) -> Iterator[None]:
-    """Hold `workdir` for this process, and for this run within it; the directory is made, and removed if it stays empty.
+    """Lock `workdir` for this process and this run; the directory is created, and removed if it stays empty.
 
-    An advisory lock (`flock`) on an open file: the operating system lifts it when the process ends, in whatever way, and network
-    file systems carry it from host to host. Where they do not, or in a bucket, that is reported and the run goes on.
+    An advisory lock (`flock`) on an open file: the operating system releases it whenever the process ends, and network file
+    systems share it between hosts. In a bucket, or a file system that does not share it, this is reported and the run continues.
 
     Args:
-        workdir: of the run.
-        report: takes a sentence for the user.
+        workdir: the run's directory.
+        report: receives a sentence for the user.
 
     Raises:
-        UserError: another run holds it (which one, where, since when), or no file can be made there.
+        UserError: another run holds the lock (the message has its process, host and start), or no file can be created there.
     """
     if not is_local(workdir):
         report(
@@ -52,7 +52,7 @@ def locked(workdir: epath.PathLike, report: Callable[[str], object]) -> Iterator
     try:
         yield
     finally:
-        # Only a run that holds the lock removes the file; whoever opened it meanwhile notices (`_take`).
+        # Only a run that holds the lock removes the file; a process that opened it meanwhile notices (`_take`).
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(descriptor)
@@ -68,7 +68,7 @@ def _take(path: pathlib.Path, report: Callable[[str], object]) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.close(descriptor)  # its last holder has just removed it
+                os.close(descriptor)  # the previous holder has just removed the file
                 continue
             reaches = _reaches_other_hosts(path.parent)
         except OSError as error:
@@ -95,7 +95,7 @@ def _take(path: pathlib.Path, report: Callable[[str], object]) -> int:
 
 
 def _holder(path: pathlib.Path) -> str:
-    """Who has the lock, as the file says."""
+    """The holder of the lock, as recorded in the file."""
     try:
         text = json.loads(path.read_text())
         return f"process {text['process']} on {text['host']}, since {text['since']}"
@@ -104,13 +104,13 @@ def _holder(path: pathlib.Path) -> str:
 
 
 def _reaches_other_hosts(directory: pathlib.Path) -> bool:
-    """False where the mount is known to be shared and to keep its locks to this host (nfs(5), mount.lustre(8), fuse(8))."""
+    """False if the mount is known to be shared and to keep its locks on this host (nfs(5), mount.lustre(8), fuse(8))."""
     try:
         mounts = [line.split()[1:4] for line in pathlib.Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
         return True
     parents = {str(path) for path in (directory, *directory.parents)}
-    # The last of the longest: a mount hides those before it.
+    # Of the longest matches, the last: a mount hides earlier ones.
     _, _, kind, options = max(
         ((len(point), index, kind, options) for index, (point, kind, options) in enumerate(mounts) if point in parents),
         default=(0, 0, "", ""),

@@ -1,4 +1,4 @@
-"""Pretrained models: a Hugging Face folder becomes the directory of a run, or is opened as it is."""
+"""Import of a Hugging Face folder as a run directory, or its direct use as a model."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ KEPT = (
     *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"),
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
-"""Small files of a folder that an export writes as they were; those of sentence encoders too."""
+"""Small files of a folder that an export writes unchanged, including those of sentence encoders."""
 _NO_TOKENIZER = "the folder, which has no tokenizer"
 
 
@@ -60,7 +60,7 @@ class Opened(NamedTuple):
     """A pretrained folder as the parts of a run; its weights are not read yet."""
 
     config: Config
-    """Resolved."""
+    """The resolved config."""
     tokenizer: Tokenizer
     tokenizer_files: dict[str, bytes]
     class_names: tuple[str, ...]
@@ -69,7 +69,7 @@ class Opened(NamedTuple):
     given: dict[str, str]
 
     def params(self, mesh: Mesh | None) -> PyTree:
-        """The parameters, on the devices of a mesh as the rules of training have them; None takes the first device."""
+        """The parameters on the devices of a mesh, sharded by the rules of training; None uses the first device."""
         return self.weights.read(placed(self.parts, mesh))
 
 
@@ -82,14 +82,14 @@ def placed(parts: Parts, mesh: Mesh | None) -> PyTree:
 
 
 def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
-    """The model of a Hugging Face folder, checked as `read_folder` does, whose parameters this machine can hold.
+    """The model of a Hugging Face folder, checked by `read_folder`, and by whether this machine can hold its parameters.
 
     Args:
-        path: of the folder.
-        dtype: of parameters and activations; as they are stored, if empty.
+        path: the folder.
+        dtype: type of parameters and activations; empty means the stored type.
 
     Raises:
-        UserError: what does not fit.
+        UserError: the folder is not supported, or too large.
     """
     opened = read_folder(path, dtype=dtype)
     check_params(opened.config)
@@ -97,16 +97,16 @@ def open_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
 
 
 def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
-    """The model of a Hugging Face folder, checked: every tensor has its place, and every key of its config a meaning.
+    """The model of a Hugging Face folder, checked: every tensor is a parameter, and every key of its config is understood.
 
-    A model of any size can be looked at. The one thing read of the weights is a tensor beside the one that it is tied with.
+    A model of any size can be inspected. Of the weights, only a tensor stored next to its tied counterpart is read.
 
     Args:
-        path: of the folder.
-        dtype: of parameters and activations; as they are stored, if empty.
+        path: the folder.
+        dtype: type of parameters and activations; empty means the stored type.
 
     Raises:
-        UserError: what does not fit.
+        UserError: the folder is not supported.
     """
     folder = Folder(path)
     found = folder.pretrained
@@ -117,7 +117,7 @@ def read_folder(path: str | os.PathLike[str], *, dtype: Dtype = "") -> Opened:
     if settings:
         data = dataclasses.replace(data, tokenizer=settings)
     objective = OBJECTIVES.find(found.objective)(**found.settings)
-    # What a run that starts from this model has unless it says otherwise.
+    # The defaults of a run that starts from this model.
     optimizer = AdamW(learning_rate=2e-5, weight_decay=0.01)
     training = TrainingConfig(sample_length=0)
     config = Config(model=found.model, data=data, objective=objective, optimizer=optimizer, training=training)
@@ -135,7 +135,7 @@ def _check_claim(folder: Folder, config: Config) -> None:
     """Refuse a config.json that describes far more parameters than the files hold, before anything is traced.
 
     Raises:
-        UserError: it does: a parameter takes a byte at the least.
+        UserError: the files hold less than one byte per parameter.
     """
     stacks = config.objective.num_stacks
     check_model(config.model, stacks)
@@ -167,18 +167,18 @@ def import_model(
     dtype: Dtype = "",
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Make a run's directory of a Hugging Face folder: a checkpoint of step 0, with its config and tokenizer.
+    """Turn a Hugging Face folder into a run directory: a checkpoint of step 0, with its config and tokenizer.
 
     Each process reads the bytes of its own shards only.
 
     Args:
-        path: of the folder.
+        path: the folder.
         workdir: a new directory.
-        dtype: of parameters and activations; as they are stored, if empty.
-        report: called with a line for the user.
+        dtype: type of parameters and activations; empty means the stored type.
+        report: receives a line for the user.
 
     Raises:
-        UserError: the folder is not as it must be, our models cannot express it, or `workdir` holds something.
+        UserError: the folder is invalid or not supported, or `workdir` is not empty.
 
     Example:
         `import_model("SmolLM2-135M-Instruct", "runs/smollm2")`
@@ -200,12 +200,12 @@ def import_model(
             checkpointer.save(state, {"evaluations": {}}, piecewise=True)
         finally:
             checkpointer.close()
-    multihost_utils.sync_global_devices("imported")  # the first process has made the checkpoint valid
+    multihost_utils.sync_global_devices("imported")  # the first process has completed the checkpoint
     report(describe(opened))
 
 
 def widest_mesh(parts: Parts) -> Mesh | None:
-    """A mesh that spreads parameters over as many devices as divide them; None for one device."""
+    """A mesh that shards parameters over as many devices as divide them; None for one device."""
     count = jax.device_count()
     for shards in (n for n in range(count, 1, -1) if count % n == 0):
         mesh = make_mesh({"data": count // shards, "fsdp": shards})
@@ -248,7 +248,7 @@ def _record_files(opened: Opened, config: Config, texts: Mapping[str, str]) -> d
 
 
 def describe(opened: Opened) -> str:
-    """A line on what a folder holds."""
+    """A line that describes a folder."""
     config, folder = opened.config, opened.weights.folder
     count = sum(int(np.prod(shape, dtype=np.int64)) for shape in opened.weights.shapes.values())
     return (

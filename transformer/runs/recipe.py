@@ -1,4 +1,4 @@
-"""A `Config` becomes the parts of a run: data, tokenizer, steps, evaluators, sampler."""
+"""Builds the parts of a run from a `Config`: data, tokenizer, steps, evaluators, sampler."""
 
 import dataclasses
 import functools
@@ -48,39 +48,39 @@ from transformer.validation import require
 
 
 class Run(NamedTuple):
-    """A config made real: everything the training loop needs."""
+    """A config with everything that the training loop needs."""
 
     steps: Steps
-    """With the resolved config and the model (`steps.parts`)."""
+    """The steps, with the resolved config and the model (`steps.parts`)."""
     data: Dataset
     tokenizer: Tokenizer
     init_state: Callable[[], TrainState]
-    """Makes the state before the first step, on the devices."""
+    """Makes the initial state, on the devices."""
     notes: str
-    """What the user should know of how it was made."""
+    """Notes for the user."""
     kept: Mapping[str, bytes]
-    """Files for its record of the run that it starts from; with adapters, one that names it."""
+    """Files for its record from the run in `training.init_from`; with adapters, one that identifies the base."""
     frozen: Callable[[], PyTree] = tuple
     """Reads the base of adapters, on the devices."""
 
     @property
     def config(self) -> Config:
-        """With vocab_size, max_length, class weights and the tokenizer resolved."""
+        """The config with vocab_size, max_length, class weights and the tokenizer resolved."""
         return self.steps.parts.config
 
     @property
     def runner(self) -> Runner:
-        """What runs the steps."""
+        """The runner of the steps."""
         return self.steps.runner
 
     @property
     def state(self) -> TrainState:
-        """Shapes of the state, with the shardings of what a checkpoint is restored to."""
+        """The shapes of the state, with the target shardings of a restored checkpoint."""
         return self.steps.state
 
     @property
     def own_part(self) -> dict[str, int]:
-        """Which part of each batch this process reads, as the batches of `data` take it."""
+        """This process's share of each batch, as arguments for the batches of `data`."""
         index, count = self.runner.feeds
         return {"process_index": index, "process_count": count}
 
@@ -94,16 +94,16 @@ def make_run(
     old: Record | None = None,
     counted: bool = False,
 ) -> Run:
-    """Build every part of a run; nothing is written but prepared datasets.
+    """Build every part of a run; only prepared datasets are written.
 
     Args:
-        config: of the run (`given.applied`).
-        given: what takes the place of the config's parts.
-        data: that of the config, if it is open already.
-        tokenizer: the run's, if it has one already; else that of `training.init_from`, or one made from the training split.
-        old: of its latest checkpoint, if it has one: its first state is not asked for, nor the run that it started from, unless
-            that is the base of its adapters.
-        counted: its steps are those of its epochs already.
+        config: the run's config (`given.applied`).
+        given: objects that replace parts of the config.
+        data: the config's data, if already open.
+        tokenizer: the run's tokenizer, if it exists; else that of `training.init_from`, or one made from the training split.
+        old: the record of its latest checkpoint, if any. Its initial state is then not needed, nor the run that it started from,
+            unless that is the base of its adapters.
+        counted: its steps were already computed from its epochs.
     """
     check_devices(config)
     require(
@@ -142,7 +142,7 @@ def make_run(
 
 
 def _make_together(data: Dataset, kind: TokenizerKind) -> Tokenizer:
-    """The tokenizer that process 0 makes, in every process: two trainings of one vocabulary may differ."""
+    """The tokenizer made by process 0, in every process: two trainings of one vocabulary may differ."""
     with tempfile.TemporaryDirectory() as folder:
         root = epath.Path(folder)
 
@@ -157,7 +157,7 @@ def _make_together(data: Dataset, kind: TokenizerKind) -> Tokenizer:
 
 
 def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:
-    """A run with what it takes from the run that it starts from, and lines for the user."""
+    """A run with the parts inherited from the run in `training.init_from`, and lines for the user."""
     if config.adapter.rank > 0:
         return _with_base(run, config, donor, old)
     if donor is None:
@@ -170,7 +170,7 @@ def _started(run: Run, config: Config, donor: Donor | None, old: Record | None) 
 
 
 def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None) -> tuple[Run, str]:
-    """A run with adapters and its base, and lines for the user: the donor's checkpoint, or the one that its record names."""
+    """A run with adapters and its base, and lines for the user: the donor's checkpoint, or the base that its record names."""
     steps, path, note, init_state = run.steps, base_place(config.training.init_from), "", run.init_state
     require(
         steps.parts.module is None,
@@ -178,7 +178,7 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
     )
     named = old if donor is None else donor.record
     assert named is not None
-    adapted = BASE_FILE in named.files  # adapters name their base
+    adapted = BASE_FILE in named.files  # a run with adapters names its base
     found = find_base(path, base_in(named), config.workdir, "set training.init_from") if adapted else named
     if donor is not None:
         require(
@@ -211,10 +211,10 @@ def _started_from(steps: Steps, parts: Inherited) -> TrainState:
 
 
 def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:
-    """The config with the steps of its `training.epochs`, if it has any.
+    """The config with the steps of its `training.epochs`, if set.
 
     Raises:
-        UserError: they cannot be counted, or are too few for the rest of the config.
+        UserError: the steps cannot be computed, or are too few for other settings of the config.
     """
     training = config.training
     if training.epochs == 0:
@@ -229,20 +229,20 @@ def with_steps(config: Config, data: Dataset, tokenizer: Tokenizer) -> Config:
 
 
 def epochs_a_step(config: Config, data: Dataset) -> float:
-    """The part of an epoch that a step is; 0 where that was not counted."""
+    """The fraction of an epoch per step; 0 if unknown."""
     if config.training.epochs > 0:
         return config.training.epochs / config.training.steps
     return 1.0 / (data.batches_of_epoch(None) or math.inf)
 
 
 def make_evaluator(run: Run, split: str) -> loop.Evaluator:
-    """Placed parameters -> metrics of a whole split."""
+    """A function of the parameters, as placed by the runner, that returns metrics of a whole split."""
     parts, runner = run.steps.parts, run.runner
     batches = run.data.evaluation_batches(run.tokenizer, split, **run.own_part)
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (runner.place_batch(batch) for batch in batches)
-        # Numpy: rows of this process, as those of a batch.
+        # Numpy arrays: rows of this process, like those of a batch.
         rows = run.config.data.batch_size // runner.feeds[1]
         carry = runner.place_batch(jax.device_get(parts.loss.init_carry(rows)))
         metrics = derive(sum_statistics(runner.evaluate_step, params, placed, carry, split=split))
@@ -256,7 +256,7 @@ def make_evaluator(run: Run, split: str) -> loop.Evaluator:
 
 
 def make_sampler(run: Run, console: Console, samples: SamplesWriter) -> loop.Sampler:
-    """Prints a continuation of `training.sample_prompt`, and adds it to the samples."""
+    """A function that prints a continuation of `training.sample_prompt`, and adds it to the samples."""
     model: Any = run.steps.parts.model
     training = run.config.training
     prompt = prompt_ids(run.tokenizer, training.sample_prompt)

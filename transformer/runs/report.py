@@ -1,4 +1,4 @@
-"""What runs wrote about themselves, read for a page that shows it: curves, samples, scores, settings, and where time went."""
+"""The content of a report page, read from run directories: curves, samples, scores, settings, and times."""
 
 import array
 import collections
@@ -20,17 +20,17 @@ from transformer.training.writers import SamplesWriter, jsonl_rows
 from transformer.validation import require
 
 _MOST_METRICS = 200
-_MOST_TEXT = 50_000_000  # bytes of a samples file; of a longer one the last are read
+_MOST_TEXT = 50_000_000  # bytes; of a longer samples file, only the end is read
 
 
 def report_page(workdirs: Sequence[epath.PathLike]) -> str:
-    """An HTML page of what runs wrote: it needs no network, and its size is bounded however long the runs are.
+    """An HTML report of runs: it needs no network, and its size is bounded regardless of the length of the runs.
 
     Args:
-        workdirs: directories of runs, also of one that is at work, or in a bucket.
+        workdirs: run directories, including those of active runs and those in a bucket.
 
     Raises:
-        UserError: one of them is no run, or is named twice.
+        UserError: one of them is no run, or is given twice.
 
     Example:
         `pathlib.Path("report.html").write_text(report_page(["runs/python_stdlib"]))`
@@ -41,7 +41,7 @@ def report_page(workdirs: Sequence[epath.PathLike]) -> str:
 
 
 def _names(paths: Sequence[epath.Path]) -> list[str]:
-    """The last part of each path; the whole path where others end alike."""
+    """The last component of each path; the whole path if others have the same last component."""
     last = collections.Counter(path.name for path in paths)
     names = [path.name if last[path.name] == 1 and path.name else str(path) for path in paths]
     require(len(set(names)) == len(names), f"Each run must be named once, got {', '.join(map(str, paths))}.")
@@ -49,7 +49,7 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
 
 
 def _view(workdir: epath.Path, name: str) -> RunView:
-    """All that a run's directory says; what is missing or damaged there is told in a note."""
+    """The content of a run's directory; missing or damaged files are mentioned in notes."""
     with explained(f"{workdir}", "read"):
         return _read(workdir, name)
 
@@ -75,27 +75,27 @@ def _read(workdir: epath.Path, name: str) -> RunView:
 
 
 def _read_config(workdir: epath.Path) -> tuple[dict[str, Any], list[str]]:
-    """The config as JSON, empty where it cannot be read, and notes."""
+    """The config as JSON, empty if it cannot be read, and notes."""
     try:
         config = json.loads((workdir / CONFIG_FILE).read_bytes())
     except FileNotFoundError:
-        return {}, [f"Its {CONFIG_FILE} is missing, so that its settings are not known."]
+        return {}, [f"Its {CONFIG_FILE} is missing; its settings are unknown."]
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        return {}, [f"Its {CONFIG_FILE} is damaged, so that its settings are not known."]
+        return {}, [f"Its {CONFIG_FILE} is damaged; its settings are unknown."]
     return config, []
 
 
 class _Rows(NamedTuple):
     curves: dict[tuple[str, str], Curve]
-    """Of (metric, split)."""
+    """The columns by (metric, split)."""
     seconds: dict[str, float]
     latest: int
 
 
 def _read_metrics(workdir: epath.Path, notes: list[str]) -> _Rows:
-    """The columns of a metrics file, line by line, in 16 bytes a number."""
+    """The columns of a metrics file, read line by line, in 16 bytes per number."""
     path = workdir / METRICS_FILE
     columns: dict[tuple[str, str], tuple[array.array, array.array]] = {}
     seconds = dict[str, float]()
@@ -159,7 +159,7 @@ def _read_samples(workdir: epath.Path) -> list[tuple[int, str]]:
 
 
 def _read_scores(workdir: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
-    """What `transformer evaluate` kept: of each split of each source the latest."""
+    """The recorded results of `transformer evaluate`: the latest for each split of each source."""
     path, found = workdir / SCORES_FILE, dict[str, dict[str, Any]]()
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:

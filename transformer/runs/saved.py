@@ -1,4 +1,4 @@
-"""A run's directory becomes a model again, to be used."""
+"""Loads the model of a run's directory for use."""
 
 import dataclasses
 import inspect
@@ -34,7 +34,7 @@ from transformer.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A trained model, as a run's directory holds it. It can be taken apart as `model, params, tokenizer, config, step`."""
+    """A trained model from a run's directory. It can be unpacked as `model, params, tokenizer, config, step`."""
 
     model: Any
     """The linen module: a `Decoder`, `Encoder` or `Classifier`."""
@@ -43,27 +43,27 @@ class Loaded:
     config: Config
     step: int
     class_names: tuple[str, ...] = ()
-    """Of a classifier, in the order of its logits."""
+    """The classes of a classifier, in the order of its logits."""
     own_model: bool = False
-    """It is a module that was given to `train`."""
+    """Whether the model was passed to `train`."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params, self.tokenizer, self.config, self.step))
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text as the model reads it, int32 [n]: cut where it is too long, with the token that starts or ends a text."""
+        """Ids of a text for the model, int32 [n], including the token that starts or ends a text; a long text is cut."""
         return self.config.objective.encode(text, self.tokenizer, self.config.data)
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 0, **options: Any) -> list[dict[str, Any]]:
-        """What the model says to each text, in order: its class, translation or continuation, in columns by name.
+        """The model's prediction for each text, in order: its class, translation or continuation, in named columns.
 
         Args:
-            texts: of any number; none is blank.
-            batch_size: texts that are read together, those of similar length; 0 means as in training.
-            options: of the run's objective: `top_k` of a classifier, `max_new_tokens` of the others.
+            texts: any number of texts, none of them blank.
+            batch_size: number of texts per batch, grouped by similar length; 0 means as in training.
+            options: options of the run's objective: `top_k` of a classifier, `max_new_tokens` of the others.
 
         Raises:
-            UserError: a text is blank or too long, the run predicts nothing, or an option means nothing for it.
+            UserError: a text is blank or too long, the run cannot predict, or an option does not apply.
 
         Example:
             `load("runs/reviews").predict(["a fine film"], top_k=2)`
@@ -71,7 +71,7 @@ class Loaded:
         return list(self.predictions(texts, batch_size=batch_size, **options))
 
     def place(self, rows: np.ndarray) -> Any:
-        """Rows of a batch, spread over the devices that the parameters are on; as they are where these do not divide them."""
+        """Rows of a batch, distributed over the devices of the parameters; unchanged if the devices do not divide them."""
         sharding = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
         if (
             not isinstance(sharding, NamedSharding)
@@ -84,20 +84,20 @@ class Loaded:
     def score(
         self, texts: Sequence[str], *, prompts: Sequence[str] | str = "", batch_size: int = 0, stride: int = 0
     ) -> list[Scored]:
-        """How likely the model finds each text, token by token, in order.
+        """The log-probability of each text, token by token, in order.
 
-        A language model gives each token given those before it; a translator given its source too, which is the prompt, and with
-        the end of the text; a masked model given all other tokens (Salazar et al. 2020).
+        A language model predicts each token from the tokens before it. A translator also uses the source, which is the prompt,
+        and scores the end of the text too. A masked model predicts each token from all others (Salazar et al. 2020).
 
         Args:
-            texts: none of them empty.
-            prompts: what stands before each text, or before all of them, and is not scored.
-            batch_size: rows that are computed together; 0 means as in training.
-            stride: a text longer than the model reads is scored in windows, each so many tokens further than the one before; 0
-                means half of the model's length.
+            texts: texts, none of them empty.
+            prompts: context before each text, or one context before all of them; not scored.
+            batch_size: rows per batch; 0 means as in training.
+            stride: a text longer than the model's maximum is scored in windows, each shifted by `stride` tokens; 0 means half
+                of the model's length.
 
         Raises:
-            UserError: a text is empty, or the run gives no probabilities of texts.
+            UserError: a text is empty, or the run assigns no probabilities to texts.
 
         Example:
             `load("runs/python_stdlib").score(["def main():"])[0].bits_per_byte`
@@ -112,7 +112,7 @@ class Loaded:
     def scores(
         self, texts: Sequence[tuple[str, str]], *, names: Sequence[str] = (), batch_size: int = 0, stride: int = 0
     ) -> Iterator[Scored]:
-        """`score` of `(prompt, text)`, some texts after the others; `names` is what they are called in messages."""
+        """`score` of `(prompt, text)` pairs from an iterator; `names` are for messages."""
         self._require_ours("Scores of texts")
         limit = self.config.model.max_length
         require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
@@ -139,16 +139,16 @@ class Loaded:
         normalize: bool = False,
         batch_size: int = 0,
     ) -> Float[np.ndarray, "N D"]:
-        """A vector of each text, pooled from the hidden states of a layer, float32.
+        """A vector for each text, pooled from the hidden states of a layer, float32.
 
         Args:
-            texts: none of them blank. What is longer than the model reads is cut.
-            pooling: mean, first, last, max, or attention where the run has learned it; empty means the model's own, of models
-                without one the mean. Ids that stand around a text are pooled too.
-            layer: from 1 to the number of layers; 0 means the last, whose hidden states are those behind the final norm. Of a
-                translator, of its encoder.
-            normalize: scale each vector to the length one, as a sentence encoder with `objective.normalize` always does.
-            batch_size: texts that are computed together; 0 means as in training.
+            texts: texts, none of them blank. Tokens beyond the model's maximum are cut.
+            pooling: mean, first, last, max, or attention if the run has learned it. Empty means the model's own pooling, or the
+                mean for a model without one. Special ids around a text are pooled too.
+            layer: from 1 to the number of layers; 0 means the last one, whose hidden states follow the final norm. For a
+                translator, a layer of its encoder.
+            normalize: scale each vector to length one; a sentence encoder with `objective.normalize` always does.
+            batch_size: texts per batch; 0 means as in training.
 
         Raises:
             UserError: a text is blank, or there is no such pooling or layer.
@@ -166,7 +166,7 @@ class Loaded:
     def embeddings(
         self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """`embed`, some texts after the others, each with the number of its tokens that were cut."""
+        """`embed` of texts from an iterator, each vector with the number of tokens that were cut."""
         self._require_ours("Embeddings")
         require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
         names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
@@ -179,7 +179,7 @@ class Loaded:
     def predictions(
         self, texts: Sequence[str], *, names: Sequence[str] = (), batch_size: int = 0, **options: Any
     ) -> Iterator[dict[str, Any]]:
-        """`predict`, some texts after the others; `names` is what they are called in messages."""
+        """`predict` of texts from an iterator; `names` are for messages."""
         objective = self.config.objective
         self._require_ours("Predictions")
         known = list(inspect.signature(objective.predict).parameters)[4:]
@@ -195,7 +195,7 @@ class Loaded:
         return objective.predict(self._on_device(), texts, names, batch_size or self.config.data.batch_size, **options)
 
     def _on_device(self) -> "Loaded":
-        """Itself with parameters that are moved to the device once, not for each batch."""
+        """The same object with parameters moved to the device once, not for each batch."""
         return dataclasses.replace(self, params=jax.tree.map(jnp.asarray, self.params))
 
     def _require_ours(self, what: str) -> None:
@@ -206,15 +206,15 @@ class Loaded:
         )
 
     def reading(self, text: str, *, target: str | None = None) -> Reading:
-        """How the model reads a text, for a look at its attention.
+        """The model's input for a text, to inspect its attention.
 
         Args:
-            text: not blank, and no longer than the model reads.
-            target: of a translator, the translation that its decoder reads, None meaning its own; of a prefix language model,
-                what follows the text.
+            text: not blank, and no longer than the model's maximum.
+            target: for a translator, the translation for its decoder (None: its own); for a prefix language model, the text
+                after the prefix.
 
         Raises:
-            UserError: the text does not fit, a target means nothing for the run's objective, or the model is one's own.
+            UserError: the text does not fit, the run's objective takes no target, or the model is user-defined.
         """
         require(
             not self.own_model,
@@ -225,11 +225,11 @@ class Loaded:
         return self.config.objective.reading(self, text, target)
 
     def attention(self, text: str, *, target: str | None = None) -> TextAttention:
-        """Attention weights of every layer and head while the model reads a text, and its logits.
+        """Attention weights of every layer and head for a text, and the model's logits.
 
         Args:
             text: as for `reading`.
-            target: likewise.
+            target: as for `reading`.
 
         Raises:
             UserError: as `reading`; or there are too many weights.
@@ -252,21 +252,21 @@ def load(
     dtype: Dtype = "",
     base: str | os.PathLike[str] = "",
 ) -> Loaded:
-    """The model of a run, from one of its checkpoints (the moving average where there is one), or of a pretrained folder.
+    """The model of a run, from one of its checkpoints (the moving average if there is one), or of a pretrained folder.
 
     Args:
-        workdir: of the run, or a Hugging Face folder, which is opened as `transformer import` would.
+        workdir: the run's directory, or a Hugging Face folder, which is opened as by `transformer import`.
         step: `latest` (the latest undamaged one), `best` (the one with the lowest validation loss), or the number of a step.
-        model: that was given to `train`, if one was; and so the others. No directory makes this process import anything.
-        objective: likewise.
-        tokenizer: likewise.
-        mesh: of the devices that parameters are spread over, as the rules of training have them; None takes the first device.
-        dtype: of a folder's parameters and activations; empty is as they are stored. A run has its own.
-        base: directory of the run that adapters were trained on, if it lies elsewhere now.
+        model: the model passed to `train`, if any. A directory never makes this process import code.
+        objective: the objective passed to `train`, if any.
+        tokenizer: the tokenizer passed to `train`, if any.
+        mesh: the mesh over which parameters are sharded by the rules of training; None uses the first device.
+        dtype: type of a folder's parameters and activations; empty means the stored type. A run has its own.
+        base: directory of the run that adapters were trained on, if it has moved.
 
     Raises:
-        UserError: there is no run, no such checkpoint, or no undamaged one; or it was made with other objects. Or a folder is not
-            one that our models can be.
+        UserError: there is no run, no such checkpoint, or no undamaged one; the run was made with other objects; or the folder's
+            model is not supported.
 
     Example:
         `model, params, tokenizer, config, step = load("runs/python_stdlib", step="best")`
@@ -285,7 +285,7 @@ def load(
 
 
 def load_record(record: Record, given: Given, mesh: Mesh | None = None, base: str = "") -> Loaded:
-    """The model of a run whose record was read."""
+    """The model of a run, given its record."""
     ask_for(record, given)
     tokenizer = given.tokenizer or record.load_tokenizer()
     config = resolve(given.applied(record.config), tokenizer)

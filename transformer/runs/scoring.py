@@ -53,26 +53,26 @@ def evaluate(
     data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Scores of a run's model over a split; for a language model next to gzip's and xz's on the same text.
+    """Scores of a run's model over a split; for a language model, with those of gzip and xz on the same text.
 
     Args:
-        workdir: of the run.
-        step: of the checkpoint: `latest`, `best` or a number, as for `load`.
-        base: of adapters, as for `load`.
-        split: train, validation, test or all (of them); without, validation, or all of a corpus that the run was not trained on.
+        workdir: the run's directory.
+        step: the step of the checkpoint: `latest`, `best` or a number, as for `load`.
+        base: the base of adapters, as for `load`.
+        split: train, validation, test or all of them. The default is validation, or all of a corpus other than the run's.
         source: corpora to score instead of the run's own.
-        data_dir: where prepared datasets live; without, the run's if this user has trained with it, else the default.
-        keys: `data.text_key` and the others that end in `_key`, instead of the run's, by name.
+        data_dir: directory of prepared datasets; the default is the run's if this user has trained with it, else the global one.
+        keys: `data.text_key` and the other `_key` fields, by name, instead of the run's.
         stride: `data.stride`, instead of the run's.
         limit: `data.limit`, instead of the run's.
-        memory_length: `model.memory_length`, instead of the run's; its positions must be of distances.
-        model: that was given to `train`, if one was.
-        objective: and the tokenizer, likewise.
-        data: batches to score, as `train` takes them, instead of the run's data; all of them, unless a split is named.
-        report: called with a line for the user before the split is scored, once nothing is left to refuse.
+        memory_length: `model.memory_length`, instead of the run's; requires relative positions.
+        model: the model passed to `train`, if any.
+        objective: the objective passed to `train`, if any; likewise the tokenizer.
+        data: batches to score, as for `train`, instead of the run's data; all of them, unless a split is given.
+        report: receives a line for the user before scoring starts, after all checks.
 
     Raises:
-        UserError: there is no run or split, the run names data that this user has not trained on, or a value means nothing.
+        UserError: there is no run or split, the run names data that this user has not trained on, or a value does not apply.
     """
     given, base = Given(model, objective, tokenizer=tokenizer), os.fspath(base)
     run, record = read_run(workdir, lambda found: (load_record(found, given, base=base), found), step)
@@ -98,10 +98,10 @@ def evaluate(
 
 
 def keep_scores(workdir: str | os.PathLike[str], scores: Mapping[str, Any]) -> None:
-    """Add what `evaluate` gave to the run's directory, where a report finds it.
+    """Append the result of `evaluate` to the run's directory, where a report finds it.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the file cannot be written.
     """
     path = epath.Path(expand(workdir)) / SCORES_FILE
     with explained(f"{path}"), path.open("a") as file:
@@ -111,7 +111,7 @@ def keep_scores(workdir: str | os.PathLike[str], scores: Mapping[str, Any]) -> N
 def _open(
     record: Record, config: Config, source: Sequence[str], split: str | None, report: Callable[[str], object]
 ) -> tuple[Config, str, Dataset]:
-    """The data of a run, or the sources that are scored instead; and which split of them, if none is asked for."""
+    """The data of a run, or the sources scored instead; and the default split."""
     require(
         bool(source) or IMPORT_FILE not in record.files,
         f"{record.path.parent.parent} is an imported model, whose training data is not there; name what is to be scored with "
@@ -125,7 +125,7 @@ def _open(
     if split is None:
         split = "validation"
         if source and not _trained_on(record, config):
-            # Only scored: nothing of it need be held out.
+            # Data that is only scored needs no held-out part.
             split, whole = WHOLE, dataclasses.replace(config.data, validation_fraction=0.0, test_fraction=0.0)
             config = dataclasses.replace(config, data=whole)
     check_batch(config)
@@ -138,18 +138,18 @@ def _open(
 
 
 def _changed(config: Config, data: DataConfig, changes: dict[str, Any], memory_length: int | None) -> Config:
-    """The config of a run with other data, and perhaps another memory."""
+    """The run's config with other data, and perhaps another length of the Transformer-XL memory."""
     model = config.model
     changes = {name: value for name, value in changes.items() if value is not None}
     if memory_length is not None:
         model = dataclasses.replace(model, memory_length=memory_length)
-        if memory_length > 0:  # both of training only: evaluation packs in any case, and has no streams
+        if memory_length > 0:  # both apply to training only: evaluation always packs, and has no streams
             changes = {**changes, "pack": True, "num_streams": 0}
     return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **changes))
 
 
 def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Callable[[], object]) -> dict[str, Any]:
-    """The scores of a split, and what they are of; `begin` is called when nothing is left to refuse."""
+    """The scores of a split, with a description of the scored data; `begin` is called after all checks."""
     config: Config = parts.config
     tokenizer: Any = parts.vocabulary
     batches: Any = data.evaluation_batches(tokenizer, split)
@@ -164,7 +164,7 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
         **derive(sums),
         **config.objective.generation_scores(parts.model, params, tokenizer, data, split, config),
     }
-    # Of batches of one's own, and of ids without a vocabulary, the text is not known.
+    # The text of user-supplied batches, and of ids without a vocabulary, is unknown.
     if sums.get("bytes", 0) > 0 and hasattr(batches, "texts"):
         others = compressed_bits_per_byte(batches.texts())
         scores |= {"bytes": int(sums["bytes"]), "compressed_bytes": int(others.pop("bytes"))}
@@ -177,6 +177,6 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
 
 
 def _trained_on(record: Record, config: Config) -> bool:
-    """Whether a config names the corpora of a run, whatever they are called and wherever they lie."""
+    """Whether a config names the corpora of a run, regardless of names and paths."""
     found = fingerprints(config.data, config.objective, record.class_names)
     return found == [source.fingerprint for source in record.data]

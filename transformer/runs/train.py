@@ -1,4 +1,4 @@
-"""Training a config in its directory, from the latest checkpoint there if there is one."""
+"""Trains a config in its directory, from the latest checkpoint there if there is one."""
 
 import contextlib
 import dataclasses
@@ -69,13 +69,13 @@ _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
 
 
 class Reached(NamedTuple):
-    """Where a run is when training returns."""
+    """The state of a run when training returns."""
 
     workdir: str
     step: int
-    """The last, which is saved."""
+    """The last step, which is saved."""
     metrics: dict[str, float]
-    """Of the validation split at that step, by name; empty for a run without one."""
+    """The metrics of the validation split at that step, by name; empty for a run without one."""
 
 
 def train(
@@ -93,34 +93,34 @@ def train(
 ) -> Reached:
     """Train a config in its workdir, from the latest checkpoint there if there is one.
 
-    What is given takes the place of what the config says. The directory of the run notes the name of what made it, and a run that
-    goes on, or is loaded (`load`), must be given the same again.
+    Objects passed here replace those that the config names. The run's directory records their names. A run that is continued
+    or loaded (`load`) needs the same objects again.
 
     Args:
-        config: with a workdir.
-        model: a linen module that is called as the class that the objective trains is called (`Objective.model_class`; for
-            language models, `LanguageModel`). Of `config.model`, only `vocab_size`, `max_length` and `dtype` still count.
-            Parameters with Flax partition metadata are spread by it, over the axes that its names are of; others are copied to
-            every device.
-        objective: what is minimised, in the place of `config.objective`; its kind need not be registered.
-        optimizer: in the place of the config's, learning rate and all; rows then have no learning rate. Of `config.optimizer`,
-            `accumulate_steps` and `ema_decay` still count.
-        data: batches to train on, without end or to be iterated again; or a dictionary of such batches for the splits `train`,
-            `validation` and others; or a `Dataset`. See `BatchData` for what a batch is, and for the names of classes.
-        tokenizer: in the place of the one that the config names. Without one, a run on batches needs `model.vocab_size`.
-        evaluators: name -> function of the parameters (whole, of one copy) that gives metrics; each has rows of its own, at the
-            steps that are evaluated. One named `validation` takes the place of the run's, and its `loss` chooses the best.
-        writers: besides the run's own (terminal, metrics.jsonl, TensorBoard).
+        config: a config with a workdir.
+        model: a linen module with the call signature of the class that the objective trains (`Objective.model_class`; for
+            language models, `LanguageModel`). Of `config.model`, only `vocab_size`, `max_length` and `dtype` still apply.
+            Parameters with Flax partition metadata are sharded by it, over the axes of the same names; others are replicated.
+        objective: the objective to minimize instead of `config.objective`; its kind need not be registered.
+        optimizer: replaces the config's, including its learning rate; rows then have no learning rate. Of `config.optimizer`,
+            `accumulate_steps` and `ema_decay` still apply.
+        data: batches to train on, endless or iterable again; or a dictionary of such batches for the splits `train`,
+            `validation` and others; or a `Dataset`. `BatchData` describes batches and the names of classes.
+        tokenizer: replaces the tokenizer that the config names. Without one, a run on batches needs `model.vocab_size`.
+        evaluators: name -> function of the parameters (whole, of one replica) that returns metrics; each has its own rows, at
+            the steps that are evaluated. One named `validation` replaces the run's, and its `loss` selects the best checkpoint.
+        writers: writers besides the run's own (terminal, metrics.jsonl, TensorBoard).
         hooks: called after every step.
-        console: where progress and scores are printed; without, progress goes to standard error, scores to standard output.
+        console: prints progress and scores; by default, progress goes to standard error, scores to standard output.
 
     Returns:
-        What was reached; a finished run is left as it is.
+        The final step and scores; a finished run is left unchanged.
 
     Raises:
-        Interrupted: a `KeyboardInterrupt`; SIGINT, SIGTERM or SIGHUP came. Between two steps the run is saved first, before them
-            there is nothing to save.
-        UserError: the config, the data or the directory cannot be trained with, a file cannot be written, or training diverged.
+        Interrupted: a `KeyboardInterrupt`; SIGINT, SIGTERM or SIGHUP came. Between two steps the run is saved first; before the
+            first step there is nothing to save.
+        UserError: the config, the data or the directory is not usable for training, a file cannot be written, or training
+            diverged.
     """
     require(isinstance(config, Config), f"train takes a transformer.Config, got {shown(config)}.")
     given = Given(model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks).opened(config)
@@ -139,7 +139,7 @@ def train(
 class _Session:
     """One start of a run in its directory: it is opened, built and trained, in this order.
 
-    Every error of the config or the data comes before the first file is written.
+    All errors of the config or the data are raised before the first file is written.
     """
 
     def __init__(self, config: Config, given: Given, console: Console, results: Console) -> None:
@@ -150,10 +150,10 @@ class _Session:
         self.report = functools.partial(say, console)
         self.workdir = epath.Path(config.workdir)
         self.old: Record | None = None
-        """The latest checkpoint's, of a run that goes on."""
+        """The record of the latest checkpoint, for a continued run."""
 
     def start(self) -> Reached:
-        """Train, if there is something left to train."""
+        """Train, unless the run is finished."""
         self.old = open_workdir(self.config, self.report)
         before = self.old.config if self.old else self.config
         self.config = fill_open(self.config, before)
@@ -168,12 +168,12 @@ class _Session:
         use_compilation_cache()
         keep_freed_memory()
         run = self._build(counted)
-        if self._is_finished(True):  # now that steps are counted
+        if self._is_finished(True):  # steps are known now
             return self._finished()
         return self._train(run, self._describe(run, before))
 
     def _build(self, counted: bool) -> Run:
-        """The parts of the run, and its config with what the data decides."""
+        """The parts of the run, and its config with the settings that depend on the data."""
         used = self.given.applied(self.config)
         check_devices(used)
         check_config(used)
@@ -189,7 +189,7 @@ class _Session:
         return run
 
     def _describe(self, run: Run, before: Config) -> Needs | None:
-        """Say what the user should know before the first step, and give what a step needs."""
+        """Print notes for the user before the first step, and return the memory needs of a step."""
         processes, devices = jax.process_count(), run.runner.num_devices
         check_state(run.state, devices // processes)
         # The devices of a host share its memory.
@@ -251,7 +251,7 @@ class _Session:
         return own | {name: _of_one_copy(run, evaluate) for name, evaluate in given.items()}
 
     def _continues(self, run: Run) -> bool:
-        """Whether samples are made: by the package's models, where there is a tokenizer."""
+        """Whether samples are generated: by the package's models, if there is a tokenizer."""
         given = self.given
         known = given.model is None and (given.data is None or given.tokenizer is not None)
         return known and self.config.training.sample_length > 0 and run.config.objective.continues_text
@@ -267,7 +267,7 @@ class _Session:
         ]
 
     def _headline(self, run: Run, peak: float, epochs: float) -> str:
-        """The model, the devices and the steps, in a line."""
+        """A line with the model, the devices and the steps."""
         steps, parts = self.config.training.steps, run.steps.parts
         device = jax.devices()[0]
         devices = f"{run.runner.num_devices} {device.device_kind} device(s), {run.config.parallel.strategy}, "
@@ -293,16 +293,16 @@ class _Session:
         return Reached(str(self.workdir), int(state.step), metrics)
 
     def _is_finished(self, counted: bool) -> bool:
-        """Whether nothing is left to do; the number of steps says so only once it is counted."""
+        """Whether the run is finished; with epochs, the number of steps decides only once it is counted."""
         if self.old is None:
             return False
         return (counted and self.old.step >= self.config.training.steps) or bool(_ended(self.config, self.old))
 
     def _finished(self) -> Reached:
-        """A run that has nothing left to do is left as it is."""
+        """Leave a finished run unchanged."""
         old, workdir = self.old, self.workdir
         assert old is not None
-        if jax.process_index() == 0:  # a kill may have come before or while the last save removed an older checkpoint
+        if jax.process_index() == 0:  # a kill may have interrupted the removal of older checkpoints
             folders.clean(workdir / CHECKPOINTS, old.step, self.report)
             retire(workdir / CHECKPOINTS, self.config.training.keep_checkpoints)
         why = _ended(self.config, old) or _how_to_go_on(self.config, old)
@@ -312,10 +312,10 @@ class _Session:
 
 @contextlib.contextmanager
 def _explained(config: Config) -> Iterator[None]:
-    """Every failed write of a run, wherever it is, ends in a `WriteError` that says what is saved."""
+    """Convert every failed write of a run into a `WriteError` that names the last saved step."""
     try:
         yield
-    except BrokenPipeError:  # of the terminal
+    except BrokenPipeError:  # the terminal's
         raise
     except Exception as error:
         told = error if isinstance(error, WriteError) else explain(error, "A file of the run", "read or written")
@@ -330,12 +330,12 @@ def _saved(config: Config) -> str:
         done = max(folders.committed_steps(epath.Path(config.workdir) / CHECKPOINTS), default=0)
     except OSError:
         return "Its checkpoints cannot be read now."
-    of = "" if config.training.epochs > 0 else f" of {config.training.steps}"  # counted later
+    of = "" if config.training.epochs > 0 else f" of {config.training.steps}"  # with epochs, counted later
     return f"Step {done}{of} is saved." if done else "No step was saved yet."
 
 
 def _of_one_copy(run: Run, evaluate: loop.Evaluator) -> loop.Evaluator:
-    """An evaluator that is given whole parameters, however the run spreads them."""
+    """An evaluator that receives whole parameters, regardless of their sharding."""
 
     def evaluate_whole(params: PyTree) -> dict[str, float]:
         metrics = evaluate(run.runner.gather(run.runner.fetch_state(params)))
@@ -349,7 +349,7 @@ def _of_one_copy(run: Run, evaluate: loop.Evaluator) -> loop.Evaluator:
 
 
 def _ended(config: Config, old: Record | None) -> str:
-    """Why a run has ended before its last step, and how it goes on; empty if it has not."""
+    """Why a run ended before its last step, and how to continue it; empty if it did not."""
     if old is None or not old.evaluations.ended(config.training.patience):
         return ""
     return (
@@ -359,7 +359,7 @@ def _ended(config: Config, old: Record | None) -> str:
 
 
 def _how_to_go_on(config: Config, old: Record) -> str:
-    """What a finished run takes to go on: the restarts that it has had stay."""
+    """How to continue a finished run; its previous restarts stay."""
     schedule, done = old.config.optimizer.schedule, old.step
     restarts = " ".join(map(str, (*(step for step in schedule.restarts if step < done), done)))
     steps = f"--training.steps {done + max(1, schedule.warmup_steps)} or more"
@@ -386,7 +386,7 @@ class _Latest:
 
 
 def _scores_at(workdir: epath.Path, step: int) -> dict[str, float]:
-    """The metrics of the validation split that a finished run has on record."""
+    """The recorded validation metrics of a finished run."""
     path = workdir / METRICS_FILE
     rows = read_jsonl(path) if path.exists() else []
     found = [row for row in rows if (row["step"], row.get("split")) == (step, "validation")]

@@ -269,16 +269,16 @@ def _trips(equation: Any) -> int:
     if test.primitive.name != "lt" or not hasattr(test.invars[1], "val"):
         return 1
     carried = equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
-    places = [i for i, v in enumerate(condition.invars[params["cond_nconsts"] :]) if v is test.invars[0]]
-    if not places or not hasattr(carried[places[0]], "val"):
+    indices = [i for i, v in enumerate(condition.invars[params["cond_nconsts"] :]) if v is test.invars[0]]
+    if not indices or not hasattr(carried[indices[0]], "val"):
         return 1
-    (place,) = places
-    counter, result = body.invars[params["body_nconsts"] + place], body.outvars[place]
+    (index,) = indices
+    counter, result = body.invars[params["body_nconsts"] + index], body.outvars[index]
     for step in body.eqns:
         if step.outvars[0] is result and step.primitive.name == "add":
             by = [v for v in step.invars if v is not counter]
             if len(by) == 1 and getattr(by[0], "val", None) == 1:
-                return max(0, int(test.invars[1].val) - int(carried[place].val))
+                return max(0, int(test.invars[1].val) - int(carried[index].val))
     return 1
 
 

@@ -25,18 +25,18 @@ def activation_bytes(config: Config) -> float:
     """Activations that the blocks of one device keep for the backward pass of a micro-batch."""
     model, parallel = config.model, config.parallel
     rows = config.data.batch_size / config.optimizer.accumulate_steps / row_shards(parallel)
-    places = config.data.sequence_length / parallel.context
+    positions = config.data.sequence_length / parallel.context
     itemsize = jnp.dtype(model.dtype).itemsize
     layers = sum(stack.num_layers for stack in (model, model.decoder)[: config.objective.num_stacks])
-    return rows * places * kept_widths(model, parallel.tensor) * model.embed_dim * itemsize * layers
+    return rows * positions * kept_widths(model, parallel.tensor) * model.embed_dim * itemsize * layers
 
 
 def output_bytes(config: Config) -> float:
     """Logits of one device's micro-batch and their gradient, and the gathered output matrix and its gradient."""
     model, parallel = config.model, config.parallel
     rows = config.data.batch_size / config.optimizer.accumulate_steps / row_shards(parallel)
-    places = config.data.sequence_length / parallel.context
-    logits = 2 * rows * places * model.vocab_size * 4 / parallel.tensor / config.objective.loss_chunks
+    positions = config.data.sequence_length / parallel.context
+    logits = 2 * rows * positions * model.vocab_size * 4 / parallel.tensor / config.objective.loss_chunks
     return logits + 2 * model.vocab_size * model.embed_dim * jnp.dtype(model.dtype).itemsize / parallel.tensor
 
 

@@ -1,1 +1,1 @@
-"""Families of pretrained models, one a file: their config and their tensors as ours, both ways."""
+"""Families of pretrained models, one per file: the conversion of their config and tensors, in both directions."""

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), and the sentence encoders that are built on them."""
+"""BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), and sentence encoders based on them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from transformer.ops.positions.learned import LearnedPositions
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Bert(ModelFamily):
-    """Post-norm encoders with learned positions, types of tokens, and a norm of the embeddings."""
+    """Post-norm encoders with learned positions, token types, and a norm of the embeddings."""
 
     kind = "bert"
     architectures: ClassVar[Mapping[str, str]] = {
@@ -27,9 +27,9 @@ class Bert(ModelFamily):
     }
     prefix = "bert."
     heads: ClassVar[tuple[str, ...]] = ("cls.", "classifier.")
-    """Begin the names of tensors of heads."""
+    """Prefixes of the names of head tensors."""
     offset: ClassVar[int] = 0
-    """Rows of the table of positions before that of the first token."""
+    """Rows of the position table before the first token's row."""
     renamed: ClassVar[Mapping[str, str]] = {
         "LayerNorm.gamma": "LayerNorm.weight",
         "LayerNorm.beta": "LayerNorm.bias",
@@ -56,7 +56,7 @@ class Bert(ModelFamily):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("is_decoder", False)
         keys.only("add_cross_attention", False)
         keys.only("position_embedding_type", "absolute")
@@ -71,11 +71,11 @@ class Bert(ModelFamily):
             LayerNorm(placement="post", epsilon=keys.get("layer_norm_eps", float), use_bias=True),
         )
         if objective == "masked_lm" and self.offset:
-            keys.only("hidden_act", "gelu")  # the head of RoBERTa has it whatever the layers have
+            keys.only("hidden_act", "gelu")  # RoBERTa's head uses it, whatever the layers use
         heads: dict[str, Any] = {
             "masked_lm": {"masked_head": True, "output_bias": True},
             "classification": {"pooler": True, "pooling": FirstPooling()},
-            # Not used, but kept: a classifier that starts from this model may have it.
+            # Unused, but kept: a classifier that starts from this model may use it.
             "embedding": {"pooler": f"{self.prefix}pooler.dense.weight" in keys.tensors},
         }[objective]
         return ModelConfig(
@@ -91,7 +91,7 @@ class Bert(ModelFamily):
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block = model.blocks[0]
         return {
             "vocab_size": model.vocab_size,
@@ -107,7 +107,7 @@ class Bert(ModelFamily):
         }
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         p, ours = self.prefix, "encoder/blocks/block_{layer}/"
         theirs = f"{p}encoder.layer.{{layer}}."
         return [
@@ -130,7 +130,7 @@ class Bert(ModelFamily):
         ]
 
     def _heads(self, objective: str) -> list[Rule]:
-        """Of the model that an objective has."""
+        """The rules of an objective's head."""
         if objective == "classification":
             return [*parts.linear("bert.pooler.dense", "pooler"), *parts.linear("classifier", "classifier")]
         return [
@@ -140,7 +140,7 @@ class Bert(ModelFamily):
         ]
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """The output projection is the embedding, its bias that of the head."""
+        """The output projection is the embedding, and its bias that of the head."""
         if not model.masked_head:
             return {}
         return {
@@ -149,14 +149,14 @@ class Bert(ModelFamily):
         }
 
     def outside_prefix(self, name: str) -> bool:
-        """Whether a tensor is of a head."""
+        """Whether a tensor belongs to a head."""
         return name.startswith(self.heads)
 
 
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Roberta(Bert):
-    """RoBERTa: the first token has the third row of the table of positions; other heads."""
+    """RoBERTa: the first token uses the third row of the position table; different heads."""
 
     kind = "roberta"
     architectures: ClassVar[Mapping[str, str]] = {
@@ -171,12 +171,12 @@ class Roberta(Bert):
     ignored = (r"roberta\.embeddings\.position_ids", r"roberta\.pooler\.dense\.(weight|bias)")
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
-        keys.only("pad_token_id", 1)  # positions count from it
+        """Read the model from a config.json."""
+        keys.only("pad_token_id", 1)  # the offset of positions
         return super().read(keys, architecture)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         return super().write(model) | {"pad_token_id": 1}
 
     def _heads(self, objective: str) -> list[Rule]:
@@ -189,7 +189,7 @@ class Roberta(Bert):
         ]
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """The output projection is the embedding, its bias that of the head."""
+        """The output projection is the embedding, and its bias that of the head."""
         if not model.masked_head:
             return {}
         return {

@@ -20,14 +20,14 @@ from transformer.validation import require, shown
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Gemma2(Llama):
-    """Norms around each sub-layer with weights from zero, scaled embeddings, caps, and a window in every second layer."""
+    """Norms around each sub-layer with weights from zero, scaled embeddings, soft caps, a window in every second layer."""
 
     kind = "gemma2"
     architectures: ClassVar[Mapping[str, str]] = {"Gemma2ForCausalLM": "next_token"}
     own_keys = ("attention_bias",)
     settings: ClassVar[Mapping[str, Any]] = {}
     period: ClassVar[int] = 2
-    """Every so many layers one has no window, where the file does not list them."""
+    """Period of the layers without a window, if the file does not list them."""
     defaults: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 256000,
         "hidden_size": 2304,
@@ -49,7 +49,7 @@ class Gemma2(Llama):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("use_bidirectional_attention", None, False)
         keys.ignore("cache_implementation", "hidden_act", "_sliding_window_pattern")
         num_layers, max_length = keys.num_layers("num_hidden_layers"), keys.get("max_position_embeddings", int)
@@ -87,7 +87,7 @@ class Gemma2(Llama):
         )
 
     def _positions(self, keys: Keys, max_length: int) -> tuple[RotaryPositions, Positions]:
-        """Of the model, and of the layers with a window."""
+        """The positions of the model, and of the layers with a window."""
         return parts.rotary(keys, parts.rope_parameters(keys), max_length), InheritPositions()
 
     def _windows(self, keys: Keys, num_layers: int) -> list[int]:
@@ -104,7 +104,7 @@ class Gemma2(Llama):
         return [window if name == SLIDING else 0 for name in types]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         values, attention = super().write(model), model.blocks[0].attention
         values["hidden_activation"] = values.pop("hidden_act")
         windows = [block.attention.window for block in model.blocks]
@@ -129,7 +129,7 @@ class Gemma2(Llama):
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Gemma3(Gemma2):
-    """Five layers with a window and a rotary base of their own, then one without; queries and keys are normalised."""
+    """Five layers with a window and their own rotary base, then one without; queries and keys are normalized."""
 
     kind = "gemma3_text"
     architectures: ClassVar[Mapping[str, str]] = {"Gemma3ForCausalLM": "next_token"}
@@ -146,15 +146,15 @@ class Gemma3(Gemma2):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
-        keys.only("attn_logit_softcapping", None)  # transformers reads it and does not apply it
+        """Read the model from a config.json."""
+        keys.only("attn_logit_softcapping", None)  # transformers reads it but does not apply it
         return super().read(keys, architecture)
 
     def _positions(self, keys: Keys, max_length: int) -> tuple[RotaryPositions, Positions]:
         return parts.two_rotaries(keys, "rope_theta", "rope_local_base_freq", max_length)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         return super().write(model) | parts.written_two(model, "rope_theta", "rope_local_base_freq")
 
 
@@ -163,6 +163,6 @@ def _cap(keys: Keys, name: str) -> float:
 
 
 def _scalar(scale: float, head_dim: int) -> float | int:
-    """What a config.json says of a scale: the number whose inverse root it is."""
+    """The config.json value of a scale: the number whose inverse root is the scale."""
     scalar = scale**-2 if scale else head_dim
     return round(scalar) if abs(scalar - round(scalar)) < 1e-9 * scalar else scalar

@@ -11,13 +11,13 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 from transformer.ops.norms.layer_norm import LayerNorm
 from transformer.ops.positions.learned import LearnedPositions
 
-_KEPT = "in out -> in out"  # matrices of GPT-2 are [in, out]
+_KEPT = "in out -> in out"  # GPT-2 stores matrices as [in, out]
 
 
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class GPT2(ModelFamily):
-    """Decoders with learned positions, pre-norm, and query, key and value in one matrix."""
+    """Decoders with learned positions, pre-norm, and a fused matrix of query, key and value."""
 
     kind = "gpt2"
     architectures: ClassVar[Mapping[str, str]] = {"GPT2LMHeadModel": "next_token", "GPT2Model": "next_token"}
@@ -39,7 +39,7 @@ class GPT2(ModelFamily):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("scale_attn_weights", True)
         keys.only("scale_attn_by_inverse_layer_idx", False)
         keys.only("add_cross_attention", False)
@@ -70,7 +70,7 @@ class GPT2(ModelFamily):
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block = model.blocks[0]
         return {
             "vocab_size": model.vocab_size,
@@ -85,7 +85,7 @@ class GPT2(ModelFamily):
         }
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         theirs, ours = "transformer.h.{layer}.", "decoder/blocks/block_{layer}/"
         fused = tuple(f"{ours}attention/{role}" for role in ("query", "key", "value"))
         return [

@@ -16,7 +16,7 @@ from transformer.validation import require
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class GPTNeoX(ModelFamily):
-    """Attention and network side by side, rotary positions on a quarter of each head, query, key and value fused per head."""
+    """Parallel attention and feed-forward, rotary positions on a quarter of each head, query, key and value fused per head."""
 
     kind = "gpt_neox"
     architectures: ClassVar[Mapping[str, str]] = {"GPTNeoXForCausalLM": "next_token"}
@@ -40,7 +40,7 @@ class GPTNeoX(ModelFamily):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("is_decoder", False, True)
         keys.ignore("hidden_dropout")
         rope = parts.rope_parameters(keys)
@@ -66,7 +66,7 @@ class GPTNeoX(ModelFamily):
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block, positions = model.blocks[0], model.positions
         require(
             isinstance(positions, RotaryPositions),
@@ -91,7 +91,7 @@ class GPTNeoX(ModelFamily):
         }
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         theirs, ours = "gpt_neox.layers.{layer}.", "decoder/blocks/block_{layer}/"
         roles = ("query", "key", "value")
         return [

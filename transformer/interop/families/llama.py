@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and the decoders that are built like it: Mistral, Qwen, Phi-3, SmolLM3, OLMo 2."""
+"""Llama (Touvron et al. 2023) and decoders with its architecture: Mistral, Qwen, Phi-3, SmolLM3, OLMo 2."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -45,17 +45,17 @@ class Llama(ModelFamily):
     ignored = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     defaults: ClassVar[Mapping[str, Any]] = _COMMON
     own_keys: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
-    """Keys, beside those that all of these have, that it has with a meaning of ours."""
+    """Further keys of the family's config, besides the common ones, that this package understands."""
     partial: ClassVar[bool] = False
-    """Whether rotary positions may turn a part of each head."""
+    """Whether rotary positions may rotate only a part of each head."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """Fields of every block's `AttentionConfig` that follow from the family."""
     placement: ClassVar[Any] = "pre"
     separate_layers: ClassVar[bool] = False
-    """Whether a config.json lists which layers have a window."""
+    """Whether a config.json lists the layers with a window."""
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         num_layers, max_length = keys.num_layers("num_hidden_layers"), keys.get("max_position_embeddings", int)
         positions = parts.rotary(keys, self._rope(keys), max_length, partial=self.partial)
         keys.only("rope_interleaved", None, False)
@@ -96,7 +96,7 @@ class Llama(ModelFamily):
         )
 
     def _windows(self, keys: Keys, num_layers: int) -> list[int]:
-        """Of each layer; 0 is none."""
+        """The window of each layer; 0 means none."""
         if "sliding_window" not in self.own_keys:
             return [0] * num_layers
         window = keys.optional("sliding_window")
@@ -112,7 +112,7 @@ class Llama(ModelFamily):
             first = keys.get("max_window_layers", int, least=0)
         usual = [SLIDING if switched and layer >= first else FULL for layer in range(num_layers)]
         types = keys.each_layer("layer_types", (SLIDING, FULL), usual)
-        # As the family's own class has it, a window that is switched off is none, whatever layers are called.
+        # As in the family's own class, a window that is switched off is ignored, whatever the layer types say.
         return [(window or 0) if name == SLIDING and switched else 0 for name in types]
 
     def _own_positions(self, keys: Keys, num_layers: int) -> list[Positions]:
@@ -120,7 +120,7 @@ class Llama(ModelFamily):
         return [InheritPositions()] * num_layers
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block = model.blocks[0]
         positions = model.positions
         require(
@@ -153,7 +153,7 @@ class Llama(ModelFamily):
         return values
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         theirs, ours = "model.layers.{layer}.", "decoder/blocks/block_{layer}/"
         return [
             Rule("model.embed_tokens.weight", "token_embedding/embedding", parts.TABLE),
@@ -231,7 +231,7 @@ class Qwen2(Llama):
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Qwen3(Qwen2):
-    """Qwen 3 (Yang et al. 2025): queries and keys are normalised per head; no biases unless asked for."""
+    """Qwen 3 (Yang et al. 2025): queries and keys are normalized per head; no biases by default."""
 
     kind = "qwen3"
     architectures: ClassVar[Mapping[str, str]] = {"Qwen3ForCausalLM": "next_token"}
@@ -243,7 +243,7 @@ class Qwen3(Qwen2):
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Phi3(Llama):
-    """Phi-3 (Abdin et al. 2024): query, key and value in one matrix, gate and up in another."""
+    """Phi-3 (Abdin et al. 2024): fused query, key and value, and fused gate and up."""
 
     kind = "phi3"
     architectures: ClassVar[Mapping[str, str]] = {"Phi3ForCausalLM": "next_token"}
@@ -266,13 +266,13 @@ class Phi3(Llama):
         fraction = keys.optional("partial_rotary_factor")
         found.setdefault("partial_rotary_factor", 1.0 if fraction is None else fraction)
         if found["rope_type"] in ("su", "longrope"):
-            # The extension is told by the two lengths (transformers' _compute_longrope_parameters).
+            # The two lengths determine the extension (transformers' _compute_longrope_parameters).
             found |= {"rope_type": "longrope", "original_max_position_embeddings": original}
             found["factor"] = longest / original
         return found
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         values = super().write(model)
         rope = values["rope_parameters"]
         values["original_max_position_embeddings"] = rope.get("original_max_position_embeddings", model.max_length)
@@ -325,7 +325,7 @@ class SmolLM3(Llama):
         return [InheritPositions() if flag else NoPositions() for flag in turned]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         turned = [int(not isinstance(block.own_positions, NoPositions)) for block in model.blocks]
         return {**super().write(model), "no_rope_layers": turned}
 
@@ -333,7 +333,7 @@ class SmolLM3(Llama):
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Olmo2(Llama):
-    """OLMo 2 (OLMo Team 2024): norms of what layers add; queries and keys are normalised over all heads together."""
+    """OLMo 2 (OLMo Team 2024): norms on the outputs of sub-layers; queries and keys are normalized over all heads together."""
 
     kind = "olmo2"
     architectures: ClassVar[Mapping[str, str]] = {"Olmo2ForCausalLM": "next_token"}

@@ -1,4 +1,4 @@
-"""Mixtures of experts that are built like Llama: Mixtral and Qwen 3."""
+"""Mixtures of experts with the architecture of Llama: Mixtral and Qwen 3."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def _expert_rules(theirs: str, ours: str, names: Mapping[str, str], router: str)
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Mixtral(Mistral):
-    """Mixtral (Jiang et al. 2024): experts in every layer, whose weights sum to one."""
+    """Mixtral (Jiang et al. 2024): experts in every layer, with weights that sum to one."""
 
     kind = "mixtral"
     architectures: ClassVar[Mapping[str, str]] = {"MixtralForCausalLM": "next_token"}
@@ -42,12 +42,12 @@ class Mixtral(Mistral):
         return dataclasses.replace(
             super()._feed_forward(keys, layer),
             num_experts=keys.get("num_local_experts", int),
-            # Of a single one transformers makes the weight 1, ours keeps its probability, which has a gradient.
+            # For a single expert, transformers sets the weight to 1; here it stays the probability, which has a gradient.
             experts_per_token=keys.get("num_experts_per_tok", int, least=2),
         )
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         network = model.blocks[0].feed_forward
         own = {"num_local_experts": network.num_experts, "num_experts_per_tok": network.experts_per_token}
         return super().write(model) | own
@@ -60,7 +60,7 @@ class Mixtral(Mistral):
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class Qwen3Moe(Qwen3):
-    """Qwen 3 with experts in all layers, or in some."""
+    """Qwen 3 with experts in all or some layers."""
 
     kind = "qwen3_moe"
     architectures: ClassVar[Mapping[str, str]] = {"Qwen3MoeForCausalLM": "next_token"}
@@ -94,7 +94,7 @@ class Qwen3Moe(Qwen3):
         count = keys.optional("num_local_experts")
         count = keys.get("num_experts" if count is None else "num_local_experts", int, least=0)
         step, plain = keys.get("decoder_sparse_step", int), keys.get("mlp_only_layers", list)
-        normalize = keys.get("norm_topk_prob", bool)  # a single expert as of Mixtral
+        normalize = keys.get("norm_topk_prob", bool)  # for a single expert, see Mixtral
         mixture = dataclasses.replace(
             dense,
             hidden_dim=keys.get("moe_intermediate_size", int),
@@ -105,7 +105,7 @@ class Qwen3Moe(Qwen3):
         return mixture if layer not in plain and count > 0 and (layer + 1) % step == 0 else dense
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         networks = [block.feed_forward for block in model.blocks]
         mixture = next((network for network in networks if network.num_experts), networks[0])
         dense = next((network for network in networks if not network.num_experts), mixture)

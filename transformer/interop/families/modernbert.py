@@ -46,7 +46,7 @@ class ModernBert(ModelFamily):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("tie_word_embeddings", True)
         keys.ignore("initializer_cutoff_factor", "embedding_dropout", "mlp_dropout", "classifier_pooling")
         keys.ignore("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "reference_compile")
@@ -94,14 +94,14 @@ class ModernBert(ModelFamily):
         )
 
     def _windows(self, keys: Keys, num_layers: int) -> list[int]:
-        """Tokens of either side that a layer sees, and the token itself; 0 is all."""
+        """The window of a layer: visible tokens on either side, plus one for the token itself; 0 means all."""
         local, period = keys.get("local_attention", int), keys.get("global_attn_every_n_layers", int)
         usual = [SLIDING if layer % period else FULL for layer in range(num_layers)]
         types = keys.each_layer("layer_types", (SLIDING, FULL), usual)
         return [local // 2 + 1 if name == SLIDING else 0 for name in types]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block = model.blocks[0]
         windows = [block.attention.window for block in model.blocks]
         norm: Any = block.norm
@@ -127,7 +127,7 @@ class ModernBert(ModelFamily):
         }
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         theirs, ours = "model.layers.{layer}.", "encoder/blocks/block_{layer}/"
         fused = tuple(f"{ours}attention/{role}" for role in ("query", "key", "value"))
         networks = tuple(f"{ours}feed_forward/{role}" for role in ("gate", "up"))
@@ -162,5 +162,5 @@ class ModernBert(ModelFamily):
         return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.masked_head else {}
 
     def outside_prefix(self, name: str) -> bool:
-        """Whether a tensor is of a head."""
+        """Whether a tensor belongs to a head."""
         return name.startswith(("head.", "decoder."))

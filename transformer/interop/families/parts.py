@@ -1,4 +1,4 @@
-"""Rules and settings that families share: projections, norms, gated networks, rotary positions."""
+"""Rules and settings shared by families: projections, norms, gated networks, rotary positions."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -27,12 +27,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-"""Names in config.json, of which those for one function differ in rounding only."""
+"""Names in config.json; several names of one function differ in rounding only."""
 _NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def activation(keys: Keys, name: str) -> Activation:
-    """The activation that a key names."""
+    """The activation named by a key."""
     value = keys.get(name, str)
     require(
         value in ACTIVATIONS,
@@ -50,10 +50,10 @@ def projections(theirs: str, ours: str, names: Mapping[str, str], *, out: str) -
     """The four projections of attention, each a linear map with or without bias.
 
     Args:
-        theirs: begins their names.
-        ours: begins ours.
-        names: theirs for query, key and value.
-        out: theirs for the output projection.
+        theirs: prefix of the tensors.
+        ours: prefix of the parameters.
+        names: names of the query, key and value tensors.
+        out: name of the output projection's tensor.
     """
     rules = []
     for role, name in names.items():
@@ -64,7 +64,7 @@ def projections(theirs: str, ours: str, names: Mapping[str, str], *, out: str) -
 
 
 def linear(theirs: str, ours: str) -> list[Rule]:
-    """A linear map of torch, whose matrix is [out, in], with or without bias."""
+    """A linear layer of torch, with a matrix [out, in], with or without bias."""
     return [Rule(f"{theirs}.weight", f"{ours}/kernel", LINEAR), Rule(f"{theirs}.bias", f"{ours}/bias", VECTOR)]
 
 
@@ -104,11 +104,11 @@ _OURS = {
     "short_factor": "short_factors",
     "long_factor": "long_factors",
 }
-"""Names in config.json -> fields of `RotaryPositions`; others are the same."""
+"""Names in config.json -> fields of `RotaryPositions`; other names are equal."""
 
 
 def rope_parameters(keys: Keys) -> dict[str, Any]:
-    """The rotary parameters of a config.json, also as older versions wrote them."""
+    """The rotary parameters of a config.json, in the current or an older form."""
     found = keys.optional("rope_parameters")
     scaling = keys.optional("rope_scaling")
     require(
@@ -128,10 +128,10 @@ def rotary(keys: Keys, found: Mapping[str, Any], max_length: int, *, partial: bo
     """Rotary positions with the parameters of a config.json.
 
     Args:
-        keys: of the file, for messages.
-        found: as `rope_parameters` gives them.
-        max_length: the longest sequence of the model, which scalings count from where nothing is said.
-        partial: whether the family may turn a part of each head only.
+        keys: the keys of the file, for messages.
+        found: the result of `rope_parameters`.
+        max_length: the longest sequence of the model, the default reference of scalings.
+        partial: whether the family may rotate only a part of each head.
     """
     values = {name: value for name, value in found.items() if value is not None}
     scaling = cast(str, typed_number(values.pop("rope_type"), str, f"{keys.where}: rope_type"))
@@ -159,7 +159,7 @@ def rotary(keys: Keys, found: Mapping[str, Any], max_length: int, *, partial: bo
 
 
 def written_rope(positions: RotaryPositions) -> dict[str, Any]:
-    """The rotary parameters of a config.json, as the newest version of transformers writes them."""
+    """The rotary parameters of a config.json, in the form of the newest version of transformers."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": positions.theta}
     if positions.fraction != 1:
         found["partial_rotary_factor"] = positions.fraction
@@ -174,7 +174,7 @@ def written_rope(positions: RotaryPositions) -> dict[str, Any]:
 
 
 def extended_length(positions: RotaryPositions, max_length: int) -> int:
-    """The longest sequence: with a base that grows (dynamic), config.json has the length before the extension."""
+    """The longest sequence: for a growing base (dynamic), config.json has the length before the extension."""
     return int(max_length * positions.scaling_factor) if positions.scaling == "dynamic" else max_length
 
 
@@ -205,24 +205,24 @@ def written_heads(attention: AttentionConfig, embed_dim: int) -> dict[str, Any]:
     }
 
 
-# ---- Layers with a window have a rotary base of their own --------------------------------------------------------------
+# ---- Layers with a window have their own rotary base -------------------------------------------------------------------
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-"""Names of types of layers in config.json."""
+"""Names of layer types in config.json."""
 
 
 def two_rotaries(keys: Keys, theta: str, local_theta: str, max_length: int) -> tuple[RotaryPositions, Positions]:
-    """The rotary positions of the layers without a window, which are the model's, and of those with one.
+    """The rotary positions of layers without a window, which are the model's, and those of layers with one.
 
     Args:
-        keys: of the file.
-        theta: the key of the base, in files of older versions.
-        local_theta: the key of the base for layers with a window, likewise.
+        keys: the keys of the file.
+        theta: the key of the base in files of older versions.
+        local_theta: the key of the base for layers with a window, in such files.
         max_length: the longest sequence of the model.
     """
     bases = {FULL: keys.get(theta, float), SLIDING: keys.get(local_theta, float)}
     nested, scaling = keys.optional("rope_parameters"), keys.optional("rope_scaling")
-    if nested is None:  # older files scale the layers without a window only
+    if nested is None:  # older files scale only the layers without a window
         nested = {FULL: {} if scaling is None else scaling, SLIDING: {}}
     require(
         isinstance(nested, dict) and set(nested) <= set(bases) and all(isinstance(v, dict) for v in nested.values()),
@@ -237,7 +237,7 @@ def two_rotaries(keys: Keys, theta: str, local_theta: str, max_length: int) -> t
 
 
 def written_two(model: ModelConfig, theta: str, local_theta: str) -> dict[str, Any]:
-    """The keys of a config.json for the positions of layers without a window and with one, new and old."""
+    """The keys of a config.json for the positions of layers without and with a window, in new and old form."""
     local = next((block.own_positions for block in model.blocks if block.attention.window), model.positions)
     local = local.within(model.positions)
     require(

@@ -18,7 +18,7 @@ _HEAD, _SHARED = "lm_head.weight", "shared.weight"
 @FAMILIES.register
 @dataclasses.dataclass(frozen=True)
 class T5(ModelFamily):
-    """Encoder-decoders with a bias for each bucket of distances, and products of queries and keys that are not scaled."""
+    """Encoder-decoders with a bias per distance bucket, and unscaled products of queries and keys."""
 
     kind = "t5"
     architectures: ClassVar[Mapping[str, str]] = {
@@ -45,13 +45,13 @@ class T5(ModelFamily):
     }
 
     def read(self, keys: Keys, architecture: str) -> ModelConfig:
-        """The model of a config.json."""
+        """Read the model from a config.json."""
         keys.only("is_encoder_decoder", True)
         keys.only("is_decoder", False)
         keys.ignore("dropout_rate", "initializer_factor", "output_past", "n_positions")
         num_layers = keys.num_layers("num_layers")
         other = num_layers if keys.optional("num_decoder_layers") is None else keys.num_layers("num_decoder_layers")
-        # Older files tell 1.0, which scales, by tied embeddings; newer ones by a key of its own.
+        # In older files, tied embeddings indicate version 1.0, which scales; newer files have a key for it.
         tied, scaled = keys.get("tie_word_embeddings", bool), keys.optional("scale_decoder_outputs")
         scaled = tied if scaled is None else keys.get("scale_decoder_outputs", bool)
         embed_dim = keys.get("d_model", int)
@@ -70,8 +70,8 @@ class T5(ModelFamily):
                 num_buckets=keys.get("relative_attention_num_buckets", int),
                 max_distance=keys.get("relative_attention_max_distance", int),
             ),
-            # A file that has a matrix of its own for the output uses it, whatever version of transformers wrote the config;
-            # the one that is scaled is the embedding.
+            # A file with a separate output matrix uses it, whatever version of transformers wrote the config; scaling
+            # applies to a tied embedding only.
             tie_embeddings=scaled or _HEAD not in keys.tensors,
             logits_scale=embed_dim**-0.5 if scaled else 1.0,
         )
@@ -95,7 +95,7 @@ class T5(ModelFamily):
         return FeedForwardConfig(keys.get("d_ff", int), chosen, gated=bool(gate))
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model."""
+        """Write the config.json of a model."""
         block, positions = model.blocks[0], model.positions
         require(
             isinstance(positions, T5Positions),
@@ -123,7 +123,7 @@ class T5(ModelFamily):
         }
 
     def rules(self, model: ModelConfig, objective: str) -> Sequence[Rule]:
-        """Which tensor is which parameter."""
+        """The correspondence of tensors and parameters."""
         gated, own, other = model.blocks[0].feed_forward.gated, ("SelfAttention", "attention"), "EncDecAttention"
         return [
             Rule(_SHARED, "token_embedding/embedding", parts.TABLE),
@@ -151,6 +151,6 @@ class T5(ModelFamily):
         return rules
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """Both stacks read the same embedding, which a tied output projection is too."""
+        """Both stacks share one embedding, which is also the tied output projection."""
         names = {f"{stack}.embed_tokens.weight": _SHARED for stack in ("encoder", "decoder")}
         return names | ({_HEAD: _SHARED} if model.tie_embeddings else {})
