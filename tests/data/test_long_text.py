@@ -13,12 +13,14 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.data import long_text, token_shards
+from transformer.data import long_text, token_shards, tokens
 from transformer.data.documents import file_documents
 from transformer.data.encoded import encode_long, encode_records
 from transformer.data.identity import ContentHash
 from transformer.data.long_text import LongText, chunks, file_texts, num_bytes
+from transformer.data.pipeline import evaluation_batches
 from transformer.data.registry import open_source
+from transformer.data.shards import Shards
 from transformer.data.source import WHOLE, Record
 from transformer.data.splits import cut, split_document
 from transformer.data.tokenizers import long
@@ -106,7 +108,7 @@ def test_a_corpus_is_prepared_as_one_that_is_held_whole(tmp_path, make_config, m
     monkeypatch.setattr(long_text, "LONG", 100)
     monkeypatch.setattr(long_text, "_CHUNK", 32)
     monkeypatch.setattr(token_shards, "LONG", 100)
-    monkeypatch.setattr(token_shards, "_LONGEST", 64)
+    monkeypatch.setattr(token_shards, "LONGEST", 64)
     monkeypatch.setattr(long, "_LONG", 256)
     monkeypatch.setattr(long, "_PIECE", 64)
     assert any(isinstance(text, LongText) for text in file_texts(epath.Path(path), separator))
@@ -176,7 +178,7 @@ class _Closed(ByteTokenizer):
 )
 def test_a_document_that_comes_in_pieces_is_encoded_as_a_whole(tokenizer, prompt, pieces, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_shards, "_LONGEST", most)
+        patch.setattr(token_shards, "LONGEST", most)
         patch.setattr(long, "_LONG", 4)
         patch.setattr(long, "_PIECE", 1)
         (whole,) = encode_records(tokenizer, [Record("".join(pieces), prompt, continues=False, last=True)])
@@ -192,3 +194,22 @@ def test_a_text_in_pieces_has_the_hash_of_the_whole(pieces, prompt):
     one.add("".join(pieces), prompt)
     other.add_text(sum(map(len, data)), data, prompt)
     assert one.hexdigest() == other.hexdigest()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_of_a_long_document_no_more_is_read_than_the_limit_allows(tmp_path, make_config, monkeypatch, stored):
+    for module, name in ((token_shards, "LONGEST"), (tokens, "LONGEST"), (long, "_LONG"), (long, "_PIECE")):
+        monkeypatch.setattr(module, name, 16)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"word {i}\n" for i in range(500)))
+    source = open_source(str(path), make_config(path, record_bytes=64))
+    (whole,) = document_tokens(source, "train", ByteTokenizer(), 0 if stored else 10**9)
+    read, once = [], Shards.__getitem__
+    monkeypatch.setattr(Shards, "__getitem__", lambda self, index: read.append(index) or once(self, index))
+    (limited,) = document_tokens(source, "train", ByteTokenizer(), 100)
+    assert 100 <= limited.num_targets < 200 and len(read) < 20
+    assert limited.tokens.tolist() == whole.tokens[: len(limited.tokens)].tolist()
+    config = make_config(path, limit=100)
+    (batch, *_) = batches = list(evaluation_batches(config, ByteTokenizer(), "train", sources=[source]))
+    assert sum(int(batch.weights.sum()) for batch in batches) == 100
+    assert batch.targets[0].tolist() == whole.tokens[1 : 1 + config.sequence_length].tolist()

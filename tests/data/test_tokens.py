@@ -156,7 +156,7 @@ def test_a_tokenizer_of_ones_own_is_asked_each_time(tmp_path, open_records):
 @pytest.mark.parametrize("longest", [7, 64])
 def test_a_long_document_is_stored_in_parts_and_read_whole(open_records, monkeypatch, longest):
     source, _ = open_records()
-    monkeypatch.setattr(token_shards, "_LONGEST", longest)
+    monkeypatch.setattr(token_shards, "LONGEST", longest)
     anew = dataclasses.replace(source, tokens_in=None)
     assert _lists(document_tokens(source, "all", BYTES)) == _lists(document_tokens(anew, "all", BYTES))
 

@@ -205,7 +205,7 @@ class EvaluationBatches:
         left = self.config.limit or sys.maxsize
         for source in self.sources:
             # With a limit, tokens beyond it need not be encoded.
-            for encoded in document_tokens(source, self.split, self.tokenizer, store=self.config.limit == 0):
+            for encoded in document_tokens(source, self.split, self.tokenizer, self.config.limit):
                 pairs = pairs_of(encoded)
                 yield Pairs(*(field[:left] for field in pairs))
                 left -= len(pairs.inputs)

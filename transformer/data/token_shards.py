@@ -38,7 +38,8 @@ from transformer.types import UserError
 from transformer.validation import require
 
 _CHARACTERS_AT_ONCE = 1 << 20
-_LONGEST = 1 << 20  # tokens of a stored record; longer documents are several
+LONGEST = 1 << 20
+"""Targets of a stored record; a longer document is several."""
 
 
 class TextRecords(Sequence[Record]):
@@ -207,7 +208,7 @@ def _encode_documents(
         for parts, _ in some:
             rest = iter(parts)
             first = next(rest)
-            yield from encode_long(tokenizer, first.prompt, _told(itertools.chain([first], rest), advance), _LONGEST)
+            yield from encode_long(tokenizer, first.prompt, _told(itertools.chain([first], rest), advance), LONGEST)
 
 
 def _told(pieces: Iterable[Record], advance: Callable[[int], object]) -> Iterator[str]:
@@ -241,11 +242,11 @@ def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[tup
 
 def _parts(encoded: Encoded) -> Iterator[Encoded]:
     """A document in parts that are not too long: each begins with the token that the one before ends with."""
-    if len(encoded.tokens) <= _LONGEST:
+    if len(encoded.tokens) <= LONGEST:
         yield encoded
         return
-    for start in range(0, len(encoded.tokens) - 1, _LONGEST):
-        stop = min(start + _LONGEST, len(encoded.tokens) - 1)
+    for start in range(0, len(encoded.tokens) - 1, LONGEST):
+        stop = min(start + LONGEST, len(encoded.tokens) - 1)
         learnt = learnt_runs(encoded.weights[start:stop] > 0)
         yield Encoded(encoded.tokens[start : stop + 1], learnt, encoded.last and stop == len(encoded.tokens) - 1)
 

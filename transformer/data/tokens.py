@@ -13,22 +13,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from transformer.data.builder import describe
-from transformer.data.encoded import Encoded, encode_records, learnt_runs, token_type, unpack
+from transformer.data.encoded import Encoded, encode_long, encode_records, learnt_runs, token_type, unpack
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
 from transformer.data.progress import progress
 from transformer.data.shards import Shards, count_shards
-from transformer.data.source import WHOLE, Record, Source, whole_documents
+from transformer.data.source import WHOLE, Record, Source
 from transformer.data.stored import INFO, open_stored
 from transformer.data.tasks import Run, remove, run_tasks
 from transformer.data.token_shards import (
+    LONGEST,
     SIZES,
     Job,
     TextRecords,
@@ -66,21 +67,22 @@ def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Tokens:
     return _Now(records, tokenizer) if stored is None else stored
 
 
-def document_tokens(source: Source, split: str, tokenizer: Tokenizer, *, store: bool = True) -> Iterator[Encoded]:
+def document_tokens(source: Source, split: str, tokenizer: Tokenizer, limit: int = 0) -> Iterator[Encoded]:
     """The documents of a split (or of all: `WHOLE`) as tokens, whole and in order.
 
-    Without `store`, tokens that are stored are read, and none are stored.
+    With a limit, stored tokens are read and none are stored. Of each split, the document in which so many targets are reached is
+    the last one, and its later parts are neither read nor encoded.
     """
+    most = limit or sys.maxsize
     for name in source.split_names if split == WHOLE and WHOLE not in source.sizes else (split,):
         if source.encoded is not None:
-            yield from _joined(source.encoded(name, tokenizer))
-            continue
-        stored = _stored(source, name, source.records(name), tokenizer, whole=True, store=store)
-        if stored is not None:
-            yield from _joined(stored)
-            continue
-        for prompt, text in whole_documents(source, name):
-            yield from encode_records(tokenizer, [Record(text, prompt, continues=False, last=True)])
+            parts = source.encoded(name, tokenizer)
+        else:
+            records = source.records(name)
+            parts = _stored(source, name, records, tokenizer, whole=True, store=limit == 0)
+            if parts is None:
+                parts = _encode_now(tokenizer, records)
+        yield from _joined(parts, most)
 
 
 def store_tokens(source: Source, tokenizer: Tokenizer, run: Run | None = None) -> bool:
@@ -92,14 +94,35 @@ def store_tokens(source: Source, tokenizer: Tokenizer, run: Run | None = None) -
     return kept
 
 
-def _joined(parts: Sequence[Encoded]) -> Iterator[Encoded]:
-    """Stored documents, the long ones whole again."""
-    pieces: list[Encoded] = []
+def _encode_now(tokenizer: Tokenizer, records: Iterable[Record]) -> Iterator[Encoded]:
+    """The parts of documents that are encoded when they are read."""
+    records = iter(records)
+    for first in records:
+        if first.last:
+            yield from encode_records(tokenizer, [first])
+        else:
+            yield from encode_long(tokenizer, first.prompt, _texts(first, records), LONGEST)
+
+
+def _texts(first: Record, records: Iterator[Record]) -> Iterator[str]:
+    yield first.text
+    for record in records:
+        yield record.text
+        if record.last:
+            return
+
+
+def _joined(parts: Iterable[Encoded], limit: int) -> Iterator[Encoded]:
+    """Documents, the long ones whole again, up to the one in which `limit` targets are reached."""
+    pieces, targets = list[Encoded](), 0
     for part in parts:
         pieces.append(part)
-        if part.last:
+        targets += part.num_targets
+        if part.last or targets >= limit:
             yield part if len(pieces) == 1 else _one(pieces)
             pieces = []
+        if targets >= limit:
+            return
 
 
 def _one(pieces: Sequence[Encoded]) -> Encoded:
