@@ -1,4 +1,4 @@
-"""Documents of running text, corpora of them, and the text files of a folder."""
+"""Documents of running text, corpora, and the text files of a folder."""
 
 import array
 import dataclasses
@@ -17,11 +17,11 @@ from transformer.storage import is_local
 from transformer.validation import require
 
 CONVERSATION = "\0conversation"
-"""The prompt of a document whose text is a conversation: JSON of its messages, which is never cut."""
+"""The prompt of a document whose text is a conversation: JSON of its messages, never cut."""
 
 
 class Document(NamedTuple):
-    """A text, what stands before it without being learnt, and the file it came from."""
+    """A text, the prompt before it (read without loss), and its file."""
 
     text: Text
     prompt: str
@@ -30,35 +30,35 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A local corpus of non-empty documents, read anew by each call of `documents`."""
+    """A local corpus of non-empty documents; each call of `documents` reads them again."""
 
     name: str
     version: str
     fingerprint: str
-    """Of texts and prompts in their order; neither names of files nor their places count."""
+    """A hash of texts and prompts in order, but not of file names or paths."""
     sizes: Int[np.ndarray, " n"]
-    """Bytes of each document's text."""
+    """The size in bytes of each document's text."""
     documents: Callable[[], Iterator[Document]]
 
     @property
     def count(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
         return len(self.sizes)
 
 
 def file_documents(root: epath.Path, files: list[epath.Path], separator: str) -> Iterator[Document]:
-    """The documents of text files, named by their paths below `root`; blank ones are left out."""
+    """The documents of text files, named by their paths below `root`; blank ones are skipped."""
     for path in files:
-        place = path.relative_to(root).as_posix()
+        location = path.relative_to(root).as_posix()
         for number, text in enumerate(file_texts(path, separator), 1):
             if number == 1:
-                yield Document(text, "", place)
+                yield Document(text, "", location)
             else:
-                yield Document(text.removeprefix("\n"), "", f"{place}:{number}")
+                yield Document(text.removeprefix("\n"), "", f"{location}:{number}")
 
 
 def with_text(documents: Iterator[Document]) -> Iterator[Document]:
-    """Those that are not blank."""
+    """The documents that are not blank."""
     return (document for document in documents if document.text and not document.text.isspace())
 
 
@@ -66,7 +66,7 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
     """A corpus of the documents that are not blank.
 
     Raises:
-        UserError: there are none; `if_empty` says what there is instead.
+        UserError: there are none; `if_empty` describes the source instead.
     """
 
     content, sizes = ContentHash(), array.array("q")
@@ -78,9 +78,9 @@ def make_corpus(name: str, version: str, documents: Callable[[], Iterator[Docume
 
 
 def visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> list[epath.Path]:
-    """Files under `root`, sorted, without hidden ones and without what lies in hidden or `skipped` folders.
+    """Files under `root`, sorted, without hidden files and the contents of hidden or `skipped` folders.
 
-    Links are followed. Each real folder is read once, and none that holds `root`: links may lead back.
+    Links are followed. Each real folder is read once, and folders that contain `root` never, because links may form cycles.
     """
     seen = set[str]()
     above = os.path.realpath(root) if is_local(root) else ""
@@ -107,7 +107,7 @@ def visible_files(root: epath.Path, skipped: frozenset[str] = frozenset()) -> li
 
 
 def plain_text(prompt: str, text: str) -> str:
-    """A document's prompt and text; of a conversation, its messages one after the other."""
+    """A document's prompt and text; for a conversation, its messages in sequence."""
     if prompt != CONVERSATION:
         return prompt + text
     return "\n".join(message["content"] for message in json.loads(text))

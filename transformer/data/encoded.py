@@ -1,4 +1,4 @@
-"""Records of text as token ids, and the form in which these are stored."""
+"""Records of text as token ids, and their stored form."""
 
 import functools
 import itertools
@@ -23,23 +23,23 @@ class Encoded(NamedTuple):
     """The token ids of a document, or of a piece of one."""
 
     tokens: Integer[np.ndarray, " n"]
-    """Each but the first is a target, read after the ones before it; a document without text has none."""
+    """Each id but the first is a target, predicted from the ids before it; a document without text has no target."""
     learnt: Integer[np.ndarray, " m"]
-    """Lengths of runs of targets: the first run has weight 0, the next 1, and so on in turn. What follows the last run has the
-    weight that is next; so all targets count where there are no runs."""
+    """Lengths of consecutive runs of targets with weights 0, 1, 0, ... in turn. Targets after the last run have the weight that
+    comes next; without runs, all targets have weight 1."""
     last: bool
     """Whether a document ends here."""
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted, of any weight."""
+        """The number of predicted tokens, of any weight."""
         return max(0, len(self.tokens) - 1)
 
     @property
     def weights(self) -> Float[np.ndarray, " n"]:
-        """Of each target; do not write to them."""
+        """The weight of each target; do not write to them."""
         if len(self.learnt) == 0 and self.num_targets > _MANY:
-            return np.broadcast_to(np.float32(1), (self.num_targets,))  # without memory
+            return np.broadcast_to(np.float32(1), (self.num_targets,))  # needs no memory
         if len(self.learnt) == 0:
             return _ones(self.num_targets.bit_length())[: self.num_targets]
         runs = np.append(self.learnt.astype(np.int64), self.num_targets - self.learnt.sum(dtype=np.int64))
@@ -62,9 +62,9 @@ _ALL = np.zeros(0, np.uint32)
 def encode_records(tokenizer: Tokenizer, records: Sequence[Record]) -> Iterator[Encoded]:
     """Records as ids; a document begins with `document_start` and ends with end-of-text.
 
-    The prompt has weight 0. The first token of a piece that continues a document is read but is no target,
-    since what precedes it is in another record. Of a tokenizer with ids on both sides of a text, as BERT's, the end is read
-    too, with nothing to predict from it. Of a conversation, what an assistant says has weight 1; its template begins and ends it.
+    The prompt has weight 0. The first token of a piece that continues a document is input only, not a target, because its context
+    is in another record. For a tokenizer with ids on both sides of a text, such as BERT's, the final id is an input too, with
+    nothing to predict from it. In a conversation, the assistant's tokens have weight 1; its template begins and ends it.
     """
     texts = [(record.prompt, record.text) for record in records if record.prompt != CONVERSATION]
     encoded = iter(encode_all(tokenizer, [part for pair in texts for part in pair if part]))
@@ -90,9 +90,9 @@ def _framed(tokenizer: Tokenizer, record: Record, prompt: np.ndarray, text: np.n
 
 
 def encode_long(tokenizer: Tokenizer, prompt: str, texts: Iterable[str], most: int) -> Iterator[Encoded]:
-    """A document whose text comes in pieces, as `encode_records` gives it, in parts of at most `most` targets.
+    """A document whose text comes in pieces, encoded as by `encode_records`, in parts of at most `most` targets.
 
-    Each part begins with the token that the one before ends with.
+    Each part begins with the last token of the previous part.
     """
     of_prompt = encode_all(tokenizer, [prompt])[0] if prompt else _ALL
     start = np.append(document_start(tokenizer), of_prompt).astype(np.int32)
@@ -110,7 +110,7 @@ def encode_long(tokenizer: Tokenizer, prompt: str, texts: Iterable[str], most: i
 
 
 def learnt_runs(learnt: np.ndarray) -> np.ndarray:
-    """The runs of `Encoded.learnt` by which targets count."""
+    """The runs in `Encoded.learnt`, from a mask of targets with weight."""
     if learnt.all():
         return _ALL
     changes = np.flatnonzero(np.diff(learnt, prepend=False))
@@ -118,10 +118,10 @@ def learnt_runs(learnt: np.ndarray) -> np.ndarray:
     return np.diff(ends, prepend=0).astype(np.uint32)
 
 
-# ---- As they are stored ----------------------------------------------------------------------------------------------
+# ---- Stored form -------------------------------------------------------------------------------------------------------
 #
-# A record is a `tf.train.Example`, as TFDS reads it, whose tokens come last. So they are a view of the record: TFDS's own
-# reading takes twenty times as long.
+# A record is a `tf.train.Example`, as read by TFDS, with the tokens last. The tokens are therefore a view of the record: TFDS's
+# own reader takes twenty times as long.
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -130,7 +130,7 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def token_features(vocab_size: int) -> Mapping[str, Any]:
-    """What TFDS is told of stored tokens."""
+    """The TFDS features of stored tokens."""
     return {
         "last": tfds.features.Scalar(np.bool_),
         "learnt": tfds.features.Tensor(shape=(None,), dtype=np.uint32, encoding="bytes"),
@@ -170,12 +170,12 @@ def pack_text(record: Record, name: str) -> bytes:
 
 
 def pack_fields(fields: Mapping[str, str | bytes | int]) -> bytes:
-    """A record of texts, bytes and numbers by name, in their order."""
+    """A record of named texts, bytes and numbers, in order."""
     return _part(0x0A, b"".join(_field(name.encode(), value) for name, value in fields.items()))
 
 
 def unpack_fields(record: bytes) -> Mapping[str, Any]:
-    """The features of a record by name, as `tf.train.Feature` has them."""
+    """The features of a record by name, as `tf.train.Feature`."""
     example: Any = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
     return example.features.feature
 
@@ -187,7 +187,7 @@ def _field(name: bytes, value: str | bytes | int) -> bytes:
 
 
 def pack(encoded: Encoded, dtype: np.dtype) -> bytes:
-    """A record of ids of a type."""
+    """A record of ids with the given type."""
     tokens = _array(b"tokens", encoded.tokens.astype(dtype).tobytes())
     if len(encoded.learnt) == 0:
         return _part(0x0A, _PLAIN[encoded.last] + tokens)
@@ -196,7 +196,7 @@ def pack(encoded: Encoded, dtype: np.dtype) -> bytes:
 
 def unpack(record: bytes, dtype: np.dtype) -> Encoded:
     """The ids of a record, as a view of it."""
-    start, at = _plain_places(len(record))
+    start, at = _plain_offsets(len(record))
     if record.startswith(_PLAIN[True], start):
         return Encoded(np.frombuffer(record, dtype, offset=at), _ALL, True)
     if record.startswith(_PLAIN[False], start):
@@ -209,18 +209,18 @@ def unpack(record: bytes, dtype: np.dtype) -> Encoded:
 
 
 @functools.lru_cache(1 << 16)
-def _plain_places(size: int) -> tuple[int, int]:
-    """Where the parts of a record of so many bytes begin, and its tokens, if all targets count."""
+def _plain_offsets(size: int) -> tuple[int, int]:
+    """The offsets of the parts of a record with `size` bytes, and of its tokens, if all targets have weight 1."""
     most = size - len(_part(0x0A, _PLAIN[True] + _array(b"tokens", b"")))
     for tokens in range(most, max(-1, most - 25), -1):  # five lengths of five bytes at most
         record = _part(0x0A, _PLAIN[True] + _array(b"tokens", bytes(tokens)))
         if len(record) == size:
             return _number(record, 1)[1], size - tokens
-    return 0, 0  # no record begins so
+    return 0, 0  # no record begins like this
 
 
 def _number(record: bytes, at: int) -> tuple[int, int]:
-    """A number of variable length, and the place behind it."""
+    """A variable-length number, and the offset after it."""
     number = shift = 0
     while record[at] > 127:
         number |= (record[at] & 127) << shift
@@ -229,7 +229,7 @@ def _number(record: bytes, at: int) -> tuple[int, int]:
 
 
 def _values(record: bytes, at: int) -> tuple[int, int]:
-    """Where the bytes of an array begin, and how many they are; its entry begins at a place and has a name of six letters."""
+    """The offset and number of an array's bytes; its entry begins at `at` and has a name of six letters."""
     _, at = _number(record, at + 1)
     at += 2 + 6
     size = 0

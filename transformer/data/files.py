@@ -1,4 +1,4 @@
-"""Text files as they lie on disk: UTF-8, plain or compressed with gzip, bzip2, xz or zstd; what is no text is refused."""
+"""Text files on disk: UTF-8, plain or compressed with gzip, bzip2, xz or zstd; other content is refused."""
 
 import bz2
 import codecs
@@ -29,16 +29,16 @@ _OPENERS: dict[bytes, Any] = {
 _REFUSED = {b"PK\x03\x04": "zip"}
 _SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 STANDARD_INPUT = "<standard input>"
-"""With a suffix that says what it is, the name of a source that is piped in, which can be read once."""
+"""The name of a source from standard input, which can be read only once; a suffix gives its kind."""
 
 
 @contextlib.contextmanager
 def open_file(path: epath.Path) -> Iterator[Any]:
-    """The bytes of a file, unpacked if it is compressed, whatever its name says; without the byte order mark of UTF-8.
+    """The bytes of a file, decompressed (detected by content, not by name), without the byte order mark of UTF-8.
 
     Raises:
-        UserError: it is no file, which may have no end or come once only; or on reading, if compressed data ends too early or is
-            damaged.
+        UserError: it is not a file (other things may have no end, or be readable only once); or on reading, if compressed data
+            are truncated or damaged.
     """
     if os.fspath(path).startswith(STANDARD_INPUT):
         yield io.BytesIO(sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8))
@@ -58,18 +58,18 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                     unpacked.seek(0)
                 yield unpacked
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if getattr(error, "errno", None):  # of the operating system; bzip2's and gzip's own have no number
+        if getattr(error, "errno", None):  # an error of the operating system; those of bzip2 and gzip have no number
             raise
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
 
 
 def is_there(name: str) -> bool:
-    """Whether a source can be read as a file or a folder."""
+    """Whether a source is an existing file or folder."""
     return name.startswith(STANDARD_INPUT) or epath.Path(expand(name)).exists()
 
 
 def refuse_dangling(path: epath.Path) -> None:
-    """A link to what does not exist is an error: without it, a corpus would be smaller than its folder says."""
+    """Refuse a broken link: without the error, a corpus would be smaller than its folder suggests."""
     dangling = is_local(path) and os.path.islink(path) and not os.path.exists(path)
     require(
         not dangling,
@@ -79,7 +79,7 @@ def refuse_dangling(path: epath.Path) -> None:
 
 
 def read_file(path: epath.Path) -> bytes:
-    """All bytes of a file, unpacked if it is compressed."""
+    """All bytes of a file, decompressed."""
     with open_file(path) as file:
         return file.read()
 
@@ -91,7 +91,7 @@ def file_lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def kind_of(path: epath.Path) -> str:
-    """The suffix of a file's name without that of its compression: `.jsonl` of `a.jsonl.gz`."""
+    """The suffix of a file name without that of its compression: `.jsonl` for `a.jsonl.gz`."""
     name = path.name.lower()
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
@@ -99,13 +99,13 @@ def kind_of(path: epath.Path) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 text; what is not text is refused with its likely reason."""
+    """UTF-8 text; other content is refused with its likely cause."""
     refuse_other(data, name)
     return decode_part(data, name)
 
 
 def refuse_other(data: bytes, name: str) -> None:
-    """What begins as other files do, or as text in another encoding."""
+    """Refuse data that begin like another kind of file, or like text in another encoding."""
     for magic, kind in _REFUSED.items():
         require(
             not data.startswith(magic), f"A text source must be UTF-8 text, {name} is {kind} data: unpack it first."
@@ -118,7 +118,7 @@ def refuse_other(data: bytes, name: str) -> None:
 
 
 def decode_part(data: bytes, name: str, start: int = 0) -> str:
-    """The text of a part of a file that begins at byte `start`."""
+    """The text of a part of a file that starts at byte `start`."""
     zero = data.find(b"\0")
     require(
         zero < 0, f"A text source must be UTF-8 text without NUL bytes, {name} is binary (NUL at byte {start + zero})."
@@ -127,18 +127,18 @@ def decode_part(data: bytes, name: str, start: int = 0) -> str:
 
 
 def _wide_encoding(start: bytes) -> str:
-    """The encoding of text with two or four bytes a character, by its mark or by where its zeros are; else nothing."""
+    """The encoding of text with two or four bytes per character, from its mark or its zero bytes; else empty."""
     if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    zeros = [start[place::2].count(0) / max(1, len(start[place::2])) for place in (0, 1)]
+    zeros = [start[offset::2].count(0) / max(1, len(start[offset::2])) for offset in (0, 1)]
     big, little = zeros[0] > 0.6 and zeros[1] == 0, zeros[1] > 0.6 and zeros[0] == 0
     return "UTF-16BE" if big else "UTF-16LE" if little else ""
 
 
 def decode_utf8(data: bytes, sentence: str, start: int = 0) -> str:
-    """The text of bytes in UTF-8; others are refused by `sentence`, which ends before "is not". They begin at byte `start`."""
+    """The text of UTF-8 bytes that start at byte `start`; for other bytes the error is `sentence` followed by "is not"."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -149,25 +149,25 @@ def decode_utf8(data: bytes, sentence: str, start: int = 0) -> str:
 
 
 def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl file, each with its place for messages; blank lines are passed over."""
+    """The objects of a .jsonl file, each with its location for messages; blank lines are skipped."""
     for number, line in file_lines(path):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
-        text = decode_text(line, place)
+        location = f"{path}, line {number}"
+        text = decode_text(line, location)
         try:
             record = json.loads(text, object_pairs_hook=_once)
         except (
             ValueError,
             RecursionError,
-        ) as error:  # not JSON, a number of thousands of digits, or brackets without end
-            raise UserError(f"Each line of a .jsonl source must be a JSON object; {place}: {error}.") from None
-        require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {place} is not.")
-        yield place, record
+        ) as error:  # not JSON, a number with thousands of digits, or unclosed brackets
+            raise UserError(f"Each line of a .jsonl source must be a JSON object; {location}: {error}.") from None
+        require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {location} is not.")
+        yield location, record
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields; ValueError where two have one name, of which JSON readers keep the last."""
+    """The object with these fields; ValueError for a repeated name, of which JSON readers keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -176,5 +176,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def without_surrogates(text: str) -> str:
-    """The text with `?` for lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """The text with `?` instead of lone surrogates, which JSON permits and UTF-8 does not."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""Texts of files, of which long ones stay in their file and are read piece by piece."""
+"""Texts of files; a long text stays in its file and is read piece by piece."""
 
 import itertools
 import os
@@ -11,15 +11,15 @@ from transformer.data.files import decode_part, open_file, refuse_other
 from transformer.types import UserError
 
 LONG = 32 << 20
-"""Bytes of the longest text that is held in memory."""
+"""Size in bytes of the longest text held in memory."""
 _CHUNK = 8 << 20
 
 
 class LongText:
-    """Bytes `start` to `stop` of a file, unpacked and without its mark; a `str` as far as documents need one.
+    """Bytes `start` to `stop` of a file, decompressed and without a byte order mark; usable like a `str` where documents need it.
 
     Raises:
-        UserError: on reading, if it is not UTF-8 text, or if the file has changed since this was made.
+        UserError: on reading, if the bytes are not UTF-8 text, or the file has changed since this object was made.
     """
 
     def __init__(self, path: epath.Path, start: int, stop: int) -> None:
@@ -32,7 +32,7 @@ class LongText:
         return self.stop - self.start
 
     def chunks(self) -> Iterator[bytes]:
-        """The text in pieces of some megabytes, each of whole characters."""
+        """The text in pieces of some megabytes that end between characters."""
         self._refuse_changed()
         rest, left = b"", self.num_bytes
         with open_file(self.path) as file:
@@ -47,27 +47,27 @@ class LongText:
         self._refuse_changed(left > 0)
 
     def parts(self, sizes: Sequence[int]) -> list["LongText"]:
-        """Consecutive parts of about so many bytes each, cut between characters; the last one has the rest."""
+        """Consecutive parts of about these sizes in bytes, cut between characters; the last one has all remaining bytes."""
         starts = []
-        for place in itertools.accumulate(sizes[:-1], initial=self.start):
-            before = max(self.start, place - 3)
+        for position in itertools.accumulate(sizes[:-1], initial=self.start):
+            before = max(self.start, position - 3)
             with open_file(self.path) as file:
                 file.seek(before, os.SEEK_CUR)
-                data = file.read(min(place + 1, self.stop) - before)
-            starts.append(before + _character_of(data, place - before))
+                data = file.read(min(position + 1, self.stop) - before)
+            starts.append(before + _character_of(data, position - before))
         ends = [*starts[1:], self.stop]
         return [LongText(self.path, start, stop) for start, stop in zip(starts, ends, strict=True)]
 
     def encode(self) -> bytes:
-        """All of it, in memory."""
+        """The whole text, in memory."""
         return b"".join(self.chunks())
 
     def isspace(self) -> bool:
-        """Whether it is white space."""
+        """Whether the text is white space."""
         return all(chunk.decode().isspace() for chunk in self.chunks())
 
     def removeprefix(self, prefix: str) -> "LongText":
-        """Without a prefix, if it begins with that."""
+        """The text without the prefix, if it has the prefix."""
         begins = next(self.chunks(), b"").startswith(prefix.encode())
         return LongText(self.path, self.start + len(prefix.encode()) * begins, self.stop)
 
@@ -85,7 +85,7 @@ def num_bytes(text: Text) -> int:
 
 
 def chunks(text: Text) -> Iterator[bytes]:
-    """A text in pieces of whole characters."""
+    """A text in pieces that end between characters."""
     return text.chunks() if isinstance(text, LongText) else iter((text.encode(),))
 
 
@@ -93,10 +93,10 @@ def file_texts(path: epath.Path, separator: str) -> Iterator[Text]:
     """The text of a file, or its parts between separators.
 
     Raises:
-        UserError: it is not UTF-8 text. Of a long part, this is found when it is read.
+        UserError: it is not UTF-8 text; in a long part, this is found when the part is read.
     """
     mark, data = separator.encode(), b""
-    start = position = 0  # where the part begins, and where `data` does: further on, once the part has become too long
+    start = position = 0  # starts of the part and of `data`; they differ once the part is too long
     with open_file(path) as file:
         while chunk := file.read(_CHUNK):
             if not position and not data:
@@ -107,7 +107,9 @@ def file_texts(path: epath.Path, separator: str) -> Iterator[Text]:
                 yield _text(path, start, position, part)
                 start = position = position + len(part) + len(mark)
             if len(data) > LONG or position > start:
-                gone = max(0, len(data) + 1 - len(mark)) if mark else len(data)  # a separator may have begun
+                gone = (
+                    max(0, len(data) + 1 - len(mark)) if mark else len(data)
+                )  # keep the possible start of a separator
                 position, data = position + gone, data[gone:]
         yield _text(path, start, position, data)
 
@@ -118,10 +120,10 @@ def _text(path: epath.Path, start: int, position: int, data: bytes) -> Text:
     return LongText(path, start, position + len(data))
 
 
-def _character_of(data: bytes, place: int) -> int:
-    """Where the character begins that the byte at a place is part of."""
-    start = place
-    while max(0, place - 3) < start < len(data) and data[start] & 0xC0 == 0x80:
+def _character_of(data: bytes, position: int) -> int:
+    """The start of the character that contains a byte."""
+    start = position
+    while max(0, position - 3) < start < len(data) and data[start] & 0xC0 == 0x80:
         start -= 1
     return start
 

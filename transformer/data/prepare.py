@@ -1,4 +1,4 @@
-"""Local running text, prepared once as a dataset of records that are read at random."""
+"""Local running text, prepared once as a dataset of records with random access."""
 
 import contextlib
 import dataclasses
@@ -32,18 +32,18 @@ from transformer.storage import expand, write_whole
 from transformer.types import UserError
 from transformer.validation import counted, require
 
-_FORMAT = 1  # of the prepared records; a change prepares every corpus anew
-_SHARD_BYTES = 32 << 20  # of a shard, which is in memory while it is made
+_FORMAT = 1  # version of the prepared records; a change prepares every corpus again
+_SHARD_BYTES = 32 << 20  # size of a shard, which is in memory while it is written
 
 
 def open_corpus(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> Source:
-    """A local corpus, prepared now if it was not before.
+    """A local corpus, prepared now unless it already is.
 
     Args:
-        read: reads and hashes it.
-        title: what it is called, and its version.
-        config: how it is split.
-        stamp: of its files; where they were read before, and a corpus of this content is prepared, they are not read again.
+        read: reads and hashes the corpus.
+        title: its name and version.
+        config: sets the splits.
+        stamp: the state of its files; if a corpus of this state is already prepared, the files are not read again.
     """
     known = find_prepared(title, config, stamp.known())
     if known is not None:
@@ -57,7 +57,7 @@ def open_corpus(read: Callable[[], Corpus], title: tuple[str, str], config: Data
 
 
 def find_prepared(title: tuple[str, str], config: DataConfig, fingerprint: str | None) -> Source | None:
-    """The corpus of a fingerprint, if that is known and the corpus prepared."""
+    """The corpus with a fingerprint, if the fingerprint is known and the corpus prepared."""
     if fingerprint is None:
         return None
     corpus = Corpus(*title, fingerprint, np.zeros(0, np.int64), lambda: iter(()))
@@ -66,7 +66,7 @@ def find_prepared(title: tuple[str, str], config: DataConfig, fingerprint: str |
 
 
 def fingerprint_of(read: Callable[[], Corpus], title: tuple[str, str], config: DataConfig, stamp: Stamp) -> str:
-    """The fingerprint that `open_corpus` gives, without preparing anything."""
+    """The fingerprint of the corpus that `open_corpus` opens; nothing is prepared."""
     known = stamp.known()
     if known is None:
         known = read().fingerprint
@@ -75,16 +75,16 @@ def fingerprint_of(read: Callable[[], Corpus], title: tuple[str, str], config: D
 
 
 def pointer_of(corpus: Corpus, config: DataConfig) -> epath.Path:
-    """The file that says what is prepared."""
+    """The file that names the prepared dataset."""
     label = re.sub(r"\W+", "_", corpus.name, flags=re.ASCII).strip("_").lower()[:80] or "text"
     identity = corpus_fingerprint(corpus, config)
     root = data_directory(config) / "text_records" / f"{label}-{corpus.version}-{identity[:16]}-{config.record_bytes}"
-    # The pointer is written last and in one piece: a dataset it does not name does not exist, whatever lies beside it.
+    # The pointer is written last and atomically: a dataset that it does not name does not exist, whatever files lie beside it.
     return root / "prepared.json"
 
 
 def open_prepared(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> Source:
-    """What a pointer names."""
+    """Open the dataset that a pointer names."""
     prepared = json.loads(pointer.read_text())
     with quiet():
         builder: Any = open_stored(pointer.parent / prepared["directory"])
@@ -106,7 +106,7 @@ def open_prepared(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> So
 
 
 def corpus_fingerprint(corpus: Corpus, config: DataConfig) -> str:
-    """A hash of the text and of how it is split, not of where it lies nor of what it is called."""
+    """A hash of the text and its splits, but not of paths or names."""
     content = ContentHash()
     content.add(_FORMAT, SPLIT_RULE, corpus.fingerprint, config.validation_fraction, config.test_fraction)
     return content.hexdigest()
@@ -122,13 +122,13 @@ def _prepare(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> None:
 
 @contextlib.contextmanager
 def preparing(pointer: epath.Path) -> Iterator[epath.Path]:
-    """The directory in which the shards are written that a pointer will name; what to keep of it where that fails."""
+    """The directory for the shards of a future pointer; after a failure, complete shards are kept."""
     directory = pointer.parent / "text"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
     except (OSError, UserError) as error:
-        # What is whole stays for the next attempt, unless the text has changed meanwhile.
+        # Complete shards stay for the next attempt, unless the text has changed meanwhile.
         if isinstance(error, _Changed) or not any(directory.glob("*.array_record-*-of-?????")):
             shutil.rmtree(directory, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -141,11 +141,11 @@ def preparing(pointer: epath.Path) -> Iterator[epath.Path]:
 
 
 def finish(pointer: epath.Path, written: Mapping[str, tuple[dict[str, int], list[epath.Path]]]) -> None:
-    """Describe the shards, and write the pointer: from here on, the dataset is there.
+    """Describe the shards and write the pointer, which makes the dataset visible.
 
     Args:
-        pointer: which names it.
-        written: split -> how many documents and bytes it has, and its shards; a split without documents is left out.
+        pointer: the file that names the dataset.
+        written: the numbers of documents and bytes of each split, and its shards; splits without documents are left out.
     """
     there = {split: part for split, part in written.items() if part[0]["documents"] > 0}
     with quiet():
@@ -156,13 +156,13 @@ def finish(pointer: epath.Path, written: Mapping[str, tuple[dict[str, int], list
 
 
 class _Changed(UserError):
-    """A text is not what it was when it was hashed."""
+    """A text has changed since it was hashed."""
 
 
 def _write(
     corpus: Corpus, parts: Any, writers: Mapping[str, "_Writer"], config: DataConfig, advance: Callable[[int], None]
 ) -> None:
-    """Write the records of all splits in one pass, in which the text is hashed again."""
+    """Write the records of all splits in one pass, which hashes the text again."""
     content = ContentHash()
 
     def documents() -> Iterator[Document]:
@@ -180,7 +180,7 @@ def _write(
 
 
 def require_splits(corpus: Corpus, documents: Mapping[str, int], config: DataConfig) -> None:
-    """Refuse a corpus that has no documents for a split that is asked for."""
+    """Refuse a corpus without documents for a requested split."""
     wanted = [1.0, config.validation_fraction, config.test_fraction]
     missing = [split for split, share in zip(SPLITS, wanted, strict=True) if share > 0 and not documents[split]]
     require(
@@ -193,13 +193,13 @@ def require_splits(corpus: Corpus, documents: Mapping[str, int], config: DataCon
 
 
 def shard_paths(directory: epath.Path, split: str, num_bytes: int) -> list[epath.Path]:
-    """Where the shards of a split of so many bytes lie."""
+    """The paths of the shards of a split with `num_bytes` bytes."""
     count = count_shards(num_bytes, _SHARD_BYTES)
     return [shard_path(directory, "text_records", split, shard, count) for shard in range(count)]
 
 
 class _Writer:
-    """The shards of a split, one after the other. One that is whole is compared and kept."""
+    """The shards of a split, one after the other. A complete shard is compared and kept."""
 
     def __init__(self, directory: epath.Path, split: str, num_bytes: int) -> None:
         self.paths = shard_paths(directory, split, num_bytes)
@@ -208,7 +208,7 @@ class _Writer:
         self._records: list[bytes] = []
 
     def add(self, document: Document, record_bytes: int, advance: Callable[[int], None]) -> None:
-        """Add the records of a document; `advance` is told the bytes of each."""
+        """Add the records of a document; `advance` is called with the bytes of each."""
         for record in pieces(document.text, document.prompt, record_bytes):
             while self._shard < shard_of(self.sizes["bytes"], self._num_bytes, len(self.paths)):
                 self._flush()
@@ -219,7 +219,7 @@ class _Writer:
         self.sizes["documents"] += 1
 
     def close(self) -> None:
-        """Write what is left, if there is a document at all."""
+        """Write the remaining records, if there is a document at all."""
         while self.sizes["documents"] and self._shard < len(self.paths):
             self._flush()
 
@@ -231,14 +231,14 @@ class _Writer:
 
 
 def data_directory(config: DataConfig) -> epath.Path:
-    """Where prepared datasets live."""
+    """The directory of prepared datasets."""
     chosen = config.data_dir or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
     return epath.Path(expand(chosen))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars, prints and log lines of TFDS out of the user's terminal."""
+    """Suppress the progress bars, output and log lines of TFDS."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Which text is for training, validation and testing, and how long documents are cut into pieces."""
+"""The assignment of text to training, validation and test splits, and the division of long documents into pieces."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,16 +12,16 @@ from transformer.types import UserError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_RULE = 2  # part of a corpus's identity: another rule gives other splits of the same text
-_TOLERANCE = 0.2  # of a share, before whole documents are given up
+_TOLERANCE = 0.2  # relative error of a share, beyond which documents are cut
 _GOLDEN_RATIO = 0.6180339887498949
 _ROUNDING = 1e-9
 
 Parts = Int[np.ndarray, "documents 3"]
-"""Bytes of each document that go to training, validation and testing, which stand in it in this order."""
+"""Bytes of each document in training, validation and test, which are consecutive parts of it in this order."""
 
 
 def split_documents(corpus: Corpus, parts: Parts) -> Iterator[tuple[str, Document]]:
-    """Each document, in order, with its split: whole, or each part that `parts` gives a split; the prompt is the first part's."""
+    """Each document, in order, with its split: whole, or as several parts by `parts`; the prompt belongs to the first part."""
     for document, of_document in itertools.zip_longest(corpus.documents(), parts):
         if document is None or of_document is None:
             raise UserError(
@@ -31,8 +31,8 @@ def split_documents(corpus: Corpus, parts: Parts) -> Iterator[tuple[str, Documen
 
 
 def split_document(document: Document, of_document: Int[np.ndarray, " 3"]) -> Iterator[tuple[str, Document]]:
-    """A document with its split: whole, or each part that a row of `Parts` gives a split."""
-    if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, where most of it belongs
+    """A document with its split: whole, or as several parts by its row of `Parts`."""
+    if np.count_nonzero(of_document) == 1 or document.prompt == CONVERSATION:  # whole, in the split of its largest part
         yield SPLITS[of_document.argmax()], document
         return
     prompt = document.prompt
@@ -43,16 +43,16 @@ def split_document(document: Document, of_document: Int[np.ndarray, " 3"]) -> It
 
 
 def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_fraction: float) -> Parts:
-    """How much of each document goes to which split, so that each has its share of the text.
+    """The number of bytes of each document in each split, such that each split has its share of the text.
 
-    Whole documents at an even stride are held out. Where that misses a share by more than a fifth, documents are chosen by
-    size, as evenly spread as they fit, and what is missing is cut from the end of the longest one. A lone document
-    is cut. Each split that is asked for, and training, is given at least a byte.
+    Whole documents at an even stride are held out. If that misses a share by more than a fifth, documents are chosen by size, as
+    evenly spaced as possible, and missing bytes are cut from the end of the longest document. A lone document is cut. Training
+    and each requested split receive at least one byte.
 
     Args:
         sizes: bytes of the documents.
         validation_fraction: share of all bytes.
-        test_fraction: likewise; the rest is for training.
+        test_fraction: share of all bytes; training has the remaining share.
 
     >>> divide([10, 10, 10, 10], 0.25, 0).tolist()
     [[0, 10, 0], [10, 0, 0], [10, 0, 0], [10, 0, 0]]
@@ -74,7 +74,7 @@ def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_f
     if sum(wanted.values()) == total:
         wanted[max(wanted, key=wanted.__getitem__)] -= 1
     training = max(0, total - sum(wanted.values()))
-    # The errors of both must not add up to too much of training's share.
+    # The two errors must not add up to too much of training's share.
     slack = {column: min(_TOLERANCE * size, _TOLERANCE / 2 * training) for column, size in wanted.items()}
     if all(abs(whole[:, column].sum() - size) <= slack[column] for column, size in wanted.items()):
         return whole
@@ -86,10 +86,10 @@ def divide(sizes: Sequence[int] | np.ndarray, validation_fraction: float, test_f
 
 
 def _fill(parts: Parts, column: int, size: int, slack: float) -> None:
-    """Move `size` bytes, give or take `slack`, from training to another split: whole documents, then a part of one."""
+    """Move `size` bytes, within `slack`, from training to another split: whole documents, then a part of one."""
     whole = parts[:, 0] == parts.sum(axis=1)
     lengths, taken = parts[:, 0].copy(), 0
-    # Documents that are short for their number would else all be held out, to make up for one that is too long.
+    # Otherwise all documents that are short for their number would be held out, to compensate for one that is too long.
     most = max(1, round(2 * len(parts) * size / max(1, parts.sum())))
     longest_first, longest = np.argsort(-lengths, kind="stable"), 0
     for index in np.argsort(np.arange(len(parts)) * _GOLDEN_RATIO % 1.0, kind="stable"):
@@ -109,20 +109,20 @@ def _fill(parts: Parts, column: int, size: int, slack: float) -> None:
 
 
 def hold_out(classes: Int[np.ndarray, " n"], fraction: float) -> Int[np.ndarray, " m"]:
-    """Which examples are held out: a share of each class, drawn at random but always alike; ascending.
+    """The indices of held-out examples, ascending: a share of each class, drawn at random with a fixed seed.
 
-    A class of two or more has an example on either side, the largest classes first, as far as one and a half times the share
-    allows. The only example of a class stays in training.
+    A class with two or more examples has one on either side, the largest classes first, as long as one and a half times the share
+    is not exceeded. The only example of a class stays in training.
 
     Args:
-        classes: of the examples; all alike for examples without classes.
-        fraction: share of all examples; at least one is held out where there are two.
+        classes: the classes of the examples; all equal for examples without classes.
+        fraction: share of all examples; of two or more examples, at least one is held out.
 
     >>> hold_out(np.array([0] * 18 + [1] * 2), 0.1).tolist()
     [1, 18]
     """
     _, of_class, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    if len(counts) == len(classes):  # one example of each
+    if len(counts) == len(classes):  # one example per class
         of_class, counts = np.zeros_like(of_class), np.array([len(classes)])
     total, available = len(classes), counts - 1
     largest_first = np.argsort(-counts, kind="stable")
@@ -143,13 +143,13 @@ def hold_out(classes: Int[np.ndarray, " n"], fraction: float) -> Int[np.ndarray,
 
 
 def assign(count: int, validation_fraction: float, test_fraction: float) -> list[int]:
-    """The split (a place in `SPLITS`) of each of `count` documents, spread evenly by error diffusion, the first to validation.
+    """The split (an index of `SPLITS`) of each of `count` documents, evenly spaced by error diffusion; validation comes first.
 
     >>> assign(8, 0.25, 0.125)
     [1, 2, 0, 0, 1, 0, 0, 0]
     """
     fractions = {1: validation_fraction, 2: test_fraction}
-    # Start full, so that a small corpus has a validation document at all.
+    # Start full, which gives even a small corpus a validation document.
     credit = {split: 1.0 - fraction for split, fraction in fractions.items()}
     splits = []
     for _ in range(count):
@@ -163,7 +163,7 @@ def assign(count: int, validation_fraction: float, test_fraction: float) -> list
 
 
 def _parts(text: Text, sizes: Sequence[int]) -> Sequence[Text]:
-    """Consecutive parts of about so many bytes: at least a character each if there are as many."""
+    """Consecutive parts of about these sizes in bytes, each of at least one character if there are enough."""
     if isinstance(text, LongText):
         return text.parts(sizes)
     data, parts, start = text.encode(), [], 0

@@ -1,4 +1,4 @@
-"""Shards of tokens: what one holds, written in this process or in one of several that each write one at a time."""
+"""Shards of tokens: their content, written in this process or by several processes with one shard at a time each."""
 
 import array
 import contextlib
@@ -39,17 +39,17 @@ from transformer.validation import require
 
 _CHARACTERS_AT_ONCE = 1 << 20
 LONGEST = 1 << 20
-"""Targets of a stored record; a longer document is several."""
+"""Most targets of a stored record; a longer document has several records."""
 
 
 class TextRecords(Sequence[Record]):
     """The records of stored text, read at random.
 
     Args:
-        shards: files of it.
-        fields: names of the text and of the prompt in a dataset of TFDS, whose records are documents; by default, those of text
-            that this package has prepared.
-        cut: documents are cut into pieces of so many bytes, which are in memory then; 0: they are not.
+        shards: the files of the text.
+        fields: names of the text and the prompt in a TFDS dataset, whose records are documents; by default, those of text
+            prepared by this package.
+        cut: size in bytes of the pieces of documents, which are then in memory; 0 means whole documents.
     """
 
     def __init__(self, shards: Shards, fields: Sequence[str] = (), cut: int = 0) -> None:
@@ -82,48 +82,48 @@ class TextRecords(Sequence[Record]):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A split that is to be stored as tokens."""
+    """A split whose tokens are to be stored."""
 
     texts: list[str]
-    """Files of the text."""
+    """The files of the text."""
     lengths: list[int]
-    """Records of each."""
+    """The number of records of each file."""
     directory: str
     split: str
     num_shards: int
     whole: bool
-    """Whether a record is a document, or a record of the text."""
+    """Whether a token record is a document, or a record of the text."""
     roles: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Of examples, what their parts are (`example_parts.Roles`)."""
+    """For examples, the roles of their parts (`example_parts.Roles`)."""
     fields: list[str] = dataclasses.field(default_factory=list)
-    """Of a dataset of TFDS, as `TextRecords` takes them."""
+    """For a TFDS dataset, the `fields` of `TextRecords`."""
     cut: int = 0
-    """Likewise."""
+    """For a TFDS dataset, the `cut` of `TextRecords`."""
 
     @property
     def records(self) -> TextRecords:
-        """The text."""
+        """Open the text."""
         return TextRecords(Shards(self.texts, self.lengths), self.fields, self.cut)
 
     def features(self, tokenizer: Tokenizer) -> Mapping[str, Any]:
-        """What TFDS is told of the tokens."""
+        """The TFDS features of the tokens."""
         return features_of(self.roles, tokenizer) if self.roles else token_features(tokenizer.vocab_size)
 
     def path(self, shard: int) -> epath.Path:
-        """Where a shard lies, named as TFDS does."""
+        """The path of a shard, named as by TFDS."""
         return shard_path(epath.Path(self.directory), "tokens", self.split, shard, self.num_shards)
 
     def sizes_path(self, shard: int) -> epath.Path:
-        """Where the sizes of a shard's records lie until all shards are written."""
+        """The temporary file with the sizes of a shard's records, until all shards are written."""
         return epath.Path(self.directory) / f"{SIZES}-{shard:05}-of-{self.num_shards:05}"
 
 
 SIZES = "sizes"
-"""The file beside stored tokens that has the targets of each record, so that counting reads no tokens."""
+"""The file beside stored tokens with the number of targets of each record; counting then reads no tokens."""
 
 
 def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[int], object]) -> None:
-    """Write a shard: the tokens of an equal part of the records; `advance` is told the characters that are done."""
+    """Write a shard: the tokens of an equal part of the records; `advance` is called with the number of finished characters."""
     if job.roles:
         stored = Shards(job.texts, job.lengths)
         start, stop = (part * len(stored) // job.num_shards for part in (shard, shard + 1))
@@ -148,7 +148,7 @@ def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[
 
 
 def write_sizes(job: Job, dtype: np.dtype) -> None:
-    """Write the sizes of all shards in one file. Where a kill came between a shard and its sizes, the shard is read."""
+    """Write the sizes of all shards in one file. If a kill separated a shard from its sizes, the shard is read."""
     parts = []
     for shard in range(job.num_shards):
         path, sizes = job.path(shard), job.sizes_path(shard)
@@ -162,12 +162,12 @@ def write_sizes(job: Job, dtype: np.dtype) -> None:
 
 
 def record_sizes(records: Shards, dtype: np.dtype) -> UInt[np.ndarray, " n"]:
-    """The targets of each stored record, which are read."""
+    """The number of targets of each stored record, found by reading the records."""
     return np.fromiter((unpack(records[index], dtype).num_targets for index in range(len(records))), _SIZE)
 
 
 def read_sizes(directory: epath.Path, num_shards: int) -> UInt[np.ndarray, " n"]:
-    """What `write_sizes` wrote."""
+    """Read the file that `write_sizes` wrote."""
     stored = Shards([directory / SIZES], [num_shards])
     return np.concatenate([np.frombuffer(stored[shard], _SIZE) for shard in range(num_shards)])
 
@@ -180,7 +180,7 @@ def _size(record: Record) -> int:
 
 
 def _encode(tokenizer: Tokenizer, records: Iterable[Record], advance: Callable[[int], object]) -> Iterator[Encoded]:
-    """The parts of records, of which about so many characters are encoded at once."""
+    """The parts of records, encoded in groups of about a fixed number of characters."""
     some, size = list[Record](), 0
     for record in records:
         some.append(record)
@@ -200,7 +200,7 @@ def _encode_some(tokenizer: Tokenizer, records: Sequence[Record]) -> Iterator[En
 def _encode_documents(
     tokenizer: Tokenizer, documents: Iterable[tuple[Iterable[Record], bool]], advance: Callable[[int], object]
 ) -> Iterator[Encoded]:
-    """The parts of documents, which are pieces and whether these are too many to be held in memory."""
+    """The parts of documents; each is given as its pieces, and whether these exceed the memory limit."""
     for long, some in itertools.groupby(documents, lambda document: document[1]):
         if not long:
             yield from _encode(tokenizer, (_joined(parts) for parts, _ in some), advance)
@@ -208,10 +208,10 @@ def _encode_documents(
         for parts, _ in some:
             rest = iter(parts)
             first = next(rest)
-            yield from encode_long(tokenizer, first.prompt, _told(itertools.chain([first], rest), advance), LONGEST)
+            yield from encode_long(tokenizer, first.prompt, _reported(itertools.chain([first], rest), advance), LONGEST)
 
 
-def _told(pieces: Iterable[Record], advance: Callable[[int], object]) -> Iterator[str]:
+def _reported(pieces: Iterable[Record], advance: Callable[[int], object]) -> Iterator[str]:
     for piece in pieces:
         yield piece.text
         advance(_size(piece))
@@ -223,7 +223,7 @@ def _joined(pieces: Iterable[Record]) -> Record:
 
 
 def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[tuple[Iterable[Record], bool]]:
-    """The pieces of each document that begins in a part of the records, and whether these are long: then they are read again."""
+    """The pieces of each document that begins in a range of records, and whether they are long; long ones are read again."""
     index = start
     while index < stop and records[index].continues:
         index += 1
@@ -241,7 +241,7 @@ def _documents(records: Sequence[Record], start: int, stop: int) -> Iterator[tup
 
 
 def _parts(encoded: Encoded) -> Iterator[Encoded]:
-    """A document in parts that are not too long: each begins with the token that the one before ends with."""
+    """A document in parts of limited length; each begins with the last token of the previous part."""
     if len(encoded.tokens) <= LONGEST:
         yield encoded
         return
@@ -251,13 +251,13 @@ def _parts(encoded: Encoded) -> Iterator[Encoded]:
         yield Encoded(encoded.tokens[start : stop + 1], learnt, encoded.last and stop == len(encoded.tokens) - 1)
 
 
-# ---- In a process of its own -----------------------------------------------------------------------------------------
+# ---- In a separate process -------------------------------------------------------------------------------------------
 
 JOB, TOKENIZER = "job.json", "tokenizer"
 
 
 def save_job(directory: epath.Path, job: Job, tokenizer: Tokenizer) -> None:
-    """Write what a process needs."""
+    """Write the inputs of a process."""
     tokenizer.save(directory / TOKENIZER)
     settings: Any = getattr(tokenizer, "settings", None) or TOKENIZERS.find(tokenizer.kind)()
     content = {"job": dataclasses.asdict(job), "kind": settings.kind, "settings": dataclasses.asdict(settings)}
@@ -266,7 +266,7 @@ def save_job(directory: epath.Path, job: Job, tokenizer: Tokenizer) -> None:
 
 @functools.lru_cache(2)
 def _load_job(directory: epath.Path) -> tuple[Job, Tokenizer]:
-    """What `save_job` wrote."""
+    """Read the files that `save_job` wrote."""
     content = json.loads((directory / JOB).read_text())
     kind = TOKENIZERS.find(content["kind"])(**content["settings"])
     return Job(**content["job"]), load_tokenizer(directory / TOKENIZER, kind)
@@ -274,20 +274,20 @@ def _load_job(directory: epath.Path) -> tuple[Job, Tokenizer]:
 
 @dataclasses.dataclass(frozen=True)
 class WriteTokens:
-    """The task (`tasks.Run`) that writes a shard of the job in a folder that all machines reach."""
+    """The task (`tasks.Run`) that writes a shard of the job in a folder that all machines can access."""
 
     folder: str
 
     def __call__(self, shard: int) -> None:
-        """Write it, unless it is there."""
+        """Write the shard unless it exists."""
         job, tokenizer = _load_job(epath.Path(self.folder))
         if not job.path(shard).exists():
             write_tokens(job, tokenizer, shard, lambda done: None)
 
 
 def main() -> None:
-    """Write the shards whose numbers come on standard input, a line each, and say on standard output what is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, and ends it
+    """Write the shards whose numbers arrive on standard input, one per line, and report progress on standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process receives the signal, and ends this one
     job, tokenizer = _load_job(epath.Path(sys.argv[1]))
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin:
@@ -301,4 +301,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # nothing is left to take apart
+    os._exit(0)  # skip the interpreter's shutdown

@@ -1,4 +1,4 @@
-"""The tokens of running text: stored once, by the first that reads them with a tokenizer, and read at random."""
+"""The tokens of running text: stored once, by the first reader with a tokenizer, and read at random."""
 
 import contextlib
 import dataclasses
@@ -45,8 +45,8 @@ from transformer.storage import is_local
 from transformer.tokenizer import around_text, document_start
 from transformer.types import UserError
 
-_FORMAT = 1  # of the stored tokens; a change stores all of them anew
-_SHARD_BYTES = 32 << 20  # of text: some ten seconds of a processor's time, which a kill may lose
+_FORMAT = 1  # version of the stored tokens; a change stores all of them again
+_SHARD_BYTES = 32 << 20  # of text: about ten seconds of processor time, which a kill may lose
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -54,12 +54,12 @@ class Tokens(Sequence[Encoded]):
     """Records as tokens."""
 
     def sizes(self) -> np.ndarray:
-        """The targets of each record."""
+        """The number of targets of each record."""
         return np.fromiter((encoded.num_targets for encoded in self), np.uint32)
 
 
 def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Tokens:
-    """The records of a split as tokens, stored now if they were not before."""
+    """The records of a split as tokens, stored now unless they already are."""
     if source.encoded is not None:
         return source.encoded(split, tokenizer)
     records = source.records(split)
@@ -70,8 +70,8 @@ def open_tokens(source: Source, split: str, tokenizer: Tokenizer) -> Tokens:
 def document_tokens(source: Source, split: str, tokenizer: Tokenizer, limit: int = 0) -> Iterator[Encoded]:
     """The documents of a split (or of all: `WHOLE`) as tokens, whole and in order.
 
-    With a limit, stored tokens are read and none are stored. Of each split, the document in which so many targets are reached is
-    the last one, and its later parts are neither read nor encoded.
+    With a limit, stored tokens are used, but none are written. In each split, the document that reaches `limit` targets is the
+    last one; its later parts are neither read nor encoded.
     """
     most = limit or sys.maxsize
     for name in source.split_names if split == WHOLE and WHOLE not in source.sizes else (split,):
@@ -86,7 +86,7 @@ def document_tokens(source: Source, split: str, tokenizer: Tokenizer, limit: int
 
 
 def store_tokens(source: Source, tokenizer: Tokenizer, run: Run | None = None) -> bool:
-    """Store what training and its evaluations read of a source, by tasks of `run` if it is given; whether it is stored."""
+    """Store the tokens of a source for training and evaluation, by tasks of `run` if given; returns whether they are stored."""
     kept = True
     for split in source.split_names if source.encoded is None else ():
         stored = _stored(source, split, source.records(split), tokenizer, whole=split != "train", run=run)
@@ -95,7 +95,7 @@ def store_tokens(source: Source, tokenizer: Tokenizer, run: Run | None = None) -
 
 
 def _encode_now(tokenizer: Tokenizer, records: Iterable[Record]) -> Iterator[Encoded]:
-    """The parts of documents that are encoded when they are read."""
+    """The parts of documents, encoded now."""
     records = iter(records)
     for first in records:
         if first.last:
@@ -113,7 +113,7 @@ def _texts(first: Record, records: Iterator[Record]) -> Iterator[str]:
 
 
 def _joined(parts: Iterable[Encoded], limit: int) -> Iterator[Encoded]:
-    """Documents, the long ones whole again, up to the one in which `limit` targets are reached."""
+    """Documents, with long ones reassembled, up to the one that reaches `limit` targets."""
     pieces, targets = list[Encoded](), 0
     for part in parts:
         pieces.append(part)
@@ -133,7 +133,7 @@ def _one(pieces: Sequence[Encoded]) -> Encoded:
 
 
 class _Now(Tokens):
-    """Records that become tokens each time they are read."""
+    """Records that are encoded whenever they are read."""
 
     def __init__(self, records: Sequence[Record], tokenizer: Tokenizer) -> None:
         self._records, self._tokenizer = records, tokenizer
@@ -146,13 +146,13 @@ class _Now(Tokens):
 
 
 class _Stored(Tokens):
-    """Records that are stored as tokens."""
+    """Records whose tokens are stored."""
 
     def __init__(self, directory: epath.Path, shards: Shards, dtype: np.dtype) -> None:
         self._directory, self._shards, self._dtype = directory, shards, dtype
 
     def sizes(self) -> np.ndarray:
-        """As they are stored; tokens that an earlier version stored are read."""
+        """The stored sizes; tokens stored by an earlier version have none, and are read."""
         if not (self._directory / SIZES).exists():
             return record_sizes(self._shards, self._dtype)
         return read_sizes(self._directory, len(self._shards.paths))
@@ -165,7 +165,7 @@ class _Stored(Tokens):
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str | None:
-    """A hash of what a tokenizer does: its files, and the ids around a text. None of one's own, whose code is not known."""
+    """A hash of a tokenizer's files and the ids around a text; None for a user-defined tokenizer, whose code is unknown."""
     both = (tokenizer, source_tokenizer(tokenizer), getattr(tokenizer, "target", tokenizer))
     if not all(type(one).__module__.startswith("transformer.") for one in both):
         return None
@@ -193,7 +193,7 @@ def _stored(
     store: bool = True,
     run: Run | None = None,
 ) -> _Stored | None:
-    """The tokens of a split; None where they cannot be kept: of text that is not stored, or where nothing can be written."""
+    """The tokens of a split; None if they cannot be stored: the text is not stored, or nothing can be written."""
     if source.tokens_in is None or not isinstance(records, TextRecords):
         return None
     name = f"{split}{'-documents' if whole else ''}"
@@ -203,7 +203,7 @@ def _stored(
 
 
 class Found(NamedTuple):
-    """Tokens that are stored."""
+    """Stored tokens."""
 
     directory: epath.Path
     shards: Shards
@@ -219,16 +219,16 @@ def stored_tokens(
     store: bool = True,
     run: Run | None = None,
 ) -> Found | None:
-    """Tokens in a folder, stored now if they were not before; None where they cannot be kept, or are not and need not be.
+    """Tokens in a folder, stored now unless they already are; None if they cannot be stored, or are missing and not required.
 
     Args:
-        folder: of all tokens of a dataset.
-        name: of these.
-        job: how they are made; of its directory and the number of shards, nothing is read.
-        tokenizer: that makes them; nothing is stored for one of one's own.
-        source: the name of the dataset, for the user.
-        store: whether they are stored where they are not.
-        run: runs the tasks that store them; None: processes of this machine do.
+        folder: the folder of all tokens of a dataset.
+        name: the name of these tokens.
+        job: how to make them; its directory and number of shards are ignored.
+        tokenizer: the tokenizer; the tokens of a user-defined one are not stored.
+        source: the name of the dataset, for messages.
+        store: whether to store missing tokens.
+        run: runs the tasks that store them; None uses processes of this machine.
     """
     identity = tokenizer_identity(tokenizer)
     if identity is None:
@@ -252,8 +252,8 @@ def stored_tokens(
 
 
 def _store(job: Job, tokenizer: Tokenizer, name: str, run: Run | None) -> None:
-    """Write the shards that are missing, and then the description, without which there is no dataset."""
-    # Processes of one run that share the folder begin at different places.
+    """Write the missing shards, and then the description, which makes the dataset visible."""
+    # Processes of one run that share the folder begin with different shards.
     first = random.randrange(job.num_shards)
     missing = [shard for shard in (*range(first, job.num_shards), *range(first)) if not job.path(shard).exists()]
     processes = min(len(missing), _processors()) if is_local(job.directory) and sys.executable else 1
@@ -275,7 +275,7 @@ def _store(job: Job, tokenizer: Tokenizer, name: str, run: Run | None) -> None:
 
 
 def _in_tasks(run: Run, what: str, job: Job, tokenizer: Tokenizer, shards: Sequence[int]) -> None:
-    """Write shards in tasks, to which the tokenizer is handed in a folder beside them."""
+    """Write shards in tasks, which read the tokenizer from a folder beside the shards."""
     folder = epath.Path(job.directory) / "tasks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def _processors() -> int:
 def _in_processes(
     job: Job, tokenizer: Tokenizer, shards: Sequence[int], count: int, advance: Callable[[int], object]
 ) -> None:
-    """Write shards in processes, each of which is given one after the other."""
+    """Write shards in processes, one shard at a time each."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for shard in shards:
         waiting.put(shard)
@@ -313,7 +313,7 @@ def _in_processes(
 
 
 class _Worker(threading.Thread):
-    """A process that writes shards, and what it says."""
+    """A process that writes shards, with the thread that controls it."""
 
     def __init__(
         self, folder: str, job: Job, waiting: "queue.SimpleQueue[int]", advance: Callable[[int], object]
@@ -321,7 +321,7 @@ class _Worker(threading.Thread):
         super().__init__(daemon=True)
         self._job, self._waiting, self._advance = job, waiting, advance
         self.error: Exception | None = None
-        # The packages of this process, whose folder is not searched; one thread each, without an accelerator.
+        # The packages of this process, without its current folder; one thread each, without an accelerator.
         own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu", "RAYON_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "transformer.data.token_shards", folder],
@@ -333,7 +333,7 @@ class _Worker(threading.Thread):
         )
 
     def end(self) -> None:
-        """End the process, at once if it is at work."""
+        """End the process, immediately if it is active."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -342,7 +342,7 @@ class _Worker(threading.Thread):
                 stream.close()
 
     def run(self) -> None:
-        """Give the process shards until none is left."""
+        """Assign shards to the process until none is left."""
         stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
         assert stdin is not None and stdout is not None and stderr is not None
         try:

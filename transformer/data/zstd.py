@@ -1,4 +1,4 @@
-"""Reading zstd data, of one frame or several, by the `zstandard` package (extra `formats`)."""
+"""Reader of zstd data with one or more frames, based on the `zstandard` package (extra `formats`)."""
 
 import io
 from typing import Any
@@ -10,14 +10,14 @@ try:
 except ImportError:
     zstandard = None
 
-_PIECE = 1 << 17  # bytes of compressed data that are read at a time
+_PIECE = 1 << 17  # compressed bytes read at a time
 
 
 def open_zstd(file: Any) -> io.BufferedReader:
-    """What a file of zstd data holds; it can be read from the start again, as by `seek(0)`.
+    """The decompressed content of a zstd file; it can be read again from the start, for example after `seek(0)`.
 
     Args:
-        file: in binary mode, at its start.
+        file: a file in binary mode, at its start.
 
     Raises:
         UserError: the package is not installed.
@@ -26,7 +26,7 @@ def open_zstd(file: Any) -> io.BufferedReader:
 
 
 class _Frames(io.RawIOBase):
-    """The library's own reader ends in silence where data are cut off within a frame."""
+    """A reader that reports truncation; the library's own reader ends silently if data are cut off within a frame."""
 
     def __init__(self, file: Any) -> None:
         require_installed(zstandard, "zstandard", "formats")
@@ -43,7 +43,7 @@ class _Frames(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """To a place counted from the start or from here; what lies before it is unpacked, perhaps again."""
+        """Move to an offset from the start or from the current one; earlier data are decompressed, again if necessary."""
         if whence == io.SEEK_END:
             raise io.UnsupportedOperation("the length of zstd data is not known before they are unpacked")
         target = offset + self._place * (whence == io.SEEK_CUR)
@@ -58,7 +58,7 @@ class _Frames(io.RawIOBase):
         self._place, self._rest, self._ready, self._frame = 0, b"", memoryview(b""), None
 
     def readinto(self, buffer: Any) -> int:
-        """Raises EOFError where data end within a frame, and OSError where they are damaged."""
+        """Raises EOFError if data end within a frame, and OSError if they are damaged."""
         while not self._ready:
             piece = self._rest or self._file.read(_PIECE)
             if not piece:

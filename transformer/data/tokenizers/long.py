@@ -1,4 +1,4 @@
-"""Texts in pieces: `tokenizers` takes ninety bytes of memory for each byte of one string."""
+"""Encoding of texts in pieces: `tokenizers` takes ninety bytes of memory for each byte of one string."""
 
 import itertools
 import re
@@ -17,11 +17,11 @@ _TRIES = 8
 
 
 def in_pieces(text: str, size: int) -> Iterator[str]:
-    """A text in pieces of about so many characters.
+    """A text in pieces of about `size` characters.
 
-    Cut is before a space or a newline that stands alone between two words. There the splitting into words begins anew, by GPT-2's
-    pattern and by white space alike, so that the words are those of the whole. Where there is no such place within four times the
-    size, a text is cut anywhere.
+    The text is cut before a single space or newline between two words. There the splitting into words starts again, both by
+    GPT-2's pattern and by white space, and the words are those of the whole text. If there is no such position within four times
+    the size, a text is cut anywhere.
 
     >>> list(in_pieces("one two  three four", 5))
     ['one two  three', ' four']
@@ -37,10 +37,10 @@ def in_pieces(text: str, size: int) -> Iterator[str]:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarray, " n"]]:
-    """Ids of texts: of many at once where the tokenizer has an `encode_batch`, of a long one piece by piece.
+    """Ids of texts; many at once if the tokenizer has an `encode_batch`, and a long text piece by piece.
 
-    A long text is cut where the ids of what stands around the cut are those of both sides: between words, that is, of a tokenizer
-    that splits text into words. Where no cut is such a place, it is encoded whole.
+    A long text is cut where the ids around the cut equal the ids of its two sides: between words, for a tokenizer that splits
+    text into words. Without such a position, it is encoded whole.
     """
     together = getattr(tokenizer, "encode_batch", None)
     if together is None:
@@ -50,7 +50,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarra
 
 
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Int[np.ndarray, " n"]]:
-    """Ids of a text that comes in pieces, as those of the whole; it is held only as far as it has no place to cut."""
+    """Ids of a text that comes in pieces, equal to those of the whole; text is held only until a position to cut is found."""
     text, enough = "", 2 * _LONG
     for more in texts:
         text += more
@@ -67,11 +67,11 @@ def _encode_long(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " n"]:
 
 
 def _encode_start(tokenizer: Tokenizer, text: str) -> tuple[list[Int[np.ndarray, " n"]], str]:
-    """Ids of the pieces that can be cut off the start of a text, and the rest."""
+    """Ids of the pieces that can be cut off the start of a text, and the remaining text."""
     ids, start = [], 0
     while len(text) - start > _LONG:
-        places = itertools.islice(_BETWEEN_WORDS.finditer(text, start + _PIECE), _TRIES)
-        stop = next((place.start() for place in places if _divides(tokenizer, text, place.start())), start)
+        breaks = itertools.islice(_BETWEEN_WORDS.finditer(text, start + _PIECE), _TRIES)
+        stop = next((found.start() for found in breaks if _divides(tokenizer, text, found.start())), start)
         if stop == start:
             break
         ids.append(tokenizer.encode(text[start:stop]))
@@ -79,7 +79,7 @@ def _encode_start(tokenizer: Tokenizer, text: str) -> tuple[list[Int[np.ndarray,
     return ids, text[start:]
 
 
-def _divides(tokenizer: Tokenizer, text: str, place: int) -> bool:
-    left, right = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
+def _divides(tokenizer: Tokenizer, text: str, position: int) -> bool:
+    left, right = text[max(0, position - _AROUND) : position], text[position : position + _AROUND]
     both = np.concatenate([tokenizer.encode(left), tokenizer.encode(right)])
     return np.array_equal(both, tokenizer.encode(left + right))
