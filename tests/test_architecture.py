@@ -1,4 +1,4 @@
-"""The stairs of docs/architecture.md: imports point down, files stay small and say what they are."""
+"""The levels of docs/architecture.md: imports point down, files stay small and say what they are."""
 
 import ast
 import itertools
@@ -162,8 +162,8 @@ def test_imports_are_seen(tmp_path, text, module):
     assert [m for m, _ in imports(tmp_path / "m.py")] == [module]
 
 
-def test_the_table_of_stairs_is_the_one_that_is_held():
-    """docs/architecture.md shows the rooms in the order in which they import."""
+def test_the_table_of_levels_equals_the_checked_one():
+    """docs/architecture.md shows the packages in the order in which they import."""
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     shown = [
         {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`(.+?)`", rooms)} for _, rooms in rows
@@ -173,12 +173,12 @@ def test_the_table_of_stairs_is_the_one_that_is_held():
 
 
 def picture():
-    """The picture of docs/architecture.md: its rooms from top to bottom, and the stops of each way in their order."""
+    """The picture of docs/architecture.md: its packages from top to bottom, and the numbered modules of each path."""
     (block,) = re.findall(
-        r"^```\n(rooms .*?)^```", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^```\n(packages .*?)^```", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE | re.DOTALL
     )
     header, *lines = block.splitlines()
-    columns = [header.index(name) for name in ("rooms", "a config", "a batch", "a parameter")]
+    columns = [header.index(name) for name in ("packages", "a config", "a batch", "a parameter")]
     cells = [
         [line[start:end].strip() for start, end in zip(columns, (*columns[1:], None), strict=True)] for line in lines
     ]
@@ -187,7 +187,7 @@ def picture():
     return rooms, [[stop for _, stop in way] for way in ways]
 
 
-def test_the_picture_has_all_rooms_from_top_to_bottom():
+def test_the_picture_has_all_packages_from_top_to_bottom():
     rooms, _ = picture()
     there = [{room for room in stair if any(place(room).exists() for place in PLACES)} for stair in STAIRS[1:-1]]
     assert sorted(rooms) == sorted(room for stair in there for room in stair)
@@ -214,7 +214,7 @@ def reached_from(module):
 
 
 @pytest.mark.parametrize("way", [0, 1, 2], ids=["config", "batch", "parameter"])
-def test_a_way_leads_from_stop_to_stop(way):
+def test_neighbours_on_a_path_know_each_other(way):
     """Each stop knows the next one, or is known by it, or both are known by one above them."""
     stops = picture()[1][way]
     assert len(stops) >= 7

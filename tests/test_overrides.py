@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_keeps_what_it_may_not_change():
     ):
         longer = override(BIG, changes, lines.append, recorded=begun)
         assert resume_conflicts(begun, to_dict(longer)) == []
-    assert set(lines) == {"optimizer.schedule.warmup_steps 100 -> 2, as the run that goes on has it"}
+    assert set(lines) == {"optimizer.schedule.warmup_steps 100 -> 2, as in the run that goes on"}
     # What is given stays, to be refused.
     assert override(BIG, {"optimizer.schedule.warmup_steps": 3}, recorded=begun).optimizer.schedule.warmup_steps == 3
     # What follows a change that makes another run follows as ever.

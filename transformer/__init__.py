@@ -1,5 +1,5 @@
 """A small Flax linen transformer library and trainer."""
-# ruff: noqa: F401 (what a type checker sees of the lazy names)
+# ruff: noqa: F401 (for type checkers, which do not see the lazy names)
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformer.kinds import Family, Kind
     from transformer.layers.attention import Attention
     from transformer.layers.block import Block, BlockCache
-    from transformer.layers.cache import Cache, KVCache, MemoryCache, Recurrence
+    from transformer.layers.cache import Cache, CrossAttentionCache, KVCache, TransformerXLMemory
     from transformer.layers.experts import MixtureOfExperts
     from transformer.layers.feed_forward import FeedForward
     from transformer.layers.runtime import Runtime
@@ -109,7 +109,7 @@ _NAMES = {
     "kinds": "Family Kind",
     "layers.attention": "Attention",
     "layers.block": "Block BlockCache",
-    "layers.cache": "Cache KVCache MemoryCache Recurrence",
+    "layers.cache": "Cache KVCache CrossAttentionCache TransformerXLMemory",
     "layers.experts": "MixtureOfExperts",
     "layers.feed_forward": "FeedForward",
     "layers.runtime": "Runtime",
@@ -174,7 +174,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """A name comes when it is asked for: a config needs no Flax, and layers need no Orbax."""
+    """Import a name on first use: a config then needs no Flax, and layers need no Orbax."""
     if name not in _MODULES:
         raise AttributeError(f"module 'transformer' has no attribute {name!r}")
     return getattr(importlib.import_module(f"transformer.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Low-rank adapters as a frozen dataclass: which kernels have them, and how large they are."""
+"""Low-rank adapters as a frozen dataclass: which kernels have them, and their rank."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from transformer.validation import Settings, require, require_at_least, require_
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig(Settings):
-    """Low-rank adapters (LoRA, Hu et al. 2021): `x · kernel + alpha / rank · x · A · B`, where only A and B are trained.
+    """Low-rank adapters (LoRA, Hu et al. 2021): `x · kernel + alpha / rank · x · A · B`; only A and B are trained.
 
     Example:
         >>> AdapterConfig(rank=4).adapts("decoder/blocks/block_0/attention/query/kernel")
@@ -20,14 +20,14 @@ class AdapterConfig(Settings):
     """
 
     rank: int = 0
-    """Columns of A and rows of B; 0 means no adapters. The run's parameters are then frozen as training.init_from has them."""
+    """Columns of A and rows of B; 0 means no adapters. Adapters freeze the run's other parameters, from training.init_from."""
     alpha: float = 16.0
-    """Scale of what adapters add, over the rank."""
+    """Scale of the adapters' output is alpha / rank."""
     dropout: float = 0.0
     """Probability of dropping an element of the input of A, in training."""
     paths: tuple[str, ...] = (r"attention/(query|key|value|out)/kernel|feed_forward/(up|gate|down)/kernel",)
-    """Patterns of the paths of the kernels that have adapters (as optimizer.parameter_groups has them): by default those of
-    attention and of feed-forward networks."""
+    """Regular expressions for the paths of kernels with adapters (as in optimizer.parameter_groups); by default all
+    kernels of attention and feed-forward networks."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "rank")
@@ -41,12 +41,12 @@ class AdapterConfig(Settings):
                 require(False, f"AdapterConfig.paths must be regular expressions, got {path!r} ({error}).")
 
     def unused(self) -> Mapping[str, str]:
-        """Without adapters, everything but the rank."""
+        """Without adapters, all settings except the rank."""
         return {} if self.rank else dict.fromkeys(("alpha", "dropout", "paths"), "runs with adapters (adapter.rank)")
 
     @property
     def scale(self) -> float:
-        """What the product with A and B is multiplied by."""
+        """The factor on the product with A and B."""
         return self.alpha / self.rank
 
     def adapts(self, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run as frozen dataclasses, validated when they are made: data, objective, optimizer, devices, bookkeeping."""
+"""The config of a run as frozen dataclasses, validated on construction: data, objective, optimizer, devices, bookkeeping."""
 
 import dataclasses
 import os
@@ -21,75 +21,75 @@ def _user_path(path: Any) -> Any:
 
 
 UserPath = Annotated[str, _user_path]
-"""A field that holds a path, in which ~ is a home directory; it is expanded when its config is made."""
+"""A field that holds a path; ~ is expanded to the home directory on construction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
-    """What to read, and how it becomes batches."""
+    """The data to read, and how it becomes batches."""
 
     source: tuple[UserPath, ...] = ("python_stdlib",)
     """Corpora: text files, folders of them, .jsonl files, tables (.csv, .tsv), token ids (.bin), names of TFDS datasets, or
-    python_stdlib. Labelled texts: .jsonl, tables or a folder with one folder for each class; pairs: .jsonl, a table, or two files
-    line by line."""
+    python_stdlib. Labelled texts: .jsonl, tables or a folder with one folder per class. Pairs: .jsonl, a table, or two aligned
+    files."""
     validation: tuple[UserPath, ...] = ()
-    """What is scored during training, named as sources are; empty means a part of the sources (validation_fraction)."""
+    """Data to score during training, named like sources; empty means a part of the sources (validation_fraction)."""
     weights: tuple[float, ...] = ()
     """Share of rows drawn from each source; empty means equal shares."""
     validation_fraction: float = 0.1
-    """Share of a local source's text held out for validation: whole files of a folder where they fit, else the end of one. Of
-    labelled texts and pairs without a validation split, the share of each class that is taken from training."""
+    """Share of a local source's text held out for validation: whole files of a folder if they fit, else its end. For labelled
+    texts and pairs without a validation split: the share of each class taken from training."""
     test_fraction: float = 0.0
     """Share of a local source's text held out for testing, after the validation part."""
     separator: str = ""
-    """What stands between the documents of a text file, with the newline behind it, as <|endoftext|>; empty means that a file is
-    one document."""
+    """Separator between the documents of a text file (including the newline after it), such as <|endoftext|>; empty means one
+    document per file."""
     text_key: str = "text"
-    """Feature that holds the text (TFDS names, .jsonl)."""
+    """Feature with the text (TFDS names, .jsonl)."""
     prompt_key: str = "prompt"
-    """Feature that holds a prompt, read but not learnt (where a record has one)."""
+    """Feature with a prompt, which is read but not learnt (in records that have one)."""
     label_key: str = "label"
-    """Feature that holds the class of a labelled text."""
+    """Feature with the class of a labelled text."""
     source_key: str = "source"
-    """Feature that holds the source of a pair."""
+    """Feature with the source of a pair."""
     target_key: str = "target"
-    """Feature that holds the target of a pair."""
+    """Feature with the target of a pair."""
     tokenizer: TokenizerKind = dataclasses.field(default_factory=TOKENIZERS.default)
     """How text becomes tokens."""
     tokenizer_bytes: int = 100_000_000
-    """A vocabulary of byte pairs, word pieces or words is trained on about so many bytes, spread evenly over the training split,
-    or on all of a smaller one."""
+    """Bytes of evenly spaced training text on which a vocabulary of byte pairs, word pieces or words is trained; a smaller
+    split is used whole."""
     share_vocabulary: bool = True
-    """Pairs: one vocabulary for sources and targets, or one for each."""
+    """Pairs: one vocabulary for both sources and targets, or one for each."""
     sequence_length: int = 256
-    """Tokens of a row."""
+    """Tokens per row."""
     batch_size: int = 16
-    """Rows of one optimizer step, over all devices and micro-batches."""
+    """Rows per optimizer step, over all devices and micro-batches."""
     truncate: Literal["head", "tail", "head_tail"] = "head"
-    """What is kept of a labelled text or a source that is longer than a row."""
+    """Part to keep of a labelled text or a source that is longer than a row."""
     buckets: tuple[int, ...] = ()
     """Lengths that batches of labelled texts or pairs are padded to; empty means 1/4, 1/2 and 1 of sequence_length."""
     pack: bool = True
-    """Fill rows with documents kept apart (segment ids); off: windows of contiguous text at scattered places."""
+    """Fill rows with several documents, separated by segment ids; off: windows of contiguous text from random positions."""
     max_segments: int = 32
-    """A row ends in padding after this many documents. 0 means no limit; fused attention on a GPU then refuses packed rows. A
-    higher limit takes more memory there."""
+    """Largest number of documents per row; the row then ends in padding. 0 means no limit; fused attention on a GPU then refuses
+    packed rows. A higher limit takes more memory there."""
     best_fit: bool = False
-    """Training: put whole documents into rows, some hundred rows at a time, and cut only those that are longer than a row; off: a
-    document that does not fit goes on in the next row, where it does not see what came before."""
+    """Training: pack whole documents into rows, from some hundred rows at a time, and cut only documents longer than a row. Off:
+    a document that does not fit continues in the next row, where it does not see its earlier tokens."""
     stride: int = 0
-    """Evaluation of running text: 0 scores rows of packed documents; else each window of a document moves on by so many
-    tokens, and only they are scored, so that (almost) a whole window precedes each."""
+    """Evaluation of running text: 0 scores rows of packed documents. Otherwise windows of a document advance by this many
+    tokens, and only these are scored: each is preceded by (almost) a whole window."""
     limit: int = 0
-    """Evaluation of running text: score no more than so many tokens of a split, its first ones; 0 means all."""
+    """Evaluation of running text: score at most this many tokens, the first ones of a split; 0 means all."""
     num_streams: int = 0
-    """Parts that the corpus is divided into, each shuffled and read by itself; 0: the largest divisor of batch_size up to 64."""
+    """Parts of the corpus that are shuffled and read independently; 0 means the largest divisor of batch_size up to 64."""
     shuffle_seed: Annotated[int, 63] = 0  # hashed, never an array
     """Seed of the order of documents."""
     record_bytes: int = 16_384
-    """Longer documents of local sources are stored in pieces of about this size."""
+    """Size of the pieces in which longer documents of local sources are stored, in bytes."""
     data_dir: UserPath = ""
-    """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+    """Directory of prepared datasets; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
 
     def __post_init__(self) -> None:
         require(len(self.source) > 0, "DataConfig.source must name at least one corpus, got none.")
@@ -128,7 +128,7 @@ class DataConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """Shares of a single source, packing of windows, and a sample that nothing is trained on."""
+        """Shares of a single source, packing of windows, and the sample of tokenizers that are not trained."""
         unused = {} if len(self.source) > 1 else {"weights": "several sources (data.source)"}
         if self.validation and self.validation_fraction > 0:
             unused["validation_fraction"] = "runs without validation files of their own (data.validation)"
@@ -141,44 +141,44 @@ class DataConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """The run: how long, how often it reports, and what it keeps."""
+    """The run: its length, its reports, and its checkpoints."""
 
     steps: int = 1000
     """Optimizer steps."""
     epochs: float = 0.0
-    """Times that the training split is gone through, in the place of steps, which then follow from its size; 0 means steps.
-    Running text, of one source, is tokenized once to be counted: an epoch has as many tokens as the split."""
+    """Passes over the training split, instead of steps, which then follow from its size; 0 means steps. Running text must have
+    one source. It is tokenized once to be counted: an epoch has as many tokens as the split."""
     seed: int = 0
     """Seed of initialisation and dropout."""
     init_from: UserPath = ""
-    """Directory of a run whose parameters this one starts from, where their names and shapes agree."""
+    """Directory of a run from which to take initial parameters, where names and shapes agree."""
     init_from_step: str = "latest"
-    """Which of that run's checkpoints: latest, best (by validation loss), or the number of a step."""
+    """Checkpoint of that run: latest, best (by validation loss), or a step number."""
     log_every: int = 10
     """Steps between metric rows."""
     eval_every: int = 200
-    """Steps between evaluations of the whole validation split; 0 means at the end only."""
+    """Steps between evaluations on the whole validation split; 0 means at the end only."""
     patience: int = 0
-    """Evaluations in a row without a lower validation loss after which training stops, at its latest one; a step with a lower
-    one than ever is then saved, so that `--step best` finds it. 0 means that training takes all its steps."""
+    """Number of evaluations in a row without a lower validation loss after which training stops. Steps with a new lowest loss are
+    saved, for `--step best`. 0 means that training takes all its steps."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0 means at the end only."""
     keep_checkpoints: int = 2
-    """Latest checkpoints kept, besides the best one by validation loss."""
+    """Number of latest checkpoints to keep, besides the best one by validation loss."""
     sample_every: int = 0
     """Steps between printed samples; 0 means at the end only."""
     sample_prompt: str = ""
-    """What samples continue; empty means the end-of-text token."""
+    """Prompt of the samples; empty means the end-of-text token."""
     sample_length: int = 200
-    """Tokens of a sample; 0 means no samples."""
+    """Tokens per sample; 0 means no samples."""
     profile_steps: tuple[int, int] = (0, 0)
-    """First and last step that a trace in WORKDIR/profile covers (TensorBoard, XProf and Perfetto open it); 0 0 means none."""
+    """First and last step of a trace in WORKDIR/profile (for TensorBoard, XProf and Perfetto); 0 0 means none."""
     skip_spikes: float = 0.0
-    """Skip a step whose gradient's norm exceeds so many times the median of the 128 before (as is done for a step
-    that overflows in float16); rows count them (skipped_spikes). 0 means off."""
+    """Skip a step whose gradient norm exceeds this many times the median of the last 128 (like a float16 step that overflows);
+    metric rows count them (skipped_spikes). 0 means off."""
     hang_timeout: int = 0
-    """Seconds after which a step that does not end ends the process, with a traceback, so that the others of a run end too; 0
-    means 1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""
+    """Seconds after which an unfinished step ends the process, with a traceback; a run's other processes then end too. 0 means
+    1,800 for several processes and no limit for one. Compiling, evaluating and saving have four hours."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
@@ -199,12 +199,12 @@ class TrainingConfig(Settings):
         first, last = self.profile_steps
         require(
             (first, last) == (0, 0) or (2 <= first <= last and (last <= self.steps or self.epochs > 0)),
-            "TrainingConfig.profile_steps must be a first step of at least 2 (step 1 compiles) and a last one not before it, nor "
-            f"after the last of the run's {self.steps}, got {first} {last}.",
+            "TrainingConfig.profile_steps must start at step 2 or later (step 1 compiles), end at or after their start, and not "
+            f"exceed the run's last step {self.steps}, got {first} {last}.",
         )
 
     def unused(self) -> Mapping[str, str]:
-        """What is of another run, of evaluations and of samples where there are none."""
+        """Settings for an initial run, evaluations or samples, if there are none."""
         found = {} if self.init_from else {"init_from_step": "runs that start from another (training.init_from)"}
         if self.eval_every == 0:
             found["patience"] = "runs that are evaluated (training.eval_every)"
@@ -243,7 +243,7 @@ OF_SOME = (
     "training.sample_prompt",
     "training.sample_length",
 )
-"""Settings that not every run uses: an objective, and the form of data that it reads, declare those that they do."""
+"""Settings that not every run uses; an objective, and the form of its data, declare the ones they use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +268,7 @@ class Config(Settings):
         )
         require(
             self.adapter.rank == 0 or self.training.init_from != "",
-            f"Adapters are trained beside a base that is frozen, got adapter.rank={self.adapter.rank} without one; set "
+            f"Adapters are trained on a frozen base, got adapter.rank={self.adapter.rank} without one; set "
             "training.init_from to its run.",
         )
         for path, purpose in self.unused().items():
@@ -282,7 +282,7 @@ class Config(Settings):
         self.optimizer.check(self)
 
     def unused(self) -> Mapping[str, str]:
-        """Settings of its parts that mean nothing in this run, by path, each with what it is for where values decide that."""
+        """Settings that have no effect in this run, by path, each with its purpose if that depends on values."""
         of_objective = {path: "" for path in OF_SOME if not self.objective.uses(path)}
         if not self.model.has_experts:
             of_objective |= dict.fromkeys(("objective.load_balance", "objective.router_z"), "models with experts")
@@ -294,7 +294,7 @@ class Config(Settings):
 
 
 def _unused_within(part: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The unused settings of a part of a config and of the parts of that, by path."""
+    """The unused settings of a part of a config, and of its own parts, by path."""
     if isinstance(part, Settings):
         yield from ((path + name, purpose) for name, purpose in part.unused().items())
         for field in dataclasses.fields(cast(Any, part)):
@@ -305,12 +305,12 @@ def _unused_within(part: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def says_nothing(value: Any, default: Any) -> bool:
-    """Whether a setting is as if it had not been set: it has its default, or is 0, so that nothing is asked for."""
+    """Whether a setting requests nothing: it has its default, or is 0."""
     return value == default or (type(value) is int and value == 0)
 
 
 def value_and_default(config: Config, path: str) -> tuple[Any, Any]:
-    """The value of a setting, and the one that it has where nothing is said."""
+    """The value and the default of a setting."""
     *sections, name = path.split(".")
     part: Any = config
     for section in sections:
@@ -321,7 +321,7 @@ def value_and_default(config: Config, path: str) -> tuple[Any, Any]:
 
 
 def users(setting: str) -> str:
-    """Which objectives, or which forms of data, use a setting."""
+    """The objectives, or the forms of data, that use a setting."""
     forms = [form.title for form in map(FORMS.find, FORMS.names) if setting in form.settings]
     kinds = [kind for kind in OBJECTIVES.names if OBJECTIVES.find(kind).uses(setting)]
     return " and ".join(forms) or f"the objective{'s' * (len(kinds) > 1)} {' and '.join(kinds)}"

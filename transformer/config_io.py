@@ -1,4 +1,4 @@
-"""Configs as plain dictionaries and back, and what a resumed run may change."""
+"""Configs as plain dictionaries and back, and the settings that a resumed run may change."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from transformer.types import UserError
 from transformer.validation import require, shown, typed
 
 CONFIG_FILE = "config.json"
-"""A run's config, in its record and at the top of its directory."""
+"""File name of a run's config, in its record and at the top of its directory."""
 IMPORT_FILE = "import.json"
-"""Of an imported model, likewise: the files that it was read from."""
+"""The same for an imported model: the list of its original files."""
 
-# What a resumed run may change; everything else would make it another run.
+# Settings that a resumed run may change; a change to any other would make it a different run.
 RESUMABLE = (
     "workdir",
     "parallel.",
     "model.scan_layers",
     "model.remat",
     "objective.loss_chunks",
-    "data.source",  # where it lies; that it is the same corpus is told by its content
+    "data.source",  # only the path; the corpus is identified by its content
     "data.validation",
     "data.data_dir",
     "data.stride",
@@ -44,8 +44,8 @@ RESUMABLE = (
 )
 
 LEFT_OPEN = {"data.tokenizer.kind": "auto", "data.tokenizer.size": 0}
-"""Fields and the values that ask for nothing: a run records what was used in their place, and goes on with that. An open
-kind leaves its settings open too."""
+"""Fields and their values for "unspecified"; a run records the value used instead, and a resumed run keeps it. An unspecified
+kind leaves its settings unspecified too."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A config, or a part of one, as JSON has it."""
+    """A config, or a part of one, as JSON values."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": value.kind, **fields} if isinstance(value, Kind) else fields
@@ -62,11 +62,11 @@ def plain(value: Any) -> Any:
 
 
 def from_dict(kind: Any, values: Any, name: str = "") -> Any:
-    """The inverse of `to_dict`: a config of type `kind` from nested dictionaries; what it is made of checks itself.
+    """The inverse of `to_dict`: a config of type `kind` from nested dictionaries, with the checks of its classes.
 
     Args:
         kind: a config, or the type of a field.
-        values: as `json.loads` gives them.
+        values: as returned by `json.loads`.
         name: of the field, for messages.
 
     Raises:
@@ -94,10 +94,10 @@ def from_dict(kind: Any, values: Any, name: str = "") -> Any:
 
 
 def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
-    """What a JSON file holds: a config, or a value of another type.
+    """The content of a JSON file: a config, or a value of another type.
 
     Raises:
-        UserError: it is no JSON, or of another type; the message names the file.
+        UserError: it is not JSON, or of another type; the message names the file.
     """
     try:
         values = json.loads(content)
@@ -110,7 +110,7 @@ def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
 
 
 def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a config as JSON has it, each with its path."""
+    """The settings of a config in JSON form, each with its path."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from leaves(value, f"{path}.{name}" if path else name)
@@ -122,14 +122,14 @@ def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(asked: Any, found: Any) -> list[str]:
-    """Where two configs of the data differ, as `data.tokenizer.size=300 (there 200)`; of two kinds, only that they do."""
+    """Differences between two data configs, such as `data.tokenizer.size=300 (there 200)`; for two kinds, only their names."""
     before, after = dict(leaves(to_dict(asked), "data")), dict(leaves(to_dict(found), "data"))
     names = [name for name, value in before.items() if after.get(name, value) != value]
     return [f"{name}={before[name]} (there {after[name]})" for name in names]
 
 
 def fill_open(config: Config, recorded: Config) -> Config:
-    """A config that goes on with a run, with what the run recorded where the config asks for nothing (`LEFT_OPEN`)."""
+    """The config of a resumed run, with recorded values in place of unspecified ones (`LEFT_OPEN`)."""
     data = dataclasses.replace(config.data, tokenizer=config.data.tokenizer.going_on(recorded.data.tokenizer))
     training = config.training
     if 0 < training.epochs == recorded.training.epochs:
@@ -138,9 +138,9 @@ def fill_open(config: Config, recorded: Config) -> Config:
 
 
 def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
-    """Differences of a run's config and another (a dictionary) that a resumed run may not have, a line each.
+    """Differences between a run's config and another (a dictionary) that a resumed run may not have, one line each.
 
-    What one of them leaves open is none.
+    Fields that one of them leaves unspecified do not count.
     """
     before, after = dict(leaves(to_dict(old))), dict(leaves(new))
     resumable = tuple(path for path in RESUMABLE if path not in old.optimizer.fixed)
@@ -149,7 +149,7 @@ def resume_conflicts(old: Config, new: dict[str, Any]) -> list[str]:
         for path in sorted(set(before) | set(after))
         if before.get(path, "absent") != after.get(path, "absent")
         and not path.startswith(resumable)
-        and not (path == "training.init_from" and old.adapter.rank > 0)  # a checksum says that the base is the same
+        and not (path == "training.init_from" and old.adapter.rank > 0)  # a checksum verifies the base instead
         and not any(
             LEFT_OPEN.get(name, "absent") in (before.get(name, "missing"), after.get(name, "missing"))
             for name in (path, f"{path.rpartition('.')[0]}.kind")

@@ -1,4 +1,4 @@
-"""The form of the data that an objective learns from: the base of every form, the package's and one's own."""
+"""Forms of data that an objective can learn from: the base class of the package's and of user-defined forms."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,35 +17,35 @@ FORMS = Family(
 
 
 class Shown(NamedTuple):
-    """A row of a batch, for a person."""
+    """A row of a batch, formatted for display."""
 
     heading: str
     lines: Sequence[Sequence[tuple[str, str]]]
-    """Below it, each of texts with their styles (a colour, dim)."""
+    """Lines below the title, each a list of texts with their styles (a colour, dim)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form(Kind):
     """How data is stored, opened, and described: running text, labelled texts, pairs.
 
-    One's own derives from this, or from `ExampleForm` (`data/forms/examples.py`) where an example is one row. It has a name
-    (`kind`), is made known by `FORMS.register`, and an objective reads it by that name. It has no settings.
+    A user-defined form derives from this, or from `ExampleForm` (`data/forms/examples.py`) if each row is one example. It has a
+    name (`kind`), is registered by `FORMS.register`, and is read by objectives under that name. It has no settings.
     """
 
     family = FORMS
     title: ClassVar[str]
-    """What it is called in messages, as `labelled texts`."""
+    """Its name in messages, such as `labelled texts`."""
     noun: ClassVar[str]
-    """What a score is of, one of them: token, text, pair."""
+    """The unit that a score counts: token, text, pair."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Settings of a run that it uses, of those that not every run does (`config.OF_SOME`), as `data.label_key`."""
+    """Settings from `config.OF_SOME` that it uses, such as `data.label_key`."""
     needs_name: ClassVar[bool] = True
-    """Whether `transformer prepare` stores it under a name of the user's."""
+    """Whether `transformer prepare` stores it under a user's name."""
     prepares: ClassVar[tuple[str, ...]]
-    """Options of `transformer prepare` that it uses, besides those of all forms."""
+    """Options of `transformer prepare` that it uses, besides the common ones."""
 
     def open(self, reader: Any) -> Any:
-        """The `Dataset` that a config names; `reader` (`data.datasets.Reader`) has the config, and opens text and examples.
+        """The `Dataset` of a config; `reader` (`data.datasets.Reader`) has the config, and opens text and examples.
 
         Raises:
             UserError: it cannot be read.
@@ -53,16 +53,16 @@ class Form(Kind):
         raise NotImplementedError(f"{type(self).__name__} must define open().")
 
     def fingerprints(self, reader: Any) -> list[str]:
-        """Fingerprints of the sources that `open` opens."""
+        """Fingerprints of the sources in `open`'s dataset."""
         return [source.fingerprint for source in self.open(reader).sources]
 
     def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
-        """Store files as a dataset, and describe it.
+        """Store files as a dataset, and return a description.
 
         Args:
             reader: with the config.
             name: of the dataset.
-            files: of each split.
+            files: files of each split.
 
         Raises:
             UserError: they cannot be read.
@@ -70,7 +70,7 @@ class Form(Kind):
         raise NotImplementedError(f"{type(self).__name__} must define prepare().")
 
     def max_segments(self, data: Any) -> int:
-        """What is promised of the segment ids of its batches (`AttentionMask.max_segments`); by default nothing.
+        """The promise about the segment ids of its batches (`AttentionMask.max_segments`); by default none.
 
         Args:
             data: a `DataConfig`.
@@ -79,5 +79,5 @@ class Form(Kind):
         return 0
 
     def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
-        """The rows of a batch, for a person."""
+        """The rows of a batch, formatted for display."""
         raise NotImplementedError(f"{type(self).__name__} must define show().")

@@ -1,4 +1,4 @@
-"""Kinds: frozen dataclasses of settings that bring all that they are for, each found by its name in the family of a choice."""
+"""Kinds: frozen dataclasses of settings with the behaviour that they select, found by name in a family."""
 
 import dataclasses
 import importlib
@@ -15,12 +15,12 @@ _LOADED: "dict[str, type[Kind]]" = {}
 
 
 def section_of_kind(class_name: str) -> str | None:
-    """Where a config holds a kind that has been loaded, by the name of its class; None for other classes."""
+    """The config section of a loaded kind, by its class name; None for other classes."""
     return _LOADED[class_name].family.section if class_name in _LOADED else None
 
 
 def is_setting(section: str, name: str) -> bool:
-    """Whether a kind that has been loaded, and that a config holds in `section`, has a setting of this name."""
+    """Whether a loaded kind in a config's `section` has a setting of this name."""
     return any(
         kind.family.section == section and name in {field.name for field in dataclasses.fields(kind)}
         for kind in _LOADED.values()
@@ -28,14 +28,14 @@ def is_setting(section: str, name: str) -> bool:
 
 
 class Family:
-    """The kinds that a field of the config chooses from. The field holds one, and nothing else asks for its name.
+    """The kinds that a config field chooses from. The field holds an instance; no other code compares kind names.
 
-    Kinds of this package are loaded when they are asked for. One's own is made known by `register`.
+    Kinds of this package are imported on first use. User-defined kinds are added by `register`.
 
     Args:
-        section: where a config holds the chosen kind, as `objective`.
+        section: where a config holds the chosen kind, such as `objective`.
         modules: name -> module that registers the kind; the first is the default.
-        field: the field of the config that has the name, if that is not the section's `kind`.
+        field: the config field with the name, if it is not the section's `kind`.
     """
 
     def __init__(self, section: str, modules: Mapping[str, str], field: str = "") -> None:
@@ -45,10 +45,10 @@ class Family:
         self._kinds: dict[str, type[Kind]] = {}
 
     def register(self, kind: AnyKind) -> AnyKind:
-        """Make a kind known by its `kind`; a decorator.
+        """Add a kind under its `kind`; usable as a decorator.
 
         Raises:
-            UserError: the name is that of another kind.
+            UserError: another kind has the name.
         """
         name, known = kind.kind, self._kinds.get(kind.kind)
         same = known is None or (known.__module__, known.__qualname__) == (kind.__module__, kind.__qualname__)
@@ -62,23 +62,23 @@ class Family:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all kinds that are known."""
+        """Names of all known kinds."""
         return tuple(dict.fromkeys((*self._modules, *self._kinds)))
 
     def find(self, name: Any) -> type[Any]:
-        """The kind of a name.
+        """The kind with a name.
 
         Raises:
             UserError: there is none.
         """
-        if name not in self.names:  # making the message takes longer than all else that a config does
+        if name not in self.names:  # building the message takes longer than everything else in a config's checks
             near = did_you_mean(name, list(self.names))
             raise UserError(
-                f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}{near} One's own kind is known once the "
+                f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}{near} Your own kind is known once the "
                 "module that registers it is imported."
             )
         if name not in self._kinds:
-            importlib.import_module(self._modules[name])  # a name of this table, never one that was read
+            importlib.import_module(self._modules[name])  # a name in this table, never a name from a file
         return self._kinds[name]
 
     def default(self) -> Any:
@@ -88,7 +88,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Kind(Settings):
-    """The base of all kinds."""
+    """The base class of all kinds."""
 
     family: ClassVar[Family]
     kind: ClassVar[str]
@@ -96,19 +96,19 @@ class Kind(Settings):
 
 
 def switch(chosen: Kind, name: str) -> Kind:
-    """Another kind of the same family, with the settings that both have."""
+    """Another kind of the same family, with the settings that both kinds have."""
     kind = chosen.family.find(name)
     own = {field.name for field in dataclasses.fields(kind)}
     return kind(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen) if f.name in own})
 
 
 def kinds_with(family: Family, setting: str) -> list[str]:
-    """Names of the kinds that have a setting."""
+    """Names of the kinds with a setting."""
     return [n for n in family.names if setting in {field.name for field in dataclasses.fields(family.find(n))}]
 
 
 def chosen_kinds(config: Any, path: str = "") -> Iterator[tuple[str, Kind]]:
-    """Each kind that a config holds, with the path to it."""
+    """All kinds in a config, with their paths."""
     for field in dataclasses.fields(config):
         value, here = getattr(config, field.name), f"{path}.{field.name}".removeprefix(".")
         parts = enumerate(value) if isinstance(value, tuple) else [("", value)]

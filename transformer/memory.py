@@ -1,4 +1,4 @@
-"""What a process would hold, by arithmetic on a config, and what it has: refused before anything is traced or allocated."""
+"""Memory use of a process, estimated from a config and compared with the available memory before tracing or allocating."""
 
 import math
 import os
@@ -13,16 +13,16 @@ from transformer.types import PyTree, UserError
 from transformer.validation import require
 
 MOST_LOOPED_LAYERS = 1024
-"""Layers that are traced one by one; of scanned ones, a period is."""
+"""Most layers traced one by one; of a scanned stack, only one period is traced."""
 _MOST_PARAMETERS = 10**14
-"""Beyond what any set of machines holds, and below what overflows in the shapes of arrays."""
+"""More than any set of machines can hold, and too few to overflow in array shapes."""
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_BATCH_BYTES = 20  # of a position: inputs, targets, weights, segment ids and positions
+_BATCH_BYTES = 20  # per position: inputs, targets, weights, segment ids and positions
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory that its processes may have (the container's limit, where there is one)."""
+    """Bytes of memory available to processes of this machine (the container's limit, if there is one)."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in _CGROUPS:
         path = pathlib.Path(name)
@@ -32,18 +32,18 @@ def host_memory() -> int:
 
 
 def device_memory() -> int:
-    """Bytes of one device: of a CPU, the machine's."""
+    """Bytes of memory of one device; for a CPU, the machine's memory."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else host_memory()
 
 
 def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
-    """Parameters of a model by its dimensions: matrices, without norms, biases and other vectors."""
+    """Parameters of a model by its dimensions: matrices only, without norms, biases and other vectors."""
     D = config.embed_dim
     count = stacks * config.positions.num_parameters(config)
     count += (config.token_types + D * (config.masked_head + config.pooler)) * D
-    # The decoder of an encoder-decoder has cross-attention too.
+    # In an encoder-decoder, the decoder also has cross-attention.
     for attentions, stack in ((1, config), (2, config.decoder))[:stacks]:
         for block, times in stack.block_counts.items():
             attention, network = block.attention, block.feed_forward
@@ -56,10 +56,10 @@ def num_parameters(config: ModelConfig, stacks: int = 1) -> int:
 
 
 def check_model(config: ModelConfig, stacks: int = 1) -> None:
-    """Refuse a model that could not even be traced, as `plan` and `inspect` do, which hold no parameters.
+    """Refuse a model that cannot be traced; `plan` and `inspect` trace without holding parameters.
 
     Raises:
-        UserError: too many looped layers, or numbers that no set of machines holds.
+        UserError: too many looped layers, or more parameters than any set of machines can hold.
     """
     for name, stack in (("num_layers", config), ("decoder_layers", config.decoder))[:stacks]:
         around = len(stack.first) + len(stack.pattern) + len(stack.remainder)
@@ -78,10 +78,10 @@ def check_model(config: ModelConfig, stacks: int = 1) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Refuse a run that this process could not hold, as far as its config says; before any data is prepared.
+    """Refuse a run that does not fit in this process, as far as its config shows; before any data is prepared.
 
     Raises:
-        UserError: as `check_model` and `check_batch`, or even the least part of the parameters is too large.
+        UserError: as in `check_model` and `check_batch`, or this process's smallest share of the parameters is too large.
     """
     stacks = config.objective.num_stacks
     check_model(config.model, stacks)
@@ -93,15 +93,15 @@ def check_config(config: Config) -> None:
         // (shares if config.parallel.shares_state else 1),
         device_memory(),
         f"the parameters of a model of {_dimensions(config.model)}",
-        "Choose a smaller model, or share it among more devices (parallel.fsdp).",
+        "Choose a smaller model, or shard it over more devices (parallel.fsdp).",
     )
 
 
 def check_params(config: Config) -> None:
-    """Refuse a model whose parameters one device cannot hold, to load it or to start from it.
+    """Refuse a model whose parameters do not fit on one device, before loading it or starting from it.
 
     Raises:
-        UserError: as `check_model`, or the parameters are too large.
+        UserError: as in `check_model`, or the parameters are too large.
     """
     model, stacks = config.model, config.objective.num_stacks
     check_model(model, stacks)
@@ -114,11 +114,11 @@ def check_params(config: Config) -> None:
 
 
 def check_state(state: PyTree, local_devices: int) -> None:
-    """Refuse a state of training that this process cannot hold its part of.
+    """Refuse a training state whose local part does not fit in this process.
 
     Args:
         state: shapes with shardings (`Runner.abstract_state`).
-        local_devices: of this process, that take part; those of a CPU share its memory.
+        local_devices: this process's devices in the mesh; CPU devices share its memory.
 
     Raises:
         UserError: it is too large.
@@ -128,12 +128,12 @@ def check_state(state: PyTree, local_devices: int) -> None:
         device_bytes(state) * (local_devices if jax.local_devices()[0].platform == "cpu" else 1),
         device_memory(),
         f"the state of {count:,} parameters",
-        "Choose a smaller model, or share it among more devices (parallel.fsdp).",
+        "Choose a smaller model, or shard it over more devices (parallel.fsdp).",
     )
 
 
 def device_bytes(tree: PyTree) -> int:
-    """Of one device's part of arrays that carry their shardings."""
+    """Bytes of one device's part of arrays with shardings."""
     arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.number)]
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * jnp.dtype(x.dtype).itemsize
@@ -142,11 +142,11 @@ def device_bytes(tree: PyTree) -> int:
 
 
 def check_batch(config: Config, processes: int = 1) -> None:
-    """Refuse a config whose batches, or what is remembered from batch to batch, this process cannot hold.
+    """Refuse a config whose batches, or Transformer-XL memory, do not fit in this process.
 
     Args:
-        config: with its model's width known.
-        processes: that share the rows.
+        config: with the model's width set.
+        processes: number of processes that share the rows.
 
     Raises:
         UserError: they are too large.
@@ -165,7 +165,7 @@ def check_batch(config: Config, processes: int = 1) -> None:
 
 
 def check_cache(config: ModelConfig, rows: int, capacity: int, *, num_beams: int = 1) -> None:
-    """Refuse a KV cache that one device cannot hold; `num_beams` of its rows are of one text.
+    """Refuse a KV cache that does not fit on one device; `num_beams` rows belong to one text.
 
     Raises:
         UserError: it is too large.
@@ -184,7 +184,7 @@ def check_cache(config: ModelConfig, rows: int, capacity: int, *, num_beams: int
 
 
 def check_bytes(needed: int, room: int, what: str, remedy: str) -> None:
-    """Refuse what takes more bytes than there are.
+    """Refuse an allocation of more bytes than are available.
 
     Raises:
         UserError: with both numbers and the remedy.
@@ -200,7 +200,7 @@ def _amount(size: int) -> str:
 
 
 def _dimensions(config: ModelConfig) -> str:
-    """The numbers that a model's size comes from, as the config has them."""
+    """The dimensions that determine a model's size, as in the config."""
     names = ("vocab_size", "max_length", "num_layers", "decoder_layers", "embed_dim", "token_types")
     named = {name: getattr(config, name) for name in names}
     for section, name in (

@@ -1,4 +1,4 @@
-"""The choices that make a model: attention, feed-forward, block, model."""
+"""The config of a model: attention, feed-forward network, block, model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,24 +24,24 @@ class AttentionConfig(Settings):
     qk_norm: bool = False
     """RMS-normalise queries and keys (Henry et al. 2020), with the epsilon and the unit offset of the block's norm."""
     qk_norm_scope: Literal["head", "all"] = "head"
-    """What QK-norm normalises: each head, or all heads of a token together (OLMo 2)."""
+    """Scope of QK-norm: each head, or all heads of a token together (OLMo 2)."""
     query_scale: float = 0.0
-    """Multiplies logits; 0 means 1 / sqrt(head_dim)."""
+    """Factor on attention logits; 0 means 1 / sqrt(head_dim)."""
     use_bias: bool = False
     """Add a bias to the four projections."""
     out_bias: bool = True
-    """Where use_bias: of the output projection too (Qwen 2: not)."""
+    """With use_bias: also add one to the output projection (Qwen 2: off)."""
     window: int = 0
-    """Attend to tokens fewer than this many positions away; 0 means all."""
+    """Attend only to tokens at a distance below this many positions; 0 means all."""
     pattern: Pattern = dataclasses.field(default_factory=PATTERNS.default)
-    """Which blocks of tokens attend to which."""
+    """Block pattern: which blocks of tokens attend to which."""
     logits_soft_cap: float = 0.0
     """Bound attention logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
     """Probability of dropping an attention weight in training."""
     implementation: str = "auto"
-    """Attention backend: xla is the reference, blockwise needs memory linear in the sequence, splash is TPUs' own and cudnn
-    NVIDIA's (neither reads a cache: auto does); auto picks by platform, length and what is asked; or one's own."""
+    """Attention backend: xla (the reference), blockwise (memory linear in the sequence), splash (TPU), cudnn (NVIDIA), a
+    registered one, or auto (chosen by platform, length and arguments). splash and cudnn cannot read a cache: auto does."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_heads")
@@ -54,7 +54,7 @@ class AttentionConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """What is of QK-norm and of biases, where there are none."""
+        """Settings of QK-norm and of biases, if these are off."""
         found = {} if self.qk_norm else {"qk_norm_scope": "normalised queries and keys (qk_norm)"}
         return found if self.use_bias else found | {"out_bias": "projections with biases (use_bias)"}
 
@@ -86,11 +86,11 @@ class FeedForwardConfig(Settings):
     use_bias: bool = False
     """Add a bias to each projection."""
     num_experts: int = 0
-    """Networks of a mixture of experts (Shazeer et al. 2017), of which a router chooses for each token; 0 means one, without."""
+    """Number of experts in a mixture (Shazeer et al. 2017), chosen by a router for each token; 0 means one network, no router."""
     experts_per_token: int = 2
-    """Experts that a token goes to: 2 as Mixtral does (Jiang et al. 2024), 1 as the Switch Transformer (Fedus et al. 2022)."""
+    """Experts per token: 2 in Mixtral (Jiang et al. 2024), 1 in the Switch Transformer (Fedus et al. 2022)."""
     normalize_experts: bool = True
-    """Weights of a token's experts sum to one (Mixtral); off: they stay shares of the softmax over all experts (OLMoE)."""
+    """Normalise the weights of a token's experts to sum to one (Mixtral); off: softmax over all experts, unchanged (OLMoE)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "hidden_dim", "num_experts")
@@ -115,17 +115,17 @@ class BlockConfig(Settings):
     """One transformer block: attention, feed-forward network and norms."""
 
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
-    """Self-attention (cross-attention, where a model has it, is configured the same)."""
+    """Self-attention (cross-attention, in models that have it, is configured the same)."""
     feed_forward: FeedForwardConfig = FeedForwardConfig()
     """The feed-forward network, or the experts."""
     norm: Norm = dataclasses.field(default_factory=NORMS.default)
     """The normalisation of both sub-layers."""
     attention_norm: bool = True
-    """Normalise what attention reads (ModernBERT's first block: not)."""
+    """Normalise the input of attention (ModernBERT's first block: off)."""
     parallel: bool = False
-    """Attention and the feed-forward network both read the block's input (GPT-NeoX), not one after the other."""
+    """Attention and the feed-forward network both read the block's input (GPT-NeoX), instead of one after the other."""
     own_positions: Positions = dataclasses.field(default_factory=lambda: POSITIONS.find("inherit")())
-    """Positions of this block's self-attention, if not the model's."""
+    """Positions of this block's self-attention; by default the model's."""
 
     def __post_init__(self) -> None:
         placement = self.norm.placement
@@ -139,7 +139,7 @@ class BlockConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """What is of norms before a sub-layer."""
+        """Settings of norms before a sub-layer, if there are none."""
         found = {} if self.norm.before else {"attention_norm": "norms before sub-layers (norm.placement)"}
         return (
             found
@@ -155,43 +155,43 @@ class ModelConfig(Settings):
     vocab_size: int = 0
     """Entries of the embedding; 0 means the tokenizer's."""
     max_length: int = 0
-    """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length, and memory_length."""
+    """Longest sequence (learned positions, cache capacity); 0 means the data's sequence_length plus memory_length."""
     num_layers: int = 4
-    """Blocks (in each of the two stacks of an encoder-decoder): the first ones, then the pattern, as often as it takes."""
+    """Number of blocks (in each of the two stacks of an encoder-decoder): the first ones, then the repeated pattern."""
     decoder_layers: int = 0
-    """Blocks of an encoder-decoder's decoder, if not num_layers; 0 means num_layers."""
+    """Number of blocks in an encoder-decoder's decoder; 0 means num_layers."""
     embed_dim: int = 128
     """Width of the residual stream."""
     first: tuple[BlockConfig, ...] = ()
     """Blocks before the pattern begins."""
     pattern: tuple[BlockConfig, ...] = dataclasses.field(default_factory=lambda: (BlockConfig(),))
-    """Blocks of one period, repeated; the last period may be incomplete."""
+    """Blocks of one period, which is repeated; the last period may be incomplete."""
     positions: Positions = dataclasses.field(default_factory=POSITIONS.default)
-    """How a token's place enters the model."""
+    """How positions enter the model."""
     memory_length: int = 0
-    """Decoder: vectors that each layer remembers of the rows before, and attends to without a gradient (Dai et al. 2019)."""
+    """Decoder: length of the Transformer-XL memory, earlier hidden states attended to without a gradient (Dai et al. 2019)."""
     final_norm: bool = True
-    """Normalise after the last block (not for post-norm blocks, which already did)."""
+    """Normalise after the last block (not for post-norm blocks, whose output is already normalised)."""
     pooling: Pooling = dataclasses.field(default_factory=POOLINGS.default)
-    """How a classifier makes one vector of a text."""
+    """How a classifier reduces a text's hidden states to one vector."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output projection too."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)."""
     embedding_norm: bool = False
-    """Normalise embeddings, with those of positions added, before the first block (BERT)."""
+    """Normalise embeddings, after position vectors are added, before the first block (BERT)."""
     token_types: int = 0
     """Encoder: entries of a table of token types, added to the embeddings (BERT: 2); 0 means none."""
     masked_head: bool = False
-    """Encoder: a dense layer, the activation of the feed-forward network and a norm before the output projection (BERT)."""
+    """Encoder: a dense layer, the feed-forward activation and a norm before the output projection (BERT)."""
     head_bias: bool = True
-    """Where masked_head: a bias in its dense layer (ModernBERT: none)."""
+    """With masked_head: add a bias to its dense layer (ModernBERT: off)."""
     pooler: bool = False
-    """Classifier: a dense layer and tanh on the vector of a text (BERT)."""
+    """Classifier: a dense layer and tanh on the pooled vector (BERT)."""
     output_bias: bool = False
-    """Add a bias to the output logits, one number for each token of the vocabulary."""
+    """Add a bias to the output logits, one number per token of the vocabulary."""
     logits_scale: float = 1.0
-    """Multiplies hidden states before the output projection (T5 with tied embeddings: embed_dim ** -0.5)."""
+    """Factor on hidden states before the output projection (T5 with tied embeddings: embed_dim ** -0.5)."""
     logits_soft_cap: float = 0.0
     """Bound the output logits by cap * tanh(logits / cap); 0 means off."""
     dropout: float = 0.0
@@ -199,14 +199,14 @@ class ModelConfig(Settings):
     init_std: float = 0.02
     """Standard deviation of initial weights (residual outputs: / sqrt(2 * num_layers)); 0 means 1 / sqrt(fan_in)."""
     dtype: Dtype = "float32"
-    """Type of activations and products; in float16, training scales its loss."""
+    """Type of activations and matrix products; float16 training uses a loss scale."""
     param_dtype: Dtype = "float32"
     """Type of parameters."""
     scan_layers: bool = False
-    """Compile one period and scan over it: compile time independent of depth."""
+    """Compile one period and scan over it: compile time is independent of depth."""
     remat: Literal["none", "full", "dots", "offload"] = "none"
-    """Recompute in the backward pass: nothing; all of each block (full); all but its matrix products (dots); or as dots, with the
-    products that are kept moved to the memory of the host (offload)."""
+    """Recompute in the backward pass: nothing (none); all of each block (full); all but its matrix products (dots); or as dots,
+    with the stored products moved to host memory (offload)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "vocab_size", "max_length", "decoder_layers", "memory_length", "token_types")
@@ -236,20 +236,20 @@ class ModelConfig(Settings):
         if self.memory_length > 0:
             require(
                 not self.positions.absolute,
-                "ModelConfig.memory_length is for decoders that see distances, not places, got "
+                "ModelConfig.memory_length is for decoders with relative positions, got "
                 f"memory_length={self.memory_length} and {self.positions.kind} positions; "
                 "set model.positions.kind=transformer_xl, or ModelConfig.memory_length=0.",
             )
             require(
                 all(block.attention.pattern.sees_all for block in self.block_counts),
-                "ModelConfig.memory_length needs dense attention, whose blocks need no place in the document; set "
+                "ModelConfig.memory_length needs dense attention: block patterns need positions in the document; set "
                 "attention.pattern.kind=dense (a window is fine), or memory_length=0.",
             )
         for block in self.block_counts:
             block.attention.resolved_head_dim(self.embed_dim)
 
     def unused(self) -> Mapping[str, str]:
-        """What is of experts, where there are none, of one network, where there are, and of a head that is not there."""
+        """Settings of experts without experts, of single networks with experts only, and of a head that is off."""
         named = [
             *(("first", i, b) for i, b in enumerate(self.first)),
             *(("pattern", i, b) for i, b in enumerate(self.pattern)),
@@ -269,7 +269,7 @@ class ModelConfig(Settings):
 
     @property
     def decoder(self) -> "ModelConfig":
-        """The config of the decoder of an encoder-decoder, which may have another depth."""
+        """The config of an encoder-decoder's decoder, which may have another depth."""
         return dataclasses.replace(self, num_layers=self.decoder_layers or self.num_layers, decoder_layers=0)
 
     @property
@@ -279,7 +279,7 @@ class ModelConfig(Settings):
 
     @property
     def num_periods(self) -> int:
-        """How often the whole pattern is repeated."""
+        """Number of whole repetitions of the pattern."""
         return (self.num_layers - len(self.first)) // len(self.pattern)
 
     @property
@@ -289,7 +289,7 @@ class ModelConfig(Settings):
 
     @property
     def block_counts(self) -> dict[BlockConfig, int]:
-        """How often each block occurs, without a walk over the layers, which may be too many to list."""
+        """The number of occurrences of each block, computed without listing the layers, of which there may be too many."""
         counts = dict.fromkeys((*self.first, *self.pattern, *self.remainder), 0)
         for blocks, times in ((self.first, 1), (self.pattern, self.num_periods), (self.remainder, 1)):
             for block in blocks:

@@ -1,8 +1,8 @@
-"""What a model is made of by kind: the families and bases of positions, norms, block patterns, attention backends and poolings.
+"""Families and base classes of a model's kinds: positions, norms, block patterns, attention backends and poolings.
 
-Kinds are settings with pure functions of arrays. Parameters are made in the module that calls, by a function that it gives,
-`parameter(name, shape, axes, *, fan_in=0, fill=None)`: normal with the standard deviation of the model's config (or
-1 / sqrt(fan_in)), or all `fill`. `axes` are the logical names of its axes (`parallel.rules`).
+Kinds are settings with pure functions of arrays. The calling module makes their parameters through a function that it passes,
+`parameter(name, shape, axes, *, fan_in=0, fill=None)`. Initial values are normal with the config's standard deviation (or
+1 / sqrt(fan_in)), or all `fill`. `axes` are the logical names of the axes (`parallel.rules`).
 """
 
 import dataclasses
@@ -43,28 +43,28 @@ POOLINGS = _family("model.pooling", "poolings", "mean", "max", "first", "last", 
 
 @dataclasses.dataclass(frozen=True)
 class Positions(Kind):
-    """How a token's position enters a model. Each method leaves its argument as it is unless the kind has a use for it."""
+    """How positions enter a model. Each method returns its argument unchanged unless the kind overrides it."""
 
     family = POSITIONS
     absolute: ClassVar[bool] = False
-    """Whether vectors of positions are added to the embeddings, so that a row cannot continue another one."""
+    """Whether position vectors are added to the embeddings; a row then cannot continue another one."""
     between_tokens: ClassVar[bool] = False
-    """Whether attention compares positions of queries and keys, which cross-attention has not in common."""
+    """Whether attention compares positions of queries and keys; cross-attention cannot, across two sequences."""
 
     # ---- Checks ------------------------------------------------------------------------------------------------------
 
     def check(self, config: "ModelConfig") -> None:
-        """Raise UserError where the model around it does not fit."""
+        """Raise UserError if the model's config does not fit."""
         for block in config.block_counts:
             if block.own_positions.within(self) is self:
                 self.check_block(block, config.embed_dim)
 
     def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
-        """Raise UserError where a block whose attention uses it does not fit."""
+        """Raise UserError if a block with these positions does not fit."""
         del block, embed_dim
 
     def check_own(self, block: "BlockConfig", embed_dim: int) -> None:
-        """Raise UserError unless a block may have it as `own_positions`."""
+        """Raise UserError unless a block may have these as `own_positions`."""
         require(
             not self.absolute,
             f"{self.kind.capitalize()} positions are added to the embeddings of a model, a block cannot have its own.",
@@ -72,13 +72,13 @@ class Positions(Kind):
         self.check_block(block, embed_dim)
 
     def check_length(self, max_length: int, length: int) -> None:
-        """Raise ValueError unless it reaches `length` tokens in a model of `max_length`."""
+        """Raise ValueError unless the positions are defined for `length` tokens in a model of `max_length`."""
         del max_length, length
 
     # ---- Of the model ------------------------------------------------------------------------------------------------
 
     def within(self, model: "Positions") -> "Positions":
-        """What a block uses that has this as its own positions."""
+        """The positions of a block with these as its own."""
         del model
         return self
 
@@ -88,7 +88,7 @@ class Positions(Kind):
         return 0
 
     def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
-        """Token vectors, with those of their positions [#B, T] added."""
+        """Token vectors plus the vectors of their positions [#B, T]."""
         del positions_BT, max_length, parameter
         return x_BTD
 
@@ -101,7 +101,7 @@ class Positions(Kind):
     def rotate(
         self, query_BTHK: Array, key_BSGK: Array, positions: Callable[[], tuple[Array, Array]]
     ) -> tuple[Array, Array]:
-        """Queries and keys before a cache takes the keys; `positions()` gives those of both, [#B, T] and [#B, S]."""
+        """Queries and keys, before a cache stores the keys; `positions()` gives the positions of both, [#B, T] and [#B, S]."""
         del positions
         return query_BTHK, key_BSGK
 
@@ -113,22 +113,22 @@ class Positions(Kind):
         embed_dim: int,
         parameter: Parameter,
     ) -> tuple[Array, Array]:
-        """Queries and keys as they are multiplied, keys of a cache included; the scale stays that of K elements."""
+        """Queries and keys as multiplied, with the keys of a cache; the scale is computed from K elements."""
         del positions, embed_dim, parameter
         return query_BTHK, key_BSGK
 
     def bias(self, num_heads: int, shared: Any) -> Any:
-        """A `BiasDescription` of the logits, or None; `shared` is what `shared_bias` gave.
+        """A `BiasDescription` of the logits, or None; `shared` is the result of `shared_bias`.
 
         Raises:
-            ValueError: there is a shared bias, and no use for it.
+            ValueError: a shared bias was given, but the kind does not use it.
         """
         del num_heads
         if shared is not None:
             self.refuse_shared(shared)
 
     def refuse_shared(self, shared: Any) -> NoReturn:
-        """Raise ValueError for a shared bias that is not used, or is missing."""
+        """Raise ValueError for a shared bias that is unused or missing."""
         raise ValueError(
             f"Positions of kind t5, and no others, need a relative_bias, got kind={self.kind!r} and "
             f"{type(shared).__name__}; a `Stack` makes one, `RelativeBias` too."
@@ -137,13 +137,13 @@ class Positions(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Norm(Kind):
-    """Normalisation of each sub-layer, and where it stands."""
+    """Normalisation of each sub-layer, and its placement."""
 
     family = NORMS
 
     placement: Literal["pre", "post", "sandwich", "output"] = "pre"
-    """Before each sub-layer; after the residual sum (post); before and after the sub-layer (sandwich); or of its output only,
-    before the residual sum (output: OLMo 2)."""
+    """Before each sub-layer (pre); after the residual sum (post); before and after the sub-layer (sandwich); or on its output
+    only, before the residual sum (output: OLMo 2)."""
     epsilon: float = 1e-5
     """Added to the variance."""
 
@@ -152,7 +152,7 @@ class Norm(Kind):
 
     @property
     def before(self) -> bool:
-        """Whether it normalises what a sub-layer reads."""
+        """Whether it normalises the inputs of sub-layers."""
         return self.placement in ("pre", "sandwich")
 
     def normalize(self, x: Array, vector: Callable[[str, float], Array]) -> Array:
@@ -162,26 +162,26 @@ class Norm(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern(Kind):
-    """Which blocks of keys a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2).
+    """The blocks of keys that a block of queries sees, after the Sparse Transformer (Child et al. 2019, section 4.2).
 
-    One that does not see all has a `block_size` (tokens of a block) among its settings.
+    Patterns other than dense have a `block_size` (tokens per block) among their settings.
     """
 
     family = PATTERNS
     sees_all: ClassVar[bool] = False
-    """Whether every block sees every other."""
+    """Whether every block sees all blocks."""
 
     def restrict(self, mask: Any) -> Any:
-        """An `AttentionMask` with this pattern too."""
+        """An `AttentionMask` with this pattern added."""
         return dataclasses.replace(mask, pattern=self)
 
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
-        """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
+        """Whether blocks with these numbers see these blocks of keys; numpy or JAX integers that broadcast."""
         raise NotImplementedError(f"{type(self).__name__} must define sees().")
 
 
 class AttentionCall(NamedTuple):
-    """What attention is called with, after its checks; to choose a backend, shapes and dtypes of the arrays are enough."""
+    """The arguments of attention, after its checks; shapes and dtypes of the arrays suffice to choose a backend."""
 
     query_BTHK: Any
     key_BSGK: Any
@@ -197,7 +197,7 @@ class AttentionCall(NamedTuple):
     dropout_key: Any = None
 
     def demands(self) -> Iterator[tuple[str, str]]:
-        """What not every backend can do: each name that `AttentionBackend.takes` may have, and its words for messages."""
+        """Demands of this call that some backends lack: a name for `AttentionBackend.takes`, and words for messages."""
         if self.dropout_rate > 0:
             yield "dropout_rate", f"dropout_rate={self.dropout_rate}"
         if self.mask.visible is not None:
@@ -215,43 +215,43 @@ class AttentionCall(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBackend(Kind):
-    """A way to compute attention, which a config chooses by name. It must bring `compute`, and say what that `takes`."""
+    """An implementation of attention, chosen by name in a config. It defines `compute`, and lists in `takes` its features."""
 
     family = BACKENDS
     takes: ClassVar[frozenset[str]] = frozenset()
-    """What it honours: fields of an `AttentionMask`, bias, logits_soft_cap, dropout_rate. Calls with more are refused."""
+    """Supported features: fields of an `AttentionMask`, bias, logits_soft_cap, dropout_rate. Other calls are refused."""
     dtypes: ClassVar[tuple[str, ...]] = ()
-    """Of queries, keys and values; none means any."""
+    """Supported types of queries, keys and values; empty means any."""
 
     def compute(self, call: AttentionCall) -> Array:
         """Outputs [B, T, H, W] in the dtype of the queries; a query that sees no key gives zeros."""
         raise NotImplementedError(f"{type(self).__name__} must define compute().")
 
     def refusal(self, call: AttentionCall) -> str:
-        """What it cannot honour, in words, or nothing; from what is known when tracing."""
+        """The unsupported part of a call, in words, or an empty string; from static information."""
         dtype = str(call.query_BTHK.dtype)
         fits = not self.dtypes or dtype in self.dtypes
         other = "" if fits else f"inputs of {dtype} ({' and '.join(self.dtypes)} only)"
         return next((words for name, words in call.demands() if name not in self.takes), other)
 
     def preferred(self, call: AttentionCall, platform: str) -> bool:
-        """Whether `auto` takes it on a platform (cpu, cuda, tpu, ...), if it refuses nothing; by default never."""
+        """Whether `auto` picks it on a platform (cpu, cuda, tpu, ...), unless it refuses the call; by default never."""
         del call, platform
         return False
 
     def attend(self, call: AttentionCall) -> Array:
-        """`compute`, in a program for whichever platforms have it."""
+        """`compute`, in a program for all platforms that support it."""
         return self.compute(call)
 
     def on(self, platform: str, call: AttentionCall) -> "AttentionBackend":
-        """What computes a call on a platform: itself, unless it chooses among others."""
+        """The backend that computes a call on a platform: itself, unless it chooses among others."""
         del platform, call
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Pooling(Kind):
-    """How a classifier makes one vector of a text."""
+    """How a classifier reduces a text's hidden states to one vector."""
 
     family = POOLINGS
     learned: ClassVar[bool] = False
@@ -263,11 +263,11 @@ class Pooling(Kind):
         return jnp.where(jnp.any(valid_BT, axis=1, keepdims=True), pooled_BD, 0).astype(x_BTD.dtype)
 
     def pool(self, x_BTD: Array, valid_BT: Array, scores: Callable[[], Array]) -> Array:
-        """The vector [B, D] of the valid ones of each row, float32; a row without any may give anything.
+        """The pooled vector [B, D] of each row's valid tokens, float32; arbitrary for a row without any.
 
         Args:
             x_BTD: hidden states, float32.
             valid_BT: False for padding.
-            scores: gives a learned score [B, T] for each of them.
+            scores: returns a learned score [B, T] per token.
         """
         raise NotImplementedError(f"{type(self).__name__} must define pool().")

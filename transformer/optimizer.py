@@ -1,4 +1,4 @@
-"""How parameters move: the base of every optimizer and of every learning-rate schedule, the package's and one's own."""
+"""Optimizers and learning-rate schedules: the base classes of the package's and of user-defined ones."""
 
 import dataclasses
 import itertools
@@ -35,10 +35,10 @@ SCHEDULES = Family(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Kind):
-    """The learning rate by step, as a share of its peak. Its fields are its settings.
+    """The learning rate by step, as a fraction of its peak. Its fields are its settings.
 
-    One's own derives from this or from one of the package's, has a name (`kind`), is made known by `SCHEDULES.register`, and
-    must bring `decay`. Warm-up and restarts are the same for all (`training.learning_rate`).
+    A user-defined schedule derives from this or from one of the package's, has a name (`kind`), and is registered by
+    `SCHEDULES.register`. It must define `decay`. Warm-up and restarts are common to all (`training.learning_rate`).
     """
 
     family = SCHEDULES
@@ -46,8 +46,8 @@ class Schedule(Kind):
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     restarts: tuple[int, ...] = ()
-    """Steps after which the schedule begins anew, warm-up and decay, over the steps to the next or the last (warm restarts,
-    Loshchilov and Hutter 2017). A finished run of N steps goes on so with more training.steps and N here."""
+    """Steps after which the schedule restarts with warm-up and decay, until the next restart or the last step (warm restarts,
+    Loshchilov and Hutter 2017). To extend a finished run of N steps, raise training.steps and put N here."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "warmup_steps")
@@ -57,16 +57,16 @@ class Schedule(Kind):
         )
 
     def decay(self, count: Array, steps: int) -> Array:
-        """The share of the peak after `count` steps, for counts from `warmup_steps` on; pure, a function of arrays.
+        """The fraction of the peak after `count` steps, from `warmup_steps` on; a pure function of arrays.
 
         Args:
-            count: steps done since the start or the last restart, float32; the first at the peak is `warmup_steps`.
-            steps: to the end or the next restart.
+            count: steps since the start or the last restart, float32; `warmup_steps` is the first at the peak.
+            steps: number of steps to the end or the next restart.
         """
         raise NotImplementedError(f"{type(self).__name__} must define decay().")
 
     def check(self, config: "Config") -> None:
-        """Raise UserError unless every period has room for the warm-up; of a run by epochs, once its steps are known."""
+        """Raise UserError unless the warm-up fits in every period; for a run by epochs, once its steps are known."""
         if config.training.epochs > 0:
             return
         steps = config.training.steps
@@ -84,25 +84,25 @@ class Schedule(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Kind):
-    """An update rule, with what every rule has around it. Its fields are its settings.
+    """An update rule, with the settings common to all rules. Its fields are its settings.
 
-    One's own derives from this or from one of the package's, has a name (`kind`), is made known by `OPTIMIZERS.register`, and
-    must bring `rule`.
+    A user-defined optimizer derives from this or from one of the package's, has a name (`kind`), and is registered by
+    `OPTIMIZERS.register`. It must define `rule`.
     """
 
     family = OPTIMIZERS
     fixed: ClassVar[tuple[str, ...]] = ()
-    """Fields of the config that a run of other optimizers may change when it goes on, and one of this may not."""
+    """Config fields that a resumed run of this optimizer may not change, although runs of others may."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Schedule = dataclasses.field(default_factory=SCHEDULES.default)
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only (not on norms, biases or embeddings' positions)."""
+    """Decoupled weight decay, on matrices only (not on norms, biases or position embeddings)."""
     clip_norm: float = 1.0
     """Scale the gradient down to this global norm; 0 means off."""
     accumulate_steps: int = 1
-    """Micro-batches a step's batch is cut into."""
+    """Number of micro-batches per step."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the parameters, used for scores and samples; 0 means off."""
     parameter_groups: tuple[str, ...] = ()
@@ -117,14 +117,14 @@ class Optimizer(Kind):
         self.groups()
 
     def rule(self) -> Any:
-        """An `optax.GradientTransformation`: gradient in, direction of ascent out.
+        """An `optax.GradientTransformation` from gradient to ascent direction.
 
-        Clipping comes before it; weight decay, the learning rate and parameter groups after it.
+        Clipping is applied before it; weight decay, the learning rate and parameter groups after it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define rule().")
 
     def check(self, config: "Config") -> None:
-        """Raise UserError where the config around it does not fit."""
+        """Raise UserError if the run's config does not fit."""
         require(
             config.data.batch_size % self.accumulate_steps == 0,
             f"data.batch_size must be divisible by optimizer.accumulate_steps={self.accumulate_steps}, got "

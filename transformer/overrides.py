@@ -1,4 +1,4 @@
-"""A config with some fields changed, where what depends on them follows: a smaller job is one change, not several."""
+"""Changes to some fields of a config, with dependent fields adjusted: a smaller job is one change, not several."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ _Values = dict[str, Any]
 
 
 class _Rule(NamedTuple):
-    """`field` follows when one of `after` has changed: it becomes `fit(new, old)`, of the section that holds it."""
+    """When one of `after` has changed, `field` becomes `fit(new, old)`, where both are the values of its section."""
 
     field: str
     after: tuple[str, ...]
@@ -61,7 +61,7 @@ def _restarts(new: _Values, old: _Values) -> list[int]:
 
 
 def _warmup(new: _Values, old: _Values) -> int:
-    """As long as it was, or its share of the steps where the shortest period has not so many."""
+    """The old warm-up, or its share of the steps if the shortest period has too few."""
     warmup, steps = new["optimizer"]["schedule"]["warmup_steps"], max(0, new["training"]["steps"])
     shortest = min(b - a for a, b in itertools.pairwise((0, *new["optimizer"]["schedule"]["restarts"], steps)))
     return warmup if warmup <= shortest else max(0, min(shortest, warmup * steps // old["training"]["steps"]))
@@ -98,7 +98,7 @@ def _distance_buckets(new: _Values, old: _Values) -> int:
     return buckets if distance > buckets // 2 else max(4, (2 * distance - 1) // 4 * 4)
 
 
-# In this order: what one rule changes may set off a later one.
+# In this order: a change by one rule may trigger a later one.
 _RULES = (
     _Rule("data.weights", ("data.source",), lambda new, old: (
         new["data"]["weights"] if len(new["data"]["weights"]) == len(new["data"]["source"]) else [])),
@@ -130,22 +130,21 @@ def override(
     *,
     recorded: Config | None = None,
 ) -> Config:
-    """`config` with the fields in `changes`, and with those that no longer fit them fitted.
+    """`config` with the fields in `changes`, and with dependent fields adjusted to them.
 
-    Where `config` says what suits a larger job (a warm-up longer than the new run, buckets longer than the new rows, more
-    micro-batches than rows), that follows, as little as it takes. What is in `changes` never follows: a contradiction
-    among the changes is an error, as it is in the constructor.
+    Values for a larger job (a warm-up longer than the new run, buckets longer than the new rows, more micro-batches than rows)
+    are adjusted as little as possible. Fields in `changes` are never adjusted: a contradiction among the changes is an error, as
+    in the constructor.
 
     Args:
         config: from a config file, say.
         changes: values by field: `{"training.steps": 20, "model.pattern.0.attention.num_heads": 2}`.
-        report: called with a line for each field that followed.
-        recorded: the config of the run that goes on. A field that follows only what such a run may change (its steps) has its
-            recorded value, because the run may not change the field itself.
+        report: called with one line for each adjusted field.
+        recorded: the config of the run to resume. A field that depends only on settings that a resumed run may change (its steps)
+            keeps its recorded value: the run may not change the field itself.
 
     Raises:
         UserError: a field does not exist, or a value cannot work.
-
     Example:
         >>> from transformer import AdamW, CosineSchedule
         >>> config = Config(optimizer=AdamW(schedule=CosineSchedule(warmup_steps=100)))
@@ -163,7 +162,7 @@ def override(
 
 
 class _Fitted:
-    """A config's values with changes, and with those that follow them."""
+    """The values of a config with changes, and with dependent fields adjusted."""
 
     def __init__(self, config: Config, changes: Mapping[str, Any], report: Callable[[str], None]) -> None:
         self.config, self.given, self.report = config, changes, report
@@ -177,20 +176,20 @@ class _Fitted:
             section[name] = list(value) if isinstance(value, tuple) else value
 
     def follow(self, kept: _Values | None) -> None:
-        """Fit each field that has a rule; `kept` are the values of the run that goes on, if one does."""
+        """Adjust each field that has a rule; `kept` are the values of the run to resume, if there is one."""
         for prefix, rule in _rules(len(self.old["model"]["pattern"])):
             path, base = prefix + rule.field, prefix.removesuffix(".")
             section, name = _section(self.new, path)
-            if path in self.given or name not in section:  # the latter is a setting of another kind
+            if path in self.given or name not in section:  # the latter: a setting of another kind
                 continue
             if kept and not path.startswith(RESUMABLE) and all(after.startswith(RESUMABLE) for after in rule.after):
-                self._set(path, _part(kept, path), "as the run that goes on has it")
+                self._set(path, _part(kept, path), "as in the run that goes on")
             elif any(prefix + after in self.changed for after in rule.after):
                 fitting = rule.fit(_part(self.new, base), _part(self.old, base))
                 self._set(path, fitting, f"to fit {_causes(prefix, rule, self.changed)}")
 
     def leave_unused(self) -> None:
-        """Give each setting that the changed run does not use its default, as a config must have it."""
+        """Reset each setting that the changed run does not use to its default, as a config requires."""
         config, hints = self.config, typing.get_type_hints(Config)
         for name, value in self.new.items():
             config = _replace(config, [name], typed(hints[name], from_dict(hints[name], value), name))
@@ -209,9 +208,9 @@ class _Fitted:
 
 
 def with_kinds(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with the kinds that `changes` name (`objective.kind`), and their settings by default where the old has none.
+    """`config` with the kinds named in `changes` (`objective.kind`); settings that the old kind lacks have their defaults.
 
-    It is not checked: other changes may have to come before the new kind fits.
+    The result is not validated: the new kind may fit only after other changes.
 
     Raises:
         UserError: there is no such kind.
@@ -224,7 +223,7 @@ def with_kinds(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def _replace(config: Any, path: list[str], value: Any) -> Any:
-    """A config, or a tuple of its parts, with another value at a path."""
+    """A config, or a tuple of its parts, with the value at a path replaced."""
     if not path:
         return value
     name, *rest = path
@@ -237,7 +236,7 @@ def _replace(config: Any, path: list[str], value: Any) -> Any:
 
 
 def unknown_setting(config: Config, path: str) -> str:
-    """Why a config has no field `path`, if it is a setting of another kind than the one chosen; else nothing."""
+    """Why a config has no field `path`, if it is a setting of an unselected kind; else an empty string."""
     section, _, name = path.rpartition(".")
     for place, chosen in chosen_kinds(config):
         own = {field.name for field in dataclasses.fields(chosen)}
@@ -259,7 +258,7 @@ def _part(values: Any, path: str) -> Any:
 
 
 def _section(values: _Values, path: str) -> tuple[_Values, str]:
-    """The dictionary that holds a field, and the field's name there. A name that is new is refused when read."""
+    """The dictionary that holds a field, and the field's name in it. An unknown name is refused when it is read."""
     section, _, name = path.rpartition(".")
     return _part(values, section), name
 

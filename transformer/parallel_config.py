@@ -1,4 +1,4 @@
-"""How a step is spread over devices and processes, as a frozen dataclass, validated when it is made."""
+"""How a step is distributed over devices and processes, as a frozen dataclass, validated on construction."""
 
 import dataclasses
 import re
@@ -8,34 +8,34 @@ from typing import Literal
 from transformer.validation import Settings, require, require_at_least
 
 SHARES_STATE = {"mesh": True, "pmap": False}
-"""Whether devices may share the state of a run, by the name of a strategy; `parallel.strategies` has what runs it."""
+"""Whether devices may share the state of a run, by strategy; `parallel.strategies` has the classes that run them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """How the step is spread over devices."""
+    """How the step is distributed over devices."""
 
     strategy: Literal["mesh", "pmap"] = "mesh"
-    """jit over a mesh (main path), or pmap (data parallel)."""
+    """jit over a mesh (the default), or pmap (data parallelism only)."""
     data: int = -1
-    """Groups of devices; each reads its part of the batch and holds one copy of the state. -1: as many as the others leave."""
+    """Groups of devices; each reads its part of the batch and holds one copy of the state. -1 means all remaining devices."""
     fsdp: int = 1
-    """Devices that have rows of the batch each, and share the state (fully sharded data parallelism)."""
+    """Devices that share the state, each with its own rows of the batch (fully sharded data parallelism)."""
     tensor: int = 1
     """Devices that share heads, hidden units and the vocabulary, for the same rows."""
     context: int = 1
-    """Devices that share the places of each row; next_token only."""
+    """Devices that share the positions of each row; next_token only."""
     expert: int = 1
-    """Devices that share the experts, and have rows of the batch each."""
+    """Devices that share the experts, each with its own rows of the batch."""
     dcn: int = 1
     """Slices (groups of devices with a fast network inside) that share the batch over the data-centre network."""
     coordinator: str = ""
-    """HOST:PORT of process 0, which listens there without authentication, or auto; empty starts several processes only where the
-    environment tells of them (Cloud TPU, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
+    """HOST:PORT of process 0, which listens there without authentication, or auto; empty starts several processes only if the
+    environment names them (Cloud TPU, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS)."""
     num_processes: int = 0
-    """With HOST:PORT: processes of the run; 0 means that the environment tells."""
+    """With HOST:PORT: number of processes of the run; 0 takes it from the environment."""
     process_id: int = -1
-    """With HOST:PORT: this process's number, from 0; -1 means that the environment tells."""
+    """With HOST:PORT: this process's number, from 0; -1 takes it from the environment."""
     start_timeout: int = 300
     """Seconds that processes wait for each other at the start."""
 
@@ -58,7 +58,7 @@ class ParallelConfig(Settings):
         sizes = self.sizes
         require(
             all(size >= 1 or size == -1 for size in sizes.values()),
-            f"The axes of ParallelConfig must be at least 1, or -1 for what the others leave, got {sizes}.",
+            f"The axes of ParallelConfig must be at least 1, or -1 for the remaining devices, got {sizes}.",
         )
         spread = [name for name, size in sizes.items() if name != "data" and size != 1]
         require(
@@ -67,7 +67,7 @@ class ParallelConfig(Settings):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """What is of several processes."""
+        """Settings of several processes, if there is one."""
         alone = (
             {} if self.coordinator else {"start_timeout": "several processes (parallel.coordinator, which may be auto)"}
         )
@@ -77,11 +77,11 @@ class ParallelConfig(Settings):
 
     @property
     def shares_state(self) -> bool:
-        """Whether devices may share the state of a run; else each has a copy."""
+        """Whether devices may share the state of a run; otherwise each has a copy."""
         return SHARES_STATE[self.strategy]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices along each axis of the mesh. A `data` of 0, as older configs have it, is taken for -1."""
+        """Devices along each axis of the mesh. `data=0`, found in older configs, means -1."""
         names = ("dcn", "fsdp", "expert", "context", "tensor")
         return {"data": self.data or -1, **{name: getattr(self, name) for name in names}}

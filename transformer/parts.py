@@ -1,4 +1,4 @@
-"""The parts of a config: its model and loss, and the steps that train it on devices. No data is read for them."""
+"""The parts of a config: its model and loss, and the steps that train it on devices. They read no data."""
 
 import contextlib
 import dataclasses
@@ -22,9 +22,9 @@ from transformer.objective import Objective
 from transformer.ops import dense_cpu, fused_loss, wide_product
 from transformer.ops.attention import Request, recorded
 from transformer.ops.ids import check_batch_ids
-from transformer.ops.places import balanced_order
 from transformer.ops.recompute import recomputed
 from transformer.ops.ring import check_blocks
+from transformer.ops.zigzag import balanced_order
 from transformer.parallel.rules import RULES, is_names
 from transformer.parallel.runner import Runner, check_divisible
 from transformer.parallel.strategies import STRATEGIES
@@ -40,7 +40,7 @@ from transformer.validation import require
 
 
 class StandIn:
-    """The vocabulary of a tokenizer that is not there: only its size is known."""
+    """A vocabulary without a tokenizer: only its size is known."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -50,7 +50,7 @@ class StandIn:
 def resolve(config: Config, tokenizer: Vocabulary) -> Config:
     """The config with the model's vocab_size and max_length filled in.
 
-    After the tokenizer's entries come those that the objective needs (a mask, sentinels).
+    The ids that the objective needs (a mask, sentinels) follow the tokenizer's.
     """
     model, objective = config.model, config.objective
     smallest = tokenizer.vocab_size + objective.extra_tokens(tokenizer, config.data.sequence_length)
@@ -68,23 +68,23 @@ def resolve(config: Config, tokenizer: Vocabulary) -> Config:
 
 
 def count_parameters(params: PyTree) -> int:
-    """Numbers in a tree of arrays."""
+    """Number of elements in a tree of arrays."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
 def initialize(objective: Objective, model: nn.Module, key: Any, length: int = 1) -> tuple[PyTree, PyTree]:
-    """Initial parameters of an objective's model (their shapes, without a key), and the logical names of their axes.
+    """Initial parameters of an objective's model (shapes, without a key), and the logical names of their axes.
 
-    The package's models are initialised alike by rows of any length.
+    The package's models give the same parameters for rows of any length.
     """
     return initialized(model, key, *objective.init_inputs(length), method=objective.init_method)
 
 
 def training_runtime(platform: str, fold: bool = True) -> Runtime:
-    """How a trainer's model computes on devices of a platform (`jax.Device.platform`), over the mesh that is set.
+    """How a trainer's model computes on devices of a platform (`jax.Device.platform`), over the current mesh.
 
-    On a CPU products have their own gradient, which may fold a batch's axes. Accelerators read the logits once, and a GPU
-    computes activations and norms again for their gradient: its compiler keeps them in float32 otherwise, a TPU's does not.
+    On a CPU, products have a special gradient, which may fold a batch's axes. On accelerators, the logits are read once. A GPU
+    also recomputes activations and norms for their gradient: its compiler would store them in float32, a TPU's does not.
     """
     if platform == "cpu":
         return Runtime(dot_general=dense_cpu.dot_general if fold else wide_product.dot_general, sharding=RULES)
@@ -104,17 +104,17 @@ class Parts:
     """
 
     config: Config
-    """As `resolve` gives it."""
+    """A config from `resolve`."""
     vocabulary: Vocabulary
-    """The run's tokenizer, or what losses know of one."""
+    """The run's tokenizer, or the properties of one that losses need."""
     runtime: Runtime | None = None
-    """How the model computes; None as modules do by themselves."""
+    """How the model computes; None means the modules' defaults."""
     module: nn.Module | None = None
-    """A model in the place of the config's."""
+    """A model to use instead of the config's."""
     class_names: tuple[str, ...] = ()
-    """Of labelled texts."""
+    """Class names of labelled texts."""
     own_batches: bool = False
-    """Whether the model is called with what a caller brings, so that nothing can be promised of its segment ids."""
+    """Whether a caller supplies the batches; nothing is then promised about their segment ids."""
 
     @functools.cached_property
     def model(self) -> Any:
@@ -127,17 +127,17 @@ class Parts:
         model = self.config.objective.make_model(
             self.config.model, runtime, vocabulary=self.vocabulary, class_names=self.class_names
         )
-        # Of the package's models; one's own may have no use for a promise.
+        # Only the package's models take this promise; a user's own may not have the argument.
         return model.clone(max_segments=self.max_segments) if hasattr(model, "max_segments") else model
 
     @property
     def max_segments(self) -> int:
-        """What is promised of the segment ids of batches (`AttentionMask.max_segments`)."""
+        """The promise about the segment ids of batches (`AttentionMask.max_segments`)."""
         return 0 if self.own_batches else self.config.objective.max_segments(self.config)
 
     @property
     def sizes(self) -> Sizes:
-        """How many ids the model knows."""
+        """Sizes of the model's tables of ids."""
         own = self.config.objective.model_settings(self.vocabulary, self.class_names)
         return Sizes(self.config.model.vocab_size, own.get("source_vocab_size", 0), len(self.class_names))
 
@@ -148,7 +148,7 @@ class Parts:
 
     @property
     def shapes(self) -> PyTree:
-        """Of the parameters."""
+        """Shapes of the parameters."""
         return self._shapes_and_axes[0]
 
     @property
@@ -158,7 +158,7 @@ class Parts:
 
     @functools.cached_property
     def loss(self) -> Loss:
-        """What is minimised: frozen parameters have no gradient."""
+        """The training loss; frozen parameters have no gradient."""
         loss = self.config.objective.bind(self.model, self.vocabulary)
         return freeze(loss, self.config.optimizer, self.shapes)
 
@@ -171,12 +171,12 @@ class Parts:
         return 1 if self.module is None else self.config.data.sequence_length
 
     def check_batch(self, batch: Any) -> Any:
-        """The batch on the host, if it is one that the loss can take; else `UserError`."""
+        """The batch on the host, if the loss can take it; else `UserError`."""
         self.config.objective.check_batch(batch)
         return check_batch_ids(self.sizes, batch, max_segments=self.max_segments)
 
     def trace(self, batch: Any = None) -> list[Request]:
-        """Trace the loss of a batch (None: of full rows), as training computes it; what it asks of attention."""
+        """Trace the loss of a batch (None: of full rows) as in training, and return its calls of attention."""
         config, loss, key = self.config, self.loss, jax.random.key(0)
         carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
         with self._explained(), recorded() as requests:
@@ -190,7 +190,7 @@ class Parts:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """A model that was given and cannot be called as the objective calls its own is a `UserError`."""
+        """Raise UserError if a given model cannot be called like the objective's own."""
         objective = self.config.objective
         try:
             yield
@@ -205,7 +205,7 @@ class Parts:
             ) from error
 
     def changed(self, **model: Any) -> "Parts":
-        """The same arithmetic in another form: fields of the model's config; logits all at once."""
+        """The same arithmetic in another form: with these fields of the model's config, and logits computed at once."""
         config = dataclasses.replace(
             self.config,
             model=dataclasses.replace(self.config.model, **model),
@@ -214,10 +214,10 @@ class Parts:
         return dataclasses.replace(self, config=config)
 
     def count_step(self, batch: PyTree) -> Flops:
-        """Operations of a training step; of the batch, shapes are enough.
+        """Operations of a training step; the shapes of the batch suffice.
 
-        Traced is the plain model: what is saved by computing a part at a time, or again, changes no count, and a fused kernel
-        would only take longer to trace.
+        The traced model is the plain one: chunks and recomputation change no count, and a fused kernel would only take longer to
+        trace.
         """
 
         def in_plain(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
@@ -231,14 +231,14 @@ class Parts:
         return step_flops(dataclasses.replace(plain, runtime=None).loss, self.shapes, batch)
 
     def measure_work(self, parts: int = 1) -> Callable[[Any], Work]:
-        """What a training step amounts to, of which a process sees one of so many parts of the batch.
+        """The work of a training step, of which a process sees one of this many parts of the batch.
 
-        Counted once for each shape of a batch, when the first comes (`training.flops`).
+        Counted once for each shape of a batch, when the first one comes (`training.flops`).
         """
         counted: dict[Any, float] = {}
 
         def work(batch: Any) -> Work:
-            read = getattr(batch, "read", ())  # of batches of one's own nobody knows what a token is
+            read = getattr(batch, "read", ())  # a user's own batch does not say which fields are tokens
             shapes = tuple(x.shape for x in jax.tree.leaves(batch))
             if shapes not in counted:
                 counted[shapes] = parts * self.count_step(batch).total
@@ -247,7 +247,7 @@ class Parts:
         return work
 
     def describe_attention(self, platform: str) -> str:
-        """The attention backends of training on a platform (`jax.devices()[0].platform`), in full rows, as many as one has."""
+        """The attention backends in training on a platform (`jax.devices()[0].platform`), for full rows."""
         config = self.config
         shards, context = STRATEGIES[config.parallel.strategy].shares(config.parallel)
         if context > 1:
@@ -268,13 +268,13 @@ class Parts:
         batch = config.objective.batch_shapes(config)
         if not self.own_batches or not hasattr(batch, "segment_ids"):
             return named(batch)
-        # Rows of one's own may have segment ids or none; which is known when they come.
+        # A user's own rows may or may not have segment ids; that is known when they arrive.
         packed, whole = (named(batch._replace(segment_ids=ids)) for ids in (batch.inputs, None))
         return packed if packed == whole else f"{whole} for rows without segment ids, {packed} for others"
 
 
 def check_devices(config: Config, mesh: Mesh | None = None) -> None:
-    """Raise UserError unless devices, batch and model fit each other, as far as a config says; before any data is read."""
+    """Raise UserError unless devices, batch and model fit together, as far as the config shows; before any data is read."""
     runner = STRATEGIES[config.parallel.strategy]
     shards, context = runner.shares(config.parallel, mesh)
     if config.model.memory_length > 0:
@@ -288,7 +288,7 @@ def check_devices(config: Config, mesh: Mesh | None = None) -> None:
 
 
 def _check_context(model: ModelConfig) -> None:
-    """Raise UserError unless the places of a row may lie on several devices, in another order."""
+    """Raise UserError unless the positions of a row may be sharded, in another order."""
     patterns = {block.attention.pattern for block in model.block_counts}
     require(
         all(pattern.sees_all for pattern in patterns),
@@ -298,22 +298,22 @@ def _check_context(model: ModelConfig) -> None:
     )
     require(
         model.dropout == 0 and all(block.attention.dropout == 0 for block in model.block_counts),
-        "parallel.context needs model.dropout=0 and attention.dropout=0: what is dropped is drawn by place in an array, and rows "
-        "are dealt out in another order; set them, or parallel.context=1.",
+        "parallel.context needs model.dropout=0 and attention.dropout=0: dropout depends on the index in an array, and rows "
+        "are stored in another order; set them, or parallel.context=1.",
     )
 
 
 class Steps:
-    """What trains a resolved config, on the devices that it names; nothing is allocated on any of them.
+    """The steps that train a resolved config on its devices; nothing is allocated on any of them.
 
     Args:
-        config: as `resolve` gives it.
-        vocabulary: the run's tokenizer, or what losses know of one.
-        mesh: of devices, present or absent; None takes those of `config.parallel`.
-        optimizer: in the place of the config's, learning rate and all.
-        model: a linen module in the place of the config's.
-        class_names: of labelled texts.
-        own_batches: nothing is promised of the segment ids of batches, which a caller brings.
+        config: a config from `resolve`.
+        vocabulary: the run's tokenizer, or the properties of one that losses need.
+        mesh: of devices, present or absent; None takes the devices of `config.parallel`.
+        optimizer: used instead of the config's, learning rate included.
+        model: a linen module to use instead of the config's.
+        class_names: class names of labelled texts.
+        own_batches: a caller supplies the batches; nothing is promised about their segment ids.
     """
 
     def __init__(
@@ -327,7 +327,7 @@ class Steps:
         own_batches: bool = False,
     ) -> None:
         strategy = STRATEGIES[config.parallel.strategy]
-        # The kernels for CPUs fold batch and places, which over a context axis would gather both.
+        # The kernels for CPUs fold the batch and position axes, which would gather both over a context axis.
         _, context = strategy.shares(config.parallel, mesh)
         platform = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
         runtime = training_runtime(platform, context == 1)
@@ -349,7 +349,7 @@ class Steps:
             skip_spikes=config.training.skip_spikes,
             axis_name=strategy.axis_name,
         )
-        """The step that the runner compiles."""
+        """The compiled step of the runner."""
         evaluate_step = EvaluateStep(parts.loss, strategy.axis_name)
         self.runner: Runner = strategy.make(
             config.parallel, self.train_step, evaluate_step, mesh=mesh, axes=parts.axes, row_order=balanced_order
@@ -357,18 +357,17 @@ class Steps:
         self.runner.check_batch = parts.check_batch
         state = jax.eval_shape(self._make_state)._replace(frozen=frozen)
         self.state: TrainState = self.runner.abstract_state(state)
-        """Shapes before the first step, with the shardings of what a checkpoint is restored to, and the base is read to."""
+        """Shapes before the first step, with the shardings for restored checkpoints and for the loaded base."""
 
     def init_state(self, *params: PyTree) -> TrainState:
         """The state before the first step; no device ever holds more than its part.
 
-        Parts of the tree of parameters that are given take the place of those that are initialised. With adapters, the state
-        lacks what is frozen.
+        Given subtrees of parameters replace the initialised ones. With adapters, the state lacks the frozen parameters.
         """
         return self.runner.init_state(self._make_state, *params)
 
     def describe_whole(self) -> str:
-        """The parameters that lie whole on every device for want of partition metadata; empty where nothing is shared."""
+        """Parameters that are whole on every device for lack of partition metadata; empty if nothing is sharded."""
         whole = [
             parameter_path(path)
             for path, names in jax.tree_util.tree_leaves_with_path(self.parts.axes, is_leaf=is_names)
@@ -381,7 +380,7 @@ class Steps:
 
     def _make_state(self, params: PyTree | None = None) -> TrainState:
         config = self.parts.config
-        # Adapters are float32, whatever their base is.
+        # Adapters are float32 for any type of the base.
         model = dataclasses.replace(config.model, param_dtype="float32") if config.adapter.rank else config.model
         _, own = split(self.parts.init_params(jax.random.key(config.training.seed)))
         return create_state(

@@ -1,4 +1,4 @@
-"""Paths as users give them, files that are whole or absent, and what a failed write means."""
+"""Paths from users, files that are either whole or absent, and explanations of failed writes."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ class WriteError(UserError):
 
 
 ASIDE = ".tmp"
-"""Ends the name of a file that is being written; what a kill left under such a name is nobody's."""
+"""Suffix of a file that is being written; after a kill, a file with this suffix may be removed."""
 
 _ERRNO = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)|\[Errno (\d+)\]")
 _CAUSES: dict[int, tuple[str, str]] = {
@@ -46,10 +46,10 @@ _CAUSES: dict[int, tuple[str, str]] = {
 
 
 def expand(path: str | os.PathLike[str]) -> str:
-    """A path that a user gave, with `~` and `~NAME` as home directories; every such path passes through here.
+    """A path from a user, with `~` and `~NAME` as home directories; every such path passes through here.
 
     Raises:
-        UserError: it is empty or blank, which would mean the current folder, or no system could have it.
+        UserError: it is empty or blank (which would mean the current folder), or no system supports it.
 
     Example:
         >>> expand("gs://bucket/run")
@@ -64,7 +64,7 @@ def expand(path: str | os.PathLike[str]) -> str:
 
 
 def resolved(path: epath.PathLike) -> epath.Path:
-    """A path that a user gave, absolute and without links; an address in a bucket as it is.
+    """A path from a user, absolute and without links; an address in a bucket is unchanged.
 
     (`epath`'s own `resolve` takes an address for a relative path.)
     """
@@ -73,18 +73,18 @@ def resolved(path: epath.PathLike) -> epath.Path:
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is of this machine's file system (network mounts included), not of a bucket."""
+    """Whether a path is in this machine's file system (network mounts included), not in a bucket."""
     return "://" not in os.fspath(path)
 
 
 def is_file(path: epath.PathLike) -> bool:
-    """Whether there is a file, or a link to one: no folder, and no pipe or device, which `epath` takes for files."""
+    """Whether there is a file, or a link to one: not a folder, and not a pipe or device, which `epath` takes for files."""
     return os.path.isfile(path) if is_local(path) else epath.Path(path).is_file()
 
 
 @contextlib.contextmanager
 def writing_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """A file to be written in parts, which is there once the block has ended, and not if it fails or is interrupted.
+    """A file to be written in parts. It appears when the block has ended, and not if the block fails or is interrupted.
 
     Raises:
         OSError: it cannot be written.
@@ -110,19 +110,19 @@ def writing_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Write aside, to the disk, and rename: a reader finds the old file or the new one, also after a power cut.
+    """Write a temporary file to the disk, then rename it: a reader finds the old or the new file, even after a power cut.
 
-    Two writers of one file must not be at work at a time. In a bucket an object appears whole as it is.
+    Only one writer of a file may be active at a time. In a bucket, an object appears whole by itself.
 
     Raises:
-        OSError: it cannot be written; the old file stays, and nothing beside it.
+        OSError: it cannot be written; the old file stays, and no temporary file remains.
     """
     with writing_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_directory(path: epath.PathLike) -> None:
-    """Bring the names in a local directory to the disk, where its file system can."""
+    """Flush the names in a local directory to the disk, if its file system supports that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(os.fspath(path), os.O_RDONLY)
         try:
@@ -132,11 +132,11 @@ def sync_directory(path: epath.PathLike) -> None:
 
 
 def explain(error: BaseException, what: str, done: str = "written") -> WriteError | None:
-    """What the user should know of a failed write of `what`: cause, path and remedy; None if it was no such failure.
+    """An error for a failed write of `what`, with cause, path and remedy; None if the failure was of another kind.
 
-    `done` is what could not be done; "read or written" where an error may be of either.
+    `done` is the operation that failed; "read or written" if it may have been either.
 
-    Takes an `OSError`, an error of TensorStore or Orbax that carries one, or an exception that was raised from either.
+    Takes an `OSError`, an error of TensorStore or Orbax that contains one, or an exception raised from either.
 
     Example:
         >>> print(explain(OSError(28, "No space left on device", "runs/a/7"), "Checkpoint 7"))
@@ -157,7 +157,7 @@ def explain(error: BaseException, what: str, done: str = "written") -> WriteErro
 
 
 def _number(error: BaseException) -> int | None:
-    """The operating system's number of an error, 0 for an `OSError` without one; None if it is another error."""
+    """The operating system's error number, 0 for an `OSError` without one; None for other errors."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     found = _ERRNO.search(str(error))
@@ -166,7 +166,7 @@ def _number(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turn what goes wrong while the content of a file is interpreted into a `UserError` that names it.
+    """Turn any error while the content of a file is interpreted into a `UserError` that names it.
 
     Example:
         `with understood(f"{path}"): tokenizer = make(json.loads(text))`
@@ -184,7 +184,7 @@ def understood(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(what: str, done: str = "written") -> Iterator[None]:
-    """Turn a failed write (or what else could not be `done`) inside into the `WriteError` of `explain`; other exceptions pass.
+    """Turn a failed write (or another operation `done`) in the block into the `WriteError` of `explain`; others pass through.
 
     Example:
         `with explained(f"{path}"): write_whole(path, text)`

@@ -1,4 +1,4 @@
-"""Checks that raise `UserError` with the invariant and the value; the types and choices of every settings class."""
+"""Checks that raise `UserError` with invariant and value; types and choices of every settings class."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_installed(package: Any, name: str, extra: str) -> None:
-    """Raise UserError, with the command that installs it, unless a package that not everybody needs is there."""
+    """Raise UserError, with the installation command, unless an optional package is installed."""
     require(
         package is not None, f'This needs the package {name}; in a copy of the repository: pip install -e ".[{extra}]".'
     )
@@ -45,15 +45,15 @@ def require_at_least(config: Any, low: float, *names: str) -> None:
 
 
 class Settings:
-    """The base of every config and kind: a frozen dataclass whose fields have their types and choices once it is made.
+    """The base class of every config and kind: a frozen dataclass that checks the types and choices of its fields.
 
-    A class checks more in its own `__post_init__`, which runs after this check. What is taken, and kept as Python's own:
+    A class adds checks in its own `__post_init__`, which runs after this one. Accepted values are converted to Python's types:
 
-    * a whole number of at most 32 bits (JAX's default), or a finite number of float32, for which a whole one may stand; true
-      and false are neither;
-    * a scalar of NumPy for the number, truth value or text that it is;
-    * a list for a tuple;
-    * for `Annotated[T, function]`, what the function makes of the value; for `Annotated[int, bits]`, so many bits.
+    * an integer of at most 32 bits (JAX's default), or a finite float32 number, for which an integer may stand; true and false
+      are neither;
+    * a NumPy scalar, to the number, truth value or text that it holds;
+    * a list, to a tuple;
+    * for `Annotated[T, function]`, the function's result; for `Annotated[int, bits]`, an integer of this many bits.
     """
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -62,13 +62,13 @@ class Settings:
             setattr(cls, "__post_init__", _typed_before(rules))  # noqa: B010
 
     def __post_init__(self) -> None:
-        """Check the fields of a class that has no rules of its own."""
+        """Check the fields of a class without rules of its own."""
         _check_fields(self)
 
     def unused(self) -> Mapping[str, str]:
-        """Its settings that mean nothing beside its other values, each with what it is for.
+        """Settings that have no effect beside its other values, each with its purpose.
 
-        A run has no flags for them, and its `Config` refuses them where they have not their default.
+        A run has no flags for them, and its `Config` refuses them unless they have their defaults.
         """
         return {}
 
@@ -97,10 +97,10 @@ def _hints(kind: type) -> tuple[tuple[str, Any], ...]:
 
 
 def typed(hint: Any, value: Any, name: str) -> Any:
-    """A value as its type has it.
+    """A value converted to its declared type.
 
     Raises:
-        UserError: it is of another type, or none of the choices.
+        UserError: it has another type, or is none of the choices.
     """
     kind, extra = (hint.__origin__, hint.__metadata__[0]) if typing.get_origin(hint) is Annotated else (hint, 31)
     value = extra(value) if callable(extra) else value
@@ -141,7 +141,7 @@ def typed(hint: Any, value: Any, name: str) -> Any:
 def _is_instance(value: Any, kind: Any) -> bool:
     try:
         return isinstance(value, kind)
-    except TypeError:  # Any, a protocol, a type variable: what cannot be told here is left to the class
+    except TypeError:  # Any, a protocol, a type variable: types that cannot be checked here are left to the class
         return True
 
 
@@ -152,7 +152,7 @@ def _wrong(hint: Any, value: Any, name: str) -> UserError:
 
 
 def _alternative(hint: Any, value: Any) -> Any:
-    """The member of a union that a value is to be of, and a type that is no union itself."""
+    """The member of a union that a value matches, or a type that is not a union."""
     members = alternatives(hint)
     if value is None and type(None) in typing.get_args(hint):
         return type(None)
@@ -161,14 +161,14 @@ def _alternative(hint: Any, value: Any) -> Any:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types of a union but None, or the one type."""
+    """The types in a union except None, or the one type."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
     return (hint,)
 
 
 def choices(hint: Any) -> list[str]:
-    """The words that a type has."""
+    """The words that a type allows."""
     literals = (kind for kind in alternatives(hint) if typing.get_origin(kind) is Literal)
     return [str(choice) for kind in literals for choice in typing.get_args(kind)]
 
@@ -185,7 +185,7 @@ _DESCRIBED = {
 
 
 def described(hint: Any) -> str:
-    """What a value of a type is, for messages."""
+    """The allowed values of a type, for messages."""
     kinds = []
     for kind in alternatives(hint.__origin__ if typing.get_origin(hint) is Annotated else hint):
         members = typing.get_args(kind)
@@ -202,7 +202,7 @@ def described(hint: Any) -> str:
 
 
 def did_you_mean(value: Any, known: list[str]) -> str:
-    """The end of a sentence about a value that is not known: with the one that it resembles, if there is one."""
+    """The end of a sentence about an unknown value, with the most similar known one, if any."""
     near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else "."
 
@@ -217,7 +217,7 @@ def shown(value: Any) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in messages.
+    """A number of things, for messages.
 
     >>> counted(1, "text"), counted(1234, "pair")
     ('1 text', '1,234 pairs')

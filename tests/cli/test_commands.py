@@ -152,9 +152,7 @@ def test_a_run_of_fewer_steps_goes_on_with_the_files(place, arguments, capsys, t
     capsys.readouterr()
     for _ in range(2):
         main(command)
-        assert (
-            "note: --optimizer.schedule.warmup-steps 4 -> 2, as the run that goes on has it" in capsys.readouterr().err
-        )
+        assert "note: --optimizer.schedule.warmup-steps 4 -> 2, as in the run that goes on" in capsys.readouterr().err
     assert load(tmp_path / "run").step == 6
 
 

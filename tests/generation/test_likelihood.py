@@ -220,7 +220,7 @@ def test_what_is_drawn_depends_on_the_seed_and_the_text_alone():
     assert drawn(texts[:2], num_samples=3, seed=1) == first[:2]
     assert drawn(num_samples=3, seed=2) != first
     assert drawn(top_k=1) == run.predict(texts, max_new_tokens=8)
-    with pytest.raises(UserError, match="are for what is drawn, got temperature=0"):
+    with pytest.raises(UserError, match="are for sampling, got temperature=0"):
         run.predict(texts, num_samples=2)
-    with pytest.raises(UserError, match="Beam search draws nothing"):
+    with pytest.raises(UserError, match="Beam search samples nothing"):
         run.predict(texts, beams=2, temperature=1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transformer.layers.attention import Attention
-from transformer.layers.cache import init_cache, init_memory_cache
+from transformer.layers.cache import init_cache, init_cross_attention_cache
 from transformer.layers.runtime import Runtime
 from transformer.model_config import AttentionConfig
 from transformer.model_kinds import POSITIONS
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 CAUSAL = AttentionMask(causal=True)
 
 
-def per_head(params, inputs, memory, visible, config, head_dim, norm):
+def per_head(params, inputs, encoded, visible, config, head_dim, norm):
     """Vaswani et al. 2017, section 3.2.2, written as a loop over heads in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    inputs, memory = np.asarray(inputs, np.float64), np.asarray(memory, np.float64)
+    inputs, encoded = np.asarray(inputs, np.float64), np.asarray(encoded, np.float64)
 
     def project(role, x, head):
         projected = x @ params[role]["kernel"][:, head] + params[role].get("bias", np.zeros((9, 1)))[head]
@@ -43,7 +43,7 @@ def per_head(params, inputs, memory, visible, config, head_dim, norm):
     for head in range(config.num_heads):
         shared = head * config.kv_heads // config.num_heads
         query = project("query", inputs, head)
-        key, value = project("key", memory, shared), project("value", memory, shared)
+        key, value = project("key", encoded, shared), project("value", encoded, shared)
         logits = np.einsum("btk,bsk->bts", query, key) * (config.query_scale or 1 / np.sqrt(head_dim))
         if config.logits_soft_cap:
             logits = config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap)
@@ -78,17 +78,17 @@ def per_head(params, inputs, memory, visible, config, head_dim, norm):
 def test_multi_head_is_a_loop_over_heads(small, config, cross):
     norm = RMSNorm(epsilon=0.3, unit_offset=config.query_scale > 0)
     layer, inputs = Attention(config, norm=norm), small.normal(2, 5, 8)
-    memory = small.normal(2, 7, 6, seed=1) if cross else None
-    params = small.random_params(layer, inputs, memory_BSD=memory)
+    encoded = small.normal(2, 7, 6, seed=1) if cross else None
+    params = small.random_params(layer, inputs, encoded_BSD=encoded)
     assert all(("bias" in params[role]) == config.use_bias for role in ("query", "key", "value"))
     assert ("bias" in params["out"]) == (config.use_bias and config.out_bias)
     mask = AttentionMask() if cross else CAUSAL
     visible = np.ones((5, 7), bool) if cross else np.tri(5, dtype=bool)
-    out = small.apply(layer, params, inputs, memory_BSD=memory, mask=mask)
+    out = small.apply(layer, params, inputs, encoded_BSD=encoded, mask=mask)
     expected = per_head(
         params,
         inputs,
-        inputs if memory is None else memory,
+        inputs if encoded is None else encoded,
         visible,
         config,
         config.head_dim or 8 // config.num_heads,
@@ -177,10 +177,12 @@ def test_cached_is_full(small, grouped):
 
 def test_memory_is_projected_once(small):
     layer = Attention(AttentionConfig(num_heads=2))
-    inputs, memory = small.normal(2, 3, 8), small.normal(2, 4, 8, seed=1)
-    params = small.random_params(layer, inputs, memory_BSD=memory)
-    full = small.apply(layer, params, inputs, memory_BSD=memory)
-    first, cache = small.apply(layer, params, inputs[:, :2], memory_BSD=memory, cache=init_memory_cache(2, 2, 4))
+    inputs, encoded = small.normal(2, 3, 8), small.normal(2, 4, 8, seed=1)
+    params = small.random_params(layer, inputs, encoded_BSD=encoded)
+    full = small.apply(layer, params, inputs, encoded_BSD=encoded)
+    first, cache = small.apply(
+        layer, params, inputs[:, :2], encoded_BSD=encoded, cache=init_cross_attention_cache(2, 2, 4)
+    )
     queries = {"params": {name: params[name] for name in ("query", "out")}}
     then, _ = layer.apply(queries, inputs[:, 2:], cache=cache)
     np.testing.assert_allclose(jnp.concatenate([first, then], axis=1), full, atol=1e-5)
@@ -201,8 +203,8 @@ def test_bfloat16(small):
     ("config", "positions", "arguments", "message"),
     [
         ({"num_heads": 3}, "none", {}, "num_heads must divide ModelConfig.embed_dim=8, got 3"),
-        ({}, "rotary", {"memory_BSD": 0}, "Cross-attention has no common positions .* got kind='rotary'"),
-        ({}, "none", {"memory_BSD": 0, "cache": 0}, "Cross-attention needs a MemoryCache, got a KVCache"),
+        ({}, "rotary", {"encoded_BSD": 0}, "Cross-attention compares no positions .* got kind='rotary'"),
+        ({}, "none", {"encoded_BSD": 0, "cache": 0}, "Cross-attention needs a CrossAttentionCache, got a KVCache"),
         (
             {},
             "none",
@@ -222,7 +224,7 @@ def test_bfloat16(small):
 def test_refusals(small, config, positions, arguments, message):
     layer = Attention(AttentionConfig(**config), positions=POSITIONS.find(positions)())
     values = {
-        "memory_BSD": small.normal(1, 3, 8),
+        "encoded_BSD": small.normal(1, 3, 8),
         "cache": init_cache(1, 4, 4, 2),
         "positions_BT": jnp.zeros((1, 2), jnp.int32),
         "mask": AttentionMask(key_lengths=jnp.array([1])),

@@ -27,8 +27,8 @@ def test_block_is_its_formula(small, kind, placement, cross):
     config = BlockConfig(attention=AttentionConfig(num_heads=2, window=3), norm=NORMS.find(kind)(placement))
     positions = RotaryPositions()
     block = Block(config, positions=positions, cross_attention=cross)
-    inputs, memory = small.normal(2, 5, 8), small.normal(2, 6, 8, seed=1) if cross else None
-    arguments = {"mask": CAUSAL, "memory_BSD": memory}
+    inputs, encoded = small.normal(2, 5, 8), small.normal(2, 6, 8, seed=1) if cross else None
+    arguments = {"mask": CAUSAL, "encoded_BSD": encoded}
     params = small.random_params(block, inputs, **arguments)
 
     def f(role, x):
@@ -36,7 +36,7 @@ def test_block_is_its_formula(small, kind, placement, cross):
             layer = Attention(config.attention, positions=positions)
             return layer.apply({"params": params[role]}, x, mask=CAUSAL)
         if role == "cross_attention":  # without positions and window
-            return Attention(AttentionConfig(num_heads=2)).apply({"params": params[role]}, x, memory_BSD=memory)
+            return Attention(AttentionConfig(num_heads=2)).apply({"params": params[role]}, x, encoded_BSD=encoded)
         return FeedForward(config.feed_forward).apply({"params": params[role]}, x)
 
     def n(name, x):
@@ -104,4 +104,4 @@ def test_what_a_block_refuses(small):
         BlockConfig(norm=RMSNorm(placement="output"), attention_norm=False)
     block = Block(BlockConfig(AttentionConfig(num_heads=2), parallel=True), cross_attention=True)
     with pytest.raises(UserError, match="parallel=True is for blocks without cross-attention"):
-        block.init(jax.random.key(0), small.normal(2, 5, 8), memory_BSD=small.normal(2, 5, 8))
+        block.init(jax.random.key(0), small.normal(2, 5, 8), encoded_BSD=small.normal(2, 5, 8))

@@ -29,9 +29,9 @@ def test_targets_are_causal_and_sources_seen_whole(tiny, kind):
         effect = np.abs(changed - logits)[0].max(axis=-1)
         assert (effect[:place] == 0).all()
         assert (effect[place:] > 1e-4).all()
-    memory = tiny.forward(config, "encode")(tiny.params(config), source)
+    encoded = tiny.forward(config, "encode")(tiny.params(config), source)
     later = tiny.forward(config, "encode")(tiny.params(config), source.at[0, 3].add(-1))
-    assert (np.abs(later - memory)[0].max(axis=-1) > 1e-4).all()
+    assert (np.abs(later - encoded)[0].max(axis=-1) > 1e-4).all()
     for place in range(4):
         changed = tiny.forward(config)(tiny.params(config), source.at[0, place].add(-1), target)
         assert (np.abs(changed - logits)[0].max(axis=-1) > 1e-4).all()
@@ -69,13 +69,13 @@ def test_cached_is_full(tiny, scan):
     params = tiny.params(config)
     if scan:
         config, params = dataclasses.replace(config, scan_layers=True), scan_params(params)
-    memory = tiny.forward(config, "encode")(params, source, segment_ids_BS=segments)
+    encoded = tiny.forward(config, "encode")(params, source, segment_ids_BS=segments)
     decode = tiny.forward(config, "decode")
     cache = tiny.build(config).init_cache(2, 6)
     # Right padding in the prompt: the second row reads one token less, and is one behind from there on.
     valid = jnp.array([[1, 1, 1], [1, 1, 0]])
     prompt, cache = decode(
-        params, target[:, :3], memory, source_segment_ids_BS=segments, segment_ids_BT=valid, cache=cache
+        params, target[:, :3], encoded, source_segment_ids_BS=segments, segment_ids_BT=valid, cache=cache
     )
     np.testing.assert_allclose(prompt[0], full[0, :3], atol=2e-5)
     np.testing.assert_allclose(prompt[1, :2], full[1, :2], atol=2e-5)
@@ -92,7 +92,9 @@ def test_cached_is_full(tiny, scan):
 def test_first_cached_call_needs_the_memory(tiny):
     config = pair(tiny, num_layers=1)
     model = tiny.build(config)
-    with pytest.raises(ValueError, match="Cross-attention needs a memory in the first call with a cache; pass memory"):
+    with pytest.raises(
+        ValueError, match="Cross-attention needs the encoder output in the first call with a cache; pass encoded"
+    ):
         jax.eval_shape(
             functools.partial(model.apply, method="decode"),
             {"params": tiny.params(config)},
@@ -130,16 +132,16 @@ def test_two_depths(tiny, layers, scan):
     depths = {name: len(params[name]["blocks"]) for name in ("encoder", "decoder")}
     assert depths == {"encoder": 2, "decoder": layers}
     same = {"encoder": tiny.config("t5", architecture="encoder_decoder"), "decoder": config.decoder}
-    memory = tiny.forward(same["encoder"], "encode")({k: v for k, v in params.items() if k != "decoder"}, source)
+    encoded = tiny.forward(same["encoder"], "encode")({k: v for k, v in params.items() if k != "decoder"}, source)
     expected = tiny.forward(same["decoder"], "decode")(
-        {k: v for k, v in params.items() if k != "encoder"}, target, memory
+        {k: v for k, v in params.items() if k != "encoder"}, target, encoded
     )
     run = dataclasses.replace(config, scan_layers=scan)
     params = scan_params(params) if scan else params
     np.testing.assert_allclose(tiny.forward(run)(params, source, target), expected, atol=1e-4)
     cache, parts = tiny.build(run).init_cache(2, 6), []
     for index, part in enumerate((target[:, :2], target[:, 2:])):
-        logits, cache = tiny.forward(run, "decode")(params, part, memory if index == 0 else None, cache=cache)
+        logits, cache = tiny.forward(run, "decode")(params, part, encoded if index == 0 else None, cache=cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
 

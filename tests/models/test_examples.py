@@ -6,8 +6,8 @@ import importlib
 import pytest
 
 MODULES = {
-    "layers": ["attention", "block", "cache", "experts", "feed_forward", "linear"],
-    "models": ["decoder", "encoder", "encoder_decoder"],
+    "layers": ["adapters", "attention", "block", "cache", "experts", "feed_forward", "linear", "norm", "runtime"],
+    "models": ["classifier", "decoder", "embedder", "encoder", "encoder_decoder"],
 }
 
 

@@ -69,14 +69,14 @@ def test_a_memory_goes_through_all_parts(tiny):
         config = dataclasses.replace(base, scan_layers=scan)
         params = scan_params(tiny.params(base), len(base.pattern), len(base.first)) if scan else tiny.params(base)
         model = Decoder(config)
-        recurrence, parts = model.init_recurrence(2), []
+        memory, parts = model.init_memory(2), []
         for start in (0, 3):
             positions = jnp.arange(start, start + 3, dtype=jnp.int32)[None]
-            out, recurrence = model.apply(
-                {"params": params}, tokens[:, start : start + 3], positions_BT=positions, recurrence_BLPD=recurrence
+            out, memory = model.apply(
+                {"params": params}, tokens[:, start : start + 3], positions_BT=positions, memory_BLPD=memory
             )
             parts.append(out)
-        outs.append((np.concatenate(parts, axis=1), recurrence))
+        outs.append((np.concatenate(parts, axis=1), memory))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *outs)
 
 

@@ -126,9 +126,9 @@ def test_weights_over_a_memory(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     model, params, tokens = tiny.build(config), tiny.params(config), tiny.tokens((2, 6))
     _, memory = model.apply(
-        {"params": params}, tokens, positions_BT=jnp.arange(6)[None], recurrence_BLPD=model.init_recurrence(2)
+        {"params": params}, tokens, positions_BT=jnp.arange(6)[None], memory_BLPD=model.init_memory(2)
     )
-    options = {"positions_BT": jnp.arange(6, 12)[None], "recurrence_BLPD": memory}
+    options = {"positions_BT": jnp.arange(6, 12)[None], "memory_BLPD": memory}
     weights, mixed, outs = mixed_by_hand(model, params, (tokens,), **options)
     for w, ours, theirs in zip(weights, mixed, outs, strict=True):
         assert w.shape == (2, 4, 6, 10) and (np.asarray(w)[..., :4].sum(axis=-1) > 0).all()

@@ -128,7 +128,7 @@ def test_configs_and_flags_have_them():
 def test_what_nobody_registered_is_refused(monkeypatch):
     values = to_dict(Config(model=config(max_length=0)))
     monkeypatch.delitem(POSITIONS._kinds, "clock")
-    with pytest.raises(UserError, match=r"got 'clock'\. One's own kind is known once the module that registers it"):
+    with pytest.raises(UserError, match=r"got 'clock'\. Your own kind is known once the module that registers it"):
         from_dict(Config, values)
 
 

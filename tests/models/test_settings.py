@@ -127,7 +127,7 @@ def build(name, config):
     if config.memory_length:
         # Positions behind a memory of ones, all of which they continue.
         memory = jnp.ones((len(TOKENS), config.num_layers, config.memory_length, config.embed_dim))
-        arguments = {"recurrence_BLPD": memory, "positions_BT": config.memory_length + jnp.arange(8)[None]}
+        arguments = {"memory_BLPD": memory, "positions_BT": config.memory_length + jnp.arange(8)[None]}
     own = {"num_classes": 3} if name == "classifier" else {}
     return MODELS[name](config, **own), (TOKENS,) * (2 if name == "encoder_decoder" else 1), arguments
 

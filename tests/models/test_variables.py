@@ -126,8 +126,8 @@ def test_padding_before_a_token_with_a_cache_is_refused_or_nan(name):
     def run(valid):
         cache, arguments = model.init_cache(batch_size=2, capacity=4), {"segment_ids_BT": valid}
         if name == "encoder_decoder":
-            memory = model.apply({"params": params}, tokens, method="encode")
-            arguments |= {"memory_BSD": memory, "method": "decode"}
+            encoded = model.apply({"params": params}, tokens, method="encode")
+            arguments |= {"encoded_BSD": encoded, "method": "decode"}
         logits, cache = model.apply({"params": params}, tokens, cache=cache, **arguments)
         arguments.pop("segment_ids_BT")
         return logits, model.apply({"params": params}, tokens[:, :1], cache=cache, **arguments)[0]

@@ -180,7 +180,7 @@ def test_balanced_weights_are_scikit_learns():
 
 
 def test_balanced_is_a_number_before_it_trains(model, params, batch):
-    with pytest.raises(ValueError, match="must be made numbers before training"):
+    with pytest.raises(ValueError, match="must be numbers before training"):
         statistics(model, params, batch, train=True, config=dataclasses.replace(WEIGHTED, class_weights="balanced"))
 
 

@@ -91,7 +91,7 @@ def test_a_kind_that_nobody_brought_is_named():
     values = to_dict(Config())
     values["objective"] = {"kind": "os.system", "beta": 1.0}
     with pytest.raises(
-        UserError, match=r"objective\.kind must be one of next_token, .*got 'os.system'\. One's own kind is known"
+        UserError, match=r"objective\.kind must be one of next_token, .*got 'os.system'\. Your own kind is known"
     ):
         from_dict(Config, values)
 

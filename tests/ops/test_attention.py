@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.layers import spread_attention
+from transformer.layers import sharded_attention
 from transformer.model_kinds import AttentionCall
 from transformer.ops import attention, ring
 from transformer.ops.attention import dot_product_attention
@@ -171,14 +171,14 @@ def one_head_at_a_time(query, key, value, mask=None, bias=None, scale=None, logi
     out = np.zeros(query.shape)
     heads_per_group = query.shape[2] // key.shape[2]
     for row in range(query.shape[0]):
-        query_places, key_places = places(mask, row)
+        query_positions, key_positions = places(mask, row)
         for head in range(query.shape[2]):
             group = head // heads_per_group
             for t in range(query.shape[1]):
                 terms = []
                 for s in range(key.shape[1]):
-                    distance = query_places[t] - key_places[s]
-                    if sees(mask, row, t, s, query_places[t], key_places[s]):
+                    distance = query_positions[t] - key_positions[s]
+                    if sees(mask, row, t, s, query_positions[t], key_positions[s]):
                         logit = query[row, t, head] @ key[row, s, group] * (scale or 1 / math.sqrt(K))
                         if logits_soft_cap:
                             logit = logits_soft_cap * math.tanh(logit / logits_soft_cap)
@@ -330,7 +330,7 @@ def test_rows_hidden_by_a_finite_bias_are_those_of_the_reference(backend, descri
 
 def entries_that_take_a_bias():
     """Every function of the modules of attention with queries and an argument of that name."""
-    for module in (attention, blockwise, xla, ring, spread_attention):
+    for module in (attention, blockwise, xla, ring, sharded_attention):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             takes = inspect.signature(function).parameters
             if function.__module__ == module.__name__ and {"query_BTHK", "bias"} <= set(takes) and name[0] != "_":
@@ -346,7 +346,7 @@ def test_a_bias_that_is_a_mask_is_refused_by_name(entry, described, dtype):
     settings = {"mask": AttentionMask(), "bias": bias, "scale": 1.0, "axis_name": "context", "soft_cap": 0.0}
     wanted = inspect.signature(entry).parameters
     operands = (query, key, value) if "value_BSGK" in wanted else (query, key)
-    with pytest.raises(UserError, match=rf"bias .* must be floating-point, got {np.dtype(dtype).name}; .* with `mask`"):
+    with pytest.raises(UserError, match=rf"bias .* must be floating-point, got {np.dtype(dtype).name}; .* use `mask`"):
         entry(*operands, **{name: value for name, value in settings.items() if name in wanted})
 
 

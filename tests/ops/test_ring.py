@@ -12,10 +12,10 @@ from jax.sharding import AxisType, PartitionSpec
 from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
 from transformer.ops.patterns.fixed import FixedPattern
-from transformer.ops.places import balanced_order
 from transformer.ops.positions.alibi import AlibiBias
 from transformer.ops.positions.t5 import T5Bias
 from transformer.ops.ring import ring_attention
+from transformer.ops.zigzag import balanced_order
 
 B, T, H, G, K, DEVICES = 2, 64, 4, 2, 8, 8
 ORDER = balanced_order(T, DEVICES)

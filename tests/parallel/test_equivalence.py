@@ -17,7 +17,7 @@ from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.next_token import NextToken
 from transformer.ops.norms.rms_norm import RMSNorm
-from transformer.ops.places import balanced_order
+from transformer.ops.zigzag import balanced_order
 from transformer.parallel.mesh import MeshRunner, make_mesh
 from transformer.parallel.pmap import AXIS_NAME, PmapRunner
 from transformer.parallel.rules import RULES

@@ -15,7 +15,7 @@ from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.objectives.masked_lm import MaskedLM
 from transformer.ops.patterns.fixed import FixedPattern
-from transformer.ops.places import balanced_order
+from transformer.ops.zigzag import balanced_order
 from transformer.optimizers.adamw import AdamW
 from transformer.parallel.mesh import MeshRunner, batch_sharding, make_mesh, num_row_shards, process_rows
 from transformer.parallel.rules import AXES, RULES, Sharding, tree_shardings
@@ -162,14 +162,14 @@ def test_constraints_are_for_a_mesh_that_is_set():
     def ask(x):
         return RULES.constrain(x * 2, "batch", "length", "hidden")
 
-    assert RULES.spread() == {}
+    assert RULES.sharded_axes() == {}
     assert "sharding_constraint" not in str(jax.make_jaxpr(ask)(x))
     with jax.set_mesh(make_mesh({"data": 1})):
         assert "sharding_constraint" not in str(jax.make_jaxpr(ask)(x))
     with jax.set_mesh(make_mesh({"data": 4, "tensor": 2})):
-        assert RULES.spread() == {"data": 4, "tensor": 2}
+        assert RULES.sharded_axes() == {"data": 4, "tensor": 2}
         assert jax.jit(ask)(x).sharding.spec == PartitionSpec("data", None, "tensor")
-        assert Sharding().spread() == {}
+        assert Sharding().sharded_axes() == {}
         assert Sharding().constrain(x, "batch", "length", "hidden") is x
     shard = jax.pmap(ask)(x[:, None])
     assert shard.shape == (8, 1, 4, 6)

@@ -193,12 +193,12 @@ def test_initial_parameters_are_those_of_training(tmp_path):
         ("classification", "a" * 32, {}, "at most the 32 tokens"),
         ("embedding", "a" * 32, {}, "at most the 32 tokens"),
         ("seq2seq", "a" * 32, {}, "at most the 32 tokens"),
-        ("seq2seq", "a", {"target": "b" * 32}, "A target to look at must be at most the 32 tokens"),
+        ("seq2seq", "a", {"target": "b" * 32}, "A target to look at must have at most the 32 tokens"),
         (
             "prefix_lm",
             "a" * 20,
             {"target": "b" * 12},
-            "A text with what follows it to look at must be at most the 32 tokens",
+            "A text with what follows it to look at must have at most the 32 tokens",
         ),
         (
             "next_token",

@@ -260,7 +260,7 @@ def test_labels_have_one_axis(tmp_path):
     config = dataclasses.replace(config_of(tmp_path, vocab_size=V + 1), objective=Classification())
     with pytest.raises(UserError, match=r"labels of a batch given as data= must have the axes of .8. .*, got .8, 1."):
         train(config, data=BatchData([labelled], class_names=("no", "yes")))
-    with pytest.raises(UserError, match=r"got num_classes=0; of batches of your own, BatchData\(class_names="):
+    with pytest.raises(UserError, match=r"got num_classes=0; for your own batches, BatchData\(class_names="):
         train(config, data=[labelled])
 
 

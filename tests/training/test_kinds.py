@@ -252,6 +252,6 @@ def test_own_kinds_are_refused_where_nobody_imported_them(own):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert (
-        "optimizer.kind must be one of adamw, lion, adafactor, muon, got 'heavy_ball'. One's own kind is known"
+        "optimizer.kind must be one of adamw, lion, adafactor, muon, got 'heavy_ball'. Your own kind is known"
         in result.stderr
     )

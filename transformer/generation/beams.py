@@ -220,7 +220,7 @@ def _search(
         state, parents_BM = grow(state, logits_R1V.reshape(B, M, -1), *how)
         # What was read with a source is the same for all beams of a row.
         parents_R = (parents_BM + M * jnp.arange(B)[:, None]).reshape(-1)
-        return state._replace(cache=take_rows(cache, parents_R, keep_memory=True))
+        return state._replace(cache=take_rows(cache, parents_R, keep_encoded=True))
 
     state = init_state(jnp.any(segment_ids_BT != 0, axis=1), M, room, take_rows(cache, rows_R))
     state, _ = grow(state, jnp.broadcast_to(logits_BV[:, None], (B, M, logits_BV.shape[1])), *how)
@@ -257,10 +257,10 @@ def _read_sources(
 ) -> tuple[Float[Array, "B V"], Any, Step]:
     """The same of targets, whose first token is `start`."""
     B = len(source_BS)
-    memory_BSD: Any = model.apply({"params": params}, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
+    encoded_BSD: Any = model.apply({"params": params}, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
     decode = functools.partial(model.apply, {"params": params}, method="decode")
     cache, start_B1 = model.init_cache(B, room), jnp.broadcast_to(start, (B, 1))
-    outputs: Any = decode(start_B1, memory_BSD, source_segment_ids_BS=segment_ids_BS, cache=cache)
+    outputs: Any = decode(start_B1, encoded_BSD, source_segment_ids_BS=segment_ids_BS, cache=cache)
     segment_ids_RS = jnp.take(segment_ids_BS, rows_R, axis=0)
 
     def step(last_R1: Array, cache: Any) -> Any:

@@ -200,13 +200,13 @@ def masked_scores(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _masked(
-    model: Any, params: PyTree, lengths_PB: Array, tokens_BT: Array, places_BN: Array, targets_BN: Array
+    model: Any, params: PyTree, lengths_PB: Array, tokens_BT: Array, indices_BN: Array, targets_BN: Array
 ) -> Any:
     hidden_BND = model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=segment_ids_of(lengths_PB[0], tokens_BT),
-        places_BN=places_BN[:, :1],
+        indices_BN=indices_BN[:, :1],
         head=False,
         method="logits",
     )

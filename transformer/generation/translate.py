@@ -118,14 +118,14 @@ def _translate(
     batch_size = source_BS.shape[0]
     variables = {"params": params}
 
-    def decode(tokens_B1: Array, cache: Any, memory_BSD: Any = None) -> Any:
+    def decode(tokens_B1: Array, cache: Any, encoded_BSD: Any = None) -> Any:
         return model.apply(
-            variables, tokens_B1, memory_BSD, source_segment_ids_BS=segment_ids_BS, cache=cache, method="decode"
+            variables, tokens_B1, encoded_BSD, source_segment_ids_BS=segment_ids_BS, cache=cache, method="decode"
         )
 
     tokens_BP = jnp.zeros((batch_size, max_new_tokens + 1), jnp.int32).at[:, 0].set(start)
-    memory_BSD = model.apply(variables, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
-    logits_B1V, cache = decode(tokens_BP[:, :1], model.init_cache(batch_size, max_new_tokens), memory_BSD)
+    encoded_BSD = model.apply(variables, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
+    logits_B1V, cache = decode(tokens_BP[:, :1], model.init_cache(batch_size, max_new_tokens), encoded_BSD)
     # A row that only fills up the batch has nothing to say.
     ended_B = jnp.all(segment_ids_BS == 0, axis=1)
     state = State(tokens_BP, jnp.ones((batch_size,), jnp.int32), jnp.int32(0), ended_B, cache)

@@ -1,1 +1,1 @@
-"""Linen modules: thin holders of parameters over ops."""
+"""Linen modules: parameters, and calls of the pure functions in `ops`."""

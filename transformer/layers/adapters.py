@@ -1,4 +1,4 @@
-"""Trees of parameters with low-rank adapters: taken apart into what is frozen and what is trained, joined, and merged."""
+"""Trees of parameters with low-rank adapters: split into frozen and trained parts, joined again, and merged."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from transformer.types import PyTree
 
 LORA_A, LORA_B = "lora_a", "lora_b"
-"""The parameters of an adapter, beside the `kernel` that they belong to."""
+"""The parameters of an adapter, stored beside the `kernel` that they adapt."""
 HEADS = ("classifier", "pooler", "pooling")
-"""Parts of a model that are trained whole beside adapters: what makes the scores of a text's classes of its hidden states."""
+"""Parts of a model that are fully trained together with adapters: the head of a classifier."""
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """`(frozen, trained)`: the base and the adapters (with `HEADS`) of a model that has some; `((), params)` of any other.
+    """`(frozen, trained)`: the base, and the adapters with `HEADS`. A model without adapters gives `((), params)`.
 
     Example:
         >>> split({"query": {"kernel": 1, "lora_a": 2, "lora_b": 3}})
@@ -30,7 +30,7 @@ def split(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _chosen(params: PyTree, *, adapters: bool) -> PyTree:
-    """The nested dictionary with the adapters alone, or without them; empty parts are left out."""
+    """The nested dictionary, either with the adapters only or without them; empty parts are left out."""
     found = {}
     for name, part in params.items():
         if isinstance(part, dict):
@@ -54,9 +54,9 @@ def merge(params: PyTree, scale: float, dtype: Any = None) -> PyTree:
     """Parameters of the model without adapters: `kernel + scale · A · B`, computed in float32.
 
     Args:
-        params: with adapters.
+        params: the parameters, with adapters.
         scale: `AdapterConfig.scale`.
-        dtype: of the merged kernels; None is their own.
+        dtype: type of the merged kernels; None keeps each kernel's type.
     """
     if not isinstance(params, dict):
         return params
@@ -70,7 +70,7 @@ def _merged(kernel: Any, lora_a: Any, lora_b: Any, scale: float, dtype: Any) -> 
     def product(lora_a: Any, lora_b: Any) -> Any:
         return jnp.tensordot(lora_a, lora_b, 1, precision=jax.lax.Precision.HIGHEST)
 
-    # Those of a scanned stack have an axis of layers before theirs.
+    # In a scanned stack, all three arrays have a leading axis of layers.
     multiply = product if lora_a.ndim + lora_b.ndim - 2 == kernel.ndim else jax.vmap(product)
     added = scale * multiply(lora_a.astype(jnp.float32), lora_b.astype(jnp.float32))
     return (kernel.astype(jnp.float32) + added).astype(dtype or kernel.dtype)

@@ -14,7 +14,7 @@ from transformer.layers.linear import Linear
 from transformer.layers.norm import Normalize
 from transformer.layers.positions import RelativePosition
 from transformer.layers.runtime import Runtime
-from transformer.layers.spread_attention import context_size, spread_attention
+from transformer.layers.sharded_attention import context_size, sharded_attention
 from transformer.model_config import AttentionConfig
 from transformer.model_kinds import Norm, Positions
 from transformer.ops.backends.xla import attention_weights
@@ -25,16 +25,16 @@ from transformer.ops.positions.none import NoPositions
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), to itself or to a memory.
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-attention or cross-attention.
 
-    An `apply` with `mutable=["attention"]` returns the weights too, float32 [B, H, T, S] before dropout, under `weights`:
-    whatever the backend, those that the reference (`xla`) computes.
+    An `apply` with `mutable=["attention"]` also returns the weights, float32 [B, H, T, S] before dropout, under `weights`. They
+    are computed by the reference (`xla`), whatever the backend.
 
     Attributes:
         config: heads, norms, window, soft cap, dropout, backend.
-        positions: rotary, alibi, t5 and transformer_xl act here, other kinds on the embeddings.
-        norm: the block's norm, whose epsilon and unit offset QK-norm has too.
-        runtime: types, initialisation, the product and sharding.
+        positions: rotary, alibi, t5 and transformer_xl act here; other kinds act on the embeddings.
+        norm: the block's norm; QK-norm takes its epsilon and its unit offset.
+        runtime: types, initialisation, `dot_general` and sharding.
 
     Example:
         >>> import jax
@@ -55,33 +55,34 @@ class Attention(nn.Module):
         self,
         inputs_BTD: Float[Array, "B T D"],
         *,
-        memory_BSD: Float[Array, "B S M"] | None = None,
+        encoded_BSD: Float[Array, "B S M"] | None = None,
         mask: AttentionMask | Array = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
         relative_bias: BiasDescription | None = None,
         cache: Cache | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Cache]:
-        """Attend, and return the cache too where one was given.
+        """Attend, and also return the cache if one was given.
 
         Args:
-            inputs_BTD: the queries' hidden states, and without a memory those of keys and values.
-            memory_BSD: hidden states of the keys and values of cross-attention.
-            mask: who may attend to whom, described or as booleans [B, 1, T, S] (`dot_product_attention`);
+            inputs_BTD: hidden states of the queries; in self-attention, also of keys and values.
+            encoded_BSD: hidden states of the keys and values of cross-attention (the encoder output).
+            mask: which keys each query may attend to, a description or booleans [B, 1, T, S] (`dot_product_attention`);
                 `config.window` and `config.pattern` are added to it.
-            positions_BT: for kinds that act here; None means 0, 1, ... (with a `KVCache`: its next slots, and nothing else).
-            relative_bias: for t5, which shares one among the layers of a stack.
-            cache: what earlier calls left (`layers.cache`). A `KVCache` makes self-attention causal, zeros in
-                `mask.query_segment_ids` being right padding; a prefix must come whole, in the first call. A `MemoryCache`
-                keeps keys and values of the memory: pass that with the first call only.
-            train: drop attention weights, with the `dropout` key.
+            positions_BT: for position kinds that act here; None means 0, 1, ... Must be None with a `KVCache`, which uses its
+                next slots.
+            relative_bias: for t5, whose bias is shared by the layers of a stack.
+            cache: the cache returned by the previous call (`layers.cache`). A `KVCache` makes self-attention causal; zeros in
+                `mask.query_segment_ids` mark right padding, and the first call must contain a whole prefix. A
+                `CrossAttentionCache` keeps keys and values of the encoder output: pass `encoded_BSD` in the first call only.
+            train: apply dropout to attention weights, with the `dropout` key.
 
         Raises:
             ValueError: if the heads do not divide the width, or the arguments contradict each other.
         """
         state = cache or NO_CACHE
-        self._check(memory_BSD, positions_BT, state)
-        query_BTHK, key_BSGK, value_BSGK = self._project(inputs_BTD, state.key_inputs(inputs_BTD, memory_BSD))
+        self._check(encoded_BSD, positions_BT, state)
+        query_BTHK, key_BSGK, value_BSGK = self._project(inputs_BTD, state.key_inputs(inputs_BTD, encoded_BSD))
         query_BTHK, key_BSGK = self._rotate(query_BTHK, key_BSGK, state, positions_BT)
         bias = self.positions.bias(self.config.num_heads, relative_bias)
         mask = self._restrict(AttentionMask.of(mask), bias, positions_BT, inputs_BTD.shape[:2])
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         return out_BTD if cache is None else (out_BTD, updated)
 
     def _project(self, inputs_BTD: Array, source_BSD: Array | None) -> tuple[Array, Any, Any]:
-        """Queries, keys and values; without hidden states to compute keys from, none of the two."""
+        """Queries, keys and values; keys and values are None if there are no hidden states to compute them from."""
         config, head_dim = self.config, self.config.resolved_head_dim(inputs_BTD.shape[-1])
         query_BTHK = self._heads("query", inputs_BTD, config.num_heads, head_dim)
         if source_BSD is None:
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         return query_BTHK, key_BSGK, self._heads("value", source_BSD, config.kv_heads, head_dim, normalize=False)
 
     def _heads(self, role: str, inputs: Array, heads: int, head_dim: int, *, normalize: bool = True) -> Array:
-        """Queries, keys or values, with QK-norm where it applies."""
+        """Queries, keys or values, with QK-norm if configured."""
         heads_axis = "heads" if role == "query" else "kv_heads"
         projected = Linear(
             features=(heads, head_dim),
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         return self.runtime.constrain(projected, "batch", "length", heads_axis, None)
 
     def _rotate(self, query_BTHK: Array, key_BSGK: Any, state: Cache, positions_BT: Any) -> tuple[Array, Any]:
-        """Queries and new keys with their positions, where these are rotated."""
+        """Queries and new keys, rotated by their positions where the kind does so."""
         num_tokens = query_BTHK.shape[1]
 
         def positions() -> tuple[Array, Array]:
@@ -131,14 +132,14 @@ class Attention(nn.Module):
         return self.positions.rotate(query_BTHK, key_BSGK, positions)
 
     def _restrict(self, mask: AttentionMask, bias: Any, positions_BT: Any, shape: tuple[int, ...]) -> AttentionMask:
-        """A mask with the window and the pattern of the config too, and with positions where more than indices count."""
+        """The mask with the config's window and pattern, and with positions where these or a bias need them."""
         if self.config.window > 0:
             window = min(self.config.window, mask.window or self.config.window)
             mask = dataclasses.replace(mask, window=window)
         mask = self.config.pattern.restrict(mask)
         if positions_BT is not None and (bias is not None or mask.pattern is not None):
-            # A bias and a pattern see what the mask compares: in a packed row, places within each document. Without given
-            # positions these stay the indices, from which a backend knows while tracing which blocks to skip.
+            # Biases and patterns compare what the mask compares: in a packed row, positions within each document. If no
+            # positions are given, they stay indices: from these a backend knows while tracing which blocks to skip.
             places_BT = jnp.broadcast_to(positions_BT, shape)
             mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
         return mask
@@ -146,12 +147,12 @@ class Attention(nn.Module):
     def _relate(
         self, query_BTHK: Array, key_BSGK: Array, mask: AttentionMask, positions_BT: Any, embed_dim: int
     ) -> tuple[Array, Array]:
-        """Queries and all keys, those of a cache included, with what their positions add."""
+        """Queries and all keys, cached ones included, extended by the position kind."""
 
         def positions() -> tuple[Array, Array]:
             if positions_BT is not None:
                 return positions_BT, positions_BT
-            return mask.query_places(0, query_BTHK.shape[1]), mask.key_places(0, key_BSGK.shape[1])
+            return mask.positions_of_queries(0, query_BTHK.shape[1]), mask.positions_of_keys(0, key_BSGK.shape[1])
 
         relative = RelativePosition(self.positions, embed_dim, self.runtime, name="relative_position")
         return relative(query_BTHK, key_BSGK, positions)
@@ -159,7 +160,7 @@ class Attention(nn.Module):
     def _attend(
         self, query: Array, key: Array, value_BSGK: Array, mask: AttentionMask, bias: Any, backend: str, train: bool
     ) -> Array:
-        """Means of values [B, T, H, K]; queries and keys may be wider, the scale stays the config's or that of the heads."""
+        """Outputs [B, T, H, K]. Queries and keys may be wider than K; the scale is the config's, or computed from K."""
         request: dict[str, Any] = {
             "mask": mask,
             "bias": bias,
@@ -173,7 +174,7 @@ class Attention(nn.Module):
                 )
             self.sow("attention", "weights", attention_weights(query, key, **request))
         dropout_rate = self.config.dropout if train else 0.0
-        return spread_attention(
+        return sharded_attention(
             query,
             key,
             value_BSGK,
@@ -185,7 +186,7 @@ class Attention(nn.Module):
         )
 
     def _merge(self, out_BTHK: Array, embed_dim: int) -> Array:
-        """The heads as one vector of the stream."""
+        """The output projection: all heads to one vector per token."""
         out = Linear(
             (embed_dim,),
             ("heads", "head_dim", "embed"),
@@ -196,20 +197,20 @@ class Attention(nn.Module):
         )
         return out(out_BTHK)
 
-    def _check(self, memory_BSD: Any, positions_BT: Any, state: Cache) -> None:
+    def _check(self, encoded_BSD: Any, positions_BT: Any, state: Cache) -> None:
         if positions_BT is not None and not state.takes_positions:
             raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
         if positions_BT is None and context_size(self.runtime.sharding) > 1:
             raise ValueError(
-                "Over a context axis, where a row's places are dealt to devices out of order, attention needs positions_BT."
+                "Over a context axis, devices hold positions out of order: attention needs positions_BT; pass it."
             )
-        if memory_BSD is not None and self.positions.between_tokens:
+        if encoded_BSD is not None and self.positions.between_tokens:
             raise ValueError(
-                f"Cross-attention has no common positions with its memory, got kind={self.positions.kind!r}; "
+                f"Cross-attention compares no positions of its two sequences, got kind={self.positions.kind!r}; "
                 "use NoPositions()."
             )
-        if memory_BSD is not None and not self.config.pattern.sees_all:
+        if encoded_BSD is not None and not self.config.pattern.sees_all:
             raise ValueError(
-                f"Cross-attention has no blocks in common with its memory, got pattern={self.config.pattern}; "
+                f"Cross-attention has no block pattern across its two sequences, got pattern={self.config.pattern}; "
                 "use DensePattern()."
             )

@@ -22,20 +22,20 @@ from transformer.validation import require
 
 
 class BlockCache(NamedTuple):
-    """What a block keeps between calls."""
+    """The cache of one block."""
 
     attention: Cache
-    """A `KVCache`, or a `Recurrence`."""
+    """A `KVCache`, or a `TransformerXLMemory`."""
     cross_attention: Cache = NO_CACHE
-    """A `MemoryCache` in a block with cross-attention."""
+    """A `CrossAttentionCache` in a block with cross-attention."""
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where there is a memory, and a feed-forward network or a mixture of experts.
+    """Self-attention, cross-attention in decoders with an encoder, and a feed-forward network or a mixture of experts.
 
-    An `apply` with `mutable=["stream"]` returns the stream after the block too, under `output`.
+    An `apply` with `mutable=["stream"]` also returns the residual stream after the block, under `output`.
 
-    Each sub-layer `f` is added to the stream `x`, with `n` its norms and dropout after `f`:
+    Each sub-layer `f` is added to the stream `x`; `n` stands for its norms, and dropout follows `f`:
 
         pre        x + f(n(x))
         post       n(x + f(x))
@@ -46,10 +46,10 @@ class Block(nn.Module):
 
     Attributes:
         config: attention, feed-forward network and norms.
-        positions: the model's, which act in self-attention unless the block has its own.
-        cross_attention: whether the block attends to a memory too; without positions and window, otherwise alike.
+        positions: the model's; they act in self-attention unless the block has its own.
+        cross_attention: whether the block has cross-attention: without positions and window, otherwise configured the same.
         dropout: probability of dropping an element of a sub-layer's output.
-        runtime: types, initialisation, the product and sharding.
+        runtime: types, initialisation, `dot_general` and sharding.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,21 +74,21 @@ class Block(nn.Module):
         mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         positions_BT: Int[Array, "#B T"] | None = None,
         relative_bias: BiasDescription | None = None,
-        memory_BSD: Float[Array, "B S M"] | None = None,
-        memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        encoded_BSD: Float[Array, "B S M"] | None = None,
+        encoder_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: BlockCache | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], BlockCache]:
-        """The stream after this block, and the cache where one was given.
+        """The stream after this block, and the cache if one was given.
 
         Args:
             inputs_BTD: the residual stream.
             mask: of self-attention.
-            positions_BT: of the tokens, None meaning 0, 1, ... or the cache's next slots.
+            positions_BT: of the tokens; None means 0, 1, ..., or the cache's next slots.
             relative_bias: of self-attention, for t5 positions.
-            memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
-            memory_mask: of cross-attention.
-            cache: what earlier calls left.
+            encoded_BSD: the encoder output, for cross-attention; with a cache, needed in the first call only.
+            encoder_mask: mask of cross-attention.
+            cache: the cache returned by the previous call.
             train: apply dropout, with the `dropout` key.
         """
         require(
@@ -111,11 +111,11 @@ class Block(nn.Module):
         x_BTD = self._after("attention", inputs_BTD, update, train)
 
         if self.cross_attention:
-            # A distance to a token of another sequence means nothing: no positions, no window, no pattern.
+            # Distances between tokens of two sequences have no meaning: no positions, no window, no pattern.
             config = dataclasses.replace(self.config.attention, window=0, pattern=DensePattern())
             attention = self._attention("cross_attention", config, NoPositions())
             normed_BTD, state = self._before("cross_attention", x_BTD), kept.cross_attention
-            update, state = attention(normed_BTD, memory_BSD=memory_BSD, mask=memory_mask, cache=state, train=train)
+            update, state = attention(normed_BTD, encoded_BSD=encoded_BSD, mask=encoder_mask, cache=state, train=train)
             kept = kept._replace(cross_attention=state)
             x_BTD = self._after("cross_attention", x_BTD, update, train)
 
@@ -130,14 +130,14 @@ class Block(nn.Module):
         return Attention(config, positions=positions, norm=self.config.norm, runtime=self.runtime, name=name)
 
     def _feed_forward(self, normed_BTD: Array, mask: AttentionMask) -> Array:
-        """The update of the network, or of the experts, to which padding does not go."""
+        """The output of the feed-forward network or of the experts; experts leave out padding."""
         if self.config.feed_forward.num_experts == 0:
             return FeedForward(self.config.feed_forward, runtime=self.runtime, name="feed_forward")(normed_BTD)
         mixture = MixtureOfExperts(self.config.feed_forward, runtime=self.runtime, name="feed_forward")
         return mixture(normed_BTD, valid_BT=valid_tokens(mask))
 
     def _before(self, role: str, x_BTD: Array) -> Array:
-        """What a sub-layer reads of the stream."""
+        """The input of a sub-layer."""
         normed = self.config.norm.before and (role != "attention" or self.config.attention_norm)
         return self._norm(f"pre_{role}_norm", x_BTD) if normed else x_BTD
 

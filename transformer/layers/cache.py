@@ -1,4 +1,4 @@
-"""What attention keeps between calls: explicit pytrees that go in and come out again, behind one protocol."""
+"""Caches of attention between calls: explicit pytrees, passed in and returned, behind one protocol."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from transformer.validation import require
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What an attention layer keeps between calls; this base keeps nothing. Others replace what they need."""
+    """The cache of one attention layer between calls. This base class stores nothing; subclasses override what they need."""
 
     takes_positions: ClassVar[bool] = True
-    """Whether positions are given; else they follow from it."""
+    """Whether the caller gives positions; otherwise the cache determines them."""
 
     def enter(self, inputs_BTD: Array, norm: Callable[[Array], Array]) -> tuple[Array, "Cache"]:
-        """The normalised inputs of a block's attention, and the cache to call it with."""
+        """The normalised inputs of a block's attention, and the cache to pass to it."""
         return norm(inputs_BTD), self
 
-    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array | None:
-        """Hidden states whose keys and values are computed in this call, None if there are none."""
-        return inputs_BTD if memory_BSD is None else memory_BSD
+    def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array | None:
+        """Hidden states whose keys and values this call computes; None if there are none."""
+        return inputs_BTD if encoded_BSD is None else encoded_BSD
 
     def positions(self, num_tokens: int, given_BT: Array | None) -> Array | None:
-        """Positions of those hidden states; None means their indices."""
+        """Positions of these hidden states; None means their indices."""
         del num_tokens
         return given_BT
 
@@ -41,26 +41,26 @@ class Cache:
         return key, value, mask, self
 
     def implementation(self, chosen: str) -> str:
-        """The attention backend that reads it."""
+        """The attention backend to use with this cache."""
         return chosen
 
     def leave(self, inputs_BTD: Array, updated: "Cache") -> "Cache":
-        """The block's next cache, from its inputs and what attention returned."""
+        """The block's next cache, from its inputs and the cache returned by attention."""
         del inputs_BTD
         return updated
 
     def take(self, rows_R: Int[Array, " R"]) -> "Cache":
-        """A cache of these rows, of which one may be there several times. Arrays may have an axis of layers before the rows."""
+        """A cache of these rows, which may repeat. Arrays may have an axis of layers before the rows."""
         del rows_R
         return self
 
     def replace_rows(self, chosen_B: Bool[Array, " B"], other: Any) -> "Cache":
-        """The cache with another one's rows where these are chosen."""
+        """The cache with the chosen rows replaced by another cache's."""
         del chosen_B, other
         return self
 
     def shortened(self, lengths_B: Int[Array, " B"]) -> "Cache":
-        """The cache with the first tokens of each row alone; slots behind them are written anew."""
+        """The cache with only the first tokens of each row; later calls overwrite the slots after them."""
         del lengths_B
         return self
 
@@ -73,10 +73,10 @@ NO_CACHE = Cache()
 class KVCache(Cache):
     """Keys and values of self-attention for P tokens a row; a slot's index is its token's position.
 
-    A call with T tokens writes token `t` of row `b` to slot `lengths_B[b] + t`, its valid tokens (a prefix: the rest
-    is right padding) only. A query sees the slots up to its own. What does not fit is dropped and sets `overflow`:
-    nothing is ever overwritten. Heads come before slots, which is how attention reads them: the other way round, XLA's
-    CPU backend copies the whole cache in every step of decoding.
+    A call with T tokens writes token `t` of row `b` to slot `lengths_B[b] + t`. Only valid tokens are written; the others must
+    be right padding. A query sees the slots up to its own. Tokens beyond the capacity are dropped and set `overflow`; nothing is
+    overwritten. The axis of heads precedes the axis of slots, as attention reads them: in the other order, XLA's CPU backend
+    copies the whole cache in every step of decoding.
     """
 
     takes_positions = False
@@ -86,10 +86,12 @@ class KVCache(Cache):
     lengths_B: Any  # int32 [B]
     overflow: Any  # bool []
 
-    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array:
+    def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array:
         """The new tokens."""
-        if memory_BSD is not None:
-            raise ValueError("Cross-attention needs a MemoryCache, got a KVCache; a memory does not grow.")
+        if encoded_BSD is not None:
+            raise ValueError(
+                "Cross-attention needs a CrossAttentionCache, got a KVCache; encoder output does not grow."
+            )
         return inputs_BTD
 
     def positions(self, num_tokens: int, given_BT: Array | None) -> Array:
@@ -136,49 +138,52 @@ class KVCache(Cache):
         return KVCache(key, value, lengths_B, self.overflow | other.overflow)
 
     def shortened(self, lengths_B: Int[Array, " B"]) -> Cache:
-        """Lengths alone change."""
+        """Only the lengths change."""
         lengths = lengths_B.reshape((1,) * (self.lengths_B.ndim - 1) + lengths_B.shape)
         return dataclasses.replace(self, lengths_B=jnp.broadcast_to(lengths, self.lengths_B.shape))
 
     def implementation(self, chosen: str) -> str:
-        """Where a row begins is data here; where a backend must know it while compiling, auto reads the cache."""
+        """The offset of a row is data here. A backend that must know it at compile time is replaced by auto."""
         return chosen if {"query_offset", "key_lengths"} <= BACKENDS.find(chosen).takes else "auto"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MemoryCache(Cache):
-    """Keys and values of the encoder's output for cross-attention, computed once (S is 0 before)."""
+class CrossAttentionCache(Cache):
+    """Keys and values of the encoder output for cross-attention, computed once (S is 0 before the first call)."""
 
     key_BSGK: Any  # [B, S, G, K]
     value_BSGK: Any  # [B, S, G, K]
 
-    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array | None:
-        """The memory, in the first call."""
-        if memory_BSD is None and self.key_BSGK.shape[1] == 0:
-            raise ValueError("Cross-attention needs a memory in the first call with a cache; pass memory_BSD.")
-        return memory_BSD
+    def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array | None:
+        """The encoder output, in the first call."""
+        if encoded_BSD is None and self.key_BSGK.shape[1] == 0:
+            raise ValueError(
+                "Cross-attention needs the encoder output in the first call with a cache; pass encoded_BSD."
+            )
+        return encoded_BSD
 
     def extend(
         self, key: Array | None, value: Array | None, mask: AttentionMask
     ) -> tuple[Array, Array, AttentionMask, Cache]:
-        """Keys and values of the memory: new ones, or the ones kept."""
+        """Keys and values of the encoder output: new ones, or the cached ones."""
         if key is None or value is None:
             return self.key_BSGK, self.value_BSGK, mask, self
-        cache = MemoryCache(key.astype(self.key_BSGK.dtype), value.astype(self.value_BSGK.dtype))
+        cache = CrossAttentionCache(key.astype(self.key_BSGK.dtype), value.astype(self.value_BSGK.dtype))
         return cache.key_BSGK, cache.value_BSGK, mask, cache
 
     def take(self, rows_R: Int[Array, " R"]) -> Cache:
-        """Keys and values of the memories of these rows."""
-        return MemoryCache(*(jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BSGK, self.value_BSGK)))
+        """Keys and values of these rows."""
+        return CrossAttentionCache(*(jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BSGK, self.value_BSGK)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recurrence(Cache):
-    """Transformer-XL's memory of a block: its inputs for P tokens before these, without a gradient (Dai et al. 2019).
+class TransformerXLMemory(Cache):
+    """P earlier hidden states of a block (Transformer-XL memory): keys and values only, no queries (Dai et al. 2019).
 
-    The mask must be one of T queries over P + T keys (`recurrent_mask`). Positions are indices among all of them.
+    They are the block's inputs at the P positions before this call's, without a gradient. The mask must cover T queries and
+    P + T keys (`mask_with_memory`). Positions are indices among the P + T keys.
     """
 
     takes_positions = False
@@ -186,25 +191,27 @@ class Recurrence(Cache):
     hidden_BPD: Any  # [B, P, D]
 
     def enter(self, inputs_BTD: Array, norm: Callable[[Array], Array]) -> tuple[Array, Cache]:
-        """Both parts normalised alike."""
+        """The memory and the inputs, normalised by the same norm."""
         both = norm(jnp.concatenate([self.hidden_BPD.astype(inputs_BTD.dtype), inputs_BTD], axis=1))
         hidden_BPD, inputs_BTD = jnp.split(both, [self.hidden_BPD.shape[1]], axis=1)
-        return inputs_BTD, Recurrence(hidden_BPD)
+        return inputs_BTD, TransformerXLMemory(hidden_BPD)
 
-    def key_inputs(self, inputs_BTD: Array, memory_BSD: Array | None) -> Array:
-        """The memory, then the inputs."""
-        if memory_BSD is not None:
-            raise ValueError("Earlier hidden states stand before the inputs of self-attention, not of cross-attention.")
+    def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array:
+        """The memory, followed by the inputs."""
+        if encoded_BSD is not None:
+            raise ValueError(
+                "The Transformer-XL memory is for self-attention, got encoder output too; leave one of them out."
+            )
         return jnp.concatenate([self.hidden_BPD, inputs_BTD], axis=1)
 
     def leave(self, inputs_BTD: Array, updated: Cache) -> Cache:
-        """The last P inputs up to now (Dai et al. 2019, section 3.2)."""
+        """The last P inputs so far (Dai et al. 2019, section 3.2)."""
         both = jnp.concatenate([self.hidden_BPD, inputs_BTD.astype(self.hidden_BPD.dtype)], axis=1)
-        return Recurrence(jax.lax.stop_gradient(both[:, inputs_BTD.shape[1] :]))
+        return TransformerXLMemory(jax.lax.stop_gradient(both[:, inputs_BTD.shape[1] :]))
 
 
 def valid_tokens(mask: AttentionMask) -> Bool[Array, "B T"] | None:
-    """Which queries of a mask are no padding; None if all are."""
+    """Which queries of a mask are not padding; None if all are valid."""
     return None if mask.query_segment_ids is None else mask.query_segment_ids != 0
 
 
@@ -218,14 +225,16 @@ def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int,
     return KVCache(slots, slots, jnp.zeros((batch_size,), jnp.int32), jnp.zeros((), bool))
 
 
-def init_memory_cache(batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> MemoryCache:
-    """A cache that waits for the encoder's output, which the first call brings."""
+def init_cross_attention_cache(
+    batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32
+) -> CrossAttentionCache:
+    """An empty cache of cross-attention; the first call fills it from the encoder output."""
     empty = jnp.zeros((batch_size, 0, num_kv_heads, head_dim), dtype)
-    return MemoryCache(empty, empty)
+    return CrossAttentionCache(empty, empty)
 
 
 def check_right_padded(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
-    """Which rows have padding before a token, for which a cache has no slot; UserError if there is one, and it is known."""
+    """Which rows have padding before a token, where a cache has no slot for it; UserError if one is known to."""
     padded_first_B = jnp.any(valid_BT[:, 1:] & ~valid_BT[:, :-1], axis=1)
     if not isinstance(padded_first_B, Tracer) and padded_first_B.is_fully_addressable:
         rule = "With a cache, padding (segment ids of 0) must follow the tokens of a row"
@@ -237,7 +246,7 @@ def check_right_padded(valid_BT: Bool[Array, "B T"]) -> Bool[Array, " B"]:
 def next_slots(
     lengths_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None = None
 ) -> Int[Array, "B T"]:
-    """Slots, and so positions, of the next tokens of each row; 0 for padding, whose own may lie beyond the capacity."""
+    """Slots, and thereby positions, of the next tokens of each row; 0 for padding, whose slot may exceed the capacity."""
     if valid_BT is not None:
         check_right_padded(valid_BT)
     slots_BT = lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
@@ -245,7 +254,7 @@ def next_slots(
 
 
 def mark_slots(lengths_B: Int[Array, " B"], marked_BT: Bool[Array, "#B T"], capacity: int) -> Bool[Array, "B P"]:
-    """Which slots hold the marked ones of the next tokens of each row."""
+    """Which slots hold the marked tokens among the next tokens of each row."""
     slots_BT = next_slots(lengths_B, marked_BT.shape[1])
     unmarked_BP = jnp.zeros((len(lengths_B), capacity), bool)
     return unmarked_BP.at[jnp.arange(len(lengths_B))[:, None], slots_BT].set(marked_BT, mode="drop")
@@ -260,11 +269,11 @@ def write_cache(
     """The cache with the valid tokens appended to each row, in the cache's dtype.
 
     Args:
-        cache: what was there.
+        cache: the cache so far.
         key_BTGK: keys of the new tokens.
-        value_BTGK: their values.
-        valid_BT: which tokens count; those that do not must come last in their row (else UserError, or in compiled code NaN in
-            all keys of the row). None means all.
+        value_BTGK: values of the new tokens.
+        valid_BT: False for padding, which must come last in each row (else UserError, or in compiled code NaN in all keys of the
+            row). None means that all tokens are valid.
     """
     B, T = key_BTGK.shape[:2]
     capacity = cache.key_BGPK.shape[2]
@@ -282,8 +291,8 @@ def write_cache(
         return slots_BGPK.at[rows_B1, :, slots_BT].set(new_BTGK, mode="drop")
 
     def one(slots_BGPK: Array, new_BTGK: Array) -> Array:
-        # XLA's CPU backend fuses a scatter of one token twice, into the cache and into attention, and copies the cache four
-        # times in every step for it. A branch is not fused, and writes in place.
+        # XLA's CPU backend fuses a scatter of one token twice, into the cache and into attention, and then copies the cache
+        # four times in every step. A branch is not fused, and writes in place.
         def put(slots_BGPK: Array) -> Array:
             start = (0, 0, slots_BT[0, 0], 0)
             return jax.lax.dynamic_update_slice(slots_BGPK, jnp.swapaxes(new_BTGK, 1, 2), start)
@@ -304,7 +313,7 @@ def write_cache(
 
 
 def check_capacity(capacity: int, prompt: int, new: int) -> None:
-    """Raise ValueError unless a cache holds a prompt and the tokens that will follow it; for the host, before a run."""
+    """Raise ValueError unless a cache holds a prompt and the new tokens after it; for the host, before a run."""
     if prompt + new > capacity:
         raise ValueError(
             f"The cache must hold prompt and new tokens, {prompt} + {new}, but its capacity is {capacity}; "
@@ -317,24 +326,24 @@ def cache_overflow(caches: Any) -> Bool[Array, ""]:
     return jnp.any(jnp.stack([jnp.any(block.attention.overflow) for block in caches]))
 
 
-def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_memory: bool = False) -> Any:
-    """A model's cache with these rows; with `keep_memory`, cross-attention's stays as it is: it is the same in all of them."""
+def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_encoded: bool = False) -> Any:
+    """A model's cache with these rows; `keep_encoded` leaves cross-attention's cache as it is, for equal rows."""
 
     def take(cache: Cache) -> Cache:
-        return cache if keep_memory and isinstance(cache, MemoryCache) else cache.take(rows_R)
+        return cache if keep_encoded and isinstance(cache, CrossAttentionCache) else cache.take(rows_R)
 
     return jax.tree.map(take, caches, is_leaf=lambda part: isinstance(part, Cache))
 
 
 def replace_rows(caches: Any, chosen_B: Bool[Array, " B"], others: Any) -> Any:
-    """A model's cache with the rows of another where they are chosen."""
+    """A model's cache with the chosen rows replaced by another's."""
     return jax.tree.map(
         lambda cache, other: cache.replace_rows(chosen_B, other), caches, others, is_leaf=lambda x: isinstance(x, Cache)
     )
 
 
 def shorten(caches: Any, lengths_B: Int[Array, " B"]) -> Any:
-    """A model's cache with the first `lengths_B` tokens of each row alone."""
+    """A model's cache with only the first `lengths_B` tokens of each row."""
     return jax.tree.map(lambda cache: cache.shortened(lengths_B), caches, is_leaf=lambda x: isinstance(x, Cache))
 
 

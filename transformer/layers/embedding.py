@@ -1,4 +1,4 @@
-"""Vectors for tokens, and the same vectors as output projection."""
+"""Token embeddings, also used as output projection."""
 
 import math
 from typing import Any
@@ -14,14 +14,14 @@ from transformer.ops.panels import Panels, cut_panels, panel_columns
 
 
 class Embed(nn.Module):
-    """A table of vectors: looked up for tokens, and multiplied with for tied logits (Press and Wolf 2017).
+    """A table of vectors: looked up for tokens, and multiplied with hidden states for tied logits (Press and Wolf 2017).
 
     Attributes:
         num_embeddings: rows of the table.
         embed_dim: their width.
-        scale: multiply what is looked up by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4).
+        scale: multiply looked-up vectors by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4).
         axis: logical name of the rows.
-        runtime: types, initialisation and the product.
+        runtime: types, initialisation and `dot_general`.
     """
 
     num_embeddings: int
@@ -36,10 +36,10 @@ class Embed(nn.Module):
         self.embedding = stored(self, "embedding", init, (self.num_embeddings, self.embed_dim))
 
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """The rows at `indices`; of one outside the table NaN, or UserError where it is known (`ops.ids`)."""
+        """The rows at `indices`. An index outside the table gives NaN, or UserError if its value is known (`ops.ids`)."""
         check_ids(indices, self.num_embeddings)
         find: Any = panel_columns if isinstance(self.embedding, Panels) else look_up
-        # Rows are cast after the look-up: less to cast, and the gradient adds up in the parameter's dtype.
+        # Rows are cast after the look-up: fewer elements to cast, and the gradient adds up in the parameter's dtype.
         rows = find(self.embedding, indices).astype(self.runtime.dtype)
         return rows * math.sqrt(self.embed_dim) if self.scale else rows
 

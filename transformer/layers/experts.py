@@ -1,4 +1,4 @@
-"""A mixture of experts: feed-forward networks of which every token goes to a few."""
+"""A mixture of experts: feed-forward networks, of which each token uses a few."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from transformer.ops import experts
 
 
 class ExpertKernel(nn.Module):
-    """A matrix for each expert; attributes as of `Linear`, with an axis of experts before `axes`."""
+    """One matrix per expert; attributes as in `Linear`, with an axis of experts before `axes`."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str]
@@ -28,20 +28,20 @@ class ExpertKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "E D F"]:
-        """The matrices, in the type of activations."""
+        """The matrices, in the type of the activations."""
         init = self.runtime.initializer(self.shape[1], ("expert", *self.axes), self.init_scale)
         return self.param("kernel", init, self.shape, self.runtime.param_dtype).astype(self.runtime.dtype)
 
 
 class MixtureOfExperts(nn.Module):
-    """`config.num_experts` networks like `FeedForward`; a router sends each token to a few, however many others go there.
+    """`config.num_experts` networks like `FeedForward`. A router sends each token to a few, without a limit per expert.
 
-    No token is dropped, so that none depends on another: packing, padding and decoding change nothing. An `apply` with
-    `mutable=["routing"]` returns a `RoutingStatistics` of each layer too, under `statistics`.
+    No token is dropped: none depends on another, and packing, padding and decoding change nothing. An `apply` with
+    `mutable=["routing"]` also returns a `RoutingStatistics` of each layer, under `statistics`.
 
     Attributes:
-        config: of each expert, how many there are, and to how many a token goes.
-        runtime: types, initialisation, the router's product and sharding; the router works in float32.
+        config: the form of each expert, their number, and the number of experts per token.
+        runtime: types, initialisation, the router's `dot_general` and sharding. The router computes in float32.
 
     Example:
         >>> layer = MixtureOfExperts(FeedForwardConfig(hidden_dim=16, num_experts=4))
@@ -57,7 +57,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(
         self, inputs_BTD: Float[Array, "*B T D"], *, valid_BT: Bool[Array, "*B T"] | None = None
     ) -> Float[Array, "*B T D"]:
-        """Map every position on its own; `valid_BT` is False for padding, which the statistics leave out."""
+        """Map every token on its own; `valid_BT` is False for padding, which the statistics leave out."""
         config, num_experts, embed_dim = self.config, self.config.num_experts, inputs_BTD.shape[-1]
         if num_experts < 1:
             raise ValueError(f"A mixture needs experts, got num_experts={num_experts}; FeedForward is one network.")
@@ -81,10 +81,10 @@ class MixtureOfExperts(nn.Module):
         kernels = {role: kernel(role, ("embed", "hidden")) for role in ("up", "gate")[: 1 + config.gated]}
         kernels["down"] = kernel("down", ("hidden", "embed"))
         tokens_BTD = inputs_BTD.astype(self.runtime.dtype)
-        return spread_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels, self.runtime)
+        return sharded_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels, self.runtime)
 
 
-def spread_experts(
+def sharded_experts(
     config: FeedForwardConfig,
     tokens_BTD: Float[Array, "*B T D"],
     experts_BTA: Int[Array, "*B T A"],
@@ -92,18 +92,18 @@ def spread_experts(
     kernels: dict[str, Array],
     runtime: Runtime,
 ) -> Float[Array, "*B T D"]:
-    """`apply_experts`, under the mesh that is set each device its rows, and over an `expert` axis its experts.
+    """`apply_experts` under the current mesh: each device computes its rows and, over an `expert` axis, its experts.
 
-    The devices of an expert axis see each other's rows, run their own experts on those that go there, and add up what they
-    found: two exchanges of the rows, whatever the router does.
+    The devices of an expert axis all-gather their rows, run their own experts on the tokens routed to them, and reduce-scatter
+    the results. This communication does not depend on the routing.
     """
     sharding = runtime.sharding
-    spread = sharding.spread()
-    shards = math.prod(spread.get(axis, 1) for axis in sharding.axes("batch")) if spread else 1
-    if not spread or tokens_BTD.ndim != 3 or len(tokens_BTD) % shards != 0:
+    mesh_axes = sharding.sharded_axes()
+    shards = math.prod(mesh_axes.get(axis, 1) for axis in sharding.axes("batch")) if mesh_axes else 1
+    if not mesh_axes or tokens_BTD.ndim != 3 or len(tokens_BTD) % shards != 0:
         return apply_experts(config, tokens_BTD, experts_BTA, weights_BTA, kernels, runtime)
-    rows, places, of_experts = sharding.spec(("batch", "length", "expert"), spread)
-    of_hidden = sharding.spec(("hidden",), spread)[0]
+    rows, positions, of_experts = sharding.spec(("batch", "length", "expert"), mesh_axes)
+    of_hidden = sharding.spec(("hidden",), mesh_axes)[0]
 
     def run(tokens: Array, chosen: Array, weights: Array, kernels: dict[str, Array]) -> Array:
         first: Any = 0
@@ -117,11 +117,11 @@ def spread_experts(
             out = jax.lax.psum(out, of_hidden)
         return out if of_experts is None else jax.lax.psum_scatter(out, of_experts, scatter_dimension=0, tiled=True)
 
-    whole = PartitionSpec(rows, places)
+    whole = PartitionSpec(rows, positions)
     axes = {role: ("embed", "hidden") if role != "down" else ("hidden", "embed") for role in kernels}
-    # Over fsdp, the matrices of a layer are gathered before it.
+    # Over fsdp, the matrices of a layer are gathered before the layer.
     specs = {
-        role: sharding.spec(("expert", *(name if name == "hidden" else None for name in names)), spread)
+        role: sharding.spec(("expert", *(name if name == "hidden" else None for name in names)), mesh_axes)
         for role, names in axes.items()
     }
     return jax.shard_map(run, in_specs=(whole, whole, whole, specs), out_specs=whole, check_vma=False)(
@@ -137,13 +137,13 @@ def apply_experts(
     kernels: dict[str, Array],
     runtime: Runtime,
 ) -> Float[Array, "*B T D"]:
-    """The weighted sum of what its experts make of each token; those without a kernel here add nothing.
+    """The weighted sum of the outputs of each token's experts; experts without a kernel here add nothing.
 
     Args:
-        config: of each expert.
-        tokens_BTD: what they see.
-        experts_BTA: the experts of each token; below 0, or from as many on as there are kernels, is another device's.
-        weights_BTA: of each.
+        config: form of each expert.
+        tokens_BTD: inputs of the experts.
+        experts_BTA: the experts of each token; a number outside the kernels here belongs to another device.
+        weights_BTA: weight of each expert.
         kernels: by role, [E, D, F] or for `down` [E, F, D], in the tokens' type.
         runtime: for sharding.
     """

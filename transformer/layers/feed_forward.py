@@ -22,11 +22,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def nonlinearity(config: FeedForwardConfig, runtime: Runtime) -> Callable[[Array], Array]:
-    """The activation of a network, in the type of what it is given."""
+    """The activation function of a network, in the type of its input."""
 
     @runtime.recompute
     def activation(x: Array) -> Array:
-        # In float32: in a 16-bit type, XLA's CPU backend takes up to four times as long over tanh and erf.
+        # In float32: XLA's CPU backend takes up to four times as long for tanh and erf in a 16-bit type.
         return ACTIVATIONS[config.activation](x.astype(jnp.float32)).astype(x.dtype)
 
     return activation
@@ -38,7 +38,7 @@ def network(
     linear: Callable[[str, int, tuple[str, str]], Any],
     runtime: Runtime,
 ) -> Float[Array, "*B D"]:
-    """Up, activation (or gate), down; `linear(role, features, axes)` makes the map that has this role."""
+    """Up, activation (or gate), down; `linear(role, features, axes)` makes the map of each role."""
     hidden_dim, activation = config.resolved_hidden_dim(inputs.shape[-1]), nonlinearity(config, runtime)
     hidden = linear("up", hidden_dim, ("embed", "hidden"))(inputs)
     if config.gated:
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
 
     Attributes:
         config: width, activation, gate, biases.
-        runtime: types, initialisation, the product and sharding.
+        runtime: types, initialisation, `dot_general` and sharding.
 
     Example:
         >>> layer = FeedForward(FeedForwardConfig(hidden_dim=16, gated=True))
@@ -69,7 +69,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, inputs_BTD: Float[Array, "*B T D"]) -> Float[Array, "*B T D"]:
-        """Map every position on its own."""
+        """Map every token on its own."""
         if self.config.num_experts > 0:
             raise ValueError(
                 f"FeedForward is one network, got num_experts={self.config.num_experts}; use MixtureOfExperts."

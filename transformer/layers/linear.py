@@ -13,7 +13,7 @@ from transformer.ops.panels import Panels, cut_panels, panel_product
 
 
 def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> Any:
-    """A parameter of a module: made, given, or in the panels that `generation.prepare` put in its place."""
+    """A parameter of a module: initialised, given, or in the form that `generation.prepare` replaced it by."""
     if module.has_variable("params", name):
         given = module.get_variable("params", name)
         if isinstance(given, Panels):
@@ -24,7 +24,7 @@ def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> 
 def kernel_product(
     module: Any, inputs: Float[Array, "..."], kernel: Float[Array, "..."] | Panels, num_contracted: int, dtype: Any
 ) -> Float[Array, "..."]:
-    """Contract the last axes of the inputs with the first of the kernel, by the runtime's product or with panels."""
+    """Contract the last axes of the inputs with the first of the kernel, by the runtime's `dot_general` or by panels."""
     first = inputs.ndim - num_contracted
     if isinstance(kernel, Panels):
         rows_ND = inputs.reshape(-1, math.prod(inputs.shape[first:]))
@@ -36,19 +36,19 @@ def kernel_product(
 
 
 class Linear(nn.Module):
-    """`y = x · kernel (+ bias)`, where the kernel keeps its axes apart: (embed, heads, head_dim) for a query.
+    """`y = x · kernel (+ bias)`. The kernel keeps its axes separate: (embed, heads, head_dim) for a query.
 
-    Leading axes are not folded here: folding a batch and a sequence that are sharded over different mesh axes would gather
-    both. `ops.dense_cpu`, given as `dot_general`, folds them where it pays.
+    Leading axes are not folded here: folding a batch axis and a sequence axis that are sharded over different mesh axes would
+    gather both. `ops.dense_cpu`, passed as `dot_general`, folds them where it is faster.
 
     Attributes:
         features: sizes of the output axes.
-        axes: logical names of the kernel's axes, those of the input first; how many there are beyond `features` says
-            how many axes of the input are contracted.
+        axes: logical names of the kernel's axes, input axes first; their number beyond `features` is the number of contracted
+            input axes.
         use_bias: add a learned offset to the output.
         init_scale: multiplies the standard deviation of the initial kernel.
-        output_dtype: of the result, if not the runtime's.
-        runtime: types, initialisation and the product.
+        output_dtype: type of the result, if not the runtime's.
+        runtime: types, initialisation and `dot_general`.
 
     Example:
         >>> import jax
@@ -84,14 +84,14 @@ class Linear(nn.Module):
         return out
 
     def _adapted(self, inputs: Float[Array, "..."], num_inputs: int, dtype: Any) -> Float[Array, "..."]:
-        """What the adapter of the kernel adds; its parameters are float32, whatever the kernel's type, and B is zero at first."""
+        """The adapter's addition to the output; its parameters are float32 for any kernel type, and B is initially zero."""
         adapter, contracted = self.runtime.adapter, inputs.shape[-num_inputs:]
         init = nn.initializers.normal(1.0 / math.sqrt(math.prod(contracted)))
         first = with_axes(init, (*self.axes[:num_inputs], "rank"))
         second = with_axes(nn.initializers.zeros, ("rank", *self.axes[num_inputs:]))
         lora_a = self.param(LORA_A, first, (*contracted, adapter.rank), jnp.float32)
         lora_b = self.param(LORA_B, second, (adapter.rank, *self.features), jnp.float32)
-        if adapter.dropout > 0 and self.has_rng("dropout"):  # which losses bring in training alone
+        if adapter.dropout > 0 and self.has_rng("dropout"):  # losses pass this key in training only
             inputs = nn.Dropout(adapter.dropout, deterministic=False)(inputs)
         low = kernel_product(self, inputs, lora_a, num_inputs, self.runtime.dtype)
         return kernel_product(self, low, lora_b, 1, dtype) * adapter.scale

@@ -1,4 +1,4 @@
-"""Normalisation, with statistics in float32 whatever the activations are."""
+"""Normalisation, with float32 statistics for activations of any type."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from transformer.model_kinds import Norm
 
 
 class Normalize(nn.Module):
-    """The norm of a config, over the last axis or the last ones together; its parameters are `scale` and, if it has one, `bias`.
+    """The configured norm, over the last axis or the last axes together; parameters `scale` and, if configured, `bias`.
 
     Attributes:
         config: the kind of norm.
@@ -41,5 +41,5 @@ class Normalize(nn.Module):
             x = x.astype(jnp.float32).reshape(*others, -1)
             return self.config.normalize(x, vector).astype(self.runtime.dtype).reshape(inputs.shape)
 
-        # A function that makes parameters cannot be traced apart.
+        # `recomputed` cannot trace a function that makes parameters.
         return normalize(inputs) if self.is_initializing() else self.runtime.recompute(normalize)(inputs)

@@ -1,4 +1,4 @@
-"""The parameters of positions: those added to embeddings, those shared by all layers, and those of an attention layer."""
+"""Parameters of positions: vectors added to embeddings, biases shared by all layers, and extra elements in attention."""
 
 import functools
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from transformer.model_kinds import Positions
 
 
 class PositionEmbedding(nn.Module):
-    """Adds vectors of positions to the embeddings, where the kind has any.
+    """Adds position vectors to the embeddings, if the kind has any.
 
     Attributes:
-        config: which kind.
+        config: the position kind.
         max_length: rows of a learned table.
         runtime: types and initialisation.
     """
@@ -26,17 +26,17 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, inputs_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "#B T"]) -> Float[Array, "B T D"]:
-        """The embeddings with their positions' vectors added; NaN at a position beyond a learned table."""
+        """The embeddings plus their position vectors; NaN for a position beyond a learned table."""
         parameter = functools.partial(self.runtime.parameter, self)
         return self.config.embed(inputs_BTD, positions_BT, self.max_length, parameter)
 
 
 class RelativeBias(nn.Module):
-    """The bias of attention logits that all layers of a stack share (T5), where the kind has one.
+    """The bias of attention logits that all layers of a stack share (T5), if the kind has one.
 
     Attributes:
-        config: which kind.
-        num_heads: of every attention layer.
+        config: the position kind.
+        num_heads: heads of every attention layer.
         runtime: types and initialisation.
     """
 
@@ -46,15 +46,15 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, *, bidirectional: bool) -> Any:
-        """The description that attention takes as `relative_bias`; an encoder's tells the two directions apart."""
+        """The description that attention takes as `relative_bias`; an encoder's distinguishes the two directions."""
         return self.config.shared_bias(self.num_heads, bidirectional, functools.partial(self.runtime.parameter, self))
 
 
 class RelativePosition(nn.Module):
-    """What positions add to the queries and keys of a layer as they are multiplied (Transformer-XL).
+    """The extra elements that positions add to the queries and keys of a layer (Transformer-XL).
 
     Attributes:
-        config: which kind.
+        config: the position kind.
         embed_dim: D, width of the residual stream.
         runtime: types and initialisation.
     """
@@ -70,6 +70,6 @@ class RelativePosition(nn.Module):
         key_BSGK: Float[Array, "B S G K"],
         positions: Callable[[], tuple[Int[Array, "#B T"], Int[Array, "#B S"]]],
     ) -> tuple[Float[Array, "B T H W"], Float[Array, "B S G W"]]:
-        """Both, with as many elements more as the kind needs; `positions()` gives those of queries and keys."""
+        """Queries and keys with the kind's extra elements; `positions()` gives the positions of both."""
         parameter = functools.partial(self.runtime.parameter, self)
         return self.config.extend(query_BTHK, key_BSGK, positions, self.embed_dim, parameter)

@@ -1,4 +1,4 @@
-"""How the modules of a model compute: types, initial weights, the matrix product, and sharding; passed whole."""
+"""How the modules of a model compute: types, initial weights, `dot_general`, and sharding; passed as one object."""
 
 import contextlib
 import contextvars
@@ -25,7 +25,7 @@ _named = contextvars.ContextVar("named", default=False)
 
 @contextlib.contextmanager
 def named_axes() -> Iterator[None]:
-    """Within, `init` gives each parameter with the logical names of its axes (`nn.LogicallyPartitioned`)."""
+    """In this context, `init` returns each parameter with the logical names of its axes (`nn.LogicallyPartitioned`)."""
     before = _named.set(True)
     try:
         yield
@@ -34,13 +34,13 @@ def named_axes() -> Iterator[None]:
 
 
 def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
-    """The initializer of a parameter, which carries logical axis names within `named_axes`, and is a plain array elsewhere."""
+    """The initializer of a parameter: with logical axis names inside `named_axes`, a plain array elsewhere."""
     return nn.with_logical_partitioning(initializer, axes) if _named.get() else initializer
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """What all modules of a model share. A model takes the types and the initialisation from its config.
+    """Settings shared by all modules of a model. A model takes the types and the initialisation from its config.
 
     Example:
         >>> Runtime(dot_general=jax.lax.dot_general).of(ModelConfig(init_std=0.1)).init_std
@@ -48,23 +48,23 @@ class Runtime:
     """
 
     dtype: Any = jnp.float32
-    """Type of activations and of the operands of products."""
+    """Type of activations and of the operands of matrix products."""
     param_dtype: Any = jnp.float32
     """Type of parameters."""
     init_std: float = 0.0
     """Standard deviation of initial kernels and tables; 0 means 1 / sqrt(fan_in)."""
     residual_init_scale: float = 1.0
-    """Multiplies it for the projections back to the residual stream."""
+    """Factor on that standard deviation for the projections back to the residual stream."""
     dot_general: DotGeneral = jax.lax.dot_general
-    """The product of linear layers. The default has every derivative; a trainer takes `ops.dense_cpu` or `ops.wide_product`."""
+    """The product of linear layers. The default has every derivative; a trainer uses `ops.dense_cpu` or `ops.wide_product`."""
     summarize: Summarize = summarize
-    """How a loss reads logits. The default has every derivative; a trainer takes `ops.fused_loss.summarize`."""
+    """How a loss reads logits. The default has every derivative; a trainer uses `ops.fused_loss.summarize`."""
     recompute: Callable[[Callable[..., Any]], Callable[..., Any]] = stored
-    """Wraps activations and norms: `ops.recompute.stored` or, where reading memory costs more than arithmetic, `recomputed`."""
+    """Wraps activations and norms: `ops.recompute.stored`, or `recomputed` where reading memory is slower than arithmetic."""
     adapter: AdapterConfig = AdapterConfig()
-    """Low-rank adapters of linear layers, by the path of their kernel."""
+    """Low-rank adapters of linear layers, selected by the path of their kernel."""
     sharding: Sharding = Sharding()
-    """Mesh axes by logical axis. Without rules, the mesh that a caller has set (`jax.set_mesh`) changes nothing."""
+    """Mesh axes by logical axis. Without rules, the current mesh (`jax.set_mesh`) changes nothing."""
 
     def of(self, config: ModelConfig) -> "Runtime":
         """This runtime with the types and the initialisation of a model's config."""
@@ -78,7 +78,7 @@ class Runtime:
 
     @property
     def of_heads(self) -> "Runtime":
-        """That of the parts that are trained whole beside adapters (`adapters.HEADS`): like these they are float32."""
+        """The runtime of parts that are fully trained beside adapters (`adapters.HEADS`): like adapters they are float32."""
         return dataclasses.replace(self, param_dtype=jnp.dtype(jnp.float32)) if self.adapter.rank else self
 
     def initializer(self, fan_in: int, axes: tuple[str | None, ...], scale: float = 1.0) -> Any:
@@ -95,7 +95,7 @@ class Runtime:
         fan_in: int = 0,
         fill: float | None = None,
     ) -> jax.Array:
-        """A parameter of a module, as `model_kinds` describes it."""
+        """A parameter of a module, as described in `model_kinds`."""
         init = self.initializer(fan_in, axes) if fill is None else with_axes(nn.initializers.constant(fill), axes)
         return module.param(name, init, shape, self.param_dtype)
 

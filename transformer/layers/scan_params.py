@@ -1,4 +1,4 @@
-"""Parameters of a looped stack as those of a scanned one, and back."""
+"""Conversion of parameters between looped and scanned stacks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def is_scanned(params: Any) -> bool:
-    """Whether parameters are of a scanned model: its projections of queries have an axis of layers beside D, H and K."""
+    """Whether parameters belong to a scanned model: its query projections have an axis of layers besides D, H and K."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     return any(x.ndim == 4 for path, x in paths if jax.tree_util.keystr(path).endswith("['query']['kernel']"))
 
@@ -20,13 +20,13 @@ def scan_params(
     *,
     stack: Callable[[Sequence[Any]], Any] = lambda leaves: jnp.stack(leaves),
 ) -> Any:
-    """Parameters (or anything that holds trees like theirs, such as a state) of a looped model as those of a scanned one.
+    """Convert a looped model's parameters, or a tree that contains such trees (a state), to a scanned model's.
 
     Args:
         params: a tree with one or more stacks in it.
         pattern_length: blocks of the model's pattern.
         num_first: blocks before it (`ModelConfig.first`).
-        stack: makes one leaf of those of successive layers.
+        stack: combines the leaves of successive layers into one.
     """
 
     def scanned(parts: dict[str, Any], _: str) -> dict[str, Any]:
@@ -43,17 +43,17 @@ def scan_params(
 
 
 def loop_params(params: Any, *, take: Callable[[Any, int], Any] = lambda leaf, period: leaf[period]) -> Any:
-    """The inverse of `scan_params`: parameters of a scanned model as those of a looped one.
+    """The inverse of `scan_params`: convert a scanned model's parameters to a looped one's.
 
     Args:
         params: a tree with one or more stacks in it.
-        take: makes the leaf of one period of a leaf of all.
+        take: extracts the leaf of one period from the combined leaf.
     """
 
     periods: dict[str, int] = {}
 
     def count(parts: dict[str, Any], stack: str) -> dict[str, Any]:
-        # An optimizer's tree may have no moments in its blocks, all frozen; the parameters have.
+        # The tree of an optimizer may lack moments in fully frozen blocks; the parameters are complete.
         for x in jax.tree.leaves(parts["blocks"])[:1]:
             periods[stack] = x.shape[0]
         return parts
@@ -79,7 +79,7 @@ _PARTS = ("first", "blocks", "last")
 
 
 def _convert(params: Any, convert: Callable[[dict[str, Any], str], dict[str, Any]], name: str = "") -> Any:
-    """Replace the parts of each stack in a tree of dictionaries and tuples; the converter is told the name of the stack."""
+    """Replace the parts of each stack in a tree of dictionaries and tuples; the converter also gets the stack's name."""
     if isinstance(params, tuple):
         parts = [_convert(part, convert) for part in params]
         return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)

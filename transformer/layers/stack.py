@@ -10,23 +10,23 @@ from jaxtyping import Array, Float, Int
 from transformer.layers.block import Block, BlockCache
 from transformer.layers.cache import (
     NO_CACHE,
-    Recurrence,
+    TransformerXLMemory,
     cache_lengths,
     init_cache,
-    init_memory_cache,
+    init_cross_attention_cache,
     next_slots,
     valid_tokens,
 )
 from transformer.layers.norm import Normalize
 from transformer.layers.positions import PositionEmbedding, RelativeBias
-from transformer.layers.recurrence import recurrent_mask
 from transformer.layers.runtime import Runtime
+from transformer.layers.transformer_xl_memory import mask_with_memory
 from transformer.model_config import BlockConfig, ModelConfig
 from transformer.ops import dense_cpu, experts
 from transformer.ops.masks import AttentionMask
 
-# What the backward pass finds stored. Attention's own products have batch dimensions and are recomputed: kept, they
-# would need memory quadratic in the sequence.
+# Results stored for the backward pass. Attention's own products have batch dimensions and are recomputed: storing them would
+# need memory quadratic in the sequence.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -37,14 +37,14 @@ _REMAT_POLICIES = {
 }
 
 StackCache = tuple[BlockCache, ...]
-"""One entry a block; of scanned blocks one a block of the pattern, with a leading axis of periods."""
+"""One entry per block; for scanned blocks, one per block of the pattern, with a leading axis of periods."""
 
 _COLLECTIONS: Any = {"params": 0, "routing": 0, "attention": 0, "stream": 0}
-"""What a scanned stack has for each layer."""
+"""Variable collections with one entry per layer in a scanned stack."""
 
 
 class Blocks(nn.Module):
-    """Blocks one after another: the whole depth of a loop, or the one period that a scan repeats (`scanned`)."""
+    """Consecutive blocks: the whole depth in a loop, or the one period that a scan repeats (`scanned`)."""
 
     config: ModelConfig
     blocks: tuple[BlockConfig, ...]
@@ -56,7 +56,7 @@ class Blocks(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], caches: StackCache | None, *, train: bool = False, **context: Any
     ) -> tuple[Float[Array, "B T D"], StackCache | None]:
-        """The stream after every block, and their caches."""
+        """The stream after the last block, and the blocks' caches."""
         config = self.config
         updated = []
 
@@ -65,7 +65,7 @@ class Blocks(nn.Module):
             return (out, None) if cache is None else out
 
         if config.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the first pass.
+            # Inside a scan, the loop itself keeps XLA from merging the recomputation with the forward pass.
             run = nn.remat(run, policy=_REMAT_POLICIES[config.remat], prevent_cse=not self.scanned)
         for index, block_config in enumerate(self.blocks):
             block = Block(
@@ -87,12 +87,12 @@ class Stack(nn.Module):
 
     Attributes:
         config: the model.
-        cross_attention: whether blocks attend to a memory too.
-        runtime: the product and sharding; types and initialisation are the config's.
+        cross_attention: whether blocks have cross-attention.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
         bidirectional_prefix: whether a causal stack sees a prefix in both directions.
 
-    A scanned stack holds the parameters of the pattern's blocks under `blocks`, each with a leading axis `layers`, and those of
-    the config's first blocks and of a last, incomplete period under `first` and `last`. A looped one holds all under `blocks`;
+    A scanned stack holds the parameters of the pattern's blocks under `blocks`, each with a leading axis `layers`. Blocks before
+    the pattern are under `first`, blocks of a last, incomplete period under `last`. A looped stack holds all under `blocks`;
     `layers.scan_params` converts between the two.
     """
 
@@ -108,23 +108,23 @@ class Stack(nn.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
-        memory_BSD: Float[Array, "B S M"] | None = None,
-        memory_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+        encoded_BSD: Float[Array, "B S M"] | None = None,
+        encoder_mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
         cache: StackCache | None = None,
-        recurrence_BLPD: Float[Array, "B L P D"] | None = None,
+        memory_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The hidden states after the last block (normalised), and the cache or recurrence, None if none was given.
+        """The normalised hidden states after the last block, and the cache or memory (None if neither was given).
 
         Args:
             embedded_BTD: token vectors.
-            positions_BT: of the tokens; None means 0, 1, ... (with a cache: its next slots, and nothing else).
+            positions_BT: of the tokens; None means 0, 1, ... Must be None with a cache, which uses its next slots.
             mask: of self-attention.
-            memory_BSD: what cross-attention attends to; with a cache, needed in the first call only.
-            memory_mask: of cross-attention.
-            cache: what earlier calls left.
-            recurrence_BLPD: what each layer remembers of the rows before (`layers.recurrence`); with it, the first of a row's
-                positions says how much of that belongs to its first segment.
+            encoded_BSD: the encoder output, for cross-attention; with a cache, needed in the first call only.
+            encoder_mask: mask of cross-attention.
+            cache: the cache returned by the previous call.
+            memory_BLPD: Transformer-XL memory of each layer (`layers.transformer_xl_memory`). The first position of a row is
+                then the number of memory vectors that belong to its first segment.
             train: apply dropout, with the `dropout` key.
         """
         config, runtime = self.config, self.runtime.of(self.config)
@@ -132,16 +132,16 @@ class Stack(nn.Module):
         relative = RelativeBias(config.positions, config.blocks[0].attention.num_heads, runtime, name="relative_bias")
         relative_bias = relative(bidirectional=not mask.causal or self.bidirectional_prefix)
         caches = cache
-        if recurrence_BLPD is not None:
-            mask = _remember(mask, positions_BT, embedded_BTD.shape[0], recurrence_BLPD.shape[2], cache)
-            # Places are indices from here on: they differ as positions do, which may be too large for a float32 angle.
-            positions_BT, caches = None, _by_block(recurrence_BLPD, config)
+        if memory_BLPD is not None:
+            mask = _remember(mask, positions_BT, embedded_BTD.shape[0], memory_BLPD.shape[2], cache)
+            # Positions are indices from here on. Distances stay the same; document positions may be too large for float32 angles.
+            positions_BT, caches = None, _by_block(memory_BLPD, config)
         context = {
             "mask": mask,
             "relative_bias": relative_bias,
             "positions_BT": positions_BT,
-            "memory_BSD": memory_BSD,
-            "memory_mask": memory_mask,
+            "encoded_BSD": encoded_BSD,
+            "encoder_mask": encoder_mask,
             "train": train,
         }
         kept: Any = () if caches is not None else None
@@ -151,10 +151,10 @@ class Stack(nn.Module):
                 kept, caches = (*kept, *updated), caches[len(blocks) :]
         if config.final_norm and config.blocks[-1].norm.placement != "post":
             x_BTD = Normalize(config.blocks[-1].norm, runtime=runtime, name="final_norm")(x_BTD)
-        return x_BTD, kept if recurrence_BLPD is None else _by_row(kept, config)
+        return x_BTD, kept if memory_BLPD is None else _by_row(kept, config)
 
     def _embed(self, embedded_BTD: Array, positions_BT: Array, train: bool) -> Array:
-        """The stream before the first block: token vectors with those of positions, a norm where there is one, and dropout."""
+        """The stream before the first block: token vectors plus position vectors, with the configured norm and dropout."""
         config, runtime = self.config, self.runtime.of(self.config)
         add_positions = PositionEmbedding(config.positions, config.max_length, runtime, name="position_embedding")
         x_BTD = add_positions(embedded_BTD, positions_BT)
@@ -166,7 +166,7 @@ class Stack(nn.Module):
     def _run(
         self, name: str, blocks: tuple[BlockConfig, ...], x_BTD: Array, caches: Any, context: Any, runtime: Runtime
     ) -> Any:
-        """The stream after a part of the blocks, and its caches; `caches` begin with those of this part."""
+        """The stream after one part of the stack, and its caches; `caches` starts with the caches of this part."""
         config, scanned = self.config, self.config.scan_layers and name == "blocks"
         part = Blocks(config, blocks, self.cross_attention, scanned, runtime, name=name)
 
@@ -185,7 +185,7 @@ class Stack(nn.Module):
 
 
 def _parts(config: ModelConfig) -> dict[str, tuple[BlockConfig, ...]]:
-    """The blocks of each part of a stack, by its name: all in one loop, or those around a scanned pattern apart."""
+    """The blocks of each part of a stack, by its name: all in one loop, or separately for a scanned pattern."""
     if not config.scan_layers:
         return {"blocks": config.blocks}
     parts = {"first": config.first, "blocks": config.pattern, "last": config.remainder}
@@ -193,23 +193,23 @@ def _parts(config: ModelConfig) -> dict[str, tuple[BlockConfig, ...]]:
 
 
 def _remember(mask: AttentionMask, positions_BT: Any, rows: int, length: int, cache: Any) -> AttentionMask:
-    """The mask over the memory of a recurrence too."""
+    """The mask extended to the Transformer-XL memory."""
     if cache is not None or positions_BT is None:
         raise ValueError(
-            "A recurrence needs positions_BT, whose first say how much of it a row continues, and no cache; "
-            f"got {'no positions_BT' if positions_BT is None else 'a cache'}."
+            "A Transformer-XL memory needs positions_BT (the first counts the document's earlier tokens) and no "
+            f"cache, got {'no positions_BT' if positions_BT is None else 'a cache'}."
         )
-    return recurrent_mask(mask, positions_BT, rows, length)
+    return mask_with_memory(mask, positions_BT, rows, length)
 
 
-def _by_block(recurrence_BLPD: Float[Array, "B L P D"], config: ModelConfig) -> StackCache:
-    """A cache for each block; for each of a scanned pattern one with a leading axis of periods."""
-    layers_LBPD = list(jnp.moveaxis(recurrence_BLPD, 1, 0))
+def _by_block(memory_BLPD: Float[Array, "B L P D"], config: ModelConfig) -> StackCache:
+    """One cache per block; for a scanned pattern, one per block of the pattern with a leading axis of periods."""
+    layers_LBPD = list(jnp.moveaxis(memory_BLPD, 1, 0))
     if config.scan_layers:
         first, period, end = len(config.first), len(config.pattern), config.num_layers - len(config.remainder)
         scanned = [jnp.stack(layers_LBPD[first + index : end : period]) for index in range(period)]
         layers_LBPD = [*layers_LBPD[:first], *scanned, *layers_LBPD[end:]]
-    return tuple(BlockCache(Recurrence(layer)) for layer in layers_LBPD)
+    return tuple(BlockCache(TransformerXLMemory(layer)) for layer in layers_LBPD)
 
 
 def _by_row(caches: Any, config: ModelConfig) -> Float[Array, "B L P D"]:
@@ -225,7 +225,7 @@ def _by_row(caches: Any, config: ModelConfig) -> Float[Array, "B L P D"]:
 def _resolve_positions(
     num_tokens: int, positions_BT: Any, mask: AttentionMask, cache: StackCache | None
 ) -> Int[Array, "B T"]:
-    """Positions as given; else the cache's next slots, or indices where there is no cache."""
+    """The given positions, else the cache's next slots, else indices."""
     if cache is None:
         return jnp.arange(num_tokens, dtype=jnp.int32)[None] if positions_BT is None else positions_BT
     if positions_BT is not None:
@@ -241,17 +241,17 @@ def init_stack_cache(
     Args:
         config: the model.
         batch_size: rows.
-        capacity: tokens a row, at most max_length where positions are learned.
+        capacity: tokens per row, at most max_length with learned positions.
         dtype: of keys and values; None means the model's.
-        cross_attention: whether blocks have it.
+        cross_attention: whether blocks have cross-attention.
     """
     config.positions.check_length(config.max_length, capacity)
     dtype = jnp.dtype(dtype or config.dtype)
 
     def block_cache(block: BlockConfig) -> BlockCache:
         heads, head_dim = block.attention.kv_heads, block.attention.resolved_head_dim(config.embed_dim)
-        memory = init_memory_cache(batch_size, heads, head_dim, dtype) if cross_attention else NO_CACHE
-        return BlockCache(init_cache(batch_size, capacity, heads, head_dim, dtype), memory)
+        encoded = init_cross_attention_cache(batch_size, heads, head_dim, dtype) if cross_attention else NO_CACHE
+        return BlockCache(init_cache(batch_size, capacity, heads, head_dim, dtype), encoded)
 
     caches = {name: tuple(map(block_cache, blocks)) for name, blocks in _parts(config).items()}
     if config.scan_layers:

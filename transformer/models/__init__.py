@@ -1,1 +1,1 @@
-"""Encoder, Decoder and EncoderDecoder."""
+"""Linen models: Decoder, Encoder, EncoderDecoder, Classifier and Embedder."""

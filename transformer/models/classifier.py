@@ -1,4 +1,4 @@
-"""The classifier: an encoder, one vector made of a text's hidden states, and a score for each class."""
+"""The classifier: an encoder, pooling of its hidden states, and one logit per class."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,15 +15,16 @@ from transformer.types import UserError
 class Classifier(nn.Module):
     """Logits of a text's class; its encoder's parameters have the names of an `Encoder`'s.
 
-    Padding is neither attended to nor pooled, so that a text's logits do not depend on the texts beside it.
+    Padding is neither attended to nor pooled: a text's logits do not depend on the other texts in its batch.
 
     Attributes:
-        config: the model, with vocab_size set; `config.pooling` makes the vector.
-        runtime: the product and sharding; types and initialisation are the config's.
+        config: the model, with vocab_size set; `config.pooling` reduces the hidden states to one vector.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
         num_classes: C, two or more.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
+        max_segments: the promise about its segment ids (`AttentionMask.max_segments`); 0 promises nothing.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> config = ModelConfig(vocab_size=11, num_layers=1, embed_dim=8)
         >>> tokens, segment_ids = jnp.array([[1, 2, 3, 0]]), jnp.array([[1, 1, 1, 0]])
@@ -51,7 +52,7 @@ class Classifier(nn.Module):
         """Float32 logits of each class.
 
         Args:
-            tokens_BT: the tokens of one text a row.
+            tokens_BT: tokens, one text per row.
             segment_ids_BT: 0 is padding; None means there is none.
             token_types_BT: of each token, where the config has token types; None means 0.
             train: apply dropout, with the `dropout` key.
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
         if self.num_classes < 2:
             raise UserError(
                 f"A classifier needs at least two classes, got num_classes={self.num_classes}; "
-                "of batches of your own, BatchData(class_names=...) names them."
+                "for your own batches, BatchData(class_names=...) names them."
             )
         runtime = self.runtime.of(config)
         pooled_BD = pooled_states(

@@ -1,4 +1,4 @@
-"""The decoder: a language model that reads left to right."""
+"""The decoder: a causal language model."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
-        runtime: the product and sharding; types and initialisation are the config's.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
         bidirectional_prefix: the tokens of a prefix, or of a prompt, see each other in both directions.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
+        max_segments: the promise about its segment ids (`AttentionMask.max_segments`); 0 promises nothing.
 
     Example:
         >>> import jax
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
     max_segments: int = 0
 
     def setup(self) -> None:
-        """Make the parts."""
+        """Make the submodules."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
         self.decoder = Stack(self.config, bidirectional_prefix=self.bidirectional_prefix, runtime=runtime)
@@ -52,38 +52,38 @@ class Decoder(nn.Module):
         segment_ids_BT: Int[Array, "B T"] | None = None,
         prefix_BT: Bool[Array, "B T"] | None = None,
         cache: StackCache | None = None,
-        recurrence_BLPD: Float[Array, "B L P D"] | None = None,
+        memory_BLPD: Float[Array, "B L P D"] | None = None,
         train: bool = False,
         head: bool = True,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache | Float[Array, "B L P D"]]:
-        """Float32 logits, and the cache or the recurrence where one was given.
+        """Float32 logits, and the cache or the Transformer-XL memory if one was given.
 
         Args:
-            tokens_BT: the tokens read.
-            positions_BT: of each token; None means its index. Give packed rows positions that restart.
-            segment_ids_BT: tokens attend within their segment, 0 is padding. With a cache, 0 marks right padding and
-                other values say nothing more.
-            prefix_BT: tokens that all of their segment see, those before them too (`bidirectional_prefix`). With a
-                cache, in the first call only, which must hold all of them.
-            cache: of the tokens before these (`init_cache`); positions follow from it.
-            recurrence_BLPD: what each layer remembers of the rows before (`init_recurrence`, then what the last call
-                returned). A row whose first position is p continues a document, of which it sees the last p tokens, as far
-                as they are remembered; one that starts at 0 sees none.
+            tokens_BT: input tokens.
+            positions_BT: of each token; None means its index. Packed rows need positions that restart.
+            segment_ids_BT: tokens attend within their segment; 0 is padding. With a cache, 0 marks right padding and other values
+                are ignored.
+            prefix_BT: tokens that are visible to all of their segment, to earlier tokens too (`bidirectional_prefix`). With a
+                cache, pass it in the first call only; that call must contain the whole prefix.
+            cache: of the previous tokens (`init_cache`); positions follow from it.
+            memory_BLPD: Transformer-XL memory of each layer: `init_memory`, then the result of the last call. A row whose first
+                position is p continues a document, and sees its last p tokens as far as the memory reaches. With p = 0 it sees
+                no memory.
             train: apply dropout, with the `dropout` key.
-            head: project to logits; without, the hidden states [B, T, D] are returned in their place (`project`).
+            head: False returns the hidden states [B, T, D] instead of logits (`project`).
 
         Raises:
-            ValueError: if the config leaves something open, or the arguments contradict each other.
+            ValueError: if the config is incomplete, or the arguments contradict each other.
         """
         if prefix_BT is not None and not self.bidirectional_prefix:
             raise ValueError(
-                "A prefix needs Decoder(bidirectional_prefix=True), which T5's positions and generation go by, got False."
+                "A prefix needs Decoder(bidirectional_prefix=True), which T5's positions and generation depend on, got False."
             )
         hidden_BTD, kept = self.decoder(
             self.token_embedding(tokens_BT),
             positions_BT=positions_BT,
-            # Order in the row decides what is earlier: a segment is contiguous, so that its positions would say the
-            # same, but only indices tell a backend while tracing what it need not compute.
+            # The mask compares indices. Positions within a contiguous segment would give the same mask, but only from indices
+            # can a backend tell while tracing which blocks to skip.
             mask=AttentionMask(
                 causal=True,
                 query_segment_ids=segment_ids_BT,
@@ -92,14 +92,14 @@ class Decoder(nn.Module):
                 max_segments=self.max_segments,
             ),
             cache=cache,
-            recurrence_BLPD=recurrence_BLPD,
+            memory_BLPD=memory_BLPD,
             train=train,
         )
         out = self.project(hidden_BTD) if head else hidden_BTD
         return out if kept is None else (out, kept)
 
     def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits of hidden states: what is left out with `head=False`."""
+        """Float32 logits of hidden states: the step that `head=False` leaves out."""
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap
@@ -108,8 +108,8 @@ class Decoder(nn.Module):
         return init_stack_cache(self.config, batch_size, capacity, dtype=dtype)
 
     @nn.nowrap
-    def init_recurrence(self, batch_size: int) -> Float[Array, "B L P D"]:
-        """Memory of nothing yet, `config.memory_length` vectors for each layer."""
+    def init_memory(self, batch_size: int) -> Float[Array, "B L P D"]:
+        """An empty Transformer-XL memory, `config.memory_length` vectors for each layer."""
         config = self.config
         shape = (batch_size, config.num_layers, config.memory_length, config.embed_dim)
         return jnp.zeros(shape, jnp.dtype(config.dtype))

@@ -1,4 +1,4 @@
-"""The embedder: an encoder whose pooled hidden states are a vector of each text, for search and comparison."""
+"""The embedder: one vector per text, pooled from an encoder's hidden states, for search and comparison."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ from transformer.models.pooled import pooled_states
 
 
 class Embedder(nn.Module):
-    """A vector for each text (Reimers and Gurevych 2019); its parameters have the names of an `Encoder`'s.
+    """One vector per text (Reimers and Gurevych 2019); its parameters have the names of an `Encoder`'s.
 
-    Padding is neither attended to nor pooled, so that a text's vector does not depend on the texts beside it. With
-    `config.pooler` it has the parameters of that layer, which a classifier may start from, and does not use them.
+    Padding is neither attended to nor pooled: a text's vector does not depend on the other texts in its batch. With
+    `config.pooler` it holds the parameters of that layer for a classifier to start from, but does not use them.
 
     Attributes:
-        config: the model, with vocab_size set; `config.pooling` makes the vector.
-        runtime: the product and sharding; types and initialisation are the config's.
-        normalize: divide each vector by its length, so that products of vectors are cosines.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
+        config: the model, with vocab_size set; `config.pooling` reduces the hidden states to one vector.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
+        normalize: divide each vector by its length; dot products are then cosines.
+        max_segments: the promise about its segment ids (`AttentionMask.max_segments`); 0 promises nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ class Embedder(nn.Module):
         """Float32 vectors; zeros for a row without a token.
 
         Args:
-            tokens_BT: the tokens of one text a row.
+            tokens_BT: tokens, one text per row.
             segment_ids_BT: 0 is padding; None means there is none.
             token_types_BT: of each token, where the config has token types; None means 0.
             train: apply dropout, with the `dropout` key.
@@ -70,6 +70,6 @@ class Embedder(nn.Module):
             Linear((self.config.embed_dim,), ("embed", None), use_bias=True, runtime=runtime, name="pooler")(pooled_BD)
         if not self.normalize:
             return pooled_BD
-        # The bound is on the square: a gradient of zeros is zero, where that of their norm is NaN.
+        # The square is bounded, not the norm: the square's gradient at zero is zero, the norm's is NaN.
         squared_B1 = jnp.sum(jnp.square(pooled_BD), axis=-1, keepdims=True)
         return pooled_BD * jax.lax.rsqrt(jnp.maximum(squared_B1, 1e-24))

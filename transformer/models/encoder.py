@@ -1,4 +1,4 @@
-"""The encoder: hidden states of tokens that see each other in both directions."""
+"""The encoder: bidirectional hidden states of tokens."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ from transformer.ops.masks import AttentionMask
 
 
 class Encoder(nn.Module):
-    """A vector for every token, from both of its sides (Devlin et al. 2019).
+    """A vector for every token, which depends on both sides (Devlin et al. 2019).
 
     Attributes:
         config: the model, with vocab_size (and for learned positions max_length) set.
-        runtime: the product and sharding; types and initialisation are the config's.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids that it is called with; 0 is nothing.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
+        max_segments: the promise about its segment ids (`AttentionMask.max_segments`); 0 promises nothing.
 
     Example:
         >>> import jax
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     max_segments: int = 0
 
     def setup(self) -> None:
-        """Make the parts."""
+        """Make the submodules."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
         self.token_type_embedding = token_type_embedding(self.config, runtime)
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         """Hidden states, in the model's dtype.
 
         Args:
-            tokens_BT: the tokens read.
+            tokens_BT: input tokens.
             positions_BT: of each token; None means its index.
             segment_ids_BT: tokens attend within their segment, 0 is padding.
             token_types_BT: of each token, where the config has token types; None means 0.
@@ -83,20 +83,20 @@ class Encoder(nn.Module):
         positions_BT: Int[Array, "#B T"] | None = None,
         segment_ids_BT: Int[Array, "B T"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
-        places_BN: Int[Array, "B N"] | None = None,
+        indices_BN: Int[Array, "B N"] | None = None,
         train: bool = False,
         head: bool = True,
     ) -> Float[Array, "B N V"]:
         """Float32 logits of the token at each position; initialise with this method if embeddings are not tied.
 
         Args:
-            tokens_BT: the tokens read.
+            tokens_BT: input tokens.
             positions_BT: of each token; None means its index.
             segment_ids_BT: tokens attend within their segment, 0 is padding.
             token_types_BT: of each token, where the config has token types; None means 0.
-            places_BN: indices of the tokens wanted; None means all.
+            indices_BN: indices of the wanted positions; None means all.
             train: apply dropout, with the `dropout` key.
-            head: project to logits; without, the hidden states [B, N, D] are returned in their place (`project`).
+            head: False returns the hidden states [B, N, D] instead of logits (`project`).
         """
         hidden_BTD = self(
             tokens_BT,
@@ -105,12 +105,12 @@ class Encoder(nn.Module):
             token_types_BT=token_types_BT,
             train=train,
         )
-        if places_BN is not None:
-            hidden_BTD = jnp.take_along_axis(hidden_BTD, places_BN[..., None], axis=1)
+        if indices_BN is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, indices_BN[..., None], axis=1)
         return self.project(hidden_BTD) if head else hidden_BTD
 
     def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits of hidden states: what is left out with `head=False`."""
+        """Float32 logits of hidden states: the step that `head=False` leaves out."""
         runtime = self.runtime.of(self.config)
         hidden_BTD = transformed(self.config, hidden_BTD, self.head_dense, self.head_norm, runtime)
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)

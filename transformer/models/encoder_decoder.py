@@ -1,4 +1,4 @@
-"""The encoder-decoder: a language model of targets that also reads a source."""
+"""The encoder-decoder: a language model of targets, conditioned on a source."""
 
 import dataclasses
 from typing import Any
@@ -16,15 +16,15 @@ from transformer.ops.masks import AttentionMask
 class EncoderDecoder(nn.Module):
     """Logits of the next target token, given a source (Vaswani et al. 2017).
 
-    Both sides share one token embedding unless `source_vocab_size` is given. Several pairs may share a row: a target
+    Source and target share one token embedding unless `source_vocab_size` is given. Several pairs may share a row: a target
     attends to the source with its segment id.
 
     Attributes:
-        config: the model, with vocab_size (and for learned positions max_length) set; both stacks are as deep, unless it
-            has decoder_layers.
-        runtime: the product and sharding; types and initialisation are the config's.
-        source_vocab_size: entries of an embedding of its own for sources; 0 means that both sides share one.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids of either side; 0 is nothing.
+        config: the model, with vocab_size (and for learned positions max_length) set. Both stacks have the same depth, unless
+            it sets decoder_layers.
+        runtime: `dot_general` and sharding; types and initialisation are the config's.
+        source_vocab_size: entries of a separate embedding for sources; 0 means a shared one.
+        max_segments: the promise about the segment ids of either side (`AttentionMask.max_segments`); 0 promises nothing.
 
     Example, reading the source once and then the target in pieces:
         >>> import jax
@@ -35,9 +35,9 @@ class EncoderDecoder(nn.Module):
         >>> logits, variables = model.init_with_output(jax.random.key(0), source, target)
         >>> logits.shape
         (1, 2, 11)
-        >>> memory = model.apply(variables, source, method="encode")
+        >>> encoded = model.apply(variables, source, method="encode")
         >>> cache = model.init_cache(batch_size=1, capacity=8)
-        >>> first, cache = model.apply(variables, target[:, :1], memory, cache=cache, method="decode")
+        >>> first, cache = model.apply(variables, target[:, :1], encoded, cache=cache, method="decode")
         >>> second, cache = model.apply(variables, target[:, 1:], cache=cache, method="decode")
     """
 
@@ -47,7 +47,7 @@ class EncoderDecoder(nn.Module):
     max_segments: int = 0
 
     def setup(self) -> None:
-        """Make the parts."""
+        """Make the submodules."""
         runtime = self.runtime.of(self.config)
         self.token_embedding = token_embedding(self.config, runtime)
         self.source_embedding = None
@@ -71,12 +71,12 @@ class EncoderDecoder(nn.Module):
         head: bool = True,
     ) -> Float[Array, "B T V"]:
         """Float32 logits at every target position; see `encode` and `decode` for the arguments."""
-        memory_BSD = self.encode(
+        encoded_BSD = self.encode(
             source_BS, positions_BS=source_positions_BS, segment_ids_BS=source_segment_ids_BS, train=train
         )
         logits_BTV: Any = self.decode(
             target_BT,
-            memory_BSD,
+            encoded_BSD,
             source_segment_ids_BS=source_segment_ids_BS,
             positions_BT=target_positions_BT,
             segment_ids_BT=target_segment_ids_BT,
@@ -93,27 +93,27 @@ class EncoderDecoder(nn.Module):
         segment_ids_BS: Int[Array, "B S"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B S D"]:
-        """Hidden states of the source: what `decode` calls memory.
+        """The encoder output: hidden states of the source.
 
         Args:
-            source_BS: the tokens read.
+            source_BS: input tokens.
             positions_BS: of each token; None means its index.
             segment_ids_BS: tokens attend within their segment, 0 is padding.
             train: apply dropout, with the `dropout` key.
         """
         embedding = self.source_embedding or self.token_embedding
-        memory_BSD, _ = self.encoder(
+        encoded_BSD, _ = self.encoder(
             embedding(source_BS),
             positions_BT=positions_BS,
             mask=AttentionMask.packed(segment_ids_BS, max_segments=self.max_segments),
             train=train,
         )
-        return memory_BSD
+        return encoded_BSD
 
     def decode(
         self,
         target_BT: Int[Array, "B T"],
-        memory_BSD: Float[Array, "B S D"] | None = None,
+        encoded_BSD: Float[Array, "B S D"] | None = None,
         *,
         source_segment_ids_BS: Int[Array, "B S"] | None = None,
         positions_BT: Int[Array, "#B T"] | None = None,
@@ -122,19 +122,19 @@ class EncoderDecoder(nn.Module):
         train: bool = False,
         head: bool = True,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], StackCache]:
-        """Float32 logits, and the cache where one was given.
+        """Float32 logits, and the cache if one was given.
 
         Args:
-            target_BT: the target tokens read.
-            memory_BSD: what `encode` returned; with a cache, in the first call only (it keeps each layer's keys and
+            target_BT: target tokens to read.
+            encoded_BSD: the result of `encode`; with a cache, in the first call only (the cache keeps each layer's keys and
                 values of it).
             source_segment_ids_BS: as given to `encode`; needed in every call.
             positions_BT: of each target token; None means its index.
-            segment_ids_BT: targets attend within their segment and to the source of the same one, 0 is padding. With
-                a cache, a row holds one target: 0 marks right padding.
-            cache: of the target tokens before these (`init_cache`); positions follow from it.
+            segment_ids_BT: targets attend within their segment, and to the source of the same segment; 0 is padding. With a
+                cache, a row holds one target, and 0 marks right padding.
+            cache: of the previous target tokens (`init_cache`); positions follow from it.
             train: apply dropout, with the `dropout` key.
-            head: project to logits; without, the hidden states [B, T, D] are returned in their place (`project`).
+            head: False returns the hidden states [B, T, D] instead of logits (`project`).
         """
         hidden_BTD, cache = self.decoder(
             self.token_embedding(target_BT),
@@ -145,11 +145,11 @@ class EncoderDecoder(nn.Module):
                 key_segment_ids=segment_ids_BT,
                 max_segments=self.max_segments,
             ),
-            memory_BSD=memory_BSD,
-            memory_mask=AttentionMask(
+            encoded_BSD=encoded_BSD,
+            encoder_mask=AttentionMask(
                 query_segment_ids=segment_ids_BT,
                 key_segment_ids=source_segment_ids_BS,
-                # Of several pairs in a row, sources and targets have other ids at each position.
+                # If a row holds several pairs, sources and targets have different ids at each index.
                 max_segments=self.max_segments if self.max_segments == 1 else 0,
             ),
             cache=cache,
@@ -159,7 +159,7 @@ class EncoderDecoder(nn.Module):
         return out if cache is None else (out, cache)
 
     def project(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits of hidden states: what is left out with `head=False`."""
+        """Float32 logits of hidden states: the step that `head=False` leaves out."""
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap

@@ -1,4 +1,4 @@
-"""The two ends of a model over a vocabulary: token vectors in, logits out, from one matrix or from two."""
+"""Token embedding and output projection of a model over a vocabulary, with one shared matrix or two."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformer.validation import require
 
 
 def token_embedding(config: ModelConfig, runtime: Runtime, name: str | None = None) -> Embed:
-    """The embedding of a model's tokens; refuses a config whose vocabulary is still to be resolved."""
+    """The embedding of a model's tokens; refuses a config whose vocabulary size is not set."""
     if config.vocab_size < 1:
         raise UserError(
             f"A model needs the size of its vocabulary, got vocab_size={config.vocab_size}; set it to the tokenizer's."
@@ -32,14 +32,14 @@ def token_embedding(config: ModelConfig, runtime: Runtime, name: str | None = No
 
 
 class OutputBias(nn.Module):
-    """A number for each token of the vocabulary, added to logits of tied embeddings."""
+    """A bias for each token of the vocabulary, added to the logits of tied embeddings."""
 
     size: int
     runtime: Runtime
 
     @nn.compact
     def __call__(self, logits_BTV: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """The logits with it, float32."""
+        """The logits plus the bias, float32."""
         bias_V = self.runtime.parameter(self, "bias", (self.size,), ("vocab",), fill=0.0).astype(jnp.float32)
         return logits_BTV + bias_V.reshape((1,) * (logits_BTV.ndim - 1) + (-1,))
 
@@ -54,10 +54,10 @@ def token_type_embedding(config: ModelConfig, runtime: Runtime, name: str | None
 def with_token_types(
     embedded_BTD: Float[Array, "B T D"], types: Embed | None, token_types_BT: Int[Array, "B T"] | None
 ) -> Float[Array, "B T D"]:
-    """Token vectors with those of their types added; None means that all are of type 0."""
+    """Token vectors plus the vectors of their types; None means that all are of type 0."""
     if types is None:
         require(
-            token_types_BT is None, "Token types need a table, got ModelConfig.token_types=0; set how many there are."
+            token_types_BT is None, "Token types need a table, got ModelConfig.token_types=0; set it to their number."
         )
         return embedded_BTD
     return embedded_BTD + types(
@@ -80,14 +80,14 @@ def transformed(
     norm: Normalize | None,
     runtime: Runtime,
 ) -> Float[Array, "B T D"]:
-    """Hidden states as the output projection of a masked language model reads them."""
+    """The input of the output projection in a masked language model, from hidden states."""
     if dense is None or norm is None:
         return hidden_BTD
     return norm(nonlinearity(config.blocks[-1].feed_forward, runtime)(dense(hidden_BTD)))
 
 
 def output_projection(config: ModelConfig, runtime: Runtime) -> Linear | OutputBias | None:
-    """The projection to the vocabulary; of the embedding's own matrix the bias alone, or None."""
+    """The projection to the vocabulary; with tied embeddings, only its bias, or None."""
     if config.tie_embeddings:
         return OutputBias(config.vocab_size, runtime) if config.output_bias else None
     return Linear(
@@ -102,7 +102,7 @@ def output_projection(config: ModelConfig, runtime: Runtime) -> Linear | OutputB
 def token_logits(
     config: ModelConfig, hidden_BTD: Float[Array, "B T D"], embedding: Embed, output: nn.Module | None
 ) -> Float[Array, "B T V"]:
-    """Float32 logits of every token at each position, scaled and capped where the config says so."""
+    """Float32 logits of every token at each position, with the config's scale and soft cap."""
     if config.logits_scale != 1:
         hidden_BTD = hidden_BTD * config.logits_scale
     logits_BTV: Any = embedding.attend(hidden_BTD) if config.tie_embeddings else hidden_BTD
@@ -111,7 +111,7 @@ def token_logits(
 
 
 def capped(config: ModelConfig, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """Logits within `config.logits_soft_cap`, of tokens or of classes (Gemma Team 2024, section 2); 0 leaves them."""
+    """Logits of tokens or classes, bounded by `config.logits_soft_cap` (Gemma Team 2024, section 2); 0 leaves them unbounded."""
     if config.logits_soft_cap == 0:
         return logits
     return config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)

@@ -1,4 +1,4 @@
-"""Parameters of a model as plain arrays, and the logical names of their axes as a tree beside them."""
+"""Parameters of a model as plain arrays, with a second tree of the logical names of their axes."""
 
 from typing import Any
 
@@ -18,25 +18,25 @@ def init_params(
 
     Args:
         model: a `Decoder`, `Encoder` or `EncoderDecoder`.
-        key: a PRNG key; the same key gives the same parameters, whatever the shapes. None gives their shapes alone.
-        *shapes: the shape of each token array that the model reads, (1, 1) if none is given.
-        method: of the model, one that uses all its parameters.
+        key: a PRNG key; equal keys give equal parameters for any input shapes. None returns shapes instead of arrays.
+        *shapes: shapes of the model's token arrays; (1, 1) if none is given.
+        method: a method of the model that uses all its parameters.
 
     Returns:
-        The parameters (or, without a key, a `jax.ShapeDtypeStruct` for each), nested dictionaries of arrays, and the same
-        tree with a `PartitionSpec` of logical names (`embed`, `heads`, `vocab`, ...) in the place of each array.
+        The parameters as nested dictionaries of arrays (or, without a key, of `jax.ShapeDtypeStruct`). And the same tree with a
+        `PartitionSpec` of logical names (`embed`, `heads`, `vocab`, ...) for each array.
     """
     return initialized(model, key, *(jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)), method=method)
 
 
 def initialized(model: nn.Module, key: Any, *inputs: Any, method: str = "__call__") -> tuple[PyTree, PyTree]:
-    """`init_params` of any linen module: of one's own, names are those of its Flax partition metadata, none where there is none.
+    """`init_params` of any linen module; axis names come from its Flax partition metadata, and are empty without it.
 
     Args:
         model: the module.
-        key: a PRNG key; None gives shapes alone.
-        *inputs: what the model is called with.
-        method: of the model, one that uses all its parameters.
+        key: a PRNG key; None returns shapes instead of arrays.
+        *inputs: the arguments of the model.
+        method: a method of the model that uses all its parameters.
     """
 
     def init(key: Any) -> PyTree:
@@ -50,5 +50,5 @@ def initialized(model: nn.Module, key: Any, *inputs: Any, method: str = "__call_
 
 
 def _whole_spec(spec: PartitionSpec, shape: Any) -> PartitionSpec:
-    """With a name or None for every axis, where there is any: the last ones may be left out."""
+    """The spec with one entry per axis, unless it is empty: metadata may leave out the last axes."""
     return PartitionSpec(*spec, *(None,) * (len(shape.shape) - len(spec))) if len(spec) else spec

@@ -1,4 +1,4 @@
-"""One vector for each text, made of an encoder's hidden states: what classifiers and embedders have in common."""
+"""Pooling of an encoder's hidden states to one vector per text, shared by classifiers and embedders."""
 
 from typing import Any
 
@@ -23,15 +23,15 @@ def pooled_states(
     max_segments: int,
     train: bool,
 ) -> Float[Array, "B D"]:
-    """The hidden states of each row, pooled as the config says; for use within a compact method, whose parts it makes.
+    """The hidden states of each row, pooled as configured; call it inside a compact method, where it makes its submodules.
 
     Args:
         config: the model.
-        runtime: that of the config.
-        tokens_BT: the tokens of one text a row.
+        runtime: the runtime with the types of the config.
+        tokens_BT: tokens, one text per row.
         segment_ids_BT: 0 is padding; None means there is none.
         token_types_BT: of each token, where the config has token types; None means 0.
-        max_segments: what `AttentionMask.max_segments` promises of the segment ids.
+        max_segments: the promise about the segment ids (`AttentionMask.max_segments`).
         train: apply dropout, with the `dropout` key.
     """
     valid_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT != 0

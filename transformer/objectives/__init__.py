@@ -1,1 +1,1 @@
-"""What is minimised, one file an objective."""
+"""Training objectives, one per file."""

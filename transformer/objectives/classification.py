@@ -35,10 +35,10 @@ class Classification(Objective):
     settings = ("model.pooling", "model.pooler", "model.token_types")
 
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = "none"
-    """Weight of each class in the training loss, which is the weighted mean; a number a class, or balanced, inversely to how
-    often each occurs in the training split. Scores (validation loss too) stay unweighted."""
+    """Weight of each class in the training loss, a weighted mean: one number per class, or balanced, inverse to the class
+    frequencies in the training split. Scores, and the validation loss, stay unweighted."""
     token_dropout: float = 0.0
-    """Share of a text's tokens that the mask replaces in training, drawn anew each time (word dropout, Iyyer et al. 2015)."""
+    """Probability that a token is replaced by the mask in training, drawn anew in each step (word dropout, Iyyer et al. 2015)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,18 +56,18 @@ class Classification(Objective):
 
         Args:
             model: called as `model.apply({"params": params}, inputs, segment_ids_BT=, train=, rngs=)`, giving logits [B, C].
-            vocabulary: its mask is that of a pretrained tokenizer, else the id after the last.
+            vocabulary: its mask id is the pretrained tokenizer's, else the id after the last.
             params: of the model.
             carry: nothing.
             batch: labelled texts.
-            key: for dropout, and for the tokens that are hidden.
-            train: with both.
+            key: for dropout, and for word dropout.
+            train: apply both.
 
         With class weights, the training loss is `sum_i w[label_i] loss_i / sum_i w[label_i]`, label smoothing and z-loss included
-        (scikit-learn's `class_weight`; torch's, where nothing is smoothed). Scores count every text alike.
+        (scikit-learn's `class_weight`; equal to torch's without smoothing). Scores count every text equally.
 
-        Its statistics are sums over texts (`token_statistics`), and in evaluation `confusion`, float32 [C, C]: how many
-        texts of the row's class were given the column's.
+        Its statistics are sums over texts (`token_statistics`) and, in evaluation, `confusion`, float32 [C, C]: the number of
+        texts of the row's class that were classified as the column's.
         """
         dropout_key, token_key = jax.random.split(key)
         inputs_BT = batch.inputs
@@ -101,11 +101,11 @@ class Classification(Objective):
         return (statistics["objective"], weight_sum), (carry, jax.lax.stop_gradient(statistics))
 
     def weight(self, batch: LabelledBatch) -> Array:
-        """The texts, each by the weight of its class."""
+        """The sum of the texts' weights, each times the weight of its class."""
         return jnp.sum(self._weights(batch) if self._weighted else batch.weights)
 
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
-        """End-of-text, then as much of the text as a row has room for."""
+        """End-of-text, then as much of the text as fits in a row."""
         return text_tokens(tokenizer, text, data)
 
     def pooling_of(self, config: "ModelConfig") -> Any:
@@ -115,7 +115,7 @@ class Classification(Objective):
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, top_k: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """`class` and `probability`; with `top_k`, also `class_2`, `probability_2` and so on, of the most likely classes."""
+        """`class` and `probability`; with `top_k`, also `class_2`, `probability_2` and so on: the most likely classes."""
         require(top_k >= 1, f"top_k must be at least 1, got {top_k}.")
         for name, probabilities_C in zip(
             names, rows_of_texts(self, run, texts, batch_size, _probabilities), strict=True
@@ -145,25 +145,27 @@ class Classification(Objective):
 
     def _weights(self, batch: LabelledBatch) -> Array:
         if self.class_weights == "balanced":
-            raise ValueError("Balanced class_weights must be made numbers before training, by `balanced_weights`.")
+            raise ValueError(
+                "Balanced class_weights must be numbers before training; compute them with `balanced_weights`."
+            )
         return batch.weights * jnp.asarray(self.class_weights, jnp.float32)[batch.labels]
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
-        """The mask, also where nothing is masked: a classifier fits the encoder that it starts from."""
+        """The mask, even if nothing is masked: a classifier then fits the encoder that it starts from."""
         return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
-        """A class for each name."""
+        """One class per name."""
         return {"num_classes": len(class_names)}
 
     def batch_shapes(self, config: "Config") -> LabelledBatch:
-        """A text a row."""
+        """One text per row."""
         rows, length = config.data.batch_size, config.data.sequence_length
         tokens = shaped((rows, length), np.int32)
         return LabelledBatch(tokens, tokens, shaped((rows,), np.int32), shaped((rows,), np.float32))
 
     def fit(self, data: Any) -> tuple[Objective, str]:
-        """With the weights of the data's classes as numbers."""
+        """The objective with class weights as numbers."""
         names, weights = data.class_names, self.class_weights
         if weights == "none":
             return self, ""
@@ -184,9 +186,9 @@ def _probabilities(model: Any, params: PyTree, tokens_BT: Array, segment_ids_BT:
 
 
 def balanced_weights(labels: Iterable[int], num_classes: int) -> tuple[float, ...]:
-    """`n / (k count[c])` for each class c, of n labels in k classes that occur (King and Zeng 2001; scikit-learn's `balanced`).
+    """`n / (k count[c])` for each class c, from n labels in k occurring classes (King and Zeng 2001; scikit-learn's `balanced`).
 
-    A class that does not occur has weight 1; nothing is multiplied by it.
+    A class without labels has weight 1, which has no effect.
 
     Example:
         >>> balanced_weights([0, 0, 0, 1], 2)

@@ -1,4 +1,4 @@
-"""What language models say: how a text goes on."""
+"""Text continuation and scores, shared by the objectives of language models."""
 
 import dataclasses
 import itertools
@@ -21,12 +21,12 @@ from transformer.tokenizer import drawable, prompt_ids, stop_ids
 from transformer.types import Reading
 from transformer.validation import require
 
-_BATCHES_AT_ONCE = 8  # that texts are sorted within, by length
+_BATCHES_AT_ONCE = 8  # texts are sorted by length within this many batches
 
 
 @dataclasses.dataclass(frozen=True)
 class ContinuesText(TokenObjective):
-    """An objective whose model continues a text."""
+    """An objective whose model can continue a text."""
 
     continues_text = True
     settings = ("training.sample_every", "training.sample_prompt", "training.sample_length")
@@ -41,7 +41,7 @@ class ContinuesText(TokenObjective):
         note: Callable[[str], None],
         beams: BeamConfig | None = None,
     ) -> Iterator[str]:
-        """The prompt as the model reads it, and how it goes on; with beams, of each continuation."""
+        """The prompt as encoded, then its continuation; with beams, each continuation."""
         tokens = prompt_ids(run.tokenizer, prompt)
         if beams:
             length, ids = _room(run, tokens, max_new_tokens, note), _ids(run)
@@ -60,7 +60,7 @@ class ContinuesText(TokenObjective):
         seed: int,
         note: Callable[[str], None],
     ) -> Iterator[str]:
-        """The next message of a conversation, as the chat template of the model's tokenizer writes it."""
+        """The next message of a conversation, formatted by the chat template of the model's tokenizer."""
         tokens = chat_ids(run.tokenizer, messages, reply=True).tolist()
         generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
         return stream_text(run.tokenizer.decode, (), generated)
@@ -74,7 +74,7 @@ class ContinuesText(TokenObjective):
         seed: int,
         note: Callable[[str], None],
     ) -> Iterator[int]:
-        """The tokens behind others, as they come."""
+        """The generated tokens, one at a time."""
         length = _room(run, tokens, max_new_tokens, note, rolling=True)
         options: Any = {"max_new_tokens": length, "sampling": sampling, "seed": seed, **_ids(run)}
         return stream(run.model, run.params, tokens, keep_first=_keep_first(run), **options)
@@ -95,21 +95,21 @@ class ContinuesText(TokenObjective):
         num_samples: int = 1,
         seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """The most likely `continuation`, or with a temperature one that is drawn, and `continuation_2` and so on with
-        `num_samples`; with beams its `score` too, and `continuation_2`, `score_2` and so on.
+        """The most likely `continuation`, or a sampled one if the temperature is above 0.
 
-        What is drawn for a text depends on the seed, on the text's place among all and on its tokens.
+        With `num_samples`, there are also `continuation_2` and so on. With beams, there are `score`, `continuation_2`, `score_2`
+        and so on. A sample depends on the seed, the index of the text and its tokens.
         """
         search = beam_config(beams, length_penalty, num_best)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
         draws = top_k or top_p < 1 or num_samples > 1 or seed
         require(
             not draws or temperature > 0,
-            "top_k, top_p, num_samples and seed are for what is drawn, got temperature=0, which takes the most likely token each "
+            "top_k, top_p, num_samples and seed are for sampling, got temperature=0, which takes the most likely token each "
             "time; give a temperature, such as 1.",
         )
         require(
-            not (search and temperature), "Beam search draws nothing, got a temperature too; leave one of them out."
+            not (search and temperature), "Beam search samples nothing, got a temperature too; leave one of them out."
         )
         require(num_samples >= 1, f"num_samples must be at least 1, got {num_samples}.")
         how = _How(max_new_tokens, search, sampling, num_samples, seed)
@@ -118,14 +118,14 @@ class ContinuesText(TokenObjective):
     def score(
         self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each token given those before it."""
+        """Log-probability of each token, given the previous ones."""
         del names
         queries = [Query(*split_ids(run.tokenizer, prompt, text)) for prompt, text in texts]
         scores = next_token_scores(run, queries, batch_size=batch_size, stride=stride)
         return ((query.tokens, found) for query, found in zip(queries, scores, strict=True))
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
-        """The text as a prompt."""
+        """The text, encoded as a prompt."""
         refuse_target(self, target)
         ids_T = read_whole(np.array(prompt_ids(run.tokenizer, text)), run.config.model.max_length)
         return Reading({"decoder": ids_T}, (ids_T[None],), predicts="next token", of="decoder")
@@ -136,9 +136,9 @@ class ContinuesText(TokenObjective):
 
 
 def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a prompt, with what stands before it, and of a text behind it, int32.
+    """Ids of a prompt, with the special ids before it, and of the text after it, int32.
 
-    They are those of prompt and text in one, unless a token would be of both: then they are encoded apart.
+    They are the ids of prompt and text encoded together. If a token would span both, the two are encoded separately.
     """
     before = prompt_ids(tokenizer, prompt)
     whole = prompt_ids(tokenizer, prompt + text)
@@ -148,7 +148,7 @@ def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[np.ndarray, np.nd
 
 
 class _How(NamedTuple):
-    """How texts are continued."""
+    """Settings of the continuation."""
 
     max_new_tokens: int
     beams: BeamConfig | None
@@ -160,9 +160,9 @@ class _How(NamedTuple):
 def continuations(
     run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, how: _How
 ) -> Iterator[dict[str, Any]]:
-    """The `continuation` of each text, of at most `max_new_tokens` and as many as the model has room for.
+    """The `continuation` of each text: up to `max_new_tokens` tokens, as far as they fit in the model.
 
-    Texts that leave less room are continued apart: what follows a text does not depend on the texts beside it.
+    Longer texts, which leave less room, are continued separately: a result does not depend on the other texts.
     """
     require(how.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {how.max_new_tokens}.")
     generator, limit = Generator(run.model, run.params, run.place), run.config.model.max_length
@@ -192,7 +192,7 @@ def continuations(
 def _room(
     run: Trained, tokens: list[int], max_new_tokens: int, note: Callable[[str], None], *, rolling: bool = False
 ) -> int:
-    """How many tokens to add at most; notes say what of those read is unknown, and what is not read in a rolling window."""
+    """The number of tokens to add. Notes report unknown tokens, and tokens outside a rolling window."""
     limit = run.config.model.max_length
     room = limit - len(tokens)
     longer = rolling and room < max_new_tokens
@@ -209,7 +209,7 @@ def _room(
 
 
 def _what_is_read(prompt: int, limit: int, keep_first: int) -> str:
-    """What a rolling window reads, and what that means for the text."""
+    """A note on the tokens that a rolling window reads, and its effect on the text."""
     read = prompt - int(num_dropped(np.array([prompt]), limit)[0])
     cut = f"the last {read:,} of the prompt's {prompt:,} tokens are read. " if read < prompt else ""
     always = f" and the {keep_first} that every text begins with" if keep_first else ""
@@ -220,13 +220,13 @@ def _what_is_read(prompt: int, limit: int, keep_first: int) -> str:
 
 
 def _keep_first(run: Trained) -> int:
-    """Tokens that stay in a rolling window: those with which an imported tokenizer begins each text. Rows of running text begin
-    anywhere."""
+    """Tokens that stay in a rolling window: those that an imported tokenizer puts before each text. Rows of running text have
+    none: they begin anywhere."""
     return min(len(getattr(run.tokenizer, "begin", ())), max(0, run.config.model.max_length // 2 - 1))
 
 
 def _ids(run: Trained) -> dict[str, Any]:
-    """Where a text ends, and what may be drawn."""
+    """End-of-text ids, and the ids that may be generated."""
     allowed = drawable(run.tokenizer, run.config.model.vocab_size)
     return {"end_of_text": stop_ids(run.tokenizer), "drawable": allowed}
 
@@ -234,7 +234,7 @@ def _ids(run: Trained) -> dict[str, Any]:
 def _continued(
     run: Trained, generator: Generator, prompts: dict[int, np.ndarray], count: int, how: _How
 ) -> list[list[tuple[np.ndarray, float]]]:
-    """Tokens and score of the continuations of each prompt, by its number among all texts."""
+    """Tokens and score of the continuations of each prompt, by the prompt's index among all texts."""
     options: Any = {"max_new_tokens": count, **_ids(run)}
     rows = list(prompts.values())
     if how.beams:
@@ -252,7 +252,7 @@ def _continued(
 def ranked_columns(
     name: str, texts: Sequence[str], scores: Sequence[float], beams: BeamConfig | None
 ) -> dict[str, Any]:
-    """Columns of texts, with scores where there are beams; then None where there are fewer than were asked for.
+    """Columns of texts, with scores for beams, and None for missing results.
 
     >>> ranked_columns("translation", ["a"], [-0.5], BeamConfig(num_beams=2, num_return=2))
     {'translation': 'a', 'score': -0.5, 'translation_2': None, 'score_2': None}
@@ -268,6 +268,6 @@ def ranked_columns(
 
 
 def _behind(tokenizer: Any, prompt: np.ndarray, tokens: np.ndarray) -> str:
-    """The text of tokens as it stands behind their prompt: a word, or the rest of one."""
+    """The text of tokens that continue a prompt: a new word, or the end of one."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)

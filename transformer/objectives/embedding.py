@@ -1,4 +1,4 @@
-"""Sentence embeddings: a vector of each text, by a model that was trained elsewhere."""
+"""Sentence embeddings: one vector per text, from an imported encoder."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
 class Embedding(Objective):
-    """No loss: the model of an imported encoder gives a vector of each text. Other objectives start from it."""
+    """No loss: an imported encoder gives one vector per text. Other objectives start from it."""
 
     kind = "embedding"
     reads = "labelled"
@@ -31,26 +31,26 @@ class Embedding(Objective):
     settings = ("model.pooling", "model.token_types", "model.pooler")
 
     normalize: bool = True
-    """Scale each vector to the length one."""
+    """Scale each vector to length one."""
 
     def fit(self, data: Any) -> Any:
-        """It is not trained."""
+        """Raise UserError: it cannot be trained."""
         del data
         raise UserError(
-            "A model for embeddings is used, not trained; give the objective that the new run has, such as "
+            "A model for embeddings is used, not trained; set another objective for the new run, such as "
             "--objective.kind classification, which starts from it."
         )
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
-        """None: nothing is hidden."""
+        """None: no token is masked."""
         return 0
 
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
-        """Whether vectors have the length one."""
+        """Whether vectors have length one."""
         return {"normalize": self.normalize}
 
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
-        """As much of the text as a row has room for, between the ids that stand around it."""
+        """As much of the text as fits in a row, between its special ids."""
         return text_tokens(tokenizer, text, data)
 
     def pooling_of(self, config: "ModelConfig") -> Any:
@@ -62,7 +62,9 @@ class Embedding(Objective):
     ) -> Iterator[dict[str, Any]]:
         """`embedding`, a list of numbers."""
         for name, vector_D in zip(names, rows_of_texts(self, run, texts, batch_size, _embed), strict=True):
-            require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
+            require(
+                bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, the embedding of {name} has NaN."
+            )
             yield {"embedding": vector_D.tolist()}
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:

@@ -1,4 +1,4 @@
-"""Masked language modelling: the cross-entropy of hidden tokens given those on both sides."""
+"""Masked language modelling: the cross-entropy of masked tokens, given the tokens on both sides."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ from transformer.validation import require
 
 _HIDDEN_AT_ONCE = 16
 MASK = "[MASK]"
-"""What a hidden token is called in a text, whatever the tokenizer calls it."""
-_KEY = 7  # tells these draws from those of other parts that use the same seed
+"""The mask in a user's text, for any tokenizer."""
+_KEY = 7  # separates these random numbers from others with the same seed
 
 
 @OBJECTIVES.register
@@ -39,9 +39,9 @@ class MaskedLM(TokenObjective):
     settings = ("model.token_types", "model.masked_head", "model.head_bias")
 
     mask_rate: float = 0.15
-    """Share of tokens to be predicted."""
+    """Share of tokens to predict."""
     mask_scheme: Literal["bert", "plain"] = "bert"
-    """Of those, bert replaces 80 % by a mask, 10 % by a random token and keeps 10 %; plain masks all."""
+    """Treatment of these tokens: bert replaces 80 % by a mask and 10 % by a random token, and keeps 10 %; plain masks all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,11 +52,11 @@ class MaskedLM(TokenObjective):
         return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
     def num_masked(self, length: int) -> int:
-        """How many of `length` tokens are to be predicted."""
+        """The number of tokens to predict among `length` tokens."""
         return max(1, round(self.mask_rate * length))
 
     def check_batch(self, batch: Any) -> None:
-        """No row has more tokens to predict than logits are computed for."""
+        """Raise UserError if a row has more tokens to predict than logits are computed for."""
         weights = getattr(batch, "weights", None)
         if isinstance(weights, np.ndarray):
             most = self.num_masked(weights.shape[1])
@@ -64,52 +64,52 @@ class MaskedLM(TokenObjective):
             require(
                 found <= most,
                 f"MaskedLM(mask_rate={self.mask_rate}) predicts at most {most} tokens of a row of {weights.shape[1]}, a row "
-                f"of the batch has {found} of a weight that is not 0; hide and weigh as many, or set objective.mask_rate.",
+                f"of the batch has {found} with a weight other than 0; mask fewer tokens, or raise objective.mask_rate.",
             )
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
     ) -> LossOutput:
-        """The loss of an `Encoder` on a batch whose tokens to predict have a weight (section 3.1).
+        """The loss of an `Encoder` on a batch; tokens to predict have a weight above 0 (section 3.1).
 
-        Logits are computed for these tokens only: in every row for as many as may have a weight. Its statistics are sums over
-        hidden tokens: `loss`, `weight`, `correct`, `objective` (`predicted_statistics`).
+        Logits are computed for these tokens only: in every row, for the largest possible number of them. Its statistics are sums
+        over masked tokens: `loss`, `weight`, `correct`, `objective` (`predicted_statistics`).
         """
         most = self.num_masked(batch.inputs.shape[1])
-        weights_BN, places_BN = jax.lax.top_k(batch.weights, most)
+        weights_BN, indices_BN = jax.lax.top_k(batch.weights, most)
         predicted, routing = model.apply(
             {"params": params},
             batch.inputs,
             positions_BT=batch.positions,
             segment_ids_BT=batch.segment_ids,
-            places_BN=places_BN,
+            indices_BN=indices_BN,
             train=train,
             rngs={"dropout": key} if train else {},
             head=not chunked(self),
             mutable="routing",
             method="logits",
         )
-        targets_BN = jnp.take_along_axis(batch.targets, places_BN, axis=1)
+        targets_BN = jnp.take_along_axis(batch.targets, indices_BN, axis=1)
         statistics = predicted_statistics(model, params, predicted, targets_BN, weights_BN, self)
         statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
-        """The text as it is; logits are of each token while that one is hidden."""
+        """The text unchanged; the logits of each token are computed while that token is masked."""
         refuse_target(self, target)
         ids_T = read_whole(encoder_ids(run.tokenizer, text), run.config.model.max_length)
         hidden = functools.partial(_hidden_in_turn, ids_T=ids_T, mask=mask_id(run.tokenizer))
         return Reading(
             {"encoder": ids_T},
             (ids_T[None],),
-            predicts="token here, if it were hidden",
+            predicts="token here, if it were masked",
             of="encoder",
             ahead=0,
             logits=hidden,
         )
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
-        """Hide a share of a row's tokens and make them the targets; end-of-text and padding stay, and are no targets."""
+        """Mask a share of a row's tokens and make them the targets; end-of-text and padding are neither masked nor targets."""
         others = np.flatnonzero(known_tokens(tokenizer))
 
         def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
@@ -134,7 +134,7 @@ class MaskedLM(TokenObjective):
     def score(
         self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each token given all others (Salazar et al. 2020): of a text of n tokens, the model reads n rows."""
+        """Log-probability of each token, given all others (Salazar et al. 2020): n rows for a text of n tokens."""
         del names
         begin, end = (np.array(ids, np.int32) for ids in around_text(run.tokenizer))
         queries = []
@@ -145,7 +145,7 @@ class MaskedLM(TokenObjective):
         return ((query.tokens, found) for (query, _), found in zip(queries, scores, strict=True))
 
     def encode(self, text: str, tokenizer: Any, data: Any) -> np.ndarray:
-        """A text between the ids that stand around it; each [MASK], or what the tokenizer calls its mask, is a hidden token."""
+        """A text between its special ids; each [MASK], or the tokenizer's own mask text, becomes a masked token."""
         del data
         begin, end = around_text(tokenizer)
         mask = mask_id(tokenizer)
@@ -159,8 +159,8 @@ class MaskedLM(TokenObjective):
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int, top_k: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """The text `filled` with the most likely word for each mask; for each mask the `top_k` most likely `words` and their
-        `probabilities`, best first.
+        """The text `filled` with the most likely word for each mask, and the `top_k` most likely `words` of each mask with
+        their `probabilities`, best first.
         """
         tokenizer, limit = run.tokenizer, run.config.model.max_length
         mask, allowed = mask_id(tokenizer), drawable(tokenizer, run.config.model.vocab_size, 1)
@@ -206,28 +206,28 @@ def _most_likely(
     params: PyTree,
     lengths_PB: Array,
     tokens_BT: Array,
-    places_BN: Array,
+    indices_BN: Array,
 ) -> tuple[Array, Array]:
-    """Ids and log-probabilities [B, N, K] of the tokens that are most likely at each place."""
+    """Ids and log-probabilities [B, N, K] of the most likely tokens at each index."""
     logits_BNV: Any = model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=segment_ids_of(lengths_PB[0], tokens_BT),
-        places_BN=places_BN,
+        indices_BN=indices_BN,
         method="logits",
     )
     scores_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32))
     best_BNK, ids_BNK = jax.lax.top_k(scores_BNV.at[..., jnp.array(excluded, jnp.int32)].set(-jnp.inf), top_k)
-    # A NaN among the logits is NaN in all scores, but not in those that were put in.
+    # A NaN among the logits makes all scores NaN, except the replaced ones.
     return ids_BNK, best_BNK
 
 
 def _hidden_in_turn(model: Any, params: PyTree, output: Array, *, ids_T: np.ndarray, mask: int) -> np.ndarray:
-    """Logits [T, V] of each token of a text, in a row of its own in which the mask has its place."""
+    """Logits [T, V] of each token of a text; each is computed in a separate row with the mask in the token's place."""
     del output
     T, found = len(ids_T), []
     for start in range(0, T, _HIDDEN_AT_ONCE):
-        # The last rows only fill up the batch.
+        # The last rows fill up the batch.
         places_B1 = np.minimum(np.arange(start, start + _HIDDEN_AT_ONCE), T - 1)[:, None]
         rows_BT = np.where(np.arange(T)[None] == places_B1, mask, ids_T[None]).astype(np.int32)
         found.append(np.asarray(_logits_at(model, params, rows_BT, places_B1), np.float32)[:, 0])
@@ -235,5 +235,5 @@ def _hidden_in_turn(model: Any, params: PyTree, output: Array, *, ids_T: np.ndar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits_at(model: Any, params: PyTree, tokens_BT: Array, places_BN: Array) -> Array:
-    return model.apply({"params": params}, tokens_BT, places_BN=places_BN, method="logits")
+def _logits_at(model: Any, params: PyTree, tokens_BT: Array, indices_BN: Array) -> Array:
+    return model.apply({"params": params}, tokens_BT, indices_BN=indices_BN, method="logits")

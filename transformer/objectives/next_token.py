@@ -1,4 +1,4 @@
-"""Next-token prediction: the cross-entropy of each token given those before it."""
+"""Next-token prediction: the cross-entropy of each token given the previous ones."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,22 +18,23 @@ from transformer.validation import require, shown
 if TYPE_CHECKING:
     from transformer.config import Config
 
+_MEMORY = "recurrence_BLPD"  # name of the Transformer-XL memory in checkpoints
+
 
 class LanguageModel(Protocol):
-    """How a linen module is called that `NextToken` trains in the place of a `Decoder`."""
+    """The call signature of a linen module that `NextToken` trains instead of a `Decoder`."""
 
     def __call__(
         self, tokens_BT: Array, *, positions_BT: Any = None, segment_ids_BT: Any = None, train: bool = False
     ) -> Float[jax.Array, "B T V"]:
-        """Logits of the token that follows each. Initialised with tokens alone, and called with all.
+        """Logits of the next token at each position. Initialised with tokens only, called with all arguments.
 
         Args:
             tokens_BT: int32, from 0 up to `config.model.vocab_size`, which is V.
             positions_BT: int32, from 0 in each document.
-            segment_ids_BT: int32; tokens see earlier ones of their own segment, 0 is padding. None: each row is one
-                document, as rows of `data.pack=False` are. None means that each row is one
-                document without padding.
-            train: with dropout, from the random stream `dropout`.
+            segment_ids_BT: int32; tokens see earlier ones of their own segment, 0 is padding. None means that each row is one
+                document without padding, as with `data.pack=False`.
+            train: apply dropout, from the random stream `dropout`.
         """
         ...
 
@@ -54,18 +55,18 @@ class NextToken(ContinuesText):
         """The loss of a decoder.
 
         Args:
-            model: a `LanguageModel`; where logits are computed in parts, a `Decoder`, which `head=False` has give hidden states
-                [B, T, D]. With a memory_length, its recurrence is what is carried from batch to batch.
+            model: a `LanguageModel`; with logits in chunks, a `Decoder`, which returns hidden states [B, T, D] for
+                `head=False`. With a memory_length, its Transformer-XL memory is carried from batch to batch.
             vocabulary: its `token_bytes`, int [V], are for bits per byte.
             params: of the model.
-            carry: the recurrence.
+            carry: the Transformer-XL memory.
             batch: rows of text.
             key: for dropout.
-            train: with dropout.
+            train: apply dropout.
 
         Its statistics are sums over valid targets: `loss` (negative log-likelihood, nats), `weight` (targets),
-        `correct` (targets that were the most likely token), `bytes` (of text predicted), and `objective` (what is
-        minimised: the loss with smoothing and z-loss).
+        `correct` (targets that were the most likely token), `bytes` (of predicted text), and `objective` (the training
+        loss: with smoothing and z-loss).
         """
         predicted, routing = model.apply(
             {"params": params},
@@ -76,11 +77,11 @@ class NextToken(ContinuesText):
             rngs={"dropout": key} if train else {},
             mutable="routing",
             **({"head": False} if chunked(self) else {}),
-            **(carry or {}),
+            **({"memory_BLPD": carry[_MEMORY]} if carry else {}),
         )
         if carry:
-            predicted, recurrence_BLPD = predicted
-            carry = {"recurrence_BLPD": recurrence_BLPD}
+            predicted, memory_BLPD = predicted
+            carry = {_MEMORY: memory_BLPD}
         require(
             chunked(self) or (hasattr(predicted, "shape") and predicted.shape[:-1] == batch.targets.shape),
             f"A language model must give logits [B, T, V] alone, got {shown(jax.tree.map(jnp.shape, predicted))} for tokens "
@@ -102,30 +103,31 @@ class NextToken(ContinuesText):
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     def init_carry(self, model: Any, rows: int) -> PyTree:
-        """An empty memory, where the model has one."""
+        """An empty Transformer-XL memory, if the model has one."""
         config = getattr(model, "config", None)
-        return {"recurrence_BLPD": model.init_recurrence(rows)} if getattr(config, "memory_length", 0) > 0 else ()
+        return {_MEMORY: model.init_memory(rows)} if getattr(config, "memory_length", 0) > 0 else ()
 
     def check(self, config: "Config") -> None:
-        """A memory is of rows that continue those before."""
+        """A Transformer-XL memory needs rows that continue the previous ones."""
         data, memory_length = config.data, config.model.memory_length
         require(
             memory_length == 0 or (data.pack and data.stride == 0 and len(data.source) == 1),
-            "A memory needs packed rows of one source that follow each other, got "
+            "A Transformer-XL memory needs packed rows of one source that follow each other, got "
             f"model.memory_length={memory_length}, data.pack={data.pack}, data.stride={data.stride} and {len(data.source)} "
             "sources; set data.pack=True, data.stride=0 and one source, or model.memory_length=0.",
         )
         require(
             memory_length == 0 or data.num_streams in (0, data.batch_size),
-            f"A memory needs a stream for each of {data.batch_size} rows, got data.num_streams={data.num_streams}; set it to 0.",
+            f"A Transformer-XL memory needs one stream for each of {data.batch_size} rows, got "
+            f"data.num_streams={data.num_streams}; set it to 0.",
         )
 
     def max_segments(self, config: "Config") -> int:
-        """Rows that continue each other have as many documents as there are."""
+        """No promise with a Transformer-XL memory: continued rows hold any number of documents."""
         return 0 if config.model.memory_length > 0 else super().max_segments(config)
 
     def check_context(self, config: "Config") -> None:
-        """Rows have one length; a memory would be spread too."""
+        """Rows have one length; a Transformer-XL memory cannot be sharded over positions."""
         require(
             config.model.memory_length == 0,
             "parallel.context is for the next_token objective, whose rows have one length and no memory, got the next_token "

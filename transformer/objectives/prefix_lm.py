@@ -1,4 +1,4 @@
-"""Prefix language modelling: the cross-entropy of each token given those before it and, in both directions, a prefix."""
+"""Prefix language modelling: next-token cross-entropy after a prefix that is read in both directions."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import prompt_ids
 from transformer.types import Batch, LossOutput, Noise, PyTree, Reading
 
-_KEY = 8  # tells these draws from those of other parts that use the same seed
+_KEY = 8  # separates these random numbers from others with the same seed
 
 
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(ContinuesText):
-    """Cross-entropy of the token that follows, behind a prefix read in both directions: the prompt, or a random part (Liu et al.
-    2018; Raffel et al. 2020, section 3.2.1)."""
+    """Cross-entropy of the tokens after a prefix, which is read in both directions: the prompt, or a random part of the text
+    (Liu et al. 2018; Raffel et al. 2020, section 3.2.1)."""
 
     kind = "prefix_lm"
     reads = "text"
@@ -39,8 +39,8 @@ class PrefixLM(ContinuesText):
     ) -> LossOutput:
         """The loss of a `Decoder` with `bidirectional_prefix`.
 
-        Its statistics are sums over the targets behind the prefixes (`predicted_statistics`). Bytes are not among them: scores
-        of compressors, which read all of a text, would not be of the same ones.
+        Its statistics are sums over the targets after the prefixes (`predicted_statistics`). They leave out bytes: compressors'
+        scores cover all of a text, and would not be comparable.
         """
         predicted, routing = model.apply(
             {"params": params},
@@ -58,11 +58,11 @@ class PrefixLM(ContinuesText):
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
-        """The decoder reads a prefix in both directions."""
+        """The decoder reads the prefix in both directions."""
         return {"bidirectional_prefix": True}
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
-        """Rows have a random prefix."""
+        """Each row gets a random prefix."""
         return {"noise": random_prefixes(seed)}
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
@@ -77,7 +77,7 @@ class PrefixLM(ContinuesText):
         )
 
     def reads_texts(self, segment_ids_BT: Any) -> tuple[str, Mapping[str, Any]]:
-        """All of a text is a prefix."""
+        """The whole text is a prefix."""
         return "__call__", {"segment_ids_BT": segment_ids_BT, "prefix_BT": segment_ids_BT > 0}
 
     def show(self, batch: Batch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
@@ -87,10 +87,10 @@ class PrefixLM(ContinuesText):
 
 
 def random_prefixes(seed: int) -> Noise:
-    """Take the weight of the first targets of each segment, as many as a uniform draw says, all but one at most.
+    """Set the weight of the first targets of each segment to 0; their number is uniform, and at least one target remains.
 
-    What is read before the first target that counts is the prefix (Raffel et al. 2020, section 3.2.3). A segment that
-    begins with a prompt has one already.
+    The prefix is not stored: it is every token before the first target with weight > 0 (Raffel et al. 2020, section 3.2.3). A
+    segment that begins with a prompt already has one.
     """
 
     def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
@@ -107,8 +107,7 @@ def random_prefixes(seed: int) -> Noise:
 def prefix_tokens(
     weights_BT: Float[Array | np.ndarray, "B T"], segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None
 ) -> Bool[Array, "B T"]:
-    """Which inputs are a prefix: those of each segment, or of the row, up to the one whose target is the first that counts.
-
+    """True for inputs in a prefix: from the start of each segment (or row) through the input of the first target that counts.
     >>> prefix_tokens(jnp.array([[0.0, 0, 1, 1, 0, 1]]), jnp.array([[1, 1, 1, 1, 2, 2]])).astype(int).tolist()
     [[1, 1, 1, 0, 1, 1]]
     """
@@ -117,6 +116,6 @@ def prefix_tokens(
     if segment_ids_BT is None:
         return before_BT == 0
     starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
-    # It never falls, so that its value at the latest start is the largest of those at starts so far.
+    # It never decreases: its value at the latest start is the maximum over the starts so far.
     at_start_BT = jax.lax.cummax(jnp.where(starts_BT, before_BT, 0), axis=1)
     return before_BT == at_start_BT

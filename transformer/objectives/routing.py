@@ -1,4 +1,4 @@
-"""What routers of experts add to an objective: their losses and their statistics."""
+"""Auxiliary losses and statistics of the routers of experts."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from transformer.types import Statistics
 
 
 def add_routing(statistics: Statistics, variables: Any, config: Objective) -> Statistics:
-    """The statistics with the auxiliary losses in `objective`, and what routers report; unchanged without experts.
+    """The statistics with auxiliary losses added to `objective`, and with routing statistics; unchanged without experts.
 
-    The losses are means over a micro-batch, one for each layer, whose sum over layers is added (Fedus et al. 2022, section
-    2.2). `objective` is a sum that the step divides by the weight of the whole batch: they are multiplied by the weight of
-    this micro-batch, so that its gradient has the mean over micro-batches, each by its weight. What is reported is the
-    mean over layers, times that weight, under the names of `RoutingStatistics`.
+    Each loss is a mean over a micro-batch, one per layer; their sum over layers is added (Fedus et al. 2022, section 2.2).
+    `objective` is a sum that the step divides by the weight of the whole batch. The losses are therefore multiplied by the weight
+    of this micro-batch: the gradient then contains their weighted mean over micro-batches. Reported under the names of
+    `RoutingStatistics` is the mean over layers, times that weight.
 
     Args:
         statistics: with the sums `objective` and `weight`.
-        variables: what `model.apply(..., mutable="routing")` returned beside its output.
+        variables: the second result of `model.apply(..., mutable="routing")`.
         config: the weights of the losses.
     """
     routed = jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, RoutingStatistics))
     if not routed:
         return statistics
-    # A scanned stack has an array of layers, a loop a scalar for each.
+    # A scanned stack has one array over layers, a loop one scalar per layer.
     layers: RoutingStatistics = jax.tree.map(lambda *parts: jnp.concatenate([x.reshape(-1) for x in parts]), *routed)
     weight = statistics["weight"]
-    # What the step divides by, which class weights make another number than that of examples.
+    # The divisor of the step. With class weights it differs from the number of examples.
     divided_by = statistics.get("objective_weight", weight)
     penalty = config.load_balance * jnp.sum(layers.load_balance) + config.router_z * jnp.sum(layers.router_z)
     reported = {name: weight * jnp.mean(value) for name, value in layers._asdict().items()}

@@ -1,4 +1,4 @@
-"""Sequence to sequence: the cross-entropy of each target token given the source and the tokens before it."""
+"""Sequence to sequence: the cross-entropy of each target token, given the source and the previous target tokens."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from transformer.config import Config
 
 
-_BATCHES_AT_ONCE = 8  # that sources are sorted within, by length
+_BATCHES_AT_ONCE = 8  # sources are sorted by length within this many batches
 
 
 class TranslatesText(TokenObjective):
-    """What runs of an encoder-decoder do with a text: they say one target."""
+    """An objective whose encoder-decoder generates one target for a text."""
 
     model_class = EncoderDecoder
     settings = ("model.decoder_layers",)
@@ -40,7 +40,7 @@ class TranslatesText(TokenObjective):
     draws_nothing = "a translator takes the most likely token each time"
 
     def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
-        """As much of the source as a row has room for, then end-of-text."""
+        """As much of the source as fits in a row, then end-of-text."""
         return source_tokens(tokenizer, text, data)
 
     def reads_texts(self, segment_ids_BT: Array) -> tuple[str, Mapping[str, Any]]:
@@ -57,7 +57,7 @@ class TranslatesText(TokenObjective):
         note: Callable[[str], None],
         beams: BeamConfig | None = None,
     ) -> Iterator[str]:
-        """The translation of the prompt; a note says what of it was not read. Of `sampling` it takes the penalty."""
+        """The translation of the prompt; a note reports an unread part. `sampling` contributes its repetition penalty only."""
         del seed
         data, room = run.config.data, run.config.data.sequence_length
         tokens = source_tokenizer(run.tokenizer).encode(prompt)
@@ -98,7 +98,7 @@ class TranslatesText(TokenObjective):
 def translations(
     run: Trained, sources: Sequence[Array], batch_size: int, length: int, sampling: SamplingConfig = GREEDY
 ) -> Iterator[str]:
-    """The most likely target of each source, of so many tokens at most."""
+    """The most likely target of each source, up to a number of tokens."""
     ids = _special_ids(run.tokenizer, run.config)
     options: Any = {"max_new_tokens": length, "batch_size": batch_size, "sampling": sampling}
     targets = translate(run.model, run.params, sources, **ids, **options)
@@ -116,7 +116,7 @@ def best_translations(
 
 
 def _special_ids(tokenizer: Any, config: "Config") -> dict[str, Any]:
-    """Where targets start and end, and what may be drawn."""
+    """Start and end ids of targets, and the ids that may be generated."""
     extra = config.objective.extra_tokens(tokenizer, config.data.sequence_length)
     allowed = drawable(tokenizer, config.model.vocab_size, extra)
     return {"end_of_text": stop_ids(tokenizer), "start": target_start(tokenizer), "drawable": allowed}
@@ -139,17 +139,17 @@ class Seq2Seq(TranslatesText):
         return pair_loss(self, model, params, carry, batch, key, train)
 
     def batch_shapes(self, config: "Config") -> PairBatch:
-        """A pair a row."""
+        """One pair per row."""
         return pair_shapes(config.data.batch_size, config.data.sequence_length, config.data.sequence_length)
 
     def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
-        """Sources have an embedding of their own where they have a vocabulary of their own."""
+        """Sources have a separate embedding if they have a separate vocabulary."""
         del class_names
         reader = None if vocabulary is None else source_tokenizer(vocabulary)
         return {"source_vocab_size": 0 if reader is None or reader is vocabulary else reader.vocab_size}
 
     def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
-        """Whether sources and targets have one vocabulary."""
+        """Whether source and target share one vocabulary."""
         return {"share_vocabulary": source_tokenizer(tokenizer) is tokenizer}
 
     def generation_scores(
@@ -174,8 +174,8 @@ class Seq2Seq(TranslatesText):
         length_penalty: float = 1.0,
         num_best: int = 1,
     ) -> Iterator[dict[str, Any]]:
-        """The `translation`, of at most `max_new_tokens`; 0 means the model's length. With beams its `score` too, and
-        `translation_2`, `score_2` and so on.
+        """The `translation`, of at most `max_new_tokens` (0 means the model's length). Beams add `score`, `translation_2`,
+        `score_2` and so on.
         """
         del names
         search = beam_config(beams, length_penalty, num_best)
@@ -194,7 +194,7 @@ class Seq2Seq(TranslatesText):
     def score(
         self, run: Trained, texts: Sequence[tuple[str, str]], names: Sequence[str], batch_size: int, stride: int
     ) -> Iterator[tuple[Array, Array]]:
-        """Each token of a translation, its end among them, given its source, which is the prompt, and the tokens before it."""
+        """Log-probability of each translation token, its end included, given its source (the prompt) and the previous tokens."""
         del stride
         tokenizer, data, pairs = run.tokenizer, run.config.data, []
         start = np.array([target_start(tokenizer)], np.int32)
@@ -221,7 +221,7 @@ def pair_loss(
 ) -> LossOutput:
     """The loss of an `EncoderDecoder` on a `PairBatch`, with teacher forcing (Vaswani et al. 2017, section 3.1).
 
-    Its statistics are sums over target tokens, the end of the text among them (`predicted_statistics`).
+    Its statistics are sums over target tokens, end-of-text included (`predicted_statistics`).
     """
     predicted, routing = model.apply(
         {"params": params},
@@ -240,6 +240,6 @@ def pair_loss(
 
 
 def pair_shapes(rows: int, source: int, target: int) -> PairBatch:
-    """Shapes of a batch of pairs, of so many tokens."""
+    """Shapes of a batch of pairs with these numbers of tokens."""
     source_BS, target_BT = shaped((rows, source), np.int32), shaped((rows, target), np.int32)
     return PairBatch(source_BS, source_BS, target_BT, target_BT, shaped((rows, target), np.float32), target_BT)

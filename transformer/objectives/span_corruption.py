@@ -1,4 +1,4 @@
-"""Span corruption: the spans of a text that are hidden, told after what is left of it (Raffel et al. 2020)."""
+"""Span corruption: the model generates the hidden spans of a text from the remaining text (Raffel et al. 2020)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from transformer.validation import require, require_at_least
 if TYPE_CHECKING:
     from transformer.config import Config
 
-_KEY = 9  # tells these draws from those of other parts that use the same seed
+_KEY = 9  # separates these random numbers from others with the same seed
 
 
 @OBJECTIVES.register
@@ -32,9 +32,9 @@ class SpanCorruption(TranslatesText):
     reads = "text"
 
     noise_density: float = 0.15
-    """Share of tokens that are hidden."""
+    """Share of hidden tokens."""
     mean_span_length: float = 3.0
-    """Tokens of a hidden span, on average."""
+    """Mean number of tokens in a hidden span."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,14 +45,14 @@ class SpanCorruption(TranslatesText):
         require_at_least(self, 1, "mean_span_length")
 
     def num_hidden(self, length: int) -> tuple[int, int]:
-        """How many of `length` tokens are hidden, and in how many spans; none of a single token."""
+        """How many of `length` tokens are hidden, and in how many spans; none in a single token."""
         hidden = min(max(1, round(self.noise_density * length)), max(0, length - 1))
         return hidden, min(max(1, round(hidden / self.mean_span_length)), hidden, length - hidden)
 
     def loss(
         self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
     ) -> LossOutput:
-        """`pair_loss` of what is left of a text and its hidden spans."""
+        """`pair_loss` of the remaining text and its hidden spans."""
         return pair_loss(self, model, params, carry, batch, key, train)
 
     def check(self, config: "Config") -> None:
@@ -66,7 +66,7 @@ class SpanCorruption(TranslatesText):
         )
 
     def extra_tokens(self, vocabulary: Any, length: int) -> int:
-        """A sentinel for each span, but for those that the tokenizer has."""
+        """One sentinel per span, minus the sentinels that the tokenizer has."""
         require(
             source_tokenizer(vocabulary) is vocabulary,
             "The span_corruption objective hides spans of one text and needs one vocabulary, got a tokenizer with one for "
@@ -77,35 +77,35 @@ class SpanCorruption(TranslatesText):
 
     @classmethod
     def uses(cls, setting: str) -> bool:
-        """Its rows are one text each, of whatever number of documents."""
+        """Its rows are one text each, of any number of documents."""
         return setting not in ("data.max_segments", "data.best_fit") and super().uses(setting)
 
     def max_segments(self, config: "Config") -> int:
-        """A source and a target."""
+        """One: each row holds a single source and target."""
         return 1
 
     def batch_shapes(self, config: "Config") -> PairBatch:
-        """What is visible and what is hidden, each with the sentinels and end-of-text."""
+        """The visible and the hidden tokens, each with the sentinels and end-of-text."""
         length = config.data.sequence_length
         hidden, spans = self.num_hidden(length)
         shapes = pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
         return shapes._replace(source_segment_ids=None, segment_ids=None)
 
     def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
-        """What is left of each text above its hidden spans."""
+        """The remaining text above its hidden spans."""
         return Pairs().show(batch, tokenizer, class_names)
 
     def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
-        """Rows lose random spans, and become sources and targets."""
+        """Hide random spans of each row, and convert rows to sources and targets."""
         return {"noise": hide_spans(self, seed), "convert": span_pairs(self, tokenizer, length), "joined": True}
 
 
 def hide_spans(objective: SpanCorruption, seed: int) -> Noise:
-    """Give weight 1 to the tokens of random spans of a row and 0 to the others (Raffel et al. 2020, section 3.3.4).
+    """Set weight 1 for the tokens of random spans of a row and 0 for the others (Raffel et al. 2020, section 3.3.4).
 
-    Spans do not touch; all ways to place as many of them on as many tokens are equally likely. A row is one text, as in
-    the authors' data: its documents are not kept apart, prompts are part of them, and an end-of-text between them is a
-    token like any other.
+    Spans do not touch. All placements of the given number of spans and tokens are equally likely. A row is one text, as in
+    the authors' data: its documents are not separated, prompts are part of them, and an end-of-text between them is a token
+    like any other.
     """
 
     def noise(batch: Batch, row: int, place: tuple[int, ...]) -> None:
@@ -114,7 +114,7 @@ def hide_spans(objective: SpanCorruption, seed: int) -> Noise:
         hidden, spans = objective.num_hidden(length)
         batch.weights[row] = 0
         if spans > 0:
-            # Visible and hidden runs take turns; only the visible ones at the two ends may be empty.
+            # Visible and hidden runs alternate; only the visible runs at the two ends may be empty.
             lengths = np.zeros(2 * spans + 1, int)
             lengths[::2] = _cut(length - hidden + 2, spans + 1, random)
             lengths[[0, -1]] -= 1
@@ -125,16 +125,16 @@ def hide_spans(objective: SpanCorruption, seed: int) -> Noise:
 
 
 def _cut(length: int, parts: int, random: np.random.RandomState) -> Int[np.ndarray, " parts"]:
-    """Lengths of at least 1 that add up to `length`, each way to do so as likely."""
+    """Lengths of at least 1 that add up to `length`; all such sequences are equally likely."""
     ends = np.sort(random.permutation(length - 1)[: parts - 1]) + 1
     return np.diff(ends, prepend=0, append=length)
 
 
 def span_pairs(objective: SpanCorruption, tokenizer: Tokenizer, length: int) -> Callable[[Batch], PairBatch]:
-    """What makes of rows of `length` tokens, of which those with a weight are hidden, sources and targets.
+    """A function that converts rows of `length` tokens to sources and targets; tokens with a weight are hidden.
 
-    In the source a sentinel stands for each hidden span; the target holds each sentinel and the tokens it stands for.
-    Both end with end-of-text. Sentinels are those of the tokenizer, then the ids after it, in order.
+    In the source, a sentinel replaces each hidden span. The target holds each sentinel, followed by the tokens it replaced. Both
+    end with end-of-text. Sentinels are the tokenizer's, then the ids after the vocabulary, in order.
     """
     hidden, spans = objective.num_hidden(length)
 

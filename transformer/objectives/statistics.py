@@ -1,4 +1,4 @@
-"""What objectives over a vocabulary sum: loss, targets, hits; all at once, or of a part of each row at a time."""
+"""Sums of loss, targets and hits over a vocabulary; computed at once, or one chunk of each row at a time."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ def token_statistics(
     config: Objective,
     summarize: Summarize = summarize,
 ) -> Statistics:
-    """Sums over targets, float32; a target of weight 0 counts for nothing, whatever it and its logits hold.
+    """Sums over targets, float32; a target of weight 0 is excluded, whatever value it and its logits have.
 
-    `loss` (negative log-likelihood, nats), `weight` (targets), `correct` (targets that were the most likely), and
-    `objective` (what is minimised: the loss with label smoothing and z-loss).
+    `loss` (negative log-likelihood, nats), `weight` (targets), `correct` (targets that were the most likely token), and
+    `objective` (the training loss: with label smoothing and z-loss).
     """
     logits, targets = counted_only(weights, logits, targets)
     settings = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
@@ -37,7 +37,7 @@ def token_statistics(
 
 
 def chunked(config: Objective) -> bool:
-    """Whether a model is asked for hidden states (`head=False`), whose logits `predicted_statistics` computes in parts."""
+    """Whether the model returns hidden states (`head=False`), and `predicted_statistics` computes the logits in chunks."""
     return config.loss_chunks > 1
 
 
@@ -49,7 +49,7 @@ def predicted_statistics(
     weights_BT: Float[Array, "B T"],
     config: Objective,
 ) -> Statistics:
-    """`token_statistics` of a model's logits, or of its hidden states where the loss is `chunked`.
+    """`token_statistics` of a model's logits, or of its hidden states if the loss is `chunked`.
 
     In chunks, only `objective` has a gradient.
     """
@@ -64,9 +64,9 @@ def predicted_statistics(
         statistics = token_statistics(logits_BTV, targets_BT, weights_BT, config, summarize)
         return statistics.pop("objective"), statistics
 
-    # Before they are projected: the gradient of a kernel has a term for every hidden state, times 0 or not.
+    # Zeroed before the projection: the gradient of a kernel has a term for every hidden state, and 0 times NaN is NaN.
     predicted_BTX, targets_BT = counted_only(weights_BT, predicted_BTX, targets_BT)
-    # What projects, and nothing else, gets a gradient here.
+    # Only the projection's parameters get a gradient here.
     head = {name: params[name] for name in ("output", "head_dense", "head_norm") if name in params}
     if "kernel" not in head.get("output", ()):
         head["token_embedding"] = params["token_embedding"]

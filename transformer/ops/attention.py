@@ -17,17 +17,17 @@ from transformer.ops.visible import mark_attention
 from transformer.validation import require
 
 ATTENTION_SCOPE = "dot_product_attention"
-"""In the names of all operations of attention, projections left out."""
+"""The `jax.named_scope` of all attention operations except the projections."""
 
 
 class Request(NamedTuple):
-    """What attention was called with, and the backend of its config."""
+    """One call of attention: its arguments, and the backend that its config names."""
 
     configured: AttentionBackend
     call: AttentionCall
 
     def backend(self, platform: str) -> str:
-        """The backend on a platform (cpu, cuda, tpu, ...)."""
+        """The name of the backend that computes this call on a platform (cpu, cuda, tpu, ...)."""
         return self.configured.on(platform, self.call).kind
 
 
@@ -36,7 +36,7 @@ _requests: contextvars.ContextVar[list[Request] | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Request]]:
-    """A list of what attention is called with inside, once for each call that is traced."""
+    """A list that collects the arguments of every attention call traced inside the `with` block."""
     found: list[Request] = []
     before = _requests.set(found)
     try:
@@ -67,23 +67,23 @@ def dot_product_attention(
       query_BTHK: Queries; H is a multiple of G, and query head `h` reads key/value head `h // (H / G)` (grouped-query
         attention, Ainslie et al. 2023).
       key_BSGK: Keys, of the same dtype.
-      value_BSGK: Values, of the same dtype; their width W may be another than that of the keys.
-      mask: Who may attend to whom: a description, or booleans [B, 1, T, S] (sizes may be 1, heads may differ), True for what
-        is seen, as `nn.make_causal_mask(..., dtype=bool)` makes them. Only xla takes booleans, and auto then picks it.
+      value_BSGK: Values, of the same dtype. Their width W may differ from the width K of the keys.
+      mask: Which keys each query may attend to: a description, or a boolean array [B, 1, T, S]. Sizes may be 1, heads may
+        differ, and True means visible, as in `nn.make_causal_mask(..., dtype=bool)`. Only xla takes booleans; auto then picks it.
       bias: Added to the logits after scale and cap: a floating-point array [B|1, H|1, T, S], or a description such as
-        `AlibiBias`, which sees the places that the mask compares (positions where given, else indices). Booleans are refused:
-        who may attend to whom is the mask's affair.
+        `AlibiBias`. A description reads the positions that the mask compares (given positions, else indices). A boolean bias is
+        refused: visibility belongs to the mask.
       scale: Multiplies the logits; None means 1 / sqrt(K).
       logits_soft_cap: Bounds scaled logits by `cap * tanh(logits / cap)`; None or 0 means off.
       dropout_rate: Probability of dropping a weight; the others are divided by 1 - rate.
       dropout_key: A PRNG key, needed if dropout_rate > 0.
       implementation: xla (the reference); blockwise (memory linear in the sequence, any platform); splash (TPU; interpreted,
-        and slow, on a CPU); cudnn (NVIDIA GPU); one's own (`BACKENDS`); or auto, for each platform the one that suits. The
-        platform is the one that a program is lowered for, which need not be there; others leave no trace in it.
+        and slow, on a CPU); cudnn (NVIDIA GPU); a registered backend (`BACKENDS`); or auto. Auto picks a suitable one for each
+        platform. The platform is the one that a program is lowered for; it need not be present.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, the bias does not hold floating-point numbers, or the implementation cannot
-        honour what is asked.
+      ValueError: if shapes or dtypes do not fit, the bias does not hold floating-point numbers, or the implementation does not
+        support one of the arguments.
       NotImplementedError: from JAX, if a program with splash or cudnn is lowered for a platform that has none. (One program for
         several platforms, as `jax.export` makes, needs xla or blockwise.)
 
@@ -103,7 +103,7 @@ def dot_product_attention(
         not reason,
         f"Attention implementation {implementation!r} cannot honour {reason}; use 'auto', or leave that out.",
     )
-    # A name is no operation: it is read where those of attention are counted (`training.flops`).
+    # A name adds no operation. `training.flops` reads it where it counts the operations of attention.
     return checkpoint_name(backend.attend(call), mark_attention(mask, query_BTHK, key_BSGK, value_BSGK))
 
 

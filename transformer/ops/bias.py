@@ -1,4 +1,4 @@
-"""Attention biases as descriptions, evaluated a block at a time from the places of queries and keys."""
+"""Attention biases as descriptions, evaluated one block at a time from the positions of queries and keys."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ from transformer.validation import require
 
 @runtime_checkable
 class BiasDescription(Protocol):
-    """What is added to attention logits, as a pytree of floating-point arrays that backends evaluate block by block."""
+    """A bias of attention logits, as a pytree of floating-point arrays that backends evaluate block by block."""
 
     def block(self, query_positions: Any, key_positions: Any) -> Any:
         """The float32 bias [B|1, H, t, s] of queries at [B|1, t] and keys at [B|1, s]."""
@@ -23,20 +23,20 @@ Bias = Shaped[jax.Array, "#B #H T S"] | BiasDescription
 
 
 def check_bias(bias: Any) -> None:
-    """Raise UserError unless a bias holds floating-point numbers: booleans of a mask would be added to logits as 0 and 1."""
+    """Raise UserError unless a bias holds floating-point numbers: a boolean mask would be added to logits as 0 and 1."""
     for leaf in jax.tree.leaves(bias):
         dtype = jnp.result_type(leaf)
         require(
             jnp.issubdtype(dtype, jnp.floating),
-            f"Attention bias is added to the logits and must be floating-point, got {dtype}; say who may attend to whom with "
-            "`mask`, an AttentionMask, or give bias=jnp.where(allowed, 0.0, -jnp.inf).",
+            f"Attention bias is added to the logits and must be floating-point, got {dtype}; for a boolean array use `mask` "
+            "(or an AttentionMask), or give bias=jnp.where(allowed, 0.0, -jnp.inf).",
         )
 
 
 def bias_block(
-    bias: BiasDescription, query_places: Int[jax.Array, "#B t"], key_places: Int[jax.Array, "#B s"]
+    bias: BiasDescription, query_positions: Int[jax.Array, "#B t"], key_positions: Int[jax.Array, "#B s"]
 ) -> Float[jax.Array, "B H t s"]:
-    """The float32 bias of some queries and keys, by the places that the mask compares."""
-    block = bias.block(query_places, key_places)
+    """The float32 bias of some queries and keys, from the positions that the mask compares."""
+    block = bias.block(query_positions, key_positions)
     check_bias(block)
     return block.astype(jnp.float32)

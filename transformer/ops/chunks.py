@@ -1,4 +1,4 @@
-"""Sums over the places of rows, a part of each row at a time, with the gradient taken on the way."""
+"""Sums over the positions of rows, one chunk of each row at a time, with the gradient computed in the same pass."""
 
 import functools
 from collections.abc import Callable
@@ -16,20 +16,19 @@ def sum_over_chunks(
     others: tuple[Array, ...],
     num_chunks: int,
 ) -> tuple[Float[Array, ""], Any]:
-    """`sums_of(params, hidden_BTD, *others)` with the memory of one of `num_chunks` parts of T.
+    """`sums_of(params, hidden_BTD, *others)` with the memory of one of `num_chunks` chunks of T.
 
-    The gradient of a sum is known as soon as its part is: each part's is computed with the part, so that nothing of the
-    large arrays inside (logits, say) is kept, nor computed twice. Place t is in part t % num_chunks: where T is spread over
-    devices, every part is.
+    The gradient of each chunk is computed with the chunk's sum. Large arrays inside (such as logits) are therefore neither kept
+    nor computed twice. Position t belongs to chunk t % num_chunks: where T is sharded over devices, every chunk is too.
 
     Args:
-        sums_of: gives a scalar, the sum that is differentiated, and other sums, which have no gradient.
-        params: a pytree of arrays; each part adds to its gradient.
-        hidden_BTD: the vectors of the places.
-        others: arrays [B, T] of the places, without a gradient. Places that fill up the last part have zeros in them.
-        num_chunks: parts.
+        sums_of: returns a scalar, the differentiated sum, and other sums, which have no gradient.
+        params: a pytree of arrays; each chunk adds to its gradient.
+        hidden_BTD: the hidden states.
+        others: further arrays [B, T], without a gradient; zeros at the positions that fill up the last chunk.
+        num_chunks: number of chunks.
     """
-    num_chunks = min(num_chunks, hidden_BTD.shape[1])  # one place a part, at the least
+    num_chunks = min(num_chunks, hidden_BTD.shape[1])  # at least one position per chunk
     padding = -hidden_BTD.shape[1] % num_chunks
 
     def parts(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A kernel with a gradient and no second derivative says so in one sentence."""
+"""Kernels with a first derivative only: a second one raises an error with a remedy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
 
 
 def first_order(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(query, key, value, mask)` with the gradient that it has; what differentiates that gradient is told."""
+    """`kernel(query, key, value, mask)` with its own gradient; differentiating that gradient raises an error."""
 
     @jax.custom_vjp
     def run(query: Any, key: Any, value: Any, mask: Any) -> Any:

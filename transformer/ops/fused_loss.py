@@ -1,4 +1,4 @@
-"""Logits read once for a loss, and once for its gradient: for accelerators, whose memory is slow beside their arithmetic."""
+"""A loss that reads the logits once, and once more for its gradient: accelerators have slow memory and fast arithmetic."""
 
 import functools
 from typing import Any
@@ -11,19 +11,18 @@ from transformer.ops.losses import LogitSummary, logit_of
 
 
 def summarize(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], with_mean: bool = False) -> LogitSummary:
-    """`ops.losses.summarize` in one pass over the logits, with a gradient that is one more.
+    """`ops.losses.summarize` in one pass over the logits, with a gradient in one more pass.
 
-    Plain JAX reads them for the maximum, again for the sum of exponentials, and adds the gradient of the target's logit by a
-    scatter into an array of the size of the logits. Here one reduction carries maximum, sum and argmax (Milakov and
-    Gimelshein 2018), and the gradient is one expression of the logits, which the compiler writes in the type that it is
-    multiplied in.
+    Plain JAX reads the logits for the maximum and again for the sum of exponentials. It adds the gradient of the target's logit
+    by a scatter into an array of the logits' size. Here, one reduction computes maximum, sum and argmax (Milakov and Gimelshein
+    2018). The gradient is one expression of the logits, which the compiler writes in the type of the next product.
 
-    There is no forward-mode derivative. Reverse-mode derivatives of every order are those of the reference.
+    There is no forward-mode derivative. Reverse-mode derivatives of every order equal the reference's.
 
     Args:
-        logits: of each token, float32.
-        targets: from 0 up to V; others give an undefined `target`.
-        with_mean: compute the mean of the possible tokens' logits.
+        logits: float32, one row per token.
+        targets: from 0 up to V; other ids give an undefined `target`.
+        with_mean: also compute the mean of the possible tokens' logits.
     """
     return _summarize(with_mean, logits, targets)
 
@@ -47,10 +46,10 @@ def _summarize(with_mean: bool, logits: Array, targets: Array) -> LogitSummary:
 
 
 def _combine(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Two parts of a row: peaks, sums of `exp(logit - peak)`, places of the peaks, and plain sums."""
+    """Combine two parts of a row: maxima, sums of `exp(logit - maximum)`, indices of the maxima, and plain sums."""
     (peak1, total1, best1, *sums1), (peak2, total2, best2, *sums2) = first, second
     peak = jnp.maximum(peak1, peak2)
-    # Where the peaks are equal the factor is 1, also of two infinities.
+    # Where both maxima are equal the factor is 1, even for two infinities.
     total1 *= jnp.where(peak1 == peak, 1.0, jnp.exp(peak1 - peak))
     total2 *= jnp.where(peak2 == peak, 1.0, jnp.exp(peak2 - peak))
     first_is_best = (peak1 > peak2) | ((peak1 == peak2) & (best1 < best2))
@@ -59,7 +58,7 @@ def _combine(first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[Array
 
 
 def _forward(with_mean: bool, logits: Array, targets: Array) -> tuple[LogitSummary, Any]:
-    # Second derivatives differentiate this: by the rule again, since the reduction has none of its own.
+    # Second derivatives differentiate this function, by the same rule: the reduction has no derivative of its own.
     found: Any = _summarize(with_mean, logits, targets)
     return found, (logits, targets, found.log_normalizer)
 

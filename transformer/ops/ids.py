@@ -1,4 +1,4 @@
-"""Rows of a table by their ids: a wrong id is refused where it is known, and gives NaN in compiled code."""
+"""Rows of a table by id: a wrong id is refused where its value is known, and gives NaN in compiled code."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _TOKENS = Ids("", None, 0)
 
 
 def check_ids(ids: Any, size: int, what: str = "the input", like: Ids = _TOKENS) -> None:
-    """Raise UserError if an id is known, in Python or in an array that is not traced, and outside 0 ... size - 1.
+    """Raise UserError if an id is outside 0 ... size - 1.
 
-    A tracer is not checked, nor an array of which other processes hold a part. `what` holds the ids, such as "prompt 3"; `like`
-    says what they are ids of, without more of tokens.
+    Only known values are checked: not tracers, and not arrays that are partly held by other processes. `what` names the holder
+    of the ids in messages, such as "prompt 3"; `like` names their kind and limit, by default tokens.
     """
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
@@ -30,9 +30,9 @@ def check_ids(ids: Any, size: int, what: str = "the input", like: Ids = _TOKENS)
 
 
 def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """The rows of a table; of an id outside it, negative ones too, NaN, which no loss or sample can hide.
+    """The rows of a table. An id outside the table, a negative one too, gives NaN, which no loss or sample can hide.
 
-    The gradient of such a row is dropped.
+    Such an id adds nothing to the gradient.
 
     >>> jax.jit(lambda ids: look_up(jnp.array([[1.0], [2.0]]), ids))(jnp.array([1, -1, 2]))[:, 0].tolist()
     [2.0, nan, nan]
@@ -51,12 +51,12 @@ def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n
 
 
 def number_runs(ids_BT: Any, numpy: Any = jnp) -> Any:
-    """Segment ids in which padding, 0, is one more document, behind those of its row; `numpy` is the library of the array."""
+    """Segment ids with padding (0) renumbered as one more document, after the row's others; `numpy` is the array's library."""
     return numpy.where(ids_BT == 0, ids_BT.max(axis=1, keepdims=True) + 1, ids_BT)
 
 
 def are_in_order(ids_BT: Any, most: int, numpy: Any = jnp) -> Any:
-    """Whether the ids of each row are as `AttentionMask.max_segments=most` promises, bool [B].
+    """Whether the ids of each row satisfy `AttentionMask.max_segments=most`, bool [B].
 
     >>> are_in_order(np.array([[1, 1, 2, 0], [1, 0, 2, 2], [0, 0, 0, 0]]), 2, np).tolist()
     [True, False, True]
@@ -68,7 +68,7 @@ def are_in_order(ids_BT: Any, most: int, numpy: Any = jnp) -> Any:
 
 
 def check_segments(ids: Any, most: int, what: str) -> None:
-    """Raise UserError unless the ids of each row are as `AttentionMask.max_segments` promises; unknown ones are not checked."""
+    """Raise UserError unless the ids of each row satisfy `AttentionMask.max_segments`; traced ids are not checked."""
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     known = np.asarray(ids)
@@ -83,10 +83,10 @@ def check_segments(ids: Any, most: int, what: str) -> None:
 
 
 def check_batch_ids(sizes: Sizes, batch: Any, max_segments: int = 0) -> Any:
-    """What is given; UserError if it is a batch with a token, or a target whose weight is not 0, that the model does not have, or
-    with segment ids that are not as `max_segments` promises.
+    """The batch itself; UserError if the model cannot take it.
 
-    For the host: a compiled step cannot refuse, and gives NaN.
+    Refused are ids that the model does not have (in tokens, and in targets with a weight other than 0) and segment ids that
+    do not satisfy `max_segments`. For the host: a compiled step cannot refuse a batch, and gives NaN.
     """
     for name in ("segment_ids", "source_segment_ids") if max_segments else ():
         if (ids := getattr(batch, name, None)) is not None:

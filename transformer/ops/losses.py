@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, with label smoothing and z-loss, and what does not count left out."""
+"""Cross-entropy of logits, with label smoothing and z-loss; targets of weight 0 are left out."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 
 
 class LogitSummary(NamedTuple):
-    """What a loss needs of the logits of each target, float32 but for `best`."""
+    """Summary of the logits of each target that a loss needs; float32 except `best`."""
 
     log_normalizer: Array  # [*B], log sum_v exp(logit)
     target: Array  # [*B], the logit of the target; undefined for a target outside the vocabulary
-    mean: Array  # [*B], mean of the logits of possible tokens, those above -inf; 0 where it is not wanted
-    best: Array  # int32 [*B], the first of the most likely tokens
+    mean: Array  # [*B], mean of the logits of possible tokens (above -inf); 0 if not computed
+    best: Array  # int32 [*B], the most likely token; the first of equals
 
 
 Summarize = Callable[[Array, Array, bool], LogitSummary]
@@ -25,9 +25,9 @@ def summarize(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], with_mean
     """The reference, with derivatives of every order.
 
     Args:
-        logits: of each token, float32.
-        targets: from 0 up to V; others give an undefined `target`.
-        with_mean: compute the mean.
+        logits: float32, one row per token.
+        targets: from 0 up to V; other ids give an undefined `target`.
+        with_mean: also compute the mean.
     """
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target = logit_of(logits, targets)
@@ -39,7 +39,7 @@ def summarize(logits: Float[Array, "*B V"], targets: Int[Array, "*B"], with_mean
 
 
 def logit_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """The logit of each target; of one outside the vocabulary, any."""
+    """The logit of each target; an arbitrary number for a target outside the vocabulary."""
     places = jnp.where(is_known(logits, targets), targets, 0)[..., None]
     return jnp.take_along_axis(logits, places, axis=-1, mode="promise_in_bounds")[..., 0]
 
@@ -50,9 +50,9 @@ def is_known(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Array:
 
 
 class TokenLoss(NamedTuple):
-    """Of each target, float32."""
+    """Loss of each target, float32."""
 
-    loss: Array  # [*B], what is minimised
+    loss: Array  # [*B], the training loss
     nll: Array  # [*B], negative log-likelihood, nats
     correct: Array  # [*B], 1 where the target is the most likely token, else 0
 
@@ -65,22 +65,22 @@ def cross_entropy(
     z_loss: float = 0.0,
     summarize: Summarize = summarize,
 ) -> TokenLoss:
-    """Of each target, the training loss and the plain negative log-likelihood, both in nats, and whether it was the best guess.
+    """The training loss and the plain negative log-likelihood of each target, in nats, and whether the best guess hit it.
 
     With `p = softmax(logits)`, the training loss is
     `-(1 - s) log p[target] - s * mean_v log p[v] + z * (logsumexp logits)^2`, where `s` is `label_smoothing`
     (Szegedy et al. 2016, section 7) and `z` is `z_loss` (Chowdhery et al. 2022, section 5). The likelihood has
-    neither term, so that scores are comparable between runs.
+    neither term; scores are therefore comparable between runs.
 
-    A logit of -inf is that of an impossible token: smoothing is over the others, and the loss is finite unless such a token is
-    the target. A target outside 0 ... V-1 gives NaN; `counted_only` takes out those that do not count.
+    A logit of -inf marks an impossible token. Smoothing is over the other tokens, and the loss is finite unless the target is
+    impossible. A target outside 0 ... V-1 gives NaN; `counted_only` removes such targets where their weight is 0.
 
     Args:
-        logits: of any floating-point type.
+        logits: any floating-point type.
         targets: int32.
         label_smoothing: s, from 0 to 1.
         z_loss: z, at least 0.
-        summarize: how the logits are read; the default has every derivative, `ops.fused_loss.summarize` reads them once.
+        summarize: how the logits are read: the default has every derivative, `ops.fused_loss.summarize` reads them once.
 
     Example:
         >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).nll[0]), 4)
@@ -100,7 +100,7 @@ def cross_entropy(
 def counted_only(
     weights: Float[Array, "*B"], predicted: Float[Array, "*B X"], targets: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B X"], Int[Array, "*B"]]:
-    """Logits (or hidden states) and targets, zeros where the weight is 0: to multiply a loss by 0 is not enough if it is NaN.
+    """Logits (or hidden states) and targets, with zeros where the weight is 0: multiplying by 0 would not remove a NaN.
 
     >>> counted_only(jnp.array([1.0, 0.0]), jnp.array([[2.0], [jnp.nan]]), jnp.array([0, -100]))[1].tolist()
     [0, 0]

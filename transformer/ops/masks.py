@@ -1,4 +1,4 @@
-"""Attention masks as descriptions: who may attend to whom, without a [T, S] array until a backend wants one."""
+"""Attention masks as descriptions: which keys each query sees, without a [T, S] array until a backend needs one."""
 
 import dataclasses
 import functools
@@ -17,11 +17,11 @@ def _static(default: Any) -> Any:
 
 @runtime_checkable
 class BlockPattern(Protocol):
-    """Which blocks of keys a block of queries sees (`ops/patterns`); frozen and hashable."""
+    """The blocks of keys that a block of queries sees (`ops/patterns`); frozen and hashable."""
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block."""
+        """Tokens per block."""
         ...
 
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
@@ -32,9 +32,9 @@ class BlockPattern(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query may attend to; every condition given must hold.
+    """Which keys a query may attend to. All given conditions must hold.
 
-    Rows are queries, columns keys, `1` means attends. With four tokens:
+    Rows are queries, columns are keys, and `1` means visible. With four tokens:
 
         causal=True        window=2           causal, window=2   segments [1 1 2 0]  key_lengths=[2]
         1 0 0 0            1 1 0 0            1 0 0 0            1 1 0 0             1 1 0 0
@@ -42,13 +42,13 @@ class AttentionMask:
         1 1 1 0            0 1 1 1            0 1 1 0            0 0 1 0             1 1 0 0
         1 1 1 1            0 0 1 1            0 0 1 1            0 0 0 0             1 1 0 0
 
-    `causal`, `window` and `pattern` compare positions where they are given, else indices, a query's index being
-    `query_offset + row` (two new tokens behind two cached ones: `causal=True, query_offset=[2]`):
+    `causal`, `window` and `pattern` compare positions if they are given, else indices. The index of a query is
+    `query_offset + row` (two new tokens after two cached ones: `causal=True, query_offset=[2]`):
 
         1 1 1 0
         1 1 1 1
 
-    `key_prefix` lifts `causal`, and nothing else, from the keys it marks: those of a prefix, which all of their segment see
+    `key_prefix` exempts the keys that it marks from `causal`, and from nothing else: a prefix is visible to all of its segment
     (Liu et al. 2018; Raffel et al. 2020, figure 4). With `causal=True, key_prefix=[1 1 0 0]`:
 
         1 1 0 0
@@ -56,41 +56,41 @@ class AttentionMask:
         1 1 1 0
         1 1 1 1
 
-    Segment 0 is padding: it attends to nothing and nothing attends to it. If only one side's segments are given,
-    only their zeros count. A query that sees no key is legal: its output is zeros.
+    Segment 0 is padding: it attends to nothing and nothing attends to it. If only one side's segments are given, only their
+    zeros are used. A query may see no key; its output is then zeros.
 
-    Arrays may have a batch dimension of 1, which stands for every row.
+    Arrays may have a batch dimension of 1, which is broadcast to every row.
     """
 
     causal: bool = _static(False)
-    """No key later than the query."""
+    """Hide keys later than the query."""
     window: int = _static(0)
-    """Keys fewer than this many places away on either side; 0 means any distance."""
+    """Hide keys at a distance of this many positions or more, on either side; 0 means any distance."""
     pattern: BlockPattern | None = _static(None)
-    """Only keys in blocks that the query's block sees."""
+    """Hide keys outside the blocks that the query's block sees."""
     query_segment_ids: Any = None  # int [B, T]
     key_segment_ids: Any = None  # int [B, S]
     query_positions: Any = None  # int [B, T]
     key_positions: Any = None  # int [B, S]
     key_prefix: Any = None  # bool [B, S]; keys that earlier queries see too
-    key_lengths: Any = None  # int [B]; keys with an index from here on are invisible
+    key_lengths: Any = None  # int [B]; keys from this index on are hidden
     query_offset: Any = None  # int [B]; the index of the first query among the keys
-    visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition, which only the reference takes
+    visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition; only the reference supports it
     max_segments: int = dataclasses.field(default=0, metadata={"static": True, "promise": True})
-    """A promise that segment ids count up along each row without gaps, `1 1 2 2 2 3 0 0`, that padding is at its end, and that
-    there are at most so many; with more than one, the ids of the keys are those of the queries. 0 promises nothing. It changes
-    no mask. Kernels that need it return NaN for a row that breaks it; others ignore it."""
+    """A promise about segment ids: they count up along each row without gaps, `1 1 2 2 2 3 0 0`, with padding at its end and at
+    most this many segments. With more than one, queries and keys have the same ids. 0 promises nothing. The promise changes no
+    mask. Kernels that need it return NaN for a row that breaks it; others ignore it."""
 
     @classmethod
     def of(cls, mask: Any) -> "AttentionMask":
-        """A description as it is; an array of booleans, as `nn.make_attention_mask(..., dtype=bool)` gives it, as `visible`."""
+        """A description unchanged; a boolean array, such as `nn.make_attention_mask(..., dtype=bool)`, as `visible`."""
         if isinstance(mask, AttentionMask):
             return mask
         array, form = jnp.asarray(mask), "[B, 1, T, S] (or with sizes of 1 or H for B, 1, T and S)"
         if array.dtype != bool:
             raise ValueError(
                 f"An attention mask must be an AttentionMask or booleans {form}, got an array of {array.dtype}; "
-                "make it with dtype=bool, or pass what is added to logits as the bias."
+                "make it with dtype=bool, or pass numbers to add to the logits as the bias."
             )
         if array.ndim != 4:
             raise ValueError(f"An array as attention mask must have shape {form}, got {array.shape}.")
@@ -100,10 +100,10 @@ class AttentionMask:
     def packed(
         cls, segment_ids: Int[jax.Array, "B T"] | None, *, causal: bool = False, window: int = 0, max_segments: int = 0
     ) -> "AttentionMask":
-        """Self-attention within each segment of packed rows; None means that each row is one.
+        """Self-attention within each segment of packed rows; None means one segment per row.
 
-        Positions are not needed: a segment is contiguous, so that indices differ by as much as positions do, and
-        comparing indices lets a backend skip blocks that no row needs.
+        Positions are not needed. A segment is contiguous: distances are the same between indices as between positions, and
+        comparing indices lets a backend skip blocks that are hidden in every row.
         """
         return cls(
             causal=causal,
@@ -115,11 +115,11 @@ class AttentionMask:
 
     @property
     def compares_indices(self) -> bool:
-        """Whether `causal`, `window` and `pattern` are known when tracing: neither positions nor an offset are given."""
+        """Whether `causal`, `window` and `pattern` are known while tracing: neither positions nor an offset are given."""
         return self.query_positions is None and self.key_positions is None and self.query_offset is None
 
     def key_range(self, query_start: int, query_size: int, num_keys: int) -> tuple[int, int]:
-        """The keys `[low, high)` outside which none of the queries sees anything, from what is known when tracing."""
+        """The range `[low, high)` of keys that these queries may see, from static information."""
         low, high = 0, num_keys
         if self.compares_indices:
             query_last = query_start + query_size - 1
@@ -131,7 +131,7 @@ class AttentionMask:
         return low, max(low, high)
 
     def key_blocks(self, query_start: int, query_size: int, key_size: int, num_keys: int) -> list[int]:
-        """The blocks of `key_size` keys in which any of the queries may see something, known when tracing."""
+        """The blocks of `key_size` keys that these queries may see, from static information."""
         low, high = self.key_range(query_start, query_size, num_keys)
         blocks = np.arange(low // key_size, -(-high // key_size))
         if self.pattern is None or not self.compares_indices:
@@ -140,30 +140,30 @@ class AttentionMask:
         queries = np.arange(query_start // unit, (query_start + query_size - 1) // unit + 1)
         keys = np.arange(-(-num_keys // unit))
         seen = keys[self.pattern.sees(queries[:, None], keys).any(axis=0)]
-        # A pattern's block may lie in several of these blocks, and the other way round.
+        # A pattern's block may overlap several of these blocks, and the reverse.
         first, last = seen * unit // key_size, ((seen + 1) * unit - 1) // key_size
         return [b for b in blocks.tolist() if np.any((first <= b) & (b <= last))]
 
-    def query_places(self, start: Any, size: int) -> Int[jax.Array, "B t"]:
-        """What `causal`, `window` and biases compare, for queries `start` to `start + size`; B is 1 if rows agree."""
+    def positions_of_queries(self, start: Any, size: int) -> Int[jax.Array, "B t"]:
+        """Positions (or indices) of queries `start` to `start + size`, as `causal`, `window` and biases use them; B may be 1."""
         if self.query_positions is not None:
             return _columns(self.query_positions, start, size)
         indices_T = jnp.arange(size, dtype=jnp.int32)[None] + start
         return indices_T if self.query_offset is None else indices_T + self.query_offset[:, None]
 
-    def key_places(self, start: Any, size: int) -> Int[jax.Array, "B s"]:
-        """What `causal`, `window` and biases compare, for keys `start` to `start + size`; B is 1 if rows agree."""
+    def positions_of_keys(self, start: Any, size: int) -> Int[jax.Array, "B s"]:
+        """Positions (or indices) of keys `start` to `start + size`, as `causal`, `window` and biases use them; B may be 1."""
         if self.key_positions is not None:
             return _columns(self.key_positions, start, size)
         return jnp.arange(size, dtype=jnp.int32)[None] + start
 
     def to_bool(self, num_queries: int, num_keys: int) -> Bool[jax.Array, "B H T S"]:
-        """The whole mask as booleans; B is 1 if rows agree, H if heads do."""
+        """The whole mask as booleans; B is 1 if all rows agree, H is 1 if all heads do."""
         visible = self.block(0, num_queries, 0, num_keys)
         return visible if self.visible is None else visible & self.visible
 
     def sees(self, queries: Any, keys: Any, prefix: Any = None) -> Any:
-        """Whether queries at these places see keys at those by `causal`, `window` and `pattern`; numpy or JAX integers.
+        """Whether queries see keys at these positions by `causal`, `window` and `pattern`; numpy or JAX integers.
 
         `prefix` marks keys that `causal` does not hide.
         """
@@ -183,8 +183,8 @@ class AttentionMask:
         """The mask of some queries and some keys; starts may be traced, sizes may not."""
         visible = jnp.ones((1, query_size, key_size), bool)
         if self.causal or self.window > 0 or self.pattern is not None:
-            queries = self.query_places(query_start, query_size)[:, :, None]
-            keys = self.key_places(key_start, key_size)[:, None, :]
+            queries = self.positions_of_queries(query_start, query_size)[:, :, None]
+            keys = self.positions_of_keys(key_start, key_size)[:, None, :]
             prefix = self.key_prefix
             visible &= self.sees(
                 queries, keys, None if prefix is None else _columns(prefix, key_start, key_size)[:, None, :]

@@ -1,4 +1,4 @@
-"""What a backward pass computes again rather than reads from memory."""
+"""Which intermediate results a backward pass recomputes instead of reading from memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ _KEPT = "kept"
 
 
 def keep(x: Array) -> Array:
-    """Itself; within `recomputed` it is not computed again. For what is small and takes a whole row to compute."""
+    """The identity; within `recomputed`, `x` is stored. For small results that need a whole row to compute."""
     return checkpoint_name(x, _KEPT)
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose gradient keeps its arguments and what it `keep`s, and computes the rest again."""
+    """A function whose gradient stores its arguments and its `keep` results, and recomputes everything else."""
     return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
 
 
 def stored(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, whose gradient keeps what JAX would."""
+    """The function itself, whose gradient stores JAX's usual residuals."""
     return function

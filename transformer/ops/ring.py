@@ -1,4 +1,4 @@
-"""Attention over a ring of devices: each keeps its queries, while keys and values of all go round."""
+"""Ring attention: each device keeps its queries, and keys and values pass from device to device."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from transformer.ops.backends.blockwise import Blocks, Settings, Softmax, attend
 from transformer.ops.backends.xla import LOWEST
 from transformer.ops.bias import Bias, BiasDescription, check_bias
 from transformer.ops.masks import AttentionMask
-from transformer.ops.places import balanced_order
+from transformer.ops.zigzag import balanced_order
 from transformer.validation import require
 
-# Local queries up to which blocks are written out, as in `ops.backends.blockwise`.
+# Up to this many local queries, blocks are unrolled, as in `ops.backends.blockwise`.
 _UNROLLED_QUERIES = 512
-# Of longer ones, what blocks are cut into; the late half of the queries meets whole keys, so that both must be.
+# Block size for more queries. The late half of the queries meets whole pieces of keys: both must be multiples of it.
 _SMALLEST_BLOCK = 64
 
 
@@ -33,20 +33,20 @@ def ring_attention(
     scale: float,
     logits_soft_cap: float = 0.0,
 ) -> Float[Array, "B T H W"]:
-    """The same as the reference on rows whose places are dealt out by `balanced_order` (Liu et al. 2023).
+    """The reference's result for rows whose positions are assigned by `balanced_order` (Liu et al. 2023).
 
-    To be called inside `jax.shard_map`, with this device's T of the n * T places of each row. In n - 1 exchanges every device
-    sees the keys of every other; in the backward pass, gradients of keys and values go round with them. In causal attention,
-    each device computes half of the pairs in every exchange: those behind its queries.
+    Call it inside `jax.shard_map`, with this device's T of the n * T positions of each row. In n - 1 communication steps every
+    device receives the keys of every other; in the backward pass, the gradients of keys and values travel with them. In causal
+    attention, each device computes half of the pairs in every step: the visible ones.
 
     Args:
         query_BTHK: queries of this device.
-        key_BSGK: keys of the same places, so that S = T.
-        value_BSGK: values of the same places.
-        mask: its arrays of this device's places. Where positions are given, those of what sees each other must rise along
-            a row. Patterns, prefixes, lengths and offsets are refused.
-        axis_name: of the mesh axis that the devices of a row are on.
-        bias: a description; a dense one is refused.
+        key_BSGK: keys at the same positions; S = T.
+        value_BSGK: values at the same positions.
+        mask: its arrays are this device's part. Given positions must increase along each visible part of a row. Patterns,
+            prefixes, lengths and offsets are refused.
+        axis_name: the mesh axis of the ring.
+        bias: a description; a dense bias is refused.
         scale: multiplies the logits.
         logits_soft_cap: bounds scaled logits; 0 means off.
     """
@@ -65,7 +65,7 @@ def ring_attention(
 
 
 def check_blocks(length: int, devices: int) -> None:
-    """Raise UserError if rows of a length cannot be cut into blocks that keep a device busy."""
+    """Raise UserError unless rows of a length divide into blocks that are large enough to be efficient."""
     whole = 4 * _SMALLEST_BLOCK * devices
     require(
         length <= _UNROLLED_QUERIES * devices or length % whole == 0,
@@ -106,13 +106,13 @@ class _Ring(NamedTuple):
         return Settings(self.scale, self.soft_cap, blocks, num_keys)
 
     def pass_on(self, tree: Any) -> Any:
-        """To the next device, from the one before."""
+        """Send a pytree to the next device, and receive from the previous one."""
         around = [(i, (i + 1) % self.devices) for i in range(self.devices)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis_name, around), tree)
 
 
 class _Keys(NamedTuple):
-    """What goes round."""
+    """The data that passes around the ring."""
 
     key: Any
     value: Any
@@ -127,7 +127,7 @@ def _own_keys(key: Any, value: Any, mask: AttentionMask) -> _Keys:
 def _part(
     query: Any, keys: _Keys, mask: AttentionMask, *, late_queries: bool = False, early_keys: bool = False
 ) -> tuple[Any, Any, Any, AttentionMask]:
-    """Queries, keys, values and mask of all places here, of the late half of the queries, or of the early half of the keys."""
+    """Queries, keys, values and mask of all positions here, of the late half of the queries, or of the early half of the keys."""
     start, stop = query.shape[3] // 2 if late_queries else 0, keys.key.shape[2] // (2 if early_keys else 1)
 
     def columns(array: Any, low: int, high: int | None) -> Any:
@@ -144,7 +144,7 @@ def _part(
 
 
 def _seen_whole(mask: AttentionMask) -> AttentionMask:
-    """The mask among places of which all keys come before all queries."""
+    """The mask between positions where all keys precede all queries."""
     return mask if mask.query_positions is not None else dataclasses.replace(mask, causal=False)
 
 
@@ -180,7 +180,7 @@ def _forward(ring: _Ring, query: Any, key: Any, value: Any, bias: Any, mask: Att
     for exchange in range(1, ring.devices):
         keys = ring.pass_on(keys)
         if ring.causal:
-            # Of an earlier device, the early half is before all queries here; of a later one, all is before the late half.
+            # The early half of a previous device precedes all queries here. All keys of a later device precede the late half.
             added, added_softmax = jax.lax.cond(index >= exchange, early_keys, late_queries, keys)
         else:
             added, added_softmax = attend(_part(query, keys, mask))
@@ -226,7 +226,7 @@ def _backward(ring: _Ring, saved: Any, out_gradient: Any) -> Any:
         query_gradient += query_added
         of_keys = jax.tree.map(jnp.add, of_keys, keys_added)
         bias_gradient = jax.tree.map(jnp.add, bias_gradient, bias_added)
-    # One more, and they are back where their keys are.
+    # One more step returns the gradients to the devices of their keys.
     key_gradient, value_gradient = ring.pass_on(of_keys) if ring.devices > 1 else of_keys
     bias_gradient = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), bias_gradient, bias)
     return (

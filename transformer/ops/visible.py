@@ -1,4 +1,4 @@
-"""How many pairs of a query and a key a mask leaves, from what is known before any data are."""
+"""The number of pairs of a query and a visible key, from the static part of a mask."""
 
 import functools
 import math
@@ -13,19 +13,19 @@ _MARK = re.compile(r"attention of a row: (\S+) of (\d+) pairs, (\d+) queries, wi
 
 
 def mark_attention(mask: AttentionMask, query_BTHK: Any, key_BSGK: Any, value_BSGK: Any) -> str:
-    """A name for the result of attention, which says in a traced program what it was (`read_mark`)."""
+    """A name for the result of attention that describes the call in a traced program (`read_mark`)."""
     T, S = query_BTHK.shape[1], key_BSGK.shape[1]
     widths = f"{key_BSGK.shape[-1]} and {value_BSGK.shape[-1]}"
     return f"attention of a row: {visible_pairs(mask, T, S)} of {T * S} pairs, {T} queries, widths {widths}"
 
 
 def read_mark(equation: Any) -> tuple[float, float] | None:
-    """Operations of attention's two products over the pairs that the mask leaves, and over all; None for other equations."""
+    """Operations of attention's two products over the visible pairs, and over all pairs; None for other equations."""
     found = _MARK.fullmatch(equation.params["name"]) if equation.primitive.name == "name" else None
     if found is None:
         return None
     pairs, whole, queries, key_width, value_width = map(float, found.groups())
-    heads = math.prod(equation.outvars[0].aval.shape) / max(queries * value_width, 1)  # of all rows
+    heads = math.prod(equation.outvars[0].aval.shape) / max(queries * value_width, 1)  # over all rows
     each = 2.0 * heads * (key_width + value_width)
     return each * pairs, each * whole
 
@@ -33,10 +33,9 @@ def read_mark(equation: Any) -> tuple[float, float] | None:
 def visible_pairs(mask: AttentionMask, num_queries: int, num_keys: int) -> float:
     """Pairs of one row in which the query sees the key, by the mask's static fields.
 
-    What only the data say is taken to hide nothing: segments, padding and lengths. Where positions depend on them
-    (`query_offset`: a memory, a cache), the queries are the last of the keys, so that all of the memory counts. A prefix
-    is one of every length below the row's with the same probability, which is how `prefix_lm` draws it: of a long row, two thirds
-    of the pairs.
+    Conditions that depend on data (segments, padding and lengths) are assumed to hide nothing. If positions depend on data
+    (`query_offset`: a Transformer-XL memory, a cache), the queries are taken to be the last keys. A prefix is assumed to have
+    any length below the row's with equal probability, as `prefix_lm` draws it: two thirds of a long row's pairs are visible.
 
     >>> visible_pairs(AttentionMask(causal=True), 4, 4), visible_pairs(AttentionMask(causal=True, window=2), 4, 4)
     (10.0, 7.0)
@@ -61,7 +60,7 @@ def _count(
     if window > 0:
         low_T = np.clip(places_T - window + 1, 0, num_keys)
         high_T = np.clip(places_T + window, 0, num_keys)
-    # Keys up to here are seen; later ones where they are of the prefix.
+    # Keys up to this index are visible; later ones only if they belong to the prefix.
     now_T = np.clip(places_T + 1, low_T, high_T) if causal else high_T
     in_prefix_S = (num_keys - 1 - keys_S) / num_keys if has_prefix else np.zeros(num_keys)
     unit = max(1, num_queries + offset) if pattern is None else pattern.block_size

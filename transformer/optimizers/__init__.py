@@ -1,1 +1,1 @@
-"""Update rules, one file a rule."""
+"""Update rules, one per file."""

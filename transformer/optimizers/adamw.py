@@ -16,5 +16,5 @@ class AdamW(AdaptiveOptimizer):
     kind = "adamw"
 
     def rule(self) -> optax.GradientTransformation:
-        """The first moment over the root of the second one."""
+        """The first moment divided by the root of the second."""
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps, mu_dtype=self.first_moment())

@@ -1,4 +1,4 @@
-"""What optimizers with moving averages of the gradient have in common."""
+"""Bases of optimizers with moving averages of the gradient."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from transformer.validation import require_at_least, require_range
 
 @dataclasses.dataclass(frozen=True)
 class MomentOptimizer(Optimizer):
-    """An optimizer with a first moment, whose type can be chosen."""
+    """An optimizer with a first moment of configurable type."""
 
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
-    """Decay of the second moment (Lion: of the first one, which b1 mixes with the gradient)."""
+    """Decay of the second moment (Lion: of the first moment; b1 mixes it with the gradient)."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the first moment; bfloat16 halves its memory."""
 
@@ -31,7 +31,7 @@ class MomentOptimizer(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveOptimizer(MomentOptimizer):
-    """An optimizer that divides by the root of a second moment."""
+    """An optimizer that divides by the root of the second moment."""
 
     eps: float = 1e-8
     """Added to the root of the second moment."""

@@ -1,4 +1,4 @@
-"""Muon: the matrices of blocks move by an orthogonal matrix, everything else by Adam (Jordan 2024)."""
+"""Muon: orthogonalised updates for the matrices of blocks, Adam for other parameters (Jordan 2024)."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from transformer.optimizers.bases import AdaptiveOptimizer
 from transformer.types import PyTree
 from transformer.validation import require_range
 
-# Where a block keeps its matrices, and their axes from the end: (contracted, produced).
+# Location of the matrices in a block, and their axes from the end: (contracted, produced).
 # Attention keeps heads apart: query, key, value are (embed, heads, head_dim), out is (heads, head_dim, embed).
-# Axes before these, of scanned layers and of experts, number matrices of their own.
+# Preceding axes, of scanned layers and of experts, number separate matrices.
 MATRICES = {
     "query": ((-3,), (-2, -1)),
     "key": ((-3,), (-2, -1)),
@@ -28,21 +28,21 @@ MATRICES = {
 @OPTIMIZERS.register
 @dataclasses.dataclass(frozen=True)
 class Muon(AdaptiveOptimizer):
-    """The momentum of each matrix of a block, made orthogonal; b1, b2 and eps are of Adam, for everything else."""
+    """The orthogonalised momentum of each matrix of a block; b1, b2 and eps belong to Adam, for other parameters."""
 
     kind = "muon"
 
     momentum: float = 0.95
-    """Decay of the momentum of the matrices of blocks."""
+    """Decay of the momentum of the blocks' matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, 0, 1, "momentum")
 
     def rule(self) -> optax.GradientTransformation:
-        """Orthogonal updates of matrices, Adam's of the others."""
-        # consistent_rms=0.2 gives Muon's matrices the update size of AdamW (Liu et al. 2025), so that one learning rate
-        # and one decay serve both. The learning rate of -1 undoes optax's change of sign: ours comes last in the chain.
+        """Orthogonalised updates of matrices, Adam's of other parameters."""
+        # consistent_rms=0.2 gives Muon's matrices the update size of AdamW (Liu et al. 2025): one learning rate and one decay
+        # then serve both. The learning rate of -1 undoes optax's change of sign: ours comes last in the chain.
         return optax.contrib.muon(
             learning_rate=-1.0,
             beta=self.momentum,

@@ -1,4 +1,4 @@
-"""One run in several processes: how they find each other, and how all of them leave when one is gone."""
+"""One run in several processes: how they connect, and how all of them stop when one is gone."""
 
 import contextlib
 import ipaddress
@@ -15,13 +15,13 @@ from transformer.config import ParallelConfig
 from transformer.types import Interrupted, UserError
 
 HEARTBEAT_SECONDS = 30
-"""After so long without a sign of life, a process counts as gone, and the others end."""
+"""A process without a heartbeat for this long counts as gone, and the others stop."""
 EXIT_CODE = 3
-"""Of a process that ends because another one is gone."""
+"""Exit code of a process that stops because another one is gone."""
 
 
 def several_processes(environment: Mapping[str, str]) -> bool:
-    """Whether the environment tells that this is one of several processes that `jax.distributed` can find.
+    """Whether the environment describes one of several processes that `jax.distributed` can connect.
 
     Example:
         >>> several_processes({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}), several_processes({})
@@ -36,16 +36,16 @@ def several_processes(environment: Mapping[str, str]) -> bool:
 
 
 def bind_address(coordinator: str) -> str | None:
-    """`IP:PORT` that process 0 listens on, so that no other interface of its machine does.
+    """The `IP:PORT` on which process 0 listens; its machine's other interfaces stay closed.
 
-    A name stands for the first of its addresses that is one of this machine; its loopback address is passed over (a machine often
-    calls itself 127.0.1.1), except for `localhost`.
+    A host name stands for its first address on this machine. Its loopback address is skipped, except for `localhost`: a machine
+    often resolves its own name to 127.0.1.1.
 
     Args:
         coordinator: `HOST:PORT`, an IPv6 address in brackets.
 
     Returns:
-        None where HOST is not an address of this machine, or stands for all (`0.0.0.0`); then it listens on all interfaces.
+        None if HOST is not an address of this machine, or means all (`0.0.0.0`); process 0 then listens on all interfaces.
 
     Example:
         >>> bind_address("127.0.0.1:1234"), bind_address("192.0.2.1:1234")
@@ -69,13 +69,13 @@ def bind_address(coordinator: str) -> str | None:
 
 
 def start(config: ParallelConfig) -> bool:
-    """Join the other processes of the run, if the config or the environment says that there are any; before JAX starts.
+    """Join the other processes of the run, if the config or the environment names any; call it before JAX starts.
 
     Returns:
-        Whether there are.
+        Whether there are other processes.
 
     Raises:
-        UserError: they cannot meet. Where some have not come within `start_timeout`, the process ends, with the same message.
+        UserError: the processes cannot connect. After `start_timeout`, this process exits with the same message.
     """
     if not config.coordinator and not several_processes(os.environ):
         return False
@@ -98,7 +98,7 @@ def start(config: ParallelConfig) -> bool:
         f"{config.coordinator if explicit else 'the address that the environment names'}. Start the missing ones, and give "
         "each a process_id of its own."
     )
-    # JAX would wait a little longer, and then end the process with a trace of its C++ side.
+    # JAX would wait a little longer, and then abort the process with a C++ stack trace.
     watch = threading.Timer(config.start_timeout, _give_up, [missing])
     watch.daemon = True
     watch.start()
@@ -119,7 +119,7 @@ def start(config: ParallelConfig) -> bool:
 
 
 def _process_number(config: ParallelConfig) -> int:
-    """This process's number as the config or the environment has it; -1 where neither does in a way known here."""
+    """This process's number in the config or the environment; -1 if neither has it in a known form."""
     names = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
     numbers = [str(config.process_id), *(os.environ.get(name, "") for name in names)]
     return next((int(number) for number in numbers if number.isdecimal()), -1)
@@ -132,25 +132,24 @@ def _give_up(message: str) -> None:
 
 @contextlib.contextmanager
 def joined(config: ParallelConfig) -> Iterator[None]:
-    """Within, this process is one of those that `start` finds, and leaves them as `leaving` says; or the only one."""
+    """In this context, the process is connected to the others that `start` finds, and leaves as in `leaving`."""
     with leaving() if start(config) else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """End this process at once if the work inside fails, as it does when another process is gone; so others see it go.
+    """End this process at once if the block fails, for example because another process is gone; the others then notice.
 
-    Python's ordinary end would wait for the others, and they for this one. A process that waits for the others in something
-    else than an exchange, at the end of a checkpoint say, is ended by JAX, with JAX's message and SIGABRT, within
-    `HEARTBEAT_SECONDS` and a little.
+    Python's ordinary exit would wait for the others, and they for this one. A process that waits outside a collective operation
+    (at the end of a checkpoint, say) is ended by JAX, with JAX's message and SIGABRT, shortly after `HEARTBEAT_SECONDS`.
     """
     code = EXIT_CODE
     try:
         yield
         return
     except Interrupted as error:
-        if error.agreed:  # The others leave too.
+        if error.agreed:  # The other processes stop too.
             raise
         code, message = error.exit_code, f"{error}"
     except UserError as error:

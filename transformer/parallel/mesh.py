@@ -1,4 +1,4 @@
-"""The step over a mesh of devices: jit with shardings, the main path."""
+"""The step over a mesh of devices: jit with shardings, the default strategy."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +30,9 @@ def make_mesh(sizes: Mapping[str, int] | int = -1, devices: Sequence[Any] | None
     """A mesh of all axes of `parallel.rules.AXES`.
 
     Args:
-        sizes: devices along each axis, 1 where none is given (`ParallelConfig.sizes`); -1 for one of them means as many as the
-            others leave. A number alone is that of `data`; 0 is taken for -1.
-        devices: those to use, in JAX's order; None means all, or as many as the sizes ask for.
+        sizes: devices along each axis, by default 1 (`ParallelConfig.sizes`); -1 for one axis takes the remaining devices. A
+            single number is the size of `data`; 0 means -1.
+        devices: the devices to use, in JAX's order; None takes all, or as many as the sizes need.
 
     Raises:
         UserError: the sizes do not fit the devices.
@@ -54,7 +54,7 @@ def make_mesh(sizes: Mapping[str, int] | int = -1, devices: Sequence[Any] | None
         math.prod(shape.values()) == len(chosen),
         f"The axes of parallel must multiply to the {len(chosen)} devices, got {_text(shape)}; set one of them to -1.",
     )
-    # Explicit axes, the default, are not understood by linen.
+    # Linen does not support explicit axes, the default.
     return Mesh(_arrange(chosen, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -63,7 +63,7 @@ def _text(shape: dict[str, int]) -> str:
 
 
 def _arrange(devices: list[Any], shape: dict[str, int]) -> np.ndarray:
-    """The devices as an array of the mesh's shape: neighbours on the hardware along the fast axes, slices along `dcn`."""
+    """The devices as an array of the mesh's shape: fast axes connect hardware neighbours, `dcn` connects slices."""
     sizes = tuple(shape.values())
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
@@ -75,7 +75,7 @@ def _arrange(devices: list[Any], shape: dict[str, int]) -> np.ndarray:
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
-    """Rows over all axes that share a batch; the second of several axes, places in a row, over `context`."""
+    """Rows over all axes that share a batch; the second axis of arrays with several, positions in a row, over `context`."""
     return NamedSharding(mesh, RULES.spec(("batch", "length")[:ndim], mesh.axis_names))
 
 
@@ -85,7 +85,7 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """The number of parts into which the rows of a batch are sharded."""
     (entry,) = batch_sharding(mesh).spec
     return math.prod(mesh.shape[axis] for axis in axes_in(entry))
 
@@ -94,7 +94,7 @@ def process_rows(mesh: Mesh, process: int) -> tuple[int, int]:
     """`(index, count)`: a process reads part `index` of `count` equal parts of the rows; several may read the same.
 
     Raises:
-        UserError: a process's devices hold rows that are no such part.
+        UserError: the rows of a process's devices are not such a part.
     """
     sharding, shards = batch_sharding(mesh), num_row_shards(mesh)
     places = sharding.devices_indices_map((shards,))
@@ -102,26 +102,26 @@ def process_rows(mesh: Mesh, process: int) -> tuple[int, int]:
     count = shards // len(own)
     require(
         own == list(range(own[0], own[0] + len(own))) and shards % len(own) == 0 and own[0] % len(own) == 0,
-        f"The devices of a process must hold neighbouring rows of a batch, those of process {process} hold parts {own} of "
+        f"The devices of a process must hold neighbouring rows of a batch, process {process} holds parts {own} of "
         f"{shards}; give parallel.context and parallel.tensor sizes that divide the devices of a process, or are multiples.",
     )
     return own[0] // len(own), count
 
 
 def whole_copy(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The arrays of a tree, gathered where they were spread."""
+    """The arrays of a tree, gathered where they were sharded."""
     if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
         return tree
     return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
 
 
 class MeshRunner(Runner):
-    """Runs the steps with the batch, the carry and the state spread over a mesh.
+    """Runs the steps with batch, carry and state sharded over a mesh.
 
-    The arithmetic is that of one device: XLA inserts the exchanges between devices.
+    The arithmetic is the same as on one device: XLA inserts the communication between devices.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: from `make_mesh`.
         train_step: `TrainStep`.
         evaluate_step: `EvaluateStep`.
         axes: the parameters' logical names (`init_params`); None leaves a whole copy of the state on every device.
@@ -148,13 +148,13 @@ class MeshRunner(Runner):
 
     @classmethod
     def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
-        """Rows over all axes that share a batch, places over `context`."""
+        """Rows over all axes that share a batch, positions over `context`."""
         mesh = mesh or make_mesh(config.sizes)
         return num_row_shards(mesh), mesh.shape["context"]
 
     @classmethod
     def check_memory(cls) -> None:
-        """It is spread with the rows."""
+        """Always possible: the Transformer-XL memory is sharded with the rows."""
 
     @classmethod
     def make(
@@ -167,13 +167,13 @@ class MeshRunner(Runner):
         axes: PyTree | None = None,
         row_order: RowOrder | None = None,
     ) -> "MeshRunner":
-        """Over the mesh that is given, or of the config's axes."""
+        """Over the given mesh, or a mesh of the config's axes."""
         return cls(mesh or make_mesh(config.sizes), train_step, evaluate_step, axes, row_order)
 
     # ---- The steps ---------------------------------------------------------------------------------------------------
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
-        """The buffers of the state and of its carry are used again; what is frozen is read alone."""
+        """The buffers of state and carry are donated; frozen parameters are only read."""
         state, frozen = frozen_apart(state)
         # Without the mesh in context, constraints are silently ignored.
         with jax.set_mesh(self._mesh):
@@ -182,26 +182,28 @@ class MeshRunner(Runner):
         return with_frozen(with_carry(state, carry), frozen), statistics
 
     def lower(self, state: Any, batch: Any) -> Any:
-        """For the devices of the mesh, be they present or not."""
+        """For the devices of the mesh, present or absent."""
         state, frozen = frozen_apart(state)
         with jax.set_mesh(self._mesh):
             return self._train_program(state, frozen, batch).lower(*carry_apart(state), frozen, batch)
 
     def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        """Parameters are spread as those of the state."""
+        """Parameters are sharded as in the state."""
         if self._evaluate is None:
-            spread = (tree_shardings(self._mesh, self._axes, params), self._rows, self._batch_shardings(batch))
-            self._evaluate = jax.jit(self._evaluate_step, in_shardings=spread, out_shardings=(self._rows, self._whole))
+            shardings = (tree_shardings(self._mesh, self._axes, params), self._rows, self._batch_shardings(batch))
+            self._evaluate = jax.jit(
+                self._evaluate_step, in_shardings=shardings, out_shardings=(self._rows, self._whole)
+            )
         with jax.set_mesh(self._mesh):
             return self._evaluate(params, carry, batch)
 
     def _train_program(self, state: Any, frozen: PyTree, batch: Any) -> Any:
         if self._train is None:
-            spread, carry = carry_apart(self._shardings(state))
+            state_shardings, carry = carry_apart(self._shardings(state))
             self._train = jax.jit(
                 self._train_apart,
-                in_shardings=(spread, carry, self._shardings(frozen), self._batch_shardings(batch)),
-                out_shardings=(spread, carry, self._whole),
+                in_shardings=(state_shardings, carry, self._shardings(frozen), self._batch_shardings(batch)),
+                out_shardings=(state_shardings, carry, self._whole),
                 donate_argnums=(0, 1),
             )
         return self._train
@@ -213,31 +215,31 @@ class MeshRunner(Runner):
     # ---- Between host and devices ------------------------------------------------------------------------------------
 
     def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
-        """One program makes every device's part."""
-        # With several processes, JAX takes no arrays of the host that it would have to cut.
+        """One program makes the part of every device."""
+        # With several processes, JAX accepts no host arrays that it would have to shard.
         given = [self.place_state(argument) for argument in arguments]
-        # What is given becomes a part of the state, in its place.
+        # Given arrays become a part of the state and replace the initialised ones.
         donated = tuple(range(len(given)))
         return jax.jit(make, out_shardings=self._shardings(jax.eval_shape(make, *arguments)), donate_argnums=donated)(
             *given
         )
 
     def abstract_state(self, tree: PyTree) -> PyTree:
-        """With the shardings of the parameters and of what has their names."""
+        """With the shardings of the parameters, and of other arrays with their names."""
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, self._shardings(tree)
         )
 
     def place_state(self, tree: PyTree) -> PyTree:
-        """Each device is given its part."""
+        """Each device receives its part."""
         return jax.tree.map(_place, tree, self._shardings(tree))
 
     def place_batch(self, tree: PyTree) -> PyTree:
-        """Its rows are a part of those of all processes."""
+        """This process's rows are a part of the global rows."""
         return jax.tree.map(self._place_rows, self.check_batch(tree))
 
     def fetch_state(self, tree: PyTree) -> PyTree:
-        """As it is: a checkpoint is written from the parts."""
+        """Unchanged: a checkpoint is written from the parts."""
         return tree
 
     def gather(self, tree: PyTree) -> PyTree:
@@ -267,13 +269,13 @@ class MeshRunner(Runner):
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
-    # Device by device: `device_put` to them all would reuse the buffer it is given as one of the copies, and
-    # the step, which donates its state, would take it from the caller.
+        # One device at a time: `device_put` to all devices would reuse the given buffer as one of the copies, and the step,
+        # which donates its state, would delete the caller's array.
     parts = sharding.addressable_devices_indices_map(x.shape)
     pieces = [jax.device_put(x[part], device, may_alias=False) for device, part in parts.items()]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, pieces)
 
 
 def _is_local(mesh: Mesh) -> bool:
-    """Whether this process has devices of the mesh; it has none of absent hardware."""
+    """Whether this process has devices of the mesh; absent hardware belongs to none."""
     return any(device in mesh.devices.flat for device in jax.local_devices())

@@ -1,4 +1,4 @@
-"""The step under pmap: a copy of the state on every device, each with its rows of the batch."""
+"""The step under pmap: a copy of the state on every device, and a share of the batch's rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ from transformer.types import PyTree, Statistics, UserError
 from transformer.validation import require
 
 AXIS_NAME = "data"
-"""What a step must sum over (`TrainStep(..., axis_name=AXIS_NAME)`)."""
+"""The axis over which a step sums (`TrainStep(..., axis_name=AXIS_NAME)`)."""
 
 
 def replicate(tree: PyTree, devices: list) -> PyTree:
@@ -41,12 +41,12 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 class PmapRunner(Runner):
-    """Runs the steps on so many devices, as many in each process.
+    """Runs the steps on a number of devices, equally many in each process.
 
     Args:
-        data: devices; -1 or 0: all.
+        data: number of devices; -1 or 0 means all.
         train_step: `TrainStep` with `axis_name=AXIS_NAME`.
-        evaluate_step: likewise.
+        evaluate_step: `EvaluateStep` with the same.
     """
 
     axis_name = AXIS_NAME
@@ -60,7 +60,7 @@ class PmapRunner(Runner):
         super().__init__()
         self._devices = devices = choose_devices(max(data, 0))
         self._local_devices = [device for device in devices if device.process_index == jax.process_index()]
-        # The first device of every process: what they hold together is one copy, known to all (a checkpoint needs that).
+        # The first device of every process: together they hold one copy that every process knows, as a checkpoint needs.
         first = [next(d for d in devices if d.process_index == p) for p in range(jax.process_count())]
         self._one_copy = NamedSharding(Mesh(np.array(first), (AXIS_NAME,)), PartitionSpec())
         self._train = jax.pmap(train_step, axis_name=AXIS_NAME, devices=devices, donate_argnums=0)
@@ -70,16 +70,16 @@ class PmapRunner(Runner):
 
     @classmethod
     def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
-        """Rows over all devices; each has whole ones."""
+        """Rows over all devices; each has whole rows."""
         _check_present(mesh)
         return len(choose_devices(max(config.data, 0))), 1
 
     @classmethod
     def check_memory(cls) -> None:
-        """In one process alone: it does not go from one to another."""
+        """In one process only: a Transformer-XL memory is not sent between processes."""
         if jax.process_count() > 1:
             raise UserError(
-                f"Under pmap, a memory of earlier rows stays in one process, got {jax.process_count()} processes; "
+                f"Under pmap, a Transformer-XL memory stays in one process, got {jax.process_count()} processes; "
                 "set parallel.strategy=mesh, or model.memory_length=0."
             )
 
@@ -94,21 +94,21 @@ class PmapRunner(Runner):
         axes: PyTree | None = None,
         row_order: RowOrder | None = None,
     ) -> "PmapRunner":
-        """On `config.data` devices, each of which has whole rows and a whole copy of the state."""
+        """On `config.data` devices, each with whole rows and a whole copy of the state."""
         del axes, row_order
         _check_present(mesh)
         return cls(config.data, train_step, evaluate_step)
 
     def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
-        """Made once, and copied."""
+        """Made once, then copied."""
         return self.place_state(make(*arguments))
 
     def abstract_state(self, tree: PyTree) -> PyTree:
-        """Of one copy, without shardings."""
+        """The shapes of one copy, without shardings."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def place_state(self, tree: PyTree) -> PyTree:
-        """A copy for each device, but for the carry's rows."""
+        """One copy per device, except for the carry's rows."""
         rest, carry = carry_apart(tree)
         if jax.tree.leaves(carry):
             self.check_memory()
@@ -117,17 +117,17 @@ class PmapRunner(Runner):
         return with_carry(replicate(rest, self._local_devices), spread)
 
     def place_batch(self, tree: PyTree) -> PyTree:
-        """With a new first axis, of this process's devices."""
+        """With a new first axis over this process's devices."""
         devices = len(self._local_devices)
         return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), self.check_batch(tree))
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
-        """Statistics are those of one copy, which are of all rows."""
+        """Statistics are one copy's; they cover all rows."""
         state, statistics = self._train(state, batch)
         return state, unreplicate(statistics)
 
     def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        """Statistics as of `step`."""
+        """Statistics as in `step`."""
         carry, statistics = self._evaluate(params, carry, batch)
         return carry, unreplicate(statistics)
 
@@ -143,16 +143,16 @@ class PmapRunner(Runner):
         return with_carry(one, rows)
 
     def gather(self, tree: PyTree) -> PyTree:
-        """As it is."""
+        """Unchanged."""
         return tree
 
     def lower(self, state: Any, batch: Any) -> Any:
-        """For the devices that are there."""
+        """For the devices that are present."""
         return self._train.lower(state, batch)
 
 
 def _check_present(mesh: Mesh | None) -> None:
     require(
         mesh is None,
-        "parallel.strategy=pmap runs on the devices that are there, and a mesh was given; set parallel.strategy=mesh.",
+        "parallel.strategy=pmap runs on the devices that are present, got a mesh; set parallel.strategy=mesh.",
     )

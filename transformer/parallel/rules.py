@@ -1,4 +1,4 @@
-"""Sharding rules: the mesh axes of each logical axis, and what follows from them for parameters and activations."""
+"""Sharding rules: the mesh axes of each logical axis, and the resulting shardings of parameters and activations."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from transformer.types import PyTree
 from transformer.validation import require
 
 AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
-"""The axes of a mesh, slowest first: `dcn` goes over the data-centre network between slices, the others stay within one."""
+"""The axes of a mesh, slowest first: `dcn` is the data-centre network between slices, the others lie within one slice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The mesh axes of each logical axis. Without rules, the default of modules, no mesh is looked at.
+    """The mesh axes of each logical axis. Without rules, the default of modules, the current mesh is ignored.
 
     Example:
         >>> RULES.spec(("embed", None)) == PartitionSpec("fsdp", None)
@@ -24,13 +24,13 @@ class Sharding:
     """
 
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(logical axis, mesh axes) pairs; no mesh axes means a whole copy on every device."""
+    """(logical axis, mesh axes) pairs; an empty tuple means a whole copy on every device."""
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The mesh axes of a logical axis; an axis of the mesh stands for itself, where no rule says otherwise.
+        """The mesh axes of a logical axis; a mesh axis maps to itself unless a rule says otherwise.
 
         Raises:
-            UserError: there is no rule for it.
+            UserError: there is no rule for the name.
         """
         table = {**{axis: (axis,) for axis in AXES}, **dict(self.rules)}
         require(
@@ -43,34 +43,34 @@ class Sharding:
         """The mesh axes of an array.
 
         Args:
-            names: a logical name, several or None for each axis of the array.
-            axes: those of the mesh; others of the rules are left out.
+            names: for each axis of the array: a logical name, several, or None.
+            axes: axes of the mesh; other axes in the rules are left out.
 
         Raises:
-            UserError: a name without a rule.
+            UserError: a name has no rule.
         """
         parts = [(name,) if isinstance(name, str) else name or () for name in names]
         found = [tuple(axis for name in part for axis in self.axes(name) if axis in axes) for part in parts]
         return PartitionSpec(*(mesh[0] if len(mesh) == 1 else mesh or None for mesh in found))
 
-    def spread(self) -> dict[str, int]:
-        """Axes of the rules and of the mesh that is set over which the compiler spreads arrays, and the devices of each.
+    def sharded_axes(self) -> dict[str, int]:
+        """Axes of the current mesh that occur in the rules and are partitioned by the compiler, with their sizes.
 
-        None without a mesh (`jax.set_mesh`), on one device, and where devices run a program each (`pmap`, inside `shard_map`).
+        None without a mesh (`jax.set_mesh`), on one device, and where each device runs its own program (`pmap`, `shard_map`).
         """
         mesh, known = jax.sharding.get_abstract_mesh(), {axis for _, axes in self.rules for axis in axes}
         sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1 and name in known}
 
     def constrain(self, x: Any, *names: str | None) -> Any:
-        """Ask the compiler to spread an activation by the logical names of its axes, over the mesh that is set, if any."""
-        spread = self.spread()
-        return jax.lax.with_sharding_constraint(x, self.spec(names, spread)) if spread else x
+        """Ask the compiler to shard an activation by the logical names of its axes, over the current mesh, if any."""
+        mesh_axes = self.sharded_axes()
+        return jax.lax.with_sharding_constraint(x, self.spec(names, mesh_axes)) if mesh_axes else x
 
 
 RULES = Sharding(
     (
-        # Of parameters.
+        # Parameters.
         ("vocab", ("tensor",)),
         ("position", ()),
         ("embed", ("fsdp",)),
@@ -82,15 +82,15 @@ RULES = Sharding(
         ("norm", ()),
         ("rank", ()),
         ("layers", ()),
-        # Of activations, which share "heads", "kv_heads", "hidden" and "vocab".
+        # Activations; they share "heads", "kv_heads", "hidden" and "vocab" with parameters.
         ("batch", ("dcn", "data", "fsdp", "expert")),
         ("length", ("context",)),
     )
 )
 """The trainer's rules.
 
-Parameters are cut along `embed` over `fsdp` (Rajbhandari et al. 2020, stage 3) and along heads and hidden units over `tensor`
-(Shoeybi et al. 2019). Rows of a batch are spread over every axis but `context` and `tensor`, whose devices share them.
+Parameters are sharded along `embed` over `fsdp` (Rajbhandari et al. 2020, stage 3), and along heads and hidden units over
+`tensor` (Shoeybi et al. 2019). Rows of a batch are sharded over every axis except `context` and `tensor`.
 """
 
 
@@ -105,10 +105,10 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
     Args:
         mesh: of devices.
         axes: the tree of logical names that `init_params` returns.
-        shapes: the parameters, or anything with their shapes, to check that devices get as much each.
+        shapes: the parameters, or anything with their shapes, to check that shards have equal sizes.
 
     Raises:
-        UserError: an axis of the mesh does not divide an axis of a parameter; which, and by how much.
+        UserError: a mesh axis does not divide an axis of a parameter; the message names both.
     """
     shardings = jax.tree.map(lambda names: _parameter_sharding(mesh, names), axes, is_leaf=is_names)
     if shapes is not None:
@@ -117,14 +117,14 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree | None = None) 
 
 
 def tree_shardings(mesh: Mesh, axes: PyTree | None, tree: PyTree) -> PyTree:
-    """The sharding of every array of a state or a part of it.
+    """The sharding of every array of a state, or of a part of it.
 
-    An array with the name and the axes of a parameter is spread as that is: a moment, an average, a gradient. All others
-    (counts, keys, factored moments and what stands in for them) are whole on every device.
+    An array with the name and the axes of a parameter is sharded like it: a moment, an average, a gradient. Other arrays
+    (counts, keys, factored moments and their placeholders) are whole on every device.
 
     Args:
         mesh: of devices.
-        axes: the parameters' logical names; None leaves everything whole.
+        axes: the parameters' logical names; None keeps everything whole.
         tree: arrays, or anything with shapes.
     """
     whole = NamedSharding(mesh, PartitionSpec())
@@ -156,7 +156,7 @@ def _check_divides(path: Any, names: Any, x: Any, sharding: NamedSharding) -> Na
     for name, size, entry in zip(names, x.shape, sharding.spec, strict=True):
         for axis in axes_in(entry):
             devices = sharding.mesh.shape[axis]
-            # Rows of a table that no token has are never drawn, and a table of a run to start from may have fewer.
+            # Padded rows of a table stand for no token and are never generated; a run to start from may have fewer rows.
             more = (
                 f"model.vocab_size={-(-size // devices) * devices}"
                 if name == "vocab"
@@ -176,5 +176,5 @@ def _keys(path: Any) -> tuple[str, ...]:
 
 
 def is_names(node: Any) -> bool:
-    """Whether a node of a tree is the names of a parameter's axes."""
+    """Whether a node of a tree is a tuple of axis names."""
     return isinstance(node, PartitionSpec)

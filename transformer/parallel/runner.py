@@ -1,4 +1,4 @@
-"""What a way of running the step over devices consists of."""
+"""The interface of a parallel strategy: how training and evaluation steps run on devices."""
 
 import abc
 from collections.abc import Callable
@@ -15,29 +15,29 @@ TrainFunction = Callable[[Any, Any], tuple[Any, Statistics]]
 EvaluateFunction = Callable[[PyTree, PyTree, Any], tuple[PyTree, Statistics]]
 """`(params, carry, batch) -> (carry, statistics)`, such as an `EvaluateStep`."""
 RowOrder = Callable[[int, int], Any]
-"""`(length, devices)` -> the places of a row in the order in which the devices that share it hold them."""
+"""`(length, devices)` -> the positions of a row, in the order in which the devices that share it hold them."""
 
 
 class Runner(abc.ABC):
-    """A compiled training and evaluation step, and the moves between host and devices that go with them."""
+    """Compiled training and evaluation steps, and the transfers between host and devices that they need."""
 
     axis_name: ClassVar[str | None] = None
-    """What a step must sum over (`TrainStep(..., axis_name=)`)."""
+    """The axis over which a step sums (`TrainStep(..., axis_name=)`)."""
     num_programs: int = 1
-    """Programs that draw random numbers for rows of their own, each with its own key."""
+    """Number of programs that draw random numbers for separate rows, each with its own key."""
     num_devices: int
-    """That share the work, of all processes."""
+    """Number of devices that share the work, over all processes."""
     feeds: tuple[int, int]
     """`(index, count)`: this process reads part `index` of `count` equal parts of every batch's rows."""
 
     def __init__(self) -> None:
         self.check_batch: Callable[[Any], Any] = lambda batch: batch
-        """Is given each batch before it is placed, and returns it or raises."""
+        """Called with each batch before it is placed; returns the batch or raises."""
 
     @classmethod
     @abc.abstractmethod
     def shares(cls, config: ParallelConfig, mesh: Mesh | None = None) -> tuple[int, int]:
-        """Into how many parts the devices of a config, or of a mesh, cut the rows of a batch, and the places of a row.
+        """The number of parts into which the rows of a batch, and the positions of a row, are sharded.
 
         Raises:
             UserError: there are no such devices.
@@ -46,7 +46,7 @@ class Runner(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def check_memory(cls) -> None:
-        """Raise UserError unless a memory of earlier rows can be kept."""
+        """Raise UserError unless a Transformer-XL memory can be kept."""
 
     @classmethod
     @abc.abstractmethod
@@ -63,55 +63,55 @@ class Runner(abc.ABC):
         """The runner of a config.
 
         Args:
-            config: which devices, and what they share.
+            config: the devices, and how they share the work.
             train_step: `TrainStep` with this class's `axis_name`.
-            evaluate_step: `EvaluateStep` likewise.
-            mesh: of devices, present or absent; None takes those of the config.
-            axes: the parameters' logical names; None leaves a whole copy of the state on every device.
-            row_order: of rows that devices share; None leaves rows as they are.
+            evaluate_step: `EvaluateStep` with the same.
+            mesh: of devices, present or absent; None uses the config's devices.
+            axes: the parameters' logical names; None keeps a whole copy of the state on every device.
+            row_order: the order of positions in rows shared by devices; None keeps it.
         """
 
     @abc.abstractmethod
     def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
-        """`make(*arguments)`, a state made on all devices at once: no device holds more than its part.
+        """`make(*arguments)`, a state made directly on all devices: no device holds more than its part.
 
-        Arguments are arrays on the host, such as parameters to start from.
+        Arguments are arrays on the host, such as initial parameters.
         """
 
     @abc.abstractmethod
     def abstract_state(self, tree: PyTree) -> PyTree:
-        """Shapes of a state -> the same with shardings: what a checkpoint is restored to."""
+        """The shapes of a state, with shardings: the target of restoring a checkpoint."""
 
     @abc.abstractmethod
     def place_state(self, tree: PyTree) -> PyTree:
-        """Arrays of one copy (a state, parameters) -> new arrays on all devices; what was given stays the caller's.
+        """Copy the arrays of a state or of parameters to all devices; the caller keeps its own arrays.
 
-        A state's `carry` has rows as a batch has, and is spread as those are. What is placed already stays as it is.
+        The `carry` of a state has rows, and is sharded like a batch. Arrays that are already placed are returned unchanged.
         """
 
     @abc.abstractmethod
     def place_batch(self, tree: PyTree) -> PyTree:
-        """This process's rows of a batch, numpy arrays -> arrays spread over the devices."""
+        """Copy this process's rows of a batch (numpy arrays) to the devices."""
 
     @abc.abstractmethod
     def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
-        """`(state, statistics)` of placed arguments; the given state is donated, so unusable after."""
+        """`(state, statistics)` from placed arguments; the given state is donated and must not be used afterwards."""
 
     @abc.abstractmethod
     def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
-        """`(carry, statistics)` of placed arguments, the carry as part of the batch."""
+        """`(carry, statistics)` from placed arguments; the carry is sharded like the batch."""
 
     @abc.abstractmethod
     def fetch_state(self, tree: PyTree) -> PyTree:
-        """The inverse of `place_state`, without a copy between devices; over a mesh, arrays stay spread over it."""
+        """The inverse of `place_state`, without a copy between devices; over a mesh, arrays stay sharded."""
 
     @abc.abstractmethod
     def gather(self, tree: PyTree) -> PyTree:
-        """What `fetch_state` gave -> whole arrays, for programs of one device."""
+        """Convert the result of `fetch_state` to whole arrays, for programs on one device."""
 
     @abc.abstractmethod
     def lower(self, state: Any, batch: Any) -> Any:
-        """The `jax.stages.Lowered` of the step, from shapes with shardings or arrays."""
+        """The `jax.stages.Lowered` of the step, from arrays or shapes with shardings."""
 
 
 def carry_apart(tree: PyTree) -> tuple[PyTree, PyTree]:
@@ -125,7 +125,7 @@ def with_carry(tree: PyTree, carry: PyTree) -> PyTree:
 
 
 def frozen_apart(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """A state without what is frozen in it, and that; `(tree, ())` for anything else."""
+    """A state without its frozen parameters, and these; `(tree, ())` for anything else."""
     return (tree._replace(frozen=()), tree.frozen) if hasattr(tree, "frozen") else (tree, ())
 
 
@@ -135,12 +135,12 @@ def with_frozen(tree: PyTree, frozen: PyTree) -> PyTree:
 
 
 def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> None:
-    """Raise UserError unless every device gets as many rows of every micro-batch.
+    """Raise UserError unless every device gets equally many rows of every micro-batch.
 
     Args:
         batch_size: rows of the batch of one optimizer step.
-        devices: how many share it; those of a context or tensor axis, which have the same rows, count as one.
-        accumulate_steps: micro-batches it is cut into.
+        devices: number of devices that share it; devices along context and tensor axes hold the same rows and count once.
+        accumulate_steps: number of micro-batches.
     """
     if batch_size % (devices * accumulate_steps) != 0:
         raise UserError(
@@ -150,20 +150,20 @@ def check_divisible(batch_size: int, devices: int, accumulate_steps: int) -> Non
 
 
 def choose_devices(count: int) -> list:
-    """`count` of all devices (0: all), as many from each process, in JAX's order.
+    """`count` of all devices (0 means all), equally many from each process, in JAX's order.
 
     Raises:
-        UserError: there are fewer, or processes cannot have as many each.
+        UserError: there are fewer, or processes cannot have equally many.
     """
     devices = jax.devices()
     if count > len(devices):
         raise UserError(
             f"The axes of parallel must not exceed the {len(devices)} devices there are, got {count}; "
-            "lower one of them, or set it to -1 to use what the others leave."
+            "lower one of them, or set it to -1 to use the remaining devices."
         )
     if count % jax.process_count() != 0:
         raise UserError(
-            f"The devices that parallel asks for must be a multiple of the {jax.process_count()} processes, got {count}; "
+            f"The number of devices in parallel must be a multiple of the {jax.process_count()} processes, got {count}; "
             "change its axes, or set parallel.data to -1 to use all devices."
         )
     share = (count or len(devices)) // jax.process_count()

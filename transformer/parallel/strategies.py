@@ -7,4 +7,4 @@ from transformer.parallel.pmap import PmapRunner
 from transformer.parallel.runner import Runner
 
 STRATEGIES: Mapping[str, type[Runner]] = {"mesh": MeshRunner, "pmap": PmapRunner}
-"""Name -> what runs the steps."""
+"""Name -> the class that runs the steps."""

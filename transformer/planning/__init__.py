@@ -1,1 +1,1 @@
-"""What a step needs of hardware that is not there: memory, operations, exchanges, time."""
+"""Estimates for a step on absent hardware: memory, operations, communication, time."""

@@ -1,4 +1,4 @@
-"""Accelerators as their makers describe them, and the names by which their compilers know groups of them."""
+"""Accelerators with their makers' data, and the topology names that their compilers accept."""
 
 import dataclasses
 import math
@@ -15,57 +15,57 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as JAX counts them."""
+    """One device, in JAX's sense."""
 
     package: ClassVar[str]
-    """What compiles for it."""
+    """The package that contains its compiler."""
 
     kind: str
-    """As JAX names it."""
+    """Its name in JAX."""
     memory_bytes: float
-    """High-bandwidth memory, as much of it as the compiler lets a program have."""
+    """High-bandwidth memory that the compiler lets a program use, in bytes."""
     memory_bandwidth: float
-    """Bytes a second between memory and the cores."""
+    """Memory bandwidth, bytes per second."""
     link_bandwidth: float
-    """Bytes a second of one link to a neighbour, in one direction."""
+    """Bandwidth of one link to a neighbour, in one direction, bytes per second."""
     torus_dims: int
-    """Directions of the torus, two links each; 0 where every device reaches every other through a switch by one link."""
+    """Dimensions of the torus, with two links each; 0 for a switch that connects every device by one link."""
     network_bandwidth: float
-    """Bytes a second to devices of other slices."""
+    """Bandwidth to devices of other slices, bytes per second."""
     per_chip: int = 1
-    """Devices of a chip (hours are counted by chip)."""
+    """Devices per chip (hours are counted by chip)."""
 
     @property
     def peak_flops(self) -> float:
-        """bfloat16 operations a second."""
+        """bfloat16 operations per second."""
         return published_peak_flops(self.kind)
 
     def describe(self, name: str, shape: str, num_slices: int) -> Any:
-        """JAX's description of a topology of these.
+        """JAX's description of a topology of these devices.
 
         Args:
             name: of the topology, with its shape.
-            shape: what follows the colon of the name.
-            num_slices: of such a shape.
+            shape: the part of the name after the colon.
+            num_slices: number of slices of this shape.
         """
         raise NotImplementedError(f"{type(self).__name__} must define describe().")
 
 
 _HOST_CHIPS = 4
-"""Of a TPU's host, as the compiler takes it to be: two by two."""
+"""Chips of one TPU host, as the compiler assumes: two by two."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TPU(Chip):
-    """In slices that are a torus."""
+    """TPU devices, in slices that form a torus."""
 
     package = 'libtpu (pip install -e ".[plan]")'
 
     options: tuple[tuple[str, str], ...] = ()
-    """Of the compiler's topology."""
+    """Name in the compiler's topologies."""
 
     def describe(self, name: str, shape: str, num_slices: int) -> Any:
-        """One slice or several; fewer chips than a host has are as if it had no more."""
+        """One slice or several; a slice smaller than a host counts as a smaller host."""
         slices: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
         sizes = [int(size) for size in shape.split("x") if size.isdigit()]
         if 0 < math.prod(sizes) < _HOST_CHIPS:
@@ -75,15 +75,15 @@ class TPU(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class GPU(Chip):
-    """In nodes behind a switch."""
+    """GPUs, in nodes with a switch."""
 
     package = "JAX's CUDA plugin (pip install 'jax[cuda12]')"
 
     target: str = ""
-    """What XLA's compiler must know of a device that it cannot ask."""
+    """Properties of the device that XLA's compiler cannot query when it is absent."""
 
     def describe(self, name: str, shape: str, num_slices: int) -> Any:
-        """So many devices."""
+        """The given number of devices."""
         del num_slices
         name, _, _ = name.partition(":")
         require(shape.isdigit(), f"The shape of {name} is a number of devices, got {shape!r}; for example {name}:8.")
@@ -109,7 +109,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # From the makers' data sheets (two devices share a TPU7x's links) and, for links and networks, from Austin et al. 2025, "How to
 # Scale Your Model", chapter 2.
 CHIPS = {
-    # A v4's two cores are one device.
+    # The two cores of a v4 are one device.
     "v4": TPU("TPU v4", 30.75 * GIB, 1.2e12, 4.5e10, 3, 6.25e9, options=(("chip_config_name", "megacore"),)),
     "v5e": TPU("TPU v5 lite", 15.75 * GIB, 8.1e11, 4.5e10, 2, 3.1e9),
     "v5p": TPU("TPU v5", 95.73 * GIB, 2.8e12, 9e10, 3, 6.25e9),
@@ -120,7 +120,7 @@ CHIPS = {
 NODE_DEVICES = 8
 """H100s behind one switch."""
 ALIASES = {
-    # Accelerator types of Google Cloud, whose number counts chips (v5e, v6e) or cores, two to a chip (v5p).
+    # Accelerator types of Google Cloud; the number counts chips (v5e, v6e) or cores, two per chip (v5p).
     "v5e-256": "v5e:16x16",
     "v6e-256": "v6e:16x16",
     "v5p-512": "v5p:4x8x8",
@@ -129,7 +129,7 @@ ALIASES = {
 
 
 class Topology(NamedTuple):
-    """Absent devices that a program can be compiled for."""
+    """Absent devices for which a program can be compiled."""
 
     name: str
     chip: Chip
@@ -137,7 +137,7 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> float:
-        """How many chips the devices are."""
+        """The number of chips."""
         return len(self.devices) / self.chip.per_chip
 
 
@@ -148,10 +148,10 @@ def find_topology(name: str, num_slices: int = 1) -> Topology:
 
     Args:
         name: of one slice.
-        num_slices: such slices of TPUs, joined by a data-centre network.
+        num_slices: number of slices of TPUs, connected by a data-centre network.
 
     Raises:
-        UserError: the name says nothing, or the compiler for it is not installed.
+        UserError: the name is unknown, or the compiler for it is not installed.
     """
     full = ALIASES.get(name, name)
     kind, _, shape = full.partition(":")

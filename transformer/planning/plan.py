@@ -1,4 +1,4 @@
-"""A step compiled for devices that are not there, and what that tells: memory, operations, exchanges, time, cost."""
+"""A step compiled for absent devices, and the estimates from it: memory, operations, communication, time, cost."""
 
 import dataclasses
 import functools
@@ -24,18 +24,18 @@ from transformer.types import UserError
 from transformer.validation import require
 
 CLASSES = ("no", "yes")
-"""Of a classifier whose data is not read: their number hardly matters."""
+"""Classes of a classifier whose data is not read; the number has little effect."""
 
 
 class Plan(NamedTuple):
-    """What one step takes on one device, unless it says otherwise."""
+    """Estimates for one step on one device, unless stated otherwise."""
 
     topology: str
     step: str
     """train or decode."""
     mesh: dict[str, int]
     settings: dict[str, Any]
-    """Of the config, what decides most: batch, micro-batches, remat, types."""
+    """The config fields with the largest effect: batch, micro-batches, remat, types."""
     devices: int
     chips: float
     parameters: int
@@ -46,27 +46,27 @@ class Plan(NamedTuple):
     peak_bytes: float
     capacity_bytes: float
     advice: str
-    """If it does not fit: by how much, and what would make it fit."""
+    """If it does not fit: the missing bytes, and remedies."""
     traced_flops: float
-    """Of all devices, recomputation included; attention's by formula, without the pairs of positions that masks hide."""
+    """Of all devices, recomputation included; attention by formula, without the pairs of positions that masks hide."""
     formula_flops: float
-    """Of all devices, without recomputation, and of attention the pairs that masks leave: what training's MFU counts."""
+    """Of all devices, without recomputation, and with only the visible pairs in attention: the basis of training's MFU."""
     formula_flops_whole: float
     """The same, with every pair of positions counted."""
     program_flops: float
-    """Of one device's program, custom kernels left out."""
+    """In one device's program, without custom kernels."""
     collectives: dict[str, dict[str, float]]
-    """By kind: how often, and bytes sent."""
+    """By kind: number of calls, and bytes sent."""
     least_network_bytes: float
-    """What a device must send at the least with this mesh: parameters and gradients over the axes that share them."""
+    """Lower bound on the bytes that a device sends with this mesh: parameters and gradients over the axes that share them."""
     compute_seconds: float
     memory_seconds: float
     network_seconds: float
     step_seconds: float
-    """The largest of the three: a bound, as if they ran at the same time and without loss."""
+    """The largest of the three: a lower bound, as if all three overlapped perfectly."""
     bottleneck: str
     mfu_bound: float
-    """Of formula_flops, had the step its bound's time."""
+    """Of formula_flops, if the step took exactly the bound's time."""
     tokens_per_second: float
     chip_hours: float
     """Of the configured run."""
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What is to be compiled, and what is known of it before."""
+    """The program to compile, and the quantities known before."""
 
     step: str
     config: Config
@@ -84,7 +84,7 @@ class _Work(NamedTuple):
     settings: dict[str, Any]
     params: Any
     operands: Any
-    """Shapes with shardings of what the step takes."""
+    """Shapes with shardings of the step's arguments."""
     lower: Callable[[], Any]
     traced: float
     flops: Flops
@@ -93,10 +93,10 @@ class _Work(NamedTuple):
 
 
 def plan_training(config: Config, topology: Topology) -> Plan:
-    """Compile the training step of a config for absent devices; nothing but shapes is allocated.
+    """Compile the training step of a config for absent devices; only shapes are allocated.
 
     Raises:
-        UserError: the config leaves its vocabulary to the data, or does not fit the devices by its numbers.
+        UserError: the config does not set the vocabulary size, or its sizes do not fit the devices.
     """
     model, batch = config.model, config.objective.batch_shapes(config)
     rows, length = batch.inputs.shape
@@ -105,8 +105,8 @@ def plan_training(config: Config, topology: Topology) -> Plan:
     with jax.set_mesh(mesh):
         traced = traced_flops(steps.train_step, steps.state, batch)
     flops = steps.parts.count_step(batch)
-    # Of attention, the count has two products forward and four backward. A fused kernel has five, for it computes the logits
-    # again, and two more where the layer is computed again.
+    # The count has two products of attention forward and four backward. A fused kernel has five in its backward pass, because it
+    # recomputes the logits, and two more if the layer is rematerialised.
     kernel = flops.attention / 6 * (7 + (0 if model.remat == "none" else 2))
     return _compile(
         _Work(
@@ -191,7 +191,7 @@ def plan_decoding(config: Config, topology: Topology, *, rows: int, capacity: in
 
 
 def _place_cache(cache: Any, scanned: bool, mesh: Mesh) -> Any:
-    """The shapes of a model's cache with their shardings."""
+    """The shapes of a model's cache, with their shardings."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         # Keys and values are [B, G, P, K], lengths [B]; a scanned stack has a leading axis of periods.
@@ -204,7 +204,7 @@ def _place_cache(cache: Any, scanned: bool, mesh: Mesh) -> Any:
 
 
 def resolve_size(config: Config) -> Config:
-    """`parts.resolve` without a tokenizer, for a config that names the size of its vocabulary."""
+    """`parts.resolve` without a tokenizer, for a config that sets the size of its vocabulary."""
     require(
         config.model.vocab_size > 0,
         "A plan reads no data: model.vocab_size must be set, got 0; for example --model.vocab-size 32000.",
@@ -236,7 +236,7 @@ def _compile(work: _Work) -> Plan:
     else:
         stats = compiled.memory_analysis()
         arguments, capacity = float(stats.argument_size_in_bytes), chip.memory_bytes
-        # Results take the place of donated arguments; what is not donated needs its own.
+        # Results reuse the memory of donated arguments; other results need their own.
         fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
         peak = arguments + stats.temp_size_in_bytes + fresh
         program = read_program(compiled.as_text())
@@ -283,12 +283,12 @@ def _compile(work: _Work) -> Plan:
 
 
 def least_network_bytes(config: Config, steps: Steps, mesh: Mapping[str, int]) -> float:
-    """What a device must send in a step, whatever the compiler does, for the axes that share the state and the batch.
+    """Lower bound on the bytes that a device sends in a step, for the axes that share the state and the batch.
 
-    Parameters that are spread over an axis with rows of its own are gathered for the forward and, rematerialised or not, for
-    the backward pass, in the model's type, and their gradients summed and dealt out once for each micro-batch; of what is
-    left on a device, gradients are summed over the other axes with rows. A ring needs (n - 1) / n of the bytes for
-    each, and twice that for a sum that all need. Experts stay where they are: rows come to them.
+    Parameters sharded over an axis with its own rows are all-gathered in the model's type, for the forward and for the backward
+    pass. Their gradients are reduce-scattered once per micro-batch. The resulting shards are all-reduced over the other axes with
+    rows. A ring sends (n - 1) / n of the bytes for each of these, and twice that for an all-reduce. Experts are not moved: rows
+    are sent to them.
     """
     itemsize = jnp.dtype(config.model.dtype).itemsize
     total = 0.0
@@ -314,7 +314,7 @@ def _by_kind(collectives: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def _seconds(collective: Collective, topology: Topology, order: list[Any], num_slices: int) -> float:
-    """Time on the wires: those of the torus's directions that the group spans, or a switch, or the network between slices."""
+    """Communication time: over the links of the torus dimensions that the group spans, a switch, or the inter-slice network."""
     chip, numbers = topology.chip, collective.devices or range(len(order))
     island = NODE_DEVICES if chip.torus_dims == 0 else len(order) // num_slices
     if collective.exchange.through_hosts or len({number // island for number in numbers}) > 1:
@@ -328,9 +328,9 @@ def _seconds(collective: Collective, topology: Topology, order: list[Any], num_s
 
 
 def _links(group: list[Any], everything: list[Any], torus_dims: int) -> int:
-    """Links by which a corner of a group's box sends: two along a side that is a closed ring, one along another.
+    """Number of links by which a corner of a group's box sends: two along a side that is a closed ring, one along others.
 
-    A v5e or v6e closes rings of 16 chips; v4, v5p and 7x those of cubes of 4, where all sides are of whole ones.
+    A v5e or v6e closes rings of 16 chips. A v4, v5p or 7x closes rings in shapes made of whole cubes of 4.
     """
     sides = [len({coords[axis] for coords in everything}) for axis in range(torus_dims)]
     cubes = torus_dims == 3 and all(side % 4 == 0 for side in sides)
@@ -340,7 +340,7 @@ def _links(group: list[Any], everything: list[Any], torus_dims: int) -> int:
 
 
 def _memory_error(message: str) -> tuple[float, float]:
-    """Bytes used and there, from what the compiler says when a program does not fit; any other failure is raised again."""
+    """Used and available bytes, from the compiler's message that a program does not fit; any other error is raised again."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     size = r"([\d.]+)([KMGT])"
     found = re.search(rf"Used {size} of {size}", message) or re.search(

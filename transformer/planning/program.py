@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: exchanges between devices, products, traffic, each as often as it runs."""
+"""Operations of a compiled program, read from its text: collectives, products, traffic, each with its number of runs."""
 
 import math
 import re
@@ -24,14 +24,14 @@ _NO_TRAFFIC = {
 
 
 class Exchange(NamedTuple):
-    """What is particular to a kind of collective."""
+    """Properties of a kind of collective."""
 
     passes: int = 1
-    """How often all but a device's own part goes round a ring; 0 if all of it goes to one other device."""
+    """How often the other devices' parts pass around a ring; 0 if everything is sent to one other device."""
     through_hosts: bool = False
-    """To other slices."""
+    """Bytes sent to other slices, as a multiple."""
     returns_operands: bool = False
-    """Whether its asynchronous form returns them, before its results."""
+    """Whether its asynchronous form returns the operands before the results."""
 
 
 COLLECTIVES = {
@@ -45,17 +45,17 @@ COLLECTIVES = {
 
 
 class Collective(NamedTuple):
-    """An exchange between devices."""
+    """One collective operation."""
 
     kind: str
     bytes: float
-    """Of the larger of operand and result on one device."""
+    """Bytes of the larger of operand and result on one device."""
     group: int
-    """Devices that exchange among each other."""
+    """Number of devices in a group."""
     devices: tuple[int, ...]
-    """A group of them, by number; empty if the program does not list them."""
+    """The devices of one group, by number; empty if the program does not list them."""
     count: float
-    """How often a step does it."""
+    """Number of runs per step."""
 
     @property
     def exchange(self) -> Exchange:
@@ -64,23 +64,23 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """What a device sends, all times together, by an algorithm that is optimal for a ring."""
+        """Bytes that a device sends over all runs, by an optimal algorithm for a ring."""
         factor = self.exchange.passes * (self.group - 1) / self.group if self.exchange.passes else 1.0
         return factor * self.bytes * self.count
 
 
 class Program(NamedTuple):
-    """Sums over one device's program."""
+    """Sums over the program of one device."""
 
     collectives: list[Collective]
     flops: float
-    """Of matrix products outside custom kernels, two for each multiply-add."""
+    """Operations of matrix products outside custom kernels, two for each multiply-add."""
     traffic_bytes: float
-    """Operands and results of its operations in main memory, where they lie unless a fusion or a cache keeps them."""
+    """Bytes of operands and results in main memory, assuming that only fusions and caches avoid it."""
     kernels: dict[str, float]
-    """Custom calls by target, and how often each runs."""
+    """Custom calls by target, with their number of runs."""
     launches: float
-    """Operations that move data, each as often as it runs; a fusion is one."""
+    """Number of operations that move data, with their runs; a fusion counts once."""
 
 
 class _Instruction(NamedTuple):
@@ -93,14 +93,14 @@ class _Instruction(NamedTuple):
 def read_program(text: str) -> Program:
     """Read the text of a compiled program (`compiled.as_text()`).
 
-    XLA's own counts take a loop's body once; here it is taken as often as the loop's condition says.
+    XLA's own counts include the body of a loop once; here it is multiplied by the loop's trip count.
     """
     computations, entry = _parse(text)
     times = _multiplicities(computations, entry)
     collectives: list[Collective] = []
     flops = traffic = launches = 0.0
     kernels: dict[str, float] = {}
-    # Of a fused computation, where it is called.
+    # Operations inside a fused computation count where it is called.
     fused = {
         name: caller
         for caller, body in computations.items()
@@ -152,7 +152,7 @@ def _called(instruction: _Instruction) -> list[str]:
 
 
 def _multiplicities(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, float]:
-    """How often each computation runs; of a conditional's branches, each is taken to run."""
+    """Number of runs of each computation; every branch of a conditional is assumed to run."""
     times: dict[str, float] = {}
 
     def visit(name: str, count: float) -> None:
@@ -167,7 +167,7 @@ def _multiplicities(computations: dict[str, list[_Instruction]], entry: str) -> 
 
 
 def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> float:
-    """Of a loop that counts from 0, as a scan does; 1 where the program does not tell."""
+    """Trip count of a loop that counts from 0, as a scan does; 1 if the program does not show it."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if known:
         return float(known.group(1))
@@ -182,7 +182,7 @@ def _collective(instruction: _Instruction, computation: str, shapes: dict[str, s
     exchange = COLLECTIVES.get(kind)
     if exchange is None or (exchange.through_hosts and "is_host_transfer=true" not in instruction.rest):
         return None
-    # An all-reduce of which each device keeps a part is one instruction for the hardware.
+    # An all-reduce followed by a slice on each device is one instruction on the hardware.
     kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else kind
     sizes = [_bytes(shapes.get(operand, "")) for operand in _operands(instruction)]
     if exchange.through_hosts:
@@ -195,7 +195,7 @@ def _collective(instruction: _Instruction, computation: str, shapes: dict[str, s
 
 
 def _is_another_part(instruction: _Instruction, caller: str | None, seen: set[tuple[str, str]]) -> bool:
-    """Whether an exchange was met before: one beside other work stands in every fusion from its start to its end."""
+    """Whether a collective was counted before: an asynchronous one occurs in every fusion from its start to its end."""
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if caller is None or channel is None:
         return False
@@ -219,7 +219,7 @@ def _group(rest: str) -> tuple[int, tuple[int, ...]]:
     meshed = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
     if meshed:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed.group(1))}
-        # 'axis' or, of a part of it, 'axis':(devices before)devices.
+        # 'axis' or, for a part of it, 'axis':(devices before)devices.
         taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed.group(2))
         strides = dict(zip(sizes, (math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))), strict=True))
         devices = [0]
@@ -245,7 +245,7 @@ def _first_group(dims: list[int], order: list[int], groups: int, size: int) -> I
 
 
 def _product_flops(instruction: _Instruction, shapes: dict[str, str]) -> float:
-    """Of a product, two for each multiply-add; a TPU's products are convolutions, whose paddings and holes do not count."""
+    """Operations of a product, two per multiply-add; a TPU's products are convolutions, whose paddings and holes do not count."""
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
     left, right = (_dims(shapes.get(name, "")) for name in _operands(instruction)[:2])
@@ -266,7 +266,7 @@ def _product_flops(instruction: _Instruction, shapes: dict[str, str]) -> float:
 
 
 def _window_pairs(rest: str, axis: int, input_size: int, window_size: int, output_size: int) -> int:
-    """Along an axis of a convolution, how many pairs of an output's place and a window's meet an element of the input."""
+    """Pairs of an output index and a window index that meet an input element, along one axis of a convolution."""
 
     def field(name: str, default: str) -> str:
         found = re.search(rf"\b{name}=([\d_x]+)", rest)
@@ -279,11 +279,10 @@ def _window_pairs(rest: str, axis: int, input_size: int, window_size: int, outpu
 
 
 def _traffic(instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]) -> float:
-    """Bytes that an operation reads from main memory and writes to it: of each array, the elements that it needs.
+    """Bytes that an operation reads from and writes to main memory; of each array, only the needed elements count.
 
-    An operation in a fusion needs as many elements of its operands as it gives itself, so that of a table of which some rows are
-    gathered, after whatever was done to single elements, these rows count. An array that is updated in place counts with
-    what is replaced.
+    An operation in a fusion needs as many elements of its operands as it produces. A gather of a few rows, even after elementwise
+    operations, thus counts those rows only. An array that is updated in place counts by the size of the update.
     """
     operands = _operands(instruction)
     body = next((computations[name] for name in _called(instruction) if name in computations), [])
@@ -305,7 +304,7 @@ def _traffic(instruction: _Instruction, shapes: dict[str, str], computations: di
 
 
 def _results(root: _Instruction, inner: dict[str, _Instruction]) -> list[_Instruction]:
-    """What a fusion writes."""
+    """The outputs of a fusion."""
     if root.opcode == "tuple":
         return [result for name in _operands(root) if name in inner for result in _results(inner[name], inner)]
     if root.opcode in ("bitcast", "reshape") and _operands(root)[0] in inner:
@@ -314,14 +313,14 @@ def _results(root: _Instruction, inner: dict[str, _Instruction]) -> list[_Instru
 
 
 def _updated(result: _Instruction, inner: dict[str, _Instruction]) -> _Instruction:
-    """The part of a result that is written: all, or of one that is updated in place the update."""
+    """The written part of a result: everything, or only the update if it is updated in place."""
     if result.opcode != "dynamic-update-slice":
         return result
     return inner.get(_operands(result)[1], result)
 
 
 def _needed(body: list[_Instruction], inner: dict[str, _Instruction], results: set[str]) -> dict[str, float]:
-    """How many elements of each value in a fusion are needed; users stand after what they use."""
+    """The number of needed elements of each value in a fusion; users follow the values that they use."""
     needed: dict[str, float] = {}
     for user in reversed(body):
         size = _elements(user.shape)
@@ -335,19 +334,19 @@ def _needed(body: list[_Instruction], inner: dict[str, _Instruction], results: s
 
 
 def _of_operand(user: _Instruction, place: int, given: float, size: int, whole: int, *, in_place: bool) -> float:
-    """How many of an operand's elements give so many of the user's."""
+    """The number of an operand's elements that a number of the user's elements needs."""
     if user.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
         return given
     if user.opcode == "dynamic-update-slice" and place == 0:
         return 0.0 if in_place else given
     if user.opcode in ("broadcast", "concatenate", "pad", "dynamic-update-slice"):
         return min(given, whole)
-    # Elementwise and of a tuple, one for one; a reduction, its part of the whole.
+    # Elementwise operations and tuples: one for one; a reduction: its share of the whole.
     return whole * given / size if size else float(whole)
 
 
 def _operands(instruction: _Instruction) -> list[str]:
-    """Names of the operands: what stands before the parenthesis closes."""
+    """Names of the operands: the text before the closing parenthesis."""
     depth, end = 1, len(instruction.rest)
     for index, character in enumerate(instruction.rest):
         depth += (character in "({[") - (character in ")}]")
@@ -363,7 +362,7 @@ def _dims(shape: str) -> list[int]:
 
 
 def _elements(shape: str) -> int:
-    """Of all arrays of a shape."""
+    """Number of elements in all arrays of a shape."""
     return sum(math.prod(int(n) for n in dims.split(",") if n) for _, dims in _ARRAY.findall(shape))
 
 
@@ -376,5 +375,5 @@ def _bytes(shape: str) -> float:
 
 
 def _main_memory_bytes(shape: str) -> float:
-    """Bytes of the arrays of a shape that are not in a memory space of their own, such as a TPU's vector memory."""
+    """Bytes of the arrays of a shape in main memory, without other memory spaces such as a TPU's vector memory."""
     return 0.0 if re.search(r"S\([1-9]\)", shape) else _bytes(shape)

@@ -1,4 +1,4 @@
-"""Meshes, rematerialisation and micro-batches for a topology: pruned by arithmetic, the best compiled, and ranked."""
+"""Search over meshes, rematerialisation and micro-batches for a topology: pruned by arithmetic, then compiled and ranked."""
 
 import dataclasses
 import functools
@@ -22,26 +22,26 @@ REMATS = ("none", "dots", "full")
 
 
 class Candidate(NamedTuple):
-    """A choice, and what arithmetic says of it."""
+    """One choice, and its estimates by arithmetic."""
 
     config: Config
     bytes: float
-    """Of state and kept activations on a device."""
+    """Bytes of state and stored activations on a device."""
     seconds: float
-    """Of a step: the longer of computing and sending."""
+    """Seconds per step: the longer of computing and sending."""
 
 
 def search(
     config: Config, topology: Topology, *, compiled: int = 12, report: Callable[[str], object] = lambda _: None
 ) -> list[tuple[Config, Plan]]:
-    """The best ways to train a config on absent devices, those that fit first, fastest first.
+    """The best ways to train a config on absent devices: plans that fit come first, faster ones before slower ones.
 
     Args:
-        config: of the run; its mesh (all but `dcn`), remat and micro-batches are replaced.
+        config: of the run; its mesh (all axes except `dcn`), remat and micro-batches are replaced.
         topology: the devices.
-        compiled: how many candidates are compiled: the best by arithmetic, as many of each `remat`; and as many again, those
-            that need least memory, should none of these fit.
-        report: takes a line for each.
+        compiled: number of candidates to compile: the best by arithmetic, equally many for each `remat`. If none of them fits,
+            the same number with the smallest memory follows.
+        report: called with one line per candidate.
 
     Raises:
         UserError: no choice divides rows, heads and widths.
@@ -72,7 +72,7 @@ def search(
 
 
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
-    """All choices that divide rows, heads and widths, estimated."""
+    """All choices that divide rows, heads and widths, with estimates."""
     found = []
     resolved = resolve_size(config)
     flops = (
@@ -120,10 +120,10 @@ def _micro_batches(config: Config) -> list[int]:
 def estimate(config: Config, topology: Topology, flops: float) -> Candidate:
     """Memory and time of a step by arithmetic alone.
 
-    State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: what the blocks
-    keep (`kept_widths`). The output layer: its logits and their gradient, and its matrix gathered and that one's gradient.
-    Time: the step's operations (`flops`) at the peak, and the parameters' way over the wires, tensor parallelism's four
-    exchanges of the stream a block among it.
+    State: parameters, their gradients and the optimizer's moments, over the axes that share them. Activations: the results that
+    blocks store (`kept_widths`). Output layer: its logits and their gradient, its gathered matrix and the gradient of that.
+    Time: the step's operations (`flops`) at peak speed, and the communication of parameters. Tensor parallelism adds four
+    transfers of the residual stream per block.
     """
     parallel, model, chip = config.parallel, config.model, topology.chip
     devices, accumulate = len(topology.devices), config.optimizer.accumulate_steps

@@ -1,1 +1,1 @@
-"""Learning-rate schedules, one file a schedule."""
+"""Learning-rate schedules, one per file."""

@@ -1,4 +1,4 @@
-"""The peak, to the end."""
+"""A constant learning rate after warm-up."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from transformer.types import Array
 @SCHEDULES.register
 @dataclasses.dataclass(frozen=True)
 class ConstantSchedule(Schedule):
-    """After warm-up, the peak."""
+    """After warm-up, constant at the peak."""
 
     kind = "constant"
 

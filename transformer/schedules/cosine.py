@@ -1,4 +1,4 @@
-"""Half a cosine from the peak to its end (Loshchilov and Hutter 2017)."""
+"""Half a cosine from the peak to the final value (Loshchilov and Hutter 2017)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What schedules that fall to a share of the peak at the last step have in common."""
+"""The base of schedules that fall to a fraction of the peak at the last step."""
 
 import dataclasses
 
@@ -14,14 +14,14 @@ class FallingSchedule(Schedule):
     """A schedule that falls to `final_fraction`."""
 
     final_fraction: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, 0, 1 + 1e-9, "final_fraction")
 
     def first_decaying(self, last: int, steps: int) -> int:
-        """The step before the first one below the peak; `last` is the last of so many."""
+        """The step before the first one below the peak; `last` is the last of `steps` steps."""
         del last, steps
         return self.warmup_steps
 

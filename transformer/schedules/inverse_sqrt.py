@@ -1,4 +1,4 @@
-"""The inverse square root of the step (Vaswani et al. 2017, section 5.3)."""
+"""The inverse square root of the step number (Vaswani et al. 2017, section 5.3)."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from transformer.types import Array
 @SCHEDULES.register
 @dataclasses.dataclass(frozen=True)
 class InverseSqrtSchedule(Schedule):
-    """After warm-up, falling with the square root of the step, whatever the length of the run."""
+    """After warm-up, proportional to the inverse square root of the step, for runs of any length."""
 
     kind = "inverse_sqrt"
 

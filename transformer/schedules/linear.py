@@ -1,4 +1,4 @@
-"""A straight line from the peak to its end."""
+"""A straight line from the peak to the final value."""
 
 import dataclasses
 

@@ -10,17 +10,17 @@ from transformer.validation import require_range
 @SCHEDULES.register
 @dataclasses.dataclass(frozen=True)
 class WSDSchedule(LinearSchedule):
-    """After warm-up the peak, then a straight line over the last steps."""
+    """After warm-up constant at the peak, then a straight line over the last steps."""
 
     kind = "wsd"
 
     decay_fraction: float = 0.2
-    """Share of the steps in which the learning rate falls."""
+    """Fraction of the steps in which the learning rate falls."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, 0, 1 + 1e-9, "decay_fraction")
 
     def first_decaying(self, last: int, steps: int) -> int:
-        """So that `decay_fraction` of the steps decay."""
+        """The step after which `decay_fraction` of the steps remain."""
         return max(self.warmup_steps, round(last - self.decay_fraction * steps))

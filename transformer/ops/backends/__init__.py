@@ -1,1 +1,1 @@
-"""Backends of attention, one a file."""
+"""Attention backends, one per file."""

@@ -1,4 +1,4 @@
-"""Attention a block of queries and keys at a time: memory linear in the sequence, in plain JAX."""
+"""Attention one block of queries and keys at a time: memory linear in the sequence, in plain JAX."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from transformer.ops.backends.xla import LOWEST, XLABackend
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.masks import AttentionMask, BlockPattern
 
-# Up to so many queries the blocks are written out; beyond, the program and its memory would grow with their number.
+# Up to this many queries the blocks are unrolled. Beyond it, the program and its memory would grow with the number of blocks.
 _UNROLLED_QUERIES = 512
-# Products of smaller blocks cost more than what they skip.
+# Smaller blocks cost more in overhead than they skip.
 _SMALLEST = 64
-# Queries times keys from which on `auto` avoids [T, S] arrays: those of 256 tokens attending to themselves.
+# From this many pairs of a query and a key on, `auto` avoids [T, S] arrays: self-attention of 256 tokens.
 _LARGE = 256 * 256
 
 
@@ -36,26 +36,26 @@ class BlockwiseBackend(AttentionBackend):
         return blockwise_attention(*call[:3], mask=call.mask, bias=call.bias, **settings)
 
     def preferred(self, call: AttentionCall, platform: str) -> bool:
-        """Where the reference's [T, S] arrays are what costs: many pairs, and no bias that is such an array anyway."""
+        """True where the reference's [T, S] arrays dominate the cost: many pairs, and no bias that is such an array itself."""
         del platform
         described = call.bias is None or isinstance(call.bias, BiasDescription)
         return described and call.query_BTHK.shape[1] * call.key_BSGK.shape[1] >= _LARGE
 
 
 class Blocks(NamedTuple):
-    """How the [T, S] square is cut."""
+    """How the [T, S] matrix of logits is divided."""
 
     query_size: int
     key_size: int
-    """Ignored if unrolled."""
+    """Block of keys; ignored if unrolled."""
     unrolled: bool
-    """Each block of queries written out, against all keys it may see at once; else two nested loops."""
+    """True: each block of queries is unrolled and reads all its visible keys at once. False: two nested loops."""
 
 
 def choose_blocks(num_queries: int, num_keys: int, pattern: BlockPattern | None = None) -> Blocks:
-    """Blocks for plain XLA; those of a pattern, so that all it leaves out is skipped.
+    """Block sizes for plain XLA; with a pattern, its own block size, which allows skipping every hidden block.
 
-    A compiler that orders unrolled blocks freely may keep all of them alive, so they serve short sequences only.
+    A compiler that orders unrolled blocks freely may keep all of them alive; they therefore serve short sequences only.
     """
     if num_queries <= _UNROLLED_QUERIES:
         return Blocks(min(128, num_queries), num_keys, unrolled=True)
@@ -76,9 +76,9 @@ def blockwise_attention(
 ) -> Float[jax.Array, "B T H W"]:
     """The same as the reference without its [T, S] arrays (Rabe and Staats 2021; Dao et al. 2022, algorithms 1 and 4).
 
-    The forward pass keeps the output, and the peak and the total of each softmax; the backward pass recomputes the weights
-    from them, block by block. Blocks that `mask.key_blocks` leaves out are never computed. Gradients are
-    reverse-mode only (`jax.custom_vjp`).
+    The forward pass keeps the output and, for each softmax, its maximum and its sum. The backward pass recomputes the weights
+    from them, block by block. Blocks outside `mask.key_blocks` are never computed. Gradients are reverse-mode only
+    (`jax.custom_vjp`).
     """
     check_bias(bias)
     B, T, H, K = query_BTHK.shape
@@ -97,7 +97,7 @@ def blockwise_attention(
             query_positions=_pad(mask.query_positions, 1, padded_T),
             key_positions=_pad(mask.key_positions, 1, padded_S),
             key_prefix=_pad(mask.key_prefix, 1, padded_S),
-            # Not segments, which only half of the masks have: a length hides the padded keys whatever else there is.
+            # Segments would do too, but only half of the masks have them. Key lengths hide the padded keys in every case.
             key_lengths=jnp.full((1,), S, jnp.int32) if mask.key_lengths is None else jnp.minimum(mask.key_lengths, S),
         )
         bias = bias if isinstance(bias, BiasDescription) else _pad(_pad(bias, 2, padded_T), 3, padded_S)
@@ -107,7 +107,7 @@ def blockwise_attention(
 
 
 class Settings(NamedTuple):
-    """What is known when tracing."""
+    """Static settings, known while tracing."""
 
     scale: float
     soft_cap: float
@@ -118,8 +118,8 @@ class Settings(NamedTuple):
 class Softmax(NamedTuple):
     """The normaliser of each query's softmax, `exp(peak) * total`, float32 [B, G, R, T].
 
-    Apart, because the logarithm of both in one number loses `log(total)` where the peak is large: float32 numbers next to -1e9,
-    to which masks of other libraries set logits, are 64 apart.
+    Peak and total are separate numbers: their combined logarithm loses `log(total)` where the peak is large. Next to -1e9, a
+    common masked logit in other libraries, neighbouring float32 numbers are 64 apart.
     """
 
     peak: Any
@@ -129,12 +129,12 @@ class Softmax(NamedTuple):
 
     @property
     def inverse(self) -> Any:
-        """1 / total, or 0, with an axis for keys or for the width of values."""
+        """1 / total, or 0 if the query sees no key; with a last axis for keys or for the width of values."""
         return jnp.where(self.total == 0, 0.0, 1.0 / jnp.where(self.total == 0, 1.0, self.total))[..., None]
 
 
 class _Block(NamedTuple):
-    """Where a block lies; the starts may be traced."""
+    """The position of one block; its starts may be traced."""
 
     query_start: Any
     query_size: int
@@ -150,7 +150,7 @@ def _attend(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mas
 def attend_forward(
     settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask
 ) -> tuple[Any, Softmax]:
-    """The output [B, G, R, T, W], in the query's dtype, and the softmax it was made with; zeros where a query sees nothing."""
+    """The output [B, G, R, T, W] in the query's dtype, and its softmax; the output is zero where a query sees no key."""
 
     def attend_keys(carry: Any, block: _Block) -> Any:
         peak, total, out = carry
@@ -184,15 +184,17 @@ def _backward(settings: Settings, saved: Any, out_gradient: Any) -> Any:
 
 
 def attend_backward(settings: Settings, saved: Any, out_gradient: Any) -> tuple[Any, Any, Any, Any]:
-    """Gradients of query, key, value and bias; output and softmax may be of more keys than these, of which the query sees all.
+    """Gradients of query, key, value and bias.
+
+    The saved output and softmax may cover more keys than the ones given here, which a query then sees all of (`ops.ring`).
 
     Args:
-        settings: of the forward pass.
-        saved: query, key, value, bias, mask, and what `attend_forward` returned.
-        out_gradient: of the output.
+        settings: the same as in the forward pass.
+        saved: query, key, value, bias, mask, and both results of `attend_forward`.
+        out_gradient: gradient of the output.
     """
     query, key, value, bias, mask, out, softmax = saved
-    # The mean of the weights' gradients under the weights themselves (Dao et al. 2022, equation 4).
+    # Mean of the gradients of the weights, under the weights themselves (Dao et al. 2022, equation 4).
     mean = _einsum("BGRTK,BGRTK->BGRT", out_gradient.astype(jnp.float32), out.astype(jnp.float32))
 
     def attend_keys(carry: Any, block: _Block) -> Any:
@@ -248,14 +250,14 @@ def _logits(
 
 def _bias_block(bias: Any, mask: AttentionMask, block: _Block) -> jax.Array:
     if isinstance(bias, BiasDescription):
-        query_places = mask.query_places(block.query_start, block.query_size)
-        return bias_block(bias, query_places, mask.key_places(block.key_start, block.key_size))
+        query_positions = mask.positions_of_queries(block.query_start, block.query_size)
+        return bias_block(bias, query_positions, mask.positions_of_keys(block.key_start, block.key_size))
     rows = _slice(bias, 2, block.query_start, block.query_size)
     return _slice(rows, 3, block.key_start, block.key_size).astype(jnp.float32)
 
 
 def _add_bias_gradient(gradient: Any, logits_gradient: jax.Array, bias: Any, mask: AttentionMask, block: _Block) -> Any:
-    """Add what one block contributes to the gradient of a bias."""
+    """Add the contribution of one block to the gradient of a bias."""
     if bias is None:
         return None
     B, G, R, T, S = logits_gradient.shape
@@ -271,7 +273,7 @@ def _add_bias_gradient(gradient: Any, logits_gradient: jax.Array, bias: Any, mas
 def _over_blocks(settings: Settings, mask: AttentionMask, num_queries: int, attend_queries: Any, carry: Any) -> Any:
     """Call `attend_queries(carry, start, size, key_blocks)` for each block of queries; join its outputs on axis 3.
 
-    `key_blocks(step, initial)` folds `step` over the blocks of keys that these queries may see.
+    `key_blocks(step, initial)` folds `step` over the blocks of keys that are visible to these queries.
     """
     query_size, key_size, unrolled = settings.blocks
     starts = range(0, num_queries, query_size)
@@ -287,7 +289,7 @@ def _over_blocks(settings: Settings, mask: AttentionMask, num_queries: int, atte
 
     visited = [mask.key_blocks(start, query_size, key_size, settings.num_keys) for start in starts]
     counts = np.asarray([len(indices) for indices in visited], np.int32)
-    # Mostly they follow each other; only a pattern's need a table.
+    # The visible blocks are mostly contiguous. Only a pattern needs a table of them.
     first = np.asarray([indices[0] if indices else 0 for indices in visited], np.int32)
     contiguous = all(
         indices == list(range(start, start + len(indices)))

@@ -17,9 +17,9 @@ from transformer.ops.backends.fused import FusedBackend, by_platform
 from transformer.ops.ids import are_in_order
 from transformer.ops.masks import AttentionMask
 
-# JAX looks for cuDNN while tracing, wherever the program will run.
+# JAX checks for cuDNN while tracing, even if the program will run elsewhere.
 _INSTALLED = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-# What GPUs of every generation take, and Hopper's and later ones.
+# Widest head on GPUs of every generation, and on Hopper and later ones.
 _WIDEST_HEAD, _WIDEST_ON_HOPPER = 128, 256
 _PROMISE = "a promise of how many there are: data.max_segments in training, AttentionMask(max_segments=) in Python"
 
@@ -35,7 +35,7 @@ class CudnnBackend(FusedBackend):
     dtypes = ("bfloat16", "float16")
 
     def refusal(self, call: AttentionCall) -> str:
-        """Also widths, and lengths, segments and windows that do not go together."""
+        """Also unsupported widths, and unsupported combinations of lengths, segments and windows."""
         if call.dropout_rate > 0:
             return f"dropout_rate={call.dropout_rate} (JAX fixes the seed, so that every step would drop the same)"
         if reason := super().refusal(call):
@@ -47,7 +47,7 @@ class CudnnBackend(FusedBackend):
                 f"heads of {K} and values of {W} (one width, a multiple of 8 up to {_WIDEST_HEAD}, or {_WIDEST_ON_HOPPER} on an "
                 "H100 or later)"
             )
-        # One token is what a model is initialised with, without a gradient.
+        # A model is initialised with one token, without a gradient.
         if max(T, S) > 1 and (T % 2 or S % 2):
             return f"{T} queries and {S} keys (even numbers only: for others JAX has no gradient)"
         if mask.causal and T != S:
@@ -62,7 +62,7 @@ class CudnnBackend(FusedBackend):
         return ""
 
     def _refused_segments(self, call: AttentionCall) -> str:
-        """What of segment ids it cannot honour."""
+        """The unsupported part of a call's segment ids, in words; empty if they are supported."""
         mask = call.mask
         given = [name for name in ("query_segment_ids", "key_segment_ids") if getattr(mask, name) is not None]
         if not given:
@@ -80,7 +80,7 @@ class CudnnBackend(FusedBackend):
                 f"mask.max_segments={mask.max_segments} for a GPU that is unknown or older than an H100 (with 1, or rows without "
                 "segment ids as data.pack=False gives them, for any)"
             )
-        # Offsets are int32 and count numbers, not tokens.
+        # Offsets are int32. They count array elements, not tokens.
         if call.query_BTHK.size >= 2**31:
             return f"packed queries of {call.query_BTHK.size:,} numbers (below 2^31 on a device: fewer rows)"
         return cudnn_packed.unavailable()

@@ -1,4 +1,4 @@
-"""What is used of JAX's own function for cuDNN, which is private: packed rows, and GPUs that are not there."""
+"""The parts of JAX's private cuDNN function that are used here: packed rows, and programs for absent GPUs."""
 
 import contextlib
 import functools
@@ -15,15 +15,15 @@ from transformer.ops.ids import are_in_order, number_runs
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as private
-except ImportError:  # of another JAX; `unavailable` says so
+except ImportError:  # in another version of JAX; `unavailable` reports it
     private: Any = None
 
 HOPPER = (9, 0)
-"""Compute capability from which on cuDNN takes packed rows."""
+"""Lowest compute capability for packed rows in cuDNN."""
 _PARAMETERS = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type")
-# Of GPUs that are not there, whose names are all that is known.
+# Compute capability of absent GPUs, for which only the name is known.
 _CAPABILITIES = {"A100": (8, 0), "H100": HOPPER, "H200": HOPPER, "GH200": HOPPER, "B200": (10, 0)}
-# Up to JAX 0.10, offsets of keys are multiplied by the number of query heads, which moves them where there are fewer key heads.
+# Up to JAX 0.10, key offsets are multiplied by the number of query heads, which is wrong if there are fewer key heads.
 _GROUPS = jax.__version_info__ >= (0, 11)
 _patched = threading.Lock()
 
@@ -32,13 +32,13 @@ class Target(NamedTuple):
     """The GPU that a program is traced for."""
 
     capability: tuple[int, ...]
-    """Its compute capability; () if it is unknown."""
+    """Its compute capability; () if unknown."""
     present: bool
-    """Whether it is here, so that JAX can ask it."""
+    """Whether it is present: JAX can then query it."""
 
 
 def find_target() -> Target:
-    """The devices of the mesh that is set, or the GPU at hand."""
+    """The devices of the current mesh, or the local GPU."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     here: Any = next((device for device in jax.local_devices() if device.platform == "gpu"), None)
     if here is not None and (device is None or device.device_kind == here.device_kind):
@@ -49,7 +49,7 @@ def find_target() -> Target:
 
 @contextlib.contextmanager
 def traced_for(target: Target) -> Iterator[None]:
-    """JAX asks the GPU at hand what it can do; for one that is not there, `target` answers while a call is traced."""
+    """JAX queries the local GPU for its capabilities; for an absent one, `target` answers while a call is traced."""
     if target.present or private is None:
         yield
         return
@@ -67,7 +67,7 @@ def traced_for(target: Target) -> Iterator[None]:
 
 @functools.cache
 def unavailable() -> str:
-    """What this version of JAX lacks for packed rows, in words, or nothing."""
+    """The reason why packed rows do not work with the installed JAX; empty if they do."""
     function = getattr(private, "dot_product_attention", None)
     parameters = inspect.signature(function).parameters if function is not None else {}
     kinds = getattr(getattr(private, "MaskType", None), "__members__", {})
@@ -77,20 +77,20 @@ def unavailable() -> str:
 
 
 class Runs(NamedTuple):
-    """Documents, and the padding behind them, as sequences of each row: M is one more than there may be documents."""
+    """Start and length of each document of a row, and of its padding; M is the largest number of documents, plus one."""
 
     starts_BM: Int[jax.Array, "B M"]
-    """-1 where a row has fewer."""
+    """-1 for unused entries."""
     lengths_BM: Int[jax.Array, "B M"]
     """Likewise."""
     kept_B: Bool[jax.Array, " B"]
-    """Whether the ids are as `AttentionMask.max_segments` promises."""
+    """Whether the ids satisfy `AttentionMask.max_segments`."""
 
 
 def find_runs(ids_BT: Int[jax.Array, "B T"], most: int) -> Runs:
-    """The sequences of rows of at most `most` documents.
+    """The sequences of rows that hold at most `most` documents.
 
-    Padding is one more sequence, so that every position has one: what a kernel does not write is not zero but whatever was there.
+    Padding is one more sequence, which gives every position a sequence. A kernel leaves other positions uninitialised.
 
     >>> runs = find_runs(jnp.array([[1, 1, 2, 0, 0]]), 3)
     >>> runs.starts_BM.tolist(), runs.lengths_BM.tolist(), runs.kept_B.tolist()
@@ -117,10 +117,10 @@ def packed_attention(
     causal: bool,
     scale: float,
 ) -> Float[jax.Array, "B T H K"]:
-    """Attention within each of the sequences, padding too.
+    """Attention within each sequence, padding included.
 
-    JAX joins the offsets of all rows. It is given the starts alone, as many as there are lengths: the end of a row among them
-    would shift those of the rows behind it.
+    JAX concatenates the offsets of all rows. It is given the starts only, one for each length: an end offset of one row would
+    shift the offsets of all later rows.
     """
     if not _GROUPS and query_BTHK.shape[2] != key_BTGK.shape[2]:
         repeats = query_BTHK.shape[2] // key_BTGK.shape[2]

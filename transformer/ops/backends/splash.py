@@ -1,4 +1,4 @@
-"""Splash attention: the fused kernel for TPUs that comes with JAX, fed from the description of a mask."""
+"""Splash attention: JAX's fused kernel for TPUs, built from the description of a mask."""
 
 import dataclasses
 import functools
@@ -21,16 +21,16 @@ from transformer.model_kinds import BACKENDS, AttentionCall
 from transformer.ops.backends.fused import FusedBackend, by_platform
 from transformer.ops.masks import AttentionMask
 
-# The kernel wants blocks of whole vector registers, of 128 lanes.
+# The kernel needs blocks of whole vector registers of 128 lanes.
 _LANES = 128
-# A square of logits is 1 MiB in float32 then, and keeps the matrix unit busy for longer than a step of the grid costs.
+# A block of logits then has 1 MiB in float32, and occupies the matrix unit for longer than one step of the grid costs.
 _LARGEST_BLOCK = 512
-# So that a v4, of all TPUs the one with the least memory for a kernel (16 MiB), compiles masks and blocks of every kind: the
-# widest keys and values, together, by bytes of an element.
+# The largest width of key and value together, by bytes per element. Within it, masks and blocks of every kind compile on a v4,
+# the TPU with the least memory for a kernel (16 MiB).
 _WIDEST_HEADS = {2: 768, 4: 512}
-# The logit of a key that every query sees and whose value is zero: no weight beside any other, all of it where there is none.
+# The logit of an extra key, visible to every query, with value zero: no weight beside other keys, all weight where there is none.
 _SINK = -1e30
-# Segments of hidden queries and keys, which equal no other and not each other.
+# Segment ids of hidden queries and keys; they equal no other id and not each other.
 _HIDDEN_QUERY, _HIDDEN_KEY = np.iinfo(np.int32).min, np.iinfo(np.int32).min + 1
 
 
@@ -50,7 +50,7 @@ class SplashBackend(FusedBackend):
     """Run the kernel's steps as ordinary operations."""
 
     def refusal(self, call: AttentionCall) -> str:
-        """Also wide heads, blocks of a pattern that do not fit its own, and meshes that XLA partitions."""
+        """Also heads that are too wide, patterns whose blocks do not fit the kernel's, and meshes partitioned by XLA."""
         if reason := super().refusal(call):
             return reason
         query, value, pattern = call.query_BTHK, call.value_BSGK, call.mask.pattern
@@ -68,7 +68,7 @@ class SplashBackend(FusedBackend):
         return ""
 
     def kernel(self, call: AttentionCall) -> jax.Array:
-        """For each pass over the layer one."""
+        """One kernel for each pass over the layer."""
         settings: dict[str, Any] = {"scale": call.scale, "logits_soft_cap": call.logits_soft_cap}
         return splash_attention(*call[:3], mask=call.mask, interpret=self.interpret, **settings)
 
@@ -77,7 +77,7 @@ class SplashBackend(FusedBackend):
         return by_platform(call, tpu=self, cpu=SplashBackend(interpret=True))
 
 
-# Compiled as a function of its own, so that the layers of a model, which all call it alike, trace it once.
+# Compiled as one function: the layers of a model call it with the same shapes and trace it once.
 @functools.partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "interpret"))
 def splash_attention(
     query_BTHK: Float[jax.Array, "B T H K"],
@@ -89,16 +89,16 @@ def splash_attention(
     logits_soft_cap: float = 0.0,
     interpret: bool = False,
 ) -> Float[jax.Array, "B T H W"]:
-    """The same as the reference in one kernel for each pass, which skips blocks of keys that no query of a block sees.
+    """The reference's result from one kernel per pass, which skips blocks of keys that no query of a block sees.
 
-    Grouped heads read their keys where they are. Queries and keys are padded to whole blocks; gradients are reverse-mode only.
+    Grouped heads share their keys without a copy. Queries and keys are padded to whole blocks; gradients are reverse-mode only.
     The scale multiplies the queries, in their own dtype.
 
     Args:
         query_BTHK: queries, float32 or bfloat16.
         key_BSGK: keys, of the same dtype.
         value_BSGK: values, of the same dtype, of any width.
-        mask: one that `SplashBackend` does not refuse.
+        mask: supported by `SplashBackend`.
         scale: multiplies the logits.
         logits_soft_cap: bounds the scaled logits; 0 means off.
         interpret: run the kernel's steps as ordinary operations, on any platform and slowly: for tests.
@@ -131,7 +131,7 @@ def splash_attention(
 
 
 def block_size(length: int) -> int:
-    """Tokens of a block of queries or keys: as few blocks as may be, filled as evenly as may be.
+    """Number of tokens in a block of queries or keys: the fewest blocks, filled as evenly as possible.
 
     >>> [block_size(length) for length in (1, 300, 512, 700, 8192)]
     [128, 384, 512, 384, 512]
@@ -142,7 +142,7 @@ def block_size(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _StoredMask(Mask):
-    """What is known of a mask when tracing, asked a block at a time; distinct blocks seen in part become constants."""
+    """The static part of a mask, read one block at a time; distinct, partly visible blocks become constants."""
 
     mask: AttentionMask  # without arrays
     num_keys: int  # without padding
@@ -163,7 +163,7 @@ class _StoredMask(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class _ComputedMask(_StoredMask):
-    """The same computed by the kernel from indices, which it recognises by these attributes: nothing is stored."""
+    """The same mask, computed by the kernel from indices instead of stored; the kernel recognises it by these attributes."""
 
     @property
     def q_sequence(self) -> np.ndarray:
@@ -171,7 +171,7 @@ class _ComputedMask(_StoredMask):
 
     @property
     def mask_function(self) -> "_ComputedMask":
-        # Not a method: what is compiled is remembered by this function, and two equal masks must be one key.
+        # Not a method: JAX caches compiled programs by this function, and two equal masks must be one cache key.
         return self
 
     def __call__(self, queries: Any, keys: Any) -> Any:
@@ -182,16 +182,16 @@ def _known_mask(mask: AttentionMask, num_keys: int, padded: tuple[int, int]) -> 
     known = AttentionMask(causal=mask.causal, window=mask.window, pattern=mask.pattern)
     if known == AttentionMask() and num_keys == padded[1]:
         return FullMask(padded)
-    # A pattern divides, which a TPU does slowly, and for every pair; its blocks repeat, so that few are distinct.
+    # A pattern divides indices, which a TPU does slowly for every pair. Its blocks repeat: few are distinct, and they are stored.
     return (_ComputedMask if mask.pattern is None else _StoredMask)(known, num_keys, padded)
 
 
 def _segments(mask: AttentionMask, batch: int, lengths: tuple[int, int], padded: tuple[int, int]) -> SegmentIds | None:
-    """Ids that are equal where the data let a query see a key; None if they always do."""
+    """Ids of queries and keys, equal where the data allow attention; None if they always do."""
     query_BT, key_BS = mask.query_segment_ids, mask.key_segment_ids
     if query_BT is None and key_BS is None and mask.key_lengths is None:
         return None
-    if query_BT is None or key_BS is None:  # of one side, only zeros count
+    if query_BT is None or key_BS is None:  # with ids of one side, only the zeros matter
         query_BT = jnp.ones((1, lengths[0]), jnp.int32) if query_BT is None else query_BT != 0
         key_BS = jnp.ones((1, lengths[1]), jnp.int32) if key_BS is None else key_BS != 0
     query_BT, key_BS = query_BT.astype(jnp.int32), key_BS.astype(jnp.int32)
@@ -200,7 +200,7 @@ def _segments(mask: AttentionMask, batch: int, lengths: tuple[int, int], padded:
     if mask.key_lengths is not None:
         inside_BS = jnp.arange(lengths[1], dtype=jnp.int32)[None] < mask.key_lengths[:, None]
         key_BS = jnp.where(inside_BS, key_BS, _HIDDEN_KEY)
-    # The known mask hides the padding of keys, and that of queries is cut off: its segment is of no importance.
+        # The static mask hides the padded keys, and padded queries are cut off: the id of either is irrelevant.
     return SegmentIds(
         *(
             jnp.broadcast_to(jnp.pad(ids, ((0, 0), (0, size - ids.shape[1]))), (batch, size))

@@ -1,4 +1,4 @@
-"""The reference: attention in plain JAX with [T, S] arrays of logits and weights, which honours every call."""
+"""The reference: attention in plain JAX with [T, S] arrays of logits and weights, for every kind of call."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.masks import AttentionMask
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-"""Below every logit, so that a row that sees no key subtracts something finite from its -inf."""
+"""Less than every logit: in a row without a visible key, it keeps the maximum finite."""
 
 
 @BACKENDS.register
@@ -27,7 +27,7 @@ class XLABackend(AttentionBackend):
     }
 
     def compute(self, call: AttentionCall) -> Float[jax.Array, "B T H W"]:
-        """`attention_weights`, of which dropout leaves some, times the values."""
+        """`attention_weights`, after dropout, times the values."""
         weights_BHTS = attention_weights(
             call.query_BTHK,
             call.key_BSGK,
@@ -42,13 +42,13 @@ class XLABackend(AttentionBackend):
         value_BSGK, (B, H, T, S) = call.value_BSGK, weights_BHTS.shape
         G = value_BSGK.shape[2]
         weights_BGRTS = weights_BHTS.astype(value_BSGK.dtype).reshape(B, G, H // G, T, S)
-        # In this order einsum emits weights @ values; the other way round it is values^T @ weights^T, for which XLA's CPU
-        # backend transposes the values: the whole cache, in every step of decoding.
+        # In this order, einsum emits weights @ values. The other order gives values^T @ weights^T, for which XLA's CPU backend
+        # transposes the values: the whole cache, in every step of decoding.
         out_BTGRK = jnp.einsum("BSGK,BGRTS->BTGRK", value_BSGK, weights_BGRTS, preferred_element_type=jnp.float32)
         return out_BTGRK.reshape(B, T, H, -1).astype(call.query_BTHK.dtype)
 
     def preferred(self, call: AttentionCall, platform: str) -> bool:
-        """Where no other is."""
+        """True where no other backend is preferred."""
         del call, platform
         return True
 
@@ -72,7 +72,7 @@ def attention_weights(
     if logits_soft_cap > 0:
         logits_BHTS = logits_soft_cap * jnp.tanh(logits_BHTS / logits_soft_cap)
     if isinstance(bias, BiasDescription):
-        logits_BHTS += bias_block(bias, mask.query_places(0, T), mask.key_places(0, S))
+        logits_BHTS += bias_block(bias, mask.positions_of_queries(0, T), mask.positions_of_keys(0, S))
     elif bias is not None:
         logits_BHTS += bias.astype(jnp.float32)
     logits_BHTS = jnp.where(mask.to_bool(T, S), logits_BHTS, -jnp.inf)

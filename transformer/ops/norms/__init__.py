@@ -1,1 +1,1 @@
-"""Kinds of norms, one a file."""
+"""Norms, one kind per file."""

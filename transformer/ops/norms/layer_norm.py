@@ -22,7 +22,7 @@ class LayerNorm(Norm):
     """A learned offset."""
 
     def normalize(self, x: Float[Array, "*B D"], vector: Callable[[str, float], Array]) -> Float[Array, "*B D"]:
-        """With parameters `scale`, and `bias` where it is used."""
+        """Uses the parameter `scale`, and `bias` if configured."""
         x = x - keep(jnp.mean(x, axis=-1, keepdims=True))
         x = x * keep(jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon))
         x = x * vector("scale", 1.0)

@@ -22,6 +22,6 @@ class RMSNorm(Norm):
     """Multiply by 1 + scale, where scale starts at 0 (Gemma Team 2024)."""
 
     def normalize(self, x: Float[Array, "*B D"], vector: Callable[[str, float], Array]) -> Float[Array, "*B D"]:
-        """With a parameter `scale`."""
+        """Uses the parameter `scale`."""
         x = x * keep(jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon))
         return x * (1.0 + vector("scale", 0.0) if self.unit_offset else vector("scale", 1.0))

@@ -1,1 +1,1 @@
-"""Kinds of block patterns, one a file."""
+"""Block patterns, one kind per file."""

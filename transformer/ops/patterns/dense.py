@@ -9,11 +9,11 @@ from transformer.model_kinds import PATTERNS, Pattern
 @PATTERNS.register
 @dataclasses.dataclass(frozen=True)
 class DensePattern(Pattern):
-    """Every token sees all that the mask allows."""
+    """Every token sees all tokens that the mask allows."""
 
     kind = "dense"
     sees_all = True
 
     def restrict(self, mask: Any) -> Any:
-        """The mask as it is."""
+        """The mask, unchanged."""
         return mask

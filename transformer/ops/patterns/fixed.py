@@ -13,8 +13,8 @@ from transformer.validation import require, require_at_least
 class FixedPattern(StridePattern):
     """The blocks of the same group of `stride`, and the last `summary` blocks of every group (Child et al. 2019).
 
-    Both of the paper's heads in one, with blocks of `block_size` tokens for its tokens. Rows are blocks of queries, columns of
-    keys, `1` means sees; with `stride=3`, `summary=1`, and causal besides:
+    This is the union of the paper's two heads, with blocks of `block_size` tokens in place of its tokens. Rows are blocks of
+    queries, columns blocks of keys, `1` means visible; with `stride=3`, `summary=1`, and a causal mask:
 
         1 0 0 0 0 0
         1 1 0 0 0 0
@@ -27,7 +27,7 @@ class FixedPattern(StridePattern):
     kind = "fixed"
 
     summary: int = 1
-    """Blocks at the end of each group that everything sees."""
+    """Blocks at the end of each group that are visible to all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +38,6 @@ class FixedPattern(StridePattern):
         )
 
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
-        """Whether blocks with these numbers see these blocks."""
+        """Whether blocks with these numbers see these blocks of keys."""
         same = query_blocks // self.stride == key_blocks // self.stride
         return same | (key_blocks % self.stride >= self.stride - self.summary)

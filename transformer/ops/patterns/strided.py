@@ -12,8 +12,8 @@ from transformer.ops.patterns.strides import StridePattern
 class StridedPattern(StridePattern):
     """The blocks fewer than `stride` away, and every `stride`-th one from there (Child et al. 2019).
 
-    Both of the paper's heads in one, with blocks of `block_size` tokens for its tokens. Rows are blocks of queries, columns of
-    keys, `1` means sees; with `stride=3`, and causal besides:
+    This is the union of the paper's two heads, with blocks of `block_size` tokens in place of its tokens. Rows are blocks of
+    queries, columns blocks of keys, `1` means visible; with `stride=3` and a causal mask:
 
         1 0 0 0 0 0
         1 1 0 0 0 0
@@ -26,6 +26,6 @@ class StridedPattern(StridePattern):
     kind = "strided"
 
     def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
-        """Whether blocks with these numbers see these blocks."""
+        """Whether blocks with these numbers see these blocks of keys."""
         distance = abs(query_blocks - key_blocks)
         return (distance < self.stride) | (distance % self.stride == 0)

@@ -1,4 +1,4 @@
-"""What the patterns of the Sparse Transformer have in common: blocks, and the stride between those seen from afar."""
+"""The base of the Sparse Transformer's patterns: a block size, and the stride between visible distant blocks."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ class StridePattern(Pattern):
     """A pattern that repeats after some blocks."""
 
     block_size: int = 64
-    """Tokens of a block."""
+    """Tokens per block."""
     stride: int = 8
-    """Blocks after which the pattern repeats: of its local part, and to the next block that is seen beyond it."""
+    """Period of the pattern in blocks: the size of its local part, and the distance between visible blocks beyond it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

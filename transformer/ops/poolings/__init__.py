@@ -1,1 +1,1 @@
-"""Kinds of poolings, one a file."""
+"""Poolings, one kind per file."""

@@ -21,7 +21,7 @@ class AttentionPooling(Pooling):
     def pool(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], scores: Callable[[], Array]
     ) -> Float[Array, "B D"]:
-        """One score for each."""
+        """Computed by `weighted_mean`."""
         return weighted_mean(x_BTD, valid_BT, scores().astype(jnp.float32))
 
 

@@ -18,5 +18,5 @@ class FirstPooling(Pooling):
     def pool(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], scores: Callable[[], Array]
     ) -> Float[Array, "B D"]:
-        """Whatever it is."""
+        """The hidden state at index 0, even if it is padding."""
         return x_BTD[:, 0]

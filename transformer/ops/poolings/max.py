@@ -19,5 +19,5 @@ class MaxPooling(Pooling):
     def pool(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], scores: Callable[[], Array]
     ) -> Float[Array, "B D"]:
-        """Over the valid ones."""
+        """The maximum over the valid tokens."""
         return jnp.max(jnp.where(valid_BT[..., None], x_BTD, -jnp.inf), axis=1)

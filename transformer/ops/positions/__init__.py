@@ -1,1 +1,1 @@
-"""Kinds of positions, one a file."""
+"""Position kinds, one per file."""

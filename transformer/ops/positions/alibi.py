@@ -29,8 +29,8 @@ class AlibiPositions(Positions):
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
     """The slopes of ALiBi: a geometric sequence, the first 2^(-8/H) (Press et al. 2022, section 3).
 
-    If H is no power of two, the sequence of the power of two below it, then every second slope of the one above, as
-    in the authors' code.
+    If H is not a power of two, take the sequence of the next lower power of two, then every second slope of the next higher
+    one, as in the authors' code.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -48,7 +48,7 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
 class AlibiBias:
     """Attention with linear biases: `-slope * |i - j|` for each head (Press et al. 2022).
 
-    The authors define it for causal attention; the distance is symmetric here, so that encoders may use it too.
+    The authors define it for causal attention. Here the distance is symmetric, which makes it usable in encoders.
 
     >>> AlibiBias.for_heads(2).block(jnp.arange(2)[None], jnp.arange(2)[None])[0, 0].tolist()
     [[0.0, -0.0625], [-0.0625, 0.0]]

@@ -1,4 +1,4 @@
-"""The positions of a block that has none of its own."""
+"""The positions of a block without its own."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -26,4 +26,4 @@ class InheritPositions(Positions):
         raise UserError("ModelConfig.positions must not be inherit, which is for the own positions of a block.")
 
     def check_own(self, block: object, embed_dim: int) -> None:
-        """Nothing of its own."""
+        """Nothing to check."""

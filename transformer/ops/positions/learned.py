@@ -1,4 +1,4 @@
-"""Learned positions: a vector for each, added to the embeddings."""
+"""Learned positions: one vector per position, added to the embeddings."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -23,13 +23,13 @@ class LearnedPositions(Positions):
     absolute = True
 
     offset: int = 0
-    """Rows of the table before that of position 0, which are not used (RoBERTa, OPT: 2)."""
+    """Unused rows of the table before the row of position 0 (RoBERTa, OPT: 2)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "offset")
 
     def check_length(self, max_length: int, length: int) -> None:
-        """There is a vector for each."""
+        """The table has one vector for each position up to max_length."""
         if length > max_length:
             raise ValueError(
                 f"Learned positions reach max_length={max_length} tokens, got {length}; raise max_length, shorten the "
@@ -41,7 +41,7 @@ class LearnedPositions(Positions):
         return (config.max_length + self.offset) * config.embed_dim
 
     def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
-        """NaN at a position beyond the table."""
+        """NaN for a position beyond the table."""
         self.check_length(max_length, positions_BT.shape[1])
         embed_dim = x_BTD.shape[-1]
         rows = max_length + self.offset

@@ -1,4 +1,4 @@
-"""No positions: attention sees tokens as a set, but for its mask."""
+"""No positions: attention sees tokens as a set, except for its mask."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by their positions, so that products depend on distances."""
+"""Rotary positions: queries and keys are rotated by their positions; products then depend on distances."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -26,35 +26,35 @@ Scaling = Literal["none", "linear", "llama3", "yarn", "longrope", "dynamic"]
 class RotaryPositions(WavePositions):
     """Rotary embeddings of queries and keys (Su et al. 2021).
 
-    The scalings longrope and dynamic look at the largest position of a call: of all its rows, and of its new tokens only. A cache
-    that was filled when rows were shorter keeps keys turned by the frequencies of then.
+    The scalings longrope and dynamic depend on the largest position of a call: over all its rows, and over its new tokens only.
+    Keys already in a cache keep the rotation of the frequencies at the time when they were written.
     """
 
     kind = "rotary"
     between_tokens = True
 
     fraction: float = 1.0
-    """Share of each head's elements that is turned, its first ones (Black et al. 2022: a quarter)."""
+    """Share of each head's elements that is rotated, the first ones (Black et al. 2022: a quarter)."""
     scaling: Scaling = "none"
-    """Scaling for longer contexts: linear (Chen et al. 2023); by wavelength, as Llama 3.1 (llama3) and YaRN (Peng et al. 2023)
-    do; or by the length that is read, with factors of Phi-3's (longrope) or a growing base (dynamic)."""
+    """Scaling for longer contexts: linear (Chen et al. 2023), or by wavelength, as Llama 3.1 and YaRN (Peng et al. 2023) do it.
+    The scalings longrope (factors of Phi-3) and dynamic (a growing base) depend on the length of the input."""
     scaling_factor: float = 1.0
-    """By how much the context is extended."""
+    """Factor by which the context is extended."""
     original_length: int = 8192
-    """Of scalings but linear: the context length before the extension."""
+    """All scalings except linear: the context length before the extension."""
     low_factor: float = 1.0
-    """llama3: wavelengths that fit less often into the original length are divided."""
+    """llama3: frequencies with fewer periods than this within the original length are divided."""
     high_factor: float = 4.0
-    """llama3: wavelengths that fit more often into the original length are kept."""
+    """llama3: frequencies with more periods than this within the original length are kept."""
     beta_fast: float = 32.0
-    """yarn: planes that turn more often within the original length are kept."""
+    """yarn: planes with more rotations than this within the original length are kept."""
     beta_slow: float = 1.0
-    """yarn: planes that turn less often within the original length are divided."""
+    """yarn: planes with fewer rotations than this within the original length are divided."""
     truncate: bool = True
-    """yarn: round the planes between which is blended, outwards."""
+    """yarn: round the two boundaries of the blended planes outwards."""
     attention_factor: float = 0.0
-    """yarn, longrope: multiplies what is turned; 0 means 0.1 ln(s) + 1 (yarn) or sqrt(1 + ln(s) / ln(original_length)), s being
-    the scaling_factor."""
+    """yarn, longrope: factor on rotated queries and keys. 0 means 0.1 ln(s) + 1 (yarn) or sqrt(1 + ln(s) / ln(original_length)),
+    with s the scaling_factor."""
     short_factors: tuple[float, ...] = ()
     """longrope: divisors of the frequencies up to the original length."""
     long_factors: tuple[float, ...] = ()
@@ -85,7 +85,7 @@ class RotaryPositions(WavePositions):
         )
 
     def unused(self) -> Mapping[str, str]:
-        """What is of other scalings."""
+        """Settings of the other scalings."""
         return {
             name: f"the scaling{'s' * (len(kinds) > 1)} {', '.join(kinds)}"
             for name, kinds in OF_SCALINGS.items()
@@ -93,7 +93,7 @@ class RotaryPositions(WavePositions):
         }
 
     def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
-        """Elements of a head are turned in pairs."""
+        """A head's elements are rotated in pairs."""
         head_dim = block.attention.resolved_head_dim(embed_dim)
         require(
             self._turned(head_dim) % 2 == 0,
@@ -118,9 +118,9 @@ class RotaryPositions(WavePositions):
     def rotate(
         self, query_BTHK: Array, key_BSGK: Array, positions: Callable[[], tuple[Array, Array]]
     ) -> tuple[Array, Array]:
-        """Both turned by their positions."""
+        """Queries and keys, rotated by their positions."""
         query_positions, key_positions = positions()
-        # Keys are those of the queries, and perhaps of a memory before them.
+        # Key positions equal query positions, possibly preceded by positions of the Transformer-XL memory.
         length = jnp.max(key_positions) + 1 if self.scaling in BY_LENGTH else None
         planes = frequencies(self, self._turned(query_BTHK.shape[-1]), length)
         return self._turn(query_BTHK, query_positions, planes), self._turn(key_BSGK, key_positions, planes)
@@ -143,12 +143,12 @@ def rotary(
 ) -> Float[jax.Array, "B T H K"]:
     """Rotate queries or keys by their position (RoPE, Su et al. 2021); products then depend on distances only.
 
-    Plane `i` holds the elements `i` and `i + K/2` of a head: the layout of GPT-NeoX and of Llama's published
-    safetensors. Computed in float32 and returned in the dtype of `x_BTHK`.
+    Plane `i` holds the elements `i` and `i + K/2` of a head: the layout of GPT-NeoX and of Llama's published safetensors.
+    Computed in float32 and returned in the dtype of `x_BTHK`.
 
     Args:
-        x_BTHK: queries or keys, K being even.
-        positions_BT: of each.
+        x_BTHK: queries or keys, with K even.
+        positions_BT: position of each.
         frequencies: radians per position of each plane (`scalings.frequencies`).
         factor: multiplies the result.
 

@@ -1,4 +1,4 @@
-"""Frequencies of rotary positions in contexts longer than a model was trained on."""
+"""Frequencies of rotary positions for contexts longer than in training."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ OF_SCALINGS: dict[str, tuple[str, ...]] = {
 }
 """The scalings that use each setting of rotary positions."""
 BY_LENGTH = ("longrope", "dynamic")
-"""Scalings whose frequencies depend on the length that is read."""
+"""Scalings whose frequencies depend on the length of the input."""
 
 
 def plain_frequencies(dim: int, theta: float) -> Float[np.ndarray, " half"]:
@@ -37,21 +37,21 @@ def plain_frequencies(dim: int, theta: float) -> Float[np.ndarray, " half"]:
 
 
 def frequencies(settings: "RotaryPositions", dim: int, length: Any = None) -> np.ndarray | Array:
-    """The frequencies of `plain_frequencies` as a scaling changes them, float32 [dim / 2].
+    """The frequencies of `plain_frequencies` after a scaling, float32 [dim / 2].
 
     * linear: all are divided by the factor (Chen et al. 2023).
-    * llama3: those whose wavelength exceeds original_length / low_factor are divided, those below original_length / high_factor
-      are kept, others are blended (https://github.com/meta-llama/llama-models, models/llama3/model.py).
-    * yarn: as llama3, but blended by the number of the plane, between those that turn beta_fast and beta_slow times in the
-      original length (Peng et al. 2023, section 3.2).
-    * longrope: each is divided by a number of its own, short_factors up to the original length and long_factors beyond it
+    * llama3: frequencies with a wavelength above original_length / low_factor are divided, with one below original_length /
+      high_factor kept, others blended (https://github.com/meta-llama/llama-models, models/llama3/model.py).
+    * yarn: as llama3, but blended by plane number, between the planes with beta_fast and beta_slow rotations in the original
+      length (Peng et al. 2023, section 3.2).
+    * longrope: each is divided by its own factor, from short_factors up to the original length and long_factors beyond it
       (Ding et al. 2024).
     * dynamic: beyond the original length, the base of the wavelengths grows with the length ("NTK-aware").
 
     Args:
-        settings: the scaling and what it has.
-        dim: elements of a head that are turned, even.
-        length: the largest position and 1, for longrope and dynamic.
+        settings: the scaling and its settings.
+        dim: rotated elements of a head, an even number.
+        length: the largest position plus 1, for longrope and dynamic.
     """
     plain, factor, original = plain_frequencies(dim, settings.theta), settings.scaling_factor, settings.original_length
     match settings.scaling:
@@ -82,7 +82,7 @@ def frequencies(settings: "RotaryPositions", dim: int, length: Any = None) -> np
 
 
 def attention_factor(settings: "RotaryPositions") -> float:
-    """What turned queries and keys are multiplied with: 1 but for yarn and longrope."""
+    """The factor on rotated queries and keys: 1 except for yarn and longrope."""
     factor = settings.scaling_factor
     if settings.scaling not in OF_SCALINGS["attention_factor"]:
         return 1.0
@@ -94,5 +94,5 @@ def attention_factor(settings: "RotaryPositions") -> float:
 
 
 def _plane(settings: "RotaryPositions", dim: int, turns: float) -> float:
-    """The number of the plane, not a whole one, that turns so often within the original length."""
+    """The (fractional) number of the plane with this many rotations within the original length."""
     return dim * math.log(settings.original_length / (turns * 2 * math.pi)) / (2 * math.log(settings.theta))

@@ -21,7 +21,7 @@ class SinusoidalPositions(WavePositions):
     absolute = True
 
     def embed(self, x_BTD: Array, positions_BT: Array, max_length: int, parameter: Parameter) -> Array:
-        """Without an end."""
+        """Defined for every position."""
         vectors = sinusoidal(positions_BT, x_BTD.shape[-1], theta=self.theta).astype(x_BTD.dtype)
         return x_BTD + jnp.broadcast_to(vectors, x_BTD.shape)
 

@@ -27,7 +27,7 @@ class T5Positions(Positions):
     num_buckets: int = 32
     """Buckets of distances (in an encoder, half of them for each direction)."""
     max_distance: int = 128
-    """Distances from here on share the last bucket."""
+    """Distances from this one on share the last bucket."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class T5Positions(Positions):
         )
 
     def check(self, config: "ModelConfig") -> None:
-        """All layers have the heads of the one table."""
+        """All layers must have the number of heads of the shared table."""
         super().check(config)
         require(
             len({block.attention.num_heads for block in config.block_counts}) == 1,
@@ -46,7 +46,7 @@ class T5Positions(Positions):
         )
 
     def check_own(self, block: object, embed_dim: int) -> None:
-        """The table is the model's."""
+        """A block cannot have its own: the table belongs to the model."""
         raise UserError("Positions of kind t5 share a table among the layers of a model, a block cannot have its own.")
 
     def num_parameters(self, config: "ModelConfig") -> int:
@@ -54,19 +54,20 @@ class T5Positions(Positions):
         return self.num_buckets * (*config.first, *config.pattern)[0].attention.num_heads
 
     def shared_bias(self, num_heads: int, bidirectional: bool, parameter: Parameter) -> "T5Bias":
-        """Its gradient is that of all layers; an encoder's tells the two directions apart."""
+        """Its gradient adds over all layers; an encoder distinguishes the two directions."""
         table = parameter("embedding", (self.num_buckets, num_heads), (None, "heads"), fan_in=num_heads)
         return T5Bias(table, bidirectional=bidirectional, max_distance=self.max_distance)
 
     def bias(self, num_heads: int, shared: Any) -> Any:
-        """The shared one."""
+        """The shared bias."""
         return shared if shared is not None else self.refuse_shared(shared)
 
 
 def t5_buckets(
     distances: Int[jax.Array, "*B"], *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[jax.Array, "*B"]:
-    """The bucket of each distance, key minus query: exact near by, then ever wider (Raffel et al. 2020, section 2.1).
+    """The bucket of each distance, key minus query: exact for short distances, then wider and wider (Raffel et al. 2020,
+    section 2.1).
 
     Half of a direction's buckets hold one distance each, the other half grow geometrically up to `max_distance`. In one
     direction, keys later than the query share bucket 0.
@@ -82,7 +83,7 @@ def t5_buckets(
     else:
         away = jnp.maximum(-distances, 0)
     exact = num_buckets // 2
-    # A distance below `exact` is not looked up here; the maximum keeps its logarithm finite.
+    # Distances below `exact` are not looked up here; the maximum keeps their logarithm finite.
     ratio = jnp.log(jnp.maximum(away, exact).astype(jnp.float32) / exact) / math.log(max_distance / exact)
     wide = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
     return offset + jnp.where(away < exact, away, jnp.minimum(wide, num_buckets - 1))

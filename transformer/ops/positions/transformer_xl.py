@@ -1,4 +1,4 @@
-"""The relative positions of Transformer-XL, as queries and keys of more elements."""
+"""The relative positions of Transformer-XL, as extra elements of queries and keys."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 @POSITIONS.register
 @dataclasses.dataclass(frozen=True)
 class TransformerXLPositions(WavePositions):
-    """Sinusoids of distances in the keys, and biases of the queries (Dai et al. 2019, section 3.3).
+    """Sinusoids of distances in the keys, and biases on the queries (Dai et al. 2019, section 3.3).
 
-    Logits are `(q_i + u) · k_j + (q_i + v) · W R_{i-j}` (appendix B). `R` are sinusoids, so that the second product is one of
-    `Wᵀ (q_i + v)`, turned by `i`, and `R_j`: no backend has to know of it, nothing is gathered or shifted, and memory is what
-    theirs is.
+    Logits are `(q_i + u) · k_j + (q_i + v) · W R_{i-j}` (appendix B), where the `R` are sinusoids. The second product therefore
+    equals one of `Wᵀ (q_i + v)`, reflected by the angle of `i`, with `R_j`. No backend needs support for it, nothing is moved or
+    gathered, and memory use stays the backend's.
     """
 
     kind = "transformer_xl"
     between_tokens = True
 
     def check_block(self, block: "BlockConfig", embed_dim: int) -> None:
-        """Sinusoids have as many sines as cosines."""
+        """Sinusoids have equally many sines and cosines: D must be even."""
         require(
             embed_dim % 2 == 0,
             f"Positions of kind transformer_xl pair sines and cosines: embed_dim must be even, got {embed_dim}.",
@@ -46,7 +46,7 @@ class TransformerXLPositions(WavePositions):
         embed_dim: int,
         parameter: Parameter,
     ) -> tuple[Array, Array]:
-        """Both with D elements more; keys of a group share their heads' `W`."""
+        """Queries and keys with D extra elements each; keys of a group use their heads' `W`."""
         query_positions, key_positions = positions()
         B, T, H, K = query_BTHK.shape
         _, S, G, _ = key_BSGK.shape
@@ -70,8 +70,8 @@ def turn_to_query(
 ) -> Float[jax.Array, "B T H D"]:
     """The `y` with `y · sinusoidal(j) = x · sinusoidal(i - j)` for every `j`, where `i` is the vector's own position.
 
-    By the addition theorems: each pair of `x`, for a sine and a cosine, is reflected by its angle at `i`. Products with
-    sinusoids of distances, as in Transformer-XL, so become products of queries and keys. D is even; float32.
+    By the addition theorems, each pair of `x`, for a sine and a cosine, is reflected by its angle at `i`. Products with
+    sinusoids of distances, as in Transformer-XL, thus become products of queries and keys. D is even; float32.
     """
     wave_BT1D = sinusoidal(positions_BT, x_BTHD.shape[-1], theta=theta)[:, :, None]
     sine, cosine = wave_BT1D[..., 0::2], wave_BT1D[..., 1::2]

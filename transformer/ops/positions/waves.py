@@ -1,4 +1,4 @@
-"""What positions of sines and cosines have in common: the base of their wavelengths."""
+"""The base of sinusoidal and rotary positions: the base of their wavelengths."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from transformer.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class WavePositions(Positions):
-    """Positions as angles, whose wavelengths are powers of one base."""
+    """Positions as angles; the wavelengths are powers of one base."""
 
     theta: float = 10_000.0
     """Base of the wavelengths."""

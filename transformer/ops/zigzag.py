@@ -1,4 +1,4 @@
-"""How the places of a row are dealt to the devices of a ring, so that causal attention gives each as much to do."""
+"""Zig-zag assignment of positions to ring devices; it balances causal attention."""
 
 import numpy as np
 from jaxtyping import Int
@@ -7,17 +7,17 @@ from transformer.validation import require
 
 
 def balanced_order(length: int, devices: int) -> Int[np.ndarray, " T"]:
-    """The places of a row in the order in which devices hold them.
+    """The positions of a row in the order in which ring devices hold them.
 
-    A row is cut into twice as many pieces as there are devices, and device i holds piece i and piece 2n - 1 - i: an early
-    one, which sees little, and a late one, which sees much (Brandon et al. 2023; Llama 3, section 3.3.2).
+    A row is cut into twice as many pieces as there are devices, and device i holds piece i and piece 2n - 1 - i. One is early and
+    sees few keys, the other is late and sees many (Brandon et al. 2023; Llama 3, section 3.3.2).
 
     Args:
-        length: T, places of a row.
-        devices: n, along the `context` axis.
+        length: T, positions of a row.
+        devices: n, size of the `context` axis.
 
     Raises:
-        UserError: the pieces are not of one size.
+        UserError: the pieces would differ in size.
 
     Example:
         >>> balanced_order(8, 2).tolist()

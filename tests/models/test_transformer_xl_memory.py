@@ -1,4 +1,4 @@
-"""A memory of earlier rows: rows in order equal one pass, no gradient flows back, documents stay apart."""
+"""Transformer-XL memory: rows in order equal one pass, no gradient flows back, documents stay apart."""
 
 import dataclasses
 import functools
@@ -15,19 +15,19 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 def read_rows(tiny, config, params, tokens, length, *, segments=None, positions=None):
     """Logits of consecutive rows of `length`, each behind what the rows before left; and what the last left."""
-    recurrence, out = tiny.build(config).init_recurrence(len(tokens)), []
+    memory, out = tiny.build(config).init_memory(len(tokens)), []
     whole = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     for start in range(0, tokens.shape[1], length):
         row = np.s_[:, start : start + length]
-        logits, recurrence = tiny.forward(config)(
+        logits, memory = tiny.forward(config)(
             params,
             tokens[row],
             positions_BT=jnp.asarray((whole if positions is None else positions)[row]),
             segment_ids_BT=None if segments is None else jnp.asarray(segments[row]),
-            recurrence_BLPD=recurrence,
+            memory_BLPD=memory,
         )
         out.append(np.asarray(logits))
-    return np.concatenate(out, axis=1), recurrence
+    return np.concatenate(out, axis=1), memory
 
 
 def normal_like(array):
@@ -45,9 +45,9 @@ def test_rows_with_a_memory_of_all_are_one_pass(tiny, kind, backend, scan):
     expected = tiny.forward(tiny.config(kind))(params, tokens)
     if scan:
         config, params = dataclasses.replace(config, scan_layers=True), scan_params(params)
-    logits, recurrence = read_rows(tiny, config, params, tokens, 4)
+    logits, memory = read_rows(tiny, config, params, tokens, 4)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert recurrence.shape == (2, 2, 8, 16)
+    assert memory.shape == (2, 2, 8, 16)
     alone = tiny.forward(tiny.config(kind))(tiny.params(config), tokens[:, 4:8])
     assert np.abs(alone - logits[:, 4:8]).max() > 1e-2
 
@@ -65,8 +65,8 @@ def test_a_row_sees_as_much_as_is_remembered(tiny, remembered):
 def test_the_memory_holds_the_inputs_of_each_layer(tiny):
     config = tiny.config("transformer_xl", memory_length=3)
     tokens, params = tiny.tokens((2, 4)), tiny.params(config)
-    _, recurrence = read_rows(tiny, config, params, tokens, 4)
-    np.testing.assert_array_equal(recurrence[:, 0], params["token_embedding"]["embedding"][tokens[:, 1:]])
+    _, memory = read_rows(tiny, config, params, tokens, 4)
+    np.testing.assert_array_equal(memory[:, 0], params["token_embedding"]["embedding"][tokens[:, 1:]])
 
 
 @pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"remat": "full", "scan_layers": True}], ids=str)
@@ -76,19 +76,17 @@ def test_no_gradient_flows_into_the_memory(tiny, changes):
     params = tiny.params(config)
     params = scan_params(params) if config.scan_layers else params
 
-    def row(params, start, recurrence):
+    def row(params, start, memory):
         positions = jnp.arange(start, start + 4, dtype=jnp.int32)[None]
-        return model.apply(
-            {"params": params}, tokens[:, start : start + 4], positions_BT=positions, recurrence_BLPD=recurrence
-        )
+        return model.apply({"params": params}, tokens[:, start : start + 4], positions_BT=positions, memory_BLPD=memory)
 
-    def second(params, recurrence):
-        return (row(params, 4, recurrence)[0] ** 2).sum()
+    def second(params, memory):
+        return (row(params, 4, memory)[0] ** 2).sum()
 
     def through(params):
-        return second(params, row(params, 0, model.init_recurrence(2))[1])
+        return second(params, row(params, 0, model.init_memory(2))[1])
 
-    fixed = row(params, 0, model.init_recurrence(2))[1]
+    fixed = row(params, 0, model.init_memory(2))[1]
     expected = tiny.jit(jax.grad(second))(params, fixed)
     tiny.assert_trees_close(tiny.jit(jax.grad(through))(params), expected)
     # The memory itself has an influence, and parameters a gradient through what reads it.
@@ -101,7 +99,7 @@ def test_no_gradient_flows_into_the_memory(tiny, changes):
                     {"params": p},
                     tokens[:, 4:],
                     positions_BT=jnp.arange(4, 8, dtype=jnp.int32)[None],
-                    recurrence_BLPD=fixed,
+                    memory_BLPD=fixed,
                 )[0]
                 ** 2
             ).sum()
@@ -132,12 +130,12 @@ def test_packed_is_separate(tiny, kind, backend):
 def test_a_row_that_begins_a_document_sees_nothing_before(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     tokens, params = tiny.tokens((3, 4)), tiny.params(config)
-    full = normal_like(tiny.build(config).init_recurrence(3))
+    full = normal_like(tiny.build(config).init_memory(3))
     # One row begins a document, one is its second token, one its fifth.
     positions = jnp.asarray(np.array([[0], [1], [4]]) + np.arange(4), jnp.int32)
     forward = tiny.forward(config)
-    logits, _ = forward(params, tokens, positions_BT=positions, recurrence_BLPD=full)
-    other, _ = forward(params, tokens, positions_BT=positions, recurrence_BLPD=full.at[:, :, :3].multiply(-1.0))
+    logits, _ = forward(params, tokens, positions_BT=positions, memory_BLPD=full)
+    other, _ = forward(params, tokens, positions_BT=positions, memory_BLPD=full.at[:, :, :3].multiply(-1.0))
     np.testing.assert_allclose(logits[0], forward(params, tokens)[0], atol=1e-5)
     np.testing.assert_array_equal(logits[:2], other[:2])
     assert np.abs(logits[1] - forward(params, tokens)[1]).max() > 1e-2
@@ -147,10 +145,10 @@ def test_a_row_that_begins_a_document_sees_nothing_before(tiny):
 def test_places_far_into_a_document_lose_no_precision(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     tokens, params = tiny.tokens((1, 4)), tiny.params(config)
-    recurrence = normal_like(tiny.build(config).init_recurrence(1))
+    memory = normal_like(tiny.build(config).init_memory(1))
     near, far = (
         tiny.forward(config)(
-            params, tokens, positions_BT=jnp.arange(4, dtype=jnp.int32)[None] + start, recurrence_BLPD=recurrence
+            params, tokens, positions_BT=jnp.arange(4, dtype=jnp.int32)[None] + start, memory_BLPD=memory
         )[0]
         for start in (4, 10**9)
     )
@@ -160,6 +158,6 @@ def test_places_far_into_a_document_lose_no_precision(tiny):
 def test_refusals(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     model, tokens = tiny.build(config), tiny.tokens((1, 4))
-    variables, recurrence = {"params": tiny.params(config)}, model.init_recurrence(1)
-    with pytest.raises(ValueError, match=r"needs positions_BT, whose first say how much .* got no positions_BT"):
-        model.apply(variables, tokens, recurrence_BLPD=recurrence)
+    variables, memory = {"params": tiny.params(config)}, model.init_memory(1)
+    with pytest.raises(ValueError, match=r"needs positions_BT \(the first counts .* got no positions_BT"):
+        model.apply(variables, tokens, memory_BLPD=memory)

@@ -1,4 +1,4 @@
-"""Segment-level recurrence (Transformer-XL): the mask of rows that continue those before."""
+"""Segment-level recurrence (Transformer-XL): the mask of rows that continue the previous ones."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from jaxtyping import Array, Int
 from transformer.ops.masks import AttentionMask
 
 
-def recurrent_mask(
+def mask_with_memory(
     mask: AttentionMask, positions_BT: Int[Array, "#B T"], batch_size: int, num_earlier: int
 ) -> AttentionMask:
-    """The mask of rows with `num_earlier` vectors before them.
+    """The mask of rows with `num_earlier` memory vectors before them.
 
-    A row's first position p says that it continues a document of which p tokens came before: the last p vectors, as far
-    as there are so many, are of its first segment, the others of none. With 4 remembered and p = 2, causal:
+    The first position p of a row is the number of earlier tokens of its document. The last p memory vectors (or all, if there
+    are fewer) belong to the row's first segment; the others are hidden. With a memory of 4 and p = 2, causal:
 
         0 0 1 1   1 0 0
         0 0 1 1   1 1 0
@@ -31,5 +31,5 @@ def recurrent_mask(
         query_segment_ids=segments_BT,
         key_segment_ids=jnp.concatenate([segments_BP, segments_BT], axis=1),
         query_offset=jnp.full((1,), num_earlier, jnp.int32),
-        max_segments=0,  # ids of what came before may have gaps, and be those of padding
+        max_segments=0,  # ids of the memory may have gaps, and may be padding
     )
