@@ -8,6 +8,7 @@
 # make test-weights  the same with two small published models, which it downloads (300 MB)
 # make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
 # make test-beam   preparation on Apache Beam, in an environment of its own: Beam wants older versions of some packages
+# make mutants   makes small wrong changes to the package, one at a time, and shows that the tests beside each notice it (tests/mutants.py)
 # make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
@@ -21,7 +22,7 @@ WORKERS ?= 2
 PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam prove check bench clean
+.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam mutants prove check bench clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -47,6 +48,9 @@ test-device: $(VENV)/installed-dev
 
 test-beam: $(VENV)/beam/installed
 	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs tests/data/test_beam.py tests/data/test_distributed.py
+
+mutants: $(VENV)/installed-dev
+	$(BIN)/python tests/mutants.py --workers $(WORKERS)
 
 prove: $(VENV)/installed
 	$(BIN)/python -m transformer prove

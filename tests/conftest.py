@@ -85,11 +85,14 @@ def _check(function):
     return check_others
 
 
-# Shapes in signatures are checked at run time; installed before the first import of the package. The hook wants the
-# checker by name, and ours lets an int stand for a float, as PEP 484 does.
-sys.modules["numeric_tower"] = types.SimpleNamespace(check=_check)
-_hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
-_hook.__enter__()
+TYPES = os.environ.get("TRANSFORMER_TEST_TYPES", "1") not in ("", "0")
+"""Whether shapes in signatures are checked at run time. 0 makes imports quick; values alone must then tell right from wrong."""
+if TYPES:
+    # Installed before the first import of the package. The hook wants the checker by name, and ours lets an int stand for a
+    # float, as PEP 484 does.
+    sys.modules["numeric_tower"] = types.SimpleNamespace(check=_check)
+    _hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
+    _hook.__enter__()
 
 
 @pytest.fixture(scope="module")

@@ -69,3 +69,12 @@ def test_targets_that_all_have_weight_0_are_refused():
 def test_no_translation_has_no_bleu():
     with pytest.raises(UserError, match="at least one translation, got none"):
         translation_scores([], [])
+
+
+def test_translations_are_scored_as_their_signatures_say():
+    """Punctuation is a word of its own (13a), and chrF counts characters alone: numbers of sacrebleu's command."""
+    said, meant = ["the cat sat on the mat.", "a dog runs!"], ["the cat sat on a mat.", "the dog runs!"]
+    scores = translation_scores(said, meant)
+    assert "tok:13a" in scores["bleu_signature"] and "nw:0" in scores["chrf_signature"]
+    assert (scores["bleu"], scores["chrf"]) == (46.5, 69.43)
+    assert translation_scores(meant, meant)["bleu"] == 100

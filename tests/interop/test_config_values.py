@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from transformer.interop.family import FAMILIES
+from transformer.interop.family import FAMILIES, repeated, typed_number
+from transformer.model_config import AttentionConfig, BlockConfig
 from transformer.types import UserError
 
 HUGE = 10**400
@@ -74,3 +75,62 @@ def test_what_is_read_can_be_written(kind):
     values = json.loads(json.dumps({"model_type": kind, **family.write(found.model)}))
     again, _ = family.pretrained(values, "config.json", ())
     assert again.model == found.model
+
+
+def test_an_inner_width_that_is_not_given_is_four_times_the_models():
+    family = FAMILIES.find("gpt2")()
+    found, _ = family.pretrained({**small(family), "n_inner": None}, "config.json", ())
+    assert found.model.blocks[0].feed_forward.resolved_hidden_dim(found.model.embed_dim) == 4 * SMALL["n_embd"]
+
+
+ROTARIES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"factor": 4.0, "beta_fast": 20.0, "attention_factor": 1.25, "original_max_position_embeddings": 512},
+    "longrope": {
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 3.0],
+        "original_max_position_embeddings": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", ROTARIES)
+def test_scaled_positions_and_rotated_fractions_are_read_and_written(scaling):
+    family = FAMILIES.find("phi3")()
+    rotary = {"rope_type": scaling, "rope_theta": 500.0, "partial_rotary_factor": 0.5, **ROTARIES[scaling]}
+    found, _ = family.pretrained({**small(family), "rope_parameters": rotary}, "config.json", ())
+    positions = found.model.positions
+    assert (positions.scaling, positions.fraction, positions.theta) == (scaling, 0.5, 500.0)
+    assert scaling == "longrope" or positions.scaling_factor == rotary["factor"]
+    values = json.loads(json.dumps({"model_type": "phi3", **family.write(found.model)}))
+    again, _ = family.pretrained(values, "config.json", ())
+    assert again.model == found.model
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-300, float("inf"), 0, True, "1"])
+def test_a_number_that_must_be_positive_is(value):
+    with pytest.raises(UserError, match=r"rms_norm_eps must be a positive number, got"):
+        typed_number(value, float, "rms_norm_eps")
+    assert typed_number(1e-300, float, "rms_norm_eps") == 1e-300
+
+
+def test_a_pattern_is_the_shortest_that_repeats():
+    a, b = BlockConfig(), BlockConfig(AttentionConfig(window=4))
+    for names, first, pattern in (
+        ("ababa", "", "ab"),
+        ("aab", "", "aab"),
+        ("abbb", "a", "b"),
+        ("abab", "a", "ba"),
+        ("aaaa", "", "a"),
+    ):
+        blocks = [{"a": a, "b": b}[name] for name in names]
+        found = repeated(blocks, len(first))
+        assert found["first"] == tuple(blocks[: len(first)]) and found["num_layers"] == len(blocks)
+        assert found["pattern"] == tuple({"a": a, "b": b}[name] for name in pattern), names

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from transformer.adapter_config import AdapterConfig
 from transformer.interop.forms import parse
-from transformer.interop.peft import pairs
+from transformer.interop.peft import config_values, pairs
 from transformer.interop.table import Bound
 from transformer.layers.adapters import LORA_A, LORA_B
 
@@ -44,3 +45,11 @@ def test_the_product_of_theirs_is_the_tensor_of_ours(name, adapted):
     again = pair.to_ours({LORA_A: first, LORA_B: second}, sizes)
     for ours, expected in zip(again, products, strict=True):
         np.testing.assert_allclose(np.tensordot(ours[LORA_A], ours[LORA_B], 1), expected, atol=1e-6)
+
+
+def test_the_scale_of_a_file_is_that_of_the_run():
+    """Its rank may be larger: that of a tensor whose parts have factors each."""
+    bound = [Bound("layer.query.weight", ("query/kernel",), None, parse(FORMS["a kernel"][0]))]
+    found = pairs(bound, {"query/kernel": 1})
+    values = config_values(AdapterConfig(rank=4, alpha=8.0), 12, found, bound, "next_token", "base")
+    assert values["lora_alpha"] / values["r"] == 8.0 / 4

@@ -1,5 +1,7 @@
 """Forms, files of tensors, and what a run keeps of the folder that it was read from: nothing that the folder can change."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from pretrained_folders import LLAMA, llama_tensors, write_folder
 from transformer import load
 from transformer.interop.families import gpt2, parts
 from transformer.interop.forms import PART, parse
+from transformer.interop.table import Bound, check_tensors, leaves, looped_shapes
 from transformer.interop.tensors import Planned, map_file, pieces, read_header, write_tensors
+from transformer.types import UserError
 
 FUSED = "in (part heads head_dim) -> part in heads head_dim"
 PER_HEAD = "(heads part head_dim) embed -> part embed heads head_dim"
@@ -35,6 +39,19 @@ def test_a_form_is_a_bijection(text, sizes, count):
     assert sorted(np.concatenate([x.ravel() for x in found])) == list(range(theirs.size))
     np.testing.assert_array_equal(form.to_theirs(found), theirs, strict=True)
     assert all(np.shares_memory(x, theirs) for x in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [(parts.HEADS, [(3, 4, 2), (3, 1, 2), (3, 2, 2)]), (parts.VECTOR, [(2,), (5,)])]
+)
+def test_parts_of_unequal_sizes_follow_each_other(text, sizes):
+    form = parse(text)
+    whole = form.shape(sizes)
+    theirs = np.arange(np.prod(whole)).reshape(whole)
+    found = form.to_ours(theirs, sizes)
+    assert [x.shape for x in found] == sizes
+    assert sorted(np.concatenate([x.ravel() for x in found])) == list(range(theirs.size))
+    np.testing.assert_array_equal(form.to_theirs(found), theirs, strict=True)
 
 
 def test_the_axes_of_fused_heads_are_in_their_order():
@@ -94,3 +111,33 @@ def test_a_run_keeps_its_values_when_the_file_is_written_over(tmp_path):
         file.write(b"\xff" * (len(content) - len(content) // 2))
     np.testing.assert_array_equal(run.params["output"]["kernel"], llama_tensors()["lm_head.weight"].T)
     np.testing.assert_array_equal(run.params["decoder"]["final_norm"]["scale"], llama_tensors()["model.norm.weight"])
+
+
+def test_a_parameter_that_no_tensor_fills_is_named():
+    bound = [Bound("theirs", ("ours",), None, parse(parts.VECTOR))]
+    shapes = {"ours": (3,), "other": (4,)}
+    assert check_tensors({"theirs": (3,)}, bound, {"ours": (3,)}, (), {}, "folder") == []
+    with pytest.raises(UserError, match="folder must fill every parameter, it does not fill other"):
+        check_tensors({"theirs": (3,)}, bound, shapes, (), {}, "folder")
+
+
+@pytest.mark.parametrize(("num_first", "period"), [(0, 1), (0, 2), (1, 2), (2, 1)])
+def test_a_scanned_layer_stands_for_its_numbers(num_first, period):
+    """First blocks, three periods and one block after them: each parameter names the looped layers whose rows it has."""
+    block = {"kernel": np.zeros((3, 5))}
+    tree = {
+        "decoder": {
+            "first": {f"block_{i}": {"kernel": np.zeros(5)} for i in range(num_first)},
+            "blocks": {f"block_{i}": block for i in range(period)},
+            "last": {"block_0": {"kernel": np.zeros(5)}},
+        }
+    }
+    found = leaves(tree, num_first, period, scanned=True)
+    numbers = {
+        path: [int(name.split("/")[2].removeprefix("block_")) for name in leaf.looped] for path, leaf in found.items()
+    }
+    for index in range(period):
+        assert numbers[f"decoder/blocks/block_{index}/kernel"] == [num_first + index + period * n for n in range(3)]
+    assert numbers["decoder/last/block_0/kernel"] == [num_first + 3 * period]
+    assert sorted(itertools.chain(*numbers.values())) == list(range(num_first + 3 * period + 1))
+    assert set(looped_shapes(found).values()) == {(5,)}

@@ -268,7 +268,7 @@ def test_tied_and_untied_logits(tiny):
     np.testing.assert_allclose(tiny.forward(untied)(params, tokens), expected, atol=1e-6)
 
 
-def test_logits_soft_cap_and_scaled_embeddings(tiny):
+def test_logits_soft_cap_scale_and_scaled_embeddings(tiny):
     config, tokens = tiny.config(), tiny.tokens((2, 5))
     params = tiny.params(config)
     plain = np.asarray(tiny.forward(config)(params, tokens))
@@ -279,6 +279,9 @@ def test_logits_soft_cap_and_scaled_embeddings(tiny):
     params = tiny.params(untied)
     larger = {**params, "token_embedding": {"embedding": 4 * params["token_embedding"]["embedding"]}}
     np.testing.assert_allclose(tiny.forward(scaled)(params, tokens), tiny.forward(untied)(larger, tokens), atol=1e-5)
+    params = tiny.params(config)
+    halved = tiny.forward(dataclasses.replace(config, logits_scale=0.5))(params, tokens)
+    np.testing.assert_allclose(halved, 0.5 * plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])

@@ -18,6 +18,7 @@ from transformer.models.encoder import Encoder
 from transformer.models.encoder_decoder import EncoderDecoder
 from transformer.objective import OBJECTIVES
 from transformer.objectives.next_token import NextToken
+from transformer.objectives.routing import add_routing
 from transformer.ops.experts import RoutingStatistics
 from transformer.training.metrics import derive
 from transformer.training.state import create_state
@@ -209,3 +210,12 @@ def test_nothing_but_padding_is_zero():
     batch = batch._replace(weights=jnp.zeros((4, 6)), segment_ids=jnp.zeros((4, 6), jnp.int32))
     statistics = statistics_of(objective, params, batch)
     assert all(float(value) == 0.0 for value in statistics.values())
+
+
+def test_the_penalty_goes_with_the_weight_that_the_objective_is_divided_by():
+    """Class weights change that sum; the losses of routers follow it, and their statistics the plain weight."""
+    routed = RoutingStatistics(jnp.float32([3.0, 1.0]), jnp.float32([2.0, 6.0]), jnp.float32([0.5, 0.25]))
+    given = {"objective": 10.0, "weight": 4.0, "objective_weight": 7.0}
+    found = add_routing(given, {"routing": routed}, WEIGHTS)
+    np.testing.assert_allclose(found["objective"], 10 + 7 * (0.5 * 4 + 0.25 * 8))
+    np.testing.assert_allclose([found["load_balance"], found["router_z"], found["busiest_expert"]], [8, 16, 1.5])

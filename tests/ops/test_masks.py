@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transformer.ops.masks import AttentionMask
+from transformer.ops.patterns.fixed import FixedPattern
+from transformer.ops.patterns.strided import StridedPattern
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -74,6 +76,21 @@ def draw(mask_BTS):
 def test_mask_is_its_picture(name):
     mask, picture = PICTURES[name]
     assert draw(mask.to_bool(3, 4)[:, 0]) == [picture]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "picture"),
+    [
+        (StridedPattern(block_size=1, stride=3), "1000000 1100000 1110000 1111000 0111100 0011110 1001111"),
+        (StridedPattern(block_size=2, stride=2), "1000000 1100000 1110000 1111000 1111100 1111110 0011111"),
+        (FixedPattern(block_size=1, stride=3), "1000000 1100000 1110000 0011000 0011100 0011110 0010011"),
+        (FixedPattern(block_size=1, stride=3, summary=2), "1000000 1100000 1110000 0111000 0111100 0111110 0110111"),
+    ],
+    ids=repr,
+)
+def test_a_pattern_is_its_picture(pattern, picture):
+    mask = AttentionMask(causal=True, pattern=pattern)
+    assert draw(mask.to_bool(7, 7)[:, 0]) == [picture]
 
 
 def test_rows_of_a_batch_have_their_own_mask():

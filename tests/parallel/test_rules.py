@@ -49,3 +49,8 @@ def test_what_stands_in_for_a_moment_is_whole():
     placeholder = {"v_row": {"out": {"bias": jax.ShapeDtypeStruct((1,), "float32")}}}
     assert tree_shardings(mesh, axes, state)["v"]["out"]["bias"].spec == PartitionSpec("fsdp")
     assert tree_shardings(mesh, axes, placeholder)["v_row"]["out"]["bias"].is_fully_replicated
+
+
+def test_an_axis_of_the_mesh_cuts_a_parameter_once():
+    with pytest.raises(ValueError, match=r"along each axis of a mesh once, got the names \('heads', 'hidden'\)"):
+        parameter_shardings(make_mesh(), {"kernel": PartitionSpec("heads", "hidden")})

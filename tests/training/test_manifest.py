@@ -115,3 +115,14 @@ def test_a_link_to_a_file_is_a_file(directory, tmp_path_factory):
     (directory / "a").rename(tmp_path_factory.mktemp("cache") / "blob")
     (directory / "a").symlink_to(tmp_path_factory.getbasetemp() / "cache0" / "blob")
     verify(directory)
+
+
+def test_a_bit_far_into_a_large_file_counts(directory):
+    """Files are read a mebibyte at a time."""
+    content = bytearray(2 * 2**20 + 5)
+    (directory / "large").write_bytes(content)
+    write_manifest(epath.Path(directory))
+    for position in (2**20, len(content) - 1):
+        (directory / "large").write_bytes(content[:position] + b"\x01" + content[position + 1 :])
+        with pytest.raises(DamagedError, match=r"^large is damaged$"):
+            verify(directory)

@@ -293,3 +293,11 @@ def test_frozen_objective_has_no_gradient_there(toy):
         else:
             np.testing.assert_allclose(grad, plain[path], rtol=1e-5, atol=1e-7)
     assert freeze(frozen, config("adamw"), toy.params()) is frozen
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(OPTIMIZERS.find(name)(), "moment_dtype")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_has_the_type_of_the_config(name, dtype):
+    optimizer, _ = make_optimizer(config(name, moment_dtype=dtype), 10, small_params())
+    types = {x.dtype for x in jax.tree.leaves(optimizer.init(small_params())) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert (jnp.dtype("bfloat16") in types) == (dtype == "bfloat16")
