@@ -195,7 +195,7 @@ def _room(
     """The number of tokens to add. Notes report unknown tokens, and tokens outside a rolling window."""
     limit = run.config.model.max_length
     room = limit - len(tokens)
-    longer = rolling and room < max_new_tokens
+    longer = rolling and max_new_tokens > max(room, 0)
     require(
         longer or (0 <= max_new_tokens <= room and room > 0),
         f"A prompt of {len(tokens)} tokens (with the one that starts a document) leaves room for {max(room, 0)} of the model's "
