@@ -158,7 +158,7 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     workdir = train(place, "orphan", *options, "--training.steps", "2")
     recorded = json.loads((workdir / "config.json").read_text())["data"]
     assert recorded["tokenizer"] == {"kind": "words", "size": 300}
-    assert "going on from step 1" in " ".join(capsys.readouterr().err.split())
+    assert "continuing from step 1" in " ".join(capsys.readouterr().err.split())
     assert load(workdir).step == 2
 
 
@@ -180,7 +180,7 @@ def test_classes_have_weights_from_the_training_split(place, capsys):
     counts = [180 / (3 * float(weight)) for weight in named]
     assert sum(counts) == pytest.approx(180, rel=1e-3) and counts == pytest.approx([round(n) for n in counts], rel=1e-3)
     train(place, "balanced", weights, "balanced", "--training.steps", "2")
-    assert "going on from step 1" in " ".join(capsys.readouterr().err.split())
+    assert "continuing from step 1" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         train(place, "balanced", weights, "1", "2", "3", "--training.steps", "3")
     assert "--objective.class-weights: balanced -> [1.0, 2.0, 3.0]" in capsys.readouterr().err

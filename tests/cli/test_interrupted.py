@@ -59,7 +59,7 @@ def test_each_moment_of_a_run(config, tmp_path, monkeypatch, capsys, number):
     without_arguments("train", command, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(runs_train, "make_run", lambda *_, **__: kill(number))
-        assert "stopped at once. No step was saved yet. The same command goes on" in main_exits()
+        assert "stopped at once. No step was saved yet. The same command continues the run" in main_exits()
     assert not workdir.exists()
     assert "stopped at step 2 of 3 and saved" in main_exits()
     assert committed_steps(workdir / "checkpoints") == [2]

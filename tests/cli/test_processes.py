@@ -111,7 +111,7 @@ def test_several_processes_are_one_run_that_survives_the_death_of_one(directory)
 
     done = max(committed_steps(checkpoints))
     quiet, loud = sorted(finish(start(directory, "run", 4, "--training.steps", str(done + 5)))[:2], key=len)
-    assert f"going on from step {done}" in loud
+    assert f"continuing from step {done}" in loud
     assert "step" not in quiet, "only process 0 reports"
     finish(start(directory, "alone", 1, "--training.steps", str(done + 5)))
     found, expected = losses(directory, "run"), losses(directory, "alone")

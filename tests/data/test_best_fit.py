@@ -215,7 +215,7 @@ def test_a_state_within_a_chunk_is_two_numbers_a_stream():
 def test_a_state_of_other_rows_is_refused(changes):
     ours, theirs = (train_batches(config_of(**c), BYTES, sources=source_of(TEXTS)) for c in ({}, changes))
     for iterator, state in ((ours, theirs.get_state()), (theirs, ours.get_state())):
-        with pytest.raises(UserError, match="must go on with the rows it began with"):
+        with pytest.raises(UserError, match="must continue with the rows it began with"):
             iterator.set_state(state)
 
 

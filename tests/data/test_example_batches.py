@@ -96,7 +96,7 @@ def test_the_seed_decides_the_order():
 
 
 def test_another_corpus_is_refused():
-    with pytest.raises(UserError, match="must go on with the examples it began with"):
+    with pytest.raises(UserError, match="must continue with the examples it began with"):
         data().train_batches(TOKENIZER).set_state({"step": 3, "corpus": "another"})
 
 

@@ -98,7 +98,7 @@ def test_a_run_trains_goes_on_and_is_scored(objective, tmp_path, capsys):
     command = ["train", str(tmp_path / "config.py"), *data, *places, "--objective", objective]
     main(command)
     main([*command, "--training.steps", "4"])
-    assert "going on from step 2" in " ".join(capsys.readouterr().err.split())
+    assert "continuing from step 2" in " ".join(capsys.readouterr().err.split())
     run = load(tmp_path / "run")
     assert (run.step, run.tokenizer.base) == (4, 9)
     assert run.config.data.tokenizer == TOKENIZERS.find("digits")(base=9)

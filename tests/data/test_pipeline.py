@@ -330,7 +330,7 @@ def test_a_state_of_other_text_is_refused(make_config, write_folder):
     config = make_config(folder)
     state = train_batches(config, BYTES).get_state()
     (folder / "sub0" / "00.txt").write_text("changed")
-    with pytest.raises(UserError, match="must go on with the text it began with"):
+    with pytest.raises(UserError, match="must continue with the text it began with"):
         train_batches(config, BYTES).set_state(state)
 
 

@@ -123,7 +123,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base, monkey
         UserError, match=r"(?s)need the base that they were trained on, step 4 of .*set training.init_from"
     ):
         train(go_on)
-    with pytest.raises(UserError, match=r"(?s)there is none in .*If it lies elsewhere, give it: --base DIR"):
+    with pytest.raises(UserError, match=r"(?s)there is none in .*If it is elsewhere, give it: --base DIR"):
         load(tmp_path / "lora")
     found = load(tmp_path / "lora", base=there)
     assert same(split(found.params)[0], base.params)

@@ -232,7 +232,7 @@ def test_weights_that_are_no_numbers():
 
 def test_a_model_of_ones_own_and_an_objective_that_reads_nothing():
     run = made("next_token")
-    with pytest.raises(UserError, match="this run has a Dense of one's own"):
+    with pytest.raises(UserError, match="this run has a user-defined Dense"):
         dataclasses.replace(run, model=nn.Dense(3), own_model=True).attention("abc")
 
     class Own(Objective):

@@ -109,7 +109,7 @@ def test_a_run_ends_with_its_epochs_and_goes_on_with_more(place, tmp_path, capsy
     assert (recorded["epochs"], recorded["steps"]) == (1.0, reached.step)
     assert train(config).step == reached.step
     said = " ".join(capsys.readouterr().err.split())
-    assert "is finished" in said and "goes on with more --training.epochs" in said
+    assert "is finished" in said and "continues with more --training.epochs" in said
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=2.0))
     assert 2 * reached.step - 1 <= train(longer).step <= 2 * reached.step
     assert [row["epoch"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"][-1] == 2.0

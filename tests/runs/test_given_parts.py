@@ -175,7 +175,7 @@ def test_a_run_is_loaded_with_what_made_it(tmp_path, capsys):
         assert ended.value.code == 2
         assert "was made with" in capsys.readouterr().err.replace("\n", " ")
     for given, message in (
-        ({}, r"A run goes on with the model it began with, .*; give train\(model=...\) the same again"),
+        ({}, r"A run continues with the model it began with, .*; give train\(model=...\) the same again"),
         (made, r"the data it began with"),
         ({**made, "data": endless(), "objective": NextToken()}, r"leave out objective="),
     ):

@@ -51,7 +51,7 @@ def test_a_run_that_goes_on_after_the_first_of_them_says_so(tmp_path):
     with trace_steps((3, 9), epath.Path(tmp_path), said.append) as (hook,):
         for number in range(5, 12):
             hook(number, None, step(jnp.ones((8, 8))))
-    assert said == ["Step 3 is not traced: the run goes on from step 5."]
+    assert said == ["Step 3 is not traced: the run continues from step 5."]
     assert not list(tmp_path.iterdir())
 
 

@@ -52,7 +52,7 @@ class BatchData:
             require(
                 name == "train" or iter(batches) is not batches,
                 f"Batches to score are read more than once, {name} of data= can be iterated once; give a list, or an iterable "
-                "that starts anew each time.",
+                "that starts again each time.",
             )
 
     def for_run(self, config: Config) -> "BatchData":
@@ -66,7 +66,7 @@ class BatchData:
         """A line with the splits."""
         names = f"batches of your own: {', '.join(self.splits)}"
         unscored = len(self.splits) > 1 and "validation" not in self.splits
-        return names + ("; none is called validation, so that none is scored while training" if unscored else "")
+        return names + ("; none is called validation, and none is scored during training" if unscored else "")
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -269,8 +269,8 @@ class _Endless:
             batch = next(self._iterator, _END)
         require(
             batch is not _END,
-            f"Batches to train on must go on as long as training does, data= ended after {self._taken}; give an iterable that "
-            "starts anew when it is iterated again, such as a list, or set fewer training.steps.",
+            f"Batches to train on must last as long as training, data= ended after {self._taken}; give an iterable that "
+            "starts again when it is iterated again, such as a list, or set fewer training.steps.",
         )
         self._taken += 1
         return self._check(batch)
@@ -307,6 +307,6 @@ class _Once:
                 yield self._check(batch)
         require(
             count > 0,
-            "Batches to score must be there each time, got none; give an iterable that starts anew when it is iterated again, "
+            "Batches to score must be there each time, got none; give an iterable that starts again when it is iterated again, "
             "such as a list.",
         )

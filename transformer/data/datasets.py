@@ -159,7 +159,7 @@ class Reader:
         return [*found, *map(held_out_fingerprint, named)]
 
     def examples(self, form: ExampleForm) -> "ExampleData":
-        """The examples of `config.source`, and those of `config.validation`."""
+        """The examples of `config.source`, and of `config.validation`."""
         trained, held_out = trained_part(self.config), held_out_part(self.config)
         source = open_examples(trained.source, form, trained, self.class_names)
         if held_out:

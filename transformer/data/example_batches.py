@@ -96,7 +96,7 @@ class _ExampleIterator(grain.DatasetIterator):
         corpus = self._dataset.corpus
         require(
             state["corpus"] == corpus,
-            f"A run must go on with the examples it began with (corpus {state['corpus']}), the source now gives corpus "
+            f"A run must continue with the examples it began with (corpus {state['corpus']}), the source now gives corpus "
             f"{corpus}: restore it, or start a new run.",
         )
         self._step = state["step"]

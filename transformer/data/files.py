@@ -167,7 +167,7 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object with these fields; ValueError for a repeated name, of which JSON readers keep the last."""
+    """The object with these fields; ValueError for a repeated name, since JSON readers would keep only the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]

@@ -48,7 +48,7 @@ def train_batches(
     processes restores any number of processes.
 
     `sources` are the opened sources of `config`, if available; `noise` changes every row, and `convert` makes another type of
-    batch. With `continued`, row i of a batch continues row i of the previous batch, and its positions go on counting. With
+    batch. With `continued`, row i of a batch continues row i of the previous batch, and its positions continue. With
     `joined`, the documents of a row are one text, and their number is unlimited. Joined rows, windows (`pack=False`) and rows
     of one text each are full, and their batches have no segment ids.
     """

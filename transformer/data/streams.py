@@ -126,12 +126,12 @@ class _BatchIterator(grain.DatasetIterator):
         num_streams, corpus = self._batches.num_streams, self._batches.corpus
         require(
             state["corpus"] == corpus and state["num_streams"] == num_streams,
-            f"A run must go on with the text it began with (corpus {state['corpus']}, {state['num_streams']} streams), "
+            f"A run must continue with the text it began with (corpus {state['corpus']}, {state['num_streams']} streams), "
             f"the sources now give corpus {corpus}, {num_streams} streams: restore the text, or start a new run.",
         )
         require(
             state.get("best_fit") == self._batches.best_fit,
-            "A run must go on with the rows it began with, whose length and most documents in best-fit packing are "
+            "A run must continue with the rows it began with, whose length and most documents in best-fit packing are "
             f"{state.get('best_fit', 'none')}, got {self._batches.best_fit or 'none'}: set data.best_fit, data.sequence_length "
             "and data.max_segments as they were, or start a new run.",
         )

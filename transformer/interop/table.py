@@ -231,10 +231,7 @@ def check_tensors(
         not differing,
         f"{where} must have the shapes that its config.json says, but "
         + _some(
-            [
-                f"{name:.60} has {shown(list(stored[name])):.40} in the place of {list(wanted[name])}"
-                for name in differing
-            ]
+            [f"{name:.60} has {shown(list(stored[name])):.40} instead of {list(wanted[name])}" for name in differing]
         )
         + ".",
     )

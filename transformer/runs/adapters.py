@@ -247,7 +247,7 @@ def _patterns(tree: Mapping[str, table.Leaf], adapted: set[str]) -> tuple[str, .
         require(
             not chosen or len(chosen) == len(leaf.looped),
             f"Adapters of a scanned stack are of all its layers or of none, {', '.join(sorted(chosen)[:2])} are of some; "
-            "import the base anew, with its layers looped.",
+            "import the base again, with its layers looped.",
         )
         paths += [path] if chosen else []
     return tuple(dict.fromkeys(_pattern(path, list(tree), paths) for path in paths))

@@ -77,7 +77,7 @@ def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
         record = read_run(path, lambda record: record, base.step)
     except (UserError, OSError) as error:
         raise UserError(
-            f"The adapters in {run} need the base that they were trained on, step {base.step} of {path}: {error} If it lies "
+            f"The adapters in {run} need the base that they were trained on, step {base.step} of {path}: {error} If it is "
             f"elsewhere, {remedy}."
         ) from error
     found = Base.of(record)
@@ -85,7 +85,7 @@ def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
         found == base,
         f"The adapters in {run} must have the base that they were trained on, whose manifest has the SHA-256 "
         f"{base.sha256:.16}..., but that of {record.path} has {found.sha256:.16}...: it is another model, or has changed. Put it "
-        f"back; if it lies elsewhere, {remedy}.",
+        f"back; if it is elsewhere, {remedy}.",
     )
     return record
 

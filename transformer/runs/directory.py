@@ -192,7 +192,7 @@ def open_workdir(config: Config, report: folders.Report) -> Record | None:
     conflicts = resume_conflicts(record.config, to_dict(config))
     require(
         not conflicts,
-        f"A run goes on with the config it began with; {workdir} differs in\n  "
+        f"A run continues with the config it began with; {workdir} differs in\n  "
         + "\n  ".join(conflicts)
         + "\nUndo that, or choose another workdir.",
     )
@@ -233,7 +233,7 @@ def _compare_config(workdir: epath.Path, expected: Config) -> None:
         not conflicts,
         f"{workdir / CONFIG_FILE} must be the config of the run in that directory, but differs (run -> file) in\n  "
         + "\n  ".join(conflicts)
-        + "\nPut it back; or remove the file, and it is written anew; or choose another workdir.",
+        + "\nPut it back; or remove the file, and it is written again; or choose another workdir.",
     )
 
 

@@ -72,7 +72,7 @@ def inherit_tokenizer(config: Config, donor: Donor) -> tuple[Config, str]:
     conflicts = differences(data, theirs)
     require(
         not conflicts,
-        f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; ask for the same or leave it "
+        f"A run that starts from {donor.path} has that run's tokenizer, got {', '.join(conflicts)}; give the same or leave it "
         f"out, also in a config file, or leave out training.init_from. `transformer train {donor.path}` has that run's config.",
     )
     note = f"tokenizer from {donor.path}: {tokenizer.kind}, {describe_entries(tokenizer)}"

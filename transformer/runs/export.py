@@ -103,7 +103,7 @@ def _export(
 ) -> None:
     require(
         not {"model", "objective"} & set(record.given),
-        f"A model of one's own has no family to be exported as, {record.path.parent.parent} was made with "
+        f"A user-defined model has no family to be exported as, {record.path.parent.parent} was made with "
         f"{record.given.get('model') or record.given.get('objective')}.",
     )
     source, origin = (_object(record, name) for name in (IMPORT_FILE, FAMILY_FILE))

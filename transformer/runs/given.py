@@ -144,7 +144,7 @@ def compare_given(record: Record | None, given: Given) -> None:
             record,
             REPLACING,
             now,
-            "goes on with the {} it began with,",
+            "continues with the {} it began with,",
             "give train({}=...)",
             ", or choose another workdir",
         )

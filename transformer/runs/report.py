@@ -67,7 +67,7 @@ def _read(workdir: epath.Path, name: str) -> RunView:
     samples = _read_samples(workdir)
     scores = _read_scores(workdir, notes)
     if (workdir / "profile").exists():
-        notes.append(f"A trace of some of its steps lies in {workdir / 'profile'}.")
+        notes.append(f"A trace of some of its steps is in {workdir / 'profile'}.")
     settings = dict(leaves(config))
     default = dict(leaves(json.loads(json.dumps(to_dict(Config())))))
     changed = [path for path, value in settings.items() if path != "workdir" and default.get(path) != value]

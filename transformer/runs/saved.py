@@ -201,7 +201,7 @@ class Loaded:
     def _require_ours(self, what: str) -> None:
         require(
             not self.own_model,
-            f"{what} are of the package's models, this run has a {type(self.model).__name__} of one's own; call "
+            f"{what} are of the package's models, this run has a user-defined {type(self.model).__name__}; call "
             "run.model.apply({'params': run.params}, ...).",
         )
 
@@ -218,7 +218,7 @@ class Loaded:
         """
         require(
             not self.own_model,
-            f"Attention is that of the package's models, this run has a {type(self.model).__name__} of one's own; call "
+            f"Attention is that of the package's models, this run has a user-defined {type(self.model).__name__}; call "
             "run.model.apply({'params': run.params}, ...).",
         )
         require(text.strip() != "", f"A text to look at must not be blank, got {text!r}.")
@@ -275,7 +275,7 @@ def load(
     if is_folder(workdir):
         require(
             given == Given() and step == "latest" and not base,
-            f"A pretrained folder has no steps, no base and no objects of one's own: {workdir}.",
+            f"A pretrained folder has no steps, no base and no user-defined objects: {workdir}.",
         )
         opened = open_folder(workdir, dtype=dtype)
         config = opened.config

@@ -125,7 +125,7 @@ def train(
     require(isinstance(config, Config), f"train takes a transformer.Config, got {shown(config)}.")
     given = Given(model, objective, optimizer, data, tokenizer, evaluators or {}, writers, hooks).opened(config)
     with (
-        interruptible(lambda: f"stopped at once. {_saved(config)} The same command goes on."),
+        interruptible(lambda: f"stopped at once. {_saved(config)} The same command continues the run."),
         _explained(config),
         out_of_memory.explained(what="Building this run"),
     ):
@@ -182,7 +182,7 @@ class _Session:
         if jax.process_index() == 0 and self.given.data is None:
             remember(used.data)
         if self.old:
-            compare_data(self.old, data, remedy="Restore it to go on, or start a new run in another workdir.")
+            compare_data(self.old, data, remedy="Restore it to continue, or start a new run in another workdir.")
         tokenizer = self.given.tokenizer or (self.old.load_tokenizer() if self.old else None)
         run = make_run(used, self.given, data=data, tokenizer=tokenizer, old=self.old, counted=counted)
         self.config = dataclasses.replace(self.config, data=run.config.data, training=run.config.training)
@@ -277,7 +277,7 @@ class _Session:
             f"{count_parameters(run.state.model_params):,} parameters, vocabulary {run.config.model.vocab_size}, {devices}"
             f"peak {peak / 1e12:.2f} TFLOP/s"
             + (f"; {steps:,} steps, {steps * epochs:.3g} epochs" if epochs else "")
-            + (f"; going on from step {self.old.step}" if self.old else "")
+            + (f"; continuing from step {self.old.step}" if self.old else "")
         )
 
     def _reached(self, run: Run, state: TrainState, metrics: dict[str, float]) -> Reached:
@@ -354,7 +354,7 @@ def _ended(config: Config, old: Record | None) -> str:
         return ""
     return (
         f"Training stopped at step {old.step}: {old.evaluations.describe()}. `--step best` of evaluate and "
-        "generate takes that one; it goes on with more --training.patience, or 0."
+        "generate takes that one; it continues with more --training.patience, or 0."
     )
 
 
@@ -365,7 +365,7 @@ def _how_to_go_on(config: Config, old: Record) -> str:
     steps = f"--training.steps {done + max(1, schedule.warmup_steps)} or more"
     more, least = ("epochs", "") if config.training.epochs > 0 else ("steps", f" ({steps})")
     return (
-        f"It goes on with more --training.{more}. With --optimizer.schedule.restarts {restarts} it warms up and decays anew "
+        f"It continues with more --training.{more}. With --optimizer.schedule.restarts {restarts} it warms up and decays again "
         f"over the added steps{least}."
     )
 

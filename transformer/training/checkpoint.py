@@ -314,7 +314,7 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     require(
         found == FORMAT,
         f"A checkpoint must be of format {FORMAT}, {path} has {found}: it is of another version of this library; use that "
-        "version, or train anew in another workdir.",
+        "version, or train again in another workdir.",
     )
     for name, kind in (("step", int), ("arrays", dict[str, str]), ("loop", dict[str, Any])):
         typed(kind, description.get(name), f"{stored}: {name}")

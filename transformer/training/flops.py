@@ -31,13 +31,13 @@ class Flops(NamedTuple):
 def count_flops(loss: Callable[..., Any], params: PyTree, *arguments: PyTree) -> Flops:
     """Operations of a loss and its gradient by `params`; `loss` is traced once, with shapes, and nothing is computed.
 
-    A product counts once, and once more for each operand with a gradient: three times for a layer in training, twice for the
-    first layer, whose inputs have no gradient, and once for frozen layers and for a model in evaluation. Memory-saving
+    A product counts once, and once more for each operand with a gradient. A layer in training therefore counts three times, the
+    first layer twice, because its inputs have no gradient, and frozen layers and a model in evaluation once. Memory-saving
     techniques (rematerialization, a loss in chunks, custom gradients) do not change the count. A loop counts its iterations if
     their number is known when tracing, else one; of several branches, the most expensive counts. A mixture's experts count for
     the tokens routed to them.
 
-    Attention by `ops.dot_product_attention` (and therefore by every layer of this package) counts by formula, for every backend:
+    Attention by `ops.dot_product_attention` (used by every layer of this package) counts by formula, for every backend. There are
     two products of each query with the keys that the static fields of its mask permit, and four for the gradient.
 
     Args:

@@ -121,7 +121,7 @@ def require_whole(directory: epath.Path, step: int) -> None:
 def begin(directory: epath.Path) -> None:
     """Mark a new run's directory: until its first save is complete, it holds nothing to lose."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / _NEVER_SAVED, "No checkpoint has been saved yet: the next start begins anew.\n")
+    write_whole(directory / _NEVER_SAVED, "No checkpoint has been saved yet: the next start begins again.\n")
 
 
 def draft(directory: epath.Path, step: int) -> epath.Path:

@@ -173,7 +173,7 @@ def train(
                 break
     number = largest_over_processes(stop.number)  # includes a signal during the last step
     if number:
-        on = "training is done." if step == config.steps or ended else "the same command goes on from there."
+        on = "training is done." if step == config.steps or ended else "the same command continues from there."
         raise Interrupted(number, f"stopped at step {step} of {config.steps} and saved; {on}", agreed=True)
     return runner.fetch_state(state)
 

@@ -28,8 +28,8 @@ def derive(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of summed statistics: `loss` (nats per token), and the others if their sums are present.
 
     bits_per_byte = loss / (ln 2 * bytes), accuracy = correct / weight, objective = objective / weight (with class weights,
-    / objective_weight), macro_f1 of a confusion matrix. Every other numeric sum, of routers or of user-defined objectives, is
-    reported as its mean, / weight, under its name. If the weight is zero (only padding), all metrics are zero.
+    / objective_weight); macro_f1 comes from a confusion matrix. Every other numeric sum, of routers or of user-defined
+    objectives, is reported as its mean, / weight, under its name. If the weight is zero (only padding), all metrics are zero.
     """
     weight = sums["weight"] or 1.0
     metrics = {"loss": sums["loss"] / weight}

@@ -33,7 +33,7 @@ def trace_steps(
         nonlocal latest, tracing
         del state
         if latest == 0 and step >= first:
-            report(f"Step {first} is not traced: the run goes on from step {step}.")
+            report(f"Step {first} is not traced: the run continues from step {step}.")
         latest = step
         if tracing and step >= last:
             stop(statistics)

@@ -67,7 +67,7 @@ class SavedDataset(SourceKind):
 
 
 def column_rows(path: epath.Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a Parquet or Arrow file, each with its place.
+    """The rows of a Parquet or Arrow file, each with its location.
 
     Raises:
         UserError: the file is damaged, or lacks one of the columns `keys`; or pyarrow is not installed.
