@@ -358,7 +358,7 @@ def test_a_model_may_depend_on_the_length(tmp_path):
     train(config_of(tmp_path), data=endless(), model=Placed())
     run = load(tmp_path, model=Placed())
     assert run.params["table"].shape == (T, V)
-    with pytest.raises(UserError, match="Predictions are of the package's models, this run has a Placed"):
+    with pytest.raises(UserError, match="Predictions are of the package's models, this run has a user-defined Placed"):
         run.predict(["a"])
 
 

@@ -269,7 +269,7 @@ class _Endless:
             batch = next(self._iterator, _END)
         require(
             batch is not _END,
-            f"Batches to train on must last as long as training, data= ended after {self._taken}; give an iterable that "
+            f"Batches to train on must last as long as training does, data= ended after {self._taken}; give an iterable that "
             "starts again when it is iterated again, such as a list, or set fewer training.steps.",
         )
         self._taken += 1
