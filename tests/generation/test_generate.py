@@ -133,6 +133,10 @@ def test_draws_depend_on_seed_row_and_position():
     np.testing.assert_array_equal(same[:1, :8], run(PROMPTS[:1], seed=5, max_new_tokens=8).tokens)
     longer = [*PROMPTS[0], *same[0, :8].tolist()]
     np.testing.assert_array_equal(same[:1, 8:], run([longer], seed=5, max_new_tokens=12).tokens)
+    # Where all tokens are equally likely, positions alone tell the draws of a row apart.
+    model, params = make(make_config())
+    flat = Generator(model, jax.tree.map(jnp.zeros_like, params))
+    assert len(set(flat.generate(PROMPTS[:1], max_new_tokens=20).tokens[0].tolist())) > 3
 
 
 def test_end_of_text_ends_a_row():
