@@ -20,7 +20,7 @@ TABLE = mutants.read_table()
 
 def test_the_table_is_large_and_has_a_share_of_every_area():
     areas = collections.Counter(mutant.area for mutant in TABLE)
-    assert len(TABLE) >= 40 and all(areas[area] >= 2 for area in mutants.AREAS), areas
+    assert len(TABLE) >= 100 and all(areas[area] >= 6 for area in mutants.AREAS), areas
     assert len({(mutant.file, mutant.what) for mutant in TABLE}) == len(TABLE)
     assert sum(bool(mutant.reason) for mutant in TABLE) <= mutants.MOST_SURVIVORS * len(TABLE)
 
