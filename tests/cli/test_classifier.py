@@ -206,7 +206,7 @@ def test_a_dataset_is_scored_under_the_names_of_the_run(place, pretrained, capsy
     with pytest.raises(SystemExit):
         main(["evaluate", str(workdir), "--data.source", "strange"])
     error = " ".join(capsys.readouterr().err.split())
-    assert "The classes of strange must be among those of the run, bad, good, so-so, got fine too" in error
+    assert "The classes of strange must be among the run's classes, bad, good, so-so, got fine too" in error
 
 
 def test_inspect_shows_classes(place, capsys, monkeypatch):

@@ -263,6 +263,6 @@ def test_files_that_change_while_they_are_prepared_are_refused(tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(prepared, "_read_draft", change)
-    with pytest.raises(UserError, match="must stay as they are while they are prepared, those of mine changed"):
+    with pytest.raises(UserError, match="must stay as they are while they are prepared, the files of mine changed"):
         prepare_examples(FORMS.find("labelled")(), "mine", files, DataConfig(data_dir=str(tmp_path / "data")))
     assert not list((tmp_path / "data").glob("*"))

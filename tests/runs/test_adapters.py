@@ -146,7 +146,7 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base, monkey
     with pytest.raises(UserError, match="may name only a base that you have trained with"):
         load(tmp_path / "lora")
     assert load(tmp_path / "lora", base=there).step == 4
-    with pytest.raises(UserError, match="A base is that of adapters"):
+    with pytest.raises(UserError, match="A base belongs to adapters"):
         load(tmp_path / "base", base=there)
 
 

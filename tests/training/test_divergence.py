@@ -52,7 +52,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("wrong", ["embedding", "first", "second", "third", "logits"])
 def test_a_tied_embedding_is_not_named_for_what_goes_wrong_before_it(wrong):
-    assert f"the first gradient that is not is that of {wrong.replace('logits', 'embedding')}" in find(
+    assert f"the first gradient that is not belongs to {wrong.replace('logits', 'embedding')}" in find(
         wrong, model=Tied
     )
 
@@ -72,8 +72,8 @@ def find(wrong, *, model=Model, params=lambda p: p, weight=1.0):
 
 def test_what_is_named():
     assert find("") == ""
-    assert find("activation") == "The first activations of that step that are not finite are those of third."
-    assert "finite; the first gradient that is not is that of third (its output)." in find("gradient")
+    assert find("activation") == "The first activations of that step that are not finite are in third."
+    assert "finite; the first gradient that is not belongs to third (its output)." in find("gradient")
     assert (
         find("", weight=np.inf)
         == "All activations of that step are finite, its loss is not: look at the targets and weights."
@@ -156,6 +156,6 @@ def test_a_run_that_diverges_names_the_layer(tmp_path_factory, monkeypatch, case
 
     monkeypatch.setattr(runs_train, "make_run", make_run)
     monkeypatch.setattr(runs_train, "peak_flops", lambda *_: 0.0)
-    named = r"The first activations of that step that are not finite are those of decoder/blocks/block_1/feed_forward/down\."
+    named = r"The first activations of that step that are not finite are in decoder/blocks/block_1/feed_forward/down\."
     with pytest.raises(UserError, match=f"must be finite, .*{named}"):
         runs_train.train(config)

@@ -31,7 +31,7 @@ class BatchData:
     restored. Otherwise the batches already used are skipped; the iterable must then give the same batches in the same order.
 
     Args:
-        splits: batches to train on; or a mapping with those of `train` and of splits to score. Training batches are endless, or
+        splits: batches to train on; or a mapping of splits, `train` and others to score. Training batches are endless, or
             can be iterated again from the start; batches to score end, and can be iterated again.
         class_names: the classes of labelled texts, in the order of their numbers.
     """
@@ -187,7 +187,7 @@ class _Checked:
     def _array(
         self, lengths: dict[tuple[int, ...], tuple[int, ...]], path: Any, values: Any, expected: jax.ShapeDtypeStruct
     ) -> np.ndarray:
-        """An array of the batch; `lengths` maps the axes of full rows to those of earlier arrays."""
+        """An array of the batch; `lengths` maps the axes of full rows to the axes of earlier arrays."""
         values, name = np.asarray(values), jax.tree_util.keystr(path, simple=True, separator="/") or "array"
         require(
             values.shape[:1] == (self._rows,),

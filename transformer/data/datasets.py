@@ -176,8 +176,8 @@ def describe_data(data: Dataset) -> list[dict[str, Any]]:
     """A JSON description of the data of a run. Two datasets are equal if their fingerprints are.
 
     Returns:
-        For each source, in the order of `data.source`: its `name`, for messages; its `fingerprint`, a hash of the texts, prompts
-        or labels and of the split rule, but not of paths or names; and its `splits`, name -> number of documents or examples.
+        A dictionary for each source, in the order of `data.source`. `name` is for messages. `fingerprint` is a hash of the texts,
+        prompts or labels and of the split rule, but not of paths or names. `splits` has the number of documents or examples.
     """
     return [
         {"name": source.name, "fingerprint": source.fingerprint, "splits": dict(source.sizes)}

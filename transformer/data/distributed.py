@@ -1,6 +1,6 @@
 """Running text prepared by distributed tasks: documents are read file by file, and records written shard by shard.
 
-The shards equal those of `prepare`, bit for bit. Tasks pass results to each other in a folder below `data.data_dir`.
+The shards equal the shards of `prepare`, bit for bit. Tasks pass results to each other in a folder below `data.data_dir`.
 """
 
 import array

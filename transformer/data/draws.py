@@ -12,5 +12,5 @@ def permutation(length: int, seed: int, *coordinates: int) -> Int[np.ndarray, " 
 
 def random_at(seed: int, *coordinates: int) -> np.random.RandomState:
     """A random generator that depends only on the seed and the coordinates."""
-    # The sequences of RandomState are frozen, those of NumPy's newer generators are not: data order must outlive versions.
+    # RandomState's sequences are frozen, unlike NumPy's newer generators: data order must outlive versions.
     return np.random.RandomState(np.random.SeedSequence(seed, spawn_key=coordinates).generate_state(4))

@@ -115,7 +115,7 @@ class ExampleData:
         return self.form.count_cut(chosen, tokenizer, self.config), count
 
     def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
-        """The number of full batches; each epoch drops other examples, those of the incomplete last batch."""
+        """The number of full batches; each epoch drops other examples, in its incomplete last batch."""
         del tokenizer
         return float(len(self.source.examples("train")) // self.config.batch_size)
 

@@ -81,7 +81,7 @@ def class_numbers(names: Sequence[str], known: Sequence[str], where: str) -> lis
     unknown = [name for name in names if name not in known]
     require(
         not unknown,
-        f"The classes of {where} must be among those of the run, {', '.join(known)}, got {', '.join(unknown)} too; prepare it "
+        f"The classes of {where} must be among the run's classes, {', '.join(known)}, got {', '.join(unknown)} too; prepare it "
         "with these labels.",
     )
     return [list(known).index(name) for name in names]

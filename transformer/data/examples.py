@@ -197,7 +197,7 @@ class _Draft:
             check_stored(builder.data_path, self.features, rows)
             require(
                 again.hexdigest() == self.fingerprint,
-                f"Files must stay as they are while they are prepared, those of {name} changed; start again.",
+                f"Files must stay as they are while they are prepared, the files of {name} changed; start again.",
             )
             target.parent.mkdir(parents=True, exist_ok=True)
             builder.data_path.rename(target)

@@ -58,7 +58,7 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                     unpacked.seek(0)
                 yield unpacked
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if getattr(error, "errno", None):  # an error of the operating system; those of bzip2 and gzip have no number
+        if getattr(error, "errno", None):  # an error of the operating system; bzip2 and gzip set no number
             raise
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None
 
@@ -91,7 +91,7 @@ def file_lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def kind_of(path: epath.Path) -> str:
-    """The suffix of a file name without that of its compression: `.jsonl` for `a.jsonl.gz`."""
+    """The suffix of a file name before the suffix of its compression: `.jsonl` for `a.jsonl.gz`."""
     name = path.name.lower()
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)

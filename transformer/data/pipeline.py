@@ -83,7 +83,7 @@ def whole_rows(batch: Any) -> Any:
 
 
 def prefetched(batches: grain.IterDataset) -> CheckpointableIterator:
-    """An iterator that prefetches a few batches in a thread; its state is that of the last batch returned."""
+    """An iterator that prefetches a few batches in a thread; its state belongs to the last batch returned."""
     iterator = _PrefetchIterator(iter(batches), _PREFETCHED_BATCHES)
     atexit.register(_close, weakref.ref(iterator))  # its thread must end before the interpreter does
     return iterator

@@ -94,8 +94,8 @@ class ExampleSource(_Opened):
 
     class_names: tuple[str, ...]
     tokens: Callable[[str, Any, bool], Sequence[Any] | None] | None = None
-    """For stored examples: returns those of a split as `ExampleForm.tokens` makes them for a tokenizer, with class numbers. With
-    a true last argument, missing tokens are stored now; else the result is None without them."""
+    """For stored examples: returns the examples of a split as `ExampleForm.tokens` makes them for a tokenizer, with class numbers.
+    With a true last argument, missing tokens are stored now; else the result is None without them."""
 
     def examples(self, split: str) -> Sequence[Any]:
         """The examples of a split (or of all: `WHOLE`), read at random.

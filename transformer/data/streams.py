@@ -18,7 +18,7 @@ from transformer.types import Batch, Noise, UserError
 from transformer.validation import require
 
 _GOLDEN_RATIO = 0.6180339887498949
-_ORDER = 1  # separates the random order of a chunk's rows from that of an epoch's records
+_ORDER = 1  # separates the random orders of a chunk's rows and of an epoch's records
 
 
 class StreamBatches(grain.IterDataset):

@@ -47,8 +47,8 @@ class TextRecords(Sequence[Record]):
 
     Args:
         shards: the files of the text.
-        fields: names of the text and the prompt in a TFDS dataset, whose records are documents; by default, those of text
-            prepared by this package.
+        fields: names of the text and the prompt in a TFDS dataset, whose records are documents; by default, the names
+            in text prepared by this package.
         cut: size in bytes of the pieces of documents, which are then in memory; 0 means whole documents.
     """
 

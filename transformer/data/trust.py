@@ -18,7 +18,7 @@ from transformer.validation import require
 
 
 def remember(config: DataConfig) -> None:
-    """Record the paths of a config that the user trains with: its sources, its `data_dir`, and those of its tokenizer.
+    """Record the paths of a config that the user trains with: its sources, its `data_dir`, and its tokenizer's paths.
 
     Without a home directory, nothing is recorded: the user gives the paths again.
     """

@@ -14,7 +14,7 @@ def compressed_bits_per_byte(texts: Iterable[str], most: int = MOST_BYTES) -> di
     """Bits per byte of `gzip -9` and `xz` (its default preset) on the texts, joined and encoded as UTF-8.
 
     A compressor starts without knowledge and learns while reading; a trained model has seen other text before. Both encode the
-    same bytes, except that of a long text, only the beginning is compressed.
+    same bytes, except for a long text, whose beginning alone is compressed.
 
     Args:
         texts: read only as far as needed, and not stored.

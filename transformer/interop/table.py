@@ -40,7 +40,7 @@ class Bound(NamedTuple):
 
 
 def bind(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], layers: int) -> list[Bound]:
-    """The rules for every layer and expert of a model, without those of parameters that it does not have.
+    """The rules for every layer and expert of a model, without the rules of parameters that it does not have.
 
     Args:
         rules: the rules of a family.

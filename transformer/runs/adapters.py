@@ -210,7 +210,7 @@ def _heads_of(record: Record, parts: Parts) -> PyTree:
 def _read_params(
     folder: pathlib.Path, parts: Parts, adapters: peft.Adapters, bound: Sequence[table.Bound], heads: PyTree
 ) -> PyTree:
-    """The parameters of a folder's adapters, and of its heads or those of the base."""
+    """The parameters of a folder's adapters, and of its heads or the base's."""
     trained = split(parts.shapes)[1]
     leaves = _leaves(parts.config, trained)
     own = table.looped_shapes(leaves)

@@ -84,8 +84,8 @@ def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
     require(
         found == base,
         f"The adapters in {run} must have the base that they were trained on, whose manifest has the SHA-256 "
-        f"{base.sha256:.16}..., but that of {record.path} has {found.sha256:.16}...: it is another model, or has changed. Put it "
-        f"back; if it is elsewhere, {remedy}.",
+        f"{base.sha256:.16}..., but the manifest of {record.path} has {found.sha256:.16}...: it is another model, or has changed. "
+        f"Put it back; if it is elsewhere, {remedy}.",
     )
     return record
 
@@ -117,7 +117,7 @@ def check_base(record: Record, frozen: PyTree) -> None:
 
 
 def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[int, PyTree]:
-    """The step and all parameters of a run's model (`load_step_params`); with adapters, including those of the base.
+    """The step and all parameters of a run's model (`load_step_params`); with adapters, including the base's.
 
     Args:
         record: the record of the checkpoint.
@@ -128,7 +128,7 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
         UserError: there is no such base, it is another one, or this user has never trained with it.
     """
     run, adapted = record.path.parent.parent, record.config.adapter.rank > 0
-    require(adapted or base == "", f"A base is that of adapters, {run} has none; leave it out, got {base!r}.")
+    require(adapted or base == "", f"A base belongs to adapters, {run} has none; leave it out, got {base!r}.")
     if not adapted:
         return load_step_params(record.path, target)
     path = base or record.config.training.init_from

@@ -273,7 +273,7 @@ def compare_data(record: Record, data: Dataset, *, remedy: str) -> None:
     )
     require(
         data.class_names == record.class_names,
-        f"The classes of {' and '.join(source.name for source in found)} must be those of {record.path.parent.parent}, "
+        f"The classes of {' and '.join(source.name for source in found)} must equal the classes of {record.path.parent.parent}, "
         f"{', '.join(record.class_names)}, in that order, got {', '.join(data.class_names)}; prepare it with these labels.",
     )
 

@@ -46,8 +46,8 @@ def export_model(
         workdir: the run's directory.
         path: a new folder; it appears when it is complete.
         step: the step of the checkpoint, as for `load`.
-        dtype: type of the weights; empty means that of the imported files, or of the parameters.
-        family: the `model_type` to write; empty means that of the import, or the first that can express the model.
+        dtype: type of the weights; empty means the type of the imported files, or of the parameters.
+        family: the `model_type` to write; empty means the family of the import, or the first that can express the model.
         base: directory of the run that adapters were trained on, if it has moved.
         adapter: write the adapters alone, in PEFT's format.
         report: receives a line for the user.

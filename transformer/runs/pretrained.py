@@ -52,7 +52,7 @@ KEPT = (
     *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"),
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
-"""Small files of a folder that an export writes unchanged, including those of sentence encoders."""
+"""Small files of a folder that an export writes unchanged, including the files of sentence encoders."""
 _NO_TOKENIZER = "the folder, which has no tokenizer"
 
 

@@ -100,7 +100,7 @@ def make_run(
         config: the run's config (`given.applied`).
         given: objects that replace parts of the config.
         data: the config's data, if already open.
-        tokenizer: the run's tokenizer, if it exists; else that of `training.init_from`, or one made from the training split.
+        tokenizer: the run's tokenizer, if it exists; else the tokenizer of `training.init_from`, or one made from the train split.
         old: the record of its latest checkpoint, if any. Its initial state is then not needed, nor the run that it started from,
             unless that is the base of its adapters.
         counted: its steps were already computed from its epochs.
@@ -190,7 +190,7 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
         inherited = inherit_parts(config, own, donor, run.data.class_names, adapted=adapted)
         require(
             not adapted or inherited is not None,
-            f"Adapters that start from those of {donor.path} must have their rank and paths; leave out adapter.rank and "
+            f"Adapters that start from the adapters of {donor.path} must have their rank and paths; leave out adapter.rank and "
             "adapter.paths, or export that run (`transformer export`), import the folder, and start from it.",
         )
         note = compare_base(config, steps.parts, donor, path, run.data.class_names, inherited)
@@ -242,7 +242,7 @@ def make_evaluator(run: Run, split: str) -> loop.Evaluator:
 
     def evaluate_split(params: PyTree) -> Mapping[str, float]:
         placed = (runner.place_batch(batch) for batch in batches)
-        # Numpy arrays: rows of this process, like those of a batch.
+        # Numpy arrays: rows of this process, like the rows of a batch.
         rows = run.config.data.batch_size // runner.feeds[1]
         carry = runner.place_batch(jax.device_get(parts.loss.init_carry(rows)))
         metrics = derive(sum_statistics(runner.evaluate_step, params, placed, carry, split=split))

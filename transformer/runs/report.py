@@ -27,7 +27,7 @@ def report_page(workdirs: Sequence[epath.PathLike]) -> str:
     """An HTML report of runs: it needs no network, and its size is bounded regardless of the length of the runs.
 
     Args:
-        workdirs: run directories, including those of active runs and those in a bucket.
+        workdirs: run directories, including active runs and directories in a bucket.
 
     Raises:
         UserError: one of them is no run, or is given twice.

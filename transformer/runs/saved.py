@@ -218,7 +218,7 @@ class Loaded:
         """
         require(
             not self.own_model,
-            f"Attention is that of the package's models, this run has a user-defined {type(self.model).__name__}; call "
+            f"Attention belongs to the package's models, this run has a user-defined {type(self.model).__name__}; call "
             "run.model.apply({'params': run.params}, ...).",
         )
         require(text.strip() != "", f"A text to look at must not be blank, got {text!r}.")

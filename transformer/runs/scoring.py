@@ -53,7 +53,7 @@ def evaluate(
     data: Dataset | Mapping[str, Iterable[Any]] | Iterable[Any] | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Scores of a run's model over a split; for a language model, with those of gzip and xz on the same text.
+    """Scores of a run's model over a split; for a language model, next to the scores of gzip and xz on the same text.
 
     Args:
         workdir: the run's directory.

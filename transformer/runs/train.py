@@ -163,7 +163,7 @@ class _Session:
         compare_given(self.old, self.given)
         require(
             "train" not in self.given.evaluators,
-            "An evaluator must have a name of its own, got train, which is that of the rows of training; choose another.",
+            "An evaluator must have a name of its own, got train, which names the rows of training; choose another.",
         )
         use_compilation_cache()
         keep_freed_memory()

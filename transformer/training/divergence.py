@@ -61,7 +61,7 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
         at = finite.index(False)
         if at == len(names):
             return 0, "All activations of that step are finite, its loss is not: look at the targets and weights."
-        return 0, f"The first activations of that step that are not finite are those of {names[at] or 'the model'}."
+        return 0, f"The first activations of that step that are not finite are in {names[at] or 'the model'}."
     bad = {call: f"{names[call] or 'the model'} (its output)" for call, flag in enumerate(tapped) if flag}
     explained = {names[call] for call in bad}  # for a shared parameter, any of its calls may be the cause
     for path in (parameter_path(path) for path, flag in jax.tree_util.tree_leaves_with_path(grads) if not bool(flag)):
@@ -70,7 +70,7 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
             bad[max((call for call, name in enumerate(names) if name == module), default=-1)] = path
     # The backward pass starts where the forward pass ends.
     return (
-        (1, f"All activations of that step are finite; the first gradient that is not is that of {bad[max(bad)]}.")
+        (1, f"All activations of that step are finite; the first gradient that is not belongs to {bad[max(bad)]}.")
         if bad
         else None
     )
@@ -78,7 +78,7 @@ def _first(objective: Loss, params: PyTree, carry: PyTree, batch: Any, key: Arra
 
 @jax.custom_vjp
 def _tap(tree: PyTree, flag: Array) -> PyTree:
-    """The tree itself; the gradient of `flag` is 1 if that of the tree is not finite."""
+    """The tree itself; the gradient of `flag` is 1 if the gradient of the tree is not finite."""
     del flag
     return tree
 

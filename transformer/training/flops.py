@@ -1,4 +1,4 @@
-"""Operations of a training step, counted in the traced loss; those of attention count the pairs that its masks permit."""
+"""Operations of a training step, counted in the traced loss; attention counts the pairs that its masks permit."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -72,7 +72,7 @@ def step_flops(loss: Loss, params: PyTree, batch: PyTree) -> Flops:
 
 
 def traced_flops(function: Any, *arguments: PyTree) -> float:
-    """Operations of all matrix products of a function as traced, over all devices, without those of attention.
+    """Operations of all matrix products of a function as traced, over all devices, without attention.
 
     For a training step, the result may exceed `count_flops`: recomputation counts as computed, and each device of a `shard_map`
     counts separately. Attention is omitted, because kernels do not reveal their operations.

@@ -72,7 +72,7 @@ def train(
         runner: the compiled steps.
         batches: this process's rows of the endless training batches.
         checkpointer: saves the state, the data position and open sums.
-        init_state: makes the initial state as placed by the runner; None places `state`.
+        init_state: makes the initial state as placed by the runner; None means `state`.
         frozen: reads the frozen parameters, which no checkpoint has, as placed by the runner.
         measure_work: the operations and tokens of a step on a batch, for tokens per second and MFU.
         peak_flops: of all devices together; 0 (unknown) omits MFU.

@@ -62,7 +62,7 @@ class Window:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def close(self) -> dict[str, float]:
-        """The metrics of the window and those of the last step; resets the window."""
+        """The metrics of the window and of its last step; resets the window."""
         metrics = {**(derive(self.sums) if self.sums else {}), **self._per_step}
         self.sums = {}
         return metrics

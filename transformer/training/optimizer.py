@@ -100,7 +100,7 @@ def check_adapters(config: AdapterConfig, trained: PyTree) -> None:
 
 
 def group_scales(config: Optimizer, params: PyTree) -> PyTree:
-    """The learning-rate factor of every parameter: that of the first group whose pattern occurs in its path, else 1."""
+    """The learning-rate factor of every parameter: the first group whose pattern occurs in its path sets it; else 1."""
     groups = config.groups()
     paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in groups:

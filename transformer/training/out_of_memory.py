@@ -68,7 +68,7 @@ class Needs:
         config: the run's config; with `parallel.data` of -1, that axis takes the devices left by the other axes.
         state: shapes of the run's state, with their final shardings.
         devices: number of devices that share the work.
-        local: devices that share one memory: those of this process on a CPU, 1 elsewhere.
+        local: devices that share one memory: all devices of this process on a CPU, 1 elsewhere.
     """
 
     def __init__(self, config: Config, state: Any, devices: int, local: int = 1) -> None:

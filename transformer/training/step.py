@@ -21,7 +21,7 @@ PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skippe
 class TrainStep:
     """One optimizer step, `(state, batch) -> (state, statistics)`, a pure function that a runner of `parallel` compiles.
 
-    The gradient is that of `loss_sum / weight`, with the weight of the whole batch, over micro-batches and devices. A step
+    The gradient belongs to `loss_sum / weight`, with the weight of the whole batch, over micro-batches and devices. A step
     therefore does not depend on the assignment of rows to devices.
 
     Its statistics are the objective's, and `objective`, `loss` and `weight`, all sums over the batch. The norm of the gradient

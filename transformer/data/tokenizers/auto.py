@@ -1,4 +1,4 @@
-"""The default tokenizer: that of the run in training.init_from, that of a pretrained model's folder, or bytes."""
+"""The default tokenizer: from the run in training.init_from, from a pretrained model's folder, or bytes."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -44,10 +44,10 @@ class Auto(TokenizerKind):
         return _folders().from_folder(self.folder)[0] if self.folder else Bytes()
 
     def going_on(self, recorded: TokenizerKind) -> TokenizerKind:
-        """The tokenizer of the other run; that of the folder, if set, must equal it."""
+        """The tokenizer of the other run, which must equal the folder's, if one is set."""
         require(
             not self.folder or recorded == self or recorded == self.filled(),
-            f"A run keeps its tokenizer, that of data.tokenizer.folder={self.folder} differs in kind or special ids; leave "
+            f"A run keeps its tokenizer, the one in data.tokenizer.folder={self.folder} differs in kind or special ids; leave "
             "the folder out, or start a new run.",
         )
         return recorded

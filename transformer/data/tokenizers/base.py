@@ -105,7 +105,7 @@ class PairTokenizer:
 
 
 def source_tokenizer(tokenizer: AnyVocabulary) -> AnyVocabulary:
-    """The source tokenizer: that of a pair, else the tokenizer itself."""
+    """The source tokenizer of a pair, else the tokenizer itself."""
     return getattr(tokenizer, "source", tokenizer)
 
 

@@ -26,7 +26,7 @@ class Counts(NamedTuple):
 def count_bytes(fields: Mapping[str, Any], vocabulary: Mapping[str, int], special: set[int], size: int) -> Counts:
     """The number of bytes of each token.
 
-    The counts of a text's tokens add up to its bytes (those of its NFC form, if the file has that normalizer), provided that
+    The counts of a text's tokens add up to its bytes (to its NFC form's, if the file has that normalizer), provided that
     the file drops nothing. That holds if bytes are written as characters (byte-level), or if spaces are written as `▁` and
     characters without a token as bytes (byte fallback). A `▁` in a text then counts as a space. All other tokenizers (lower
     case, unknown words) have zeros.

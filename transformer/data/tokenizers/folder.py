@@ -101,7 +101,7 @@ def _pieces(folder: _Folder, content: bytes) -> tuple[SpecialIds, bytes]:
     family = named.lower().removesuffix("fast").removesuffix("tokenizer")
     require(
         family in _AS_THEY_ARE,
-        f"A SentencePiece model without a {FILE_NAME} is read where its ids are those of its pieces, not so or not known "
+        f"A SentencePiece model without a {FILE_NAME} is read where its ids are the indices of its pieces, not so or not known "
         f"for {named!r}; load the folder with transformers.AutoTokenizer and save it again (save_pretrained).",
     )
     settings = _fields(folder.path / _NAMED[0])

@@ -41,7 +41,7 @@ class IdTokenizer:
 @TOKENIZERS.register
 @dataclasses.dataclass(frozen=True)
 class IdNumbers(TokenizerKind):
-    """Ids without text, as in token files (.bin); the default vocabulary size is that of GPT-2."""
+    """Ids without text, as in token files (.bin); the default vocabulary size is GPT-2's."""
 
     kind = "ids"
 

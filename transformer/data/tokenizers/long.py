@@ -20,8 +20,8 @@ def in_pieces(text: str, size: int) -> Iterator[str]:
     """A text in pieces of about `size` characters.
 
     The text is cut before a single space or newline between two words. There the splitting into words starts again, both by
-    GPT-2's pattern and by white space, and the words are those of the whole text. If there is no such position within four times
-    the size, a text is cut anywhere.
+    GPT-2's pattern and by white space, and the words equal the words of the whole text. If there is no such position within four
+    times the size, a text is cut anywhere.
 
     >>> list(in_pieces("one two  three four", 5))
     ['one two  three', ' four']
@@ -50,7 +50,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarra
 
 
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Int[np.ndarray, " n"]]:
-    """Ids of a text that comes in pieces, equal to those of the whole; text is held only until a position to cut is found."""
+    """Ids of a text that comes in pieces, equal to the ids of the whole; text is held only until a position to cut is found."""
     text, enough = "", 2 * _LONG
     for more in texts:
         text += more

@@ -140,7 +140,7 @@ class Bert(ModelFamily):
         ]
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """The output projection is the embedding, and its bias that of the head."""
+        """The output projection is the embedding, and its bias is the head's."""
         if not model.masked_head:
             return {}
         return {
@@ -189,7 +189,7 @@ class Roberta(Bert):
         ]
 
     def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        """The output projection is the embedding, and its bias that of the head."""
+        """The output projection is the embedding, and its bias is the head's."""
         if not model.masked_head:
             return {}
         return {

@@ -212,7 +212,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def two_rotaries(keys: Keys, theta: str, local_theta: str, max_length: int) -> tuple[RotaryPositions, Positions]:
-    """The rotary positions of layers without a window, which are the model's, and those of layers with one.
+    """The rotary positions of layers without a window, which are the model's, and of layers with one.
 
     Args:
         keys: the keys of the file.
