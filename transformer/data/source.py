@@ -94,7 +94,7 @@ class ExampleSource(_Opened):
 
     class_names: tuple[str, ...]
     tokens: Callable[[str, Any, bool], Sequence[Any] | None] | None = None
-    """For stored examples: returns the examples of a split as `ExampleForm.tokens` makes them for a tokenizer, with class numbers.
+    """For stored examples: returns the examples of a split as `ExampleForm.tokens` makes them for a tokenizer, with class ids.
     With a true last argument, missing tokens are stored now; else the result is None without them."""
 
     def examples(self, split: str) -> Sequence[Any]:

@@ -84,7 +84,7 @@ def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
     require(
         found == base,
         f"The adapters in {run} must have the base that they were trained on, whose manifest has the SHA-256 "
-        f"{base.sha256:.16}..., but the manifest of {record.path} has {found.sha256:.16}...: it is another model, or has changed. "
+        f"{base.sha256:.16}..., but the manifest of {record.path} has {found.sha256:.16}...: it is another model, or it changed. "
         f"Put it back; if it is elsewhere, {remedy}.",
     )
     return record

@@ -100,7 +100,7 @@ def make_run(
         config: the run's config (`given.applied`).
         given: objects that replace parts of the config.
         data: the config's data, if already open.
-        tokenizer: the run's tokenizer, if it exists; else the tokenizer of `training.init_from`, or one made from the train split.
+        tokenizer: the run's tokenizer, if it exists; else the tokenizer of `training.init_from`, or one from the train split.
         old: the record of its latest checkpoint, if any. Its initial state is then not needed, nor the run that it started from,
             unless that is the base of its adapters.
         counted: its steps were already computed from its epochs.
