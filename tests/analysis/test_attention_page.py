@@ -9,6 +9,7 @@ from chromium import chromium
 
 from transformer.analysis.attention import AttentionMap, TextAttention
 from transformer.analysis.attention_page import pack, render_page, unpack
+from transformer.analysis.heads import telling_head
 from transformer.types import Reading
 
 LETTERS = list("the cat </script><b>")
@@ -62,6 +63,9 @@ def opened(browser, page):
     browser.problems.clear()
     browser.requests.clear()
     browser.open(page[0])
+    browser.run(
+        "document.querySelector('#thumbs button').click()"
+    )  # without the pointer, which would point at something
     yield browser
     browser.run("1")
     assert browser.problems == []
@@ -79,7 +83,6 @@ def shown(browser, name):
 def test_what_it_shows_at_first(opened):
     assert opened.text("h1") == "a <model> & more"
     assert opened.run("document.querySelectorAll('#thumbs canvas').length") == 6
-    assert opened.text("#chosen") == "Layer 1, head 1"
     assert opened.run("document.querySelectorAll('#from span').length") == len(LETTERS)
     assert opened.run("[...document.querySelectorAll('#from span')].map(s => s.textContent)") == LETTERS
     pixels = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
@@ -101,6 +104,12 @@ def test_pointing_at_a_token_shows_whom_it_attends_to_and_who_attends_to_it(open
         assert f"“{LETTERS[place].replace(' ', '·')}”" in opened.text("#from-title")
     assert shown(opened, "list-next") == [["q", 0.75], ["</script>", 0.25]]
     assert opened.run("document.querySelectorAll('#list-next .right').length") == 1
+
+
+def test_it_opens_on_the_telling_head(browser, page):
+    layer, head = telling_head(page[1].maps[0].weights)
+    browser.open(page[0])
+    assert browser.text("#chosen") == f"Layer {layer + 1}, head {head + 1}" and (layer, head) != (0, 0)
 
 
 def test_pointing_into_the_picture_reads_a_weight(opened, page):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.analysis.heads import divergence, entropy, head_statistics, share_by_distance
+from transformer.analysis.heads import divergence, entropy, head_statistics, share_by_distance, telling_head
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,16 @@ def test_keys_of_a_memory_come_before_the_queries():
 def test_a_single_token():
     found = head_statistics(np.ones((2, 1, 1)))
     np.testing.assert_allclose([*found.entropy, *found.first, *found.unlike], [0, 0, 1, 1, 0, 0], atol=1e-6)
+
+
+def test_the_telling_head_has_no_plain_habit():
+    far = np.zeros((6, 6))
+    far[[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]] = 1  # two back
+    six = [
+        np.eye(6),
+        np.eye(6)[[0, 0, 1, 2, 3, 4]],
+        np.eye(6)[[0] * 6],
+        np.tri(6) / np.tri(6).sum(axis=-1, keepdims=True),
+    ]
+    assert telling_head([np.stack(six[:2]), np.stack([*six[2:], far])]) == (1, 2)
+    assert telling_head([np.stack(six[:1])]) == (0, 0)  # where all have one

@@ -12,6 +12,7 @@ from buckets import make_bucket
 
 from transformer import load, report_page
 from transformer.cli.main import main
+from transformer.cli.pages import write_run_pages
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.config_io import from_json
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
@@ -234,3 +235,25 @@ def test_times_are_left_out_of_comparisons(place):
     assert all(f"{part}_seconds" in TIMINGS for part in PARTS)
     assert rows[-1]["split"] == "validation" and rows[-1]["evaluation_seconds"] > 0
     assert rows[0]["compile_seconds"] > 0 and "start_seconds" in rows[0]
+
+
+def test_the_pages_of_the_main_job(run, capsys, monkeypatch):
+    write_run_pages(str(run), "It was cold")
+    first = capsys.readouterr().err.replace("\n", " ")
+    assert "attention.html" in first and "report.html" in first and "not written" not in first
+    written = (run / "attention.html").read_text("utf-8")
+    assert "It was cold" in "".join(data_of(written)["texts"]["decoder"])
+    assert data_of((run / "report.html").read_text("utf-8"))["runs"][0]["name"] == "run"
+    times = [(run / name).stat().st_mtime_ns for name in ("attention.html", "report.html")]
+    write_run_pages(str(run), "It was cold")
+    assert times == [(run / name).stat().st_mtime_ns for name in ("attention.html", "report.html")]
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("transformer.cli.pages.write_whole", full)
+    os.utime(run / "metrics.jsonl")
+    capsys.readouterr()
+    write_run_pages(str(run), "It was cold")
+    assert capsys.readouterr().err.replace("\n", " ").count("the disk is full") == 2
+    assert (run / "attention.html").read_text("utf-8") == written

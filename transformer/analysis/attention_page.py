@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from transformer.analysis.assemble import assemble
 from transformer.analysis.attention import AttentionMap, TextAttention
-from transformer.analysis.heads import head_statistics
+from transformer.analysis.heads import head_statistics, telling_head
 
 MOST_BYTES = 14_500_000
 """Of all weights together, as text: where both states of a model take more, the initial one has its statistics alone."""
@@ -57,6 +57,7 @@ def render_page(
         "predicts": seen.reading.predicts,
         "of": seen.reading.of,
         "candidates": candidates,
+        "start": telling_head(seen.maps[0].weights, one_text=seen.maps[0].queries == seen.maps[0].keys),
     }
     return assemble("attention", data, kicker="Attention", heading=heading, about=about, foot=_FOOT)
 

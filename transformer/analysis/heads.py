@@ -1,5 +1,6 @@
 """What attention heads do, in numbers: how far and how evenly they look, and how unlike each other they are."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -71,3 +72,25 @@ def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool =
     unlike = (unlike_HH + unlike_HH.T).sum(axis=-1) / max(H - 1, 1)
     entropies = np.asarray(entropy(late_HTS)).mean(axis=-1)
     return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, unlike)
+
+
+def telling_head(layers: Sequence[Float[np.ndarray, "H T S"]], *, one_text: bool = True) -> tuple[int, int]:
+    """Layer and index of the head to look at first: that of the lowest entropy, of those without a plain habit.
+
+    A habit is to give half of the weight or more to the first token or, in one text, to the previous token or the query's own.
+    Where all heads have one, it is the head of the lowest entropy.
+    """
+    found = []
+    for layer, weights_HTS in enumerate(layers):
+        statistics = head_statistics(weights_HTS, one_text=one_text)
+        _, T, S = weights_HTS.shape
+        habits = [statistics.first]
+        if one_text and statistics.previous is not None:
+            itself_HT = np.diagonal(weights_HTS, offset=S - T, axis1=1, axis2=2)
+            habits += [statistics.previous, itself_HT[:, min(1, T - 1) :].mean(axis=-1)]
+        plain_H = np.max(habits, axis=0) >= 0.5
+        found += [
+            (bool(p), float(e), layer, head)
+            for head, (p, e) in enumerate(zip(plain_H, statistics.entropy, strict=True))
+        ]
+    return min(found)[2:]

@@ -52,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     run(name, rest)
 
 
-def run(name: str, arguments: list[str]) -> None:
+def run(name: str, arguments: list[str], **more: Any) -> None:
     """Read the arguments, then import the command's module, and call it.
 
-    Imports may take seconds. They come where an interrupt is one line.
+    Imports may take seconds. They come where an interrupt is one line. `more` is what the command is told besides its flags.
     """
     # The C++ side of JAX, TensorStore and ArrayRecord writes notes that are not for users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -65,7 +65,7 @@ def run(name: str, arguments: list[str]) -> None:
             options = importlib.import_module("transformer.cli.options").OPTIONS[name]
             parsed = options.parse(arguments)
             with _quiet_callbacks():
-                importlib.import_module(f"transformer.cli.{name}").main(*parsed)
+                importlib.import_module(f"transformer.cli.{name}").main(*parsed, **more)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is no surprise
     except UserError as error:

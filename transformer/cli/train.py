@@ -7,17 +7,25 @@ import sys
 
 import jax
 
+from transformer.cli.pages import write_run_pages
 from transformer.config import Config
 from transformer.parallel import distributed
 from transformer.runs.train import train
 from transformer.terminal import make_console, say
 
 
-def main(config: Config) -> None:
-    """Train the config that the arguments describe, and say what to type next."""
+def main(config: Config, *, look_at: str = "") -> None:
+    """Train the config that the arguments describe, and say what to type next.
+
+    Args:
+        config: of the run.
+        look_at: a text whose attention is shown on a page in the run's directory, beside a report; empty for no pages.
+    """
     with distributed.joined(config.parallel):
         train(config)
     if jax.process_index() == 0:
+        if look_at:
+            write_run_pages(config.workdir, look_at)
         say(make_console(), "\n".join(["next:", *next_lines(config)]))
 
 

@@ -1,6 +1,6 @@
 (() => {
   const { page, el, make, svg, choices, step } = Page;
-  const state = { map: 0, layer: 0, head: 0, initial: false, query: -1, key: -1 };
+  const state = { map: 0, layer: page.start[0], head: page.start[1], initial: false, query: -1, key: -1 };
   const decoded = new Map();
   const map = () => page.maps[state.map];
   const one = () => map().queries === map().keys;
