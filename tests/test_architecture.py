@@ -26,6 +26,7 @@ STAIRS = [
         "overrides",
         "storage",
         "tokenizer",
+        "tracker",
         "terminal",
         "memory",
     },
@@ -47,6 +48,8 @@ LAZY = {
     "transformer/training/progress.py": {"IPython.display"},
     "transformer/data/sources/columns.py": {"pyarrow.ipc", "pyarrow.parquet"},
     "transformer/data/tokenizers/auto.py": {"transformer.data.tokenizers"},
+    "transformer/training/trackers/wandb.py": {"wandb"},
+    "transformer/training/trackers/mlflow.py": {"mlflow.entities", "mlflow.tracking"},
     "transformer/data/beam.py": {"apache_beam", "apache_beam.options.pipeline_options"},
 }
 
@@ -101,6 +104,7 @@ MAY_RUN_CODE = {
     "transformer/cli/main.py",
     "transformer/kinds.py",
     "transformer/ops/backends/cudnn.py",
+    "transformer/training/trackers/remote.py",
 }
 
 

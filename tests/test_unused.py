@@ -30,7 +30,7 @@ EXPERTS = ModelConfig(pattern=(BlockConfig(feed_forward=FeedForwardConfig(num_ex
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_run_has_few_settings(path):
     names = [name for name in flags(load_config(str(path))) if not OF_A_BLOCK.match(name)]
-    assert len(names) <= 113, names
+    assert len(names) <= 114, names
 
 
 @pytest.mark.parametrize(

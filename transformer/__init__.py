@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from transformer.schedules.linear import LinearSchedule
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
+    from transformer.tracker import TRACKERS, Tracker
     from transformer.types import Batch, CheckpointableIterator, Ids, LabelledBatch, Loss, PairBatch, Reading, UserError
 
 __version__ = "0.1.0"
@@ -159,6 +160,7 @@ _NAMES = {
     "parallel_config": "ParallelConfig",
     "runs.attention": "attention_page",
     "runs.report": "report_page",
+    "tracker": "TRACKERS Tracker",
     "runs.saved": "Loaded load",
     "schedules.constant": "ConstantSchedule",
     "schedules.cosine": "CosineSchedule",

@@ -13,6 +13,7 @@ from transformer.optimizer import OPTIMIZERS, Optimizer
 from transformer.parallel_config import ParallelConfig as ParallelConfig
 from transformer.storage import expand
 from transformer.tokenizer import TOKENIZERS, TokenizerKind
+from transformer.tracker import TRACKERS
 from transformer.validation import Settings, require, require_at_least, require_range, shown
 
 
@@ -173,6 +174,8 @@ class TrainingConfig(Settings):
     """Tokens per sample; 0 means no samples."""
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step of a trace in WORKDIR/profile (for TensorBoard, XProf and Perfetto); 0 0 means none."""
+    trackers: tuple[str, ...] = ()
+    """Trackers that receive rows of metrics besides the run's directory: wandb, mlflow, or one's own (`TRACKERS`)."""
     skip_spikes: float = 0.0
     """Skip a step whose gradient norm exceeds this many times the median of the last 128 (like a float16 step that overflows);
     metric rows count them (skipped_spikes). 0 means off."""
@@ -184,6 +187,8 @@ class TrainingConfig(Settings):
         require_at_least(self, 1, "steps", "log_every", "keep_checkpoints")
         require_at_least(self, 0, "eval_every", "checkpoint_every", "sample_every", "sample_length", "hang_timeout")
         require_at_least(self, 0, "patience", "epochs")
+        for name in self.trackers:
+            TRACKERS.find(name)
         require(
             self.patience == 0 or self.eval_every > 0,
             f"TrainingConfig.patience counts evaluations, got patience={self.patience} and eval_every=0; set eval_every.",

@@ -41,6 +41,7 @@ RESUMABLE = (
     "training.sample_length",
     "training.profile_steps",
     "training.hang_timeout",
+    "training.trackers",
 )
 
 LEFT_OPEN = {"data.tokenizer.kind": "auto", "data.tokenizer.size": 0}

@@ -14,7 +14,7 @@ from etils import epath
 from rich.console import Console
 
 from transformer.config import Config
-from transformer.config_io import fill_open
+from transformer.config_io import fill_open, to_dict
 from transformer.data.datasets import Dataset, data_of
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import remember
@@ -45,6 +45,7 @@ from transformer.runs.recipe import (
 )
 from transformer.storage import WriteError, explain
 from transformer.terminal import make_console, say
+from transformer.tracker import TRACKERS
 from transformer.training import folders, loop, out_of_memory
 from transformer.training.checkpoint import Checkpointer, retire
 from transformer.training.hardware import keep_freed_memory, peak_flops, use_compilation_cache
@@ -264,6 +265,7 @@ class _Session:
             JsonlWriter(self.workdir / METRICS_FILE),
             samples,
             TensorBoardWriter(self.workdir / "tensorboard"),
+            *(TRACKERS.find(name)().open(self.workdir, to_dict(self.config)) for name in self.config.training.trackers),
         ]
 
     def _headline(self, run: Run, peak: float, epochs: float) -> str:

@@ -1,0 +1,34 @@
+"""Trackers of experiments, by name: what the package's and one's own are derived from."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformer.kinds import Family, Kind
+
+TRACKERS = Family(
+    "tracker",
+    {
+        "wandb": "transformer.training.trackers.wandb",
+        "mlflow": "transformer.training.trackers.mlflow",
+    },
+    field="training.trackers",
+)
+
+
+class Tracker(Kind):
+    """Where rows of metrics go besides the run's directory.
+
+    One's own derives from this, has a name (`kind`), is made known by `TRACKERS.register`, and must bring `open`.
+    """
+
+    family = TRACKERS
+
+    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Any:
+        """A writer (`training.writers.Writer`), made in process 0 when training begins.
+
+        Args:
+            workdir: directory of the run.
+            config: of the run, as JSON has it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define open().")

@@ -1,0 +1,1 @@
+"""Writers to trackers of experiments."""

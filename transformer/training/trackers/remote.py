@@ -1,0 +1,90 @@
+"""A run elsewhere that goes on with a run here: the same one after every start, with each row once."""
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from transformer.storage import explained, write_whole
+from transformer.terminal import make_console, say
+from transformer.training.writers import Metrics
+from transformer.validation import require
+
+
+def require_package(name: str) -> None:
+    """Raise UserError unless a tracker's package is installed."""
+    require(
+        importlib.util.find_spec(name) is not None,
+        f"training.trackers={name} needs the package {name}, which is not installed; pip install 'transformer[{name}]'.",
+    )
+
+
+class RemoteWriter:
+    """A writer to a tracker: a subclass begins or goes on with its run, sends rows, and ends.
+
+    `tracker-NAME.json` in the run's directory has the tracker's id of the run and the last step of each split that it was given.
+    A start that repeats steps, whose rows are the same to the bit, does not send them again. A tracker that fails is left alone
+    from then on, with a note: training and the run's own files do not depend on it.
+    """
+
+    name = ""
+
+    def __init__(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        self.workdir, self.config = epath.Path(workdir), config
+        self._path = self.workdir / f"tracker-{self.name}.json"
+        self._id, self._sent, self._open = "", dict[str, int](), False
+
+    def begin(self, run_id: str) -> str:
+        """Begin a run, or go on with that of an id that is not empty; its id."""
+        raise NotImplementedError
+
+    def send(self, step: int, split: str, metrics: Metrics) -> None:
+        """One row."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Nothing follows in this start."""
+        raise NotImplementedError
+
+    def resume(self, step: int) -> None:
+        """Go on with the tracker's run; what it has is not taken back, but not sent again either."""
+        del step
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._path.read_bytes())
+            self._id, self._sent = str(kept["id"]), {str(name): int(last) for name, last in kept["sent"].items()}
+        with self._noted():
+            self._id, self._open = self.begin(self._id), True
+            self._keep()
+
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """Send a row that was not sent before."""
+        if not self._open or step <= self._sent.get(split, -1):
+            return
+        with self._noted():
+            self.send(step, split, metrics)
+            self._sent[split] = step
+            self._keep()
+
+    def close(self) -> None:
+        """End."""
+        if self._open:
+            self._open = False
+            with self._noted():
+                self.end()
+
+    def _keep(self) -> None:
+        with explained(f"{self._path}"):
+            write_whole(self._path, json.dumps({"id": self._id, "sent": self._sent}))
+
+    @contextlib.contextmanager
+    def _noted(self) -> Any:
+        try:
+            yield
+        except Exception as error:
+            self._open = False
+            text = str(error).strip().partition("\n")[0] or type(error).__name__
+            say(make_console(), f"{self.name} failed, and gets no more rows from this start: {text:.300}")
