@@ -175,7 +175,7 @@ class TrainingConfig(Settings):
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step of a trace in WORKDIR/profile (for TensorBoard, XProf and Perfetto); 0 0 means none."""
     trackers: tuple[str, ...] = ()
-    """Trackers that receive rows of metrics besides the run's directory: wandb, mlflow, or one's own (`TRACKERS`)."""
+    """Trackers that receive rows of metrics besides the run's directory: wandb, mlflow, or a custom one (`TRACKERS`)."""
     skip_spikes: float = 0.0
     """Skip a step whose gradient norm exceeds this many times the median of the last 128 (like a float16 step that overflows);
     metric rows count them (skipped_spikes). 0 means off."""

@@ -1,4 +1,4 @@
-"""Trackers of experiments, by name: what the package's and one's own are derived from."""
+"""Base class of experiment trackers, and their registry."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ TRACKERS = Family(
 class Tracker(Kind):
     """Where rows of metrics go besides the run's directory.
 
-    One's own derives from this, has a name (`kind`), is made known by `TRACKERS.register`, and must bring `open`.
+    A custom tracker derives from this class, has a name (`kind`), is made known by `TRACKERS.register`, and must bring `open`.
     """
 
     family = TRACKERS
