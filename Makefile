@@ -12,6 +12,7 @@
 # make prove   kills, damages and moves a small run, and shows that it ends the same
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
+# make bench-gate   whether this checkout is 10 % slower than the commit in benchmarks/gate_base.txt, or BASE=COMMIT: ratios, in turn
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ WORKERS ?= 2
 PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam mutants prove check bench clean
+.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam mutants prove check bench bench-gate clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -63,6 +64,9 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/decode.py
+
+bench-gate: $(VENV)/installed
+	$(BIN)/python benchmarks/gate.py --base "$(BASE)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
