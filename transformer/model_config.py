@@ -8,6 +8,8 @@ from transformer.model_kinds import BACKENDS, NORMS, PATTERNS, POOLINGS, POSITIO
 from transformer.validation import Settings, require, require_at_least, require_range
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["", "bfloat16", "int8"]
+"""Type of a used model's matrices in memory; empty means as they are stored."""
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu_squared"]
 
 

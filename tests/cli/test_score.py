@@ -71,6 +71,25 @@ def test_each_text_has_its_columns(run, tmp_path, capsys):
     assert found == pytest.approx(math.exp(-total / 13), rel=1e-3)
 
 
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_lighter_weights_score_nearly_the_same(run, weights, tmp_path, capsys):
+    """Of `score` and `evaluate`, from the command line; and unknown ones are refused."""
+    path = rows_of(tmp_path / "x.jsonl", {"text": "abcabcabcacb"})
+    (whole,), _ = scored(capsys, run, path)
+    (light,), _ = scored(capsys, run, path, "--weights", weights)
+    assert 0 < abs(light["bits_per_byte"] - whole["bits_per_byte"]) < 0.05
+    main(["evaluate", str(run), "--split", "all", "--weights", weights])
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == weights
+    main(["evaluate", str(run), "--split", "all"])
+    assert 0 < abs(found["bits_per_byte"] - json.loads(capsys.readouterr().out)["bits_per_byte"]) < 0.05
+    main(
+        ["generate", str(run), "--prompt", "abcab", "--weights", weights, "--temperature", "0", "--max-new-tokens", "6"]
+    )
+    assert capsys.readouterr().out == "abcabcabcab\n"
+    assert "int4" in refused(capsys, run, path, "--weights", "int4")
+
+
 def test_a_prompt_is_read_and_not_scored(run, tmp_path, capsys):
     path = rows_of(
         tmp_path / "x.jsonl", {"prompt": "ab", "text": "cab"}, {"before": "ab", "text": "cab"}, {"text": "cab"}

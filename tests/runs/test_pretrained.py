@@ -18,7 +18,7 @@ from transformer.layers.adapters import split
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.ops.norms.rms_norm import RMSNorm
 from transformer.parallel.mesh import make_mesh
-from transformer.runs import recipe
+from transformer.runs import recipe, saved
 from transformer.runs.export import export_model
 from transformer.runs.pretrained import import_model
 from transformer.runs.train import train
@@ -174,6 +174,27 @@ def test_parameters_are_read_onto_a_mesh(place):
     kernel = spread.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (8, 2, 4)
     same(jax.device_get(transformer.load(place / "bpe", mesh=mesh).params), jax.device_get(whole.params))
+
+
+def test_lighter_weights_of_a_folder_a_run_and_a_mesh(place):
+    """Matrices are int8 in memory, also spread over devices, and scores stay near those of the whole model."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    export_model(place / "bpe", place / "light")
+    whole = transformer.load(place / "light")
+    expected = whole.score(["It was a bright cold day"])[0].log_probability
+    for light in (
+        transformer.load(place / "light", weights="int8"),
+        transformer.load(place / "bpe", weights="int8"),
+        transformer.load(place / "bpe", weights="int8", mesh=mesh),
+    ):
+        kernel = light.params["decoder"]["blocks"]["block_0"]["attention"]["query"]["kernel"]
+        assert kernel.values.dtype == jnp.int8
+        found = light.score(["It was a bright cold day"])[0].log_probability
+        assert 0 < abs(found - expected) < 0.01 * abs(expected)
+    with pytest.raises(
+        UserError, match="weights='int8' is for the package's models, this run has a Decoder of one's own"
+    ):
+        saved._lightened(dataclasses.replace(whole, own_model=True), "int8")
 
 
 def test_parameters_do_not_alias_their_file(place, tmp_path):

@@ -19,6 +19,7 @@ def main(options: EvaluateOptions, given: Given) -> None:
         options.workdir,
         step=options.step,
         base=options.base,
+        weights=options.weights,
         split=options.split,
         source=options.data.source,
         data_dir=options.data.data_dir,

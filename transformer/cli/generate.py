@@ -33,7 +33,7 @@ def main(options: GenerateOptions, given: Given) -> None:
     )
     beams = beam_config(options.beams, options.length_penalty, options.num_best)
     require(not (beams and options.chat), "--beams is for a text, not for a conversation; leave it or --chat out.")
-    run = load(options.workdir, step=options.step, base=options.base)
+    run = load(options.workdir, step=options.step, base=options.base, weights=options.weights)
     objective = run.config.objective
     if beams:
         _refuse_unused(given, "beam search draws nothing")

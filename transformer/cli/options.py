@@ -12,6 +12,7 @@ from transformer.cli.row_options import EmbedOptions, PredictOptions, ScoreOptio
 from transformer.cli.using import AttentionOptions, GenerateOptions, ReportOptions, parse_attention, parse_report
 from transformer.config import Config, DataConfig
 from transformer.form import FORMS
+from transformer.model_config import Weights
 from transformer.storage import expand
 from transformer.validation import require
 
@@ -61,6 +62,8 @@ class EvaluateOptions:
     """Of the checkpoint: latest, best (by validation loss), or a number."""
     base: str = ""
     """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    weights: Weights = ""
+    """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means as they are stored."""
     split: str | None = None
     """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from transformer.cli.fields import positional, short
 from transformer.cli.reading import Given, read
+from transformer.model_config import Weights
 from transformer.validation import require
 
 
@@ -18,6 +19,8 @@ class RowOptions:
     """Of the checkpoint: latest, best (by validation loss), or a number."""
     base: str = ""
     """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    weights: Weights = ""
+    """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means as they are stored."""
     input: str | None = positional(None)
     """The file, or - for standard input."""
     output: str = short("-o", "")

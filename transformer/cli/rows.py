@@ -40,7 +40,8 @@ def check_files(options: RowOptions, what: str) -> None:
 def load_on_all_devices(options: RowOptions) -> tuple[Loaded, int]:
     """The model, a whole copy on each device of this process; and the rows of a batch, which the devices share."""
     devices = jax.local_devices()
-    run = load(options.workdir, step=options.step, base=options.base, mesh=make_mesh(len(devices), devices))
+    mesh = make_mesh(len(devices), devices)
+    run = load(options.workdir, step=options.step, base=options.base, weights=options.weights, mesh=mesh)
     size = options.batch_size or run.config.data.batch_size
     return run, size if options.batch_size else -(-size // len(devices)) * len(devices)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from transformer.cli.fields import positional, short
 from transformer.cli.reading import Given, read
+from transformer.model_config import Weights
 from transformer.validation import require
 
 # ---- generate ----------------------------------------------------------------------------------------------------------
@@ -22,6 +23,8 @@ class GenerateOptions:
     """Of the checkpoint: latest, best (by validation loss), or a number."""
     base: str = ""
     """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    weights: Weights = ""
+    """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means as they are stored."""
     prompt: str | None = None
     """The text to continue, or to translate; an empty one starts a new document."""
     chat: bool = False

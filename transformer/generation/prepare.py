@@ -15,6 +15,7 @@ from transformer.layers.linear import Linear
 from transformer.layers.scan_params import loop_params
 from transformer.models.decoder import Decoder
 from transformer.ops.panels import Panels, panel_width
+from transformer.ops.quantized import Quantized
 from transformer.types import PyTree
 
 
@@ -35,7 +36,8 @@ def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
     """
     platform, made = _platform(params), {}
     if platform == "cpu" and panel_width(batch_size) > 0:
-        made = _in_large_pages(_cut(model, params, batch_size))
+        made = _cut(model, params, batch_size)
+        made = _in_large_pages(made) if made else {}
     if platform == "gpu" and model.config.dtype != model.config.param_dtype:
         made = _cast(model, params)
     return unflatten_dict({**flatten_dict(params), **made}) if made else params
@@ -71,7 +73,13 @@ def _multiplied(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[s
     with nn.intercept_methods(look):
         tokens_B1 = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
         jax.eval_shape(lambda params, tokens: model.apply({"params": params}, tokens), params, tokens_B1)
-    return owners
+    flat: Any = flatten_dict(params)
+    return {path: owner for path, owner in owners.items() if not _is_light(flat[path], owner)}
+
+
+def _is_light(kernel: Any, owner: Linear | Embed) -> bool:
+    """Whether a kernel was made to take less memory than one of the model's type (`models.light`): no copy is made of it."""
+    return isinstance(kernel, Quantized) or kernel.dtype.itemsize < jnp.dtype(owner.runtime.dtype).itemsize
 
 
 def _in_large_pages(tree: PyTree) -> PyTree:

@@ -11,6 +11,7 @@ from transformer.layers.linear import kernel_product, stored
 from transformer.layers.runtime import Runtime
 from transformer.ops.ids import check_ids, look_up
 from transformer.ops.panels import Panels, cut_panels, panel_columns
+from transformer.ops.quantized import Quantized, quantized_rows
 
 
 class Embed(nn.Module):
@@ -38,7 +39,7 @@ class Embed(nn.Module):
     def __call__(self, indices: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """The rows at `indices`. An index outside the table gives NaN, or UserError if its value is known (`ops.ids`)."""
         check_ids(indices, self.num_embeddings)
-        find: Any = panel_columns if isinstance(self.embedding, Panels) else look_up
+        find: Any = {Panels: panel_columns, Quantized: quantized_rows}.get(type(self.embedding), look_up)
         # Rows are cast after the look-up: fewer elements to cast, and the gradient adds up in the parameter's dtype.
         rows = find(self.embedding, indices).astype(self.runtime.dtype)
         return rows * math.sqrt(self.embed_dim) if self.scale else rows

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.layers.feed_forward import network
-from transformer.layers.linear import Linear
+from transformer.layers.linear import Linear, stored
 from transformer.layers.runtime import Runtime
 from transformer.model_config import FeedForwardConfig
 from transformer.ops import experts
+from transformer.ops.quantized import Quantized
 
 
 class ExpertKernel(nn.Module):
@@ -30,7 +31,8 @@ class ExpertKernel(nn.Module):
     def __call__(self) -> Float[Array, "E D F"]:
         """The matrices, in the type of the activations."""
         init = self.runtime.initializer(self.shape[1], ("expert", *self.axes), self.init_scale)
-        return self.param("kernel", init, self.shape, self.runtime.param_dtype).astype(self.runtime.dtype)
+        kernel = stored(self, "kernel", init, self.shape)
+        return kernel.whole(self.runtime.dtype) if isinstance(kernel, Quantized) else kernel.astype(self.runtime.dtype)
 
 
 class MixtureOfExperts(nn.Module):

@@ -10,19 +10,24 @@ from jaxtyping import Array, Float
 from transformer.layers.adapters import LORA_A, LORA_B
 from transformer.layers.runtime import Runtime, with_axes
 from transformer.ops.panels import Panels, cut_panels, panel_product
+from transformer.ops.quantized import Quantized
 
 
 def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> Any:
-    """A parameter of a module: initialised, given, or in the form that `generation.prepare` replaced it by."""
+    """A parameter of a module: initialised, given, or the form by which `generation.prepare` or `models.light` replaced it."""
     if module.has_variable("params", name):
         given = module.get_variable("params", name)
-        if isinstance(given, Panels):
+        if isinstance(given, Panels | Quantized):
             return given
     return module.param(name, initializer, shape, module.runtime.param_dtype)
 
 
 def kernel_product(
-    module: Any, inputs: Float[Array, "..."], kernel: Float[Array, "..."] | Panels, num_contracted: int, dtype: Any
+    module: Any,
+    inputs: Float[Array, "..."],
+    kernel: Float[Array, "..."] | Panels | Quantized,
+    num_contracted: int,
+    dtype: Any,
 ) -> Float[Array, "..."]:
     """Contract the last axes of the inputs with the first of the kernel, by the runtime's `dot_general` or by panels."""
     first = inputs.ndim - num_contracted
@@ -30,6 +35,14 @@ def kernel_product(
         rows_ND = inputs.reshape(-1, math.prod(inputs.shape[first:]))
         out_NF = panel_product(rows_ND, kernel.panels, math.prod(kernel.features), dtype)
         return out_NF.reshape(*inputs.shape[:first], *kernel.features)
+    if isinstance(kernel, Quantized):
+        # A conversion that depends on the inputs: XLA would convert all kernels before a loop of decoding, and hold them whole.
+        first_input = inputs.reshape(-1)[0]
+        values = jnp.where(first_input == first_input, kernel.values, jnp.zeros_like(kernel.values))
+        values = values.astype(module.runtime.dtype)  # exact, in bfloat16 and float16 too
+        out = kernel_product(module, inputs, values, num_contracted, jnp.float32)
+        scales = kernel.scales.reshape(kernel.scales.shape[num_contracted:])
+        return (out * scales.reshape((1,) * first + scales.shape)).astype(dtype)
     kernel = kernel.astype(module.runtime.dtype)
     dimensions = ((tuple(range(first, inputs.ndim)), tuple(range(num_contracted))), ((), ()))
     return module.runtime.dot_general(inputs, kernel, dimensions, preferred_element_type=jnp.dtype(dtype))

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -20,9 +20,11 @@ from transformer.generation.embeddings import text_embeddings
 from transformer.generation.likelihood import Scored
 from transformer.interop.folder import is_folder
 from transformer.memory import check_params
+from transformer.model_config import Weights
+from transformer.models.light import light_params
 from transformer.objective import Objective
 from transformer.parallel.mesh import batch_sharding, num_row_shards
-from transformer.parts import Parts, resolve
+from transformer.parts import Parts, initialize, resolve
 from transformer.runs.base import load_model_params
 from transformer.runs.directory import Record, read_run
 from transformer.runs.given import Given, ask_for
@@ -251,6 +253,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Dtype = "",
     base: str | os.PathLike[str] = "",
+    weights: Weights = "",
 ) -> Loaded:
     """The model of a run, from one of its checkpoints (the moving average if there is one), or of a pretrained folder.
 
@@ -263,6 +266,7 @@ def load(
         mesh: the mesh over which parameters are sharded by the rules of training; None uses the first device.
         dtype: type of a folder's parameters and activations; empty means the stored type. A run has its own.
         base: directory of the run that adapters were trained on, if it has moved.
+        weights: type of the model's matrices in memory, `int8` or `bfloat16` (`models.light`); empty means the stored type.
 
     Raises:
         UserError: there is no run, no such checkpoint, or no undamaged one; the run was made with other objects; or the folder's
@@ -272,6 +276,7 @@ def load(
         `model, params, tokenizer, config, step = load("runs/python_stdlib", step="best")`
     """
     given = Given(model, objective, tokenizer=tokenizer)
+    require(weights in get_args(Weights), f"weights must be int8, bfloat16 or empty, got {weights!r}.")
     if is_folder(workdir):
         require(
             given == Given() and step == "latest" and not base,
@@ -279,12 +284,15 @@ def load(
         )
         opened = open_folder(workdir, dtype=dtype)
         config = opened.config
-        return Loaded(opened.parts.model, opened.params(mesh), opened.tokenizer, config, 0, opened.class_names)
+        loaded = Loaded(opened.parts.model, opened.params(mesh), opened.tokenizer, config, 0, opened.class_names)
+        return _lightened(loaded, weights)
     require(dtype == "", f"dtype= is for pretrained folders, a run has its own: {workdir}; import it with another.")
-    return read_run(workdir, lambda record: load_record(record, given, mesh, os.fspath(base)), step)
+    return read_run(workdir, lambda record: load_record(record, given, mesh, os.fspath(base), weights), step)
 
 
-def load_record(record: Record, given: Given, mesh: Mesh | None = None, base: str = "") -> Loaded:
+def load_record(
+    record: Record, given: Given, mesh: Mesh | None = None, base: str = "", weights: Weights = ""
+) -> Loaded:
     """The model of a run, given its record."""
     ask_for(record, given)
     tokenizer = given.tokenizer or record.load_tokenizer()
@@ -292,4 +300,19 @@ def load_record(record: Record, given: Given, mesh: Mesh | None = None, base: st
     check_params(config)
     parts = Parts(config, tokenizer, module=given.model, class_names=record.class_names, own_batches=True)
     step, params = load_model_params(record, placed(parts, mesh), base)
-    return Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
+    loaded = Loaded(parts.model, params, tokenizer, config, step, record.class_names, given.model is not None)
+    return _lightened(loaded, weights)
+
+
+def _lightened(loaded: Loaded, weights: Weights) -> Loaded:
+    """The same model with lighter matrices."""
+    if weights == "":
+        return loaded
+    require(
+        not loaded.own_model,
+        f"weights={weights!r} is for the package's models, this run has a {type(loaded.model).__name__} of one's own; leave "
+        "it out.",
+    )
+    objective = loaded.config.objective
+    params = light_params(loaded.params, lambda: initialize(objective, loaded.model, None), weights)
+    return dataclasses.replace(loaded, params=params)

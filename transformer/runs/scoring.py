@@ -21,6 +21,7 @@ from transformer.evaluation.compression import compressed_bits_per_byte
 from transformer.evaluation.confusion import class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch
+from transformer.model_config import Weights
 from transformer.objective import Objective
 from transformer.parts import Parts
 from transformer.runs.directory import SCORES_FILE, Record, compare_data, read_run
@@ -40,6 +41,7 @@ def evaluate(
     *,
     step: int | str = "latest",
     base: str | os.PathLike[str] = "",
+    weights: Weights = "",
     split: str | None = None,
     source: Sequence[str] = (),
     data_dir: str = "",
@@ -59,6 +61,7 @@ def evaluate(
         workdir: the run's directory.
         step: the step of the checkpoint: `latest`, `best` or a number, as for `load`.
         base: the base of adapters, as for `load`.
+        weights: type of the model's matrices, as for `load`.
         split: train, validation, test or all of them. The default is validation, or all of a corpus other than the run's.
         source: corpora to score instead of the run's own.
         data_dir: directory of prepared datasets; the default is the run's if this user has trained with it, else the global one.
@@ -75,7 +78,7 @@ def evaluate(
         UserError: there is no run or split, the run names data that this user has not trained on, or a value does not apply.
     """
     given, base = Given(model, objective, tokenizer=tokenizer), os.fspath(base)
-    run, record = read_run(workdir, lambda found: (load_record(found, given, base=base), found), step)
+    run, record = read_run(workdir, lambda found: (load_record(found, given, base=base, weights=weights), found), step)
     changes = {"stride": stride, "limit": limit, **(keys or {})}
     if data is None:
         named = trusted(run.config.data, str(workdir), source=source, data_dir=data_dir)
@@ -85,16 +88,21 @@ def evaluate(
         config = _changed(run.config, run.config.data, changes, memory_length)
         split, opened = split or WHOLE, as_dataset(data, config)
     names = list(source or (config.data.source if data is None else ("batches of your own",)))
+    _require_split(split, opened, names)
+    which = "all" if split == WHOLE else f"the {split} split"
+    begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
+    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names, own_batches=data is not None)
+    scores = _scores(parts, run.params, opened, split, begin)
+    light = {"weights": weights} if weights else {}
+    return {"workdir": str(workdir), "step": run.step, **light, "split": split, "source": names, **scores}
+
+
+def _require_split(split: str, opened: Dataset, names: Sequence[str]) -> None:
     require(
         split in (*opened.split_names, WHOLE),
         f"A split to score (--split) must be one of {', '.join(opened.split_names)}, or all, for {', '.join(names)}, got "
         f"{split!r}.",
     )
-    which = "all" if split == WHOLE else f"the {split} split"
-    begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
-    parts = Parts(config, run.tokenizer, module=model, class_names=run.class_names, own_batches=data is not None)
-    scores = _scores(parts, run.params, opened, split, begin)
-    return {"workdir": str(workdir), "step": run.step, "split": split, "source": names, **scores}
 
 
 def keep_scores(workdir: str | os.PathLike[str], scores: Mapping[str, Any]) -> None:
