@@ -322,7 +322,7 @@ def test_help_into_head():
     assert (result.stdout.splitlines()[0][:5], result.stderr) == ("usage", "")
 
 
-def test_results_on_standard_output_are_json(monkeypatch, capsys):
+def test_results_on_standard_output_are_json(monkeypatch, capsys, tmp_path):
     """Labels are safe there because JSON writes what is not ASCII as escapes; progress is elsewhere."""
 
     def score(workdir, *, report, **_):
@@ -330,6 +330,8 @@ def test_results_on_standard_output_are_json(monkeypatch, capsys):
         return {"classes": ["[/bold]", "\x1b]0;x\x07"]}
 
     monkeypatch.setattr("transformer.cli.evaluate.evaluate", score)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\x1b[31m").mkdir()
     main(["evaluate", "a\x1b[31m"])
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"classes": ["[/bold]", "\x1b]0;x\x07"]}
