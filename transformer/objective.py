@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -62,6 +62,15 @@ class Trained(Protocol):
     def place(self, rows: np.ndarray) -> Any:
         """Place rows of a batch on the devices of the parameters."""
         ...
+
+
+class Said(NamedTuple):
+    """What a trained model says to a prompt."""
+
+    prompt: str
+    """As the model read it, where it goes on from there; else empty."""
+    texts: tuple[str, ...]
+    """Continuations of the prompt, or what is said in its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +282,32 @@ class Objective(Kind):
             UserError: the prompt does not fit, or the model cannot generate.
         """
         self._refuse("generates must be a language model or a translator")
+
+    def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> Any:
+        """What `generate`, `generate_all` and `reply` take as `generator`, prepared once for many calls; by default, None.
+
+        A `draft` is a smaller model with the same vocabulary, for speculative decoding with `draft_tokens` in each round.
+        """
+        del run, draft, draft_tokens
+
+    def generate_all(
+        self,
+        run: Trained,
+        prompts: Sequence[str],
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Any,
+        seed: int,
+        note: Callable[[str], None],
+        **options: Any,
+    ) -> Iterator[Said]:
+        """What a trained model says to each of several prompts, in order: by default, `generate` of one after the other.
+
+        `batch_size` texts are computed together. Further arguments, with defaults, are this kind's options.
+        """
+        del batch_size
+        for prompt in prompts:
+            yield Said("", ("".join(self.generate(run, prompt, max_new_tokens, sampling, seed, note, **options)),))
 
     def reply(
         self,

@@ -277,13 +277,13 @@ def test_generate_goes_on_past_the_length(workdir, capsys):
     beyond = capsys.readouterr()
     assert beyond.out.startswith(within.out.removesuffix("\n")) and len(beyond.out.encode()) > 60
     assert beyond.err == (
-        "note: the model reads 32 tokens, and the text is longer. Each time they are full, it goes on from the last 16 alone. "
-        "Nothing before them has an effect: names, facts and the topic may change.\n"
+        "note: the model reads 32 tokens, and the text is longer. Each time they are full, it keeps the last 16 only. "
+        "Nothing else has an effect then: names and facts may change.\n"
     )
     main(["generate", str(workdir), "--prompt", "to be or not to be, " * 4, *options, "9"])
     long = capsys.readouterr()
     assert long.out.startswith("to be or not to be, " * 4)
-    assert "the last 17 of the prompt's 81 tokens are read" in long.err
+    assert "The last 17 of the prompt's 81 tokens are read" in long.err
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,9 @@ def test_within_the_length_nothing_changes_and_no_more_is_compiled():
     model, params = make(limit=32)
     plain, rolling = Generator(model, params), Generator(model, params, keep_first=0)
     expected = plain.generate(PROMPTS, max_new_tokens=19, sampling=DRAWN)
-    programs = module._prefill._cache_size(), module._decode._cache_size(), module._roll._cache_size()
+    programs = module._prefill._cache_size(), module._decode._cache_size(), module.roll_cache._cache_size()
     np.testing.assert_array_equal(rolling.generate(PROMPTS, max_new_tokens=19, sampling=DRAWN).tokens, expected.tokens)
-    assert (module._prefill._cache_size(), module._decode._cache_size(), module._roll._cache_size()) == programs
+    assert (module._prefill._cache_size(), module._decode._cache_size(), module.roll_cache._cache_size()) == programs
 
 
 def test_windows_are_cut_at_places_of_the_row():

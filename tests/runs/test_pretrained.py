@@ -66,6 +66,28 @@ def test_a_run_comes_back_from_its_folder_bit_for_bit(place):
     assert metadata == {"format": "pt"} and "model.layers.1.self_attn.q_proj.weight" in tensors
 
 
+def test_a_folder_writes_past_its_length_with_samples_stops_and_a_draft(place, capsys, tmp_path):
+    """The id that begins each text stays in its window; rows of the run begin anywhere."""
+    flags = ["--prompt", "It was a bright", "--max-new-tokens", "40", "--temperature", "0"]
+
+    def generated(*arguments):
+        main(["generate", *map(str, arguments)])
+        return capsys.readouterr()
+
+    plain = generated(place / "folder", *flags)
+    assert "it keeps the first 1 and the last 7 only" in plain.err
+    assert "it keeps the last 8 only" in generated(place / "run", *flags).err
+    assert generated(place / "folder", *flags, "--draft", place / "run").out == plain.out
+    stop = plain.out[20:24]
+    assert generated(place / "folder", *flags, "--stop", stop).out == plain.out[: plain.out.index(stop, 15)] + "\n"
+    (tmp_path / "rows.jsonl").write_text('{"text": "It was"}\n{"text": "a"}\n')
+    rows = generated(
+        place / "folder", "--prompt-file", tmp_path / "rows.jsonl", "--num-samples", "2", "--max-new-tokens", "20"
+    ).out.splitlines()
+    expected = transformer.load(place / "folder").generate(["It was", "a"], max_new_tokens=20, num_samples=2)
+    assert [[row["continuation"], row["continuation_2"]] for row in map(json.loads, rows)] == expected
+
+
 @pytest.mark.parametrize("name", ["run", "bpe"])
 @pytest.mark.parametrize("text", ["the clocks", "", "Žluťoučký kůň\n\tna 😀\0", "a <|endoftext|> b"])
 def test_the_tokenizer_of_a_folder_reads_as_the_runs_own(name, text, place):

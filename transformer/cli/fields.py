@@ -66,6 +66,8 @@ class Flag(NamedTuple):
     """The field's type."""
     default: Any
     document: str
+    repeated: bool = False
+    """Whether each time that it is given adds a value to the field, a tuple."""
 
 
 def positional(default: Any) -> Any:
@@ -76,6 +78,11 @@ def positional(default: Any) -> Any:
 def chosen_from(family: Family, default: str) -> Any:
     """A field that names a kind of a family."""
     return dataclasses.field(default=default, metadata={"family": family})
+
+
+def repeated() -> Any:
+    """A tuple, empty by default, of which each occurrence of the flag gives one value."""
+    return dataclasses.field(default=(), metadata={"repeated": True})
 
 
 def short(name: str, default: Any) -> Any:
@@ -154,6 +161,8 @@ def parse(
             given = given or ["true"]
             require(not (negated and equals), f"{name} takes no value, got {inline!r}.")
         value = _value(flag.hint, given, name)
+        if flag.repeated:
+            value = (*values.get(flag.paths[0], ()), value)
         values.update(dict.fromkeys(flag.paths, not value if negated else value))
     return values, words
 
@@ -282,7 +291,9 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
         else:
             family = field.metadata.get("family")
             hint = Literal[family.names] if family else hints[field.name]
-            flag = Flag((path,), hint, value, documents.get(field.name, ""))
+            repeats = bool(field.metadata.get("repeated"))
+            hint = typing.get_args(hint)[0] if repeats else hint
+            flag = Flag((path,), hint, value, documents.get(field.name, ""), repeats)
             for name in filter(None, (other, path)):
                 yield f"--{_dashed(name)}", flag
             if name := field.metadata.get("short"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from transformer.cli.fields import positional, short
+from transformer.cli.fields import positional, repeated, short
 from transformer.cli.reading import Given, read
 from transformer.model_config import Weights
 from transformer.validation import require
@@ -14,7 +14,8 @@ from transformer.validation import require
 class GenerateOptions:
     """Continue a prompt with a run's language model, or translate it with a run's translator.
 
-    Without --prompt, what is piped in is the prompt: echo ROMEO: | transformer generate RUN
+    Without --prompt and --prompt-file, what is piped in is the prompt: echo ROMEO: | transformer generate RUN
+    With nothing piped in, each line that is typed is a prompt, or with --chat a message of a conversation.
     """
 
     workdir: str = positional("")
@@ -25,8 +26,15 @@ class GenerateOptions:
     """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
     weights: Weights = ""
     """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means as they are stored."""
-    prompt: str | None = None
-    """The text to continue, or to translate; an empty one starts a new document."""
+    prompt: tuple[str, ...] = repeated()
+    """The text to continue, or to translate; an empty one starts a new document. Give it several times for several prompts."""
+    prompt_file: str = ""
+    """A file whose text is the prompt. Or rows (.jsonl, .csv, .tsv, .parquet, .arrow) with a prompt each, in the column that
+    predict reads: they are printed as JSON lines, with what follows each."""
+    num_samples: int = 1
+    """Language models: continuations of each prompt."""
+    stop: tuple[str, ...] = repeated()
+    """Language models: the continuation ends before this text. Given several times, before the first of them."""
     chat: bool = False
     """The prompt is a user's message, and what is printed is the reply, by the chat template of an imported model."""
     system: str | None = None
@@ -52,6 +60,11 @@ class GenerateOptions:
     """Of beams: how many of the best texts to print, each after a new line."""
     seed: int = 0
     """The same seed gives the same text."""
+    draft: str = ""
+    """Language models: the run, or folder, of a smaller model with the same vocabulary. It drafts tokens that this one accepts or
+    replaces (speculative decoding): another text of the same distribution, sooner where the draft is good."""
+    draft_tokens: int = 4
+    """With --draft: tokens that it drafts in each round."""
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------

@@ -21,11 +21,15 @@ from transformer.ops.ids import token_rows
 from transformer.types import PyTree
 from transformer.validation import require
 
-# Prompts are padded to a power of two and the cache to a multiple, so that few programs are compiled.
+# Prompts are padded to a power of two, and the cache to a multiple of this or of an eighth of such a power, so that few programs
+# are compiled.
 _SHORTEST_PROMPT, _CAPACITY_UNIT = 16, 32
 
 # Tokens that `stream` computes before it hands them over; a call costs about as much as a tenth of a token.
 _CHUNK = 8
+
+Stopped = Callable[[int, np.ndarray], bool]
+"""Whether the row with this number ends early, behind these new tokens."""
 
 
 class Generated(NamedTuple):
@@ -82,19 +86,28 @@ class Generator:
         end_of_text: int | Sequence[int] = -1,
         drawable: np.ndarray | None = None,
         row_numbers: Sequence[int] | None = None,
+        stopped: Stopped | None = None,
     ) -> Generated:
-        """Continue each prompt; see the function `generate`. Draws go by `row_numbers`, not by places, where these are given."""
+        """Continue each prompt; see the function `generate`.
+
+        Draws go by `row_numbers`, not by places, where these are given. `stopped` is asked every few tokens; a row that it
+        is true of gets no more of them.
+        """
         state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text, drawable, row_numbers)
-        state = self._extend(state, max_new_tokens, sampling, draw)
-        steps_N = np.arange(max_new_tokens)
         read_B = np.array([len(prompt) for prompt in prompts])
+        most_B = np.full(len(read_B), max_new_tokens)
+        if stopped is None:
+            state = self._extend(state, max_new_tokens, sampling, draw)
+        else:
+            state, most_B = self._extend_until(stopped, state, max_new_tokens, sampling, draw, read_B)
+        steps_N = np.arange(max_new_tokens)
         # Where all rows have ended early, each repeats its last token.
         columns_BN = read_B[:, None] + np.minimum(steps_N, int(state.num_new) - 1)
         tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), columns_BN, axis=1)
         check_drawn(tokens_BN, read_B)
         ended_BN = np.isin(tokens_BN, draw.ends_E)
         lengths_B = np.where(ended_BN.any(axis=1), ended_BN.argmax(axis=1), max_new_tokens)
-        return Generated(tokens_BN.astype(np.int32), lengths_B.astype(np.int32))
+        return Generated(tokens_BN.astype(np.int32), np.minimum(lengths_B, most_B).astype(np.int32))
 
     def stream(
         self,
@@ -110,7 +123,7 @@ class Generator:
         state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text, drawable)
         given = 0
         while True:
-            available = int(state.num_new)
+            available = min(int(state.num_new), max_new_tokens)
             for token in np.asarray(state.tokens_BP)[0, len(prompt) + given : len(prompt) + available]:
                 check_drawn(token[None, None], np.array([len(prompt) + given]))
                 if token in draw.ends_E:
@@ -154,13 +167,16 @@ class Generator:
         draw = Draw(jax.random.key(seed), numbers_B, ends_E, drawable)
         window = (self._place(tokens_BP), lengths_B, dropped_B)
         sizes = {"keep_first": self._keep_first or 0, "length": num_padded, "capacity": capacity}
-        state = _prefill(self._model, self._params, *window, draw, sampling=sampling, **sizes)
-        return state, draw
+        return self._prefill(window, draw, sampling, sizes), draw
+
+    def _prefill(self, window: tuple[Any, ...], draw: Draw, sampling: SamplingConfig, sizes: dict[str, int]) -> State:
+        """Read the prompts, and draw the first token of each row."""
+        return _prefill(self._model, self._params, *window, draw, sampling=sampling, **sizes)
 
     def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
         """Tokens that the model reads (0: no limit), slots of the cache, and room for tokens in a row."""
         limit, needed = self._model.config.max_length, longest + max_new_tokens
-        width = -(-needed // _CAPACITY_UNIT) * _CAPACITY_UNIT
+        width = rounded(needed)
         if limit == 0:
             return 0, width, width
         if self._keep_first is None:
@@ -172,10 +188,7 @@ class Generator:
 
     def _extend(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> State:
         """Rows with `num_new` new tokens, fewer if all have ended."""
-        batch_size, limit = len(state.tokens_BP), self._model.config.max_length
-        if batch_size not in self._prepared:
-            self._prepared = {batch_size: prepare(self._model, self._params, batch_size)}
-        params = self._prepared[batch_size]
+        limit = self._model.config.max_length
         while int(state.num_new) < num_new and not np.all(state.ended_B):
             read_B = np.asarray(state.lengths_B) - 1  # the latest token is read with the next step
             room_B = limit - (read_B - num_dropped(read_B, limit))
@@ -183,19 +196,49 @@ class Generator:
                 state = self._roll(state, room_B == 0)
                 room_B[room_B == 0] = limit - limit // 2
             end = min(num_new, int(state.num_new) + int(room_B.min())) if limit else num_new
-            state, overflow = _decode(self._model, params, state, np.int32(end), draw, sampling=sampling)
+            state, overflow = self._decode(state, end, sampling, draw)
             if overflow:
                 raise RuntimeError(
                     "The cache must hold every token, but some were dropped; what was generated is wrong."
                 )
         return state
 
+    def _decode(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> tuple[State, Any]:
+        """Draw tokens until there are `num_new` new ones, all rows have ended, or a window is full; and whether any was lost."""
+        params = self._prepare(len(state.tokens_BP))
+        return _decode(self._model, params, state, np.int32(num_new), draw, sampling=sampling)
+
+    def _prepare(self, num_rows: int) -> PyTree:
+        """The parameters as they decode so many rows fastest."""
+        if num_rows not in self._prepared:
+            self._prepared = {num_rows: prepare(self._model, self._params, num_rows)}
+        return self._prepared[num_rows]
+
+    def _extend_until(
+        self, stopped: Stopped, state: State, num_new: int, sampling: SamplingConfig, draw: Draw, read_B: np.ndarray
+    ) -> tuple[State, np.ndarray]:
+        """Rows with `num_new` new tokens, fewer where they are stopped, and the new tokens that each has then at most."""
+        most_B = np.full(len(read_B), num_new)
+        while True:
+            now, tokens_BP, ended_B = int(state.num_new), np.asarray(state.tokens_BP), np.array(state.ended_B)
+            for row, read in enumerate(read_B):
+                if not ended_B[row] and stopped(row, tokens_BP[row, read : read + now]):
+                    ended_B[row], most_B[row] = True, now
+            if ended_B.all() or now == num_new:
+                return state, most_B
+            state = state._replace(ended_B=jnp.asarray(ended_B))
+            state = self._extend(state, min(now + _CHUNK, num_new), sampling, draw)
+
     def _roll(self, state: State, full_B: np.ndarray) -> State:
         """Drop the earlier half of the windows that are full, and read the later half again."""
         limit = self._model.config.max_length
         dropped_B = num_dropped(np.asarray(state.lengths_B), limit)
         sizes = {"keep_first": self._keep_first or 0, "length": limit // 2, "capacity": limit}
-        return _roll(self._model, self._params, state, full_B, dropped_B, **sizes)
+        return self._roll_caches(state, (full_B, dropped_B), sizes)
+
+    def _roll_caches(self, state: State, rows: tuple[np.ndarray, ...], sizes: dict[str, int]) -> State:
+        cache = roll_cache(self._model, self._params, state.cache, state.tokens_BP, *rows, **sizes)
+        return state._replace(cache=cache)
 
 
 def generate(
@@ -268,31 +311,38 @@ def _prefill(
     """Read the windows of right-padded prompts, and draw the first token of each row."""
     tokens_BT = windows(tokens_BP, dropped_B, keep_first=keep_first, length=length)
     num_read_B = lengths_B - dropped_B
-    logits_BTV, cache = _read(model, params, tokens_BT, num_read_B, capacity)
+    logits_BTV, cache = read_rows(model, params, tokens_BT, num_read_B, capacity)
     logits_BV = jnp.take_along_axis(logits_BTV, num_read_B[:, None, None] - 1, axis=1)[:, 0]
     state = State(tokens_BP, lengths_B, jnp.int32(0), jnp.zeros((len(tokens_BP),), bool), cache)
     return append(state, logits_BV, draw, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "keep_first", "length", "capacity"), donate_argnames="state")
-def _roll(
+@functools.partial(jax.jit, static_argnames=("model", "keep_first", "length", "capacity"), donate_argnames="cache")
+def roll_cache(
     model: Decoder,
     params: PyTree,
-    state: State,
+    cache: Any,
+    tokens_BP: Int[Array, "B P"],
     full_B: Bool[Array, " B"],
     dropped_B: Int[Array, " B"],
     *,
     keep_first: int,
     length: int,
     capacity: int,
-) -> State:
-    """Rows that are full with the cache of their next window, which ends before the latest token."""
-    tokens_BT = windows(state.tokens_BP, dropped_B, keep_first=keep_first, length=length)
-    _, cache = _read(model, params, tokens_BT, jnp.full_like(dropped_B, length), capacity)
-    return state._replace(cache=replace_rows(state.cache, full_B, cache))
+) -> Any:
+    """The cache in which rows that are full have their next window, which ends before the latest token."""
+    tokens_BT = windows(tokens_BP, dropped_B, keep_first=keep_first, length=length)
+    _, following = read_rows(model, params, tokens_BT, jnp.full_like(dropped_B, length), capacity)
+    return replace_rows(cache, full_B, following)
 
 
-def _read(
+def rounded(needed: int) -> int:
+    """Room for at least so many tokens: one of few sizes."""
+    unit = max(_CAPACITY_UNIT, 1 << max(0, needed.bit_length() - 3))
+    return -(-needed // unit) * unit
+
+
+def read_rows(
     model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], capacity: int
 ) -> Any:
     """Logits [B, T, V] and the cache of right-padded rows, which are the prefix of a prefix-LM."""

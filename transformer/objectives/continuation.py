@@ -10,12 +10,13 @@ import numpy as np
 from transformer.data.tokenizers import note_unknown
 from transformer.data.tokenizers.chat import Messages, chat_ids
 from transformer.generation.beams import BeamConfig, beam_config, beam_search
-from transformer.generation.generate import Generator, stream
+from transformer.generation.generate import Generator
 from transformer.generation.likelihood import Query, next_token_scores
 from transformer.generation.sampling import SamplingConfig
-from transformer.generation.text import stream_text
+from transformer.generation.speculative import SpeculativeGenerator
+from transformer.generation.text import behind, cut_at_stop, find_stop, stream_text
 from transformer.generation.window import num_dropped
-from transformer.objective import Trained
+from transformer.objective import Said, Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
 from transformer.types import Reading
@@ -31,6 +32,18 @@ class ContinuesText(TokenObjective):
     continues_text = True
     settings = ("training.sample_every", "training.sample_prompt", "training.sample_length")
 
+    def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> Generator:
+        """What continues tokens; with a draft, by speculative decoding."""
+        if draft is None:
+            return Generator(run.model, run.params, run.place, keep_first=_keep_first(run))
+        require(
+            draft.config.objective.continues_text and not getattr(draft.model, "bidirectional_prefix", True),
+            f"A draft must be a language model of the objective next_token, got one of {draft.config.objective.kind}.",
+        )
+        _check_same_vocabulary(run.tokenizer, draft.tokenizer)
+        models = (run.model, run.params, draft.model, draft.params)
+        return SpeculativeGenerator(*models, draft_tokens=draft_tokens, place=run.place, keep_first=_keep_first(run))
+
     def generate(
         self,
         run: Trained,
@@ -40,6 +53,8 @@ class ContinuesText(TokenObjective):
         seed: int,
         note: Callable[[str], None],
         beams: BeamConfig | None = None,
+        stop: Sequence[str] = (),
+        generator: Generator | None = None,
     ) -> Iterator[str]:
         """The prompt as encoded, then its continuation; with beams, each continuation."""
         tokens = prompt_ids(run.tokenizer, prompt)
@@ -48,8 +63,56 @@ class ContinuesText(TokenObjective):
             how = {"max_new_tokens": length, **ids, **dataclasses.asdict(beams)}
             found = beam_search(run.model, run.params, [tokens], **how).best(0)
             return iter(["\n".join(run.tokenizer.decode([*tokens, *best]) for best, _ in found)])
-        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
-        return stream_text(run.tokenizer.decode, tokens, generated)
+        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note, generator)
+        return stream_text(run.tokenizer.decode, tokens, generated, stop)
+
+    def generate_all(
+        self,
+        run: Trained,
+        prompts: Sequence[str],
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        note: Callable[[str], None],
+        *,
+        num_samples: int = 1,
+        beams: BeamConfig | None = None,
+        stop: Sequence[str] = (),
+        generator: Generator | None = None,
+    ) -> Iterator[Said]:
+        """Continuations of each prompt; a note of a prompt follows its number."""
+        if beams:
+            yield from super().generate_all(run, prompts, batch_size, max_new_tokens, sampling, seed, note, beams=beams)
+            return
+        ids, rooms, decode = [prompt_ids(run.tokenizer, prompt) for prompt in prompts], [], run.tokenizer.decode
+        for number, tokens in enumerate(ids, 1):
+            name = f"prompt {number}: " if len(prompts) > 1 else ""
+            rooms.append(_room(run, tokens, max_new_tokens, lambda text, name=name: note(name + text), rolling=True))
+        rows = [(number, sample) for number in range(len(ids)) for sample in range(num_samples)]
+        generator = generator or self.make_generator(run)
+        said: list[str] = []
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+
+            def text_of(row: int, tokens: np.ndarray, batch: list[tuple[int, int]] = batch) -> str:
+                number, _ = batch[row]
+                return behind(decode, ids[number], tokens[: rooms[number]])
+
+            found = generator.generate(
+                [ids[number] for number, _ in batch],
+                max_new_tokens=max(rooms[number] for number, _ in batch),
+                sampling=sampling,
+                seed=seed,
+                row_numbers=[row_number(number, sample) for number, sample in batch],
+                stopped=(lambda row, tokens: find_stop(text_of(row, tokens), stop) >= 0) if stop else None,
+                **_ids(run),
+            )
+            for row, (tokens, length) in enumerate(zip(found.tokens, found.lengths, strict=True)):
+                said.append(cut_at_stop(text_of(row, tokens[:length]), stop))
+                if len(said) == num_samples:
+                    yield Said(decode(ids[batch[row][0]]), tuple(said))
+                    said = []
 
     def reply(
         self,
@@ -59,11 +122,13 @@ class ContinuesText(TokenObjective):
         sampling: SamplingConfig,
         seed: int,
         note: Callable[[str], None],
+        stop: Sequence[str] = (),
+        generator: Generator | None = None,
     ) -> Iterator[str]:
         """The next message of a conversation, formatted by the chat template of the model's tokenizer."""
         tokens = chat_ids(run.tokenizer, messages, reply=True).tolist()
-        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note)
-        return stream_text(run.tokenizer.decode, (), generated)
+        generated = self._follow(run, tokens, max_new_tokens, sampling, seed, note, generator)
+        return stream_text(run.tokenizer.decode, (), generated, stop)
 
     def _follow(
         self,
@@ -73,11 +138,12 @@ class ContinuesText(TokenObjective):
         sampling: SamplingConfig,
         seed: int,
         note: Callable[[str], None],
+        generator: Generator | None,
     ) -> Iterator[int]:
         """The generated tokens, one at a time."""
         length = _room(run, tokens, max_new_tokens, note, rolling=True)
-        options: Any = {"max_new_tokens": length, "sampling": sampling, "seed": seed, **_ids(run)}
-        return stream(run.model, run.params, tokens, keep_first=_keep_first(run), **options)
+        generator = generator or self.make_generator(run)
+        return generator.stream(tokens, max_new_tokens=length, sampling=sampling, seed=seed, **_ids(run))
 
     def predict(
         self,
@@ -184,7 +250,7 @@ def continuations(
                 batch = group[first : first + batch_size]
                 chosen = {start + index: prompts[index] for index in batch}
                 for index, found in zip(batch, _continued(run, generator, chosen, count, how), strict=True):
-                    texts_R = [_behind(run.tokenizer, prompts[index], tokens) for tokens, _ in found]
+                    texts_R = [behind(run.tokenizer.decode, prompts[index], tokens) for tokens, _ in found]
                     said[index] = ranked_columns("continuation", texts_R, [score for _, score in found], how.beams)
         yield from said
 
@@ -211,11 +277,21 @@ def _room(
 def _what_is_read(prompt: int, limit: int, keep_first: int) -> str:
     """A note on the tokens that a rolling window reads, and its effect on the text."""
     read = prompt - int(num_dropped(np.array([prompt]), limit)[0])
-    cut = f"the last {read:,} of the prompt's {prompt:,} tokens are read. " if read < prompt else ""
-    always = f" and the {keep_first} that every text begins with" if keep_first else ""
+    first = f"the first {keep_first} and " if keep_first else ""
+    cut = f"{first}the last {read - keep_first:,} of the prompt's {prompt:,} tokens are read. " if read < prompt else ""
     return (
-        f"the model reads {limit:,} tokens, and the text is longer. {cut}Each time they are full, it goes on from the last "
-        f"{limit // 2:,}{always} alone. Nothing before them has an effect: names, facts and the topic may change."
+        f"the model reads {limit:,} tokens, and the text is longer. {cut[:1].upper()}{cut[1:]}Each time they are full, it keeps "
+        f"{first}the last {limit // 2 - keep_first:,} only. Nothing else has an effect then: names and facts may change."
+    )
+
+
+def _check_same_vocabulary(tokenizer: Any, other: Any) -> None:
+    sizes = tokenizer.vocab_size, other.vocab_size
+    first = next((id for id in range(min(sizes)) if tokenizer.decode([id]) != other.decode([id])), None)
+    differ = f"{sizes[0]:,} and {sizes[1]:,} tokens" if sizes[0] != sizes[1] else f"others from token {first} on"
+    require(
+        sizes[0] == sizes[1] and first is None,
+        f"A draft must have the model's vocabulary, got {differ}; take a draft that was trained with the model's tokenizer.",
     )
 
 
@@ -242,11 +318,19 @@ def _continued(
         return [found.best(row) for row in range(len(rows))]
     samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in rows]
     for sample in range(how.num_samples):
-        numbers = [number * how.num_samples + sample for number in prompts]
+        numbers = [row_number(number, sample) for number in prompts]
         generated = generator.generate(rows, sampling=how.sampling, seed=how.seed, row_numbers=numbers, **options)
         for said, row, length in zip(samples, generated.tokens, generated.lengths, strict=True):
             said.append((row[:length], 0.0))
     return samples
+
+
+def row_number(text: int, sample: int) -> int:
+    """The number by which a sample is drawn, whatever the number of samples. The first sample has the number of its text.
+
+    Up to a million texts and two thousand samples, no two have the same.
+    """
+    return (text + (sample << 20)) % 2**31
 
 
 def ranked_columns(
@@ -265,9 +349,3 @@ def ranked_columns(
         for rank, pair in enumerate(zip([*texts, *missing], [*scores, *missing], strict=True), 1)
         for column, value in zip((name, "score"), pair, strict=True)
     }
-
-
-def _behind(tokenizer: Any, prompt: np.ndarray, tokens: np.ndarray) -> str:
-    """The text of tokens that continue a prompt: a new word, or the end of one."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)

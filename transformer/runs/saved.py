@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ from transformer.config import Config
 from transformer.data.tokenizers import Tokenizer
 from transformer.generation.embeddings import text_embeddings
 from transformer.generation.likelihood import Scored
+from transformer.generation.sampling import SamplingConfig
 from transformer.interop.folder import is_folder
 from transformer.memory import check_params
 from transformer.model_config import Weights
@@ -71,6 +72,57 @@ class Loaded:
             `load("runs/reviews").predict(["a fine film"], top_k=2)`
         """
         return list(self.predictions(texts, batch_size=batch_size, **options))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 0,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        batch_size: int = 0,
+        note: Callable[[str], None] = lambda text: None,
+        **options: Any,
+    ) -> list[list[str]]:
+        """What follows each prompt, or its translation; of each a list.
+
+        Args:
+            prompts: of any number; an empty one starts a new document.
+            max_new_tokens: tokens to add at most; 0 means as many as the model's length has room for. A language model goes on
+                past that length, and then reads the latest tokens alone.
+            sampling: how tokens are drawn.
+            seed: for the draws. Those of a prompt depend on its place among all and on the number of the sample, not on how
+                many samples there are.
+            batch_size: rows that are computed together; 0 means as in training.
+            note: is given what a user should know, such as tokens that are not read.
+            options: of the run's objective. Of language models `num_samples`, `stop` (texts before which a continuation ends),
+                and `generator` (of `objective.make_generator(run)`, to keep what is prepared between calls); of translators too
+                `beams` (a `BeamConfig`).
+
+        Raises:
+            UserError: a prompt does not fit, or the run generates nothing.
+
+        Example:
+            `load("runs/python_stdlib").generate(["def "], max_new_tokens=50, num_samples=3, stop=["\\n\\n"])`
+        """
+        self._require_ours("Generated texts")
+        size = batch_size or self.config.data.batch_size
+        found = self.config.objective.generate_all(self, prompts, size, max_new_tokens, sampling, seed, note, **options)
+        return [list(said.texts) for said in found]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        note: Callable[[str], None] = lambda text: None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The prompt as the model reads it and what follows, or a translation, in pieces as they come; see `generate`."""
+        self._require_ours("Generated texts")
+        return self.config.objective.generate(self, prompt, max_new_tokens, sampling, seed, note, **options)
 
     def place(self, rows: np.ndarray) -> Any:
         """Rows of a batch, distributed over the devices of the parameters; unchanged if the devices do not divide them."""
