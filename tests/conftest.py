@@ -31,6 +31,10 @@ DEVICE_TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 PARITY = os.environ.get("TRANSFORMER_TEST_PARITY", "0") not in ("", "0")
 """Whether the packages that parity is tested with must be there: what is skipped for want of one fails (`make test-parity`)."""
 
+APPS = os.environ.get("TRANSFORMER_TEST_APPS", "0") not in ("", "0")
+"""The same for the programs that runs are used with, such as lm-eval (`make test-apps`). Chromium, no package of Python,
+may be absent."""
+
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 # Later versions abort at a flag that they do not know.
 _SIMPLE_FUSIONS = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
@@ -64,7 +68,7 @@ def import_or_fail(name, *args, **kwargs):
         return importlib.import_module(name)
 
 
-if PARITY:
+if PARITY or APPS:
     pytest.importorskip = import_or_fail
 
 _beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))

@@ -50,6 +50,7 @@ LAZY = {
     "transformer/data/tokenizers/auto.py": {"transformer.data.tokenizers"},
     "transformer/training/trackers/wandb.py": {"wandb"},
     "transformer/training/trackers/mlflow.py": {"mlflow.entities", "mlflow.tracking"},
+    "transformer/cli/evaluate.py": {"transformer.runs.harness"},
     "transformer/data/beam.py": {"apache_beam", "apache_beam.options.pipeline_options"},
 }
 

@@ -84,7 +84,7 @@ def check(words, clone):
         return
     if "pip" in words:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        (extra,) = re.findall(r"\[(\w+)\]", words[-1]) or ["dev"]
+        (extra,) = re.findall(r"\[([\w-]+)\]", words[-1]) or ["dev"]
         assert extra in extras
         return
     if words[0] == "make":

@@ -104,10 +104,50 @@ def test_a_classifier_learns_and_is_scored(place, capsys):
     recalls = np.diag(confusion) / confusion.sum(axis=1)
     assert [score["recall"] for score in scores["per_class"].values()] == pytest.approx(recalls)
     assert "bits_per_byte" not in scores
+    assert scores["averages"]["macro"]["f1"] == pytest.approx(scores["macro_f1"])
+    assert scores["averages"]["weighted"]["recall"] == pytest.approx(scores["accuracy"])
+    found = load(workdir).predict(
+        [json.loads(line)["text"] for line in (place / "test.jsonl").read_text().splitlines()]
+    )
+    bins = scores["calibration"]
+    assert sum(row["texts"] for row in bins) == 41
+    confidence = sum(row["texts"] * row["confidence"] for row in bins)
+    assert confidence == pytest.approx(sum(row["probability"] for row in found), rel=1e-4)
+    distances = [row["texts"] / 41 * abs(row["accuracy"] - row["confidence"]) for row in bins]
+    assert scores["expected_calibration_error"] == pytest.approx(sum(distances), rel=1e-6)
     with pytest.raises(SystemExit) as exit_info:
         main(["generate", str(workdir), "--prompt", "a film"])
     assert exit_info.value.code == 2
     assert "must be a language model or a translator" in capsys.readouterr().err
+
+
+def test_the_report_is_a_table_of_80_columns_and_a_picture(place, tmp_path, capsys, monkeypatch):
+    """Names of classes come from elsewhere: markup, control characters, and any length."""
+    names = {"good": "[/bold] \x1b[2J" + "very " * 20, "bad": "<script>", "so-so": "so-so"}
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()[:60]]
+    path = tmp_path / "named.jsonl"
+    path.write_text("".join(json.dumps(row | {"label": names[row["label"]]}) + "\n" for row in rows))
+    workdir = tmp_path / "run"
+    data = ("--data.source", str(path), "--data.data-dir", str(tmp_path / "d"), "--training.steps", "1")
+    main(["train", str(place / "config.py"), *data, "--workdir", str(workdir)])
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    capsys.readouterr()
+    picture = tmp_path / "picture.svg"
+    main(["evaluate", str(workdir), "--reliability", str(picture)])
+    out, err = capsys.readouterr()
+    scores, lines = json.loads(out), re.sub(r"\x1b\[[\d;]*m", "", err).splitlines()
+    assert max(map(len, lines)) <= 80 and "\x1b" not in "".join(lines) and "\\x1b[2J" in "".join(lines)
+    rows = [line.split() for line in lines if re.search(r"\d\.\d{4} +\d\.\d{4} +\d\.\d{4} +\d", line)]
+    expected = [*scores["per_class"].values(), *scores["averages"].values()]
+    shown = [f"{row[name]:.4f}" for row in expected for name in ("precision", "recall", "f1")]
+    assert [number for row in rows for number in row[-4:-1]] == shown and len(rows) == 5
+    assert f"expected calibration error {scores['expected_calibration_error']:.4f}" in err
+    assert f"expected calibration error {scores['expected_calibration_error']:.4f}" in picture.read_text()
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(workdir), "--reliability", str(picture)])
+    assert "--reliability must be a new file" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_pre_training_is_masked_and_scored_alike_each_time(pretrained, capsys):

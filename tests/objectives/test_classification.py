@@ -71,6 +71,9 @@ def test_sums_over_texts(model, params, batch):
     expected = np.zeros((3, 3))
     np.add.at(expected, (labels, given), 1)
     np.testing.assert_array_equal(found["confusion"], expected)
+    texts, confidence, right = found["calibration"]
+    assert (float(texts.sum()), float(right.sum())) == (4, (given == labels).sum())
+    np.testing.assert_allclose(confidence.sum(), np.exp(log_p).max(axis=1).sum(), rtol=1e-5)
 
 
 def test_parts_add_up(model, params, batch):

@@ -54,7 +54,11 @@ class EvaluateModel:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a run's model over a whole split, and print one JSON object."""
+    """Score a run's model over a whole split, and print one JSON object.
+
+    With --tasks, score a language model on tasks of EleutherAI's lm-eval (the extra lm-eval) instead; the run may be a folder of
+    Hugging Face then.
+    """
 
     workdir: str = positional("")
     """Directory of the run."""
@@ -68,6 +72,39 @@ class EvaluateOptions:
     """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
     data: EvaluateData = EvaluateData()
     model: EvaluateModel = EvaluateModel()
+    reliability: str = ""
+    """Of a classifier: a new .svg file for its reliability diagram, accuracy by confidence."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of lm-eval, by name."""
+    include_path: str = ""
+    """With --tasks: a folder of your own tasks. A task may name Python functions, which then run."""
+    num_fewshot: int | None = None
+    """With --tasks: examples before each question; without, as the task has it."""
+    limit: int = 0
+    """With --tasks: score no more than so many examples of each; 0 means all."""
+
+
+def _evaluate(arguments: list[str]) -> tuple[EvaluateOptions, Given]:
+    options, given = read(EvaluateOptions(), arguments, "transformer evaluate")
+    of_tasks = {"include_path", "num_fewshot", "limit"}
+    require(
+        options.reliability == "" or options.reliability.endswith(".svg"),
+        f"--reliability must be the name of a new .svg file, got {options.reliability!r}.",
+    )
+    if not options.tasks:
+        refuse(
+            {name: given[name] for name in given if name in of_tasks},
+            lambda name: "is for --tasks; name some, or leave it out.",
+        )
+        return options, given
+    of_both = {"workdir", "step", "base", "tasks", *of_tasks}
+    refuse(
+        {name: given[name] for name in given if name not in of_both},
+        lambda name: "is for a split of data, got --tasks too; leave one of them out.",
+    )
+    require(options.limit >= 0, f"--limit must be at least 0, got {options.limit}.")
+    require((options.num_fewshot or 0) >= 0, f"--num-fewshot must be at least 0, got {options.num_fewshot}.")
+    return options, given
 
 
 # ---- prepare -----------------------------------------------------------------------------------------------------------
@@ -301,7 +338,7 @@ OPTIONS = {
     "train": _of_config("train"),
     "inspect": Command(_inspect, lambda: all_flags(Config())),
     "plan": Command(_plan, lambda: all_flags(Config()) | flags(PlanOptions())),
-    "evaluate": _of_options("evaluate", EvaluateOptions()),
+    "evaluate": Command(_evaluate, lambda: flags(EvaluateOptions())),
     "generate": _of_options("generate", GenerateOptions()),
     "attention": Command(parse_attention, lambda: flags(AttentionOptions())),
     "report": Command(parse_report, lambda: flags(ReportOptions())),

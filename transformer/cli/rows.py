@@ -74,11 +74,11 @@ def _is_piped(options: RowOptions) -> bool:
     return options.input in (None, "-")
 
 
-def require_new(output: str) -> None:
-    """Raise UserError where the output is there already."""
+def require_new(output: str, flag: str = "--output") -> None:
+    """Raise UserError where a file that is to be written, and that a flag names, is there already."""
     require(
         output == "" or not epath.Path(expand(output)).exists(),
-        f"--output must be a new file, {output} exists; choose another name, or remove it.",
+        f"{flag} must be a new file, {output} exists; choose another name, or remove it.",
     )
 
 

@@ -23,6 +23,29 @@ def class_scores(confusion_CC: Float[np.ndarray, "C C"]) -> list[dict[str, float
     return [dict(zip(names, map(float, values), strict=True)) for values in zip(*columns, strict=True)]
 
 
+def average_scores(confusion_CC: Float[np.ndarray, "C C"]) -> dict[str, dict[str, float]]:
+    """The means of `class_scores`: `macro` of the classes that occur, as truth or as prediction, and `weighted` by support.
+
+    Those of `sklearn.metrics.classification_report`; support is that of all classes together.
+
+    Example:
+        >>> found = average_scores(np.array([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [0.0, 0.0, 0.0]]))
+        >>> round(found["macro"]["precision"], 4), found["weighted"]["support"]
+        (0.7083, 20.0)
+    """
+    support_C, predicted_C = confusion_CC.sum(axis=1), confusion_CC.sum(axis=0)
+    weights = {"macro": (support_C + predicted_C > 0).astype(float), "weighted": support_C}
+    of_class = class_scores(confusion_CC)
+    return {
+        name: {
+            score: float(np.dot(weights_C, [scores[score] for scores in of_class]) / max(weights_C.sum(), 1.0))
+            for score in ("precision", "recall", "f1")
+        }
+        | {"support": float(support_C.sum())}
+        for name, weights_C in weights.items()
+    }
+
+
 def macro_f1(confusion_CC: Float[np.ndarray, "C C"]) -> float:
     """The mean F1 of the classes that occur, as truth or as prediction (`sklearn.metrics.f1_score(average="macro")`).
 
@@ -33,6 +56,4 @@ def macro_f1(confusion_CC: Float[np.ndarray, "C C"]) -> float:
         >>> round(macro_f1(np.array([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [0.0, 0.0, 0.0]])), 4)
         0.697
     """
-    occurs_C = confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1) > 0
-    f1_C = np.array([scores["f1"] for scores in class_scores(confusion_CC)])
-    return float(f1_C[occurs_C].mean()) if occurs_C.any() else 0.0
+    return average_scores(confusion_CC)["macro"]["f1"]

@@ -59,13 +59,20 @@ class Query(NamedTuple):
     tokens: Int[np.ndarray, " n"]
 
 
+class TokenScores(NamedTuple):
+    """Of each token of a query."""
+
+    log_probabilities: Any
+    """float32 [n], nats."""
+    most_likely: Any
+    """float32 [n], 1 where no token was more likely, else 0."""
+
+
 # ---- Left to right ---------------------------------------------------------------------------------------------------
 
 
-def next_token_scores(
-    run: Any, queries: Iterable[Query], *, batch_size: int, stride: int
-) -> Iterator[Float[np.ndarray, " n"]]:
-    """The log-probability of each token of each query, by a decoder.
+def next_token_scores(run: Any, queries: Iterable[Query], *, batch_size: int, stride: int) -> Iterator[TokenScores]:
+    """The log-probability of each token of each query, by a decoder, and whether the model would choose it.
 
     A query longer than the model reads is scored in windows: the first is full, and each next one goes `stride` tokens further,
     so that its tokens have at least the model's length less `stride` tokens before them. The context of a model with a
@@ -87,10 +94,10 @@ def next_token_scores(
     found = computed_rows(run, _next_token, rows(), batch_size, limit)
     for (inputs, _, _), scores in found:
         counts = lengths.popleft()
-        parts = [scores[len(inputs) - counts[0] : len(inputs)]]
+        parts = [[column[len(inputs) - counts[0] : len(inputs)] for column in scores]]
         for count, ((inputs, _, _), scores) in zip(counts[1:], found, strict=False):
-            parts.append(scores[len(inputs) - count : len(inputs)])
-        yield np.concatenate(parts)
+            parts.append([column[len(inputs) - count : len(inputs)] for column in scores])
+        yield TokenScores(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def windows(length: int, first: int, limit: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -121,7 +128,7 @@ def _next_token(
         prefix_BT=prefix_BT > 0 if model.bidirectional_prefix else None,
         head=False,
     )
-    return _log_probabilities(model, params, hidden_BTD, targets_BT)
+    return _scores(model, params, hidden_BTD, targets_BT)
 
 
 # ---- Translations ----------------------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ def _target(
         target_segment_ids_BT=segment_ids_of(lengths_PB[0], inputs_BT),
         head=False,
     )
-    return _log_probabilities(model, params, hidden_BTD, targets_BT)
+    return _scores(model, params, hidden_BTD, targets_BT).log_probabilities
 
 
 # ---- Masked models ---------------------------------------------------------------------------------------------------
@@ -210,26 +217,27 @@ def _masked(
         head=False,
         method="logits",
     )
-    return _log_probabilities(model, params, hidden_BND, targets_BN[:, :1])
+    return _scores(model, params, hidden_BND, targets_BN[:, :1]).log_probabilities
 
 
 # ---- Logits -----------------------------------------------------------------------------------------------------------
 
 
-def _log_probabilities(
+def _scores(
     model: Any, params: PyTree, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Of each target, from hidden states; logits are computed for some positions at a time."""
+) -> TokenScores:
+    """Of each target, from hidden states, [B, T]; logits are computed for some positions at a time."""
     B, T = targets_BT.shape
     columns = min(_LOGIT_COLUMNS, T)
     padding = -T % columns
 
-    def of_columns(part: tuple[Array, Array]) -> Array:
+    def of_columns(part: tuple[Array, Array]) -> tuple[Array, Array]:
         logits_BNV: Any = model.apply({"params": params}, part[0], method="project")
-        return -cross_entropy(logits_BNV, part[1]).nll
+        found = cross_entropy(logits_BNV, part[1])
+        return -found.nll, found.correct
 
     hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
     parts = (hidden_BTD.reshape(B, -1, columns, hidden_BTD.shape[-1]), targets_BT.reshape(B, -1, columns))
     found_NBC = jax.lax.map(of_columns, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), parts))
-    return jnp.swapaxes(found_NBC, 0, 1).reshape(B, -1)[:, :T]
+    return TokenScores(*(jnp.swapaxes(x_NBC, 0, 1).reshape(B, -1)[:, :T] for x_NBC in found_NBC))

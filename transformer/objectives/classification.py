@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.data.forms.labelled import text_tokens
+from transformer.evaluation.calibration import calibration_statistics
 from transformer.models.classifier import Classifier
 from transformer.objective import OBJECTIVES, Objective, Trained, shaped
 from transformer.objectives.bases import read_whole, refuse_target, rows_of_texts
@@ -67,7 +68,7 @@ class Classification(Objective):
         (scikit-learn's `class_weight`; equal to torch's without smoothing). Scores count every text equally.
 
         Its statistics are sums over texts (`token_statistics`) and, in evaluation, `confusion`, float32 [C, C]: the number of
-        texts of the row's class that were classified as the column's.
+        texts of the row's class that were classified as the column's; and `calibration` (`evaluation.calibration`).
         """
         dropout_key, token_key = jax.random.split(key)
         inputs_BT = batch.inputs
@@ -97,6 +98,8 @@ class Classification(Objective):
                 for x in (batch.labels, jnp.argmax(logits_BC, axis=-1))
             )
             statistics["confusion"] = (actual_BC * batch.weights[:, None]).T @ given_BC
+            probabilities_BC = jax.nn.softmax(logits_BC.astype(jnp.float32), axis=-1)
+            statistics["calibration"] = calibration_statistics(probabilities_BC, batch.labels, batch.weights)
         weight_sum = statistics.get("objective_weight", statistics["weight"])
         return (statistics["objective"], weight_sum), (carry, jax.lax.stop_gradient(statistics))
 

@@ -188,7 +188,7 @@ class ContinuesText(TokenObjective):
         del names
         queries = [Query(*split_ids(run.tokenizer, prompt, text)) for prompt, text in texts]
         scores = next_token_scores(run, queries, batch_size=batch_size, stride=stride)
-        return ((query.tokens, found) for query, found in zip(queries, scores, strict=True))
+        return ((query.tokens, found.log_probabilities) for query, found in zip(queries, scores, strict=True))
 
     def reading(self, run: Trained, text: str, target: str | None = None) -> Reading:
         """The text, encoded as a prompt."""

@@ -17,8 +17,9 @@ from transformer.data.datasets import Dataset, data_of, fingerprints
 from transformer.data.source import WHOLE
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.trust import trusted
+from transformer.evaluation.calibration import calibration_bins, expected_calibration_error
 from transformer.evaluation.compression import compressed_bits_per_byte
-from transformer.evaluation.confusion import class_scores
+from transformer.evaluation.confusion import average_scores, class_scores
 from transformer.evaluation.scores import sum_statistics
 from transformer.memory import check_batch
 from transformer.model_config import Weights
@@ -180,7 +181,11 @@ def _scores(parts: Parts, params: PyTree, data: Dataset, split: str, begin: Call
     if "confusion" in sums:
         per_class = dict(zip(parts.class_names, class_scores(sums["confusion"]), strict=True))
         scores |= {"classes": list(parts.class_names), "per_class": per_class}
+        scores |= {"averages": average_scores(sums["confusion"])}
         scores |= {"confusion": sums["confusion"].astype(int).tolist()}
+    if "calibration" in sums:
+        scores |= {"expected_calibration_error": expected_calibration_error(sums["calibration"])}
+        scores |= {"calibration": calibration_bins(sums["calibration"])}
     return scores
 
 
