@@ -302,8 +302,11 @@ def test_equal_to_lm_evals_own_model_of_transformers(place):
     assert hugging_face.prefix_token_id == model.prefix_token_id
     short = [pair for pair in CONTEXTS if len(model.tok_encode(pair[1])) <= LENGTH]
     for kind, arguments in (("loglikelihood", short), ("loglikelihood_rolling", [(text,) for text in texts])):
+        # It scores a token that the tokenizer puts before a text once more behind the one that stands there.
+        hugging_face.add_bos_token = False if kind == "loglikelihood_rolling" else None
         theirs, ours = (getattr(lm, kind)(instances(kind, arguments)) for lm in (hugging_face, model))
         np.testing.assert_allclose(np.array(ours, float), np.array(theirs, float), rtol=1e-4, atol=1e-4)
+    hugging_face.add_bos_token = None
     asked = [(context, {"until": ["."], "max_gen_toks": 10}) for context, _ in CONTEXTS if context]
     theirs, ours = (lm.generate_until(instances("generate_until", asked)) for lm in (hugging_face, model))
     assert theirs == ours
