@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 WORKERS ?= 2
 PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_sampling.py
-APPS := tests/apps
+APPS := tests/apps tests/training/test_trackers.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
 .PHONY: train test test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove check bench bench-gate clean
