@@ -14,7 +14,6 @@ from transformer import load
 from transformer.cli.main import main
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig
 from transformer.data.tokenizers.bpe import BytePairs
-from transformer.generation.sampling import SamplingConfig
 from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardConfig, ModelConfig
 from transformer.objectives.masked_lm import MaskedLM
 from transformer.objectives.prefix_lm import PrefixLM
@@ -200,17 +199,6 @@ def test_generated_text_is_the_greedy_one(both, count, until):
     found = model.generate_until(instances("generate_until", [(context, asked) for context in contexts]))
     assert found == [greedy_text(run, context, count, until) for context in contexts]
     assert any(found)
-
-
-def test_long_generations_are_resumed_with_the_same_tokens(place):
-    """What is looked at for the first time after 32 tokens is what one call gives; a draw does not depend on it either."""
-    harness = __import__("transformer.runs.harness", fromlist=["harness"])
-    run = load(place / "run")
-    model = harness.HarnessModel(run)
-    whole = model._generated({5: [1, 2]}, harness._How(20, (), SamplingConfig()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "_FIRST_TOKENS", 2)
-        assert dict(model._generated({5: [1, 2]}, harness._How(20, (), SamplingConfig()))) == dict(whole)
 
 
 def test_what_a_task_may_ask_for(both):

@@ -26,7 +26,7 @@ def class_scores(confusion_CC: Float[np.ndarray, "C C"]) -> list[dict[str, float
 def average_scores(confusion_CC: Float[np.ndarray, "C C"]) -> dict[str, dict[str, float]]:
     """The means of `class_scores`: `macro` of the classes that occur, as truth or as prediction, and `weighted` by support.
 
-    Those of `sklearn.metrics.classification_report`; support is that of all classes together.
+    As `sklearn.metrics.classification_report`; support is the number of all texts.
 
     Example:
         >>> found = average_scores(np.array([[8.0, 2.0, 0.0], [4.0, 6.0, 0.0], [0.0, 0.0, 0.0]]))

@@ -12,7 +12,7 @@ import numpy as np
 from transformer.generation.generate import Generator
 from transformer.generation.likelihood import Query, TokenScores, next_token_scores
 from transformer.generation.sampling import SamplingConfig
-from transformer.generation.text import behind, find_stop
+from transformer.generation.text import behind, cut_at_stop, find_stop
 from transformer.runs.saved import Loaded
 from transformer.tokenizer import document_start, drawable, prompt_ids, stop_ids
 from transformer.validation import require, require_installed
@@ -27,7 +27,6 @@ except ImportError as missing:
     raise
 
 _NEW_TOKENS = 256  # of a task that says nothing, as lm-eval's other models have it
-_FIRST_TOKENS = 32  # generated before the first look for an `until`; then four times as many each time
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -39,7 +38,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         run: of an objective whose model continues a text; trained here or pretrained.
-        batch_size: rows that are computed together, those of similar length; 0 means as in training.
+        batch_size: rows that are computed together; rows of similar length share a batch, and 0 means as in training.
 
     Raises:
         UserError: the run's model does not continue a text.
@@ -103,8 +102,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text in nats.
 
-        A text longer than the model reads is scored in windows that do not overlap: each reads the last token of the one before,
-        and the last window is full (`lm_eval.utils.get_rolling_token_windows` with one token of context).
+        A text longer than the model reads is scored in windows that do not overlap. Each reads the last token of the one before
+        it, and the last window is full (`lm_eval.utils.get_rolling_token_windows` with one token of context).
         """
         del disable_tqdm
         found = []
@@ -149,24 +148,23 @@ class HarnessModel(TemplateLM):
         return found
 
     def _generated(self, prompts: dict[int, list[int]], how: "_How") -> Iterator[tuple[int, str]]:
-        """The text that follows each prompt, by its number. The first tokens are the same, however many are asked for."""
-        tokenizer, count = self._run.tokenizer, min(how.tokens, _FIRST_TOKENS)
-        allowed = drawable(tokenizer, self._run.config.model.vocab_size)
-        options: Any = {"sampling": how.sampling, "end_of_text": stop_ids(tokenizer), "drawable": allowed}
-        while prompts:
-            rows = list(prompts.values())
-            generated = self._generator.generate(rows, max_new_tokens=count, row_numbers=list(prompts), **options)
-            unfinished = {}
-            for (index, prompt), tokens, length in zip(
-                prompts.items(), generated.tokens, generated.lengths, strict=True
-            ):
-                text = behind(tokenizer.decode, prompt, tokens[:length])
-                end = find_stop(text, how.until)
-                if end >= 0 or length < count or count == how.tokens:
-                    yield index, text if end < 0 else text[:end]
-                else:
-                    unfinished[index] = prompt
-            prompts, count = unfinished, min(how.tokens, 4 * count)
+        """The text that follows each prompt, by its number."""
+        tokenizer, rows = self._run.tokenizer, list(prompts.values())
+
+        def text_of(row: int, tokens: np.ndarray) -> str:
+            return behind(tokenizer.decode, rows[row], tokens)
+
+        generated = self._generator.generate(
+            rows,
+            max_new_tokens=how.tokens,
+            sampling=how.sampling,
+            end_of_text=stop_ids(tokenizer),
+            drawable=drawable(tokenizer, self._run.config.model.vocab_size),
+            row_numbers=list(prompts),
+            stopped=(lambda row, tokens: find_stop(text_of(row, tokens), how.until) >= 0) if how.until else None,
+        )
+        for row, (index, length) in enumerate(zip(prompts, generated.lengths, strict=True)):
+            yield index, cut_at_stop(text_of(row, generated.tokens[row, :length]), how.until)
 
 
 class _How(NamedTuple):
@@ -229,7 +227,7 @@ def evaluate_tasks(
     Args:
         run: as for `HarnessModel`.
         tasks: names of tasks, groups or tags.
-        include_path: a folder of tasks of one's own. A task's YAML may name Python functions, which then run.
+        include_path: a folder of your own tasks. A task's YAML may name Python functions, which then run.
         num_fewshot: examples before each question; None means as the task has it.
         limit: score no more than so many examples of each task; 0 means all.
         batch_size: as for `HarnessModel`.
