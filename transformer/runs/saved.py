@@ -91,8 +91,8 @@ class Loaded:
             max_new_tokens: tokens to add at most; 0 means as many as the model's length has room for. A language model goes on
                 past that length, and then reads the latest tokens alone.
             sampling: how tokens are drawn.
-            seed: for the draws. Those of a prompt depend on its place among all and on the number of the sample, not on how
-                many samples there are.
+            seed: for the draws. They depend on the index of the prompt and the index of the sample, not on how many samples
+                there are.
             batch_size: rows that are computed together; 0 means as in training.
             note: is given what a user should know, such as tokens that are not read.
             options: of the run's objective. Of language models `num_samples`, `stop` (texts before which a continuation ends),
@@ -362,7 +362,7 @@ def _lightened(loaded: Loaded, weights: Weights) -> Loaded:
         return loaded
     require(
         not loaded.own_model,
-        f"weights={weights!r} is for the package's models, this run has a {type(loaded.model).__name__} of one's own; leave "
+        f"weights={weights!r} is for the package's models, this run has a user-defined {type(loaded.model).__name__}; leave "
         "it out.",
     )
     objective = loaded.config.objective

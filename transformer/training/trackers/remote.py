@@ -39,7 +39,7 @@ class RemoteWriter:
         self._id, self._sent, self._open = "", dict[str, int](), False
 
     def begin(self, run_id: str) -> str:
-        """Begin a run, or go on with that of an id that is not empty; its id."""
+        """Begin a run, or continue the run with this id if the id is not empty; return its id."""
         raise NotImplementedError
 
     def send(self, step: int, split: str, metrics: Metrics) -> None:
