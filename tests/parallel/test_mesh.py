@@ -202,3 +202,18 @@ def test_rows_are_dealt_to_the_ring_in_order():
     first = next(s for s in placed["inputs"].addressable_shards if s.device == jax.devices()[0])
     assert first.data.tolist() == [[0, 1, 14, 15]]
     assert placed["rows"].sharding.spec == PartitionSpec(("dcn", "data", "fsdp", "expert"))
+
+
+class State(NamedTuple):
+    params: object
+    carry: object
+
+
+def test_the_rows_of_a_carry_are_sharded_and_parameters_without_axes_are_whole():
+    runner = MeshRunner(make_mesh({"data": 4, "tensor": 2}), lambda s, b: (s, {}), lambda p, c, b: (c, {}))
+    state = State({"kernel": np.ones((8, 4))}, {"memory": np.arange(48).reshape(8, 2, 3)})
+    placed = runner.place_state(state)
+    assert placed.params["kernel"].sharding.is_fully_replicated
+    assert [s.data.shape for s in placed.carry["memory"].addressable_shards] == [(2, 2, 3)] * 8
+    assert runner.abstract_state(state).carry["memory"].sharding == placed.carry["memory"].sharding
+    np.testing.assert_array_equal(placed.carry["memory"], state.carry["memory"])
