@@ -74,11 +74,11 @@ def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool =
     return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, unlike)
 
 
-def telling_head(layers: Sequence[Float[np.ndarray, "H T S"]], *, one_text: bool = True) -> tuple[int, int]:
-    """Layer and index of the head to look at first: that of the lowest entropy, of those without a plain habit.
+def telling_head(layers: Sequence[np.ndarray], *, one_text: bool = True) -> tuple[int, int]:
+    """Layer and index of the head to look at first: the lowest entropy among heads without a plain habit.
 
-    A habit is to give half of the weight or more to the first token or, in one text, to the previous token or the query's own.
-    Where all heads have one, it is the head of the lowest entropy.
+    `layers` has weights [heads, queries, keys] of each layer. A habit is to give half of the weight or more to the first token
+    or, in one text, to the previous token or the query's own. Where all heads have one, the lowest entropy of all counts.
     """
     found = []
     for layer, weights_HTS in enumerate(layers):
