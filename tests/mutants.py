@@ -33,6 +33,7 @@ TABLE = pathlib.Path(__file__).with_suffix(".toml")
 AREAS = ("ops", "layers", "models", "objectives", "data", "training", "parallel", "generation", "evaluation", "interop")
 MOST_SURVIVORS = 0.02
 NO_TESTS = 5  # pytest's exit status
+ENDED_FROM_OUTSIDE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)  # says nothing of the change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def failing_unchanged(root: pathlib.Path, tests: tuple[str, ...], limit: float) 
 
 
 def try_mutant(mutant: Mutant, root: pathlib.Path, limit: float) -> str:
-    """`killed`, `hung` or `survived`; the copy is as before at the end."""
+    """`killed`, `hung`, `survived`, or `error` if somebody ended the tests; the copy is as before at the end."""
     path = root / mutant.file
     before = path.read_bytes()
     path.write_text(mutant.changed(root))
@@ -152,6 +153,8 @@ def try_mutant(mutant: Mutant, root: pathlib.Path, limit: float) -> str:
         path.write_bytes(before)
     if status is None:
         return "hung"
+    if status in ENDED_FROM_OUTSIDE:
+        return "error"
     return "survived" if status in (0, NO_TESTS) else "killed"
 
 

@@ -71,7 +71,10 @@ def test_killed_hung_survived_and_errors_are_told_apart(checkout, capsys):
     given = {
         "killed": [toy("minus", "a + b", "a - b", "test_add"), toy("no syntax", "a + b", "a +", "test_add")],
         "survived": [toy("thrice", "2 * a", "3 * a", "test_twice_of_nothing")],
-        "error": [toy("more", "0.5", "0.6", "test_what_fails_anyway")],
+        "error": [
+            toy("more", "0.5", "0.6", "test_what_fails_anyway"),
+            toy("ended", "return a + b", "import os\n    os.kill(os.getpid(), 15)", "test_add"),
+        ],
     }
     ended = mutants.try_all([mutant for part in given.values() for mutant in part], [checkout], 60)
     assert ended == {**given, "hung": []}
