@@ -197,6 +197,10 @@ def test_a_run_without_anything(browser, tmp_path):
     assert "2 value(s) are not finite" in browser.text("#notes")
     assert browser.run("document.querySelector('path.curve').getAttribute('d').match(/M/g).length") == 2
     assert browser.run("document.getElementById('samples-section').hidden")
+    browser.run("document.querySelector('[data-metric=loss] svg').focus()")
+    for key, value in (("Home", "2"), ("ArrowRight", "not finite")):
+        browser.press(key)
+        assert browser.text(".tip output") == value
 
 
 def test_objectives_that_differ_are_told():
