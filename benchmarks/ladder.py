@@ -21,6 +21,7 @@ import sys
 from typing import Any
 
 from transformer.cli.arguments import load_config
+from transformer.training.writers import read_jsonl
 
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}
 """The 97.5 % quantile of Student's t, by degrees of freedom."""
@@ -77,7 +78,7 @@ def rung(variant: str, options: argparse.Namespace) -> dict[str, Any]:
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The metrics of a run."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
 
 
 def finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:

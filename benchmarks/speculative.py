@@ -12,11 +12,10 @@ median over rounds, in which both saw the same load.
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
+from decode import seconds
 
 from transformer.generation.generate import Generator
 from transformer.generation.sampling import SamplingConfig
@@ -34,13 +33,6 @@ def random_model(layers: int, width: int, heads: int) -> tuple[Decoder, Any]:
     config = ModelConfig(vocab_size=65, max_length=512, num_layers=layers, embed_dim=width, pattern=(block,))
     model = Decoder(config)
     return model, init_params(model, jax.random.key(0))[0]
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:

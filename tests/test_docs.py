@@ -31,7 +31,7 @@ def blocks(language):
 def test_every_block_has_a_language_that_is_tested():
     for page in PAGES:
         languages = re.findall(r"^```(\w+)\n.*?^```", page.read_text(), re.M | re.S)
-        assert set(languages) <= {"python", "sh", "text"}, f"{page.name} has {set(languages)}"
+        assert set(languages) <= {"python", "sh", "text", "yaml"}, f"{page.name} has {set(languages)}"
 
 
 def test_every_test_that_a_page_names_exists():
@@ -41,6 +41,12 @@ def test_every_test_that_a_page_names_exists():
         path, _, function = name.partition("::")
         assert (ROOT / path).exists(), name
         assert not function or f"\ndef {function}(" in (ROOT / path).read_text(), name
+
+
+def test_the_one_yaml_block_is_the_task_that_lm_eval_runs():
+    # tests/apps/test_lm_eval.py::test_the_task_of_the_page_runs
+    (block,) = blocks("yaml")
+    assert block.id.startswith("use-")
 
 
 @pytest.mark.parametrize("code", [*blocks("python")])

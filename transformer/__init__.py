@@ -90,7 +90,17 @@ if TYPE_CHECKING:
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
     from transformer.tracker import TRACKERS, Tracker
-    from transformer.types import Batch, CheckpointableIterator, Ids, LabelledBatch, Loss, PairBatch, Reading, UserError
+    from transformer.types import (
+        Batch,
+        CheckpointableIterator,
+        GeneratedTexts,
+        Ids,
+        LabelledBatch,
+        Loss,
+        PairBatch,
+        Reading,
+        UserError,
+    )
 
 __version__ = "0.1.0"
 
@@ -168,7 +178,7 @@ _NAMES = {
     "schedules.linear": "LinearSchedule",
     "schedules.wsd": "WSDSchedule",
     "tokenizer": "TOKENIZERS TokenizerKind",
-    "types": "Batch CheckpointableIterator Ids LabelledBatch Loss PairBatch Reading UserError",
+    "types": "Batch CheckpointableIterator GeneratedTexts Ids LabelledBatch Loss PairBatch Reading UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
 from transformer.model_kinds import POOLINGS
 from transformer.tokenizer import prompt_ids
-from transformer.types import Array, Batch, Loss, LossOutput, PyTree, Reading, UserError
+from transformer.types import Array, Batch, GeneratedTexts, Loss, LossOutput, PyTree, Reading, UserError
 from transformer.validation import require_at_least, require_range
 
 if TYPE_CHECKING:
@@ -62,15 +62,6 @@ class Trained(Protocol):
     def place(self, rows: np.ndarray) -> Any:
         """Place rows of a batch on the devices of the parameters."""
         ...
-
-
-class Said(NamedTuple):
-    """What a trained model says to a prompt."""
-
-    prompt: str
-    """As the model read it, where it goes on from there; else empty."""
-    texts: tuple[str, ...]
-    """Continuations of the prompt, or what is said in its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,14 +291,15 @@ class Objective(Kind):
         seed: int,
         note: Callable[[str], None],
         **options: Any,
-    ) -> Iterator[Said]:
-        """What a trained model says to each of several prompts, in order: by default, `generate` of one after the other.
+    ) -> Iterator[GeneratedTexts]:
+        """Generate texts for several prompts, in order; by default, by `generate`, one prompt after the other.
 
         `batch_size` texts are computed together. Further arguments, with defaults, are this kind's options.
         """
         del batch_size
         for prompt in prompts:
-            yield Said("", ("".join(self.generate(run, prompt, max_new_tokens, sampling, seed, note, **options)),))
+            parts = self.generate(run, prompt, max_new_tokens, sampling, seed, note, **options)
+            yield GeneratedTexts("", ("".join(parts),))
 
     def reply(
         self,

@@ -191,6 +191,15 @@ class Loss(NamedTuple):
     """`rows -> carry` before the first batch of this many rows, the first axis of its arrays."""
 
 
+class GeneratedTexts(NamedTuple):
+    """The texts that a trained model generates from one prompt."""
+
+    prompt: str
+    """As the model read it, if the texts continue it; else empty."""
+    texts: tuple[str, ...]
+    """Continuations of the prompt, or texts made from it, such as translations."""
+
+
 class Reading(NamedTuple):
     """How a trained model reads one text, to inspect its attention."""
 

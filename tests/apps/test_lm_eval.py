@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from transformer.types import UserError
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval and datasets have warnings of their own
 TASKS = pathlib.Path(__file__).parent / "tasks"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "use.md"
 LENGTH = 24
 BLOCK = BlockConfig(
     AttentionConfig(num_heads=4, num_kv_heads=2), FeedForwardConfig(24, "silu", gated=True), RMSNorm(epsilon=1e-6)
@@ -251,6 +253,19 @@ def test_tasks_of_ones_own_on_the_command_line(place, capsys, name):
     right = [greedy_text(run, row["question"], 12, (".",)) == row["answer"] for row in rows]
     assert 0 < sum(right) < len(rows)
     assert math.isclose(found["tasks"]["local_generation"]["exact_match"], sum(right) / len(rows))
+
+
+def test_the_task_of_the_page_runs(place, capsys, tmp_path, monkeypatch):
+    (task,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "my_task.yaml").write_text(task)
+    (tmp_path / "my_tasks" / "questions.jsonl").write_text((TASKS / "choice.jsonl").read_text("utf-8"), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = scores_of(capsys, place / "run", "--tasks", "my_task", "--include-path", "my_tasks", "--num-fewshot", 2)
+    expected = scores_of(
+        capsys, place / "run", "--tasks", "local_choice", "--include-path", place / "tasks", "--num-fewshot", 2
+    )
+    assert found["tasks"]["my_task"] == expected["tasks"]["local_choice"]
 
 
 def test_fewer_examples_and_some_before_each(place, capsys):

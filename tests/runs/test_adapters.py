@@ -133,9 +133,9 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base, monkey
 
     config = config_of(tmp_path, "base")
     train(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=1)))
-    with pytest.raises(UserError, match=r"whose manifest has the SHA-256 .*: it is another model, or has changed"):
+    with pytest.raises(UserError, match=r"whose manifest has the SHA-256 .*: it is another model, or it changed"):
         train(adapted(tmp_path, "lora", "base", steps=6))
-    with pytest.raises(UserError, match="it is another model, or has changed"):
+    with pytest.raises(UserError, match="it is another model, or it changed"):
         load(tmp_path / "lora", base=tmp_path / "base")
     with pytest.raises(UserError, match="must have their rank and paths"):
         train(adapted(tmp_path, "twice", "lora", rank=2))

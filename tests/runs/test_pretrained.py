@@ -214,7 +214,7 @@ def test_lighter_weights_of_a_folder_a_run_and_a_mesh(place):
         found = light.score(["It was a bright cold day"])[0].log_probability
         assert 0 < abs(found - expected) < 0.01 * abs(expected)
     with pytest.raises(
-        UserError, match="weights='int8' is for the package's models, this run has a Decoder of one's own"
+        UserError, match="weights='int8' is for the package's models, this run has a user-defined Decoder"
     ):
         saved._lightened(dataclasses.replace(whole, own_model=True), "int8")
 

@@ -19,12 +19,12 @@ from transformer.data.registry import find_source
 from transformer.data.sources.files import TextFile
 from transformer.generation.beams import beam_config
 from transformer.generation.sampling import SamplingConfig
-from transformer.objective import Said
 from transformer.objectives.continuation import ranked_columns
 from transformer.runs.saved import Loaded, load
 from transformer.storage import expand, explained
 from transformer.training.hardware import use_compilation_cache
 from transformer.training.out_of_memory import explained as out_of_memory_explained
+from transformer.types import GeneratedTexts
 from transformer.validation import require
 
 _NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "that on standard input"
@@ -120,7 +120,7 @@ How = tuple[int, SamplingConfig]
 
 def _all(
     run: Loaded, prompts: Sequence[str], options: GenerateOptions, how: How, extra: dict[str, Any]
-) -> Iterator[Said]:
+) -> Iterator[GeneratedTexts]:
     """What follows each of several prompts."""
     extra = extra | ({"num_samples": options.num_samples} if options.num_samples > 1 else {})
     size = run.config.data.batch_size

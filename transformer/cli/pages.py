@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from etils import epath
 
+from transformer.cli.rows import require_new
 from transformer.runs.attention import attention_page
 from transformer.runs.directory import METRICS_FILE
 from transformer.runs.report import report_page
@@ -24,7 +25,7 @@ def new_page(output: str) -> epath.Path:
         not is_local(path) or path.parent.is_dir(),
         f"--output must be in a folder that is there, {path.parent} is none; make it first.",
     )
-    require(not path.exists(), f"--output must be a new file, {output} exists; choose another name, or remove it.")
+    require_new(output)
     return path
 
 

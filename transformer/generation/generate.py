@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from transformer.generation.loop import Draw, State, append, extend
-from transformer.generation.prepare import loop_model, prepare
+from transformer.generation.prepare import DecodingModel
 from transformer.generation.prompts import end_ids
 from transformer.generation.sampling import SamplingConfig, check_drawable, check_drawn
 from transformer.generation.window import check_window, num_dropped, windows
@@ -72,9 +72,7 @@ class Generator:
         keep_first: int | None = None,
     ) -> None:
         self._place, self._keep_first = place, keep_first
-        self._model, params = loop_model(model, params)
-        self._params = jax.tree.map(jnp.asarray, params)
-        self._prepared: dict[int, PyTree] = {}
+        self._target = DecodingModel(model, params)
 
     def generate(
         self,
@@ -145,7 +143,7 @@ class Generator:
         row_numbers: Sequence[int] | None = None,
     ) -> tuple[State, Draw]:
         """Read the prompts and draw the first token of each row."""
-        vocab_size = self._model.config.vocab_size
+        vocab_size = self._target.model.config.vocab_size
         rows = token_rows(prompts, vocab_size, "prompt")
         require(
             len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing."
@@ -155,7 +153,7 @@ class Generator:
         check_drawable(drawable, vocab_size)
         longest = max(len(row) for row in rows)
         limit, capacity, width = self._sizes(longest, max_new_tokens)
-        check_cache(self._model.config, len(rows), capacity)
+        check_cache(self._target.model.config, len(rows), capacity)
         lengths_B = np.array([len(row) for row in rows], np.int32)
         dropped_B = num_dropped(lengths_B, limit)
         num_read = int(np.max(lengths_B - dropped_B))
@@ -171,11 +169,11 @@ class Generator:
 
     def _prefill(self, window: tuple[Any, ...], draw: Draw, sampling: SamplingConfig, sizes: dict[str, int]) -> State:
         """Read the prompts, and draw the first token of each row."""
-        return _prefill(self._model, self._params, *window, draw, sampling=sampling, **sizes)
+        return _prefill(self._target.model, self._target.params, *window, draw, sampling=sampling, **sizes)
 
     def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
         """Tokens that the model reads (0: no limit), slots of the cache, and room for tokens in a row."""
-        limit, needed = self._model.config.max_length, longest + max_new_tokens
+        limit, needed = self._target.model.config.max_length, longest + max_new_tokens
         width = rounded(needed)
         if limit == 0:
             return 0, width, width
@@ -188,7 +186,7 @@ class Generator:
 
     def _extend(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> State:
         """Rows with `num_new` new tokens, fewer if all have ended."""
-        limit = self._model.config.max_length
+        limit = self._target.model.config.max_length
         while int(state.num_new) < num_new and not np.all(state.ended_B):
             read_B = np.asarray(state.lengths_B) - 1  # the latest token is read with the next step
             room_B = limit - (read_B - num_dropped(read_B, limit))
@@ -205,14 +203,8 @@ class Generator:
 
     def _decode(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> tuple[State, Any]:
         """Draw tokens until there are `num_new` new ones, all rows have ended, or a window is full; and whether any was lost."""
-        params = self._prepare(len(state.tokens_BP))
-        return _decode(self._model, params, state, np.int32(num_new), draw, sampling=sampling)
-
-    def _prepare(self, num_rows: int) -> PyTree:
-        """The parameters as they decode so many rows fastest."""
-        if num_rows not in self._prepared:
-            self._prepared = {num_rows: prepare(self._model, self._params, num_rows)}
-        return self._prepared[num_rows]
+        params = self._target.prepared(len(state.tokens_BP))
+        return _decode(self._target.model, params, state, np.int32(num_new), draw, sampling=sampling)
 
     def _extend_until(
         self, stopped: Stopped, state: State, num_new: int, sampling: SamplingConfig, draw: Draw, read_B: np.ndarray
@@ -231,13 +223,13 @@ class Generator:
 
     def _roll(self, state: State, full_B: np.ndarray) -> State:
         """Drop the earlier half of the windows that are full, and read the later half again."""
-        limit = self._model.config.max_length
+        limit = self._target.model.config.max_length
         dropped_B = num_dropped(np.asarray(state.lengths_B), limit)
         sizes = {"keep_first": self._keep_first or 0, "length": limit // 2, "capacity": limit}
         return self._roll_caches(state, (full_B, dropped_B), sizes)
 
     def _roll_caches(self, state: State, rows: tuple[np.ndarray, ...], sizes: dict[str, int]) -> State:
-        cache = roll_cache(self._model, self._params, state.cache, state.tokens_BP, *rows, **sizes)
+        cache = roll_cache(self._target.model, self._target.params, state.cache, state.tokens_BP, *rows, **sizes)
         return state._replace(cache=cache)
 
 

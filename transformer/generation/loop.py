@@ -47,12 +47,8 @@ def extend(state: State, num_new: Any, step: Step, draw: Draw, sampling: Samplin
 
 def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: SamplingConfig) -> State:
     """Draw the next token of each row; one that has ended repeats its last token, one without usable logits ends."""
-    keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
-        draw.rows_B, state.lengths_B
-    )
-    logits_BV = only_drawable(logits_BV, draw.drawable_V)
-    if sampling.repetition_penalty != 1:
-        logits_BV = penalize(logits_BV, state.tokens_BP, state.lengths_B, sampling.repetition_penalty)
+    keys_B = row_keys(draw, state.lengths_B)
+    logits_BV = adjusted_logits(logits_BV, state.tokens_BP, state.lengths_B, draw, sampling)
     tokens_B = jnp.where(state.ended_B, _last(state), sample_tokens(logits_BV, keys_B, sampling))
     ends_B = jnp.isin(tokens_B, draw.ends_E)
     return State(
@@ -62,6 +58,27 @@ def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: S
         ended_B=state.ended_B | ends_B | (tokens_B == NO_TOKEN),
         cache=state.cache,
     )
+
+
+def row_keys(draw: Draw, positions_B: Int[Array, " B"]) -> Any:
+    """A key for each row at its position."""
+    return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
+        jnp.asarray(draw.rows_B), positions_B
+    )
+
+
+def adjusted_logits(
+    logits_BV: Float[Array, "B V"],
+    tokens_BP: Int[Array, "B P"],
+    lengths_B: Int[Array, " B"],
+    draw: Draw,
+    sampling: SamplingConfig,
+) -> Float[Array, "B V"]:
+    """Logits of the tokens that may be drawn, with the penalty on repeated ones; before temperature and filters."""
+    logits_BV = only_drawable(logits_BV, draw.drawable_V)
+    if sampling.repetition_penalty != 1:
+        logits_BV = penalize(logits_BV, tokens_BP, lengths_B, sampling.repetition_penalty)
+    return logits_BV
 
 
 def _last(state: State) -> Int[Array, " B"]:

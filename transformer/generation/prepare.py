@@ -43,6 +43,21 @@ def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
     return unflatten_dict({**flatten_dict(params), **made}) if made else params
 
 
+class DecodingModel:
+    """A model and its parameters on the device, as they decode fastest; prepared parameters of the latest call are kept."""
+
+    def __init__(self, model: Decoder, params: PyTree) -> None:
+        self.model, params = loop_model(model, params)
+        self.params = jax.tree.map(jnp.asarray, params)
+        self._prepared: dict[int, PyTree] = {}
+
+    def prepared(self, num_rows: int) -> PyTree:
+        """The parameters that decode this number of rows fastest."""
+        if num_rows not in self._prepared:
+            self._prepared = {num_rows: prepare(self.model, self.params, num_rows)}
+        return self._prepared[num_rows]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
 def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Panels]:
     """The multiplied parameters by their paths, each cut by the layer whose it is."""

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.generation.generate import Generator, read_rows, roll_cache, rounded
-from transformer.generation.loop import Draw, State
-from transformer.generation.prepare import loop_model, prepare
-from transformer.generation.sampling import NO_TOKEN, SamplingConfig, filter_logits, only_drawable, penalize
+from transformer.generation.loop import Draw, State, adjusted_logits, row_keys
+from transformer.generation.prepare import DecodingModel
+from transformer.generation.sampling import NO_TOKEN, SamplingConfig, filter_logits
 from transformer.generation.window import windows
 from transformer.layers.cache import cache_lengths, cache_overflow, shorten
 from transformer.models.decoder import Decoder
@@ -66,10 +66,7 @@ class SpeculativeGenerator(Generator):
             f"A draft must have the model's vocabulary of {sizes[0]:,} tokens, it has {sizes[1]:,}.",
         )
         require(draft_tokens >= 1, f"draft_tokens must be at least 1, got {draft_tokens}.")
-        self._draft, draft_params = loop_model(draft, draft_params)
-        self._draft_params = jax.tree.map(jnp.asarray, draft_params)
-        self._draft_tokens = draft_tokens
-        self._drafting: dict[int, PyTree] = {}
+        self._draft, self._draft_tokens = DecodingModel(draft, draft_params), draft_tokens
         self.offered = 0
         """Drafted tokens that could be accepted, of all calls so far."""
         self.accepted = 0
@@ -77,7 +74,7 @@ class SpeculativeGenerator(Generator):
 
     def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
         limit, _, _ = super()._sizes(longest, max_new_tokens)
-        reach, needed = self._draft.config.max_length, longest + max_new_tokens
+        reach, needed = self._draft.model.config.max_length, longest + max_new_tokens
         needed = min(needed, limit) if limit else needed
         require(
             reach == 0 or needed <= reach,
@@ -90,21 +87,19 @@ class SpeculativeGenerator(Generator):
 
     def _prefill(self, window: tuple[Any, ...], draw: Draw, sampling: SamplingConfig, sizes: dict[str, int]) -> State:
         state = super()._prefill(window, draw, sampling, sizes)
-        draft = _read_draft(self._draft, self._draft_params, *window, **self._of_draft(sizes))
+        draft = _read_draft(self._draft.model, self._draft.params, *window, **self._of_draft(sizes))
         counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two arrays: both are donated
         return state._replace(cache=Caches(state.cache, draft, jnp.asarray(window[1]), *counts))
 
     def _of_draft(self, sizes: dict[str, int]) -> dict[str, int]:
-        reach = self._draft.config.max_length or sizes["capacity"]
+        reach = self._draft.model.config.max_length or sizes["capacity"]
         return sizes | {"capacity": min(sizes["capacity"], reach), "length": min(sizes["length"], reach)}
 
     def _decode(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> tuple[State, Any]:
         rows = len(state.tokens_BP)
-        if rows not in self._drafting:
-            self._drafting = {rows: prepare(self._draft, self._draft_params, rows)}
-        params = self._prepare(rows * (self._draft_tokens + 1)), self._drafting[rows]
+        params = self._target.prepared(rows * (self._draft_tokens + 1)), self._draft.prepared(rows)
         before = int(state.cache.offered), int(state.cache.accepted)
-        models = self._model, self._draft
+        models = self._target.model, self._draft.model
         how: Any = {"draft_tokens": self._draft_tokens, "sampling": sampling}
         state, overflow = _rounds(models, params, state, np.int32(num_new), draw, **how)
         self.offered += int(state.cache.offered) - before[0]
@@ -113,8 +108,10 @@ class SpeculativeGenerator(Generator):
 
     def _roll_caches(self, state: State, rows: tuple[np.ndarray, ...], sizes: dict[str, int]) -> State:
         tokens_BP, caches = state.tokens_BP, state.cache
-        target = roll_cache(self._model, self._params, caches.target, tokens_BP, *rows, **sizes)
-        draft = roll_cache(self._draft, self._draft_params, caches.draft, tokens_BP, *rows, **self._of_draft(sizes))
+        target = roll_cache(self._target.model, self._target.params, caches.target, tokens_BP, *rows, **sizes)
+        draft = roll_cache(
+            self._draft.model, self._draft.params, caches.draft, tokens_BP, *rows, **self._of_draft(sizes)
+        )
         return state._replace(cache=caches._replace(target=target, draft=draft))
 
 
@@ -286,9 +283,7 @@ def distribution(
     sampling: SamplingConfig,
 ) -> Float[Array, "B V"]:
     """Probabilities with which `append` would draw the next token; NaN where logits are unusable."""
-    logits_BV = only_drawable(logits_BV, draw.drawable_V)
-    if sampling.repetition_penalty != 1:
-        logits_BV = penalize(logits_BV, tokens_BP, lengths_B, sampling.repetition_penalty)
+    logits_BV = adjusted_logits(logits_BV, tokens_BP, lengths_B, draw, sampling)
     usable_B1 = jnp.isfinite(jnp.max(logits_BV, axis=-1, keepdims=True))
     if sampling.greedy:
         p_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=jnp.float32)
@@ -319,8 +314,4 @@ def _draw(p_BV: Float[Array, "B V"], keys_B: Any) -> Int[Array, " B"]:
 
 def _keys(draw: Draw, positions_B: Int[Array, " B"], purpose: int) -> Any:
     """A key for a purpose at each row's position. Those of discarded drafts are used again: nothing kept depends on them."""
-
-    def key(row: Array, position: Array) -> Any:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(draw.key, row), position), purpose)
-
-    return jax.vmap(key)(jnp.asarray(draw.rows_B), positions_B)
+    return jax.vmap(jax.random.fold_in, (0, None))(row_keys(draw, positions_B), purpose)

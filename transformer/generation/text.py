@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from transformer.generation.generate import Generator
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # is shown for a character that still lacks bytes
 
 
@@ -36,6 +38,35 @@ def stream_text(
             text = text[: begin + end]
             break
     yield text[written:]
+
+
+def generate_texts(
+    generator: Generator,
+    decode: Callable[[Any], str],
+    prompts: Sequence[Sequence[int]],
+    *,
+    rooms: Sequence[int],
+    stop: Sequence[str],
+    **options: Any,
+) -> list[str]:
+    """The text after each prompt of a batch, up to the first of the texts in `stop`.
+
+    Args:
+        generator: continues the prompts.
+        decode: of a tokenizer.
+        prompts: tokens of each row.
+        rooms: most tokens to add to each row.
+        stop: texts at which a row ends.
+        options: other arguments of `Generator.generate`.
+    """
+
+    def text_of(row: int, tokens: Any) -> str:
+        return behind(decode, prompts[row], tokens[: rooms[row]])
+
+    stopped = (lambda row, tokens: find_stop(text_of(row, tokens), stop) >= 0) if stop else None
+    found = generator.generate(prompts, max_new_tokens=max(rooms), stopped=stopped, **options)
+    rows = enumerate(zip(found.tokens, found.lengths, strict=True))
+    return [cut_at_stop(text_of(row, tokens[:length]), stop) for row, (tokens, length) in rows]
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int:

@@ -14,12 +14,12 @@ from transformer.generation.generate import Generator
 from transformer.generation.likelihood import Query, next_token_scores
 from transformer.generation.sampling import SamplingConfig
 from transformer.generation.speculative import SpeculativeGenerator
-from transformer.generation.text import behind, cut_at_stop, find_stop, stream_text
+from transformer.generation.text import behind, generate_texts, stream_text
 from transformer.generation.window import num_dropped
-from transformer.objective import Said, Trained
+from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
-from transformer.types import Reading
+from transformer.types import GeneratedTexts, Reading
 from transformer.validation import require
 
 _BATCHES_AT_ONCE = 8  # texts are sorted by length within this many batches
@@ -59,7 +59,7 @@ class ContinuesText(TokenObjective):
         """The prompt as encoded, then its continuation; with beams, each continuation."""
         tokens = prompt_ids(run.tokenizer, prompt)
         if beams:
-            length, ids = _room(run, tokens, max_new_tokens, note), _ids(run)
+            length, ids = _room(run, tokens, max_new_tokens, note), generated_ids(run)
             how = {"max_new_tokens": length, **ids, **dataclasses.asdict(beams)}
             found = beam_search(run.model, run.params, [tokens], **how).best(0)
             return iter(["\n".join(run.tokenizer.decode([*tokens, *best]) for best, _ in found)])
@@ -80,7 +80,7 @@ class ContinuesText(TokenObjective):
         beams: BeamConfig | None = None,
         stop: Sequence[str] = (),
         generator: Generator | None = None,
-    ) -> Iterator[Said]:
+    ) -> Iterator[GeneratedTexts]:
         """Continuations of each prompt; a note of a prompt follows its number."""
         if beams:
             yield from super().generate_all(run, prompts, batch_size, max_new_tokens, sampling, seed, note, beams=beams)
@@ -94,24 +94,21 @@ class ContinuesText(TokenObjective):
         said: list[str] = []
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-
-            def text_of(row: int, tokens: np.ndarray, batch: list[tuple[int, int]] = batch) -> str:
-                number, _ = batch[row]
-                return behind(decode, ids[number], tokens[: rooms[number]])
-
-            found = generator.generate(
+            texts = generate_texts(
+                generator,
+                decode,
                 [ids[number] for number, _ in batch],
-                max_new_tokens=max(rooms[number] for number, _ in batch),
+                rooms=[rooms[number] for number, _ in batch],
+                stop=stop,
                 sampling=sampling,
                 seed=seed,
                 row_numbers=[row_number(number, sample) for number, sample in batch],
-                stopped=(lambda row, tokens: find_stop(text_of(row, tokens), stop) >= 0) if stop else None,
-                **_ids(run),
+                **generated_ids(run),
             )
-            for row, (tokens, length) in enumerate(zip(found.tokens, found.lengths, strict=True)):
-                said.append(cut_at_stop(text_of(row, tokens[:length]), stop))
+            for (number, _), text in zip(batch, texts, strict=True):
+                said.append(text)
                 if len(said) == num_samples:
-                    yield Said(decode(ids[batch[row][0]]), tuple(said))
+                    yield GeneratedTexts(decode(ids[number]), tuple(said))
                     said = []
 
     def reply(
@@ -143,7 +140,7 @@ class ContinuesText(TokenObjective):
         """The generated tokens, one at a time."""
         length = _room(run, tokens, max_new_tokens, note, rolling=True)
         generator = generator or self.make_generator(run)
-        return generator.stream(tokens, max_new_tokens=length, sampling=sampling, seed=seed, **_ids(run))
+        return generator.stream(tokens, max_new_tokens=length, sampling=sampling, seed=seed, **generated_ids(run))
 
     def predict(
         self,
@@ -301,7 +298,7 @@ def _keep_first(run: Trained) -> int:
     return min(len(getattr(run.tokenizer, "begin", ())), max(0, run.config.model.max_length // 2 - 1))
 
 
-def _ids(run: Trained) -> dict[str, Any]:
+def generated_ids(run: Trained) -> dict[str, Any]:
     """End-of-text ids, and the ids that may be generated."""
     allowed = drawable(run.tokenizer, run.config.model.vocab_size)
     return {"end_of_text": stop_ids(run.tokenizer), "drawable": allowed}
@@ -311,7 +308,7 @@ def _continued(
     run: Trained, generator: Generator, prompts: dict[int, np.ndarray], count: int, how: _How
 ) -> list[list[tuple[np.ndarray, float]]]:
     """Tokens and score of the continuations of each prompt, by the prompt's index among all texts."""
-    options: Any = {"max_new_tokens": count, **_ids(run)}
+    options: Any = {"max_new_tokens": count, **generated_ids(run)}
     rows = list(prompts.values())
     if how.beams:
         found = beam_search(run.model, run.params, rows, **options, **dataclasses.asdict(how.beams))

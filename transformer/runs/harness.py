@@ -12,9 +12,10 @@ import numpy as np
 from transformer.generation.generate import Generator
 from transformer.generation.likelihood import Query, TokenScores, next_token_scores
 from transformer.generation.sampling import SamplingConfig
-from transformer.generation.text import behind, cut_at_stop, find_stop
+from transformer.generation.text import generate_texts
+from transformer.objectives.continuation import generated_ids
 from transformer.runs.saved import Loaded
-from transformer.tokenizer import document_start, drawable, prompt_ids, stop_ids
+from transformer.tokenizer import document_start, prompt_ids, stop_ids
 from transformer.validation import require, require_installed
 
 try:
@@ -28,6 +29,7 @@ except ImportError as missing:
 
 _NEW_TOKENS = 256  # of a task that says nothing, as lm-eval's other models have it
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLED = ("top_k", "top_p", "min_p")
 
 
 class HarnessModel(TemplateLM):
@@ -141,30 +143,21 @@ class HarnessModel(TemplateLM):
             order = sorted(prompts, key=lambda index, prompts=prompts: len(prompts[index]))
             for first in range(0, len(order), self.batch_size):
                 batch = {index: prompts[index] for index in order[first : first + self.batch_size]}
-                for index, text in self._generated(batch, how):
+                texts = generate_texts(
+                    self._generator,
+                    self._run.tokenizer.decode,
+                    list(batch.values()),
+                    rooms=[how.tokens] * len(batch),
+                    stop=how.until,
+                    sampling=how.sampling,
+                    row_numbers=list(batch),
+                    **generated_ids(self._run),
+                )
+                for index, text in zip(batch, texts, strict=True):
                     found[index] = text
         for request, text in zip(requests, found, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
-
-    def _generated(self, prompts: dict[int, list[int]], how: "_How") -> Iterator[tuple[int, str]]:
-        """The text that follows each prompt, by its number."""
-        tokenizer, rows = self._run.tokenizer, list(prompts.values())
-
-        def text_of(row: int, tokens: np.ndarray) -> str:
-            return behind(tokenizer.decode, rows[row], tokens)
-
-        generated = self._generator.generate(
-            rows,
-            max_new_tokens=how.tokens,
-            sampling=how.sampling,
-            end_of_text=stop_ids(tokenizer),
-            drawable=drawable(tokenizer, self._run.config.model.vocab_size),
-            row_numbers=list(prompts),
-            stopped=(lambda row, tokens: find_stop(text_of(row, tokens), how.until) >= 0) if how.until else None,
-        )
-        for row, (index, length) in enumerate(zip(prompts, generated.lengths, strict=True)):
-            yield index, cut_at_stop(text_of(row, generated.tokens[row, :length]), how.until)
 
 
 class _How(NamedTuple):
@@ -184,19 +177,9 @@ def _how(kwargs: Mapping[str, Any]) -> _How:
     """
     until = kwargs.get("until") or ()
     limits = [kwargs[name] for name in _LIMITS if kwargs.get(name) is not None]
-    sampled = {name: kwargs[name] for name in ("top_k", "top_p", "min_p") if kwargs.get(name) is not None}
+    sampled = {name: kwargs[name] for name in _SAMPLED if kwargs.get(name) is not None}
     penalty = {name: kwargs[name] for name in ("repetition_penalty",) if kwargs.get(name) is not None}
-    unknown = set(kwargs) - {
-        "until",
-        *_LIMITS,
-        *sampled,
-        *penalty,
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-    }
+    unknown = set(kwargs) - {"until", *_LIMITS, *penalty, "do_sample", "temperature", *_SAMPLED}
     require(not unknown, f"A task's generation_kwargs must be of those known here, got {', '.join(sorted(unknown))}.")
     temperature = float(kwargs.get("temperature") or 0.0)
     if kwargs.get("do_sample") is False:

@@ -16,7 +16,7 @@ from transformer.config_io import CONFIG_FILE, leaves, to_dict
 from transformer.runs.directory import CHECKPOINTS, METRICS_FILE, SAMPLES_FILE, SCORES_FILE
 from transformer.storage import expand, explained
 from transformer.training.metrics import PARTS
-from transformer.training.writers import SamplesWriter, jsonl_rows
+from transformer.training.writers import SamplesWriter, json_object, jsonl_rows
 from transformer.validation import require
 
 _MOST_METRICS = 200
@@ -77,12 +77,10 @@ def _read(workdir: epath.Path, name: str) -> RunView:
 def _read_config(workdir: epath.Path) -> tuple[dict[str, Any], list[str]]:
     """The config as JSON, empty if it cannot be read, and notes."""
     try:
-        config = json.loads((workdir / CONFIG_FILE).read_bytes())
+        config = json_object((workdir / CONFIG_FILE).read_bytes())
     except FileNotFoundError:
         return {}, [f"Its {CONFIG_FILE} is missing; its settings are unknown."]
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+    if config is None:
         return {}, [f"Its {CONFIG_FILE} is damaged; its settings are unknown."]
     return config, []
 
@@ -162,11 +160,8 @@ def _read_scores(workdir: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
     """The recorded results of `transformer evaluate`: the latest for each split of each source."""
     path, found = workdir / SCORES_FILE, dict[str, dict[str, Any]]()
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            scores = json.loads(line)
-        except (ValueError, RecursionError):
-            scores = None
-        if not isinstance(scores, dict):
+        scores = json_object(line)
+        if scores is None:
             notes.append(f"Line {number} of its {SCORES_FILE} is damaged, and left out.")
             continue
         place = json.dumps([scores.get("source"), scores.get("split")])

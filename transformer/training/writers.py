@@ -98,11 +98,17 @@ def jsonl_rows(path: epath.PathLike) -> Iterator[tuple[int, dict | bytes]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield number, row if isinstance(row, dict) and type(row.get("step")) is int else line.removesuffix(b"\n")
+            row = json_object(line)
+            yield number, row if row is not None and type(row.get("step")) is int else line.removesuffix(b"\n")
+
+
+def json_object(content: bytes) -> dict | None:
+    """The JSON object that a file or a line holds; None if it holds something else."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class SamplesWriter:

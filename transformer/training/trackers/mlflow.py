@@ -3,31 +3,15 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from transformer.config_io import leaves
-from transformer.storage import is_local
-from transformer.tracker import TRACKERS, Tracker
-from transformer.training.trackers.remote import RemoteWriter, require_package
+from transformer.storage import is_local, resolved
+from transformer.tracker import TRACKERS
+from transformer.training.trackers.remote import RemoteTracker, RemoteWriter
 from transformer.training.writers import Metrics
 
 _MOST_PARAMS = 100  # of one call
-
-
-@TRACKERS.register
-@dataclasses.dataclass(frozen=True)
-class MlflowTracker(Tracker):
-    """MLflow; its own environment variables choose the server or folder (by default `mlruns` here) and the experiment."""
-
-    kind = "mlflow"
-
-    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "MlflowWriter":
-        """The writer."""
-        require_package(self.kind)
-        return MlflowWriter(workdir, config)
 
 
 class MlflowWriter(RemoteWriter):
@@ -39,7 +23,7 @@ class MlflowWriter(RemoteWriter):
 
     def begin(self, run_id: str) -> str:
         """The run, with the settings as its parameters."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or epath.Path("mlruns").resolve().as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or resolved("mlruns").as_uri()
         if is_local(uri) or uri.startswith("file:"):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # from version 3 on it is refused otherwise
         from mlflow.entities import Metric, Param  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
@@ -70,3 +54,12 @@ class MlflowWriter(RemoteWriter):
         """Finished, or killed before the last step."""
         done = self._sent.get("train", 0) >= self.config["training"]["steps"]
         self._client.set_terminated(self._run, status="FINISHED" if done else "KILLED")
+
+
+@TRACKERS.register
+@dataclasses.dataclass(frozen=True)
+class MlflowTracker(RemoteTracker):
+    """MLflow; its own environment variables choose the server or folder (by default `mlruns` here) and the experiment."""
+
+    kind = "mlflow"
+    writer = MlflowWriter

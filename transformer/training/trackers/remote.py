@@ -5,14 +5,26 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from etils import epath
 
 from transformer.storage import explained, write_whole
 from transformer.terminal import make_console, say
+from transformer.tracker import Tracker
 from transformer.training.writers import Metrics
 from transformer.validation import require
+
+
+class RemoteTracker(Tracker):
+    """A tracker with a package of its own: the extra of its name."""
+
+    writer: ClassVar[type["RemoteWriter"]]
+
+    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "RemoteWriter":
+        """The writer, if the package is installed."""
+        require_package(self.kind)
+        return self.writer(workdir, config)
 
 
 def require_package(name: str) -> None:

@@ -3,26 +3,12 @@
 import dataclasses
 import os
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 from transformer.storage import is_local
-from transformer.tracker import TRACKERS, Tracker
-from transformer.training.trackers.remote import RemoteWriter, require_package
+from transformer.tracker import TRACKERS
+from transformer.training.trackers.remote import RemoteTracker, RemoteWriter
 from transformer.training.writers import Metrics
-
-
-@TRACKERS.register
-@dataclasses.dataclass(frozen=True)
-class WandbTracker(Tracker):
-    """Weights & Biases; its own environment variables choose project, entity, name and mode."""
-
-    kind = "wandb"
-
-    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "WandbWriter":
-        """The writer."""
-        require_package(self.kind)
-        return WandbWriter(workdir, config)
 
 
 class WandbWriter(RemoteWriter):
@@ -56,3 +42,12 @@ class WandbWriter(RemoteWriter):
     def end(self) -> None:
         """Write or send what is left."""
         self._run.finish()
+
+
+@TRACKERS.register
+@dataclasses.dataclass(frozen=True)
+class WandbTracker(RemoteTracker):
+    """Weights & Biases; its own environment variables choose project, entity, name and mode."""
+
+    kind = "wandb"
+    writer = WandbWriter
