@@ -1,4 +1,4 @@
-"""Every code block of the README and docs/ runs: Python as it stands, commands with tiny sizes."""
+"""Every code block of the README, CONTRIBUTING.md and docs/ runs: Python as it stands, commands with tiny sizes."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 from transformer.cli.options import OPTIONS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = shlex.split(
     "--training.steps 2 --training.log-every 1 --training.sample-length 0 --training.eval-every 0 "
     "--optimizer.schedule.warmup-steps 0 --model.num-layers 1 --model.embed-dim 16 --model.attention.num-heads 2 "

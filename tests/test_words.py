@@ -52,7 +52,11 @@ def is_checked(path):
     return not any(name == left or name.startswith(left + "/") for left in UNCHECKED)
 
 
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if is_checked(path)]
+PAGES = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    if is_checked(path)
+]
 MODULES = [path for path in sorted((ROOT / "transformer").rglob("*.py")) if is_checked(path)]
 
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "prove": "kill, damage and move a small run, and show that it ends the same",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
+GROUP = "transformer.commands"
+"""The entry points by which other packages add commands."""
 _MORE = """
 `transformer COMMAND --help` tells more, `transformer --version` the version. A config comes with a name (gpt2_124m) or is a file,
 and has a small variant to try things with: python_stdlib:debug.
@@ -40,16 +42,26 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; a user's error is one line on stderr and exit code 2, a signal one line and 128 + its number."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + _MORE)
+        print(_usage() + _MORE)
         return
     if arguments[0] == "--version":
         print(f"transformer {importlib.import_module('transformer').__version__}")
         return
     name, *rest = arguments
-    if name not in COMMANDS:
-        print(f"error: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
+    if name not in COMMANDS and name not in _of_other_packages():
+        print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         sys.exit(2)
     run(name, rest)
+
+
+def _of_other_packages() -> dict[str, Any]:
+    """The commands of other installed packages: a function of the arguments for each entry point in `GROUP`."""
+    found = importlib.import_module("importlib.metadata").entry_points(group=GROUP)
+    return {point.name: point for point in found if point.name not in COMMANDS}
+
+
+def _usage() -> str:
+    return USAGE + "".join(f"  {name:<10}of {point.value}\n" for name, point in sorted(_of_other_packages().items()))
 
 
 def run(name: str, arguments: list[str], **more: Any) -> None:
@@ -62,6 +74,9 @@ def run(name: str, arguments: list[str], **more: Any) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         try:
+            if name not in COMMANDS:
+                _of_other_packages()[name].load()(arguments)
+                return
             options = importlib.import_module("transformer.cli.options").OPTIONS[name]
             parsed = options.parse(arguments)
             with _quiet_callbacks():
@@ -85,6 +100,8 @@ def run(name: str, arguments: list[str], **more: Any) -> None:
 
 def _as_flags(error: UserError, name: str) -> str:
     """The message for someone who types flags."""
+    if name not in COMMANDS:
+        return str(error)
     table = importlib.import_module("transformer.cli.options").OPTIONS[name].flags()
     return importlib.import_module("transformer.cli.fields").as_flags(str(error), table)
 
