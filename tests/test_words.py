@@ -19,7 +19,6 @@ UNCHECKED = (
     "docs/ladder.md",
     "docs/use.md",
     "transformer/analysis",
-    "transformer/cli",
     "transformer/generation",
     "transformer/ops/dense_cpu.py",
 )

@@ -93,7 +93,7 @@ def test_options_are_taken(place, tmp_path):
         (["--text", "a", "-o", "{}/p.png"], "--output must be the name of a new .html file"),
         (
             ["--text", "a", "-o", "{}/none/p.html"],
-            "--output must be in a folder that is there, {}/none is none; make it first.",
+            "--output must be in an existing folder, {}/none is none; make it first.",
         ),
         (["--text", "a", "-o", "{}/old.html"], "--output must be a new file, {}/old.html exists; choose another name"),
         (["--text", "a" * 40, "-o", "{}/p.html"], "at most the 32 tokens that the model reads, got 41"),

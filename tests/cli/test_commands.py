@@ -305,7 +305,7 @@ def test_generate_goes_on_past_the_length(workdir, capsys):
         (["prepare", "{place}/nowhere"], "nowhere"),
         (
             ["prepare", "{place}/text", "--validation", "x", "--validation-fraction", "0.2"],
-            "--validation-fraction is for text without files of --validation",
+            "--validation-fraction is for text without --validation files",
         ),
         (
             ["prepare", "{place}/text", "--test", "x"],
@@ -321,7 +321,7 @@ def test_generate_goes_on_past_the_length(workdir, capsys):
         ),
         (
             ["prepare", "{place}/text", "--tokenizer", "bytes", "--tokenizer-size", "300"],
-            "--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got 'bytes'",
+            "--tokenizer-size and --tokenizer-bytes are for --tokenizer bpe or words, got 'bytes'",
         ),
         (
             ["prepare", "{place}/text", "--tokenizer", "{place}"],

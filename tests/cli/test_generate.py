@@ -137,7 +137,7 @@ def test_a_prompt_that_is_no_text_is_refused(generate, monkeypatch, errors):
     """As a text to train on is; Python puts surrogates for such bytes in arguments, and in input where the locale is C."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), encoding="utf-8", errors=errors))
     error = generate(code=2)
-    assert "A prompt must be text in UTF-8, that on standard input is not (byte 1: 0xff): convert it" in error
+    assert "A prompt must be text in UTF-8, standard input is not (byte 1: 0xff): convert it" in error
     assert "UTF-8, --prompt is not (byte 2: 0xe9): convert it" in generate("--prompt", "Ca\udce9", code=2)
     # In a locale without an encoding, UTF-8 comes as surrogates too.
     monkeypatch.setattr(

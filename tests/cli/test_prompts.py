@@ -127,7 +127,7 @@ def test_files_that_are_none(generate, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"words": "a"}\n')
     (tmp_path / "none.jsonl").write_text("")
     for name, message in {
-        "absent.txt": "--prompt-file must be a file, there is none at",
+        "absent.txt": "absent.txt' is none",
         ".": "--prompt-file must be a file",
         "binary.txt": "must be UTF-8 text without NUL bytes",
         "other.jsonl": "'text'",
@@ -312,4 +312,4 @@ def test_the_model_is_prepared_once(typed, monkeypatch):
 
 
 def test_a_session_has_one_answer_to_each_line(typed):
-    assert "--num-samples is for prompts that are given" in typed("a", flags=["--num-samples", "2"], code=2)
+    assert "--num-samples is for given prompts" in typed("a", flags=["--num-samples", "2"], code=2)

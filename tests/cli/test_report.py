@@ -118,7 +118,7 @@ def test_scores_that_cannot_be_kept_are_printed(place, tmp_path, capsys):
     copy.chmod(0o555)
     main(["evaluate", str(copy)])
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["step"] == 2 and "are not kept" in captured.err
+    assert json.loads(captured.out)["step"] == 2 and "are not stored" in captured.err
     copy.chmod(0o755)
 
 
@@ -128,7 +128,7 @@ def test_a_place_for_scores_that_is_a_folder(place, tmp_path, capsys):
     main(["evaluate", str(copy)])
     captured = capsys.readouterr()
     assert json.loads(captured.out)["step"] == 2
-    assert "are not kept for `transformer report`" in captured.err.replace("\n", " ")
+    assert "are not stored for `transformer report`" in captured.err.replace("\n", " ")
 
 
 def test_runs_beside_each_other(place):

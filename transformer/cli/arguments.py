@@ -1,4 +1,4 @@
-"""The config a command line asks for: a config file, its variant, and overrides of single fields."""
+"""The config of a command line: a config file, its variant, and overrides of single fields."""
 
 import contextlib
 import dataclasses
@@ -26,26 +26,27 @@ from transformer.types import UserError
 from transformer.validation import require
 
 _TUNED = "-tuned"
-"""Ends the directory of a run that starts from an imported model, unless it is named."""
+"""Suffix of the default directory of a run that starts from an imported model."""
 _PACKAGE = pathlib.Path(__file__).parents[1]
-CONFIGS = next((place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir()), _PACKAGE)
-"""The configs that have names: a wheel has them inside the package, a clone beside it."""
+CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
+"""The folder of named configs: inside the package in a wheel, beside the package in a clone."""
 _ABOUT = """\
-CONFIG is a Python file with get_config(), the name of a config that comes with the package, such as python_stdlib, or the
-directory of a run, to go on with it. With another --workdir a new run starts from its parameters, as it does from an imported
-model. Each config has a small variant to try things with: python_stdlib:debug. Every field can be set here;
+CONFIG is a Python file with get_config(), the name of a config of the package, such as python_stdlib, or the directory of a
+run. The directory of a run continues that run. With another --workdir, or for an imported model, a new run starts from its
+parameters. Each config has a small variant for trials: python_stdlib:debug. Every field can be set here;
 --model.attention.*, --model.feed-forward.* and --model.norm.* set all blocks. Settings of the file that do not fit your flags
 are adjusted, unless you set them yourself."""
 
 
 def load_config(reference: str) -> Config:
-    """The config of `FILE.py[:VARIANT]` or `NAME[:VARIANT]`, which the file's `get_config([VARIANT])` returns, or of a run's
-    directory.
+    """Load the config of `FILE.py[:VARIANT]`, of `NAME[:VARIANT]`, or of a run's directory.
+
+    A file's config is the result of its `get_config([VARIANT])`.
 
     An empty workdir becomes `runs/FILE[-VARIANT]`.
     """
     name, _, variant = reference.partition(":")
-    path = _place(name)
+    path = _path_of(name)
     if path.is_dir():
         return _config_of_run(path)
     if not path.is_file():
@@ -58,7 +59,7 @@ def load_config(reference: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"A config must be a Python file ending in .py, got {name!r}.")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where the classes in it are looked up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module here
     chosen = (variant,) if variant else ()
     with _located(path):
         spec.loader.exec_module(module)
@@ -78,21 +79,21 @@ def load_config(reference: str) -> Config:
     return config
 
 
-def _place(name: str) -> pathlib.Path:
-    """The file of a config, or the directory of a run; a name of `CONFIGS` where there is no such file or run."""
+def _path_of(name: str) -> pathlib.Path:
+    """The file of a config or the directory of a run; if neither exists, the config of that name in `CONFIGS`."""
     path = pathlib.Path(expand(name))
     named = CONFIGS / f"{name}.py"
-    there = path.is_file() or (path / CONFIG_FILE).is_file()
-    return named if not there and pathlib.Path(name).name == name and named.is_file() else path
+    exists = path.is_file() or (path / CONFIG_FILE).is_file()
+    return named if not exists and pathlib.Path(name).name == name and named.is_file() else path
 
 
 def _config_of_run(path: pathlib.Path) -> Config:
-    """The config of a run, to go on with; of an imported model, that of a new run that starts from it."""
+    """The config that continues a run; for an imported model, the config of a new run that starts from it."""
     copy = path / CONFIG_FILE
     require(
         (path / "checkpoints").is_dir() and copy.is_file(),
-        f"A config must be a Python file, or the directory of a run, {path} is neither; a pretrained folder becomes a run by "
-        "`transformer import`.",
+        f"A config must be a Python file, or the directory of a run, {path} is neither; `transformer import` makes a run of a "
+        "pretrained folder.",
     )
     config: Config = from_json(Config, copy.read_bytes(), copy)
     if not (path / IMPORT_FILE).exists():
@@ -103,7 +104,7 @@ def _config_of_run(path: pathlib.Path) -> Config:
 
 @contextlib.contextmanager
 def _located(path: pathlib.Path) -> Iterator[None]:
-    """Name the line of a config file in which an error comes up."""
+    """Name the line of a config file that raises an error."""
     try:
         yield
     except UserError:
@@ -112,15 +113,15 @@ def _located(path: pathlib.Path) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{path}, line {line}" if line else str(path)
-        told = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"{where}: {type(error).__name__}: {told}") from error
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
 
 
-_PLACES = ("source", "validation", "data_dir")  # of data, which a run's directory may name
+_DATA_PATHS = ("source", "validation", "data_dir")  # fields of data that a run's config may name
 
 
 def default_workdir(reference: str) -> str:
-    """Where a run of config `FILE.py[:VARIANT]` goes unless told otherwise: `runs/FILE[-VARIANT]`."""
+    """The default directory of a run of `FILE.py[:VARIANT]`: `runs/FILE[-VARIANT]`."""
     name, _, variant = reference.partition(":")
     return f"runs/{pathlib.Path(name).stem}" + (f"-{variant}" if variant else "")
 
@@ -133,20 +134,21 @@ def parse_config(arguments: list[str], *, command: str, trains: bool = False) ->
 def parse_config_and(
     own: Any, arguments: list[str], *, command: str, trains: bool = False
 ) -> tuple[Config, dict[str, Any]]:
-    """The config of `CONFIG[:VARIANT] [--section.field value ...]`, and the given ones of a command's own options.
+    """The config of `CONFIG[:VARIANT] [--section.field value ...]`, and the values given for a command's own options.
 
-    Settings of the file that do not fit those of the command line follow them (`transformer.overrides`); a note on standard
-    error says which.
+    Settings of the file are adjusted to the flags (`transformer.overrides`). A note on standard error names each adjusted
+    setting.
 
     Args:
-        own: a dataclass instance whose fields are flags besides those of the config, or None.
+        own: a dataclass instance with the command's own options, which are flags too, or None.
         arguments: the command line after the command's name.
         command: the command's name, for messages.
-        trains: it goes on with the run in the workdir, if there is one: what that run may not change is as it has it.
+        trains: the command continues the run in the workdir, if one exists. The run's own values then apply to all settings
+            that a run may not change.
 
     Raises:
-        UserError: a file, flag or value that cannot be taken.
-        SystemExit: the help was asked for; it is printed.
+        UserError: a file, flag or value is invalid.
+        SystemExit: after printing the help.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     reference, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
@@ -156,7 +158,7 @@ def parse_config_and(
     tunes = config.training.init_from != "" and config.workdir == f"{config.training.init_from}{_TUNED}"
     own_table = flags(own) if own is not None else {}
     of_kinds = with_kinds(config, chosen(all_flags(config), rest))
-    # Another flag may make use of a setting: what is not used after all is refused by the config.
+    # All flags are accepted here, since another flag may enable a setting. The config refuses settings that remain unused.
     table = all_flags(of_kinds)
     given, words = parse(
         own_table | table,
@@ -175,12 +177,12 @@ def parse_config_and(
         not tunes or "data.source" in given or command.endswith(" plan"),
         f"A run that starts from an imported model needs data of its own, got none for {reference}; give --data.source.",
     )
-    if named and _place(reference).is_dir():
+    if named and _path_of(reference).is_dir():
         config = _tuning(config, given) if tunes else _starting(config, reference, given) if trains else config
-        # Imported here: a mistake on the command line is answered at once.
+        # Imported here, so that a wrong command line fails at once.
         trust = importlib.import_module("transformer.data.trust")
-        places = {name: given[f"data.{name}"] for name in _PLACES if f"data.{name}" in given}
-        config = dataclasses.replace(config, data=trust.trusted(config.data, reference, **places))
+        paths = {name: given[f"data.{name}"] for name in _DATA_PATHS if f"data.{name}" in given}
+        config = dataclasses.replace(config, data=trust.trusted(config.data, reference, **paths))
     own_given = {flag.paths[0]: given.pop(flag.paths[0]) for flag in own_table.values() if flag.paths[0] in given}
     notes: list[str] = []
     workdir = given.get("workdir") or config.workdir or default_workdir(reference)
@@ -191,15 +193,15 @@ def parse_config_and(
 
 
 def _tuning(config: Config, given: dict[str, Any]) -> Config:
-    """The config of a run that starts from an imported model: what is trained is float32."""
-    if given.get("adapter.rank", config.adapter.rank) > 0:  # the base stays as it is, and adapters are float32
+    """The config of a run that starts from an imported model: trained parameters are float32."""
+    if given.get("adapter.rank", config.adapter.rank) > 0:  # the base keeps its type, and adapters are float32
         return config
-    # Small updates are lost to rounding in 16 bits; activations keep their type.
+    # 16-bit parameters would lose small updates to rounding. Activations keep their type.
     return dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="float32"))
 
 
 def _starting(config: Config, reference: str, given: dict[str, Any]) -> Config:
-    """The config of a run that starts from this run's parameters, if it has another directory."""
+    """The config of a new run that starts from this run's parameters; the same config if both share a directory."""
     own, other = (os.path.realpath(expand(path)) for path in (reference, given.get("workdir") or reference))
     if own == other:
         return config
@@ -208,8 +210,8 @@ def _starting(config: Config, reference: str, given: dict[str, Any]) -> Config:
 
 
 def _recorded(workdir: str) -> Config | None:
-    """The config of the run in a directory, by the copy at its top; None where there is none, or one that cannot be read."""
+    """The config of the run in a directory, from `config.json`; None if it does not exist or cannot be read."""
     try:
         return from_dict(Config, json.loads((epath.Path(expand(workdir)) / CONFIG_FILE).read_bytes()))
-    except Exception:  # of a bucket, of any kind; where there is a run, its checkpoint is compared in any case
+    except Exception:  # a bucket may raise any error; a checkpoint of the run is compared with the config in any case
         return None

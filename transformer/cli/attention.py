@@ -1,4 +1,4 @@
-"""`transformer attention RUN --text TEXT -o FILE.html`: a page to look into a model's attention."""
+"""`transformer attention RUN --text TEXT -o FILE.html`: write a page about a model's attention."""
 
 from etils import epath
 
@@ -11,9 +11,9 @@ from transformer.training.hardware import use_compilation_cache
 from transformer.training.out_of_memory import explained as out_of_memory_explained
 
 
-@out_of_memory_explained(what="Looking at attention")
+@out_of_memory_explained(what="Computing attention")
 def main(options: AttentionOptions, given: Given) -> None:
-    """Refuse what cannot be written; then load, look and write."""
+    """Check the output path, load the model, compute its attention, and write the page."""
     del given
     use_compilation_cache()
     path = new_page(options.output)

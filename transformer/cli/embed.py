@@ -1,4 +1,4 @@
-"""`transformer embed RUN INPUT -o vectors.npy`: a vector of each text of a file, from a run's model."""
+"""`transformer embed RUN INPUT -o vectors.npy`: compute a vector of each text of a file with a run's model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,18 +15,18 @@ from transformer.validation import counted
 
 @out_of_memory_explained(what="Embedding")
 def main(options: EmbedOptions, given: Given) -> None:
-    """Read all rows, then compute, and write each vector as it comes."""
+    """Read all rows, then compute the vectors, and write each as soon as it is ready."""
     del given
     use_compilation_cache()
     check_files(options, "embed")
     run, batch_size = load_on_all_devices(options)
     key = options.text_key or getattr(run.config.data, run.config.objective.predicts_from)
     name, rows = read_rows(options, (key,), "embed")
-    texts = [text_field(row, key, place) for place, row in rows]
+    texts = [text_field(row, key, location) for location, row in rows]
     cut: list[int] = []
     found = run.embeddings(
         texts,
-        names=[place for place, _ in rows],
+        names=[location for location, _ in rows],
         pooling=options.pooling,
         layer=options.layer,
         normalize=options.normalize,

@@ -1,4 +1,4 @@
-"""`transformer evaluate DIR`: one JSON object of scores of a run's model over a whole split, or on tasks of lm-eval."""
+"""`transformer evaluate DIR`: score a run's model over a whole split or on tasks of lm-eval, as one JSON object."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from transformer.validation import require
 
 
 def main(options: EvaluateOptions, given: Given) -> None:
-    """Score and print."""
+    """Compute the scores and print them."""
     del given
     use_compilation_cache()
     if options.tasks:
@@ -52,11 +52,11 @@ def main(options: EvaluateOptions, given: Given) -> None:
     try:
         keep_scores(options.workdir, scores)
     except WriteError as error:
-        report(f"These scores are not kept for `transformer report`: {error}")
+        report(f"These scores are not stored for `transformer report`: {error}")
     if options.reliability:
         require(
             "calibration" in scores,
-            f"A reliability diagram (--reliability) is of a classifier, {options.workdir} is none; leave it out.",
+            f"A reliability diagram (--reliability) needs a classifier, {options.workdir} is none; leave it out.",
         )
         picture = reliability_diagram(scores["calibration"], scores["expected_calibration_error"], options.workdir)
         with explained(options.reliability), writing_whole(expand(options.reliability)) as file:
@@ -82,7 +82,7 @@ def _report(scores: dict[str, Any]) -> Table:
 
 @out_of_memory_explained(what="Evaluating on tasks")
 def _on_tasks(options: EvaluateOptions) -> None:
-    """On tasks of lm-eval, all devices of this process together."""
+    """Score the model on tasks of lm-eval, with all devices of this process."""
     from transformer.runs.harness import evaluate_tasks  # noqa: PLC0415 (lm-eval need not be installed)
 
     devices = jax.local_devices()

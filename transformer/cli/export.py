@@ -1,4 +1,4 @@
-"""`transformer export DIR HF_DIR`: a run's model as a folder that Hugging Face's libraries read."""
+"""`transformer export DIR HF_DIR`: write a run's model as a Hugging Face folder."""
 
 import functools
 
@@ -11,7 +11,7 @@ from transformer.training.hardware import use_compilation_cache
 
 
 def main(options: ExportOptions, given: Given) -> None:
-    """Export, and say what was written."""
+    """Export the model, and report the written files."""
     del given
     with distributed.joined(ParallelConfig()):
         use_compilation_cache()

@@ -1,4 +1,4 @@
-"""A dataclass from a command line: every field a flag, `--section.field VALUE`, documented by the string below it."""
+"""Command-line flags of dataclasses: each field is a flag, `--section.field VALUE`, with the string below it as its help."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ from transformer.terminal import printable
 from transformer.types import UserError
 from transformer.validation import alternatives, choices, described, did_you_mean, require, shown
 
-# What other trainers call a setting.
+# Names of settings in other trainers.
 _SYNONYMS = {
     "lr": "learning-rate",
     "max-lr": "learning-rate",
@@ -58,40 +58,40 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 class Flag(NamedTuple):
-    """A flag, and the fields that it sets: several where it stands for every block of a pattern."""
+    """A flag and its fields; a flag for all blocks of a pattern has several fields."""
 
     paths: tuple[str, ...]
-    """Fields, as `model.pattern.0.attention.window`; none means help."""
+    """Fields, such as `model.pattern.0.attention.window`; empty for the help flag."""
     hint: Any
     """The field's type."""
     default: Any
     document: str
     repeated: bool = False
-    """Whether each time that it is given adds a value to the field, a tuple."""
+    """Whether each occurrence of the flag adds a value to the field, a tuple."""
 
 
 def positional(default: Any) -> Any:
-    """A field of a command that is given without a flag: one word, or none where it may be None, or any number for a tuple."""
+    """A field without a flag: it takes one word, at most one if the default is None, or any number for a tuple."""
     return dataclasses.field(default=default, metadata={"positional": True})
 
 
 def chosen_from(family: Family, default: str) -> Any:
-    """A field that names a kind of a family."""
+    """A field with the name of a kind of a family."""
     return dataclasses.field(default=default, metadata={"family": family})
 
 
 def repeated() -> Any:
-    """A tuple, empty by default, of which each occurrence of the flag gives one value."""
+    """A tuple, empty by default; each occurrence of the flag adds one value."""
     return dataclasses.field(default=(), metadata={"repeated": True})
 
 
 def short(name: str, default: Any) -> Any:
-    """A field that has a short flag too."""
+    """A field with a short flag beside the long one."""
     return dataclasses.field(default=default, metadata={"short": name})
 
 
 def flags(options: Any) -> dict[str, Flag]:
-    """The flags of a dataclass instance, by name; of a `Config`, without those for settings that its run does not use."""
+    """The flags of a dataclass instance, by name; for a `Config`, only flags of settings that its run uses."""
     unused = tuple(f"{path}." for path in options.unused()) if isinstance(options, Config) else ()
     return {
         name: flag
@@ -101,7 +101,7 @@ def flags(options: Any) -> dict[str, Flag]:
 
 
 def all_flags(options: Any) -> dict[str, Flag]:
-    """All flags of a dataclass instance, by name; dataclasses within it are sections."""
+    """All flags of a dataclass instance, by name; nested dataclasses are sections."""
     table: dict[str, Flag] = {}
     for name, flag in _leaves(options, ""):
         known = table.get(name)
@@ -119,23 +119,23 @@ def parse(
     unknown: Callable[[str], str] = lambda field: "",
     offered: dict[str, Flag] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a command line says: values by field (`training.steps`), and the words that stand without a flag.
+    """Parse a command line into values by field (`training.steps`) and words without a flag.
 
-    A word is a flag if it is the name of one, or begins with two dashes where no value is expected: values may begin with a
-    dash. `--flag=VALUE` is the same as `--flag VALUE`, `_` as `-`; everything after `--` is a word.
+    A word is a flag if a flag has its name, or if it begins with two dashes where no value is expected. Values may begin with
+    a dash. `--flag=VALUE` means `--flag VALUE`, and `_` means `-`. After `--`, everything is a word.
 
     Args:
         table: the flags.
-        arguments: the command line after the command.
-        command: its name, for messages.
-        usage: the help's first line; its flags are added.
-        about: what the help says before the flags.
-        unknown: what there is to say of a field that has no flag, or nothing.
-        offered: the flags that the help has, if not all.
+        arguments: the command line after the command's name.
+        command: the command's name, for messages.
+        usage: first line of the help, without the flags.
+        about: text of the help before the flags.
+        unknown: gives the error message for a field without a flag, or an empty text.
+        offered: the flags in the help; all by default.
 
     Raises:
-        UserError: an unknown flag, or a value that is none of its type.
-        SystemExit: the help was asked for; it is printed.
+        UserError: an unknown flag, or a value of the wrong type.
+        SystemExit: after printing the help.
     """
     values, words = dict[str, Any](), list[str]()
     if {"-h", "--help"} & set(arguments):
@@ -168,7 +168,7 @@ def parse(
 
 
 def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
-    """The kinds that a command line chooses, by field (`objective.kind`): they decide which other flags there are."""
+    """The kinds that a command line chooses, by field (`objective.kind`); they decide which other flags exist."""
     found: dict[str, Any] = {}
     kinds = {name: flag for name, flag in table.items() if flag.paths and flag.paths[0].endswith(".kind")}
     for index, word in enumerate(arguments):
@@ -183,7 +183,7 @@ def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
 
 
 def _meant(table: dict[str, Flag], name: str) -> list[str]:
-    """The flags that an unknown one may be, the likeliest first."""
+    """Flags with a name like the unknown one, the likeliest first."""
     name = _SYNONYMS.get(name, name)
     for ending in (name, f"{name}.kind"):
         if found := [other for other in table if f".{other[2:]}".endswith(f".{ending}")]:
@@ -198,9 +198,9 @@ def _dashed(name: str) -> str:
 
 
 def _find(table: dict[str, Flag], word: str) -> tuple[Flag | None, bool]:
-    """The flag of a word, and whether it is the negation of one (`--data.no-pack`)."""
+    """The flag of a word, and whether the word negates it (`--data.no-pack`)."""
     name = _dashed(word)
-    for known in (name, f"{name}.kind"):  # --data.tokenizer words: the kind is what such a field holds
+    for known in (name, f"{name}.kind"):  # --data.tokenizer words: short for --data.tokenizer.kind
         if known in table:
             return table[known], False
     section, dot, last = name.rpartition(".") if "." in name else ("--", "", name.removeprefix("--"))
@@ -209,14 +209,14 @@ def _find(table: dict[str, Flag], word: str) -> tuple[Flag | None, bool]:
 
 
 def _take(hint: Any, rest: list[str], table: dict[str, Flag]) -> list[str]:
-    """Remove a flag's values from the words after it, and return them."""
+    """Remove a flag's values from the following words, and return them."""
     if hint is bool:
         wanted = 1 if rest and rest[0].lower() in ("true", "false") else 0
     else:
         wanted = max(_width(kind) or len(rest) for kind in alternatives(hint))
     taken: list[str] = []
     while rest and len(taken) < wanted:
-        # After the first of several, every word with two dashes ends them, so that a misspelt flag is seen.
+        # After the first value, any word with two dashes ends the values, so that a misspelt flag is an error.
         if _find(table, rest[0].partition("=")[0])[0] or (taken and rest[0].startswith("--")):
             break
         taken.append(rest.pop(0))
@@ -224,14 +224,14 @@ def _take(hint: Any, rest: list[str], table: dict[str, Flag]) -> list[str]:
 
 
 def _width(kind: Any) -> int:
-    """Words of a value; 0 means as many as there are."""
+    """Number of words of a value; 0 means any number."""
     if typing.get_origin(kind) is not tuple:
         return 1
     return 0 if typing.get_args(kind)[-1] is Ellipsis else len(typing.get_args(kind))
 
 
 def _value(hint: Any, words: list[str], name: str) -> Any:
-    """A value of type `hint` from the words given for it."""
+    """A value of type `hint` from its words."""
     widths = {_width(kind) for kind in alternatives(hint)}
     require(len(words) > 0 or 0 in widths, f"{name} needs a value, {described(hint)}.")
     for kind in alternatives(hint):
@@ -250,7 +250,7 @@ def _value(hint: Any, words: list[str], name: str) -> Any:
 
 
 def _read(kind: Any, words: list[str]) -> Any:
-    """A value of a type that is no union; ValueError or KeyError if the words are none."""
+    """A value of a type that is no union; ValueError or KeyError if the words do not fit the type."""
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         kinds = [kinds[0]] * len(words) if kinds[-1] is Ellipsis else kinds
@@ -267,9 +267,9 @@ def _read(kind: Any, words: list[str]) -> Any:
 
 
 def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, Flag]]:
-    """The flags of a dataclass instance: of each field, or of the fields of the dataclasses that it holds.
+    """The flags of a dataclass instance, with the fields of nested dataclasses.
 
-    The blocks of `model.pattern` have a flag each (`--model.pattern.0.norm.kind`), and one for all (`--model.norm.kind`).
+    A setting of blocks has a flag for each block (`--model.pattern.0.norm.kind`) and one for all blocks (`--model.norm.kind`).
     """
     documents, hints = documentation(type(options)), typing.get_type_hints(type(options))
     if isinstance(options, Kind):
@@ -287,7 +287,7 @@ def _leaves(options: Any, prefix: str, alias: str = "") -> Iterator[tuple[str, F
             for index, element in enumerate(value):
                 yield from _leaves(element, f"{path}.{index}.", prefix)
         elif any(dataclasses.is_dataclass(part) for part in typing.get_args(hints[field.name])):
-            continue  # no parts, no flags
+            continue  # an empty tuple of dataclasses has no flags
         else:
             family = field.metadata.get("family")
             hint = Literal[family.names] if family else hints[field.name]
@@ -306,7 +306,7 @@ def _first_sentence(kind: type) -> str:
 
 @functools.cache
 def documentation(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of those that it derives from, by field."""
+    """The strings below the fields of a dataclass and of its bases, by field."""
     found: dict[str, str] = {}
     for base in kind.__bases__:
         found |= documentation(base) if dataclasses.is_dataclass(base) else {}
@@ -320,7 +320,7 @@ def documentation(kind: type) -> dict[str, str]:
 
 
 def _help(table: dict[str, Flag], usage: str, about: str) -> str:
-    """Usage, then every flag with its values, what it does and its default; a section for each dataclass."""
+    """Usage, then each flag with its values, meaning and default; a section for each dataclass."""
     width = min(shutil.get_terminal_size().columns, 120)
     sections: dict[str, list[str]] = {}
     for name, flag in table.items():
@@ -353,10 +353,10 @@ def _shown(value: Any) -> str:
 
 
 def as_flags(message: str, table: dict[str, Flag]) -> str:
-    """A message for someone who types flags: `TrainingConfig.steps` and `training.steps` become `--training.steps`.
+    """A message with flags instead of fields: `TrainingConfig.steps` and `training.steps` become `--training.steps`.
 
-    So do the other fields of the class that it names (one without an underscore, as `seed`, is left as a word). A field that
-    the command has no flag for keeps its name, without the class: `model.embed_dim`.
+    Other fields of the named class become flags too, if their names have an underscore; `seed` stays a word. A field without
+    a flag of the command keeps its name, without the class: `model.embed_dim`.
     """
     named = (_section_of(match[1]) for match in _CLASS.finditer(message))
     section = next((section for section in named if section is not None), "")
@@ -369,7 +369,7 @@ def as_flags(message: str, table: dict[str, Flag]) -> str:
         path = f"{of_class}.{field}" if dot else f"{section}.{field}"
         names = (f"--{_dashed(path.removeprefix('.'))}", f"--{_dashed(field)}")
         within, _, setting = path.rpartition(".")
-        # A setting of a kind is a flag wherever that kind can be chosen, though the table has those of another one.
+        # A setting of a kind is a flag wherever that kind can be chosen, even if the table has the flags of another kind.
         if f"--{_dashed(within)}.kind" in table and is_setting(within, setting):
             return names[0]
         return next((name for name in names if name in table), path.removeprefix(".") if dot else field)
@@ -378,18 +378,18 @@ def as_flags(message: str, table: dict[str, Flag]) -> str:
 
 
 def _sections(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Names of the config classes, with the section of the command line that holds their fields."""
+    """Names of the config classes, each with the section of its flags."""
     for name, hint in typing.get_type_hints(kind).items():
         within = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
         if isinstance(within, type):
-            # All blocks of a pattern are set as one.
+            # Flags without an index set all blocks of a pattern.
             section = path if within is not hint else f"{path}.{name}".removeprefix(".")
             yield within.__name__, section
             yield from _sections(within, section)
 
 
 def _section_of(name: str) -> str | None:
-    """The section of the command line that holds the fields of a config class or of a kind."""
+    """The section with the flags of a config class or of a kind."""
     return _SECTIONS.get(name, section_of_kind(name))
 
 

@@ -1,4 +1,4 @@
-"""`transformer generate DIR --prompt TEXT`: continue prompts with a run's model, as it comes, or translate them."""
+"""`transformer generate DIR --prompt TEXT`: continue or translate prompts with a run's model."""
 
 import dataclasses
 import functools
@@ -27,15 +27,15 @@ from transformer.training.out_of_memory import explained as out_of_memory_explai
 from transformer.types import GeneratedTexts
 from transformer.validation import require
 
-_NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "that on standard input"
+_NO_TEXT, _ON_INPUT = "A prompt must be text in UTF-8, ", "standard input"
 _BETWEEN = "-" * 15  # a line between texts
 
 
 @out_of_memory_explained(what="Generating")
 def main(options: GenerateOptions, given: Given) -> None:
-    """Print the prompt as the model read it and its continuation, a character as soon as it is whole; or a translation.
+    """Print the prompt as the model read it and its continuation, character by character; or print a translation.
 
-    A terminal is shown nothing that it would obey; a file or a pipe gets the text as it is.
+    Control characters are escaped on a terminal. A file or a pipe gets the text unchanged.
     """
     use_compilation_cache()
     sampling = SamplingConfig(
@@ -76,12 +76,12 @@ def main(options: GenerateOptions, given: Given) -> None:
 
 
 def _prompts(options: GenerateOptions) -> tuple[Sequence[str] | None, str]:
-    """The prompts that are given or piped in, None where a person is to type them; and the name of a file of rows, or nothing."""
+    """The given or piped prompts, or None for prompts from the keyboard; and the name of a file of rows, or an empty text."""
     if options.prompt:
         return [_text(prompt, "--prompt") for prompt in options.prompt], ""
     if options.prompt_file:
         name, path = options.prompt_file, epath.Path(expand(options.prompt_file))
-        require(path.is_file(), f"--prompt-file must be a file, there is none at {name!r}.")
+        require(path.is_file(), f"--prompt-file must be a file, {name!r} is none.")
         if not isinstance(find_source(name), TextFile):
             return (), name
         with explained(name):
@@ -90,7 +90,7 @@ def _prompts(options: GenerateOptions) -> tuple[Sequence[str] | None, str]:
 
 
 def _piped() -> str:
-    """What is piped in, without its last newline."""
+    """Standard input without its last newline."""
     if sys.stdin is None:
         return ""
     try:
@@ -100,7 +100,7 @@ def _piped() -> str:
 
 
 def _text(prompt: str, name: str) -> str:
-    """A prompt; one with bytes that are no UTF-8, for which Python puts surrogates, is refused."""
+    """The prompt, or UserError if it has surrogates, which Python puts for bytes that are not UTF-8."""
     return decode_utf8(prompt.encode("utf-8", "surrogateescape"), _NO_TEXT + name)
 
 
@@ -121,26 +121,26 @@ How = tuple[int, SamplingConfig]
 def _all(
     run: Loaded, prompts: Sequence[str], options: GenerateOptions, how: How, extra: dict[str, Any]
 ) -> Iterator[GeneratedTexts]:
-    """What follows each of several prompts."""
+    """The continuations of several prompts."""
     extra = extra | ({"num_samples": options.num_samples} if options.num_samples > 1 else {})
     size = run.config.data.batch_size
     return run.config.objective.generate_all(run, prompts, size, *how, options.seed, _note, **extra)
 
 
 def _answer_rows(run: Loaded, name: str, options: GenerateOptions, how: How, extra: dict[str, Any]) -> None:
-    """Each row of a file with a column for each continuation."""
+    """Print each row of a file, with a column for each continuation."""
     key = getattr(run.config.data, run.config.objective.predicts_from)
     rows = list(find_source(name).rows(name, (key,), "prompts"))
     require(len(rows) > 0, f"There must be something to generate from, {name} has no rows.")
-    prompts = [text_field(row, key, place) for place, row in rows]
+    prompts = [text_field(row, key, location) for location, row in rows]
     found = (ranked_columns("continuation", said.texts, [], None) for said in _all(run, prompts, options, how, extra))
     write_rows(rows, found, "", "generating")
 
 
 def _talk(run: Loaded, options: GenerateOptions, how: How, extra: dict[str, Any]) -> None:
-    """Prompts that a person types, or a conversation."""
-    require(options.num_samples == 1, "--num-samples is for prompts that are given; add --prompt, or leave it out.")
-    note = functools.cache(_note)  # each is told once
+    """Hold a session of typed prompts, or a conversation."""
+    require(options.num_samples == 1, "--num-samples is for given prompts; add --prompt, or leave it out.")
+    note = functools.cache(_note)  # prints each note once
     if options.chat:
         hold_session(Conversation(run, _system(options), how, options.seed, extra, note).answer, "message", _note)
         return
@@ -157,7 +157,7 @@ def _talk(run: Loaded, options: GenerateOptions, how: How, extra: dict[str, Any]
 def _check(options: GenerateOptions, beams: bool) -> None:
     require(
         options.system is None or options.chat,
-        "--system is a message of a conversation; give --chat too, or leave it out.",
+        "--system is for a conversation; give --chat too, or leave it out.",
     )
     require(not (beams and options.chat), "--beams is for a text, not for a conversation; leave it or --chat out.")
     require(options.num_samples >= 1, f"--num-samples must be at least 1, got {options.num_samples}.")
@@ -173,7 +173,7 @@ def _check(options: GenerateOptions, beams: bool) -> None:
 
 
 def _check_drawn(run: Loaded, given: Given, beams: bool, sampling: SamplingConfig) -> None:
-    """Refuse flags that mean nothing for this run."""
+    """Refuse flags without a meaning for this run."""
     objective = run.config.objective
     sampled = {name: given[name] for name in ("stop", "draft", "draft_tokens") if name in given}
     if beams:
@@ -187,7 +187,7 @@ def _check_drawn(run: Loaded, given: Given, beams: bool, sampling: SamplingConfi
 
 
 def _refuse_unused(given: Given, because: str) -> None:
-    """Where nothing is drawn: refuse flags that say how to draw, and take those that say that nothing is drawn."""
+    """Refuse sampling flags of a run that does not sample, unless their values mean no sampling."""
     fine = {"temperature": (0.0,), "top_k": (0, 1), "top_p": (1.0,), "min_p": (0.0,), "num_samples": (1,), "seed": ()}
     if given.get("top_k") == 1:
         fine["temperature"] = (given.get("temperature"),)

@@ -1,4 +1,4 @@
-"""`transformer import HF_DIR --workdir DIR`: a pretrained model as the directory of a run."""
+"""`transformer import HF_DIR --workdir DIR`: make a run's directory from a pretrained model."""
 
 import functools
 
@@ -13,7 +13,7 @@ from transformer.training.hardware import use_compilation_cache
 
 
 def main(options: ImportOptions, given: Given) -> None:
-    """Import, and say in a line what it is."""
+    """Import the model, and describe it in one line."""
     del given
     console = make_console()
     report = functools.partial(say, console)

@@ -1,4 +1,4 @@
-"""`transformer inspect CONFIG` or `HF_DIR`: decoded batches, or what a pretrained model is, and the parameter table."""
+"""`transformer inspect CONFIG` or `HF_DIR`: show decoded batches, or describe a pretrained model; list the parameters."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"/block_(\d+)/")
 
 
 def main(chosen: Config | InspectOptions) -> None:
-    """Print the first batch and the parameters of a config, or what the folder of a pretrained model is."""
+    """Print the first batch and the parameters of a config, or describe the folder of a pretrained model."""
     console = make_console(stderr=False)
     if isinstance(chosen, InspectOptions):
         _print_folder(console, read_folder(chosen.folder, dtype=chosen.dtype))
@@ -38,8 +38,8 @@ def main(chosen: Config | InspectOptions) -> None:
     tokenizer = run.tokenizer
     batch = next(run.data.train_batches(tokenizer))
     console.rule("first batch")
-    if told := run.data.describe_rows(tokenizer):
-        console.print(Text(told), end="\n\n")
+    if description := run.data.describe_rows(tokenizer):
+        console.print(Text(description), end="\n\n")
     rows = jax.tree.map(lambda part: part[:_ROWS], batch)
     for heading, lines in run.config.objective.show(rows, tokenizer, run.data.class_names):
         title, colon, rest = printable(heading).partition(":")
@@ -61,7 +61,7 @@ def _print_folder(console: Console, opened: Opened) -> None:
 
 
 def _of_folder(opened: Opened) -> Iterator[tuple[str, str]]:
-    """What a folder is, in lines with a name."""
+    """The description of a folder, as names and values."""
     folder, model, objective = opened.weights.folder, opened.config.model, opened.config.objective
     yield "family", f"{folder.family.kind}, {folder.architecture}"
     yield "objective", objective.kind + (f" of {len(opened.class_names)} classes" if opened.class_names else "")
@@ -91,7 +91,7 @@ def _heads(block: BlockConfig, width: int) -> str:
 
 def _of_tokenizer(opened: Opened) -> Iterator[tuple[str, str]]:
     if "data" in opened.given:
-        yield "tokenizer", "none: ids are read and given"
+        yield "tokenizer", "none: inputs and outputs are ids"
         return
     tokenizer: Any = opened.tokenizer
     settings = opened.config.data.tokenizer
@@ -105,10 +105,10 @@ def _of_tokenizer(opened: Opened) -> Iterator[tuple[str, str]]:
 
 
 def _ranges(numbers: list[str]) -> str:
-    """`0..3,5` of 0, 1, 2, 3 and 5."""
-    places = sorted(map(int, numbers))
-    starts = [n for n in places if n - 1 not in places]
-    ends = [n for n in places if n + 1 not in places]
+    """`0..3,5` for 0, 1, 2, 3 and 5."""
+    blocks = sorted(map(int, numbers))
+    starts = [n for n in blocks if n - 1 not in blocks]
+    ends = [n for n in blocks if n + 1 not in blocks]
     return ",".join(f"{a}" if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True))
 
 
@@ -129,7 +129,7 @@ def _print_parameters(console: Console, config: Config, params: PyTree, axes: Py
         jax.tree.leaves(shardings),
         strict=True,
     )
-    alike: dict[tuple[str, ...], list[str]] = {}  # the parameters of blocks that differ in nothing but their number
+    alike: dict[tuple[str, ...], list[str]] = {}  # parameters that differ only in the number of their block
     for (path, value), names, sharding in rows:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         role = (

@@ -14,32 +14,32 @@ from transformer.types import Interrupted, UserError
 _SIGPIPE = 13  # a constant: Windows has no such signal
 
 COMMANDS = {
-    "train": "train a model, or go on with an interrupted run",
+    "train": "train a model, or continue an interrupted run",
     "evaluate": "score a run's model over a whole split",
     "generate": "continue a prompt with a run's model",
-    "predict": "say what a run's model makes of each text of a file",
+    "predict": "predict the class, translation or continuation of each text of a file",
     "attention": "write a page that shows a model's attention while it reads a text",
     "report": "write a page of the curves, samples and scores of runs",
-    "embed": "make a vector of each text of a file",
-    "score": "say how likely a run's model finds each text of a file",
-    "import": "make a run of a pretrained model (a Hugging Face folder)",
+    "embed": "compute a vector of each text of a file",
+    "score": "score each text of a file by its log-probability",
+    "import": "make a run from a pretrained model (a Hugging Face folder)",
     "export": "write a run's model as a Hugging Face folder",
     "prepare": "turn text into a dataset on disk",
-    "plan": "compile the step for hardware that is not there",
-    "inspect": "show batches and parameters of a config, or what a Hugging Face folder is",
-    "prove": "kill, damage and move a small run, and show that it ends the same",
+    "plan": "compile the step for absent hardware, and estimate memory and time",
+    "inspect": "show batches and parameters of a config, or describe a Hugging Face folder",
+    "prove": "kill, damage and move a small run, and compare its result with an undisturbed one",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
 GROUP = "transformer.commands"
 """The entry points by which other packages add commands."""
 _MORE = """
-`transformer COMMAND --help` tells more, `transformer --version` the version. A config comes with a name (gpt2_124m) or is a file,
-and has a small variant to try things with: python_stdlib:debug.
+`transformer COMMAND --help` describes a command, `transformer --version` prints the version. A config is the name of one in
+the package (gpt2_124m) or a file, and has a small variant for trials: python_stdlib:debug.
 Results go to standard output, progress and notes to standard error."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; a user's error is one line on stderr and exit code 2, a signal one line and 128 + its number."""
+    """Run one command; a user error prints one line and exits with 2, a signal one line and 128 + its number."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage() + _MORE)
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _of_other_packages() -> dict[str, Any]:
-    """The commands of other installed packages: a function of the arguments for each entry point in `GROUP`."""
+    """The commands of other installed packages: the entry points in `GROUP`, each a function of the arguments."""
     found = importlib.import_module("importlib.metadata").entry_points(group=GROUP)
     return {point.name: point for point in found if point.name not in COMMANDS}
 
@@ -65,9 +65,9 @@ def _usage() -> str:
 
 
 def run(name: str, arguments: list[str], **more: Any) -> None:
-    """Read the arguments, then import the command's module, and call it.
+    """Read the arguments, then import the command's module, and call its `main`.
 
-    Imports may take seconds. They come where an interrupt is one line. `more` is what the command is told besides its flags.
+    Imports may take seconds. They happen here, where an interrupt prints one line. `more` has further arguments of `main`.
     """
     # The C++ side of JAX, TensorStore and ArrayRecord writes notes that are not for users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -82,7 +82,7 @@ def run(name: str, arguments: list[str], **more: Any) -> None:
             with _quiet_callbacks():
                 importlib.import_module(f"transformer.cli.{name}").main(*parsed, **more)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is no surprise
+            sys.stdout.flush()  # here, where a closed pipe is handled
     except UserError as error:
         print(f"error: {printable(_as_flags(error, name), lines=True)}", file=sys.stderr)
         sys.exit(2)
@@ -93,13 +93,13 @@ def run(name: str, arguments: list[str], **more: Any) -> None:
         print("SIGINT: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # `transformer generate RUN | head -c 4` ends as other tools do, and the interpreter does not try to write again.
+        # `transformer generate RUN | head -c 4` ends like other tools, and the interpreter does not try to write again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + _SIGPIPE)
 
 
 def _as_flags(error: UserError, name: str) -> str:
-    """The message for someone who types flags."""
+    """The message with flags instead of fields."""
     if name not in COMMANDS:
         return str(error)
     table = importlib.import_module("transformer.cli.options").OPTIONS[name].flags()
@@ -108,7 +108,7 @@ def _as_flags(error: UserError, name: str) -> str:
 
 @contextlib.contextmanager
 def _quiet_callbacks() -> Iterator[None]:
-    """Leave out what TensorStore reports to Orbax's event loop after a failed save has closed it; the save's error is told."""
+    """Hide errors that TensorStore reports to Orbax's closed event loop after a failed save; the save's own error is shown."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:

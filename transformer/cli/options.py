@@ -1,4 +1,4 @@
-"""What each command can be told, read and checked before anything heavy is imported."""
+"""Options of each command, read and checked before heavy imports."""
 
 import dataclasses
 import os
@@ -21,67 +21,67 @@ from transformer.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateData:
-    """Other data than the run's own."""
+    """Data to score, if not the run's own."""
 
     source: tuple[str, ...] = ()
-    """Corpora to score instead of those the run was trained on: files, folders or datasets, as training takes them."""
+    """Corpora to score instead of the training corpora: files, folders or datasets, as for training."""
     data_dir: str = ""
-    """Where prepared datasets live; empty means where the run's do, if you have trained with that, else ~/tensorflow_datasets (or
+    """Folder of prepared datasets; empty means the run's folder, if you have trained with it, else ~/tensorflow_datasets (or
     TFDS_DATA_DIR)."""
     text_key: str | None = None
-    """Field of the text, where it has another name than in training."""
+    """Field of the text, if its name differs from training."""
     prompt_key: str | None = None
-    """Field of a prompt, likewise."""
+    """Field of a prompt, if its name differs from training."""
     label_key: str | None = None
-    """Field of the class, likewise."""
+    """Field of the class, if its name differs from training."""
     source_key: str | None = None
-    """Field of a pair's source, likewise."""
+    """Field of a pair's source, if its name differs from training."""
     target_key: str | None = None
-    """Field of a pair's target, likewise."""
+    """Field of a pair's target, if its name differs from training."""
     stride: int | None = None
-    """Score windows of running text that move on by so many tokens; 0 means packed documents."""
+    """Score running text in overlapping windows, each this many tokens after the previous one; 0 means packed documents."""
     limit: int | None = None
-    """Score no more than so many tokens of running text; 0 means all."""
+    """Score at most this many tokens of running text; 0 means all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateModel:
-    """Another way to run the model than in training."""
+    """Settings of the model that may differ from training."""
 
     memory_length: int | None = None
-    """Vectors that each layer remembers of the rows before; 0 means that rows are scored without what precedes them."""
+    """Length of the Transformer-XL memory; 0 means that each row is scored without the text before it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
     """Score a run's model over a whole split, and print one JSON object.
 
-    With --tasks, score a language model on tasks of EleutherAI's lm-eval (the extra lm-eval) instead; the run may be a folder of
-    Hugging Face then.
+    With --tasks, a language model is scored on tasks of EleutherAI's lm-eval instead (install the extra lm-eval). The run may
+    then be a Hugging Face folder.
     """
 
     workdir: str = positional("")
     """Directory of the run."""
     step: str = "latest"
-    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    """Step of the checkpoint: latest, best (by validation loss), or a number."""
     base: str = ""
-    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    """For adapters: directory of their base run, if it has moved."""
     weights: Weights = ""
-    """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means as they are stored."""
+    """Type of the model's matrices in memory: int8 (a quarter of float32) or bfloat16 (half); empty means their stored type."""
     split: str | None = None
-    """Which split: train, validation, test or all; without, validation, or all of a corpus that the run was not trained on."""
+    """The split: train, validation, test or all. The default is validation, or all for a corpus that was not trained on."""
     data: EvaluateData = EvaluateData()
     model: EvaluateModel = EvaluateModel()
     reliability: str = ""
-    """Of a classifier: a new .svg file for its reliability diagram, accuracy by confidence."""
+    """For a classifier: a new .svg file for its reliability diagram (accuracy by confidence)."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-eval, by name."""
     include_path: str = ""
-    """With --tasks: a folder of your own tasks. A task may name Python functions, which then run."""
+    """With --tasks: a folder of your own tasks. Python functions that a task names are executed."""
     num_fewshot: int | None = None
-    """With --tasks: examples before each question; without, as the task has it."""
+    """With --tasks: number of examples before each question; the task's own number by default."""
     limit: int = 0
-    """With --tasks: score no more than so many examples of each; 0 means all."""
+    """With --tasks: score at most this many examples of each task; 0 means all."""
 
 
 def _evaluate(arguments: list[str]) -> tuple[EvaluateOptions, Given]:
@@ -114,9 +114,9 @@ def _evaluate(arguments: list[str]) -> tuple[EvaluateOptions, Given]:
 class PrepareOptions:
     """Turn text into a TFDS dataset (ArrayRecord) on disk.
 
-    Running text is also prepared by training itself. Labelled texts (.jsonl, .csv, .tsv, or a folder with one folder for
-    each class) and pairs (.jsonl, .csv, .tsv, or two files that belong together line by line) are prepared here, under a
-    name that --data.source then takes. Files may be compressed (.gz, .bz2, .xz, .zst).
+    Running text needs no such step, since training prepares it too. Labelled texts are .jsonl, .csv or .tsv files, or a folder
+    with one folder for each class. Pairs are .jsonl, .csv or .tsv files, or two files with equally many lines. The dataset of
+    labelled texts or pairs gets a name for --data.source. Files may be compressed (.gz, .bz2, .xz, .zst).
     """
 
     files: tuple[str, ...] = positional(())
@@ -124,13 +124,13 @@ class PrepareOptions:
     kind: str = chosen_from(FORMS, "text")
     """Running text, texts with a class, or pairs of texts."""
     name: str = ""
-    """Labelled texts and pairs: name of the dataset."""
+    """Labelled texts and pairs: name of the dataset, for --data.source."""
     validation: tuple[str, ...] = ()
-    """Files of the validation split; without, training holds out a part."""
+    """Files of the validation split. By default, training holds out a part."""
     test: tuple[str, ...] = ()
     """Labelled texts and pairs: files of the test split."""
     separator: str = DataConfig.separator
-    """Running text: what stands between the documents of a text file, as <|endoftext|>."""
+    """Running text: separator of the documents in a text file, such as <|endoftext|>."""
     text_key: str = DataConfig.text_key
     """Running and labelled text: field of the text."""
     prompt_key: str = DataConfig.prompt_key
@@ -142,22 +142,23 @@ class PrepareOptions:
     target_key: str = DataConfig.target_key
     """Pairs: field of the target."""
     validation_fraction: float = DataConfig.validation_fraction
-    """Running text: part held out for validation."""
+    """Running text: fraction held out for validation."""
     test_fraction: float = DataConfig.test_fraction
-    """Running text: part held out for testing."""
+    """Running text: fraction held out for testing."""
     record_bytes: int = DataConfig.record_bytes
     """Running text: longer documents are stored in pieces of about this size."""
     tokenizer: str = ""
-    """Store the tokens too, as training with this data.tokenizer.kind does: bytes, characters, bpe or words (of pairs, with one
-    vocabulary for both sides); or as a run that starts from this directory does, of a run or of a pretrained model."""
+    """Store the tokens too, with the same tokenizer as the training: a data.tokenizer.kind (bytes, characters, bpe or words), or
+    the directory of the run or pretrained model that training starts from. Pairs have one vocabulary for both sides."""
     tokenizer_size: int = 0
-    """data.tokenizer.size of the training; 0 means 4096."""
+    """Value of data.tokenizer.size in the training; 0 means 4096."""
     tokenizer_bytes: int = DataConfig.tokenizer_bytes
-    """data.tokenizer_bytes of the training."""
+    """Value of data.tokenizer_bytes in the training."""
     data_dir: str = DataConfig.data_dir
-    """Where prepared datasets live; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
+    """Folder of prepared datasets; empty means ~/tensorflow_datasets (or TFDS_DATA_DIR)."""
     beam_pipeline_options: str = ""
-    """Running text: prepare it on Apache Beam; its options, with commas between, as of `tfds build`: runner=DirectRunner,..."""
+    """Running text: prepare it on Apache Beam with these options, separated by commas as for `tfds build`:
+    runner=DirectRunner,..."""
 
 
 def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
@@ -169,25 +170,25 @@ def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
         {name: given[name] for name in given if name in of_some.difference(form.prepares)},
         lambda name: (
             f"is for --kind {' or '.join(other.kind for other in forms if name in other.prepares)}, got --kind "
-            f"{options.kind}; leave it out, or say which kind it is."
+            f"{options.kind}; leave it out, or give another --kind."
         ),
     )
     require(
         options.tokenizer in ("", "bytes", "characters", "bpe", "words") or os.path.isdir(expand(options.tokenizer)),
         f"--tokenizer must be bytes, characters, bpe, words, or the directory of a run or of a pretrained model, got "
-        f"{options.tokenizer!r}; other kinds are not alike each time, and training stores their tokens itself.",
+        f"{options.tokenizer!r}; other kinds may differ each time, and training stores their tokens itself.",
     )
     require(
         options.tokenizer in ("bpe", "words") or not {"tokenizer_size", "tokenizer_bytes"} & set(given),
-        f"--tokenizer-size and --tokenizer-bytes are of --tokenizer bpe or words, got {options.tokenizer!r}; leave them out.",
+        f"--tokenizer-size and --tokenizer-bytes are for --tokenizer bpe or words, got {options.tokenizer!r}; leave them out.",
     )
     require(
         not {"validation", "validation_fraction"} <= set(given),
-        "--validation-fraction is for text without files of --validation, got both; leave one out.",
+        "--validation-fraction is for text without --validation files, got both; leave one out.",
     )
     require(
         not form.needs_name or options.name != "",
-        f"A dataset of {form.title} needs a name that training can ask for; give --name.",
+        f"A dataset of {form.title} needs a name for --data.source of the training; give --name.",
     )
     return options, given
 
@@ -197,16 +198,16 @@ def _prepare(arguments: list[str]) -> tuple[PrepareOptions, Given]:
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """Compile the step of a config for hardware that is not there, and say what it takes."""
+    """Compile the step of a config for absent hardware, and print its memory, time and communication."""
 
     topology: str = ""
     """v5e:4x4, v5p:8x8x8, v6e-256, h100:8, ... (kinds: v4, v5e, v5p, v6e, tpu7x, h100)"""
     search: bool = False
     """Try meshes, remat and micro-batches, compile the best dozen, and rank them."""
     decode: tuple[int, int] = (0, 0)
-    """A step of decoding instead of training: so many rows, caches of so many tokens; 0 0 means training."""
+    """Plan a decoding step with this many rows and cache slots; 0 0 means a training step."""
     json: bool = False
-    """Print one JSON object (with --search a line each) on standard output and nothing else there."""
+    """Print only JSON on standard output: one object, or with --search one on each line."""
 
 
 def _plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
@@ -232,20 +233,19 @@ Dtype = Literal["", "float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class InspectOptions:
-    """Say what the folder of a pretrained model is, and whether a model here can be it; its weights are not read.
+    """Describe a pretrained model's folder without reading its weights, or show batches and parameters of a config.
 
-    What `transformer import` would refuse is refused in the same words. A config file in its place has its batches and parameters
-    shown.
+    A folder that `transformer import` refuses is refused here too, with the same message.
     """
 
     folder: str = positional("")
     """The folder of the pretrained model."""
     dtype: Dtype = ""
-    """Of parameters, as for import."""
+    """Type of the parameters, as for import."""
 
 
 def _inspect(arguments: list[str]) -> tuple[Config | InspectOptions]:
-    """A folder of a pretrained model; or a config file, or the directory of a run."""
+    """The options for a pretrained folder, or the config of a config file or of a run."""
     name = expand(arguments[0]) if arguments else ""
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "checkpoints")):
         return (read(InspectOptions(), arguments, "transformer inspect")[0],)
@@ -254,10 +254,10 @@ def _inspect(arguments: list[str]) -> tuple[Config | InspectOptions]:
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """Make a run's directory of a pretrained model: a folder as Hugging Face has them, with safetensors.
+    """Make a run's directory from a pretrained model: a Hugging Face folder with safetensors.
 
-    Every tensor and every key of its config must be known, or the folder is refused. `transformer inspect HF_DIR` says whether it
-    is, without reading a weight. The run can be used by every command, and others can start from it:
+    A folder with an unknown tensor or config key is refused; `transformer inspect HF_DIR` checks this without reading weights.
+    Every command accepts the run, and a new run can start from it:
     transformer train DIR --data.source my.txt --workdir runs/mine
     """
 
@@ -266,22 +266,22 @@ class ImportOptions:
     workdir: str = ""
     """A new directory for the run."""
     base: str = ""
-    """Of a folder with an adapter of PEFT: directory of the run of its base."""
+    """For a folder with a PEFT adapter: directory of its base run."""
     dtype: Dtype = ""
-    """Of parameters and activations; empty means as the weights are stored."""
+    """Type of parameters and activations; empty means the stored type of the weights."""
 
 
 def _import(arguments: list[str]) -> tuple[ImportOptions, Given]:
     options, given = read(ImportOptions(), arguments, "transformer import")
-    require(options.workdir != "", "An imported model needs a directory of its own; give --workdir DIR.")
+    require(options.workdir != "", "An imported model needs a new directory; give --workdir DIR.")
     return options, given
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Write a run's model as a folder that Hugging Face's libraries read: config, safetensors and tokenizer.
+    """Write a run's model as a Hugging Face folder: config, safetensors and tokenizer.
 
-    A model that no family can express is refused, and the fields in the way are named.
+    A model that no family can express is refused; the message names the fields.
     """
 
     workdir: str = positional("")
@@ -289,15 +289,15 @@ class ExportOptions:
     folder: str = positional("")
     """A new folder."""
     step: str = "latest"
-    """Of the checkpoint: latest, best (by validation loss), or a number."""
+    """Step of the checkpoint: latest, best (by validation loss), or a number."""
     base: str = ""
-    """Of adapters: directory of the run that they were trained on, if it lies elsewhere now."""
+    """For adapters: directory of their base run, if it has moved."""
     dtype: Dtype = ""
-    """Of the weights; empty means as the imported files had them, or as the parameters are."""
+    """Type of the weights; empty means the type of the imported files, or of the parameters."""
     family: str = ""
-    """The model_type to write, such as llama; empty means that of the import, or the first that can express the model."""
+    """The model_type to write, such as llama; empty means the imported one, or the first that can express the model."""
     adapter: bool = False
-    """Write the adapters alone, as PEFT reads them beside their base; without, they are merged."""
+    """Write only the adapters, for PEFT. By default, they are merged into the base."""
 
 
 # ---- prove -------------------------------------------------------------------------------------------------------------
@@ -308,19 +308,19 @@ class ProveOptions:
     """Train a small model on the CPU four times: undisturbed, killed, with a damaged checkpoint, and on two devices; compare."""
 
     keep: str = ""
-    """A new directory for the runs, which stay there; empty means a temporary one."""
+    """A new directory in which the runs are kept; empty means a temporary one."""
 
 
 # ---- all ---------------------------------------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
-    """How a command line of one command is read."""
+    """Parser and flags of a command."""
 
     parse: Callable[[list[str]], tuple[Any, ...]]
-    """Its arguments become those of the command's `main`."""
+    """Turns the command line into the arguments of the command's `main`."""
     flags: Callable[[], dict[str, Flag]]
-    """For messages that name a field."""
+    """All flags, for error messages."""
 
 
 def _of_config(name: str) -> Command:

@@ -1,4 +1,4 @@
-"""HTML files that commands write."""
+"""Writes HTML pages for commands."""
 
 from collections.abc import Callable
 
@@ -15,22 +15,22 @@ from transformer.validation import require
 
 
 def new_page(output: str) -> epath.Path:
-    """The path of a page to be written, refused before anything is read or computed.
+    """The path of a new page; checked before anything is read or computed.
 
     Raises:
-        UserError: its folder is not there, or the file is.
+        UserError: the folder does not exist, or the file exists.
     """
     path = epath.Path(expand(output))
     require(
         not is_local(path) or path.parent.is_dir(),
-        f"--output must be in a folder that is there, {path.parent} is none; make it first.",
+        f"--output must be in an existing folder, {path.parent} is none; make it first.",
     )
     require_new(output)
     return path
 
 
 def write_page(path: epath.Path, page: str) -> None:
-    """Write a page whole, and say so."""
+    """Write a page, completely or not at all, and report it."""
     with explained(f"{path}"):
         write_whole(path, page)
     megabytes = len(page.encode()) / 1e6
@@ -39,11 +39,11 @@ def write_page(path: epath.Path, page: str) -> None:
 
 
 def write_run_pages(workdir: str, text: str) -> None:
-    """Write both pages of a run into its directory, and say where they are; what goes wrong is a note, not an error.
+    """Write both pages of a run into its directory, and report their paths; a failure is a note, not an error.
 
-    Pages that are newer than the metrics are left as they are.
+    A page newer than the metrics is not written again.
     """
-    say(make_console(), "pages to look at:")
+    say(make_console(), "pages for a browser:")
     folder = epath.Path(workdir)
     pages: dict[str, Callable[[], str]] = {
         "attention.html": lambda: attention_page(load(workdir), text, name=folder.name),
@@ -58,5 +58,6 @@ def write_run_pages(workdir: str, text: str) -> None:
             say(make_console(), f"  {path}")
         except Exception as error:
             say(
-                make_console(), f"  {path} is not written, the run is whole without it: {error or type(error).__name__}"
+                make_console(),
+                f"  {path} is not written, the run is complete without it: {error or type(error).__name__}",
             )

@@ -1,4 +1,4 @@
-"""`transformer plan CONFIG --topology NAME`: compile the step for hardware that is not there, and say what it takes."""
+"""`transformer plan CONFIG --topology NAME`: compile the step for absent hardware, and print its memory and time."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from transformer.terminal import make_console, say
 
 def main(config: Config, options: PlanOptions) -> None:
     """Print the plan of a config."""
-    # Programs are compiled for absent devices; nothing may look for present ones, which can take minutes.
+    # Programs are compiled for absent devices. A search for present devices can take minutes and must not start.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

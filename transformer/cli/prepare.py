@@ -18,7 +18,7 @@ from transformer.tokenizer import TOKENIZERS
 
 
 def main(options: PrepareOptions, given: Given) -> None:
-    """Prepare the dataset and say what it holds."""
+    """Prepare the dataset and describe its contents."""
     del given
     shared = {field.name for field in dataclasses.fields(DataConfig)}
     values = {name: value for name, value in dataclasses.asdict(options).items() if name in shared}

@@ -1,4 +1,4 @@
-"""`transformer prove`: a model is trained, killed, damaged and moved to other devices, and ends as if nothing had happened."""
+"""`transformer prove`: train a small model through a kill, a damaged checkpoint and a change of devices; compare the results."""
 
 import email
 import functools
@@ -27,11 +27,11 @@ from transformer.validation import require
 
 STEPS, LOG_EVERY, SAVE_EVERY = 160, 3, 20
 TOLERANCE = 1e-5
-"""Of parameters on another number of devices, where sums are taken in another order."""
+"""Largest difference of parameters between numbers of devices, which add in different orders."""
 
 
 def get_config() -> Config:
-    """The run; this file is its config file. Adam's large epsilon keeps the rounding of another mesh small."""
+    """The config of the runs; this file is their config file. A large epsilon of Adam keeps rounding differences small."""
     block = BlockConfig(AttentionConfig(num_heads=2, dropout=0.1))
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=64, dropout=0.1, pattern=(block,)),
@@ -49,18 +49,18 @@ def get_config() -> Config:
 
 
 class Trial(NamedTuple):
-    """What was done to the runs of a directory."""
+    """The events of the runs in a directory."""
 
     killed_at: int
-    """Last step with a metric row when the kill came."""
+    """Last step with a metric row at the kill."""
     saved_at: int
-    """Newest checkpoint then."""
+    """Newest checkpoint at the kill."""
     damaged: str
-    """The file of that checkpoint in which a bit was flipped."""
+    """File of that checkpoint with a flipped bit."""
 
 
 def main(options: ProveOptions, given: Given) -> None:
-    """Make the runs and print how they compare; exit with 1 if one is not as it should be."""
+    """Make the runs and print their comparison; exit with 1 if one differs."""
     del given
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="transformer-prove-") as temporary:
@@ -72,7 +72,7 @@ def main(options: ProveOptions, given: Given) -> None:
 
 
 def make_runs(directory: pathlib.Path, steps: int = STEPS) -> Trial:
-    """Train `undisturbed`, `killed`, `damaged` and `devices` below `directory`; what they print is in `NAME.log`."""
+    """Train the runs `undisturbed`, `killed`, `damaged` and `devices` in `directory`, each with its output in `NAME.log`."""
     (directory / "text").mkdir(parents=True)
     for path in sorted(pathlib.Path(email.__file__).parent.glob("*.py")):
         shutil.copy(path, directory / "text" / f"{path.stem}.txt")
@@ -95,7 +95,7 @@ def make_runs(directory: pathlib.Path, steps: int = STEPS) -> Trial:
 
 
 def judge(directory: pathlib.Path, trial: Trial) -> tuple[str, bool]:
-    """How the runs compare, as text of 80 columns at most, and whether all is as it should be."""
+    """The comparison of the runs as text of at most 80 columns, and whether all are equal."""
     reference = read_outcome(directory / "undisturbed")
     total = 8 * sum(x.nbytes for x in reference.arrays.values())
     lines = [
@@ -122,15 +122,15 @@ def judge(directory: pathlib.Path, trial: Trial) -> tuple[str, bool]:
         all_equal &= equal
     lines += [
         "\nBits: of parameters, optimizer state and random key. Rows: timings left out.",
-        f"* Sums have another order there; parameters may differ by {TOLERANCE:.0e}.",
-        f"The damaged file was {'found, and the checkpoint before used' if named else 'NOT FOUND'}:",
+        f"* Two devices add in another order; parameters may differ by {TOLERANCE:.0e}.",
+        f"The damaged file was {'found, and the previous checkpoint used' if named else 'NOT FOUND'}:",
         f"  {trial.damaged}",
     ]
     return "\n".join(line.rstrip() for line in lines), all_equal
 
 
 def start(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> subprocess.Popen[bytes]:
-    """The command line, in a process of its own with so many CPU devices."""
+    """Start `transformer train` in a new process with this many CPU devices."""
     run = ["train", __file__, "--workdir", name, "--training.steps", str(steps), *options]
     package = str(pathlib.Path(__file__).parents[2])
     environment = os.environ | {
@@ -147,14 +147,14 @@ def start(directory: pathlib.Path, name: str, steps: int, *options: str, devices
 
 
 def finish(directory: pathlib.Path, name: str, steps: int, *options: str, devices: int = 1) -> None:
-    """Run to the end."""
+    """Train a run to its end."""
     status = start(directory, name, steps, *options, devices=devices).wait()
     end = (directory / f"{name}.log").read_text()[-2000:]
     require(status == 0, f"Training must end with status 0, {name} ended with {status}:\n{end}")
 
 
 def kill(directory: pathlib.Path, name: str, steps: int, *, after: float) -> None:
-    """Kill a run that has at least two checkpoints, at a moment after so many steps (a fraction is one of a step)."""
+    """Kill a run with at least two checkpoints after so many steps (the fraction gives a moment within a step)."""
     process = start(directory, name, steps)
     metrics, mark = directory / name / "metrics.jsonl", f'"step": {int(after) // LOG_EVERY * LOG_EVERY},'
     while process.poll() is None and not (
@@ -165,11 +165,11 @@ def kill(directory: pathlib.Path, name: str, steps: int, *, after: float) -> Non
     process.send_signal(signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
         end = (directory / f"{name}.log").read_text()[-2000:]
-        raise UserError(f"A run to kill must be under way at step {after:.0f}, it had ended:\n{end}")
+        raise UserError(f"A run to kill must still be training at step {after:.0f}, it had ended:\n{end}")
 
 
 def flip_a_bit(checkpoint: pathlib.Path, chance: random.Random) -> str:
-    """Flip one bit anywhere in a checkpoint; returns the path of the file from there."""
+    """Flip one random bit of a checkpoint; returns the path of its file within the checkpoint."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
     (path,) = chance.choices(files, weights=[file.stat().st_size for file in files])
     data = bytearray(path.read_bytes())

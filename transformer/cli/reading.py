@@ -1,4 +1,4 @@
-"""The options of a command, read from its command line as a dataclass has them."""
+"""Reads the options of a command from its command line into a dataclass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,47 +10,48 @@ from transformer.validation import require
 
 T = TypeVar("T")
 Given = dict[str, Any]
-"""What the command line says, by field; what it does not say has its default and is not here."""
+"""The values given on the command line, by field; fields with their default are absent."""
 
 
 def read(default: T, arguments: list[str], command: str) -> tuple[T, Given]:
-    """The options of a command, and which of them were given.
+    """The options of a command, and the given ones by field.
 
-    Words without a flag go to the positional fields in turn; one that takes a single word must have it, unless it may be None.
+    Words without a flag are the values of the positional fields, in order. A field of one word is required unless its default
+    is None.
     """
     kind: Any = type(default)
-    places = [field for field in dataclasses.fields(kind) if field.metadata.get("positional")]
+    positionals = [field for field in dataclasses.fields(kind) if field.metadata.get("positional")]
     about = "\n".join(line.strip() for line in (kind.__doc__ or "").splitlines())
-    names = [f"[{place.name.upper()}]" if place.default is None else place.name.upper() for place in places]
+    names = [f"[{field.name.upper()}]" if field.default is None else field.name.upper() for field in positionals]
     usage = " ".join([command, *names])
     given, words = parse(flags(default), arguments, command=command, usage=usage, about=about)
-    for place in places:
-        if isinstance(place.default, tuple):
-            given[place.name], words = tuple(words), []
+    for field in positionals:
+        if isinstance(field.default, tuple):
+            given[field.name], words = tuple(words), []
         elif words:
-            given[place.name], *words = words
+            given[field.name], *words = words
         else:
             require(
-                place.default is None,
-                f"`{command}` needs {place.name.upper()}, got none; `{command} --help` tells more.",
+                field.default is None,
+                f"`{command}` needs {field.name.upper()}, got none; `{command} --help` lists the options.",
             )
     refuse_words(words, command)
     return _replaced(default, given), given
 
 
 def refuse_words(words: list[str], command: str) -> None:
-    """Words that belong to no flag and no field are an error."""
+    """Refuse words without a flag or field."""
     require(not words, f"`{command}` takes no {words[0] if words else ''!r} there; quote a value that has spaces.")
 
 
 def refuse(given: Given, reason: Callable[[str], str]) -> None:
-    """Flags that were given but mean nothing here are an error: `reason` completes the sentence that begins with the flag."""
+    """Refuse the given flags; `reason` completes the message after the name of the flag."""
     for name in given:
         raise UserError(f"--{name.replace('_', '-')} {reason(name)}")
 
 
 def _replaced(value: Any, given: Given) -> Any:
-    """A dataclass with the fields in `given`, whose names have a dot for each level."""
+    """The dataclass with the fields in `given`; dots in names separate nested dataclasses."""
     changes = {name: new for name, new in given.items() if "." not in name}
     for section in {name.partition(".")[0] for name in given if "." in name}:
         inner = {name.partition(".")[2]: new for name, new in given.items() if name.startswith(section + ".")}

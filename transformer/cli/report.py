@@ -1,4 +1,4 @@
-"""`transformer report RUN [RUN ...] -o FILE.html`: a page of what runs wrote about themselves."""
+"""`transformer report RUN [RUN ...] -o FILE.html`: write a page of the metrics, samples and scores of runs."""
 
 from transformer.cli.pages import new_page, write_page
 from transformer.cli.reading import Given
@@ -7,7 +7,7 @@ from transformer.runs.report import report_page
 
 
 def main(options: ReportOptions, given: Given) -> None:
-    """Refuse what cannot be written; then read and write."""
+    """Check the output path, read the runs, and write the page."""
     del given
     path = new_page(options.output)
     write_page(path, report_page(options.runs))

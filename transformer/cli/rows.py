@@ -1,4 +1,4 @@
-"""Rows of a file or of standard input, and the file or standard output that they are written to with more columns."""
+"""Reads rows of a file or of standard input, and writes them with more columns."""
 
 import csv
 import io
@@ -23,13 +23,13 @@ from transformer.terminal import make_console, printable
 from transformer.validation import require
 
 Write = Callable[[str, dict[str, Any]], None]
-"""Writes a row, whose place is for messages."""
+"""Writes a row; its location is for messages."""
 Row = tuple[str, dict[str, Any]]
-"""A row, behind its place for messages."""
+"""The location of a row, for messages, and the row."""
 
 
 def check_files(options: RowOptions, what: str) -> None:
-    """Raise UserError where there is nothing to read, or the output is there already; before a model is loaded."""
+    """Raise UserError if there is no input or if the output exists; called before a model is loaded."""
     require_new(options.output)
     require(
         not _is_piped(options) or (sys.stdin is not None and not sys.stdin.isatty()),
@@ -38,7 +38,7 @@ def check_files(options: RowOptions, what: str) -> None:
 
 
 def load_on_all_devices(options: RowOptions) -> tuple[Loaded, int]:
-    """The model, a whole copy on each device of this process; and the rows of a batch, which the devices share."""
+    """The model, replicated on all devices of this process, and the batch size of all devices together."""
     devices = jax.local_devices()
     mesh = make_mesh(len(devices), devices)
     run = load(options.workdir, step=options.step, base=options.base, weights=options.weights, mesh=mesh)
@@ -47,7 +47,7 @@ def load_on_all_devices(options: RowOptions) -> tuple[Loaded, int]:
 
 
 def read_rows(options: RowOptions, keys: tuple[str, ...], what: str) -> tuple[str, list[Row]]:
-    """The name of what is read, for messages, and all of its rows, so that a bad one is an error before anything is computed."""
+    """The name of the input, for messages, and all of its rows; a bad row is an error before anything is computed."""
     name = f"{STANDARD_INPUT}.{options.format}" if _is_piped(options) else str(options.input)
     rows = list(find_source(name).rows(name, keys, "texts"))
     require(len(rows) > 0, f"There must be something to {what}, {name} has no texts.")
@@ -55,19 +55,19 @@ def read_rows(options: RowOptions, keys: tuple[str, ...], what: str) -> tuple[st
 
 
 def write_rows(rows: Sequence[Row], found: Iterable[dict[str, Any]], output: str, doing: str) -> None:
-    """Write each row with the columns that were found, as they come."""
+    """Write each row with its new columns as soon as they are ready."""
     console = make_console()
-    # A bar and rows do not share a terminal.
+    # No progress bar on a terminal that shows the rows.
     hidden = not console.is_terminal or (output == "" and sys.stdout.isatty())
     progress = Progress(console=console, disable=hidden, transient=True, redirect_stdout=False, redirect_stderr=False)
     with progress as bar, _writer(output, len(rows)) as write:
-        for (place, row), columns in zip(rows, bar.track(found, len(rows), description=doing), strict=True):
+        for (location, row), columns in zip(rows, bar.track(found, len(rows), description=doing), strict=True):
             taken = [column for column in columns if column in row]
             require(
                 not taken,
-                f"Results must have columns of their own, {place} has {', '.join(map(repr, taken))} already; rename that.",
+                f"Results must have columns of their own, {location} has {', '.join(map(repr, taken))} already; rename them.",
             )
-            write(place, row | columns)
+            write(location, row | columns)
 
 
 def _is_piped(options: RowOptions) -> bool:
@@ -75,7 +75,7 @@ def _is_piped(options: RowOptions) -> bool:
 
 
 def require_new(output: str, flag: str = "--output") -> None:
-    """Raise UserError where a file that is to be written, and that a flag names, is there already."""
+    """Raise UserError if the output file of a flag exists."""
     require(
         output == "" or not epath.Path(expand(output)).exists(),
         f"{flag} must be a new file, {output} exists; choose another name, or remove it.",
@@ -84,15 +84,15 @@ def require_new(output: str, flag: str = "--output") -> None:
 
 @contextmanager
 def _writer(output: str, count: int) -> Iterator[Write]:
-    """What writes so many rows to a file, which is there once all of them are, or to standard output."""
+    """A writer of so many rows to standard output, or to a file that appears once all rows are written."""
     if output == "":
-        yield lambda place, row: _print(json.dumps(row))
+        yield lambda location, row: _print(json.dumps(row))
         return
     with explained(output), writing_whole(expand(output)) as file:
         if output.endswith(".npy"):
             yield _array_writer(file, count)
         else:
-            yield _csv_writer(file, output) if output.endswith(".csv") else lambda place, row: _put(file, row)
+            yield _csv_writer(file, output) if output.endswith(".csv") else lambda location, row: _put(file, row)
         require_new(output)
 
 
@@ -106,10 +106,10 @@ def _put(file: Any, row: dict[str, Any]) -> None:
 
 
 def _csv_writer(file: Any, output: str) -> Write:
-    """Writes the columns of the first row; what is neither text nor empty as JSON has it."""
+    """A writer of CSV with the columns of the first row; values other than text are JSON, None is empty."""
     columns: list[str] = []
 
-    def write(place: str, row: dict[str, Any]) -> None:
+    def write(location: str, row: dict[str, Any]) -> None:
         line = io.StringIO()
         table = csv.writer(line, lineterminator="\n")
         if not columns:
@@ -117,7 +117,7 @@ def _csv_writer(file: Any, output: str) -> Write:
             table.writerow(columns)
         require(
             set(row) == set(columns),
-            f"The rows of {output} must have the same columns, {', '.join(columns)}, {place} gives {', '.join(row)}; write "
+            f"The rows of {output} must have the same columns, {', '.join(columns)}, {location} gives {', '.join(row)}; write "
             ".jsonl instead.",
         )
         values = [row[column] for column in columns]
@@ -128,11 +128,11 @@ def _csv_writer(file: Any, output: str) -> Write:
 
 
 def _array_writer(file: Any, count: int) -> Write:
-    """Writes the `embedding` of so many rows as one array in NumPy's format."""
+    """A writer of so many rows' `embedding` as one array in NumPy's format."""
     begun: list[bool] = []
 
-    def write(place: str, row: dict[str, Any]) -> None:
-        del place
+    def write(location: str, row: dict[str, Any]) -> None:
+        del location
         vector_D = row["embedding"]
         if not begun:
             begun.append(True)

@@ -1,4 +1,4 @@
-"""`transformer score RUN INPUT`: how likely a run's model finds each text of a file, or each of several choices."""
+"""`transformer score RUN INPUT`: score each text of a file, or each of several choices, by its log-probability."""
 
 import json
 import math
@@ -21,38 +21,42 @@ from transformer.validation import require, shown
 
 @out_of_memory_explained(what="Scoring")
 def main(options: ScoreOptions, given: Given) -> None:
-    """Read all rows, then score, and write each as it comes; what they amount to is said at the end."""
+    """Read all rows, then score, and write each as soon as it is ready; a summary follows at the end."""
     use_compilation_cache()
     check_files(options, "score")
     run, batch_size = load_on_all_devices(options)
     objective, data = run.config.objective, run.config.data
     prompt_key, text_key = (
-        asked or getattr(data, key)
-        for asked, key in zip((options.prompt_key, options.text_key), objective.scored_keys, strict=True)
+        given_key or getattr(data, key)
+        for given_key, key in zip((options.prompt_key, options.text_key), objective.scored_keys, strict=True)
     )
     required = {"prompt_key": prompt_key, "text_key": text_key}
     keys = options.choices_key or (text_key, *(value for name, value in required.items() if name in given))
     name, rows = read_rows(options, tuple(dict.fromkeys(keys)), "score")
     if options.choices_key:
-        prompts = [_optional(row, text_key, place, "text_key" in given) for place, row in rows]
-        choices = [_choices(row, options.choices_key, place) for place, row in rows]
-        answers = [_answer(row, options.answer_key, place, of) for (place, row), of in zip(rows, choices, strict=True)]
+        prompts = [_optional(row, text_key, location, "text_key" in given) for location, row in rows]
+        choices = [_choices(row, options.choices_key, location) for location, row in rows]
+        answers = [
+            _answer(row, options.answer_key, location, of) for (location, row), of in zip(rows, choices, strict=True)
+        ]
         pairs = [(prompt, choice) for prompt, of_row in zip(prompts, choices, strict=True) for choice in of_row]
-        places = [
-            f"choice {number} of {place}"
-            for (place, _), of in zip(rows, choices, strict=True)
+        names = [
+            f"choice {number} of {location}"
+            for (location, _), of in zip(rows, choices, strict=True)
             for number in range(len(of))
         ]
         totals: Any = _Chosen()
-        scores = run.scores(pairs, names=places, batch_size=batch_size, stride=options.stride)
+        scores = run.scores(pairs, names=names, batch_size=batch_size, stride=options.stride)
         found = totals.columns(scores, choices, answers)
     else:
         pairs = [
-            (_optional(row, prompt_key, place, "prompt_key" in given), text_field(row, text_key, place))
-            for place, row in rows
+            (_optional(row, prompt_key, location, "prompt_key" in given), text_field(row, text_key, location))
+            for location, row in rows
         ]
         totals = _Summed()
-        scores = run.scores(pairs, names=[place for place, _ in rows], batch_size=batch_size, stride=options.stride)
+        scores = run.scores(
+            pairs, names=[location for location, _ in rows], batch_size=batch_size, stride=options.stride
+        )
         found = totals.columns(scores, run.tokenizer if options.per_token else None)
     write_rows(rows, found, options.output, "scoring")
     say(make_console(), f"{len(rows):,} texts of {name} scored with {options.workdir}: {totals.describe()}")
@@ -61,13 +65,13 @@ def main(options: ScoreOptions, given: Given) -> None:
 
 
 class _Summed:
-    """Columns of single texts, and what all texts together amount to."""
+    """Columns of single texts, and the totals of all texts."""
 
     def __init__(self) -> None:
         self.log_probability, self.tokens, self.bytes, self.texts = 0.0, 0, 0, 0
 
     def columns(self, scores: Iterator[Scored], tokenizer: Any) -> Iterator[dict[str, Any]]:
-        """Of each text."""
+        """The columns of each text."""
         for scored in scores:
             self.log_probability += scored.log_probability
             self.tokens, self.bytes = self.tokens + len(scored.tokens), self.bytes + scored.num_bytes
@@ -84,7 +88,7 @@ class _Summed:
             yield found
 
     def scores(self) -> dict[str, float]:
-        """Of all texts."""
+        """The scores of all texts together."""
         return {
             "texts": self.texts,
             "tokens": self.tokens,
@@ -95,7 +99,7 @@ class _Summed:
         }
 
     def describe(self) -> str:
-        """For people."""
+        """The scores as one line of text."""
         scores = self.scores()
         return f"perplexity {scores['perplexity']:.4g} a token, {scores['bits_per_byte']:.4g} bits per byte"
 
@@ -110,7 +114,7 @@ class _Chosen:
     def columns(
         self, scores: Iterator[Scored], choices: Sequence[Sequence[str]], answers: Sequence[int | None]
     ) -> Iterator[dict[str, Any]]:
-        """Of each row: the most likely choice, by its log-probability and by that of a byte, from 0."""
+        """The columns of each row: the most likely choice, from 0, by log-probability in total and per byte."""
         for of_row, answer in zip(choices, answers, strict=True):
             found = [next(scores) for _ in of_row]
             whole = [scored.log_probability for scored in found]
@@ -123,7 +127,7 @@ class _Chosen:
             yield {"choice": best, "choice_per_byte": per_byte, "log_probabilities": whole}
 
     def scores(self) -> dict[str, Any]:
-        """Of all rows."""
+        """The scores of all rows together."""
         if self.answered:
             shares = {"accuracy": self.hits / self.answered, "accuracy_per_byte": self.hits_per_byte / self.answered}
         else:
@@ -131,35 +135,35 @@ class _Chosen:
         return {"rows": self.rows, **shares}
 
     def describe(self) -> str:
-        """For people."""
+        """The scores as one line of text."""
         scores = self.scores()
         if self.answered:
             return f"accuracy {scores['accuracy']:.4g}, by bytes {scores['accuracy_per_byte']:.4g}"
         return ", ".join(f"choice {choice} in {share:.1%}" for choice, share in scores["chosen"].items())
 
 
-def _optional(row: dict[str, Any], key: str, place: str, needed: bool) -> str:
-    """A text that a row may lack."""
-    return text_field(row, key, place) if needed or row.get(key) is not None else ""
+def _optional(row: dict[str, Any], key: str, location: str, needed: bool) -> str:
+    """The text of a field, which a row may lack."""
+    return text_field(row, key, location) if needed or row.get(key) is not None else ""
 
 
-def _choices(row: dict[str, Any], keys: Sequence[str], place: str) -> list[str]:
+def _choices(row: dict[str, Any], keys: Sequence[str], location: str) -> list[str]:
     choices: list[Any] = []
     for key in keys:
-        value = field(row, key, place)
+        value = field(row, key, location)
         choices += [value] if isinstance(value, str) else value if isinstance(value, list) else [None]
     require(
         len(choices) >= 2 and all(isinstance(choice, str) and choice for choice in choices),
-        f"Each row must have two choices or more, all of them text that is not empty, {place} has {shown(choices)} in "
+        f"Each row must have two choices or more, all of them text that is not empty, {location} has {shown(choices)} in "
         f"{' and '.join(map(repr, keys))}.",
     )
     return choices
 
 
-def _answer(row: dict[str, Any], key: str, place: str, choices: Sequence[str]) -> int | None:
+def _answer(row: dict[str, Any], key: str, location: str, choices: Sequence[str]) -> int | None:
     if not key:
         return None
-    value = field(row, key, place)
+    value = field(row, key, location)
     if value in choices:
         return choices.index(value)
     try:
@@ -168,7 +172,7 @@ def _answer(row: dict[str, Any], key: str, place: str, choices: Sequence[str]) -
         number = -1
     if not 0 <= number < len(choices):
         raise UserError(
-            f"The right choice must be one of the {len(choices)} choices, by its number from 0 or by its text, {place} has "
+            f"The right choice must be one of the {len(choices)} choices, by its number from 0 or by its text, {location} has "
             f"{value!r:.80} in {key!r}."
         )
     return number

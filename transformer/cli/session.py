@@ -1,4 +1,4 @@
-"""An interactive session: each line that is typed is a prompt, or a message of a conversation, and is answered as it comes."""
+"""An interactive session: each typed line is a prompt, or a message of a conversation, and is answered."""
 
 import contextlib
 import sys
@@ -14,23 +14,23 @@ from transformer.terminal import printable
 from transformer.types import UserError
 
 Answer = Callable[[str, int], Generator[str]]
-"""The pieces of an answer to a text and to its number, from 0."""
+"""Gives the pieces of the answer to a text and its number, from 0."""
 
-with contextlib.suppress(ImportError):  # Windows has none
+with contextlib.suppress(ImportError):  # Windows has no readline
     import readline  # noqa: F401 (gives `input` a history, and keys that edit)
 
 
 def hold_session(answer: Answer, what: str, note: Callable[[str], None]) -> None:
     r"""Read and answer until the input ends (Ctrl-D).
 
-    Ctrl-C stops an answer; while a line is typed, it discards that line. A `\` at the end of a line goes on in the next one.
+    Ctrl-C stops an answer or discards the typed line. A line that ends with `\` continues on the next one.
 
     Args:
-        answer: what answers.
-        what: a line is called.
-        note: tells the user something.
+        answer: gives the answer to a line.
+        what: name of a line, for the user.
+        note: prints a note to the user.
     """
-    note(f"type a {what}. Ctrl-C stops a text, Ctrl-D ends; a line that ends with \\ goes on in the next.")
+    note(f"type a {what}. Ctrl-C stops a text, Ctrl-D ends; a line that ends with \\ continues on the next.")
     turn = 0
     while True:
         try:
@@ -56,14 +56,14 @@ def hold_session(answer: Answer, what: str, note: Callable[[str], None]) -> None
 
 
 def write(pieces: Iterable[str]) -> None:
-    """Print pieces of text as they come; a terminal is shown nothing that it would obey."""
+    """Print pieces of text as they arrive; control characters are escaped on a terminal."""
     for piece in pieces:
         sys.stdout.write(printable(piece, lines=True) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
 
 def _typed() -> str:
-    """One line, or several of which all but the last end with a backslash; never the prompt mark in what is redirected."""
+    """One typed line, or several joined by backslashes; the prompt mark never goes to redirected standard output."""
     lines: list[str] = []
     while True:
         mark = "... " if lines else "> "
@@ -77,7 +77,7 @@ def _typed() -> str:
 
 
 class Conversation:
-    """Messages so far; where they do not fit any more, the oldest are forgotten, but not the system's."""
+    """The messages so far; if they exceed the model's length, the oldest are dropped, except the system message."""
 
     def __init__(
         self,
@@ -92,11 +92,11 @@ class Conversation:
         self._system, self._messages = system, list[dict[str, str]]()
 
     def answer(self, text: str, turn: int) -> Generator[str]:
-        """The reply to a message. One that is stopped is part of the conversation, one that fails is not."""
+        """The reply to a message. A stopped reply stays in the conversation, a failed one does not."""
         self._messages.append({"role": "user", "content": text})
         said = ""
         try:
-            self._forget()
+            self._drop_oldest()
             messages, seed = [*self._system, *self._messages], self._seed + turn
             for piece in self._run.config.objective.reply(
                 self._run, messages, *self._how, seed, self._note, **self._options
@@ -111,18 +111,18 @@ class Conversation:
             raise
         self._messages.append({"role": "assistant", "content": said})
 
-    def _forget(self) -> None:
-        """Forget the oldest exchanges until a reply has room."""
+    def _drop_oldest(self) -> None:
+        """Drop the oldest messages with their replies until a new reply fits."""
         limit = self._run.config.model.max_length
-        room = min(self._how[0] or limit, limit // 4)
-        forgotten = 0
+        reserved = min(self._how[0] or limit, limit // 4)
+        dropped = 0
         while (
             len(self._messages) > 1
-            and len(chat_ids(self._run.tokenizer, [*self._system, *self._messages], reply=True)) + room > limit
+            and len(chat_ids(self._run.tokenizer, [*self._system, *self._messages], reply=True)) + reserved > limit
         ):
             del self._messages[:2]
-            forgotten += 2
-        if forgotten:
+            dropped += 2
+        if dropped:
             self._note(
-                f"the conversation is longer than the model's {limit:,} tokens: its {forgotten} oldest messages are dropped."
+                f"the conversation is longer than the model's {limit:,} tokens: its {dropped} oldest messages are dropped."
             )

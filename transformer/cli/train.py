@@ -1,4 +1,4 @@
-"""`transformer train CONFIG`: train a model, or go on with an interrupted run."""
+"""`transformer train CONFIG`: train a model, or continue an interrupted run."""
 
 import os
 import pathlib
@@ -15,11 +15,11 @@ from transformer.terminal import make_console, say
 
 
 def main(config: Config, *, look_at: str = "") -> None:
-    """Train the config that the arguments describe, and say what to type next.
+    """Train a run, and print the next command to type.
 
     Args:
-        config: of the run.
-        look_at: a text whose attention is shown on a page in the run's directory, beside a report; empty for no pages.
+        config: the config of the run.
+        look_at: text of an attention page, which is written into the run's directory beside a report; empty means no pages.
     """
     with distributed.joined(config.parallel):
         train(config)
@@ -30,14 +30,14 @@ def main(config: Config, *, look_at: str = "") -> None:
 
 
 def next_lines(config: Config) -> list[str]:
-    """What to type to use the model: the activation of the virtual environment, where it is needed, and a command."""
+    """Commands that use the model: the activation of the virtual environment, if needed, and one command."""
     command, *options = config.objective.next_command(config.training.sample_prompt)
     words = shlex.join(["transformer", command, str(config.workdir), *options])
     return [*_activation(), f"  {words}"]
 
 
 def _activation() -> list[str]:
-    """The line that puts `transformer` on the path; none where it is there, or where no virtual environment is in use."""
+    """The line that puts `transformer` on the path; none if it is there or if no virtual environment is in use."""
     activate = pathlib.Path(sys.prefix) / "bin" / "activate"
     active = os.environ.get("VIRTUAL_ENV", "")
     if sys.prefix == sys.base_prefix or not activate.exists() or (active and os.path.samefile(active, sys.prefix)):
