@@ -142,6 +142,8 @@ def test_what_cannot_be_scored_is_refused_with_its_line(run, tmp_path, capsys):
     good = rows_of(tmp_path / "y.jsonl", {"choices": ["b", "c"], "answer": 3})
     told = refused(capsys, run, good, "--choices-key", "choices", "--answer-key", "answer")
     assert "must be one of the 2 choices, by its number from 0 or by its text" in told
-    assert "names the right choice, got 'answer' without --choices-key" in refused(capsys, run, good, "--answer-key", "answer")
+    assert "names the right choice, got 'answer' without --choices-key" in refused(
+        capsys, run, good, "--answer-key", "answer"
+    )
     assert "--per-token is for single texts" in refused(capsys, run, good, "--choices-key", "choices", "--per-token")
     assert "must be a new file" in refused(capsys, run, good, "-o", good)

@@ -144,7 +144,7 @@ def test_bad_requests():
         run(num_beams=0)
     with pytest.raises(ValueError, match=r"prompt and new tokens, 1 \+ 24"):
         run(max_new_tokens=24)
-    with pytest.raises(UserError, match=r"start is for an encoder-decoder, whose targets start with it, got 2"):
+    with pytest.raises(UserError, match=r"start is for targets of an encoder-decoder, got 2"):
         run(start=2)
     with pytest.raises(UserError, match="Memory must hold a cache of 1,000,000,000 rows"):
         run(num_beams=10**9)

@@ -104,13 +104,13 @@ def test_what_cannot_be_embedded_is_refused():
         run.embed(["a", " "])
     with pytest.raises(UserError, match="layer must be from 1 to 3, or 0 for the last, got 4"):
         run.embed(["a"], layer=4)
-    with pytest.raises(UserError, match="this run has none; take mean"):
+    with pytest.raises(UserError, match="this run has none; choose mean"):
         run.embed(["a"], pooling="attention")
     with pytest.raises(UserError, match="median"):
         run.embed(["a"], pooling="median")
     assert run.embed([]).shape == (0, 16)
     broken = Loaded(run.model, jax.tree.map(lambda x: x * np.nan, run.params), *list(run)[2:])
-    with pytest.raises(UserError, match="that of text 1 has NaN"):
+    with pytest.raises(UserError, match="must be finite, the one of text 1 is not"):
         broken.embed(["a"])
 
 

@@ -213,14 +213,14 @@ def test_a_batch_padded_on_the_left_is_its_rows():
     ("mask", "message"),
     [
         ([[1, 1]], r"one shape \[B, T\], got \(2, 2\) and \(1, 2\)"),
-        ([[1, 1], [0, 0]], "Every row must have a token, row 1 is padding only"),
-        ([[1, 1], [0, 2]], "A mask must be 1 where a token is"),
+        ([[1, 1], [0, 0]], "Every row must have a token, row 1 has only padding"),
+        ([[1, 1], [0, 2]], "A mask must be 1 for tokens"),
     ],
 )
 def test_masks_that_are_none_are_refused(mask, message):
     with pytest.raises(UserError, match=message):
         unpad([[1, 2], [3, 4]], mask)
-    with pytest.raises(UserError, match="row 0 has some between its tokens"):
+    with pytest.raises(UserError, match="row 0 has padding between tokens"):
         unpad([[1, 2, 3]], [[1, 0, 1]])
 
 
@@ -354,7 +354,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(sampling, bad):
     token = next(t for t in good.tokens[0, 2:7].tolist() if t not in read)
     count = good.tokens[0].tolist().index(token) + 1
     broken = {**params, "token_embedding": {"embedding": table.at[token].set(bad)}}
-    message = rf"those of prompt 0 are NaN or inf after {len(PROMPTS[0]) + count} tokens"
+    message = rf"the logits of prompt 0 are NaN or inf after {len(PROMPTS[0]) + count} tokens"
     with pytest.raises(UserError, match=message):
         generate(model, broken, PROMPTS[:1], max_new_tokens=8, sampling=sampling, seed=3)
     streamed = []

@@ -160,7 +160,7 @@ def test_a_draft_without_numbers_costs_time_only():
     expected = Generator(model, params).generate(PROMPTS, max_new_tokens=9, sampling=GREEDY)
     np.testing.assert_array_equal(pair.generate(PROMPTS, max_new_tokens=9, sampling=GREEDY).tokens, expected.tokens)
     assert pair.accepted == 0 < pair.offered
-    with pytest.raises(UserError, match="those of prompt 0 are NaN or inf after 3 tokens"):
+    with pytest.raises(UserError, match="the logits of prompt 0 are NaN or inf after 3 tokens"):
         SpeculativeGenerator(model, broken, model, params).generate(PROMPTS, max_new_tokens=9, sampling=DRAWN)
 
 

@@ -105,7 +105,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(model):
     model, params = model
     table = params["source_embedding"]["embedding"]
     broken = {**params, "source_embedding": {"embedding": table.at[16].set(jnp.nan)}}
-    with pytest.raises(UserError, match="those of the target of source 0 are NaN or inf after 0 tokens"):
+    with pytest.raises(UserError, match="the logits of the target of source 0 are NaN or inf after 0 tokens"):
         translate(model, broken, [[4, 16, 5], [3], [1, 2]], end_of_text=END, max_new_tokens=3)
 
 

@@ -43,7 +43,7 @@ def write_run_pages(workdir: str, text: str) -> None:
 
     A page newer than the metrics is not written again.
     """
-    say(make_console(), "pages for a browser:")
+    say(make_console(), "pages to look at:")
     folder = epath.Path(workdir)
     pages: dict[str, Callable[[], str]] = {
         "attention.html": lambda: attention_page(load(workdir), text, name=folder.name),

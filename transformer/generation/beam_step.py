@@ -1,4 +1,4 @@
-"""A step of beam search, as Hugging Face's transformers defines it: from logits to growing and finished beams."""
+"""One step of beam search as in Hugging Face's transformers: from logits to growing and finished beams."""
 
 from typing import Any, NamedTuple
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 NOTHING = -1e9
-"""The score of a beam that is not there: below any log-probability, and finite, so that sums of it are."""
+"""The score of a missing beam: below any log-probability, but finite, so that sums with it are finite too."""
 
 
 class Limits(NamedTuple):
-    """Where continuations end, and what they may hold."""
+    """End and allowed tokens of continuations."""
 
     ends_E: Any  # int32 [E]
     drawable_V: Any  # bool [V], None for all
-    num_new: Any  # int32, tokens at most
+    num_new: Any  # int32, most new tokens
 
 
 class State(NamedTuple):
-    """The beams of each row: M that grow and M that have finished, both by falling score."""
+    """M growing and M finished beams of each row, each by descending score."""
 
     tokens_BMN: Int[Array, "B M N"]
     scores_BM: Float[Array, "B M"]  # log-probabilities
@@ -27,14 +27,14 @@ class State(NamedTuple):
     done_lengths_BM: Int[Array, "B M"]
     done_scores_BM: Float[Array, "B M"]  # divided by a power of the length
     is_done_BM: Bool[Array, "B M"]
-    open_B: Bool[Array, " B"]  # whether a beam that grows may still be among the best
-    count: Int[Array, ""]  # tokens of each that grows
-    broken_B: Int[Array, " B"]  # tokens after which logits were no numbers, -1 if they are
+    open_B: Bool[Array, " B"]  # whether a growing beam can still become one of the best
+    count: Int[Array, ""]  # tokens of each growing beam
+    broken_B: Int[Array, " B"]  # number of tokens before the first logits that are not finite, -1 if all are finite
     cache: Any
 
 
 def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any) -> State:
-    """Before the first token: one beam, so that the same continuation is not found several times."""
+    """The state before the first token: one beam, so that no continuation is found several times."""
     B, M = len(open_B), num_beams
     nothing_BM = jnp.full((B, M), NOTHING, jnp.float32)
     tokens_BMN, zeros_BM = jnp.zeros((B, M, room), jnp.int32), jnp.zeros((B, M), jnp.int32)
@@ -44,7 +44,7 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any)
         done_BMN=tokens_BMN,
         done_lengths_BM=zeros_BM,
         done_scores_BM=nothing_BM,
-        # A row that only fills up the batch is not waited for.
+        # The search does not wait for padding rows of the batch.
         is_done_BM=jnp.broadcast_to(~open_B[:, None], (B, M)),
         open_B=open_B,
         count=jnp.int32(0),
@@ -54,7 +54,7 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any)
 
 
 def goes_on(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Array, ""]:
-    """Whether any row may still find something better."""
+    """Whether any row may still find a better continuation."""
     full = jnp.all(state.is_done_BM) if early_stopping is True else False
     return jnp.any(state.open_B) & ~jnp.bool_(full) & (state.count < limits.num_new) & jnp.all(state.broken_B < 0)
 
@@ -62,14 +62,14 @@ def goes_on(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Ar
 def grow(
     state: State, logits_BMV: Float[Array, "B M V"], limits: Limits, length_penalty: float, early_stopping: bool | str
 ) -> tuple[State, Int[Array, "B M"]]:
-    """The beams with one token more; and which beam of its row each has grown from, for the cache."""
+    """Extend the beams by one token; also returns each beam's parent, its index in the row, for the cache."""
     B, M, V = logits_BMV.shape
     exists_BM = state.scores_BM > NOTHING / 2
     broken_B = jnp.any(exists_BM & ~jnp.isfinite(jnp.max(logits_BMV, axis=-1)), axis=1)
     logp_BMV = jax.nn.log_softmax(logits_BMV.astype(jnp.float32), axis=-1)
     if limits.drawable_V is not None:
         logp_BMV = jnp.where(jnp.asarray(limits.drawable_V)[None, None], logp_BMV, -jnp.inf)
-    # Beyond those that may all end there must be as many that go on.
+    # M candidates must remain if all others end.
     num_kept = min(max(2, 1 + len(limits.ends_E)) * M, M * V)
     sums_BK, index_BK = jax.lax.top_k((state.scores_BM[:, :, None] + logp_BMV).reshape(B, M * V), num_kept)
     parents_BK, new_BK = index_BK // V, index_BK % V
@@ -85,7 +85,7 @@ def grow(
         broken_B=jnp.where(broken_B & (state.broken_B < 0), state.count, state.broken_B),
     )
     state = _finish(state, tokens_BKN, sums_BK, ends_BK, length_penalty, early_stopping)
-    # The best that a growing beam could score, against the worst of those that finished.
+    # Compare the best possible score of a growing beam with the worst score of the finished ones.
     longest = limits.num_new if early_stopping == "never" and length_penalty > 0 else count
     possible_B1 = scores_BM[:, :1] / _power(longest, length_penalty)
     worst_B1 = jnp.min(state.done_scores_BM, axis=1, keepdims=True)
@@ -101,7 +101,7 @@ def _finish(
     length_penalty: float,
     early_stopping: bool | str,
 ) -> State:
-    """Candidates that end join the best that have finished, if they are among the first M of all candidates."""
+    """Add candidates that end to the finished beams, if they are among the first M candidates."""
     M, K = state.scores_BM.shape[1], sums_BK.shape[1]
     takes_B = state.open_B & ~(jnp.all(state.is_done_BM, axis=1) if early_stopping is True else False)
     joins_BK = ends_BK & (jnp.arange(K)[None] < M) & takes_B[:, None] & (sums_BK > NOTHING / 2)

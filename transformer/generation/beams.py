@@ -1,4 +1,4 @@
-"""Beam search: the most likely continuations of prompts, or targets of sources, in one compiled loop over the cache."""
+"""Beam search for the most likely continuations of prompts or targets of sources, in one compiled loop over the cache."""
 
 import dataclasses
 import functools
@@ -25,27 +25,28 @@ from transformer.ops.ids import token_rows
 from transformer.types import PyTree
 from transformer.validation import Settings, require, require_at_least
 
-# New tokens have room for a multiple, so that few programs are compiled.
+# The capacity for new tokens is a multiple of this, so that few programs are compiled.
 _ROOM_UNIT = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class BeamConfig(Settings):
-    """How continuations are searched for, as Hugging Face's transformers defines it.
+    """Settings of beam search, as in Hugging Face's transformers.
 
     >>> translation = BeamConfig(num_beams=4, length_penalty=0.6)
     """
 
     num_beams: int = 4
-    """Continuations that are kept while they grow; 1 is greedy decoding."""
+    """Number of growing continuations; 1 is greedy decoding."""
     length_penalty: float = 1.0
-    """A finished continuation's score is its log-probability divided by its length to this power, its end counted: above 0 longer
-    ones gain, 0 compares plain log-probabilities."""
+    """Exponent of the length, end token included, that divides the log-probability of a finished continuation. Values above 0
+    favour longer continuations; 0 compares plain log-probabilities."""
     early_stopping: Literal[True, False, "never"] = False
-    """When a row stops: True, once it has num_beams finished continuations; False, once the best growing one would not be among
-    them if it finished at its length now; "never", once it could not at any length (exact for a length_penalty of at least 0)."""
+    """When the search of a row stops. True: at num_beams finished continuations. False: when the best growing continuation
+    would not be among them if it finished now. "never": when it could not be among them at any length, which is exact for a
+    length_penalty of at least 0."""
     num_return: int = 1
-    """Best continuations to return."""
+    """Number of best continuations to return."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_beams", "num_return")
@@ -56,7 +57,7 @@ class BeamConfig(Settings):
 
 
 def beam_config(beams: int, length_penalty: float, num_best: int) -> BeamConfig | None:
-    """The search that a command asks for; None for 0 beams, with which the others mean nothing.
+    """The beam search of a command; None for 0 beams, which allow no other setting.
 
     >>> beam_config(0, length_penalty=1.0, num_best=1) is None
     True
@@ -71,7 +72,7 @@ def beam_config(beams: int, length_penalty: float, num_best: int) -> BeamConfig 
 class Beams(NamedTuple):
     """The R best continuations of each of B rows, the best first: `tokens[b, r, : lengths[b, r]]`.
 
-    Where a row has fewer possible ones, those left over have a length of 0 and a score of -inf.
+    If a row has fewer possible continuations, the remaining ones have length 0 and score -inf.
     """
 
     def best(self, row: int) -> list[tuple[np.ndarray, float]]:
@@ -80,8 +81,8 @@ class Beams(NamedTuple):
         found = zip(self.tokens[row], lengths_R, scores_R, strict=True)
         return [(tokens[:length], float(score)) for tokens, length, score in found if score > -np.inf]
 
-    tokens: np.ndarray  # int32 [B, R, max_new_tokens]; behind the length, the last token again
-    lengths: np.ndarray  # int32 [B, R], the token at which it ended not counted
+    tokens: np.ndarray  # int32 [B, R, max_new_tokens]; after the length, the last token is repeated
+    lengths: np.ndarray  # int32 [B, R], without the end token
     scores: np.ndarray  # float32 [B, R]
 
 
@@ -100,30 +101,31 @@ def beam_search(
     drawable: np.ndarray | None = None,
     batch_size: int = 0,
 ) -> Beams:
-    """The most likely continuation of each prompt, or target of each source, that a beam search finds.
+    """Search for the most likely continuations of each prompt, or targets of each source.
 
     Args:
-        model: a decoder, whose prompts are continued, or an encoder-decoder, whose sources get targets.
+        model: a decoder continues prompts; an encoder-decoder gives targets of sources.
         params: its parameters.
-        rows: tokens of each prompt or source, which may differ in number; at least one a row.
-        max_new_tokens: the longest continuation or target.
-        num_beams: see `BeamConfig`, as for the next three.
-        length_penalty: of the scores.
-        early_stopping: when a row stops.
-        num_return: best ones to return.
-        end_of_text: the token at which one ends, or several; -1 if none does.
-        start: the token that starts a target; -1: end_of_text, the first one.
-        drawable: which tokens may be chosen, bool [V]; None for all. Others keep their probability, and it is lost.
-        batch_size: rows that are searched together, those of similar length; 0 means all.
+        rows: tokens of each prompt or source, at least one each; lengths may differ.
+        max_new_tokens: length of the longest continuation or target.
+        num_beams: see `BeamConfig`.
+        length_penalty: see `BeamConfig`.
+        early_stopping: see `BeamConfig`.
+        num_return: see `BeamConfig`.
+        end_of_text: the end token, or several; -1 for none.
+        start: the first token of a target; -1 means the first of end_of_text.
+        drawable: the allowed tokens, bool [V]; None for all. Probabilities are not normalized again over them.
+        batch_size: rows of a search, which have similar lengths; 0 means all rows.
 
     Raises:
-        ValueError: if a row is empty, holds a token outside the vocabulary, or too much is asked for; or if logits are NaN.
+        ValueError: a row is empty or has a token outside the vocabulary, max_new_tokens exceeds the model's length, or logits
+            are NaN.
     """
     settings = BeamConfig(num_beams, length_penalty, early_stopping, num_return)
     vocab_size, translates = model.config.vocab_size, _translates(model)
     read = token_rows(rows, getattr(model, "source_vocab_size", 0) or vocab_size, "source" if translates else "prompt")
     require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    require(translates or start < 0, f"start is for an encoder-decoder, whose targets start with it, got {start}.")
+    require(translates or start < 0, f"start is for targets of an encoder-decoder, got {start}; leave it out.")
     check_drawable(drawable, vocab_size)
     if translates:
         start, ends_E = start_and_ends(start, end_of_text, vocab_size)
@@ -149,17 +151,17 @@ def _search_all(
     batch_size: int,
     settings: BeamConfig,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, lengths and scores of the best of each row, in the order of the rows."""
+    """Tokens, lengths and scores of the best continuations of each row, in the order of the rows."""
     translates, count = _translates(model), int(limits.num_new)
     prepared = params
     if not translates:
         model, params = loop_model(model, params)
         prepared = prepare(model, params, batch_size * settings.num_beams)
-    room = min(-(-count // _ROOM_UNIT) * _ROOM_UNIT, model.config.max_length or sys.maxsize)
+    capacity = min(-(-count // _ROOM_UNIT) * _ROOM_UNIT, model.config.max_length or sys.maxsize)
     found: list[Any] = [()] * len(read)
     for chosen, tokens_BT, segment_ids_BT in source_batches(read, batch_size, model.config.max_length):
         arrays = tokens_BT, segment_ids_BT, np.int32(start), limits
-        state: Any = _search(model, params, prepared, *arrays, room=room, settings=settings)
+        state: Any = _search(model, params, prepared, *arrays, capacity=capacity, settings=settings)
         state = jax.tree.map(np.asarray, state)
         for row, index in enumerate(chosen):
             _check_numbers(int(state.broken_B[row]), index, len(read[index]), translates)
@@ -168,12 +170,12 @@ def _search_all(
 
 
 def _translates(model: Any) -> bool:
-    """Whether a model reads a source, and says a target: an encoder-decoder."""
+    """Whether a model is an encoder-decoder."""
     return hasattr(model, "encode")
 
 
 def _check_numbers(broken: int, index: int, length: int, translates: bool) -> None:
-    """Raise UserError if the logits of a row were no numbers after `broken` new tokens."""
+    """Raise UserError if the logits of a row were not finite after `broken` new tokens."""
     marks_1N = np.full((1, max(broken, 0) + 1), 0)
     marks_1N[0, -1] = NO_TOKEN if broken >= 0 else 0
     what = f"the target of source {index}" if translates else f"prompt {index}"
@@ -183,7 +185,7 @@ def _check_numbers(broken: int, index: int, length: int, translates: bool) -> No
 def _best(
     state: Any, row: int, ends_E: np.ndarray, num_return: int, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [R, N], lengths [R] and scores [R] of the best that a row has finished."""
+    """Tokens [R, N], lengths [R] and scores [R] of the best finished continuations of a row."""
     counts_R = np.where(state.is_done_BM, state.done_lengths_BM, 0)[row, :num_return]
     columns_RN = np.minimum(np.arange(max_new_tokens)[None], np.maximum(counts_R - 1, 0)[:, None])
     tokens_RN = np.take_along_axis(state.done_BMN[row, :num_return], columns_RN, axis=1)
@@ -192,7 +194,7 @@ def _best(
     return tokens_RN, lengths_R.astype(np.int32), scores_R.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "room", "settings"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "settings"))
 def _search(
     model: Any,
     params: PyTree,
@@ -202,43 +204,43 @@ def _search(
     start: Any,
     limits: Limits,
     *,
-    room: int,
+    capacity: int,
     settings: BeamConfig,
 ) -> State:
-    """The beams of each row when nothing better is to be found."""
+    """The beams of each row at the end of the search."""
     B, M = len(tokens_BT), settings.num_beams
     rows_R = jnp.repeat(jnp.arange(B), M)
     if not _translates(model):
-        logits_BV, cache, step = _read_prompts(model, params, prepared, tokens_BT, segment_ids_BT, room)
+        logits_BV, cache, step = _read_prompts(model, params, prepared, tokens_BT, segment_ids_BT, capacity)
     else:
-        logits_BV, cache, step = _read_sources(model, params, tokens_BT, segment_ids_BT, start, room, rows_R)
+        logits_BV, cache, step = _read_sources(model, params, tokens_BT, segment_ids_BT, start, capacity, rows_R)
     how = limits, settings.length_penalty, True if M == 1 else settings.early_stopping
 
     def one_more(state: State) -> State:
         last_BM = jax.lax.dynamic_index_in_dim(state.tokens_BMN, state.count - 1, axis=2, keepdims=False)
         logits_R1V, cache = step(last_BM.reshape(B * M, 1), state.cache)
         state, parents_BM = grow(state, logits_R1V.reshape(B, M, -1), *how)
-        # What was read with a source is the same for all beams of a row.
+        # All beams of a row share the encoder output.
         parents_R = (parents_BM + M * jnp.arange(B)[:, None]).reshape(-1)
         return state._replace(cache=take_rows(cache, parents_R, keep_encoded=True))
 
-    state = init_state(jnp.any(segment_ids_BT != 0, axis=1), M, room, take_rows(cache, rows_R))
+    state = init_state(jnp.any(segment_ids_BT != 0, axis=1), M, capacity, take_rows(cache, rows_R))
     state, _ = grow(state, jnp.broadcast_to(logits_BV[:, None], (B, M, logits_BV.shape[1])), *how)
     state = jax.lax.while_loop(lambda state: goes_on(state, limits, how[-1]), one_more, state)
     return state._replace(cache=())
 
 
 def _read_prompts(
-    model: Decoder, params: PyTree, prepared: PyTree, tokens_BT: Array, segment_ids_BT: Array, room: int
+    model: Decoder, params: PyTree, prepared: PyTree, tokens_BT: Array, segment_ids_BT: Array, capacity: int
 ) -> tuple[Float[Array, "B V"], Any, Step]:
-    """The logits of the first token behind each prompt, the cache, and how a further token is read."""
+    """The logits of the first token after each prompt, the cache, and the function that reads further tokens."""
     (B, T), limit = tokens_BT.shape, model.config.max_length or sys.maxsize
     outputs: Any = model.apply(
         {"params": params},
         tokens_BT,
         segment_ids_BT=segment_ids_BT,
         prefix_BT=segment_ids_BT != 0 if model.bidirectional_prefix else None,
-        cache=model.init_cache(B, min(T + room, limit)),
+        cache=model.init_cache(B, min(T + capacity, limit)),
     )
     logits_BTV, cache = outputs
     last_B = jnp.maximum(jnp.sum(segment_ids_BT != 0, axis=1) - 1, 0)
@@ -252,14 +254,14 @@ def _read_sources(
     source_BS: Array,
     segment_ids_BS: Array,
     start: Any,
-    room: int,
+    capacity: int,
     rows_R: Int[Array, " R"],
 ) -> tuple[Float[Array, "B V"], Any, Step]:
-    """The same of targets, whose first token is `start`."""
+    """The same for targets, which begin with `start`."""
     B = len(source_BS)
     encoded_BSD: Any = model.apply({"params": params}, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
     decode = functools.partial(model.apply, {"params": params}, method="decode")
-    cache, start_B1 = model.init_cache(B, room), jnp.broadcast_to(start, (B, 1))
+    cache, start_B1 = model.init_cache(B, capacity), jnp.broadcast_to(start, (B, 1))
     outputs: Any = decode(start_B1, encoded_BSD, source_segment_ids_BS=segment_ids_BS, cache=cache)
     segment_ids_RS = jnp.take(segment_ids_BS, rows_R, axis=0)
 

@@ -1,4 +1,4 @@
-"""A vector of each text, pooled from the hidden states of any layer of a trained model."""
+"""Computes a vector of each text by pooling the hidden states of a layer of a trained model."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -28,19 +28,19 @@ def text_embeddings(
     normalize: bool,
     batch_size: int,
 ) -> Iterator[tuple[Float[np.ndarray, " D"], int]]:
-    """The vector of each text, float32, and how many of its tokens were cut because the model reads no more.
+    """The vector of each text, float32, and the number of its tokens beyond the model's length, which are not read.
 
     Args:
         run: the trained model.
-        texts: none of them blank.
-        names: what each text is called in messages.
+        texts: the texts, not blank.
+        names: name of each text in messages.
         pooling: a kind of `POOLINGS`; empty means `Objective.pooling_of`.
-        layer: from 1 to the number of layers, whose last has the final norm; 0 means the last.
-        normalize: scale each vector to the length one.
-        batch_size: texts that are computed together.
+        layer: from 1 to the number of layers; 0 means the last. The last layer includes the final norm.
+        normalize: scale each vector to length one.
+        batch_size: texts of a batch.
 
     Raises:
-        UserError: there is no such pooling or layer, or a vector is no numbers.
+        UserError: the pooling or layer does not exist, or a vector is not finite.
     """
     objective, model = run.config.objective, run.config.model
     num_layers, limit = model.num_layers, model.max_length
@@ -48,8 +48,8 @@ def text_embeddings(
     kind: Pooling = POOLINGS.find(pooling)() if pooling else objective.pooling_of(model)
     require(
         not kind.learned or "pooling" in run.params,
-        f"Pooling by {kind.kind} needs the scores that a classifier with model.pooling={kind.kind} has learned, this run has "
-        "none; take mean, first, last or max.",
+        f"Pooling by {kind.kind} needs the trained scores of a classifier with model.pooling={kind.kind}, this run has none; "
+        "choose mean, first, last or max.",
     )
 
     def rows() -> Iterator[Row]:
@@ -59,7 +59,7 @@ def text_embeddings(
     compute = functools.partial(_pooled, objective, kind, 0 if layer == num_layers else layer, normalize)
     found = computed_rows(run, compute, rows(), batch_size, limit)
     for ((tokens,), vector_D), text, name in zip(found, texts, names, strict=True):
-        require(bool(np.isfinite(vector_D).all()), f"An embedding must be numbers, that of {name} has NaN.")
+        require(bool(np.isfinite(vector_D).all()), f"An embedding must be finite, the one of {name} is not.")
         yield vector_D, len(objective.encode(text, run.tokenizer, run.config.data)) - len(tokens)
 
 
@@ -89,7 +89,7 @@ def _pooled(
 def _hidden_states(
     objective: Objective, layer: int, model: Any, params: PyTree, tokens_BT: Array, segment_ids_BT: Array
 ) -> Float[Array, "B T D"]:
-    """After a layer, from 1; 0 means after the last one and the final norm."""
+    """The hidden states after a layer, from 1; 0 means after the last layer and the final norm."""
     method, options = objective.reads_texts(segment_ids_BT)
     _, seen = model.apply(
         {"params": params},

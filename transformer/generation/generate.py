@@ -1,4 +1,4 @@
-"""Continue prompts: read them into a KV cache, then one compiled loop, a token of every row at a time."""
+"""Continues prompts: fills a KV cache, then draws one token of every row at a time in a compiled loop."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,35 +21,34 @@ from transformer.ops.ids import token_rows
 from transformer.types import PyTree
 from transformer.validation import require
 
-# Prompts are padded to a power of two, and the cache to a multiple of this or of an eighth of such a power, so that few programs
-# are compiled.
+# Prompts are padded to a power of two. The capacity of the cache is a multiple of this unit or of an eighth of a power of two.
+# Therefore few programs are compiled.
 _SHORTEST_PROMPT, _CAPACITY_UNIT = 16, 32
 
-# Tokens that `stream` computes before it hands them over; a call costs about as much as a tenth of a token.
+# Tokens that `stream` computes in one call, which costs about a tenth of a token.
 _CHUNK = 8
 
 Stopped = Callable[[int, np.ndarray], bool]
-"""Whether the row with this number ends early, behind these new tokens."""
+"""Whether the row with this number ends after these new tokens."""
 
 
 class Generated(NamedTuple):
-    """What follows each of B prompts: `tokens[b, : lengths[b]]`, and from there on the token that ended the row."""
+    """The continuation of each of B prompts, `tokens[b, : lengths[b]]`; the token that ended the row fills the array."""
 
     tokens: np.ndarray  # int32 [B, max_new_tokens]
-    lengths: np.ndarray  # int32 [B], end-of-text not counted
+    lengths: np.ndarray  # int32 [B], without end-of-text
 
 
 class Generator:
-    """A model and its parameters, made ready for decoding; for many calls, where `generate` would do so in each.
+    """A model and its parameters prepared for decoding, for many calls; the function `generate` prepares them in each call.
 
     Args:
         model: a decoder.
         params: its parameters.
         place: puts rows of prompts on devices.
-        keep_first: None refuses a row that is longer than the model's max_length. A number lets it go on in a rolling window:
-            the model reads these first tokens of a row and the latest ones. Whenever max_length tokens are read, the earlier
-            half is dropped, and the later half is read again, at positions from 0. Logits are those of the model applied to
-            the window.
+        keep_first: None refuses rows longer than the model's max_length. A number continues them in a rolling window, which
+            keeps this many first tokens of a row. Each time max_length tokens are read, the earlier half is dropped, and the
+            later half is read again, at positions from 0. The logits equal those of the model applied to the window.
 
     Example:
         >>> from transformer.model_config import ModelConfig
@@ -88,8 +87,8 @@ class Generator:
     ) -> Generated:
         """Continue each prompt; see the function `generate`.
 
-        Draws go by `row_numbers`, not by places, where these are given. `stopped` is asked every few tokens; a row that it
-        is true of gets no more of them.
+        Random draws depend on `row_numbers`, by default the indices of the prompts. `stopped` is called every few tokens, and
+        ends a row by returning True.
         """
         state, draw = self._start(prompts, max_new_tokens, sampling, seed, end_of_text, drawable, row_numbers)
         read_B = np.array([len(prompt) for prompt in prompts])
@@ -99,7 +98,7 @@ class Generator:
         else:
             state, most_B = self._extend_until(stopped, state, max_new_tokens, sampling, draw, read_B)
         steps_N = np.arange(max_new_tokens)
-        # Where all rows have ended early, each repeats its last token.
+        # If all rows have ended early, each repeats its last token.
         columns_BN = read_B[:, None] + np.minimum(steps_N, int(state.num_new) - 1)
         tokens_BN = np.take_along_axis(np.asarray(state.tokens_BP), columns_BN, axis=1)
         check_drawn(tokens_BN, read_B)
@@ -117,7 +116,7 @@ class Generator:
         end_of_text: int | Sequence[int] = -1,
         drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
-        """The tokens of `generate([prompt])`, as they come; end-of-text is not among them."""
+        """Yield the tokens of `generate([prompt])` as they are drawn, without end-of-text."""
         state, draw = self._start([prompt], max_new_tokens, sampling, seed, end_of_text, drawable)
         given = 0
         while True:
@@ -146,7 +145,7 @@ class Generator:
         vocab_size = self._target.model.config.vocab_size
         rows = token_rows(prompts, vocab_size, "prompt")
         require(
-            len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start from nothing."
+            len(rows) > 0, "There must be at least one prompt, got none; pass [[end_of_text]] to start a new document."
         )
         require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         ends_E = end_ids(end_of_text, vocab_size)
@@ -172,7 +171,7 @@ class Generator:
         return _prefill(self._target.model, self._target.params, *window, draw, sampling=sampling, **sizes)
 
     def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
-        """Tokens that the model reads (0: no limit), slots of the cache, and room for tokens in a row."""
+        """The model's length (0: no limit), slots of the cache, and width of the array of tokens."""
         limit, needed = self._target.model.config.max_length, longest + max_new_tokens
         width = rounded(needed)
         if limit == 0:
@@ -185,7 +184,7 @@ class Generator:
         return limit, capacity, capacity if needed <= limit else width
 
     def _extend(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> State:
-        """Rows with `num_new` new tokens, fewer if all have ended."""
+        """Extend rows to `num_new` new tokens, fewer if all have ended."""
         limit = self._target.model.config.max_length
         while int(state.num_new) < num_new and not np.all(state.ended_B):
             read_B = np.asarray(state.lengths_B) - 1  # the latest token is read with the next step
@@ -197,19 +196,19 @@ class Generator:
             state, overflow = self._decode(state, end, sampling, draw)
             if overflow:
                 raise RuntimeError(
-                    "The cache must hold every token, but some were dropped; what was generated is wrong."
+                    "The cache must hold every token, but some were dropped; the generated tokens are wrong."
                 )
         return state
 
     def _decode(self, state: State, num_new: int, sampling: SamplingConfig, draw: Draw) -> tuple[State, Any]:
-        """Draw tokens until there are `num_new` new ones, all rows have ended, or a window is full; and whether any was lost."""
+        """Draw `num_new` tokens, fewer if all rows end or a window is full; also returns whether the cache overflowed."""
         params = self._target.prepared(len(state.tokens_BP))
         return _decode(self._target.model, params, state, np.int32(num_new), draw, sampling=sampling)
 
     def _extend_until(
         self, stopped: Stopped, state: State, num_new: int, sampling: SamplingConfig, draw: Draw, read_B: np.ndarray
     ) -> tuple[State, np.ndarray]:
-        """Rows with `num_new` new tokens, fewer where they are stopped, and the new tokens that each has then at most."""
+        """Extend rows to `num_new` new tokens, fewer for stopped rows; also returns each row's limit of new tokens."""
         most_B = np.full(len(read_B), num_new)
         while True:
             now, tokens_BP, ended_B = int(state.num_new), np.asarray(state.tokens_BP), np.array(state.ended_B)
@@ -222,7 +221,7 @@ class Generator:
             state = self._extend(state, min(now + _CHUNK, num_new), sampling, draw)
 
     def _roll(self, state: State, full_B: np.ndarray) -> State:
-        """Drop the earlier half of the windows that are full, and read the later half again."""
+        """Drop the earlier half of each full window, and read the later half again."""
         limit = self._target.model.config.max_length
         dropped_B = num_dropped(np.asarray(state.lengths_B), limit)
         sizes = {"keep_first": self._keep_first or 0, "length": limit // 2, "capacity": limit}
@@ -250,18 +249,18 @@ def generate(
     Args:
         model: a decoder.
         params: its parameters.
-        prompts: tokens of each row, which may differ in number; at least one a row. `unpad` takes the padding from a batch.
-        max_new_tokens: how many to add; with the longest prompt at most the model's max_length, if it has one, unless there is a
-            `keep_first`.
+        prompts: tokens of each row, at least one each; lengths may differ. `unpad` removes the padding of a batch.
+        max_new_tokens: number of new tokens. With the longest prompt, it must not exceed the model's max_length, if there is
+            one, unless `keep_first` is given.
         sampling: how tokens are drawn.
-        seed: a row's draws depend on it, on the row's place among the prompts and on the token's position, on nothing
-            else: not on the other rows, and not on how many tokens were asked for.
-        end_of_text: the token at which a row ends, or several; -1 if none does.
-        drawable: which tokens may be drawn, bool [V]; None for all. A table may have rows that are no token's.
+        seed: a draw depends only on the seed, the row's index among the prompts and the token's position. It depends neither
+            on the other rows nor on max_new_tokens.
+        end_of_text: the token at which a row ends, or several; -1 for none.
+        drawable: the tokens that may be drawn, bool [V]; None for all. Use it if a table has rows without tokens.
         keep_first: as for a `Generator`.
 
     Raises:
-        ValueError: if a prompt is empty, holds a token outside the vocabulary, or is too long; or if a row's logits are NaN.
+        ValueError: a prompt is empty, is too long or has a token outside the vocabulary, or a row's logits are NaN.
     """
     return Generator(model, params, keep_first=keep_first).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
@@ -280,7 +279,7 @@ def stream(
     drawable: np.ndarray | None = None,
     keep_first: int | None = None,
 ) -> Iterator[int]:
-    """The tokens of `generate(model, params, [prompt], ...)`, as they come; end-of-text is not among them."""
+    """Yield the tokens of `generate(model, params, [prompt], ...)` as they are drawn, without end-of-text."""
     return Generator(model, params, keep_first=keep_first).stream(
         prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text, drawable=drawable
     )
@@ -322,14 +321,14 @@ def roll_cache(
     length: int,
     capacity: int,
 ) -> Any:
-    """The cache in which rows that are full have their next window, which ends before the latest token."""
+    """The cache with the next window of each full row; the window ends before the latest token."""
     tokens_BT = windows(tokens_BP, dropped_B, keep_first=keep_first, length=length)
     _, following = read_rows(model, params, tokens_BT, jnp.full_like(dropped_B, length), capacity)
     return replace_rows(cache, full_B, following)
 
 
 def rounded(needed: int) -> int:
-    """Room for at least so many tokens: one of few sizes."""
+    """The capacity for at least this many tokens: one of few sizes."""
     unit = max(_CAPACITY_UNIT, 1 << max(0, needed.bit_length() - 3))
     return -(-needed // unit) * unit
 
@@ -337,7 +336,7 @@ def rounded(needed: int) -> int:
 def read_rows(
     model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], capacity: int
 ) -> Any:
-    """Logits [B, T, V] and the cache of right-padded rows, which are the prefix of a prefix-LM."""
+    """Logits [B, T, V] and the cache of right-padded rows; for a prefix LM, the rows are its prefix."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
     return model.apply(
@@ -359,7 +358,7 @@ def _decode(
     *,
     sampling: SamplingConfig,
 ) -> tuple[State, Bool[Array, ""]]:
-    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended; and whether any was lost."""
+    """Draw `num_new` tokens of each row, fewer if all rows end; also returns whether the cache overflowed."""
 
     def step(last_B1: Array, cache: Any) -> Any:
         return model.apply({"params": params}, last_B1, cache=cache)

@@ -1,4 +1,4 @@
-"""Log-probabilities that a model gives to the tokens of given texts."""
+"""Computes a model's log-probabilities of the tokens of given texts."""
 
 import collections
 import dataclasses
@@ -17,66 +17,66 @@ from transformer.generation.rows import Row, computed_rows, segment_ids_of
 from transformer.ops.losses import cross_entropy
 from transformer.types import PyTree
 
-_LOGIT_COLUMNS = 64  # positions whose logits are in memory at once
+_LOGIT_COLUMNS = 64  # positions of a chunk of logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A text, and how likely a model finds it."""
+    """A text and the log-probabilities of its tokens."""
 
     text: str
     tokens: Int[np.ndarray, " n"]
-    """Those that are scored, int32."""
+    """The scored tokens, int32."""
     log_probabilities: Float[np.ndarray, " n"]
-    """Of each token given those before it, float32, nats; of a masked model, given all others."""
+    """Log-probability of each token given the previous ones (masked model: all others), float32, in nats."""
 
     @property
     def log_probability(self) -> float:
-        """Of the whole text, nats."""
+        """Log-probability of the whole text, in nats."""
         return float(self.log_probabilities.sum(dtype=np.float64))
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean negative log-probability of a token."""
+        """Exponential of the mean negative log-probability per token."""
         return math.exp(min(-self.log_probability / len(self.tokens), 700.0))
 
     @property
     def num_bytes(self) -> int:
-        """Of the text in UTF-8."""
+        """Length of the text in UTF-8."""
         return len(self.text.encode())
 
     @property
     def bits_per_byte(self) -> float:
-        """Mean negative log-probability, in bits, of a byte of the text."""
+        """Mean negative log-probability per byte of the text, in bits."""
         return -self.log_probability / math.log(2) / self.num_bytes
 
 
 class Query(NamedTuple):
-    """Tokens to be scored."""
+    """Tokens to score, with their context."""
 
     context: Int[np.ndarray, " c"]
-    """Read before them, one at least."""
+    """Tokens before them, at least one."""
     tokens: Int[np.ndarray, " n"]
 
 
 class TokenScores(NamedTuple):
-    """Of each token of a query."""
+    """Scores of the tokens of a query."""
 
     log_probabilities: Any
-    """float32 [n], nats."""
+    """float32 [n], in nats."""
     most_likely: Any
-    """float32 [n], 1 where no token was more likely, else 0."""
+    """float32 [n], 1 for the most likely token, else 0."""
 
 
 # ---- Left to right ---------------------------------------------------------------------------------------------------
 
 
 def next_token_scores(run: Any, queries: Iterable[Query], *, batch_size: int, stride: int) -> Iterator[TokenScores]:
-    """The log-probability of each token of each query, by a decoder, and whether the model would choose it.
+    """A decoder's log-probability of each token of each query, and whether the token is the most likely one.
 
-    A query longer than the model reads is scored in windows: the first is full, and each next one goes `stride` tokens further,
-    so that its tokens have at least the model's length less `stride` tokens before them. The context of a model with a
-    bidirectional prefix is its prefix.
+    A query longer than the model's length is scored in windows. The first window is full, and each next one ends at most
+    `stride` tokens later. Therefore its scored tokens have at least the model's length minus `stride` tokens before them. For a
+    model with a bidirectional prefix, the context is the prefix.
     """
     limit = run.config.model.max_length
     lengths: collections.deque[list[int]] = collections.deque()
@@ -101,9 +101,9 @@ def next_token_scores(run: Any, queries: Iterable[Query], *, batch_size: int, st
 
 
 def windows(length: int, first: int, limit: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """`(start, stop, scored)` of each window of `limit` tokens at most; it scores the targets from `scored` up to `stop`.
+    """`(start, stop, scored)` of each window of at most `limit` tokens, which scores the targets from `scored` to `stop`.
 
-    Together they score each target from `first` up to `length` once.
+    All windows together score each target from `first` to `length` once.
 
     >>> list(windows(10, first=0, limit=4, stride=2))
     [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
@@ -137,7 +137,7 @@ def _next_token(
 def target_scores(
     run: Any, pairs: Iterable[tuple[np.ndarray, Query]], *, batch_size: int
 ) -> Iterator[Float[np.ndarray, " n"]]:
-    """The log-probability of each token of each target given its source, by an encoder-decoder."""
+    """An encoder-decoder's log-probability of each token of each target, given its source."""
 
     def rows() -> Iterator[Row]:
         for source, (context, tokens) in pairs:
@@ -174,30 +174,31 @@ def masked_scores(
     batch_size: int,
     stride: int,
 ) -> Iterator[Float[np.ndarray, " n"]]:
-    """The log-probability of each token of each query given all others, by an encoder.
+    """An encoder's log-probability of each token of each query, given all other tokens.
 
-    It reads a row for each token, with that token masked. The sum is the pseudo-log-likelihood of Salazar et al. (2020).
+    The encoder reads one row for each token, in which that token is masked. The sum is the pseudo-log-likelihood of Salazar et
+    al. (2020).
 
     Args:
         run: the trained model.
-        queries: each with the ids that stand behind the tokens.
+        queries: each with the ids after its tokens.
         mask: the id of the mask.
-        batch_size: rows that are read together.
-        stride: of the windows of a query that is longer than the model reads.
+        batch_size: rows of a batch.
+        stride: distance of the windows of a query longer than the model's length.
     """
     limit = run.config.model.max_length
     counts: collections.deque[int] = collections.deque()
 
     def rows() -> Iterator[Row]:
-        for (context, tokens), behind in queries:
+        for (context, tokens), following in queries:
             counts.append(len(tokens))
-            whole = np.concatenate([context, tokens, behind]).astype(np.int32)
+            whole = np.concatenate([context, tokens, following]).astype(np.int32)
             last = len(context) + len(tokens)
             for start, stop, scored in windows(len(whole), len(context), limit, stride):
-                for place in range(scored, min(stop, last)):
-                    hidden = whole[start:stop].copy()
-                    hidden[place - start] = mask
-                    yield hidden, np.array([place - start]), whole[place : place + 1]
+                for index in range(scored, min(stop, last)):
+                    masked = whole[start:stop].copy()
+                    masked[index - start] = mask
+                    yield masked, np.array([index - start]), whole[index : index + 1]
 
     found = computed_rows(run, _masked, rows(), batch_size, limit)
     for _, scores in found:
@@ -226,7 +227,7 @@ def _masked(
 def _scores(
     model: Any, params: PyTree, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"]
 ) -> TokenScores:
-    """Of each target, from hidden states, [B, T]; logits are computed for some positions at a time."""
+    """Scores of the targets [B, T] from hidden states; logits are computed in chunks of positions."""
     B, T = targets_BT.shape
     columns = min(_LOGIT_COLUMNS, T)
     padding = -T % columns

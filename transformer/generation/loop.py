@@ -1,4 +1,4 @@
-"""The loop of generation: a token of every row at a time, until all rows have ended. Decoders and encoder-decoders share it."""
+"""The generation loop of decoders and encoder-decoders: one token of every row at a time, until all rows have ended."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from transformer.generation.sampling import NO_TOKEN, SamplingConfig, only_drawable, penalize, sample_tokens
 
 Step = Callable[[Int[Array, "B 1"], Any], tuple[Float[Array, "B 1 V"], Any]]
-"""The model: the latest token of each row and the cache before it give logits and the cache after it."""
+"""The model: maps the latest token of each row and the cache to logits and the updated cache."""
 
 
 class State(NamedTuple):
-    """Rows as they grow: what was read, new tokens, then zeros."""
+    """Growing rows: read tokens, new tokens, then zeros."""
 
     tokens_BP: Int[Array, "B P"]
     lengths_B: Int[Array, " B"]
@@ -24,7 +24,7 @@ class State(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What decides the next token, besides the logits."""
+    """The inputs of sampling besides the logits."""
 
     key: Any
     rows_B: Any  # int32 [B], the number of each row
@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
 
 def extend(state: State, num_new: Any, step: Step, draw: Draw, sampling: SamplingConfig) -> State:
-    """Draw tokens until there are `num_new` new ones in each row, or all rows have ended."""
+    """Draw tokens until each row has `num_new` new ones or all rows have ended."""
 
     def goes_on(state: State) -> Bool[Array, ""]:
         return (state.num_new < num_new) & ~jnp.all(state.ended_B)
@@ -46,7 +46,7 @@ def extend(state: State, num_new: Any, step: Step, draw: Draw, sampling: Samplin
 
 
 def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: SamplingConfig) -> State:
-    """Draw the next token of each row; one that has ended repeats its last token, one without usable logits ends."""
+    """Draw the next token of each row; an ended row repeats its last token, a row without finite logits ends."""
     keys_B = row_keys(draw, state.lengths_B)
     logits_BV = adjusted_logits(logits_BV, state.tokens_BP, state.lengths_B, draw, sampling)
     tokens_B = jnp.where(state.ended_B, _last(state), sample_tokens(logits_BV, keys_B, sampling))
@@ -74,7 +74,7 @@ def adjusted_logits(
     draw: Draw,
     sampling: SamplingConfig,
 ) -> Float[Array, "B V"]:
-    """Logits of the tokens that may be drawn, with the penalty on repeated ones; before temperature and filters."""
+    """Logits restricted to drawable tokens, with the repetition penalty; before temperature and filters."""
     logits_BV = only_drawable(logits_BV, draw.drawable_V)
     if sampling.repetition_penalty != 1:
         logits_BV = penalize(logits_BV, tokens_BP, lengths_B, sampling.repetition_penalty)

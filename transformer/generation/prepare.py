@@ -1,4 +1,4 @@
-"""A model and its parameters in the form that decodes fastest on the platform they are on."""
+"""Prepares a model and its parameters for the fastest decoding on their platform."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from transformer.types import PyTree
 
 
 def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
-    """On a CPU or GPU a scanned model as a loop: a scan copies a layer's parameters and cache in every step."""
+    """Turn a scanned model into a loop on a CPU or GPU, where a scan copies a layer's parameters and cache in every step."""
     if not (model.config.scan_layers and _platform(params) in ("cpu", "gpu")):
         return model, params
     config = dataclasses.replace(model.config, scan_layers=False)
@@ -28,11 +28,11 @@ def loop_model(model: Decoder, params: PyTree) -> tuple[Decoder, PyTree]:
 
 
 def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
-    """Parameters with which `model.apply` decodes `batch_size` rows faster, to the same logits.
+    """Parameters for faster decoding of `batch_size` rows by `model.apply`, with the same logits.
 
-    On a CPU `Panels` stand for kernels. On a GPU kernels have the type that they are multiplied in: a step reads each once, and
-    would cast it each time. Another tree, to be made anew when the parameters change; elsewhere, and for many rows on a CPU,
-    it is `params` itself.
+    On a CPU, `Panels` replace kernels. On a GPU, kernels are cast to the model's type once, since each step would cast them
+    again. Prepare the parameters again when they change. On other platforms, and for many rows on a CPU, the result is `params`
+    itself.
     """
     platform, made = _platform(params), {}
     if platform == "cpu" and panel_width(batch_size) > 0:
@@ -44,7 +44,7 @@ def prepare(model: Decoder, params: PyTree, batch_size: int) -> PyTree:
 
 
 class DecodingModel:
-    """A model and its parameters on the device, as they decode fastest; prepared parameters of the latest call are kept."""
+    """A model and its parameters on the device, prepared for decoding; the latest prepared parameters are kept."""
 
     def __init__(self, model: Decoder, params: PyTree) -> None:
         self.model, params = loop_model(model, params)
@@ -52,7 +52,7 @@ class DecodingModel:
         self._prepared: dict[int, PyTree] = {}
 
     def prepared(self, num_rows: int) -> PyTree:
-        """The parameters that decode this number of rows fastest."""
+        """The parameters for the fastest decoding of this number of rows."""
         if num_rows not in self._prepared:
             self._prepared = {num_rows: prepare(self.model, self.params, num_rows)}
         return self._prepared[num_rows]
@@ -60,7 +60,7 @@ class DecodingModel:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"))
 def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Panels]:
-    """The multiplied parameters by their paths, each cut by the layer whose it is."""
+    """The multiplied parameters by path, each cut into panels by its layer."""
     flat: Any = flatten_dict(params)
     owners = _multiplied(model, params, batch_size)
     return {path: owner.cut(flat[path], panel_width(batch_size)) for path, owner in owners.items()}
@@ -68,13 +68,13 @@ def _cut(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...
 
 @functools.partial(jax.jit, static_argnames="model")
 def _cast(model: Decoder, params: PyTree) -> dict[tuple[str, ...], Any]:
-    """The multiplied parameters by their paths, in the model's type."""
+    """The multiplied parameters by path, in the model's type."""
     flat: Any = flatten_dict(params)
     return {path: flat[path].astype(owner.runtime.dtype) for path, owner in _multiplied(model, params, 1).items()}
 
 
 def _multiplied(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[str, ...], Linear | Embed]:
-    """The layer of each parameter that a step of decoding multiplies with, by the parameter's path."""
+    """The layers of the parameters that a decoding step multiplies, by the parameter's path."""
     owners: dict[tuple[str, ...], Linear | Embed] = {}
 
     def look(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -93,17 +93,17 @@ def _multiplied(model: Decoder, params: PyTree, batch_size: int) -> dict[tuple[s
 
 
 def _is_light(kernel: Any, owner: Linear | Embed) -> bool:
-    """Whether a kernel was made to take less memory than one of the model's type (`models.light`): no copy is made of it."""
+    """Whether a kernel takes less memory than one of the model's type (`models.light`); such a kernel is not copied."""
     return isinstance(kernel, Quantized) or kernel.dtype.itemsize < jnp.dtype(owner.runtime.dtype).itemsize
 
 
 def _in_large_pages(tree: PyTree) -> PyTree:
-    """The same arrays in one piece of memory, for which NumPy asks Linux for pages of 2 MB.
+    """Copy the arrays into one block of memory with pages of 2 MB, which NumPy requests from Linux.
 
-    XLA asks for none: reading 42 MB of panels from its pages of 4 KB takes 1.3 times as long.
+    XLA does not request them: reading 42 MB of panels from its pages of 4 KB takes 1.3 times as long.
     """
     leaves, structure = jax.tree.flatten(tree)
-    alignment = 64  # of what XLA takes over without copying it
+    alignment = 64  # XLA copies arrays with a smaller alignment
     ends = np.cumsum([-(-leaf.nbytes // alignment) * alignment for leaf in leaves])
     memory = np.empty(int(ends[-1]) + alignment, np.uint8)
     memory = memory[-memory.ctypes.data % alignment :]
@@ -117,7 +117,7 @@ def _in_large_pages(tree: PyTree) -> PyTree:
 
 
 def _platform(params: PyTree) -> str:
-    """Of the devices that hold parameters (those of the host: where JAX would put them); empty if they differ."""
+    """Platform of the parameters' devices (host arrays: JAX's default device); empty if the devices differ in platform."""
     leaf = jax.tree.leaves(params)[0]
     devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
     platforms = {device.platform for device in devices}

@@ -1,4 +1,4 @@
-"""What generation is given: rows without their padding, the ids that end a row."""
+"""Inputs of generation: rows without padding, and ids that end a row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from transformer.validation import require
 
 
 def unpad(tokens_BT: Any, mask_BT: Any) -> list[Int[np.ndarray, " n"]]:
-    """The rows of a padded batch, without padding on the left or right: prompts or sources.
+    """The rows of a padded batch without their padding on the left or right; for prompts or sources.
 
     Args:
         tokens_BT: int [B, T].
-        mask_BT: bool or 0 and 1 [B, T], what other libraries call an attention mask: 0 is padding.
+        mask_BT: bool or 0 and 1 [B, T], the attention mask of other libraries: 0 is padding.
 
     Raises:
-        UserError: shapes differ, a row is all padding, or has padding between tokens.
+        UserError: shapes differ, or a row has only padding or padding between tokens.
 
     >>> [row.tolist() for row in unpad([[0, 0, 5], [7, 8, 9]], [[0, 0, 1], [1, 1, 1]])]
     [[5], [7, 8, 9]]
@@ -27,24 +27,22 @@ def unpad(tokens_BT: Any, mask_BT: Any) -> list[Int[np.ndarray, " n"]]:
         tokens_BT.ndim == 2 and tokens_BT.shape == mask_BT.shape,
         f"Tokens and their mask must have one shape [B, T], got {tokens_BT.shape} and {mask_BT.shape}.",
     )
-    require(
-        bool(np.isin(mask_BT, (0, 1)).all()), "A mask must be 1 where a token is and 0 where padding is, got others."
-    )
+    require(bool(np.isin(mask_BT, (0, 1)).all()), "A mask must be 1 for tokens and 0 for padding, got other values.")
     rows = []
     for index, (tokens_T, mask_T) in enumerate(zip(tokens_BT, mask_BT, strict=True)):
-        places = np.flatnonzero(mask_T)
-        require(len(places) > 0, f"Every row must have a token, row {index} is padding only; remove it.")
-        first, end = int(places[0]), int(places[-1]) + 1
+        columns = np.flatnonzero(mask_T)
+        require(len(columns) > 0, f"Every row must have a token, row {index} has only padding; remove it.")
+        first, end = int(columns[0]), int(columns[-1]) + 1
         require(
-            end - first == len(places),
-            f"Padding must be on the left or right, row {index} has some between its tokens; move it to one side.",
+            end - first == len(columns),
+            f"Padding must be on the left or right, row {index} has padding between tokens; move it to one side.",
         )
         rows.append(tokens_T[first:end])
     return rows
 
 
 def end_ids(end_of_text: int | Sequence[int], vocab_size: int) -> Int[np.ndarray, " E"]:
-    """The ids at which a row ends as an array, int32 [E]; -1 never comes.
+    """The ids that end a row, int32 [E]; -1 is never drawn.
 
     >>> end_ids((3, 5), vocab_size=11).tolist()
     [3, 5]

@@ -1,4 +1,4 @@
-"""Rows of any number and length, computed in padded batches of similar length."""
+"""Computes any number of rows of any length in padded batches of similar length."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-_BATCHES_AT_ONCE = 64  # rows of so many batches are sorted by length
-_SHORTEST = 16  # rows are padded to a power of two, of which this is the first: few programs are compiled
+_BATCHES_AT_ONCE = 64  # this many batches of rows are sorted by length
+_SHORTEST = 16  # rows are padded to a power of two, at least this one: few programs are compiled
 
 Row = tuple[Int[np.ndarray, " n"], ...]
-"""The parts of a row of a batch, each int32 of its own length."""
+"""The parts of a row, each int32 with its own length."""
 
 
 def computed_rows(
     run: Any, compute: Callable[..., Any], rows: Iterator[Row], batch_size: int, limit: int
 ) -> Iterator[tuple[Row, Any]]:
-    """Rows in their order, each with what is computed of it; those of similar length are computed together.
+    """Yield each row with its result, in order; rows of similar length are computed together.
 
     Args:
         run: a `Trained`; its devices share each batch.
-        compute: `(model, params, lengths_PB, *parts)` -> arrays [B, ...]; parts are padded with 0 behind their lengths.
+        compute: `(model, params, lengths_PB, *parts)` -> arrays [B, ...]; parts are padded with 0 at their ends.
         rows: all with the same number of parts.
         batch_size: B.
         limit: parts are padded to a power of two, but not beyond this; 0 means no bound.
@@ -38,13 +38,13 @@ def computed_rows(
             lengths_PB[:, : len(chosen)] = [list(map(len, parts)) for parts in columns]
             padded = (run.place(_padded(parts, batch_size, limit)) for parts in columns)
             results = jax.device_get(compute(run.model, run.params, lengths_PB, *padded))
-            for row, index in enumerate(chosen):  # the last rows only fill up the batch
+            for row, index in enumerate(chosen):  # the last rows are padding
                 found[index] = jax.tree.map(lambda x, row=row: x[row], results)
         yield from zip(some, found, strict=True)
 
 
 def _padded(parts: Sequence[np.ndarray], rows: int, limit: int) -> Int[np.ndarray, "B T"]:
-    """Parts of rows in one array; 0 behind each, and in further rows."""
+    """Parts of rows in one array, padded with 0 at their ends and in further rows."""
     longest = max(map(len, parts))
     length = max(_SHORTEST, 1 << (longest - 1).bit_length())
     if limit:
@@ -56,5 +56,5 @@ def _padded(parts: Sequence[np.ndarray], rows: int, limit: int) -> Int[np.ndarra
 
 
 def segment_ids_of(lengths_B: Int[Array, " B"], tokens_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """1 for tokens, 0 for the padding behind them."""
+    """1 for tokens, 0 for the padding after them."""
     return (jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)

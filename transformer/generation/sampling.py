@@ -1,4 +1,4 @@
-"""From logits to the next token: repetition penalty, greedy, temperature, top-k, top-p, min-p."""
+"""Draws the next token from logits: repetition penalty, greedy, temperature, top-k, top-p, min-p."""
 
 import dataclasses
 from typing import Any
@@ -12,27 +12,27 @@ from transformer.types import UserError
 from transformer.validation import Settings, require, require_at_least
 
 NO_TOKEN = -2
-"""Stands for a token that could not be drawn; -1, an end-of-text that never comes, is another."""
+"""Marks a token that could not be drawn; different from -1, which means no end-of-text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """How the next token is drawn: penalize repetitions, divide by the temperature, keep the top k, the top p, those above min_p.
+    """How the next token is drawn; the filters apply in the order of the fields, after the repetition penalty.
 
     >>> greedy, creative = SamplingConfig(temperature=0), SamplingConfig(temperature=0.8, top_k=40, top_p=0.95)
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token each time (of equals, the one with the lowest number)."""
+    """Divisor of the logits; 0 takes the most likely token each time (among ties, the lowest id)."""
     top_k: int = 0
-    """Draw among this many most likely tokens (of equals, those with the lowest numbers); 0 means all."""
+    """Draw among this many most likely tokens (among ties, the lowest ids); 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens that together reach this probability (equals as for top_k)."""
+    """Draw among the fewest most likely tokens that together reach this probability (ties as for top_k)."""
     min_p: float = 0.0
     """Draw among the tokens at least this many times as likely as the most likely one; 0 means all (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens that the row has, prompt included, where they are positive, and multiplies them where they
-    are negative: above 1 tokens are repeated less (Keskar et al. 2019, section 4.1)."""
+    """For tokens that occur in the row, prompt included: positive logits are divided by this number, negative ones multiplied.
+    Above 1, tokens are repeated less often (Keskar et al. 2019, section 4.1)."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "temperature", "top_k")
@@ -45,7 +45,7 @@ class SamplingConfig(Settings):
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether each token is the most likely one, without random draws."""
         return self.temperature == 0 or self.top_k == 1
 
 
@@ -54,7 +54,7 @@ GREEDY = SamplingConfig(temperature=0)
 
 
 def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, " B"]:
-    """One token for each row; `NO_TOKEN` where logits have NaN or +inf among them, or are all -inf.
+    """Draw one token for each row; `NO_TOKEN` if a row's logits include NaN or +inf, or are all -inf.
 
     Args:
         logits_BV: float32.
@@ -70,7 +70,7 @@ def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingC
 
 
 def only_drawable(logits_BV: Float[Array, "B V"], drawable_V: Any) -> Float[Array, "B V"]:
-    """Logits with -inf for tokens that may not be drawn; None: all may. Unusable logits stay so."""
+    """Logits with -inf for tokens that may not be drawn; None allows all. Logits with NaN or inf are unchanged."""
     if drawable_V is None:
         return logits_BV
     broken_B1 = ~jnp.isfinite(jnp.max(logits_BV, axis=-1, keepdims=True))
@@ -78,7 +78,7 @@ def only_drawable(logits_BV: Float[Array, "B V"], drawable_V: Any) -> Float[Arra
 
 
 def check_drawable(drawable: np.ndarray | None, vocab_size: int) -> None:
-    """Raise UserError unless it says of each token whether it may be drawn, and one may."""
+    """Raise UserError unless `drawable` has a truth value for each token, and one is true."""
     require(
         drawable is None or (drawable.shape == (vocab_size,) and bool(drawable.any())),
         f"drawable must be a truth value for each of vocab_size={vocab_size} tokens, one of them true, got "
@@ -89,14 +89,14 @@ def check_drawable(drawable: np.ndarray | None, vocab_size: int) -> None:
 def penalize(
     logits_BV: Float[Array, "B V"], tokens_BP: Int[Array, "B P"], lengths_B: Int[Array, " B"], penalty: float
 ) -> Float[Array, "B V"]:
-    """Logits in which those of the first `lengths_B` tokens of each row are penalized, each once (Keskar et al. 2019).
+    """Penalize the logits of the first `lengths_B` tokens of each row, each token once (Keskar et al. 2019).
 
     >>> penalize(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[0, 1, 0, 2]]), jnp.array([3]), 2.0).tolist()
     [[1.0, -4.0, 2.0]]
     """
     B, V = logits_BV.shape
     counts_BP = jnp.arange(tokens_BP.shape[1])[None] < lengths_B[:, None]
-    # A position that holds no token yet, or one that could not be drawn, is beyond the vocabulary: it is dropped.
+    # Positions without a token get the index V, beyond the vocabulary, which `mode="drop"` ignores.
     tokens_BP = jnp.where(counts_BP & (tokens_BP >= 0), tokens_BP, V)
     seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], tokens_BP].set(True, mode="drop")
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -104,19 +104,19 @@ def penalize(
 
 
 def check_drawn(tokens_BN: Int[np.ndarray, "B N"], read_B: Int[np.ndarray, " B"], what: str = "") -> None:
-    """Raise UserError if a token could not be drawn, after `read_B` tokens of each row, of a prompt or of `what`."""
+    """Raise UserError if a token of a prompt or of `what` could not be drawn; `read_B` counts the tokens before."""
     for row, column in np.argwhere(tokens_BN == NO_TOKEN):
         raise UserError(
-            f"Logits must be numbers, those of {what or f'prompt {row}'} are NaN or inf after {read_B[row] + column} tokens; "
-            "the parameters are not finite, or overflow in half precision: take an earlier checkpoint, or dtype=float32."
+            f"Logits must be finite, the logits of {what or f'prompt {row}'} are NaN or inf after {read_B[row] + column} tokens; "
+            "the parameters are not finite, or overflow in half precision: use an earlier checkpoint, or dtype=float32."
         )
 
 
 def filter_logits(logits_BV: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits of the distribution that is drawn from, -inf for what cannot be drawn (temperature above 0).
+    """Logits of the sampling distribution, -inf for excluded tokens (temperature above 0).
 
-    Top-k after Fan et al. 2018 (section 5.4), top-p after Holtzman et al. 2020 (section 3.1) among what top-k kept, min-p after
-    Nguyen et al. 2024 (section 3.1).
+    Top-k follows Fan et al. 2018 (section 5.4). Top-p follows Holtzman et al. 2020 (section 3.1), applied to the result of
+    top-k. Min-p follows Nguyen et al. 2024 (section 3.1).
 
     >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
     >>> jnp.isfinite(filter_logits(logits, SamplingConfig(top_p=0.6)))[0].tolist()
@@ -133,16 +133,16 @@ def filter_logits(logits_BV: Float[Array, "B V"], config: SamplingConfig) -> Flo
 
 
 def _keep_top(logits_BV: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits of the top k and top p, -inf for others."""
+    """Logits of the tokens in top-k and top-p, -inf for others."""
     B, V = logits_BV.shape
     num_kept = min(config.top_k or V, V)
     if num_kept == V and config.top_p == 1:
         return logits_BV
-    # From the most to the least likely, equals in the order of their numbers.
+    # From the most to the least likely, ties in the order of ids.
     sorted_BK, order_BK = jax.lax.top_k(logits_BV, num_kept)
     kept_BK = jnp.ones((B, num_kept), bool)
     if config.top_p < 1:
-        # A token stays if those before it do not yet reach top_p: the first always does.
+        # A token stays if the tokens before it do not reach top_p; the first one always stays.
         reached_BK = jnp.cumsum(jax.nn.softmax(sorted_BK, axis=-1), axis=-1)
         kept_BK = jnp.pad(reached_BK[:, :-1], ((0, 0), (1, 0))) < config.top_p
     kept_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], order_BK].set(kept_BK)

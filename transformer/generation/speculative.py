@@ -1,4 +1,4 @@
-"""Speculative decoding: a small model drafts tokens, and a large one reads them at once and keeps its own distribution."""
+"""Speculative decoding: a small model drafts tokens, and a large model checks them in one pass, with an exact result."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from transformer.validation import require
 
 
 class Caches(NamedTuple):
-    """What both models keep, how long the prompts were, and how many drafted tokens were offered and accepted."""
+    """The caches of both models, lengths of the prompts, and counts of offered and accepted draft tokens."""
 
     target: Any
     draft: Any
@@ -30,21 +30,21 @@ class Caches(NamedTuple):
 
 
 class SpeculativeGenerator(Generator):
-    """A `Generator` with a draft: tokens have the distribution of the model alone, and come sooner where the draft is good.
+    """A `Generator` with a draft model: the tokens have the distribution of the model alone; a good draft saves time.
 
-    In each round the draft draws `draft_tokens` tokens, one after the other. The model reads them in one pass and accepts each
-    with probability min(1, p / q), where p and q are its probabilities by the model and by the draft, both as they are drawn
-    from, with temperature, top-k and the others. The first token that is not accepted is drawn anew from max(p - q, 0),
-    normalised. If all are accepted, the model adds one (Leviathan et al. 2023, algorithm 1). Greedy, the tokens are those
-    of the model alone.
+    In each round the draft model draws `draft_tokens` tokens, one after the other. The model reads them in one pass, and
+    accepts each with probability min(1, p / q). Here p and q are the token's probabilities under the model and the draft
+    model, after temperature, top-k and the other filters. The first rejected token is replaced by a draw from max(p - q, 0),
+    normalised. If all are accepted, the model draws one more (Leviathan et al. 2023, algorithm 1). With greedy decoding, the
+    tokens equal the tokens of the model alone.
 
     Args:
         model: a decoder.
         params: its parameters.
         draft: a smaller decoder with the same vocabulary.
         draft_params: its parameters.
-        draft_tokens: of a round.
-        place: as for a `Generator`, and so is `keep_first`.
+        draft_tokens: drafted tokens of each round.
+        place: as for a `Generator`.
         keep_first: as for a `Generator`.
     """
 
@@ -68,9 +68,9 @@ class SpeculativeGenerator(Generator):
         require(draft_tokens >= 1, f"draft_tokens must be at least 1, got {draft_tokens}.")
         self._draft, self._draft_tokens = DecodingModel(draft, draft_params), draft_tokens
         self.offered = 0
-        """Drafted tokens that could be accepted, of all calls so far."""
+        """Number of drafted tokens that could be accepted, in all calls so far."""
         self.accepted = 0
-        """Those that were."""
+        """Number of accepted tokens, in all calls so far."""
 
     def _sizes(self, longest: int, max_new_tokens: int) -> tuple[int, int, int]:
         limit, _, _ = super()._sizes(longest, max_new_tokens)
@@ -78,10 +78,10 @@ class SpeculativeGenerator(Generator):
         needed = min(needed, limit) if limit else needed
         require(
             reach == 0 or needed <= reach,
-            f"A draft must read as many tokens as the model, here {needed:,}, it reads {reach:,}; ask for fewer tokens, or take "
+            f"A draft must read as many tokens as the model, here {needed:,}, it reads {reach:,}; request fewer tokens, or use "
             "another draft.",
         )
-        # A row may end with a round of which not all tokens were asked for.
+        # The last round of a row may draw more tokens than requested.
         width = rounded(longest + max_new_tokens + self._draft_tokens + 1)
         return limit, min(width, limit) if limit else width, width
 
@@ -143,7 +143,7 @@ def _rounds(
     draft_tokens: int,
     sampling: SamplingConfig,
 ) -> tuple[State, Bool[Array, ""]]:
-    """Rounds until each row has `num_new` new tokens, all have ended, or the window of one is full; and whether any was lost."""
+    """Run rounds until each row has `num_new` tokens or ends, or a window is full; also returns whether a cache overflowed."""
 
     def done(state: State) -> Bool[Array, " B"]:
         return state.ended_B | (state.lengths_B - state.cache.prompts_B >= num_new)
@@ -167,7 +167,7 @@ def _round(
     K: int,
     sampling: SamplingConfig,
 ) -> State:
-    """Draft K tokens behind each row, and append those that are accepted and one of the model's own; rows that are done stay."""
+    """Draft K tokens of each row, append the accepted ones and one more by the model; rows that are done do not change."""
     (model, draft), (weights, draft_weights), caches = models, params, state.cache
     n_B, held_B = state.lengths_B, cache_lengths(caches.target)
     tokens_BP, draft_cache, d_BK, q_BKV = _drafted(draft, draft_weights, state, held_B, draw, K, sampling)
@@ -180,7 +180,7 @@ def _round(
         [distribution(logits_BTV[:, i], tokens_BP, n_B + i, draw, sampling) for i in range(K + 1)], axis=1
     )
     u_BK = jnp.stack([jax.vmap(jax.random.uniform)(_keys(draw, n_B + i, 1)) for i in range(K)], axis=1)
-    can_B = jnp.minimum(K, room_B - 1)  # the model's own token needs room too
+    can_B = jnp.minimum(K, room_B - 1)  # the model's own token needs a slot too
     a_B, p_BV, residual_BV = accept(p_BTV, q_BKV, d_BK, u_BK, can_B)
     own_B = jnp.where(_usable(p_BV), _draw(residual_BV, _keys(draw, n_B + a_B, 2)), NO_TOKEN)
     new_BT = jnp.where(jnp.arange(K + 1)[None] == a_B[:, None], own_B[:, None], jnp.pad(d_BK, ((0, 0), (0, 1))))
@@ -204,9 +204,9 @@ def _drafted(
     K: int,
     sampling: SamplingConfig,
 ) -> tuple[Array, Any, Array, Array]:
-    """Rows with K drafted tokens, the draft's cache, those tokens [B, K], and the distributions [B, K, V] that they come from.
+    """Rows with K drafted tokens, the draft's cache, the drafted tokens [B, K], and their distributions [B, K, V].
 
-    The cache may lack the token before the latest one: both are read.
+    The draft reads the two latest tokens, since its cache may lack the first of them.
     """
     n_B, tokens_BP, cache = state.lengths_B, state.tokens_BP, shorten(state.cache.draft, held_B - 1)
     next_BT = jnp.take_along_axis(tokens_BP, n_B[:, None] + jnp.arange(-2, 0)[None], axis=1)
@@ -230,11 +230,11 @@ def _appended(
     done_B: Bool[Array, " B"],
     ends_B: Bool[Array, " B"],
 ) -> State:
-    """Rows with the first `added_B` new tokens; one that has ended repeats its last token, one that is done stays as it was."""
+    """Append the first `added_B` new tokens; an ended row repeats its last token, a row that is done does not change."""
     n_B = state.lengths_B
     lengths_B, ended_B = n_B + added_B, state.ended_B | ends_B
-    places_BT = n_B[:, None] + jnp.arange(new_BT.shape[1])[None]
-    tokens_BP = tokens_BP.at[jnp.arange(len(n_B))[:, None], places_BT].set(new_BT)
+    columns_BT = n_B[:, None] + jnp.arange(new_BT.shape[1])[None]
+    tokens_BP = tokens_BP.at[jnp.arange(len(n_B))[:, None], columns_BT].set(new_BT)
     latest_B1 = jnp.take_along_axis(tokens_BP, lengths_B[:, None] - 1, axis=1)
     behind_BP = jnp.arange(tokens_BP.shape[1])[None] >= lengths_B[:, None]
     tokens_BP = jnp.where(behind_BP & ended_B[:, None], latest_B1, tokens_BP)
@@ -252,16 +252,16 @@ def accept(
     uniform_BK: Float[Array, "B K"],
     can_B: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"], Float[Array, "B V"]]:
-    """How many drafted tokens are accepted; and of the token behind them, the model's distribution and what it is drawn from.
+    """The number of accepted tokens, and the model's and the residual distribution of the token after them.
 
-    The latter is not normalised.
+    The token after the accepted ones is drawn from the residual distribution, which is not normalised.
 
     Args:
-        p_BTV: the model's distributions at the K drafted tokens and behind them.
-        q_BKV: the draft's, from which the tokens were drawn. One that is no distribution accepts nothing.
-        drafted_BK: the tokens.
-        uniform_BK: draws from [0, 1).
-        can_B: tokens that may be accepted, from 0 to K.
+        p_BTV: the model's distributions of the K drafted tokens and of the next one.
+        q_BKV: the draft's distributions of the drafted tokens. NaN rejects a token.
+        drafted_BK: the drafted tokens.
+        uniform_BK: random numbers in [0, 1).
+        can_B: most tokens to accept, from 0 to K.
     """
     K = drafted_BK.shape[1]
     p_BK, q_BK = (jnp.take_along_axis(x[:, :K], drafted_BK[..., None], axis=2)[..., 0] for x in (p_BTV, q_BKV))
@@ -270,7 +270,7 @@ def accept(
     p_BV = jnp.take_along_axis(p_BTV, a_B[:, None, None], axis=1)[:, 0]
     q_BV = jnp.take_along_axis(q_BKV, jnp.minimum(a_B, K - 1)[:, None, None], axis=1)[:, 0]
     residual_BV = jnp.where((a_B < can_B)[:, None], jnp.maximum(p_BV - q_BV, 0), p_BV)
-    # Rounding may leave nothing where both are the same; a draft that is no distribution leaves NaN.
+    # The residual may be all zero by rounding if both are equal, or NaN if the draft is.
     some_B1 = jnp.sum(residual_BV, axis=-1, keepdims=True) > 0
     return a_B, p_BV, jnp.where(some_B1, residual_BV, p_BV)
 
@@ -282,7 +282,7 @@ def distribution(
     draw: Draw,
     sampling: SamplingConfig,
 ) -> Float[Array, "B V"]:
-    """Probabilities with which `append` would draw the next token; NaN where logits are unusable."""
+    """The distribution from which `append` would draw the next token; NaN if logits are not finite."""
     logits_BV = adjusted_logits(logits_BV, tokens_BP, lengths_B, draw, sampling)
     usable_B1 = jnp.isfinite(jnp.max(logits_BV, axis=-1, keepdims=True))
     if sampling.greedy:
@@ -293,9 +293,9 @@ def distribution(
 
 
 def _apply(model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], cache: Any) -> Any:
-    """Logits and cache; tokens for which the cache has no room are padding."""
-    places_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    valid_BT = (places_BT < _room(cache)[:, None]).astype(jnp.int32)
+    """Logits and cache; tokens beyond the free slots of the cache are padding."""
+    columns_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    valid_BT = (columns_BT < _room(cache)[:, None]).astype(jnp.int32)
     return model.apply({"params": params}, tokens_BT, segment_ids_BT=valid_BT, cache=cache)
 
 
@@ -313,5 +313,5 @@ def _draw(p_BV: Float[Array, "B V"], keys_B: Any) -> Int[Array, " B"]:
 
 
 def _keys(draw: Draw, positions_B: Int[Array, " B"], purpose: int) -> Any:
-    """A key for a purpose at each row's position. Those of discarded drafts are used again: nothing kept depends on them."""
+    """A key for each row's position and a purpose. Keys of discarded drafts are used again; no kept token depends on them."""
     return jax.vmap(jax.random.fold_in, (0, None))(row_keys(draw, positions_B), purpose)

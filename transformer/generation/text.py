@@ -1,27 +1,27 @@
-"""The text of tokens as they come: prompt and continuation decoded together, up to a text at which generation ends."""
+"""Decodes generated tokens to text together with their prompt, up to a stop text."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from transformer.generation.generate import Generator
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # is shown for a character that still lacks bytes
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders show it for a character with missing bytes
 
 
 def stream_text(
     decode: Callable[[list[int]], str], prompt: Iterable[int], tokens: Iterable[int], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Pieces of text whose concatenation is `decode([*prompt, *tokens])`, each as soon as its characters are whole.
+    """Yield pieces of `decode([*prompt, *tokens])`, each as soon as its characters are complete.
 
-    Decoding the two apart would lose what joins them: a space between words, a character whose bytes are in both.
+    Prompt and tokens are decoded together: a space may separate their words, and a character may have bytes in both.
 
     Args:
-        decode: of a tokenizer. Tokens may complete the last characters of those before, and do not change earlier ones.
-        prompt: the tokens that the model read. The first piece is their text: as the model read it, which may differ from
-            what was typed in case, accents or spaces.
-        tokens: those that follow.
-        stops: the text ends before the first of these behind the prompt, and no more tokens are taken then. What may be the
-            beginning of one waits for the tokens that decide it.
+        decode: `decode` of a tokenizer. A token may complete the last characters before it, but does not change earlier ones.
+        prompt: the tokens that the model read. The first piece is their text, which may differ from the typed prompt in
+            case, accents or spaces.
+        tokens: the tokens after the prompt.
+        stops: the text ends before the first of these texts after the prompt, and no further token is taken. A possible
+            beginning of a stop text waits for the next tokens.
     """
     ids: list[Any] = list(prompt)
     text, written = decode(ids), 0
@@ -45,41 +45,41 @@ def generate_texts(
     decode: Callable[[Any], str],
     prompts: Sequence[Sequence[int]],
     *,
-    rooms: Sequence[int],
+    limits: Sequence[int],
     stop: Sequence[str],
     **options: Any,
 ) -> list[str]:
-    """The text after each prompt of a batch, up to the first of the texts in `stop`.
+    """The text after each prompt of a batch, up to the first stop text.
 
     Args:
         generator: continues the prompts.
-        decode: of a tokenizer.
+        decode: `decode` of a tokenizer.
         prompts: tokens of each row.
-        rooms: most tokens to add to each row.
-        stop: texts at which a row ends.
+        limits: most new tokens of each row.
+        stop: texts that end a row.
         options: other arguments of `Generator.generate`.
     """
 
     def text_of(row: int, tokens: Any) -> str:
-        return behind(decode, prompts[row], tokens[: rooms[row]])
+        return continuation_text(decode, prompts[row], tokens[: limits[row]])
 
     stopped = (lambda row, tokens: find_stop(text_of(row, tokens), stop) >= 0) if stop else None
-    found = generator.generate(prompts, max_new_tokens=max(rooms), stopped=stopped, **options)
+    found = generator.generate(prompts, max_new_tokens=max(limits), stopped=stopped, **options)
     rows = enumerate(zip(found.tokens, found.lengths, strict=True))
     return [cut_at_stop(text_of(row, tokens[:length]), stop) for row, (tokens, length) in rows]
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int:
-    """Where the first of some texts begins in another, -1 if there is none.
+    """Index in `text` at which the first stop text begins, -1 if there is none.
 
     >>> find_stop("a. b; c", [";", "."])
     1
     """
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=-1)
+    return min((index for stop in stops if (index := text.find(stop)) >= 0), default=-1)
 
 
 def begun_stop(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of one of some others.
+    """Number of characters at the end of a text that may begin a stop text.
 
     >>> begun_stop("a line. E", ["END"]), begun_stop("a line.", ["END"])
     (1, 0)
@@ -88,12 +88,12 @@ def begun_stop(text: str, stops: Sequence[str]) -> int:
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of some others."""
+    """The text before the first stop text."""
     end = find_stop(text, stops)
     return text if end < 0 else text[:end]
 
 
-def behind(decode: Callable[[Any], str], prompt: Any, tokens: Any) -> str:
-    """The text of tokens that continue a prompt: a new word, or the end of one."""
+def continuation_text(decode: Callable[[Any], str], prompt: Any, tokens: Any) -> str:
+    """The text of tokens after a prompt; it may begin within a word."""
     before, whole = decode(prompt), decode([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else decode(tokens)

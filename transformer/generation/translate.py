@@ -1,4 +1,4 @@
-"""Turn sources into targets with an encoder-decoder: read the source once, then one compiled loop, shared with decoders."""
+"""Generates targets with an encoder-decoder: encodes each source once, then runs the loop that decoders use too."""
 
 import functools
 import sys
@@ -35,25 +35,26 @@ def translate(
     seed: int = 0,
     drawable: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """The next token, by default the most likely one, again and again until end-of-text, for each source.
+    """Generate a target for each source, by default with the most likely token each time.
 
     Args:
         model: an encoder-decoder.
         params: its parameters.
-        sources: tokens of each, as the model was trained on (with end-of-text at their end).
-        end_of_text: the token that starts a target, and at which it ends; of several, each ends one.
-        max_new_tokens: the longest target, at most the model's max_length, if it has one.
-        batch_size: sources that are read together, those of similar length.
-        start: the token that starts a target; -1: end_of_text, the first one.
-        sampling: how tokens are drawn. A repetition penalty is for tokens of the target, `start` included.
-        seed: a target's draws depend on it, on the source's place among the sources and on the token's position.
-        drawable: which tokens may be drawn, bool [V]; None for all.
+        sources: tokens of each source, encoded as in training (with end-of-text at the end).
+        end_of_text: the token that starts and ends a target; of several, each ends a target.
+        max_new_tokens: length of the longest target, at most the model's max_length, if it has one.
+        batch_size: sources of a batch, which have similar lengths.
+        start: the first token of a target; -1 means the first of end_of_text.
+        sampling: how tokens are drawn. A repetition penalty applies to tokens of the target, `start` included.
+        seed: a draw depends only on the seed, the source's index and the token's position.
+        drawable: the tokens that may be drawn, bool [V]; None for all.
 
     Returns:
         The tokens of each target, in the order of the sources, without end-of-text.
 
     Raises:
-        ValueError: if a source is empty, holds a token outside the vocabulary, or too much is asked for; or if logits are NaN.
+        ValueError: a source is empty or has a token outside the vocabulary, max_new_tokens exceeds the model's length, or
+            logits are NaN.
     """
     config = model.config
     rows = token_rows(sources, model.source_vocab_size or config.vocab_size, "source")
@@ -80,7 +81,7 @@ def translate(
 
 
 def start_and_ends(start: int, end_of_text: int | Sequence[int], vocab_size: int) -> tuple[int, Int[np.ndarray, " E"]]:
-    """The token that starts a target, and those at which it ends."""
+    """The token that starts a target, and the tokens that end it."""
     ends_E = np.atleast_1d(np.asarray(end_of_text))
     check_ids(ends_E, vocab_size, "end_of_text")
     start = int(ends_E[0]) if start < 0 else start
@@ -91,7 +92,7 @@ def start_and_ends(start: int, end_of_text: int | Sequence[int], vocab_size: int
 def source_batches(
     rows: Sequence[np.ndarray], batch_size: int, max_length: int
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "B S"], Int[np.ndarray, "B S"]]]:
-    """Batches of sources of similar length: their numbers, tokens and segment ids. Rows behind the last source are padding."""
+    """Batches of sources of similar length: indices, tokens and segment ids. Rows after the last source are padding."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for first in range(0, len(rows), batch_size):
         chosen = order[first : first + batch_size]
@@ -126,7 +127,7 @@ def _translate(
     tokens_BP = jnp.zeros((batch_size, max_new_tokens + 1), jnp.int32).at[:, 0].set(start)
     encoded_BSD = model.apply(variables, source_BS, segment_ids_BS=segment_ids_BS, method="encode")
     logits_B1V, cache = decode(tokens_BP[:, :1], model.init_cache(batch_size, max_new_tokens), encoded_BSD)
-    # A row that only fills up the batch has nothing to say.
+    # Padding rows of the batch have ended.
     ended_B = jnp.all(segment_ids_BS == 0, axis=1)
     state = State(tokens_BP, jnp.ones((batch_size,), jnp.int32), jnp.int32(0), ended_B, cache)
     state = append(state, logits_B1V[:, 0], draw, sampling)

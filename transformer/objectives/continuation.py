@@ -14,7 +14,7 @@ from transformer.generation.generate import Generator
 from transformer.generation.likelihood import Query, next_token_scores
 from transformer.generation.sampling import SamplingConfig
 from transformer.generation.speculative import SpeculativeGenerator
-from transformer.generation.text import behind, generate_texts, stream_text
+from transformer.generation.text import continuation_text, generate_texts, stream_text
 from transformer.generation.window import num_dropped
 from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
@@ -85,10 +85,10 @@ class ContinuesText(TokenObjective):
         if beams:
             yield from super().generate_all(run, prompts, batch_size, max_new_tokens, sampling, seed, note, beams=beams)
             return
-        ids, rooms, decode = [prompt_ids(run.tokenizer, prompt) for prompt in prompts], [], run.tokenizer.decode
+        ids, limits, decode = [prompt_ids(run.tokenizer, prompt) for prompt in prompts], [], run.tokenizer.decode
         for number, tokens in enumerate(ids, 1):
             name = f"prompt {number}: " if len(prompts) > 1 else ""
-            rooms.append(_room(run, tokens, max_new_tokens, lambda text, name=name: note(name + text), rolling=True))
+            limits.append(_room(run, tokens, max_new_tokens, lambda text, name=name: note(name + text), rolling=True))
         rows = [(number, sample) for number in range(len(ids)) for sample in range(num_samples)]
         generator = generator or self.make_generator(run)
         said: list[str] = []
@@ -98,7 +98,7 @@ class ContinuesText(TokenObjective):
                 generator,
                 decode,
                 [ids[number] for number, _ in batch],
-                rooms=[rooms[number] for number, _ in batch],
+                limits=[limits[number] for number, _ in batch],
                 stop=stop,
                 sampling=sampling,
                 seed=seed,
@@ -206,8 +206,8 @@ def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[np.ndarray, np.nd
     before = prompt_ids(tokenizer, prompt)
     whole = prompt_ids(tokenizer, prompt + text)
     joined = whole[: len(before)] == before
-    behind = whole[len(before) :] if prompt and joined else tokenizer.encode(text)
-    return np.array(before, np.int32), np.asarray(behind, np.int32)
+    following = whole[len(before) :] if prompt and joined else tokenizer.encode(text)
+    return np.array(before, np.int32), np.asarray(following, np.int32)
 
 
 class _How(NamedTuple):
@@ -247,7 +247,7 @@ def continuations(
                 batch = group[first : first + batch_size]
                 chosen = {start + index: prompts[index] for index in batch}
                 for index, found in zip(batch, _continued(run, generator, chosen, count, how), strict=True):
-                    texts_R = [behind(run.tokenizer.decode, prompts[index], tokens) for tokens, _ in found]
+                    texts_R = [continuation_text(run.tokenizer.decode, prompts[index], tokens) for tokens, _ in found]
                     said[index] = ranked_columns("continuation", texts_R, [score for _, score in found], how.beams)
         yield from said
 

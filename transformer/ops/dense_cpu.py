@@ -1,4 +1,4 @@
-"""A `dot_general` for dense layers whose gradient is fast on XLA:CPU, and unchanged elsewhere."""
+"""A `dot_general` for dense layers, with a fast gradient on XLA:CPU and the standard one elsewhere."""
 
 import functools
 import math
@@ -13,31 +13,32 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 PRODUCT = "dense_product"
-"""Name of the results, for `jax.checkpoint_policies.save_only_these_names`."""
+"""Name of the results for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def dot_general(
     lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
 ) -> Array:
-    """Stands in for `lax.dot_general` in dense layers, with a gradient that suits a CPU.
+    """Replaces `lax.dot_general` in dense layers, with a gradient that is fast on a CPU.
 
-    For activations `(..., K)` times weights `(K, ...)`, contracting the last axes of `lhs` with the first of `rhs`:
+    It applies to activations `(..., K)` times weights `(K, ...)`: the last axes of `lhs` are contracted with the first axes of
+    `rhs`. There are three changes:
 
-    * the weight gradient folds the leading axes into one: a product that contracts two axes (batch and time) is
-      compiled with materialised transposes, at about half the speed;
-    * 16-bit operands are multiplied into float32 and then rounded: the fast bfloat16 kernel has a float32 result only
-      (otherwise both operands are converted to float32 first);
-    * the 16-bit weight gradient `lhs.T @ grad` gets a `lhs.T` that exists in memory: the fast kernel reads a transposed
-      left operand at half speed, and XLA folds a plain transposition back into the product.
+    * The weight gradient merges the leading axes into one. XLA compiles a product that contracts two axes (batch and time)
+      with materialised transposes, at about half the speed.
+    * 16-bit operands give a float32 product, which is then rounded. The fast bfloat16 kernel has only float32 results, and
+      XLA would otherwise convert both operands to float32 first.
+    * In the 16-bit weight gradient `lhs.T @ grad`, `lhs.T` is stored in memory. The fast kernel reads a transposed left
+      operand at half speed, and XLA would merge a plain transposition into the product.
 
-    What is special to the CPU stands behind `lax.platform_dependent`: elsewhere nothing is folded, so that axes sharded apart
-    stay apart. The guard is that narrow on purpose: XLA inlines it late, and activations that pass through it are
-    rounded to 16 bits in memory instead of inside a fusion (measured: a step takes 1.2 times as long).
+    The code for CPUs is inside `lax.platform_dependent`. On other platforms no axes are merged, and each keeps its sharding.
+    It has as little code inside as possible, since XLA inlines it late. Activations that pass through it are rounded to 16 bits
+    in memory instead of inside a fusion (measured: a step takes 1.2 times as long).
 
-    Other products go to `lax.dot_general` as they are. Forward-mode derivatives (`jax.jvp`) are not available, and
-    `jax.shard_map` needs `check_vma=False`; so a trainer injects it, and no layer has it by default.
+    Other products use `lax.dot_general` unchanged. Forward-mode derivatives (`jax.jvp`) are not available, and `jax.shard_map`
+    needs `check_vma=False`. Therefore the trainer injects this function, and no layer uses it by default.
 
-    Args and result are those of `lax.dot_general`.
+    Arguments and result are as for `lax.dot_general`.
 
     Example:
         >>> lhs, rhs = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
@@ -57,7 +58,7 @@ def dot_general(
     if not is_dense:
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
     product = _dense(contracted, precision, jnp.dtype(preferred_element_type or lhs.dtype), lhs, rhs)
-    # Inside a custom gradient, a policy of `jax.checkpoint` sees no product that it could keep.
+    # A policy of `jax.checkpoint` does not see products inside a custom gradient; it sees this name.
     return checkpoint_name(product, PRODUCT)
 
 
@@ -66,8 +67,8 @@ def _dense(contracted: int, precision: Any, dtype: Any, lhs: Array, rhs: Array) 
     """The product over the last `contracted` axes of `lhs`, rounded to `dtype`."""
     product = _product(lhs, rhs, range(lhs.ndim - contracted, lhs.ndim), range(contracted), precision)
     if lhs.dtype != jnp.float32 and dtype == jnp.float32:
-        # Not rounded, a result that XLA lays out column by column, because a transposition follows, has no CPU kernel in
-        # jaxlib 0.10.2 and fails at run time ("Unsupported element type for DotThunk::Execute").
+        # If a transposition follows, XLA stores the result in column-major order. In jaxlib 0.10.2, such a product without
+        # rounding has no CPU kernel and fails at run time ("Unsupported element type for DotThunk::Execute").
         product = lax.platform_dependent(product, cpu=_in_memory, default=lambda x: x)
     return product.astype(dtype)
 
@@ -106,5 +107,5 @@ def _product(
 
 
 def _in_memory(x: Array) -> Array:
-    """Row-major order, so that a transposition is carried out and not folded away."""
+    """Row-major order, so that XLA carries out a transposition instead of merging it into a product."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

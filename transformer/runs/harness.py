@@ -147,7 +147,7 @@ class HarnessModel(TemplateLM):
                     self._generator,
                     self._run.tokenizer.decode,
                     list(batch.values()),
-                    rooms=[how.tokens] * len(batch),
+                    limits=[how.tokens] * len(batch),
                     stop=how.until,
                     sampling=how.sampling,
                     row_numbers=list(batch),
