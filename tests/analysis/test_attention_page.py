@@ -9,7 +9,7 @@ from chromium import chromium
 
 from transformer.analysis.attention import AttentionMap, TextAttention
 from transformer.analysis.attention_page import pack, render_page, unpack
-from transformer.analysis.heads import telling_head
+from transformer.analysis.heads import most_concentrated_head
 from transformer.types import Reading
 
 LETTERS = list("the cat </script><b>")
@@ -106,8 +106,8 @@ def test_pointing_at_a_token_shows_whom_it_attends_to_and_who_attends_to_it(open
     assert opened.run("document.querySelectorAll('#list-next .right').length") == 1
 
 
-def test_it_opens_on_the_telling_head(browser, page):
-    layer, head = telling_head(page[1].maps[0].weights)
+def test_it_opens_on_the_most_concentrated_head(browser, page):
+    layer, head = most_concentrated_head(page[1].maps[0].weights)
     browser.open(page[0])
     assert browser.text("#chosen") == f"Layer {layer + 1}, head {head + 1}" and (layer, head) != (0, 0)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.analysis.heads import divergence, entropy, head_statistics, share_by_distance, telling_head
+from transformer.analysis.heads import divergence, entropy, head_statistics, most_concentrated_head, share_by_distance
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_single_token():
     np.testing.assert_allclose([*found.entropy, *found.first, *found.unlike], [0, 0, 1, 1, 0, 0], atol=1e-6)
 
 
-def test_the_telling_head_has_no_plain_habit():
+def test_the_most_concentrated_head_has_no_fixed_target():
     far = np.zeros((6, 6))
     far[[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]] = 1  # two back
     six = [
@@ -68,5 +68,5 @@ def test_the_telling_head_has_no_plain_habit():
         np.eye(6)[[0] * 6],
         np.tri(6) / np.tri(6).sum(axis=-1, keepdims=True),
     ]
-    assert telling_head([np.stack(six[:2]), np.stack([*six[2:], far])]) == (1, 2)
-    assert telling_head([np.stack(six[:1])]) == (0, 0)  # where all have one
+    assert most_concentrated_head([np.stack(six[:2]), np.stack([*six[2:], far])]) == (1, 2)
+    assert most_concentrated_head([np.stack(six[:1])]) == (0, 0)  # where all have one

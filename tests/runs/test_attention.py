@@ -226,7 +226,7 @@ def test_too_many_weights(monkeypatch):
 def test_weights_that_are_no_numbers():
     run = made("next_token")
     run.params["token_embedding"]["embedding"] = jnp.full_like(run.params["token_embedding"]["embedding"], jnp.nan)
-    with pytest.raises(UserError, match="must be numbers, layer 1 of the decoder has NaN"):
+    with pytest.raises(UserError, match="must be finite, layer 1 of the decoder has NaN"):
         run.attention("abc")
 
 

@@ -1,1 +1,1 @@
-"""Looking into a model: attention weights, and what heads do with them."""
+"""Analysis of models and runs: attention weights, statistics of heads, and pages of both."""

@@ -1,4 +1,4 @@
-"""A page of its own: one HTML file with its style, its script and its data, which loads nothing from anywhere."""
+"""Assembles a page: one HTML file with its style, script and data, without links to other files."""
 
 import html
 import json
@@ -9,17 +9,17 @@ _PARTS = pathlib.Path(__file__).parent / "page"
 
 
 def assemble(page: str, data: Any, *, kicker: str, heading: str, about: str, foot: str) -> str:
-    """The text of a page.
+    """The HTML text of a page.
 
     Args:
-        page: which one: the name of its body, style and script in `page/`; `page.*` there is what all share.
-        data: plain values for the script. NaN and infinity have no place in JSON and are refused.
-        kicker: says what kind of page it is.
-        heading: names what is shown.
-        about: says more of it.
-        foot: the sentences at the end.
+        page: name of the body, style and script in the folder `page/`; all pages share `page.*` there.
+        data: plain values for the script. NaN and infinity are refused, since JSON has no such numbers.
+        kicker: the kind of page, a line above the heading.
+        heading: the heading.
+        about: a line below the heading.
+        foot: sentences at the end of the page.
     """
-    # In a script element, only "<" could end it.
+    # Only "<" can end a script element.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "title": f"{html.escape(kicker)}: {html.escape(heading)}",

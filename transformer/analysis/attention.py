@@ -1,4 +1,4 @@
-"""The attention weights of a model while it reads a text, layer by layer."""
+"""Computes the attention weights of each layer of a model for a text."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,37 +11,37 @@ from transformer.types import PyTree, Reading
 from transformer.validation import require
 
 MOST_WEIGHTS = 64_000_000
-"""Of a text that is looked at, over all layers: 256 MB as float32."""
+"""Most attention weights of a text over all layers: 256 MB as float32."""
 _ROLES = ("attention", "cross_attention")
 
 
 class AttentionMap(NamedTuple):
-    """The attention of a stack to itself, or of a decoder to an encoder."""
+    """Attention weights of a stack to itself, or of a decoder to an encoder."""
 
     queries: str
-    """The stack whose tokens attend: `encoder` or `decoder`."""
+    """The stack of the queries: `encoder` or `decoder`."""
     keys: str
-    """The stack whose tokens are attended to."""
+    """The stack of the keys."""
     weights: tuple[np.ndarray, ...]
-    """Of each layer, float32 [H, T, S]: a row sums to one, and is 0 where the mask hides the key."""
+    """Weights of each layer, float32 [H, T, S]; a row sums to one, and masked keys have weight 0."""
 
 
 class TextAttention(NamedTuple):
-    """What a model computes while it reads a text."""
+    """The attention weights and logits of a model for a text."""
 
     reading: Reading
-    """How it was called."""
+    """The call of the model."""
     maps: tuple[AttentionMap, ...]
-    """Of an encoder, then of a decoder to itself, then to the encoder."""
+    """Maps of the encoder, of the decoder to itself, and of the decoder to the encoder, in this order."""
     logits: np.ndarray | None
-    """Of what `reading.predicts` says, float32 [n, V]; rows of tokens that predict nothing are NaN."""
+    """Logits of the predictions that `reading.predicts` names, float32 [n, V]; rows without a prediction are NaN."""
 
 
 def layer_weights(collection: PyTree, *, scanned: bool) -> dict[str, list[dict[str, Any]]]:
-    """The weights [B, H, T, S] of each layer of each stack, by role, from the collection that `apply` filled.
+    """The weights [B, H, T, S] of each layer of each stack, by role.
 
     Args:
-        collection: `attention`, as `model.apply(..., mutable=["attention"])` returns it.
+        collection: the collection `attention` that `model.apply(..., mutable=["attention"])` returns.
         scanned: whether the model's layers are scanned.
 
     Example:
@@ -62,15 +62,15 @@ def layer_weights(collection: PyTree, *, scanned: bool) -> dict[str, list[dict[s
 
 
 def read_attention(model: Any, params: PyTree, reading: Reading) -> TextAttention:
-    """The weights and the logits of a model while it reads a text.
+    """Compute the attention weights and the logits of a model for a text.
 
     Args:
         model: a linen module of the package.
         params: its parameters.
-        reading: how it is called (`Objective.reading`).
+        reading: the call of the model (`Objective.reading`).
 
     Raises:
-        UserError: the weights would not fit, or some are no numbers.
+        UserError: there are too many weights, or some are not finite.
     """
     check_size(model.config, reading)
     output, collection = _apply(model, reading.method, params, reading.inputs, dict(reading.options))
@@ -86,7 +86,7 @@ def read_attention(model: Any, params: PyTree, reading: Reading) -> TextAttentio
         for layer, weights in enumerate(found.weights, 1):
             require(
                 bool(np.isfinite(weights).all()),
-                f"Attention weights must be numbers, layer {layer} of the {found.queries} has NaN; the model has diverged.",
+                f"Attention weights must be finite, layer {layer} of the {found.queries} has NaN; the model has diverged.",
             )
     logits = None
     if reading.predicts:
@@ -101,10 +101,10 @@ def _apply(model: Any, method: str, params: PyTree, inputs: tuple[Any, ...], opt
 
 
 def check_size(config: Any, reading: Reading) -> None:
-    """Refuse a text whose weights, over all layers and heads, are too many to hold and to show.
+    """Refuse a text with too many attention weights over all layers and heads.
 
     Raises:
-        UserError: they are.
+        UserError: there are more than `MOST_WEIGHTS`.
     """
     lengths = {stack: len(ids) for stack, ids in reading.ids.items()}
     count = 0
@@ -114,6 +114,6 @@ def check_size(config: Any, reading: Reading) -> None:
         count += sum(block.attention.num_heads for block in blocks) * length * keys
     require(
         count <= MOST_WEIGHTS,
-        f"A text to look at must have at most {MOST_WEIGHTS:,} attention weights over all layers and heads, got {count:,} for "
+        f"A text for an attention page must have at most {MOST_WEIGHTS:,} weights over all layers and heads, got {count:,} for "
         f"{max(lengths.values())} tokens; shorten it to about {int(max(lengths.values()) * (MOST_WEIGHTS / count) ** 0.5)}.",
     )

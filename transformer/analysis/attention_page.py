@@ -1,4 +1,4 @@
-"""Attention as a page: one HTML file to look into, which needs no network."""
+"""Renders attention weights as a page: one HTML file without network access."""
 
 import base64
 import zlib
@@ -10,16 +10,16 @@ from jaxtyping import Float
 
 from transformer.analysis.assemble import assemble
 from transformer.analysis.attention import AttentionMap, TextAttention
-from transformer.analysis.heads import head_statistics, telling_head
+from transformer.analysis.heads import head_statistics, most_concentrated_head
 
 MOST_BYTES = 14_500_000
-"""Of all weights together, as text: where both states of a model take more, the initial one has its statistics alone."""
+"""Most bytes of all weights as text; if both states of a model exceed it, the initial state has only statistics."""
 _FOOT = (
-    "Weights are rounded to 8 bits of their square root: no number of a single weight is off by more than 1/255. Statistics are "
-    "of the exact weights."
+    "The square root of each weight is rounded to 8 bits, with an error of a weight of at most 1/255. Statistics are "
+    "computed from the exact weights."
 )
 Candidates = list[list[tuple[str, float, bool]]]
-"""Of each row of logits: texts, their probabilities, and whether it is the one of the text."""
+"""Candidates of each row of logits: text, probability, and whether it is the token of the text."""
 
 
 def render_page(
@@ -32,16 +32,16 @@ def render_page(
     initial: TextAttention | None = None,
     initial_name: str = "",
 ) -> str:
-    """The page.
+    """The HTML text of an attention page.
 
     Args:
-        seen: the attention of one text.
-        texts: the tokens of each stack, for people.
-        heading: names the model.
-        about: says more of it.
-        candidates: what the model holds likely.
-        initial: the attention of other parameters of the same model while it reads the same.
-        initial_name: what those are called, as `before training`.
+        seen: the attention weights of one text.
+        texts: the tokens of each stack as readable text.
+        heading: name of the model.
+        about: a line about the model.
+        candidates: the model's most likely tokens.
+        initial: the attention weights of the same text with other parameters of the model.
+        initial_name: name of the other parameters, such as `before training`.
     """
     maps = [_map(found, initial and initial.maps[index], len(seen.maps)) for index, found in enumerate(seen.maps)]
     layers = [layer for found in maps for layer in found["layers"]]
@@ -57,13 +57,13 @@ def render_page(
         "predicts": seen.reading.predicts,
         "of": seen.reading.of,
         "candidates": candidates,
-        "start": telling_head(seen.maps[0].weights, one_text=seen.maps[0].queries == seen.maps[0].keys),
+        "start": most_concentrated_head(seen.maps[0].weights, one_text=seen.maps[0].queries == seen.maps[0].keys),
     }
     return assemble("attention", data, kicker="Attention", heading=heading, about=about, foot=_FOOT)
 
 
 def _map(found: AttentionMap, initial: AttentionMap | None, count: int) -> dict[str, Any]:
-    """A map for the script: each layer's weights, and the statistics of its heads."""
+    """A map for the script: weights and statistics of heads of each layer."""
     one_text = found.queries == found.keys
     name = f"{found.queries} to itself" if one_text else f"{found.queries} to {found.keys}"
     layers = []
@@ -82,17 +82,17 @@ def _numbers(weights_HTS: np.ndarray, one_text: bool) -> dict[str, list[float] |
 
 
 def pack(weights_HTS: Float[np.ndarray, "H T S"]) -> str:
-    """Weights as text: 8 bits of their square roots, compressed by zlib, in base 64.
+    """Weights as text: square roots in 8 bits, compressed by zlib, in base 64.
 
-    A code c stands for (c / 255)². Rounded to the nearest code, a weight moves by less than 1/255, a small one by far less: a
-    square root has more codes where most weights are.
+    A code c means the weight (c / 255)². Rounding to the nearest code changes a weight by less than 1/255. Small weights, which
+    are the most frequent, change by far less.
     """
     codes = np.rint(255 * np.sqrt(np.clip(weights_HTS, 0, 1))).astype(np.uint8)
     return base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode()
 
 
 def unpack(text: str, shape: tuple[int, int, int]) -> Float[np.ndarray, "H T S"]:
-    """The weights that the page shows, of the text that `pack` made.
+    """The weights that the page shows, from the text of `pack`.
 
     Example:
         >>> unpack(pack(np.array([[[0.25, 0.75]]])), (1, 1, 2)).round(2).tolist()

@@ -1,4 +1,4 @@
-"""What attention heads do, in numbers: how far and how evenly they look, and how unlike each other they are."""
+"""Statistics of attention heads: entropy, distance, and divergence from other heads."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,30 +9,30 @@ from jaxtyping import Array, Float
 
 
 class HeadStatistics(NamedTuple):
-    """Of the heads of a layer, float [H] each, in the mean over queries from the second on."""
+    """Statistics of the heads of a layer, float [H] each: means over all queries but the first."""
 
     entropy: np.ndarray
-    """In bits: 0 for a single key, 3 for eight keys alike."""
+    """Entropy in bits: 0 for a single key, 3 for eight keys of equal weight."""
     first: np.ndarray
     """Weight of the first token."""
     distance: np.ndarray | None
-    """Tokens between query and key, in the mean over weights; None where queries and keys are of two texts."""
+    """Weighted mean distance from query to key, in tokens; None if queries and keys belong to two texts."""
     previous: np.ndarray | None
-    """Weight of the token before the query, likewise."""
+    """Weight of the token before the query; None if queries and keys belong to two texts."""
     unlike: np.ndarray
-    """Jensen-Shannon divergence from the other heads of the layer, in bits, in the mean over them: 0 if all are equal, 1 if
-    none shares a key with another; 0 for a single head."""
+    """Mean Jensen-Shannon divergence from the other heads of the layer, in bits: 0 if all are equal, 1 if none shares a key
+    with another; 0 for a single head."""
 
 
 def entropy(weights: Any) -> Any:
-    """In bits, over the last axis."""
+    """Entropy in bits over the last axis."""
     return -(weights * jnp.log2(jnp.where(weights > 0, weights, 1))).sum(axis=-1)
 
 
 def divergence(weights_BHTS: Float[Array | np.ndarray, "B H T S"]) -> Float[Array, " pairs"]:
-    """Jensen-Shannon divergence of each pair of heads (Lin 1991), in bits, in the mean over queries.
+    """Jensen-Shannon divergence of each pair of heads (Lin 1991), in bits, as a mean over queries.
 
-    Pairs are in the order of `np.triu_indices(H, k=1)`; a single head has one, 0.
+    Pairs are in the order of `np.triu_indices(H, k=1)`; for a single head, the result is one 0.
     """
     first, second = np.triu_indices(weights_BHTS.shape[1], k=1)
     single_BHT = entropy(weights_BHTS)
@@ -44,7 +44,7 @@ def divergence(weights_BHTS: Float[Array | np.ndarray, "B H T S"]) -> Float[Arra
 
 
 def share_by_distance(weights_HTS: Any) -> Any:
-    """Weight at each distance from the query back, in the mean over queries (the last of the keys): [H, S]."""
+    """Weight at each distance back from the query, as a mean over queries [H, S]; queries are the last of the keys."""
     _, T, S = weights_HTS.shape
     distance_TS = np.arange(S - T, S)[:, None] - np.arange(S)[None]
     return np.stack([(weights_HTS * (distance_TS == d)).sum(axis=(1, 2)) / T for d in range(S)], axis=-1)
@@ -54,8 +54,9 @@ def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool =
     """The statistics of a layer's heads.
 
     Args:
-        weights_HTS: of one text. Its first query is left out, if there is another: of a causal model it sees itself alone.
-        one_text: queries are the last of the keys; without, distances mean nothing.
+        weights_HTS: weights of one text. If there are more queries, the first one is left out, since it sees only itself in a
+            causal model.
+        one_text: whether queries are the last of the keys. Otherwise distances have no meaning.
     """
     H, T, S = weights_HTS.shape
     queries_T = np.arange(S - T, S) if one_text else np.arange(T)
@@ -74,23 +75,24 @@ def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool =
     return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, unlike)
 
 
-def telling_head(layers: Sequence[np.ndarray], *, one_text: bool = True) -> tuple[int, int]:
-    """Layer and index of the head to look at first: the lowest entropy among heads without a plain habit.
+def most_concentrated_head(layers: Sequence[np.ndarray], *, one_text: bool = True) -> tuple[int, int]:
+    """Layer and index of the head with the lowest entropy among heads without a fixed target.
 
-    `layers` has weights [heads, queries, keys] of each layer. A habit is to give half of the weight or more to the first token
-    or, in one text, to the previous token or the query's own. Where all heads have one, the lowest entropy of all counts.
+    A head has a fixed target if half of its weight or more goes to the first token or, within one text, to the previous token
+    or the query's own. If all heads have one, the lowest entropy of all heads counts. `layers` has the weights [heads,
+    queries, keys] of each layer.
     """
     found = []
     for layer, weights_HTS in enumerate(layers):
         statistics = head_statistics(weights_HTS, one_text=one_text)
         _, T, S = weights_HTS.shape
-        habits = [statistics.first]
+        fixed = [statistics.first]
         if one_text and statistics.previous is not None:
             itself_HT = np.diagonal(weights_HTS, offset=S - T, axis1=1, axis2=2)
-            habits += [statistics.previous, itself_HT[:, min(1, T - 1) :].mean(axis=-1)]
-        plain_H = np.max(habits, axis=0) >= 0.5
+            fixed += [statistics.previous, itself_HT[:, min(1, T - 1) :].mean(axis=-1)]
+        is_fixed_H = np.max(fixed, axis=0) >= 0.5
         found += [
             (bool(p), float(e), layer, head)
-            for head, (p, e) in enumerate(zip(plain_H, statistics.entropy, strict=True))
+            for head, (p, e) in enumerate(zip(is_fixed_H, statistics.entropy, strict=True))
         ]
     return min(found)[2:]

@@ -1,4 +1,4 @@
-"""Runs as a page: one HTML file with their curves, samples, scores, settings and times, which needs no network."""
+"""Renders runs as a page: one HTML file of curves, samples, scores, settings and times, without network access."""
 
 import itertools
 import json
@@ -11,10 +11,10 @@ import numpy as np
 from transformer.analysis.assemble import assemble
 
 MOST_POINTS = 150_000
-"""Of all curves together; a curve of more rows than its part keeps the lowest and the highest value of each stretch."""
+"""Most points of all curves together; a longer curve keeps the lowest and the highest value of each interval."""
 MOST_SAMPLES, MOST_CHARACTERS = 40, 2_000
 MOST_CLASSES = 60
-"""Of a confusion matrix that is drawn; of a larger one the most frequent confusions are listed."""
+"""Most classes of a drawn confusion matrix; for more classes, the most frequent confusions are listed."""
 _KNOWN = {
     "loss": ("Loss", "nats"),
     "bits_per_byte": ("Bits per byte", ""),
@@ -28,8 +28,8 @@ _KNOWN = {
     "mfu": ("Model FLOPs utilisation", "share of the peak"),
 }
 _LOSS = ("objective.kind", "data.tokenizer.kind")
-"""Settings on which the meaning of a loss depends."""
-_FOOT = "Points are rows of metrics.jsonl as training wrote them, in seven digits; nothing is smoothed."
+"""Settings that change the meaning of a loss."""
+_FOOT = "Points are rows of metrics.jsonl with seven digits, without smoothing."
 
 
 class Curve(NamedTuple):
@@ -40,27 +40,27 @@ class Curve(NamedTuple):
 
 
 class RunView(NamedTuple):
-    """What a page shows of a run."""
+    """The contents of a page about one run."""
 
     name: str
     settings: dict[str, Any]
-    """By path."""
+    """Values of the settings by path."""
     changed: list[str]
     """Paths of the settings that differ from the defaults."""
     curves: dict[tuple[str, str], Curve]
-    """Of (metric, split)."""
+    """Curves by metric and split."""
     seconds: dict[str, float]
-    """By part of the training."""
+    """Seconds by phase of the training."""
     latest: int
-    """The last step with a row."""
+    """The last step with a row of metrics."""
     samples: list[tuple[int, str]]
     scores: list[dict[str, Any]]
-    """As `transformer evaluate` gives them."""
+    """Scores of `transformer evaluate`."""
     notes: list[str]
 
 
 def render_report(runs: Sequence[RunView]) -> str:
-    """The page."""
+    """The HTML text of a report page."""
     drawn = [key for run in runs for key in run.curves]
     most = max(30, MOST_POINTS // max(1, len(drawn)))
     own = sorted({metric for metric, _ in drawn if metric not in _KNOWN and metric != "epoch"})
@@ -93,7 +93,7 @@ def _shown(value: Any) -> str:
 
 def _about(runs: Sequence[RunView]) -> str:
     if len(runs) > 1:
-        return f"{len(runs)} runs; in each picture, a colour for each."
+        return f"{len(runs)} runs, each with its own colour."
     (run,) = runs
     settings = run.settings
     if not settings:
@@ -104,7 +104,7 @@ def _about(runs: Sequence[RunView]) -> str:
 
 
 def _compared(runs: Sequence[RunView]) -> list[str]:
-    """Why numbers of different runs may not be compared."""
+    """Notes on numbers that cannot be compared between the runs."""
     kinds = {path: sorted({_shown(run.settings[path]) for run in runs if path in run.settings}) for path in _LOSS}
     differing = [
         f"{path.removesuffix('.kind').rpartition('.')[2]} ({', '.join(kinds[path])})"
@@ -114,8 +114,8 @@ def _compared(runs: Sequence[RunView]) -> list[str]:
     if not differing:
         return []
     return [
-        f"These runs differ in their {' and '.join(differing)}. A loss is a mean over what is predicted, tokens of one kind or "
-        "classes, so theirs are not comparable; bits per byte are, where both are of the same text."
+        f"These runs differ in their {' and '.join(differing)}. A loss is a mean over predicted tokens or classes. Therefore "
+        "their losses are not comparable; bits per byte are, for equal texts."
     ]
 
 
@@ -131,7 +131,7 @@ def _run(run: RunView, most: int) -> dict[str, Any]:
     if strange:
         notes.append(f"{strange:,} value(s) are not finite (NaN or infinite), and leave gaps.")
     if rows:
-        notes.append(f"Of {rows:,} rows, a curve has the lowest and the highest value of each stretch.")
+        notes.append(f"Of {rows:,} rows, a curve shows the lowest and the highest value of each interval.")
     if len(samples) < len(run.samples):
         notes.append(f"{len(samples)} of {len(run.samples):,} samples are shown.")
     return {
@@ -148,7 +148,7 @@ def _run(run: RunView, most: int) -> dict[str, Any]:
 
 
 def thinned(values_N: np.ndarray, most: int) -> np.ndarray:
-    """Indices of at most so many values: all, or the ends, and of each stretch the lowest, the highest and a gap.
+    """Indices of at most `most` values: all, or the ends and the lowest, the highest and a gap of each interval.
 
     Example:
         >>> values = np.zeros(1000)
@@ -176,14 +176,14 @@ def _digits(value: float) -> float | None:
 
 
 def _some(samples: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """At most so many, evenly spread, the first and the last among them."""
+    """At most `MOST_SAMPLES` samples at even distances, with the first and the last."""
     if len(samples) <= MOST_SAMPLES:
         return samples
     return [samples[i] for i in np.linspace(0, len(samples) - 1, MOST_SAMPLES).astype(int)]
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of an evaluation; the confusion matrix and the scores of classes, where they are what they should be."""
+    """The numbers of an evaluation; also the confusion matrix, if it is valid."""
     split, step, source = (scores.get(name) for name in ("split", "step", "source"))
     numbers = {name: _number(x) for name, x in scores.items() if _number(x) is not None and name != "step"}
     found: dict[str, Any] = {

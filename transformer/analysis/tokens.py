@@ -1,4 +1,4 @@
-"""What tokens look like to a person, one by one: in a text, and as candidates for a place in it."""
+"""Readable texts of single tokens, as part of a text or as candidates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 from transformer.terminal import printable
 from transformer.tokenizer import mask_id, target_start
 
-_BEFORE = 4  # tokens before one that decide how it is decoded: a space, the bytes of a character
+_BEFORE = 4  # number of previous tokens that affect the text of one: by a space, or by the bytes of a character
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """Each token of a text as it stands there, with its space; special ones and single bytes in brackets.
+    """The text of each token with its space; special tokens and single bytes are in brackets.
 
     Example:
         >>> from transformer.data.tokenizers.bytes import ByteTokenizer
@@ -24,7 +24,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def token_text(tokenizer: Any, index: int, before: Sequence[int] = ()) -> str:
-    """A token as it would stand behind others; the last byte of a character stands for all of it."""
+    """The text of a token after others; the last byte of a character gives the whole character."""
     if index in getattr(tokenizer, "special", ()):
         return f"⟨{printable(_name(tokenizer, index))}⟩"
     start = tokenizer.decode(list(before)).rstrip("\ufffd")
@@ -34,13 +34,13 @@ def token_text(tokenizer: Any, index: int, before: Sequence[int] = ()) -> str:
         text = tokenizer.decode([index])
     if text == "" or "\ufffd" in text:
         name = _name(tokenizer, index)
-        # A space before the first word is in no text that is decoded.
+        # Decoding removes a space before the first word.
         text = "" if name.strip("▁") else " " * len(name)
     return printable(text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")) or f"⟨{printable(name)}⟩"
 
 
 def _name(tokenizer: Any, index: int) -> str:
-    """What a token is called that stands for no text of its own."""
+    """The name of a token without a text."""
     own = getattr(tokenizer, "name_of", None)
     if own is not None and 0 <= index < tokenizer.vocab_size:
         return own(index).strip("<>[]|") or str(index)

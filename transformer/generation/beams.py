@@ -43,8 +43,8 @@ class BeamConfig(Settings):
     favour longer continuations; 0 compares plain log-probabilities."""
     early_stopping: Literal[True, False, "never"] = False
     """When the search of a row stops. True: at num_beams finished continuations. False: when the best growing continuation
-    would not be among them if it finished now. "never": when it could not be among them at any length, which is exact for a
-    length_penalty of at least 0."""
+    would not be among them if it finished now. With "never": when it could not be among them at any length, which is exact
+    for a length_penalty of at least 0."""
     num_return: int = 1
     """Number of best continuations to return."""
 

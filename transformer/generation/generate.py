@@ -48,7 +48,7 @@ class Generator:
         place: puts rows of prompts on devices.
         keep_first: None refuses rows longer than the model's max_length. A number continues them in a rolling window, which
             keeps this many first tokens of a row. Each time max_length tokens are read, the earlier half is dropped, and the
-            later half is read again, at positions from 0. The logits equal those of the model applied to the window.
+            later half is read again, at positions from 0. The logits equal the logits of the window alone.
 
     Example:
         >>> from transformer.model_config import ModelConfig

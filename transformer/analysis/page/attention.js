@@ -37,7 +37,7 @@
   // ---- Pictures ------------------------------------------------------------------------------------------------------
 
   function paint(canvas, values, rows, columns, most) {
-    // Of a picture with more weights than pixels, a pixel has the largest of its weights.
+    // In a picture with more weights than pixels, each pixel shows its largest weight.
     const height = Math.min(rows, most), width = Math.min(columns, most);
     canvas.width = width; canvas.height = height;
     const pixels = new Uint8Array(width * height);
@@ -159,7 +159,7 @@
     el("to-title").textContent = k < 0 ? `${other(`${m.queries}: `)}who attends to a token` : `${other(`${m.queries}: `)}who attends to ${named(m.keys, k)}`;
     el("list-from-title").textContent = q < 0 ? "Attends to" : `${named(m.queries, q)} attends to`;
     el("list-to-title").textContent = k < 0 ? "Is attended to by" : `${named(m.keys, k)} is attended to by`;
-    bars(el("list-from"), q < 0 ? [] : top(row(q), m.keys), q < 0 ? "Point at a query." : "no key: all are hidden from it");
+    bars(el("list-from"), q < 0 ? [] : top(row(q), m.keys), q < 0 ? "Point at a query." : "no key: all are masked");
     bars(el("list-to"), k < 0 ? [] : top(column(k), m.queries), k < 0 ? "Point at a key." : "no query");
     drawCandidates(q, k);
     const cell = el("large"), rows = texts(m.queries).length, columns = texts(m.keys).length;
@@ -177,7 +177,7 @@
     const at = page.of === "" ? 0 : map().queries === page.of ? q : map().keys === page.of ? k : -1;
     title.textContent = page.predicts.replace(/^./, (c) => c.toUpperCase()) + (page.of && at >= 0 ? `, at ${named(page.of, at)}` : "");
     const rows = at >= 0 ? found[at] || [] : [];
-    bars(list, rows.map(([token, p, right]) => [null, token, p, right]), at < 0 ? "Point at a token." : "none: a prefix is read, not predicted");
+    bars(list, rows.map(([token, p, right]) => [null, token, p, right]), at < 0 ? "Point at a token." : "none: the prefix is not predicted");
   }
   function readout(q, k) {
     const node = el("readout");
@@ -204,7 +204,7 @@
     ["distance", "Distance", "tokens from query to key"],
     ["previous", "Previous token", "weight on it"],
     ["first", "First token", "weight on it"],
-    ["unlike", "Unlike the others", "bits of divergence"],
+    ["unlike", "Divergence", "bits, from the other heads"],
   ];
   const has = (kind) => map().layers[0].after[kind] !== null;
   function drawNumbers() {
@@ -260,9 +260,9 @@
   }
   function drawCharts() {
     const key = page.initial ? ` Filled dots are the trained model, rings the same model ${page.initial}.` : "";
-    el("charts-note").textContent = `A dot for each head, by layer; means over the queries of this text from the second on.${key} The chosen head is black or white.`;
+    el("charts-note").textContent = `A dot for each head, by layer: means over all queries of this text but the first.${key} The chosen head is black or white.`;
     el("charts").replaceChildren(...KINDS.slice(0, 4).filter(([kind]) => has(kind)).map((kind) => chart(...kind, false)));
-    el("unlike-note").textContent = "The Jensen–Shannon divergence of two heads’ weights for the same query, in bits, in the mean over queries and over the other heads of the layer: 0 for equal heads, 1 for heads that share no key. Lines are means of a layer" + (page.initial ? `, dashed ${page.initial}.` : ".");
+    el("unlike-note").textContent = "The Jensen–Shannon divergence of two heads’ weights for the same query, in bits, as a mean over queries and over the other heads of the layer: 0 for equal heads, 1 for heads that share no key. Lines are means of a layer" + (page.initial ? `, dashed ${page.initial}.` : ".");
     el("unlike").replaceChildren(chart(...KINDS[4], true));
   }
   function drawTable() {

@@ -1,5 +1,5 @@
 "use strict";
-// What the pages share: their data, elements, and choices that a pointer or the arrow keys make.
+// Shared by the pages: data, elements, and choices by pointer or arrow keys.
 const Page = (() => {
   const page = JSON.parse(document.getElementById("data").textContent);
   const el = (id) => document.getElementById(id);

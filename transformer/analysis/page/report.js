@@ -68,7 +68,7 @@
     let [low, high] = extent(series.map((s) => s.values));
     const [first, last] = extent(series.map((s) => s.steps));
     const log = state.log && low > 0;
-    if (!Number.isFinite(low)) { figure.append(make("p", series.length ? "No finite value." : "No run that is shown has it.", { class: "note" })); return figure; }
+    if (!Number.isFinite(low)) { figure.append(make("p", series.length ? "No finite value." : "No shown run has this metric.", { class: "note" })); return figure; }
     const of = log ? Math.log : (x) => x, pad = (of(high) - of(low)) * 0.05 || Math.abs(of(low)) * 0.05 || 1;
     if (!log && low >= 0 && low < high * 0.25) low = 0;
     const bottomValue = of(low) - (low === 0 ? 0 : pad), topValue = of(high) + pad;
@@ -119,7 +119,7 @@
   }
   function point(chart, at) {
     if (at !== null) {
-      // The nearest step that a curve has.
+      // The nearest step of a curve.
       const found = chart.series.map((s) => s.steps[nearest(s.steps, at)]);
       at = found.reduce((a, b) => (Math.abs(b - at) < Math.abs(a - at) ? b : a));
     }
@@ -186,7 +186,7 @@
     el("times").replaceChildren(...page.runs.map((run) => {
       const box = make("div", "", { class: "time" }), title = make("h3", several ? `${run.name} ` : ""), bar = make("div", "", { class: "bar" }), list = make("ul");
       const total = Object.values(run.seconds).reduce((a, b) => a + b, 0);
-      title.append(make("span", total ? `${clock(total)} together` : "no times on record: it has no rows yet, or was trained before times were kept"));
+      title.append(make("span", total ? `${clock(total)} together` : "no times recorded: the run has no rows yet, or its version recorded no times"));
       for (const part of names.filter((p) => run.seconds[p])) {
         const share = run.seconds[part] / total, piece = make("i"), item = make("li"), key = make("i");
         piece.style.width = `${100 * share}%`;
@@ -292,7 +292,7 @@
   function drawSettings() {
     const paths = several ? page.differing : page.runs[0].changed;
     el("settings-title").textContent = several ? "Differences between the runs" : "Settings other than the defaults";
-    el("settings-note").textContent = paths.length ? several ? "A grey value is the default; – stands where a run has no such setting." : "" : several ? "Their settings are all alike." : "There are none.";
+    el("settings-note").textContent = paths.length ? several ? "A grey value is the default; – means that a run has no such setting." : "" : several ? "All settings are equal." : "There are none.";
     table("settings", paths);
     table("all-settings", page.paths);
   }
@@ -322,7 +322,7 @@
 
   const notes = [...page.notes, ...page.runs.flatMap((run) => run.notes.map((note) => (several ? `${run.name}: ${note}` : note)))];
   el("notes").textContent = notes.join("\n");
-  el("curves-note").textContent = "By step. Point into a picture, or go along it with Tab and the arrow keys, to read values.";
+  el("curves-note").textContent = "By step. Point into a picture, or use Tab and the arrow keys, to read values.";
   function drawColors() { drawLegend(); drawCharts(); drawTimes(); }
   drawScale(); drawColors(); drawSamples(); drawScores(); drawSettings(); drawLatest();
   let drawnAt = innerWidth;
