@@ -1,10 +1,10 @@
-"""How compiling a training step grows with the model's depth; prints one JSON line.
+"""Compile time of a training step by the model's depth; prints one JSON line.
 
     JAX_PLATFORMS=cpu python benchmarks/compile_time.py [--depths 4 64] [--rounds 3]
 
-The step of `benchmarks/train_step.py` with so many layers, scanned and as a loop (that of the first depth only), is lowered
-and compiled for one CPU device, in turn: seconds are medians over the rounds, and operations those of the program before
-XLA's passes.
+The step of `benchmarks/train_step.py` is lowered and compiled for one CPU device at each depth with scanned layers, and at the
+first depth also as a loop. The forms take turns. Seconds are medians over the rounds. Operations are counted in the program
+before XLA's passes.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
     forms = {f"scan {depth}": (depth, True) for depth in options.depths}
     forms[f"loop {options.depths[0]}"] = (options.depths[0], False)
     runs: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
-    compile_step(1, scan_layers=True)  # what the first compilation alone pays
+    compile_step(1, scan_layers=True)  # the extra cost of the first compilation
     for _ in range(options.rounds):
         for form, (depth, scan_layers) in forms.items():
             runs[form].append(compile_step(depth, scan_layers=scan_layers))

@@ -1,11 +1,11 @@
-"""Every state in which a kill could leave a run's directory is recovered, to the bits of the run that was let be.
+"""Recovery from every state in which a kill can leave a run's directory, to the bits of an undisturbed run.
 
     python benchmarks/crash_states.py decoder classifier vocabulary [--every 1] [--kills 4] [--directory DIR]
 
-A tiny run is recorded once at system-call level (strace). Its changes of files are replayed on a model of the directory, which
-must end as the directory did. After each change, and in the middle of each write, the directory is rebuilt, once for each
-distinct state, and the same run is started in it, in this process, which is warm. `--kills` adds real SIGKILLs of each run.
-Prints one JSON line a run.
+A tiny run is recorded once at system-call level (strace). Its file operations are replayed on a model of the directory, whose
+final state must equal the real one. The states after each operation, and in the middle of each write, are the states that a
+kill can leave. Each distinct state is written to disk, and the run is started in it, in this process with its compiled
+programs. `--kills` adds real SIGKILLs of each run. Prints one JSON line for each run.
 """
 
 import argparse

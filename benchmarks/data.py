@@ -1,19 +1,19 @@
-"""How long text takes until it is batches, and how much memory: prints one JSON line for each size and phase.
+"""Time and memory from text to batches; prints one JSON line for each size and phase.
 
     python benchmarks/data.py [--megabytes 10 200] [--document-bytes 4000] [--vocab-size 4096] [--keep FOLDER]
 
-Each phase runs in a process of its own, on one corpus of .jsonl that the first size needs once:
+Each phase runs in a new process. All phases of a size share one .jsonl corpus:
 
     prepare      open the corpus for the first time
     open         open it again, in a new process
     vocabulary   train byte pairs on the training split
-    tokens       the first batch: with it, the text is tokenized
+    tokens       the first batch, which includes tokenizing the text
     encode       the same texts, by the `tokenizers` library alone
     read         batches with their state, packed (`tokens_per_second`)
-    rival        the same job by `datasets` and `tokenizers`, where they are installed: text to tokens, then rows of one length
+    rival        the same job by `datasets` and `tokenizers`, if installed: text to tokens, then rows of one length
 
-`peak_mb` is the largest resident memory of the process, and `children_mb` of a process that it started. 2,000 megabytes take some
-minutes and three times as much disk.
+`peak_mb` is the largest resident memory of the process, and `children_mb` of its child processes. 2,000 megabytes take some
+minutes and three times as much disk space.
 """
 
 import argparse
@@ -36,7 +36,7 @@ READ_SECONDS = 10
 
 
 def write_corpus(path: pathlib.Path, megabytes: float, document_bytes: int) -> None:
-    """Documents of made-up words, of which few are frequent, as in a language."""
+    """Documents of made-up words with frequencies as in a language."""
     random = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = ["".join(random.choice(letters, size)) for size in random.integers(2, 9, 20_000)]
@@ -51,7 +51,7 @@ def write_corpus(path: pathlib.Path, megabytes: float, document_bytes: int) -> N
 
 
 def run_phase(phase: str, corpus: pathlib.Path, vocab_size: int) -> dict[str, Any]:
-    """Do it, and say how long it took."""
+    """Run a phase and measure its time."""
     from transformer.config import DataConfig  # noqa: PLC0415  # each phase has the imports that it needs
     from transformer.data.pipeline import train_batches  # noqa: PLC0415
     from transformer.data.registry import open_source  # noqa: PLC0415
@@ -94,7 +94,7 @@ def run_phase(phase: str, corpus: pathlib.Path, vocab_size: int) -> dict[str, An
 
 
 def train_vocabulary(config: Any) -> Any:
-    """That of the training split, as a run makes it."""
+    """The tokenizer of the training split, as in a run."""
     from transformer.data.datasets import open_data  # noqa: PLC0415
     from transformer.objectives.next_token import NextToken  # noqa: PLC0415
 
@@ -133,7 +133,7 @@ def run_rival(corpus: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every phase of every size; or one, in a process that this one has started."""
+    """Run every phase of every size in child processes; or one phase, in a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[10, 200])
     parser.add_argument("--document-bytes", type=int, default=4000)

@@ -2,10 +2,10 @@
 
     python benchmarks/decode.py [--rounds 10] [--new-tokens 128]
 
-6 layers, width 384, 6 heads, vocabulary 65, float32: 32 tokens are read and 128 generated, both timed; compiling, and
-preparing the parameters once, are apart. Where torch and transformers can be imported, Hugging Face's `generate` does
-the same with a GPT-2 of this size, in turn with ours; else its fields are null. Times are minima over the rounds; the
-ratio is also given as the median over rounds, in which both saw the same load.
+The model has 6 layers, width 384, 6 heads, vocabulary 65 and float32. Times include reading 32 tokens and generating 128,
+without compilation and the preparation of the parameters. If torch and transformers are installed, Hugging Face's `generate`
+with a GPT-2 of this size takes turns with our model; otherwise its fields are null. Times are minima over the rounds. The
+ratio is also given as the median over rounds, since both have the same load within a round.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 
 
 def ours(new_tokens: int) -> tuple[Callable[[np.ndarray], Any], int]:
-    """Our generation, and the bytes of the parameters that a step reads."""
+    """Our generation, and the bytes of parameters that a step reads."""
     model = Decoder(CONFIG)
     params, _ = init_params(model, jax.random.key(0))
     generator = Generator(model, params)
@@ -47,7 +47,7 @@ def ours(new_tokens: int) -> tuple[Callable[[np.ndarray], Any], int]:
 
 
 def hugging_face(new_tokens: int) -> Callable[[np.ndarray], Any] | None:
-    """Theirs, if it is installed."""
+    """Hugging Face's generation, if it is installed."""
     try:
         torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError:
@@ -77,14 +77,14 @@ def hugging_face(new_tokens: int) -> Callable[[np.ndarray], Any] | None:
 
 
 def read_bandwidth(num_bytes: int) -> float:
-    """Bytes per second at which a matrix of this size is read, by the fastest of 50 of its products with a vector."""
+    """Bytes per second of reading a matrix of this size: the fastest of 50 products with a vector."""
     matrix = np.ones((num_bytes // 4 // 384, 384), np.float32)
     vector = np.ones(384, np.float32)
     return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(50))
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long a call takes."""
+    """Seconds of a call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

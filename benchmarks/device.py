@@ -1,25 +1,24 @@
-"""Whether the project is right and fast on the device of this machine: made for one NVIDIA GPU that is there for minutes.
+"""Correctness and speed on the device of this machine, for a few minutes on one NVIDIA GPU.
 
     python benchmarks/device.py [SECTION ...] [--out DIR] [--budget SECONDS] [--tiny] [--again]
 
-Prints one JSON line a result, and appends it to DIR/results.jsonl at once. A part that fails is a line with "error"
-(type, message, where), one that does not fit in the time that is left a line with "skipped"; the others go on. Run
-again with the same DIR, it does what has no result yet (`--again`: everything). Without a section it does all, in this
-order and by default in so many seconds:
+Prints one JSON line for each result, and appends it to DIR/results.jsonl at once. A part that fails gives a line with "error"
+(type, message, location). A part that does not fit in the remaining time gives a line with "skipped". The other parts
+continue. With the same DIR, a second run measures only missing results (`--again`: all). Without a section, all sections run
+in this order, by default within these seconds:
 
     environment   30  device, driver, versions; speed of matrix products and copies
-    attention    120  values and gradients of each attention backend beside float32, and whether a repeat has the same bits
+    attention    120  values and gradients of each attention backend against float32, and whether a repetition has the same bits
     step         310  GPT-2 124M: tokens a second, MFU, memory, compile time; the same model in PyTorch, and the ratio
     resume       240  by the command line: train twice, kill and resume, deterministic operations; CPU to GPU and back
-    decode       120  tokens a second at batch 1, 8 and 64; Hugging Face's GPT-2 beside it
+    decode       120  tokens a second at batch 1, 8 and 64; Hugging Face's GPT-2 for comparison
     tests        240  the device part of the test suite (`make test-device`)
-    profile       90  kernels of a training step by time, and what its compiled program holds
+    profile       90  kernels of a training step by time, and the contents of its compiled program
 
-The first three take 460 seconds together at most; time that a section leaves goes to those after it. Each section is a
-process of its own, so that a crash ends that section only. `--tiny` makes everything small: all of it runs on a CPU in
-a few minutes.
+The first three take at most 460 seconds together. Unused time of a section goes to the later ones. Each section runs in its own
+process, therefore a crash ends that section only. `--tiny` makes everything small: all of it runs on a CPU in a few minutes.
 
-docs/gpu.md says what each line means.
+docs/gpu.md explains each line.
 """
 
 import argparse
@@ -39,12 +38,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Section(NamedTuple):
-    """A part of the check that can be asked for."""
+    """A part of the check, chosen by name."""
 
     seconds: float
     """That it has."""
     jobs: tuple[str, ...]
-    """Functions `module:name` that take a `Report`, each run in a process of its own, with equal parts of what is left."""
+    """Functions `module:name` that take a `Report`, each run in a new process, with an equal part of the remaining time."""
 
 
 SECTIONS = {
@@ -59,7 +58,7 @@ SECTIONS = {
 SHARE = ("device_torch", "device_resume", "device_tests")
 """Modules whose processes leave memory of the card to others; JAX takes three quarters at once in the rest."""
 GRACE = 8.0
-"""Seconds after its deadline in which a section may end its last part, before it is killed."""
+"""Seconds after the deadline of a section, in which it may finish its last part before it is killed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--budget", type=float, help="seconds for all sections together")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--again", action="store_true", help="repeat what has a result")
+    parser.add_argument("--again", action="store_true", help="measure results again that exist")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_sections(options: argparse.Namespace) -> None:
-    """Each section in its processes, one after the other."""
+    """Run the sections one after the other, each in its processes."""
     start = deadline = time.time()
     end = start + options.budget if options.budget is not None else float("inf")
     names = options.sections or list(SECTIONS)
@@ -104,7 +103,7 @@ def run_sections(options: argparse.Namespace) -> None:
 
 
 def start_job(options: argparse.Namespace, section: str, job: str, deadline: float) -> None:
-    """One process; its death is a line."""
+    """Run one process; a line reports its death."""
     report = Report(options.out, section, deadline, tiny=options.tiny)
     if report.left <= 0:
         report.emit(job, skipped="no time left")
@@ -114,7 +113,7 @@ def start_job(options: argparse.Namespace, section: str, job: str, deadline: flo
     command += ["--job", job, "--deadline", str(deadline)]
     log = options.out / f"{section}.{job.partition(':')[2]}.log"
     with log.open("a") as errors:
-        # A group of its own, which has whatever it starts.
+        # A new process group, with all child processes.
         process = subprocess.Popen(
             command, env=job_environment(options.out, job), stderr=errors, cwd=ROOT, start_new_session=True
         )
@@ -148,13 +147,13 @@ def job_environment(out: pathlib.Path, job: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms:  # which has the reference
+    if platforms and "cpu" not in platforms:  # for the reference
         own["JAX_PLATFORMS"] = f"{platforms},cpu"
     return {**others, **os.environ, **own}
 
 
 def run_job(options: argparse.Namespace) -> None:
-    """What a process of a section does."""
+    """The work of a process of a section."""
     (section,) = options.sections
     report = Report(options.out, section, options.deadline, tiny=options.tiny)
     try:
@@ -169,7 +168,7 @@ def run_job(options: argparse.Namespace) -> None:
 
 
 def name_card() -> str:
-    """The device, as JAX names it."""
+    """JAX's name of the device."""
     return importlib.import_module("jax").devices()[0].device_kind
 
 

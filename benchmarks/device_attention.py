@@ -1,10 +1,10 @@
-"""Every attention backend beside the definition in float32: outputs and gradients, and whether a repeat has the same bits.
+"""Each attention backend against the definition in float32: outputs and gradients, and whether a repetition has the same bits.
 
-A line for each case and backend. `errors` are norms of the differences from the definition, over its norms, of the
-outputs and the gradients of queries, keys and values; `worst` are the largest differences over the root mean squares.
+Prints a line for each case and backend. `errors` are the norms of the differences from the definition, divided by its norms, for
+the outputs and the gradients of queries, keys and values. `worst` are the largest differences, divided by the root mean squares.
 The definition is the `xla` backend in float32 at the highest precision, on the CPU. Float32 cases are computed with
-`jax.default_matmul_precision("highest")`: float32 products of a GPU may be TF32 otherwise. Backends that refuse a case
-are named in a line of their own, with their reasons. What `auto` takes is computed by way of `auto`.
+`jax.default_matmul_precision("highest")`, since float32 products of a GPU may otherwise be TF32. Another line names the
+backends that refuse a case, with their reasons. The backend that `auto` chooses is called as `auto`.
 """
 
 import functools
@@ -24,7 +24,7 @@ from transformer.ops.attention import dot_product_attention
 from transformer.ops.masks import AttentionMask
 
 LIMITS = {"float32": (2e-5, 1e-3), "float16": (4e-3, 5e-2), "bfloat16": (2e-2, 3e-1)}
-"""Of `errors` and `worst`, by type. A key too many in a row is a difference of about 1 there."""
+"""Limits of `errors` and `worst`, by type. One visible key too many gives a difference of about 1."""
 
 
 class Case(NamedTuple):
@@ -46,15 +46,15 @@ class Case(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A case with its operands, its results and its programs."""
+    """A case with its operands, results and programs."""
 
     operands: tuple
     expected: list[np.ndarray]
     programs: dict[str, Any]
-    """By backend, or what compiling them raised."""
+    """Programs by backend, or the errors of compiling them."""
     refused: dict[str, str]
     chosen: str
-    """What `auto` takes on this platform."""
+    """The backend that `auto` chooses on this platform."""
 
 
 def packed(
@@ -88,7 +88,7 @@ def padded(**fields: Any) -> Callable[[int, int, int], AttentionMask]:
 
 
 def lengths(**fields: Any) -> Callable[[int, int, int], AttentionMask]:
-    """Keys end early in each row; one row has none."""
+    """Keys end early in each row; one row has no keys."""
 
     def mask(rows: int, queries: int, keys: int) -> AttentionMask:
         del queries
@@ -99,7 +99,7 @@ def lengths(**fields: Any) -> Callable[[int, int, int], AttentionMask]:
 
 
 def decoding(rows: int, queries: int, keys: int) -> AttentionMask:
-    """One query at another place in each row, as behind a cache."""
+    """One query at a different position in each row, as with a cache."""
     del queries
     places = np.linspace(0, keys - 1, rows).astype(np.int32)
     return AttentionMask(causal=True, query_offset=jnp.asarray(places), key_lengths=jnp.asarray(places + 1))
@@ -151,7 +151,7 @@ CASES = (
 
 
 def run(report: Report) -> None:
-    """All cases; programs are compiled side by side, and measured as they are ready."""
+    """Measure all cases; programs are compiled in parallel, and each is measured when it is ready."""
     cases = [case for case in CASES if case.tiny or not report.tiny]
     with ThreadPoolExecutor(max(2, min(12, (os.cpu_count() or 2) - 2))) as pool:
         jobs = {pool.submit(prepare, case, report): case for case in cases if report.is_due(case.name, needs=10)}
@@ -180,7 +180,7 @@ def report_case(report: Report, case: Case, prepared: Prepared, shape: dict[str,
 
 
 def prepare(case: Case, report: Report) -> Prepared:
-    """Operands, the reference's results and the compiled programs of `auto` and of each backend that it has not taken."""
+    """Operands, the reference's results, and the compiled programs of `auto` and of each other backend."""
     if report.left <= 0:
         raise Skip("no time left to compile")
     rows, queries, keys, heads, groups, width = shape_of(case, report.tiny)
@@ -213,7 +213,7 @@ def platform_name() -> str:
 
 
 def choice(call: AttentionCall, platform: str) -> str:
-    """The backend that `auto` takes."""
+    """The backend that `auto` chooses."""
     return BACKENDS.find("auto")().on(platform, call).kind
 
 
@@ -248,12 +248,12 @@ def reference(case: Case, operands: tuple) -> list[np.ndarray]:
 
 
 def precision(case: Case) -> Any:
-    """Float32 products are of float32 numbers."""
+    """Compute float32 products without TF32."""
     return jax.default_matmul_precision("highest" if case.dtype == "float32" else None)
 
 
 def measure(case: Case, prepared: Prepared, backend: str) -> dict[str, Any]:
-    """How far a backend's results are from the reference's, and from its own when it is run again."""
+    """Differences of a backend's results from the reference and from its own repetition."""
     program = prepared.programs[backend]
     if isinstance(program, Exception):
         raise program
@@ -267,13 +267,13 @@ def measure(case: Case, prepared: Prepared, backend: str) -> dict[str, Any]:
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference, over that of what is expected."""
+    """Norm of the difference, divided by the norm of the expected array."""
     difference = found.astype(np.float64) - expected
     return float(f"{np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-30):.3g}")
 
 
 def largest(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, over the root mean square of what is expected."""
+    """The largest difference, divided by the root mean square of the expected array."""
     difference = np.abs(found.astype(np.float64) - expected)
     return float(f"{difference.max() / max(float(np.sqrt(np.mean(np.square(expected)))), 1e-30):.3g}")
 

@@ -1,7 +1,7 @@
 """Tokens a second of greedy decoding with GPT-2 124M: 32 tokens are read, 256 generated, both timed.
 
-In bfloat16, of float32 parameters as training leaves them (`ours`) and of parameters cast to bfloat16 (`ours cast`).
-`weights_gb_per_s` is what a step reads of parameters at least, over its time.
+The model computes in bfloat16, with the float32 parameters of training (`ours`) and with parameters cast to bfloat16 (`ours
+cast`). `weights_gb_per_s` is the size of the parameters that a step must read, divided by its time.
 """
 
 import dataclasses

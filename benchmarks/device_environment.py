@@ -1,4 +1,4 @@
-"""What `benchmarks/device.py` ran on: device, driver, versions, and the speed of plain operations."""
+"""The environment of `benchmarks/device.py`: device, driver, versions, and the speed of plain operations."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def run(report: Report) -> None:
-    """A line on the machine, and its speed of products and copies."""
+    """A line about the machine, and its speed of products and copies."""
     found = describe_environment()
     before = [line for line in report.lines("environment") if line["part"] == "environment"]
     if not before or any(before[-1].get(name) != value for name, value in found.items()):
@@ -35,7 +35,7 @@ def run(report: Report) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What stands in the first line of results."""
+    """The first line of the results."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -78,7 +78,7 @@ def cudnn_version() -> int | None:
 
 
 def digest_source() -> str:
-    """Of the package and the benchmarks: results of other sources are told apart by it."""
+    """A hash of the sources of package and benchmarks, which identifies their results."""
     root, digest = pathlib.Path(__file__).resolve().parent.parent, hashlib.sha256()
     for path in sorted([*(root / "transformer").rglob("*.py"), *(root / "benchmarks").glob("device*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -102,7 +102,7 @@ def measure_copy(elements: int) -> dict[str, Any]:
 
 
 def measure_dispatch() -> dict[str, Any]:
-    """Microseconds of a call that computes next to nothing."""
+    """Microseconds of a call with almost no computation."""
     array, add = jnp.ones(8), jax.jit(lambda x: x + 1)
     seconds, _ = seconds_of(lambda: add(array).block_until_ready, calls=200)
     return {"us": round(seconds * 1e6, 1)}

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: kernels of a trace by time, and what the compiled program holds."""
+"""The time of a training step by kernel, from a trace, and the contents of its compiled program."""
 
 import functools
 import gzip
@@ -55,7 +55,7 @@ def describe_program(report: Report, kind: str, made: list[Made]) -> dict[str, A
 
 
 def describe_trace(report: Report, kind: str, made: Made) -> dict[str, Any]:
-    """Kernels of a few steps, those that took longest first."""
+    """Kernels of a few steps, the slowest first."""
     state, runner, folder = made.steps.init_state(), made.steps.runner, report.folder / f"trace_{kind}"
     for _ in range(2):
         state, statistics = runner.step(state, made.batch)

@@ -1,4 +1,4 @@
-"""Results of `benchmarks/device.py`: one JSON line each, kept at once; parts that fail, do not fit or are done already."""
+"""Stores the results of `benchmarks/device.py`, one JSON line each, with lines for parts that fail or do not fit."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ RESULTS = "results.jsonl"
 
 
 class Skip(Exception):
-    """A part has no result here, for the reason that is its message: an optional package, another platform."""
+    """A part has no result here; the message has the reason, such as a missing package or another platform."""
 
 
 class Report:
@@ -44,11 +44,11 @@ class Report:
 
     @property
     def left(self) -> float:
-        """Seconds before the deadline."""
+        """Seconds until the deadline."""
         return self.deadline - time.time()
 
     def lines(self, section: str) -> Iterator[dict[str, Any]]:
-        """Results of a section on this card, of this size, from the first to the last."""
+        """Results of a section on this device and of this size, in order."""
         for line in read_lines(self.folder):
             fits = line.get("tiny", False) == self.tiny and line.get("card", "") == self._card
             if line["section"] == section and fits and not {"error", "skipped"} & line.keys():
@@ -67,7 +67,7 @@ class Report:
         return line
 
     def is_due(self, part: str, *, needs: float = 0.0, **fields: Any) -> bool:
-        """Whether a part has no result yet and fits; a line says so if it does not fit.
+        """Whether a part has no result yet and fits in the remaining time; a line reports a part that does not fit.
 
         Args:
             part: its name.
@@ -85,7 +85,7 @@ class Report:
     def run(
         self, part: str, work: Callable[[], dict[str, Any]], *, needs: float = 0.0, **fields: Any
     ) -> dict[str, Any] | None:
-        """Do a part and write what it found; its line if it is done now or was before, else None.
+        """Run a part and write its result; returns its line, also from an earlier run, else None.
 
         Args:
             part: its name, which no other part of the section has.
@@ -107,7 +107,7 @@ class Report:
 
 
 def read_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """All lines of earlier runs; one that a kill has cut is left out."""
+    """All lines of earlier runs, except an incomplete line after a kill."""
     path, lines = folder / RESULTS, []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -120,7 +120,7 @@ def read_lines(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """Type, message and place of what was raised."""
+    """Type, message and location of an error."""
     frames = traceback.extract_tb(error.__traceback__)
     where = [f"{pathlib.Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
     return {"type": type(error).__name__, "message": str(error)[:800], "where": where}
@@ -144,5 +144,5 @@ def seconds_of(call: Callable[[], Any], *, calls: int, rounds: int = 3) -> tuple
 
 
 def note(text: str) -> None:
-    """For who looks on; not a result."""
+    """Print progress; not a result."""
     print(text, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Runs by the command line, as users start them: repeated, killed and resumed, and moved between the device and the CPU.
+"""Runs by the command line: repeated, killed and resumed, and moved between the device and the CPU.
 
-Each line compares two runs of `benchmarks/device_run.py`, whose parameters, optimizer state, random key and metrics are
-looked at bit by bit (`transformer.runs.compare`). The first run compiles; the others find its program in the cache of
-compiled programs, as users' do, but for `recompiled`, which compiles anew, so that the compiler may choose other
-kernels. `deterministic` runs have `XLA_FLAGS=--xla_gpu_deterministic_ops=true`. Runs that move between the CPU and the
-device may differ in rounding; `largest` is the largest difference of a parameter then.
+Each line compares two runs of `benchmarks/device_run.py` bit by bit (`transformer.runs.compare`): parameters, optimizer state,
+random key and metrics. The first run compiles, and the others find its program in the cache of compiled programs, as users' runs
+do. The exception is `recompiled`, which compiles again, and for which the compiler may choose other kernels. `deterministic`
+runs have `XLA_FLAGS=--xla_gpu_deterministic_ops=true`. Runs that move between the CPU and the device may differ in rounding;
+`largest` is then the largest difference of a parameter.
 """
 
 import email
@@ -34,20 +34,20 @@ CPU = {"JAX_PLATFORMS": "cpu"}
 
 
 class Training(NamedTuple):
-    """A run: its commands, one after the other in one directory, as (steps, environment)."""
+    """A run: commands in one directory, one after the other, as (steps, environment)."""
 
     commands: tuple[tuple[int, dict[str, str]], ...]
     killed: bool = False
-    """The first command is killed with SIGKILL on its way."""
+    """Whether the first command is killed with SIGKILL during training."""
 
 
 class Comparison(NamedTuple):
-    """A line: a run beside its reference."""
+    """A line: a run and its reference."""
 
     run: str
     reference: str
     bits: bool = True
-    """Whether equal bits are looked for; else the difference is only shown."""
+    """Whether the bits must be equal; otherwise the difference is only shown."""
 
 
 TRAININGS = {
@@ -105,10 +105,10 @@ def write_text(folder: pathlib.Path) -> None:
 
 
 def judge(report: Report, jobs: dict[str, Future], comparison: Comparison) -> dict[str, Any]:
-    """How far a run ended from its reference."""
+    """The difference of a run's result from its reference."""
     notes = {name: jobs[name].result() for name in comparison[:2]}
     found, reference = (read_outcome(report.folder / "runs" / slug(name)) for name in comparison[:2])
-    if not comparison.bits:  # one that was told to end earlier has evaluated there
+    if not comparison.bits:  # a shorter run has evaluated at its end
         found, reference = (x._replace(rows=[r for r in x.rows if r["split"] == "train"]) for x in (found, reference))
     difference = compare(found, reference)
     same = difference.bits == 0 and difference.rows == 0 and found.step == reference.step
@@ -127,7 +127,7 @@ def judge(report: Report, jobs: dict[str, Future], comparison: Comparison) -> di
 
 
 def train(report: Report, name: str, first: Future | None) -> dict[str, Any]:
-    """All commands of a run; what there is to say of it."""
+    """Run all commands of a run; returns the fields of its line."""
     if first is not None:
         first.result()
     training, notes = TRAININGS[name], {}
@@ -147,7 +147,7 @@ def train(report: Report, name: str, first: Future | None) -> dict[str, Any]:
 
 
 def start(report: Report, name: str, steps: int, environment: dict[str, str]) -> subprocess.Popen:
-    """The command line, in a process of its own."""
+    """Start the command in a new process."""
     config = pathlib.Path(__file__).with_name("device_run.py")
     command = [sys.executable, "-m", "transformer", "train", f"{config}:tiny" if report.tiny else str(config)]
     command += ["--workdir", slug(name), "--training.steps", str(steps)]
@@ -187,7 +187,7 @@ def slug(name: str) -> str:
 
 
 def log_of(report: Report, name: str) -> pathlib.Path:
-    """What a run printed."""
+    """The output of a run."""
     return report.folder / "runs" / f"{slug(name)}.log"
 
 

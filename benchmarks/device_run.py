@@ -2,7 +2,7 @@
 
     python train.py benchmarks/device_run.py --data.source FOLDER
 
-The learning rate is constant, so that a run of more steps goes on from one of fewer.
+The learning rate is constant. Therefore a run with more steps can continue a shorter one.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

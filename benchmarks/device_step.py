@@ -1,13 +1,13 @@
-"""The training step of GPT-2 124M as this project takes it: tokens a second, MFU, compile time, memory.
+"""The trainer's step of GPT-2 124M: tokens a second, MFU, compile time, memory.
 
-MFU has one formula, for this project and for PyTorch alike: `flops_per_token` x tokens a second / peak. It is `6 (N -
-positions) + 12 L D T`, of N = 124.4M parameters without the table of positions: three passes over the parameters, and
-all T x T pairs of attention although half of them are masked, as nanoGPT counts. The peak is the data sheet's
-(`published_peak_flops`: 989 TFLOP/s for an H100). Packed rows have fewer pairs to compute, and are counted alike.
+MFU has one formula for this project and for PyTorch: `flops_per_token` x tokens a second / peak. `flops_per_token` is
+`6 (N - positions) + 12 L D T`, with N = 124.4M parameters. It counts three passes over the parameters without the table of
+positions. As in nanoGPT, it counts all T x T pairs of attention, although half of them are masked. The peak is the data
+sheet's (`published_peak_flops`: 989 TFLOP/s for an H100). Packed rows have fewer pairs to compute, and are counted alike.
 
-The steps are the trainer's (`transformer.parts.Steps`), the batches those of its pipeline. Text is random, its words as
-frequent as in texts (1 / rank); documents have 0.4 of a row's tokens in the mean. `data.pack` packs them; without, rows
-are whole. Layers are not scanned and nothing is recomputed.
+The steps are the trainer's (`transformer.parts.Steps`), with batches of its pipeline. The text is random, with words as frequent
+as in real text (1 / rank); a document has 0.4 of a row's tokens on average. With `data.pack`, rows have several documents;
+otherwise one. Layers are not scanned and nothing is recomputed.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from transformer.training.hardware import published_peak_flops
 
 
 class Shape(NamedTuple):
-    """Of the model and its rows, as much as counts of operations need."""
+    """Sizes of the model and its rows, for counts of operations."""
 
     vocab_size: int
     layers: int
@@ -48,7 +48,7 @@ GPT2, TINY = Shape(50_257, 12, 768, 12, 1024), Shape(257, 1, 32, 2, 64)
 
 
 def speed(shape: Shape, rows: int, seconds: float, card: str) -> dict[str, Any]:
-    """Tokens a second and MFU of a step of so many rows."""
+    """Tokens a second and MFU of a step with so many rows."""
     tokens, peak = rows * shape.length / seconds, published_peak_flops(card)
     return {
         "step_ms": round(1e3 * seconds, 3),
@@ -123,7 +123,7 @@ def gpt2_config(folder: pathlib.Path, *, tiny: bool, rows: int, pack: bool) -> C
 
 
 class Made(NamedTuple):
-    """A step that is compiled."""
+    """A compiled step."""
 
     steps: Steps
     batch: Any
@@ -135,7 +135,7 @@ class Made(NamedTuple):
 
     @property
     def memory(self) -> dict[str, float]:
-        """What the program needs, by the compiler."""
+        """Memory of the program, from the compiler."""
         analysis = self.compiled.memory_analysis()
         sizes = {name: getattr(analysis, f"{name}_size_in_bytes", 0) for name in ("temp", "argument")}
         return {f"{name}_gb": round(size / 1e9, 3) for name, size in sizes.items()}

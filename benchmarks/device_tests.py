@@ -1,4 +1,4 @@
-"""The device part of the test suite, as `make test-device` runs it."""
+"""Runs the device part of the test suite, like `make test-device`."""
 
 import importlib.util
 import os

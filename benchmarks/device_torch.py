@@ -1,8 +1,8 @@
-"""GPT-2 in PyTorch, and decoding by Hugging Face's transformers, beside this project's. Both packages are optional.
+"""GPT-2 in PyTorch, and decoding by Hugging Face's transformers, for comparison. Both packages are optional.
 
-The training step is what one writes for speed in PyTorch 2: bfloat16 autocast, `F.scaled_dot_product_attention`,
-`torch.compile`, fused AdamW, the vocabulary padded to 50,304; rows are whole. Attention is PyTorch's choice (`sdpa`),
-or cuDNN's (`cudnn`).
+The training step uses the fast options of PyTorch 2: bfloat16 autocast, `F.scaled_dot_product_attention`, `torch.compile`,
+fused AdamW, and a vocabulary padded to 50,304. Each row has one document. PyTorch chooses the attention kernel (`sdpa`), or
+cuDNN is set (`cudnn`).
 """
 
 import contextlib

@@ -1,16 +1,16 @@
-"""How long labelled texts take until they are batches, and how much memory: prints one JSON line for each size and phase.
+"""Time and memory from labelled texts to batches; prints one JSON line for each size and phase.
 
     python benchmarks/examples.py [--megabytes 10 100] [--text-bytes 1000] [--vocab-size 4096] [--keep FOLDER]
 
-Each phase runs in a process of its own, on one .jsonl of made-up texts of two classes:
+Each phase runs in a new process, on one .jsonl file of made-up texts of two classes:
 
-    first        open the file for the first time: its examples are stored
+    first        open the file for the first time, which stores its examples
     open         open it again
     memory       open it where nothing can be written: its examples are read into memory
-    tokens       the first batch: with it, the texts are tokenized
-    read         batches of examples that are encoded each time they are read, then of stored tokens, and how many `times` as fast
+    tokens       the first batch, which includes tokenizing the texts
+    read         batches of examples encoded when they are read, and of stored tokens; `times` is the ratio of their speeds
 
-`peak_mb` is the largest resident memory of the process, and `imports_mb` that before it opens anything.
+`peak_mb` is the largest resident memory of the process, and `imports_mb` its memory before it opens anything.
 """
 
 import argparse
@@ -33,7 +33,7 @@ READ_SECONDS = 8
 
 
 def run_phase(phase: str, corpus: pathlib.Path, vocab_size: int) -> dict[str, Any]:
-    """Do it, and say how long it took."""
+    """Run a phase and measure its time."""
     from transformer.config import DataConfig  # noqa: PLC0415
     from transformer.data import example_store  # noqa: PLC0415
     from transformer.data.datasets import open_data  # noqa: PLC0415
@@ -81,7 +81,7 @@ def _rate(batches: Any) -> float:
 
 
 def main() -> None:
-    """Every phase of every size; or one, in a process that this one has started."""
+    """Run every phase of every size in child processes; or one phase, in a child process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[10, 100])
     parser.add_argument("--text-bytes", type=int, default=1000)

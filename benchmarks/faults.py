@@ -1,14 +1,15 @@
-"""Accidents of a run, each tried through the command line; prints one JSON line, and a line an accident on standard error.
+"""Faults of a run, each tried through the command line; prints one JSON line, and a line for each fault on standard error.
 
     python benchmarks/faults.py [--directory /tmp/transformer-faults] [--only damage signals disk ...]
 
-`damage`: every file of a run's directory is in turn removed, cut in half, given a flipped bit, and swapped with that of
-another run; then `evaluate`, `generate` and `train` must each give what they give on the undamaged directory (of the newest
-checkpoint or the one before) or refuse in a short error. A whole checkpoint is swapped too. The other accidents act on
-processes: signals, kills in the first start, two starts, a directory that is removed or moved, copies that are partial,
-symbolic links that loop, NaN, too little memory, a clock that goes back (a C compiler is needed), a disk that is full or
-read-only (root is needed, for file systems in memory). Where a run goes on, its outcome must equal that of an undisturbed
-run to the bit. Every trial is noted in DIRECTORY/trials.jsonl, and a benchmark that was stopped goes on from there.
+`damage`: each file of a run's directory is removed, cut in half, given a flipped bit, and replaced by the file of another run,
+one at a time. Then `evaluate`, `generate` and `train` must give the result of the undamaged directory (from the newest
+checkpoint or the previous one), or refuse with a short error. A complete checkpoint is replaced too.
+
+The other faults affect processes: signals, kills in the first start, two starts, a removed or moved directory, incomplete
+copies, looping symbolic links, NaN, and too little memory. A clock that goes back needs a C compiler. A full or read-only disk
+needs root, for file systems in memory. If a run continues, its outcome must equal an undisturbed run's to the bit. Every trial
+is recorded in DIRECTORY/trials.jsonl, from which a stopped benchmark continues.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def get_config(variant: str = "short") -> Config:
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     status: int
     out: str
@@ -103,7 +104,7 @@ class Ended(NamedTuple):
 
 
 def here(*arguments: str) -> Ended:
-    """A command in this process, which has its programs compiled."""
+    """Run a command in this process, with its compiled programs."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -199,7 +200,7 @@ class Bench:
         print(f"{'ok  ' if ok else 'FAIL'}  {fault}: {ended}", file=sys.stderr, flush=True)
 
     def tried(self, fault: str) -> bool:
-        """Whether it is in the notes."""
+        """Whether a trial is recorded."""
         return any(trial["fault"] == fault for trial in self.trials)
 
 
@@ -224,7 +225,7 @@ def fresh(name: str, source: str = "") -> pathlib.Path:
 
 
 def goes_on(workdir: str, reference: str = "long") -> tuple[str, bool]:
-    """The same command again, and whether the outcome is that of the reference."""
+    """Run the same command again; whether its outcome equals the reference."""
     variant = "long" if reference == "long" else "short"
     ended = Process(*train(workdir, variant)).end()
     if ended.status:
@@ -264,7 +265,7 @@ def counterpart(path: pathlib.Path, source: str, target: str) -> pathlib.Path | 
 def try_damage(
     bench: Bench, fault: str, damage: Callable[[pathlib.Path], None], expected: dict[int, list[str]]
 ) -> None:
-    """Damage a copy of the run at step 6, and note what each command makes of it."""
+    """Damage a copy of the run at step 6, and record the result of each command."""
     if bench.tried(fault):
         return
     work = fresh("work", "six")
@@ -278,7 +279,7 @@ def try_damage(
         found.append("train right" + ("" if equal("work", "whole") else ", rows differ"))
     else:
         found.append(f"train {verdict(ended)}")
-    # Metric rows have no checksum: what happens to them is told, and is a failure of no other file.
+    # Metric rows have no checksum: their damage is reported, and must not fail with another file.
     bad = ("WRONG", "CRASH") if fault.startswith("metrics.jsonl") else ("WRONG", "CRASH", "rows differ")
     ok = not any(word in text for text in found for word in bad)
     bench.note(fault, "; ".join(found), ok=ok, kind="damage")
@@ -310,7 +311,7 @@ def damage(bench: Bench) -> None:
     files = sorted(path for path in pathlib.Path("six").rglob("*") if path.is_file())
     for number, path in enumerate(files):
         relative = path.relative_to("six")
-        # Those of the older checkpoint are looked at only for other checkpoints' sake: one damage each.
+        # Files of the older checkpoint matter only for other checkpoints: one kind of damage each.
         older = relative.parts[:2] == ("checkpoints", "4")
         for how in (DAMAGES[number % 4],) if older else DAMAGES:
             other = counterpart(path, "six", "other")
@@ -361,7 +362,7 @@ def tracebacks(*ended: Ended) -> bool:
 
 
 def first_start(bench: Bench) -> None:
-    """Kills spread over the first start, in one directory after the other."""
+    """Kills at even distances in the first start, in one directory after the other."""
     same = []
     for index in range(6):
         name = fresh(f"first-{index}").name

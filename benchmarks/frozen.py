@@ -1,12 +1,13 @@
-"""What every config computes, bit for bit, so that a change of the code's form can be told from one of its results.
+"""Results of every config, bit for bit, to separate changes of the code's form from changes of its results.
 
     python benchmarks/frozen.py record FILE
     python benchmarks/frozen.py compare FILE
 
-Each config and each of its variants is made small, trained for five steps on data that this script writes, and read back:
-parameters, logits, losses, generated text; besides, how many operations three training steps have. `compare` prints one JSON
-line with what differs from FILE, and ends with status 1 if anything does. Bits belong to a machine and a version of JAX: record
-and compare on the same ones. It takes one core, some five minutes; `--only WORD` takes the configs whose names have the word.
+Each config and each of its variants is made small and trained for five steps on data that this script writes. The script
+records parameters, logits, losses, generated text, and the number of operations of three training steps. `compare` prints one
+JSON line with the differences from FILE, and ends with status 1 if there are any. Bits depend on the machine and the version of
+JAX: record and compare on the same ones. It takes one core and some five minutes; `--only WORD` restricts it to configs with the
+word in their names.
 """
 
 import argparse
@@ -55,7 +56,7 @@ TOKENIZER_SIZE = 290  # of trained vocabularies
 DRAWN = ("--temperature", "1", "--seed", "3")
 GREEDY = ("--temperature", "0")
 
-# What no config of configs/ has.
+# Settings that no config in configs/ has.
 MORE = {
     "prefix_lm": ["python_stdlib:debug", "--objective.kind", "prefix_lm", "--model.positions.kind", "t5"],
     "alibi": ["python_stdlib:debug", "--model.positions.kind", "alibi", "--model.norm.placement", "sandwich",
@@ -162,7 +163,7 @@ def write_data(data: pathlib.Path) -> None:
 
 
 def call(*arguments: str) -> str:
-    """What a command prints on standard output."""
+    """The standard output of a command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         transformer(list(arguments))
@@ -272,7 +273,7 @@ def freeze(only: str) -> dict[str, dict[str, Any]]:
 
 
 def differences(before: Any, after: Any) -> dict[str, Any]:
-    """What differs, by config and name: what it was, and what it is."""
+    """Differences by config and name: the old and the new value."""
     found = {}
     for name in before | after:
         old, new = before.get(name, {}), after.get(name, {})
@@ -286,8 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["record", "compare"])
     parser.add_argument("file", type=pathlib.Path)
-    parser.add_argument("--only", default="", help="configs whose names have this word")
-    parser.add_argument("--short", action="store_true", help="names of what differs, without values")
+    parser.add_argument("--only", default="", help="only configs with this word in their names")
+    parser.add_argument("--short", action="store_true", help="names of differences, without values")
     options = parser.parse_args()
     start = time.perf_counter()
     frozen = freeze(options.only)

@@ -1,11 +1,12 @@
-"""Is this checkout slower than a stored commit? Ratios of times, in turn in one run; exit status 1 where one is 10 % worse.
+"""Compares the speed of this checkout with a stored commit; exits with status 1 if a time is 10 % longer.
 
     python benchmarks/gate.py [--base COMMIT_OR_DIRECTORY] [--only import help] [--rounds 7] [--limit 1.1]
 
-The base is the commit in `benchmarks/gate_base.txt`, unless one is given; its files are taken from git into a temporary folder.
-Each round times both, in alternating order: `import transformer`, `transformer --help`, the reading of a config, a training step
-on a CPU, and greedy decoding of one row and of eight. What is slower in the minimum over the rounds and in the median of their
-ratios is measured again, up to three times as many rounds in all: one busy moment does not fail the gate. One JSON line.
+The base is the commit in `benchmarks/gate_base.txt`, unless one is given; git writes its files into a temporary folder. Each
+round times both versions, in alternating order: `import transformer`, `transformer --help`, the reading of a config, a training
+step on a CPU, and greedy decoding of one row and of eight. A time counts as longer if both the minimum over the rounds and the
+median of the ratios are. It is then measured again, in up to three times as many rounds, so that one busy moment does not fail
+the gate. Prints one JSON line.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def compare(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def is_worse(pairs: Sequence[Pair], limit: float) -> bool:
-    """Whether this checkout is slower by more than the limit, in the minimum and in the median: noise seldom moves both."""
+    """Whether this checkout is slower than the limit in both the minimum and the median, which noise seldom changes together."""
     found = compare(pairs)
     return found["ratio"] > limit and found["median"] > limit
 
@@ -150,7 +151,7 @@ def start_up(tree: pathlib.Path, name: str) -> float:
 
 
 class Worker:
-    """A process of a checkout that has compiled what is timed."""
+    """A process of a checkout with the compiled programs."""
 
     def __init__(self, tree: pathlib.Path) -> None:
         self.tree = tree
@@ -205,7 +206,7 @@ def main() -> None:
     """Compare, print the line, and fail where this checkout is slower."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="", help="commit or directory to compare with")
-    parser.add_argument("--ours", type=pathlib.Path, default=ROOT, help="the checkout that is judged")
+    parser.add_argument("--ours", type=pathlib.Path, default=ROOT, help="the checkout to compare")
     parser.add_argument("--only", nargs="+", choices=[*STARTS, *COMPUTED], default=[*STARTS, *COMPUTED])
     parser.add_argument("--rounds", type=int, default=7, help="of each, in turn")
     parser.add_argument("--limit", type=float, default=1.1, help="ratio above which it fails")

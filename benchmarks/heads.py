@@ -1,25 +1,25 @@
-"""What the heads and hidden units of a trained decoder do, and did before training; prints one JSON line.
+"""Statistics of the heads and hidden units of a decoder before and after training; prints one JSON line.
 
     python benchmarks/heads.py runs/python_stdlib [--text FILE] [--windows 128] [--plot docs/heads.svg]
 
-The model before training is the one that the run's seed makes. Both read the same windows of the validation split, or of
-FILE. What is measured in the second half of each window, where a query has many keys to choose from:
+The model before training has the initial parameters of the run's seed. Both models read the same windows of the validation
+split, or of FILE. Statistics are means over the second half of each window, where a query has many keys:
 
-    distance     tokens from a query back to a key, in the mean over a head's weights
-    entropy      of a head's weights, in bits
-    divergence   of the weights of two heads of a layer, in the mean over pairs of heads: Jensen-Shannon, in bits; 0 if they
-                 are equal, 1 if no key has weight in both
-    habit        the divergence of what heads do in the mean over all queries: of their weights at each distance. Sharper heads
-                 diverge more even if each looks anywhere; this grows only where they keep to different distances
+    distance     tokens from a query back to a key, as a mean over a head's weights
+    entropy      entropy of a head's weights, in bits
+    divergence   Jensen-Shannon divergence of the weights of two heads of a layer, in bits, as a mean over pairs of heads; 0 if
+                 they are equal, 1 if no key has weight in both
+    habit        the divergence of the heads' mean weights at each distance. The divergence above also grows with the sharpness
+                 of heads; this one grows only if they prefer different distances
 
-The feed-forward network is read as a memory (Geva et al. 2021): a hidden unit's column of `up` is a key that contexts match,
-its row of `down` a value, which the output embedding turns into a score for each token.
+The feed-forward network is read as a memory (Geva et al. 2021). A column of `up` is the key of a hidden unit, which contexts
+match. A row of `down` is its value, which the output embedding maps to a score for each token.
 
-    agreement    how often the token that follows is the one of the unit's highest score, in the contexts that
+    agreement    how often the next token is the token with the unit's highest score, in the contexts that
                  activate the unit most
     by_chance    the same with the token of another unit of the layer
 
-The units shown are those of a layer with the largest agreement beyond chance, of those whose token is visible.
+The shown units have the largest agreement beyond chance in their layer, among units with a visible token.
 """
 
 import argparse
@@ -66,16 +66,16 @@ def look(model: nn.Module, params: Any, tokens_BT: Any) -> tuple[list[Any], list
 
 
 class Memory(NamedTuple):
-    """What the units of a layer answer to, and with what."""
+    """Contexts that activate the units of a layer, and the tokens that the units promote."""
 
-    contexts_FC: np.ndarray  # the places that activate a unit most, strongest first
+    contexts_FC: np.ndarray  # positions that activate a unit most, strongest first
     scores_FV: np.ndarray  # of each token, by the unit's value
     agreement_F: np.ndarray
     by_chance_F: np.ndarray
 
 
 def read_memory(hidden_NF: np.ndarray, following_N: np.ndarray, scores_FV: np.ndarray) -> Memory:
-    """Compare the tokens that units promote with those that follow in the contexts that activate them."""
+    """Compare the tokens that units promote with the next tokens of the contexts that activate them."""
     F, V = scores_FV.shape
     contexts_FC = np.argsort(-hidden_NF, axis=0, kind="stable")[:CONTEXTS].T
     follows_FV = np.stack([np.bincount(following_N[places], minlength=V) for places in contexts_FC])
@@ -154,7 +154,7 @@ def summary(measures: Measures) -> dict[str, Any]:
 
 
 def show_units(memory: list[Memory], windows_NT: np.ndarray, decode: Callable[[Any], str], count: int) -> Iterable[Any]:
-    """The units of each layer that stand out, with their strongest contexts and most promoted tokens."""
+    """The units with the largest agreement in each layer, with their strongest contexts and most promoted tokens."""
     length = windows_NT.shape[1] - 1
     for layer, units in enumerate(memory):
         visible_F = np.array([bool(decode(token[None]).strip()) for token in units.scores_FV.argmax(axis=-1)])
@@ -176,9 +176,9 @@ def show_units(memory: list[Memory], windows_NT: np.ndarray, decode: Callable[[A
 
 
 def draw(path: str, before: Measures, after: Measures) -> None:
-    """A panel for each layer: how much of its weight a head gives to the last tokens, before and after training."""
+    """A plot for each layer: the weight of each head on the last n tokens, before and after training."""
     plt = importlib.import_module("matplotlib.pyplot")
-    plt.style.use("petroff6")  # colours that the colour-blind tell apart
+    plt.style.use("petroff6")  # colours for the colour-blind
     plt.rcParams.update({"svg.hashsalt": "heads", "font.size": 9})
     columns = len(after.shares)
     figure, axes = plt.subplots(
@@ -208,7 +208,7 @@ def draw(path: str, before: Measures, after: Measures) -> None:
 
 
 def cut_windows(texts: Iterable[str], encode: Callable[[str], Any], length: int, count: int) -> np.ndarray:
-    """`count` windows of `length` tokens, each of one text, spread evenly over all there are."""
+    """`count` windows of `length` tokens, each of one text, at even distances over all texts."""
     encoded = [np.asarray(encode(text), np.int32) for text in texts]
     windows = [t[start : start + length] for t in encoded for start in range(0, len(t) - length + 1, length)]
     if not windows:
@@ -222,8 +222,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="directory of a trained decoder with pre-norm blocks")
     parser.add_argument("--text", help="a file to read instead of the run's validation split")
-    parser.add_argument("--windows", type=int, default=128, help="how many, of the model's length")
-    parser.add_argument("--units", type=int, default=1, help="shown of each layer")
+    parser.add_argument(
+        "--windows", type=int, default=128, help="number of windows, each as long as the model's length"
+    )
+    parser.add_argument("--units", type=int, default=1, help="number of shown units of each layer")
     parser.add_argument("--plot", help="a .svg or .png file to draw (needs matplotlib: the extra `docs`)")
     options = parser.parse_args()
     model, params, tokenizer, config, step = load(options.run)

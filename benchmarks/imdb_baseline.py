@@ -1,8 +1,8 @@
-"""Sentiment without a transformer: TF-IDF of single words and pairs, logistic regression. Prints one JSON line.
+"""Sentiment without a transformer: TF-IDF of single words and pairs, logistic regression; prints one JSON line.
 
     python benchmarks/imdb_baseline.py imdb_train.jsonl.gz imdb_test.jsonl.gz
 
-Needs scikit-learn, which the package does not.
+Needs scikit-learn, which is no dependency of the package.
 """
 
 import json

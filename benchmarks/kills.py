@@ -1,12 +1,12 @@
-"""Random SIGKILLs over six kinds of run, each compared with a run that was left alone; prints one JSON line.
+"""Random SIGKILLs of six kinds of run, each compared with an undisturbed run; prints one JSON line.
 
     python benchmarks/kills.py [--kills 60] [--directory /tmp/transformer-kills]
 
-pmap and fsdp on two devices, a classifier, a translator, Transformer-XL, and Muon in float16: tiny models that save every
-fourth step and evaluate every fifteenth, with dropout. Half of the kills come at a uniformly random moment of a process's life,
-imports and compilation included, the others only when the steps have begun. The same command then goes on;
-a run that reaches its end is compared (every bit of the last checkpoint, every metric row without timings) and the next begins.
-Every life is noted in DIRECTORY/lives.jsonl, and a benchmark that was stopped goes on from there.
+The kinds are pmap and fsdp on two devices, a classifier, a translator, Transformer-XL, and Muon in float16. They are tiny models
+with dropout that save every fourth step and evaluate every fifteenth. Half of the kills come at a uniformly random moment of a
+process, imports and compilation included, and the other half only after the first step. The same command then resumes the run.
+At its end, every bit of the last checkpoint and every metric row without timings is compared, and the next run begins. Every
+process is recorded in DIRECTORY/lives.jsonl, from which a stopped benchmark continues.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def make_data(directory: pathlib.Path) -> None:
 
 
 def start(directory: pathlib.Path, arguments: list[str], log: str, devices: int = 1) -> subprocess.Popen[bytes]:
-    """A command of the package in a process of its own, with so many CPU devices."""
+    """Start a command of the package in a new process with so many CPU devices."""
     environment = os.environ | {
         "COLUMNS": "1000",
         "JAX_PLATFORMS": "cpu",
@@ -114,7 +114,7 @@ def start(directory: pathlib.Path, arguments: list[str], log: str, devices: int 
 
 
 def train(directory: pathlib.Path, kind: str, name: str) -> subprocess.Popen[bytes]:
-    """A life of a run."""
+    """One process of a run."""
     arguments = ["train", f"{pathlib.Path(__file__).absolute()}:{kind}", "--workdir", name]
     return start(directory, arguments, f"{name}.log", devices=2 if kind in ("pmap", "fsdp") else 1)
 
@@ -179,7 +179,7 @@ def attack(directory: pathlib.Path, kind: str, kills: int, lives: list[dict[str,
 def main() -> None:
     """Kill, compare, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="in all; shared among the kinds")
+    parser.add_argument("--kills", type=int, default=60, help="number of kills of all kinds together")
     default = pathlib.Path(tempfile.gettempdir()) / "transformer-kills"
     parser.add_argument("--directory", type=pathlib.Path, default=default, help="of the runs")
     parser.add_argument(

@@ -1,15 +1,15 @@
-"""The fit of loss to size along configs/gpt.py: trains depths one after the other, and prints one JSON line.
+"""The fit of loss to size with configs/gpt.py: trains depths one after the other, and prints one JSON line.
 
     python benchmarks/ladder.py OUT [--depths 1 2 3] [--ratio 4] [--source FILE ...]
 
-Each depth is a run of its own in OUT, which should lie outside the repository. A second call goes on where the first one stopped,
-takes finished runs as they are, and fits the depths that are asked for. A run's output is in OUT/dDEPTHxRATIO.log.
+Each depth is a run in OUT, which should lie outside the repository. A second call continues the first, keeps finished runs, and
+fits the requested depths. A run's output is in OUT/dDEPTHxRATIO.log.
 
 * `compute` is 6 x parameters x tokens (Kaplan et al. 2020), where parameters are the matrices of blocks;
-* `bits_per_byte` is that of the whole held-out part, after the last step;
-* `by_parameters`, `by_compute`: the exponent a of loss = c x size^-a, by least squares of logarithms over all depths; half of its
-  95 % interval (Student's t, with two degrees of freedom less than there are depths; none for two depths); and the exponents from
-  each depth to the next.
+* `bits_per_byte` is measured on the whole held-out part, after the last step;
+* `by_parameters` and `by_compute` have the exponent a of loss = c x size^-a, by least squares of logarithms over all depths. They
+  also have half of its 95 % interval (Student's t, with the number of depths minus two degrees of freedom; none for two depths),
+  and the exponents between neighbouring depths.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def finished(workdir: pathlib.Path, steps: int) -> dict[str, Any] | None:
-    """The scores of a run's last step; None where it has not come so far."""
+    """The scores of a run's last step; None if the run has not reached it."""
     found = [row for row in rows(workdir) if row["split"] == "validation" and row["step"] == steps]
     return found[-1] if found else None
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path, help="folder of the runs")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ratio", default="4", help="tokens for each parameter")
-    parser.add_argument("--source", nargs="+", default=[], help="a text in the place of Python's standard library")
+    parser.add_argument("--source", nargs="+", default=[], help="a text instead of Python's standard library")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rungs = [rung(f"d{depth}x{options.ratio}", options) for depth in sorted(set(options.depths))]

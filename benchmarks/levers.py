@@ -1,14 +1,14 @@
-"""What each lever for larger models saves in memory and costs in time; prints one JSON line.
+"""Memory and time of each lever for larger models; prints one JSON line.
 
     python benchmarks/levers.py [--rounds 3] [--layers 8] [--width 320] [--rows 4] [--length 512] [--levers float32 ...]
 
-A training step of a byte-level decoder of 9.9M parameters, AdamW with clipping. Each lever has a process of its own, which
-compiles the trainer's step and takes it whenever it is its turn, so that a round has all of them under the same load:
+The step trains a byte-level decoder of 9.9M parameters by AdamW with clipping. Each lever has its own process, which compiles the
+trainer's step. The processes take turns with single steps, so that all levers of a round have the same load:
 
-* `arguments_mb`, `temporaries_mb`: what XLA says the compiled step needs, state and batch, and what it holds between;
-* `peak_resident_mb`: the most memory the process ever had, with glibc's own settings (the trainer keeps what was freed);
-* `time`, `processor_time`: medians over the rounds of a step's ratio to float32 in that round, by the clock and by what the
-  process used of the processors; the first step is not among them.
+* `arguments_mb`, `temporaries_mb`: XLA's memory of the compiled step, for state and batch, and for intermediate results;
+* `peak_resident_mb`: the largest memory of the process, with glibc's own settings (the trainer keeps freed memory);
+* `time`, `processor_time`: medians over the rounds of a step's ratio to float32 in the same round, by the clock and by processor
+  time; the first step does not count.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def make_config(options: argparse.Namespace, lever: str) -> Config:
 
 
 def child(config: Config) -> None:
-    """Compile, say what the step needs, and take a step for each line that comes in."""
+    """Compile, print the memory of the step, and run a step for each input line."""
     model = config.objective.make_model(config.model, training_runtime("cpu"))
     params, _ = initialize(config.objective, model, jax.random.key(0))
     optimizer, schedule = make_optimizer(config.optimizer, config.training.steps, params)
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument(
-        "--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), help="float32 is always there"
+        "--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), help="float32 is always included"
     )
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

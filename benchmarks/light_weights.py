@@ -1,10 +1,10 @@
-"""Greedy decoding with lighter matrices (`load(weights=...)`) against float32, in turn; prints one JSON line.
+"""Greedy decoding with lighter matrices (`load(weights=...)`) and with float32, in turn; prints one JSON line.
 
     python benchmarks/light_weights.py [--rounds 10]
 
-The model, prompts and counts are those of `benchmarks/decode.py`. For each type: the bytes of parameters, and the time of
-float32 divided by its own, from the minima over the rounds, with one row and with eight. `--run DIR` also scores the validation
-split of a run, up to `--limit` bytes, in bits per byte.
+Model, prompts and counts are as in `benchmarks/decode.py`. For each type, it gives the bytes of the parameters, and the time of
+float32 divided by the type's time, from minima over the rounds, with one row and with eight. `--run DIR` also scores the
+validation split of a run, up to `--limit` bytes, in bits per byte.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens generated")
-    parser.add_argument("--run", default="", help="directory of a run that is scored with each type")
-    parser.add_argument("--limit", type=int, default=200_000, help="bytes of it that are scored")
+    parser.add_argument("--run", default="", help="directory of a run to score with each type")
+    parser.add_argument("--limit", type=int, default=200_000, help="most bytes to score")
     options = parser.parse_args()
     model = Decoder(decode.CONFIG)
     params, _ = init_params(model, jax.random.key(0))

@@ -1,11 +1,12 @@
-"""How much of full fine-tuning low-rank adapters reach, and what they take; prints one JSON line.
+"""Low-rank adapters against full fine-tuning, with time and memory; prints one JSON line.
 
     JAX_PLATFORMS=cpu python benchmarks/lora.py [--seeds 0 1 2] [--steps 600] [--more 300]
 
-For each seed a small decoder of bytes learns Python code of the standard library, and is then trained on other text, the manual
-in `pydoc_data/topics.py`: all parameters, and adapters beside the frozen base, from one checkpoint and for as many steps. The
-gap is between the base's held-out loss on that text and the one after full fine-tuning; `closed` is the part of it that adapters
-close. Bytes are of the compiled step (arguments and temporaries), seconds are of a step, the median of its rows.
+For each seed, a small byte-level decoder learns Python code of the standard library. It is then trained on other text, the
+manual in `pydoc_data/topics.py`, from one checkpoint and for equally many steps: once all parameters, and once adapters beside
+the frozen base. The gap is the difference of the held-out loss on that text between the base and full fine-tuning. `closed` is
+the share of the gap that adapters close. Bytes are arguments and temporaries of the compiled step; seconds are the median of a
+step.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def make_config(folder: pathlib.Path, name: str, text: str, steps: int, seed: in
 
 
 def measure(config: Config, quiet: Console) -> dict[str, Any]:
-    """Train, and say what the step took."""
+    """Train, and measure the step."""
     run = make_run(config)
     shapes = run.config.objective.batch_shapes(run.config)
     memory = run.runner.lower(run.state, shapes).compile().memory_analysis()

@@ -1,15 +1,15 @@
-"""How documents are packed into training rows, by this package and by Grain's packers; prints one JSON line for each.
+"""Packing of documents into training rows by this package and by Grain's packers; prints one JSON line for each.
 
     python benchmarks/packing.py [--tokens 8_000_000] [--seconds 5]
 
-The same arrays of token ids, in memory and in a shuffled order, become rows of 1,024 (documents of about 100 tokens) or 2,048
-tokens (log-normal lengths around 1,000, some of them much longer).
+Arrays of token ids in memory, in a shuffled order, are packed into rows of 1,024 tokens (documents of about 100 tokens) or 2,048
+tokens (log-normal lengths around 1,000, some of them much longer). All packers have the same arrays.
 
     fill               share of positions with a token of a document
     pieces_a_document  mean number of rows that hold a part of a document
-    tokens_a_core      tokens of documents a second of processor time; 16 rows a batch, the state every ten batches
+    tokens_a_core      tokens of documents a second of processor time; 16 rows a batch, the state read every ten batches
 
-Documents longer than a row are cut into rows before Grain's first and best fit, which refuse them.
+Grain's first and best fit refuse documents longer than a row; these are cut into rows first.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LENGTHS = {"100 tokens": 1024, "1,000 tokens": 2048}
 
 
 def documents(kind: str, tokens: int) -> list[np.ndarray]:
-    """Documents of random ids, each behind the id that starts a document."""
+    """Documents of random ids, each after the id that starts a document."""
     random = np.random.default_rng(0)
     median, spread = (100, 0.5) if kind == "100 tokens" else (600, 1.0)
     found, count = [], 0

@@ -1,12 +1,12 @@
-"""The training step of a config, compiled for hardware that is not there: launches, traffic, memory, kernels, in one JSON line.
+"""The training step of a config, compiled for absent hardware: launches, traffic, memory, kernels, in one JSON line.
 
     JAX_PLATFORMS=cpu python benchmarks/program.py configs/gpt2_124m.py --topology h100:1 --rows 16
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python benchmarks/program.py configs/gpt2_124m.py \\
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python benchmarks/program.py configs/gpt2_124m.py \
         --topology v5e:2x2 --rows 64
 
-Needs the compiler of the hardware, `pip install -e ".[cuda12]"` or `".[plan]"`. Without a GPU, XLA takes its own kernels
-(Triton's) for all products. On a card, where it measures, most are cuBLAS's:
-`XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` has that program.
+Needs the compiler of the hardware, `pip install -e ".[cuda12]"` or `".[plan]"`. Without a GPU, XLA uses its own kernels
+(Triton's) for all products. With a GPU it measures kernels, and most are cuBLAS's;
+`XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` gives that program.
 """
 
 import argparse
@@ -28,8 +28,10 @@ def main() -> None:
     """Compile the step and print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file of configs/, or FILE:VARIANT")
-    parser.add_argument("--topology", default="h100:1", help="as `transformer plan` names them")
-    parser.add_argument("--rows", type=int, default=0, help="of a batch, taken in one piece; 0 as the config has it")
+    parser.add_argument("--topology", default="h100:1", help="name of the hardware, as for `transformer plan`")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="rows of a batch, without micro-batches; 0 means the config's number"
+    )
     parser.add_argument("--whole", action="store_true", help="rows of one document (data.pack=False)")
     parser.add_argument("--text", default="", help="a file for the compiled program")
     options = parser.parse_args()

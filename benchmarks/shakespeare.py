@@ -1,9 +1,9 @@
-"""Loss and wall-clock of the two Shakespeare recipes and of the fast one's ablation; prints one JSON line a run.
+"""Loss and wall-clock time of the two Shakespeare recipes and of the fast one's ablation; prints one JSON line for each run.
 
     python benchmarks/shakespeare.py tinyshakespeare.txt [--runs fast adamw ...] [--seeds 0 1 2]
 
-Every run is a process of its own, timed from its start, with an empty compilation cache and the text not yet prepared.
-The loss, in nats per character, is that of the whole last tenth of the text in windows of 64 that do not overlap.
+Every run is a new process, timed from its start, with an empty compilation cache and without a prepared text. The loss, in nats
+per character, is the mean over the last tenth of the text, in windows of 64 that do not overlap.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def measure(arguments: list[str], source: str, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every run and seed asked for."""
+    """Measure each requested run and seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=os.path.abspath, help="the text file")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=["nanogpt_recipe", "fast"])

@@ -2,12 +2,14 @@
 
     JAX_PLATFORMS=cpu python benchmarks/soak.py [--steps 5000] [--generations 1000]
 
-A tiny model trains with a save and an evaluation every 25th step and a sample every 250th; then `generate` is called with
-prompts of one to eight tokens. Forty times in each part, a second after a save has begun, resident memory (megabytes,
-without mapped files), open files, threads and programs compiled so far are read. The second quarter of these readings is
-compared with the last: `flat` if mean memory grew by less than 2 %, files and programs not at all, and threads by less than five
-(TensorStore's pool fills up); of files and threads the least of a quarter counts, because a slow save holds some. What happens
-once (the first evaluation, each length of prompt) is in the first quarter.
+A tiny model trains with a save and an evaluation every 25th step and a sample every 250th. Then `generate` is called with
+prompts of one to eight tokens. Each part takes forty readings, a second after the start of a save: resident memory (megabytes,
+without mapped files), open files, threads, and programs compiled so far.
+
+The second quarter of these readings is compared with the last. `flat` means that mean memory grew by less than 2 %, files and
+programs not at all, and threads by less than five (TensorStore's pool fills up). For files and threads, the minimum of a quarter
+counts, because a slow save holds some. Events that happen once, such as the first evaluation and each length of prompt, are in
+the first quarter.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Time of block-wise attention, forward and backward, against the share of blocks it computes; prints one JSON line.
+"""Time of block-wise attention, forward and backward, by the share of computed blocks; prints one JSON line.
 
     python benchmarks/sparse_attention.py [--length 8192] [--rounds 5]
 
-One row, 4 heads of width 32, float32, causal; blocks are those that `choose_blocks` chooses: 256 tokens for the dense mask and
-the window, 128 for the patterns. Times are minima over rounds in which all masks take turns.
+One row, 4 heads of width 32, float32, causal. `choose_blocks` gives blocks of 256 tokens for the dense mask and the window, and
+of 128 for the patterns. Times are minima over rounds in which all masks take turns.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MASKS = {
 
 
 def share(mask: AttentionMask, length: int) -> float:
-    """Of the pairs of a query and a key, how many lie in blocks that are computed."""
+    """The share of query-key pairs in computed blocks."""
     blocks = choose_blocks(length, length, mask.pattern)
     starts = range(0, length, blocks.query_size)
     computed = sum(len(mask.key_blocks(start, blocks.query_size, blocks.key_size, length)) for start in starts)

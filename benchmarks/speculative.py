@@ -1,12 +1,12 @@
-"""Tokens per second with and without a draft (speculative decoding), in turn in one process; prints one JSON line.
+"""Tokens per second with and without a draft model (speculative decoding), in turn in one process; prints one JSON line.
 
     python benchmarks/speculative.py [RUN DRAFT] [--rounds 6] [--new-tokens 128] [--draft-tokens 4] [--prompt TEXT]
 
-Batch 1, sampling at temperature 0.8 and greedy. With two runs of one vocabulary, the acceptance rate is theirs. Without,
-a decoder of 10.7 million initial parameters (6 layers of width 384) has a draft of 0.2 million. Both are nearly uniform, so
-that about half of the drafted tokens are accepted, and greedy both repeat one token, so that all are: the speed-ups are
-those of such rates, and say nothing of a trained pair. Times are minima over the rounds; the speed-up is also given as the
-median over rounds, in which both saw the same load.
+The batch has one row; sampling is at temperature 0.8 and greedy. With two runs of one vocabulary, their acceptance rate is
+measured. Without runs, a decoder of 10.7 million initial parameters (6 layers of width 384) has a draft model of 0.2 million.
+Both are nearly uniform. Therefore about half of the drafted tokens are accepted, and with greedy decoding all, since both
+models repeat one token. The speed-ups belong to such rates, and do not predict a trained pair. Times are minima over the
+rounds. The speed-up is also given as the median over rounds, since both have the same load within a round.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="a run and a smaller one")
     parser.add_argument("--rounds", type=int, default=6, help="timed calls of each")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens generated")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens of a round")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="drafted tokens of each round")
     parser.add_argument("--prompt", default="def ", help="of runs")
     options = parser.parse_args()
     if options.runs:

@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--steps 8] [--dtypes float32 bfloat16]
 
-6 layers, width 384, 6 heads, 16 x 256 tokens, vocabulary 65, AdamW with clipping: the size of nanoGPT's Shakespeare model.
-Times are minima; compare two programs only within one run on one machine.
+The size is nanoGPT's Shakespeare model: 6 layers, width 384, 6 heads, 16 x 256 tokens, vocabulary 65, AdamW with clipping. Times
+are minima; compare two programs only within one run on one machine.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def make_config(dtype: str, attention: str) -> Config:
 
 
 def measure(config: Config, steps: int) -> dict[str, float]:
-    """Step time and what follows from it."""
+    """Step time and the rates that follow from it."""
     made = Steps(config, StandIn(config.model.vocab_size))
     runner, state = made.runner, made.init_state()
     shape = (config.data.batch_size, config.data.sequence_length)
@@ -85,7 +85,7 @@ def main() -> None:
     for dtype in options.dtypes:
         result[dtype] = measure(make_config(dtype, options.attention), options.steps)
         result[dtype]["peak_gflops"] = round(measured_peak_flops(dtype) / 1e9)
-        # The process's high-water mark: with several dtypes, of the largest so far.
+        # The peak of the whole process: with several dtypes, the largest so far.
         result[dtype]["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps(result))
 

@@ -218,7 +218,7 @@ def test_too_many_weights(monkeypatch):
     monkeypatch.setattr(attention, "MOST_WEIGHTS", 1000)
     with pytest.raises(
         UserError,
-        match=r"at most 1,000 attention weights over all layers and heads, got 1,452 for 11 tokens; .* about 9",
+        match=r"at most 1,000 weights over all layers and heads, got 1,452 for 11 tokens; .* about 9",
     ):
         made("next_token").attention("0123456789")
 
