@@ -56,7 +56,7 @@ SECTIONS = {
     "profile": Section(90, ("device_profile:run",)),
 }
 SHARE = ("device_torch", "device_resume", "device_tests")
-"""Modules whose processes leave memory of the card to others; JAX takes three quarters at once in the rest."""
+"""Modules whose processes share the device's memory with others; in other modules, JAX takes three quarters at once."""
 GRACE = 8.0
 """Seconds after the deadline of a section, in which it may finish its last part before it is killed."""
 

@@ -42,7 +42,7 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     soft_cap: float = 0.0
     tiny: bool = False
-    """Whether it is among those of `--tiny`."""
+    """Whether `--tiny` includes the case."""
 
 
 class Prepared(NamedTuple):

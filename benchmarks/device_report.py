@@ -20,12 +20,12 @@ class Report:
     """Writes the lines of one section.
 
     Args:
-        folder: of the results.
-        section: that the lines belong to.
-        deadline: of `time.time()`, after which no part starts.
-        tiny: whether everything is small, so that it runs on a CPU; such results do not stand for others.
-        card: the device's name; results of another one do not stand for those of this.
-        again: repeat what has a result.
+        folder: the folder of the results.
+        section: name of the section.
+        deadline: value of `time.time()` after which no part starts.
+        tiny: whether everything is small enough for a CPU; such results do not replace others.
+        card: the device's name; results of another device are measured again.
+        again: measure results again that exist.
     """
 
     def __init__(

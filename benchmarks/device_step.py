@@ -163,7 +163,7 @@ def make(config: Config, host: Any) -> Made:
 
 
 def run(report: Report) -> None:
-    """Steps of 16, 32 and 64 rows, whole and packed; those of 32 first, as the ones that others are compared at."""
+    """Steps of 16, 32 and 64 rows, whole and packed; 32 rows first, since comparisons use them."""
     for sizes in ((2,),) if report.tiny else ((32,), (16, 64)):
         run_sizes(report, sizes)
 

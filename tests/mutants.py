@@ -130,7 +130,7 @@ def run_tests(root: pathlib.Path, tests: tuple[str, ...], limit: float, *options
 
 
 def failing_unchanged(root: pathlib.Path, tests: tuple[str, ...], limit: float) -> list[str]:
-    """Those of the ids that do not pass as things stand, each with what pytest said; all of them if it did not get that far."""
+    """The ids of tests that fail without a change, each with pytest's message; all ids if pytest ends earlier."""
     status, output = run_tests(root, tests, limit, "-rfE")
     if status == 0:
         return []

@@ -458,7 +458,7 @@ def read_run(draw, base, run):
 
 
 def is_of(base, names="a", *, values=True):
-    """A result is that of one of the whole checkpoints."""
+    """A result belongs to one of the complete checkpoints."""
 
     def judge(result):
         step, bits = result
@@ -697,7 +697,7 @@ def ended(case):
 
 
 def drive(name, numbers, base, record_property):
-    """Make and judge the cases of a mutation; what went wrong is told with all that repeats it."""
+    """Make and judge the cases of a mutation; a failure is reported with everything that repeats it."""
     make, verdict, *_ = MUTATIONS[name]
     counts, wrong = collections.Counter(), []
     allowed = {REFUSED: {"refused"}, SAME: {"same"}, EITHER: {"refused", "same"}}[verdict]

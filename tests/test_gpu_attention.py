@@ -239,5 +239,5 @@ def test_gpt2_compiles_for_an_h100_with_a_kernel_for_each_pass_of_each_layer(pac
     targets = [re.findall(rf'custom_call_target="__cudnn\$fmhaSoftmax{name}"', text) for name in ("", "Backward")]
     assert [len(found) for found in targets] == [12, 12]
     assert re.search(r"\[\d+,\d+,(\d+,)*1024,1024\]", text) is None
-    # What the kernels are told of rows is found once, not in each layer.
+    # The kernels' arguments about rows are computed once, not in each layer.
     assert len(re.findall(r"= s32\[16,33\]\S* fusion\(", text)) <= 2

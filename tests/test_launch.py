@@ -15,7 +15,7 @@ from transformer.config import Config
 from transformer.parallel.distributed import several_processes
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
-# The fields that the API's own types have (JobSet v1alpha2: jobset_types.go; batch/v1; core/v1: those of use here).
+# The fields that the API's own types have (JobSet v1alpha2: jobset_types.go; batch/v1; core/v1: only fields in use here).
 JOBSET = {
     "": {"apiVersion", "kind", "metadata", "spec"},
     "spec": {

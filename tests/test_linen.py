@@ -176,7 +176,7 @@ def test_flax_train_state():
 
 
 def test_haiku():
-    """The parameters of a linen module become those of a Haiku module."""
+    """The parameters of a linen module are converted to a Haiku module's."""
     haiku = pytest.importorskip("haiku", reason="Haiku is not installed (pip install dm-haiku)")
     layer = MODULES["attention"]
 

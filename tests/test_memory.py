@@ -79,7 +79,7 @@ def test_the_fields_are_found():
 
 
 def refusal(base, path, value):
-    """What the user is told, or else the config."""
+    """The error message, or else the config."""
     try:
         config = resolve(changed(base, path, value), ByteTokenizer())
         check_model(config.model)

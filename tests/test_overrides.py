@@ -18,7 +18,7 @@ from transformer.schedules.cosine import CosineSchedule
 from transformer.types import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-# What a person shrinks to fit a small machine or a short trial. Other fields may contradict the rest of a config.
+# Settings that users reduce for a small machine or a short trial. Other fields may contradict the config.
 SIZES = {
     "training.steps": (1, 3, 20),
     "data.batch_size": (1, 2, 3, 6),

@@ -32,7 +32,7 @@ def hints(function):
 
 
 def annotations(public):
-    """Of a function; of a class, those of its fields, its constructor, its properties and its public methods."""
+    """The annotations of a function, or of a class with its fields, constructor, properties and public methods."""
     if not isinstance(public, type):
         yield from hints(public) if callable(public) else [type(public)]
         return

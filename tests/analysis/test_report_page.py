@@ -1,4 +1,4 @@
-"""The report in a browser: its numbers are those of the runs, what is pointed at changes it, and it is silent and alone."""
+"""The report in a browser: its numbers equal the runs' numbers, pointing at it changes it, and it requests nothing."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A run as a model of lm-eval: its answers are those of the model's logits, and tasks of one's own are scored with them."""
+"""A run as a model of lm-eval: its answers agree with the model's logits, and user-defined tasks are scored with them."""
 
 import functools
 import json

@@ -316,7 +316,7 @@ def test_adapters_and_a_head_go_on_to_the_bit(place, pretrained):
 def test_a_head_of_the_same_classes_is_trained_on(place, pretrained, other, capsys):
     base = train(place, f"base{other}", "--training.init-from", str(pretrained), "--training.steps", "20")
     options = ("--optimizer.learning-rate", "1e-12", "--training.steps", "10", "--optimizer.weight-decay", "0")
-    if other:  # the same texts with the names of their classes exchanged
+    if other:  # the same texts with the names of their classes swapped
         names = {"good": "a", "bad": "b", "so-so": "c"}
         rows = map(json.loads, (place / "train.jsonl").read_text().splitlines())
         (place / "other.jsonl").write_text(

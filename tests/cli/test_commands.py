@@ -268,7 +268,7 @@ def test_generate_repeats_by_seed(workdir, capsys):
 
 
 def test_generate_goes_on_past_the_length(workdir, capsys):
-    """Of 32 tokens, those of a prompt with the one before it included; and says what it reads."""
+    """The model's 32 tokens include the prompt and the token before it; beyond them, a note describes the window."""
     options = ("--seed", "1", "--max-new-tokens")
     main(["generate", str(workdir), "--prompt", "to be", *options, "26"])
     within = capsys.readouterr()
@@ -446,7 +446,7 @@ def test_prepare_stores_the_tokens_of_examples(capsys, tmp_path, kind):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("tokens-*.array_record*")} == stored
 
 
-# ---- The checkpoint that is asked for -------------------------------------------------------------------------------
+# ---- The requested checkpoint ----------------------------------------------------------------------------------------
 
 
 def test_a_step_can_be_named_wherever_a_run_is_opened(workdir, arguments, capsys, tmp_path):

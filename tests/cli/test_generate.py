@@ -69,7 +69,7 @@ def generate(runs, monkeypatch, capsys):
     real = Generator.stream
 
     def said(tokens, given):
-        """`run.given` is what the model was told."""
+        """`run.given` has the arguments that the model received."""
         run.given = given
         return tokens
 

@@ -140,7 +140,7 @@ def test_runs_beside_each_other(place):
 
 
 def test_a_killed_run(run):
-    """A last line that is not finished, and lines that are damaged: told, and left out."""
+    """An unfinished last line and damaged lines are reported and left out."""
     path = run / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 5, "split": "train", "lo')

@@ -86,7 +86,7 @@ def test_scores_with_other_memories(place, capsys):
     own, none, longer = scores(), *(scores("--model.memory-length", length) for length in ("0", "64"))
     rows = [json.loads(line) for line in (place / "whole" / "metrics.jsonl").read_text().splitlines()]
     (validation,) = [row for row in rows if row["split"] == "validation" and row["step"] == 6]
-    # The step of training and that of evaluation order their sums differently.
+    # The steps of training and evaluation add in different orders.
     assert own["loss"] == pytest.approx(validation["loss"], rel=1e-5)
     assert own["targets"] == none["targets"] == longer["targets"]
     assert len({own["loss"], none["loss"], longer["loss"]}) == 3

@@ -1,4 +1,4 @@
-"""Text prepared on Apache Beam by several worker processes: files are those of one process, also after a kill."""
+"""Text prepared on Apache Beam by several worker processes: files equal the files of one process, also after a kill."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Examples are stored once, and as tokens once: batches and fingerprints are those of examples encoded whenever they are read."""
+"""Examples are stored once, and as tokens once: batches and fingerprints equal those without stored tokens."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""A corpus is told by its content and its split: moved it is the same, changed it is another, under whatever name."""
+"""A corpus is identified by its content and its split: a moved corpus is the same, a changed one is another, under any name."""
 
 import gzip
 import json

@@ -94,7 +94,7 @@ class TwoTokens(ByteTokenizer):
 
 
 def test_a_random_token_is_one_of_the_tokenizers():
-    """With few of them it shows: the mask stands in no more places than its share of 80 %."""
+    """With few of them it shows: the mask is at no more positions than its share of 80 %."""
     batch = empty_batch(1, 40_000)
     batch.segment_ids[0] = 1
     MaskedLM(mask_rate=0.5).changes(TwoTokens(), 40_000, 0)["noise"](batch, 0, (0,))

@@ -1,4 +1,4 @@
-"""A tokenizer and a source of one's own, from outside the package: a run trains on them, goes on, is scored and predicts."""
+"""A user-defined tokenizer and source, from outside the package: a run trains on them, resumes, is scored and predicts."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A form of one's own, from outside the package: two texts and the class of both, stored, trained on, shown and scored."""
+"""A user-defined form, from outside the package: two texts and the class of both, stored, trained on, shown and scored."""
 
 import dataclasses
 import json

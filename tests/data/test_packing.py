@@ -96,7 +96,7 @@ def records_of(*documents):
 def test_a_small_split_is_read_whole():
     documents = [[5], [3, 3, 2], [0], [7], [1, 4]] * 9
     found = sample_documents(records_of(*documents), 1000)
-    # At the border of two places a document may be in two parts.
+    # At the border of two regions a document may be in two parts.
     assert sum(map(sum, (document.sizes for document in found))) >= 0.8 * sum(map(sum, documents))
     assert all(
         document.whole == (len(document.sizes) == 1) for document in found if document.sizes in ([5], [7], [3, 3, 2])

@@ -271,7 +271,7 @@ def test_a_restored_iterator_goes_on_exactly(module_config, num_streams, best_fi
     iterator = train_batches(config, BYTES)
     _take(iterator, before)
     state = json.loads(json.dumps(iterator.get_state()))
-    assert state["step"] == before  # not that of what is prefetched
+    assert state["step"] == before  # not the state of a prefetched batch
     expected = _take(iterator, after)
     iterator.set_state(state)
     assert iterator.get_state() == state

@@ -1,4 +1,4 @@
-"""Datasets of TFDS are tokenized once too: batches and fingerprints are those of examples encoded whenever they are read."""
+"""Datasets of TFDS are tokenized once too: batches and fingerprints equal those without stored tokens."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Files of token ids as other programs write them: headers, documents, and batches equal to those of the text itself."""
+"""Files of token ids as other programs write them: headers, documents, and batches equal to the text's batches."""
 
 import dataclasses
 import json

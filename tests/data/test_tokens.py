@@ -1,4 +1,4 @@
-"""Text is tokenized once: what is stored is what would be encoded, whole or not at all, and one's own after a kill."""
+"""Text is tokenized once: stored tokens equal encoded text, are complete or absent, and are found again after a kill."""
 
 import dataclasses
 import itertools

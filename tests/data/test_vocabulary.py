@@ -1,4 +1,4 @@
-"""A vocabulary is that of all the text, or of a sample that is spread over it, whatever pieces it is fed in."""
+"""A vocabulary covers all the text, or a sample at even distances from all of it, for any division into pieces."""
 
 import doctest
 import itertools

@@ -1,4 +1,4 @@
-"""gzip and xz see the same bytes as the model, and their sizes are those of the real tools' formats."""
+"""gzip and xz see the same bytes as the model, and their sizes equal the sizes of the real tools' formats."""
 
 import doctest
 import gzip

@@ -1,4 +1,4 @@
-"""A text's vector is the pooled hidden states of the layer that was asked for, whatever the model and the texts beside it."""
+"""A text's vector pools the hidden states of the requested layer, for any model and any other texts of the batch."""
 
 import json
 

@@ -129,7 +129,7 @@ def test_draws_depend_on_seed_row_and_position():
     np.testing.assert_array_equal(same, run([PROMPTS[0]] * 3, seed=5).tokens)
     assert same[0].tolist() != same[1].tolist()
     assert same.tolist() != run([PROMPTS[0]] * 3, seed=6).tokens.tolist()
-    # Neither how many are asked for nor where the prompt ends matters: what follows a token follows it again.
+    # Neither the requested number of tokens nor the end of the prompt matters: the same tokens follow a token.
     np.testing.assert_array_equal(same[:1, :8], run(PROMPTS[:1], seed=5, max_new_tokens=8).tokens)
     longer = [*PROMPTS[0], *same[0, :8].tolist()]
     np.testing.assert_array_equal(same[:1, 8:], run([longer], seed=5, max_new_tokens=12).tokens)

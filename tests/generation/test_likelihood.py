@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts are those of the model's logits, one text at a time, whatever is beside it."""
+"""Log-probabilities of given texts agree with the model's logits, one text at a time, for any other texts of the batch."""
 
 import jax
 import jax.numpy as jnp

@@ -101,7 +101,7 @@ def test_a_target_is_the_same_however_long_it_may_be(model, sources):
 
 @pytest.mark.parametrize("model", ["own vocabulary"], indirect=True)
 def test_logits_that_are_no_numbers_are_an_error_that_says_where(model):
-    """Of one source only; a batch is in the order of lengths, the message in that of the sources."""
+    """Only one source has them; batches are in the order of lengths, and the message names the source's own index."""
     model, params = model
     table = params["source_embedding"]["embedding"]
     broken = {**params, "source_embedding": {"embedding": table.at[16].set(jnp.nan)}}

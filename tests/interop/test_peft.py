@@ -48,7 +48,7 @@ def test_the_product_of_theirs_is_the_tensor_of_ours(name, adapted):
 
 
 def test_the_scale_of_a_file_is_that_of_the_run():
-    """Its rank may be larger: that of a tensor whose parts have factors each."""
+    """The rank in the file may be larger, for a tensor whose parts have separate factors."""
     bound = [Bound("layer.query.weight", ("query/kernel",), None, parse(FORMS["a kernel"][0]))]
     found = pairs(bound, {"query/kernel": 1})
     values = config_values(AdapterConfig(rank=4, alpha=8.0), 12, found, bound, "next_token", "base")

@@ -55,7 +55,7 @@ def test_parts_of_unequal_sizes_follow_each_other(text, sizes):
 
 
 def test_the_axes_of_fused_heads_are_in_their_order():
-    """Told by an element, where all sizes are equal: the order of parts and heads differs between families."""
+    """Shown by single elements, since all sizes are equal: the order of parts and heads differs between families."""
     theirs = np.arange(8).reshape(8, 1)
     in_turn, per_head = (parse(text) for text in ("(part heads head_dim) embed -> part embed heads head_dim", PER_HEAD))
     assert in_turn.to_ours(theirs, [(1, 2, 2)] * 2)[1].ravel().tolist() == [4, 5, 6, 7]

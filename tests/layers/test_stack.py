@@ -102,7 +102,7 @@ def primitives(jaxpr, counts=None):
 @pytest.mark.parametrize("dot_general", [jax.lax.dot_general, dense_cpu.dot_general], ids=["lax", "dense_cpu"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_remat_recomputes(small, scan, dot_general):
-    """Products in the program of the gradient: `full` repeats those of the forward pass, `dots` attention's only."""
+    """Products in the program of the gradient: `full` repeats all products of the forward pass, `dots` only attention's."""
     counts = {}
     for remat in ("none", "dots", "full"):
         base = config(remat=remat, scan_layers=scan)
@@ -111,7 +111,7 @@ def test_remat_recomputes(small, scan, dot_general):
         counts[remat] = primitives(jax.make_jaxpr(gradient)(params).jaxpr)
     blocks = 1 if scan else 4
     forward = {remat: count["dot_general"] / blocks for remat, count in counts.items()}
-    # Query, key, value, two of attention, out, up, down; each once forward and twice backward. Those of `dense_cpu` have
+    # Query, key, value, two of attention, out, up, down; each once forward and twice backward. Products of `dense_cpu` have
     # the gradient of the weights once for each platform.
     once = 3 * 8 + (6 if dot_general is dense_cpu.dot_general else 0)
     assert forward["none"] == once

@@ -91,7 +91,7 @@ def forward(config, method="__call__"):
 def graded(config):
     """The compiled model and a gradient: `(params, weights, *tokens, **arguments) -> (gradient, logits)`.
 
-    The gradient is that of `sum(weights * logits)`.
+    It is the gradient of `sum(weights * logits)`.
     """
     model = build(config)
 

@@ -1,4 +1,4 @@
-"""A text's vector does not depend on what lies beside it, has a length of one, and is that of the encoder's hidden states."""
+"""A text's vector does not depend on other texts, has length one, and pools the encoder's hidden states."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every encoder keeps to: both directions, padding without effect, positions only where they are asked for."""
+"""Properties of every encoder: both directions, padding without effect, positions only if requested."""
 
 import dataclasses
 

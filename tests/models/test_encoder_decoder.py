@@ -126,7 +126,7 @@ def test_bfloat16_and_dropout_run(tiny):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("scan", [False, True])
 def test_two_depths(tiny, layers, scan):
-    """The stacks are those of two models of either depth; scanned is looped, cached is full."""
+    """Encoder and decoder may differ in depth; scanned equals looped, cached equals full."""
     config = tiny.config("t5", architecture="encoder_decoder", decoder_layers=layers)
     params, source, target = tiny.params(config), tiny.tokens((2, 5)), tiny.tokens((2, 4))
     depths = {name: len(params[name]["blocks"]) for name in ("encoder", "decoder")}

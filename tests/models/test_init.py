@@ -190,7 +190,7 @@ def test_names_stay_in_the_thread_that_wants_them():
 
 
 def test_init_under_jit_equals_init_params():
-    """The same arrays to the bit, however they are asked for."""
+    """The same arrays to the bit, for every way of requesting them."""
     model, tokens = MODELS["decoder_scanned"], jnp.zeros((1, 1), jnp.int32)
     params, _ = init_params(model, key(0))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(model.init)(key(0), tokens)["params"], params)

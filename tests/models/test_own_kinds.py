@@ -1,4 +1,4 @@
-"""One's own positions, norm, pattern of blocks and pooling: a class in one file outside the package, and nothing else."""
+"""User-defined positions, norm, block pattern and pooling: each is one class in one file outside the package."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a prefix-LM keeps to: a prefix read in both directions, the rest causally; packing and caching exact."""
+"""Properties of a prefix LM: the prefix is bidirectional, later tokens are causal; packing and caching are exact."""
 
 import dataclasses
 

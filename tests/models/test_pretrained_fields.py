@@ -130,7 +130,7 @@ def test_a_masked_language_model_is_its_formula(small_jit, tied, head_bias):
     zeros = bert_logits(double, ids, np.zeros_like(types), tied)
     np.testing.assert_allclose(apply(None), zeros, atol=1e-4)
     assert np.abs(apply(types) - zeros).max() > 0.01
-    # Places first, then the head: as all of them.
+    # First positions, then the head: as with all of them.
     some = model.apply({"params": params}, ids, indices_BN=jnp.array([[3], [1]]), method="logits")
     np.testing.assert_allclose(some[:, 0], zeros[[0, 1], [3, 1]], atol=1e-4)
 

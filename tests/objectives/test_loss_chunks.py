@@ -127,7 +127,7 @@ def test_no_array_has_the_logits_of_all_places():
 
 
 def test_memory_at_the_size_of_llama_3():
-    """Vocabulary 128,256, width 2,048, 8 x 2,048 places: compiled, not run."""
+    """Vocabulary 128,256, width 2,048, 8 x 2,048 positions: compiled, not run."""
     plain = compiled(1, 128_256, 2048, 8, 2048).memory_analysis().temp_size_in_bytes
     parts = compiled(32, 128_256, 2048, 8, 2048).memory_analysis().temp_size_in_bytes
     assert parts * 8 <= plain, f"{parts / 1e9:.2f} GB against {plain / 1e9:.2f} GB"
@@ -152,7 +152,7 @@ def test_gradients_at_a_vocabulary_of_4096():
     [(6, 2, [[0, 2, 4], [1, 3, 5]]), (6, 3, [[0, 3], [1, 4], [2, 5]]), (5, 2, [[0, 2, 4], [1, 3]]), (2, 8, [[0], [1]])],
 )
 def test_a_place_is_in_the_part_of_its_remainder(length, chunks, parts):
-    """Not in one with its neighbours: where T is spread over devices, each must have something of every part."""
+    """Not in one part with its neighbours: if T is sharded over devices, each device must have some positions of every part."""
     places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (1, length))
 
     def sums(params, hidden, places):

@@ -1,4 +1,4 @@
-"""Masked language modelling: the loss of the hidden tokens, computed for them alone, equals that of a full pass."""
+"""Masked language modelling: the loss of the masked tokens, computed for them alone, equals the loss of a full pass."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_equals_a_full_pass_in_value_and_gradient(model, batch):
 
 
 def test_positions_are_those_of_the_batch(batch):
-    """Of each document of a row: rotary positions would not tell, whose distances are those of indices."""
+    """Positions of each document of a row; not rotary ones, since their distances equal distances of indices."""
     config = ModelConfig(
         vocab_size=9,
         num_layers=1,

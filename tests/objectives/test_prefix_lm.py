@@ -74,7 +74,7 @@ def test_sums_are_over_what_follows_the_prefix(model):
 
 
 def test_positions_are_those_of_the_batch():
-    """Of each document of a row: rotary positions would not tell, whose distances are those of indices."""
+    """Positions of each document of a row; not rotary ones, since their distances equal distances of indices."""
     block = BlockConfig(AttentionConfig(num_heads=2))
     model = Decoder(
         ModelConfig(

@@ -34,7 +34,7 @@ def random_params(objective, model):
 
 
 def objective_of(kind, chunks):
-    """An objective with those of the settings that it has."""
+    """An objective with the given settings, as far as it has them."""
     settings = {"loss_chunks": chunks, **RATES, **SMOOTH}
     own = {field.name for field in dataclasses.fields(OBJECTIVES.find(kind))}
     return OBJECTIVES.find(kind)(**{name: value for name, value in settings.items() if name in own})

@@ -1,4 +1,4 @@
-"""A backend of attention of one's own: one file outside the package, chosen by a config file, from training to generation."""
+"""A user-defined attention backend: one file outside the package, chosen by a config file, from training to generation."""
 
 import importlib
 import json

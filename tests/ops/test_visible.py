@@ -1,4 +1,4 @@
-"""Pairs that a mask leaves are those of its booleans."""
+"""The count of a mask's visible pairs equals the count of its booleans."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""However a step is spread over devices, it is the step of one device: losses, gradients and parameters to 1e-5."""
+"""A step on any mesh of devices equals the step of one device: losses, gradients and parameters to 1e-5."""
 
 import functools
 import itertools
@@ -42,7 +42,7 @@ EXPERT_LAYOUTS = {
     "expert_fsdp": {"data": 1, "fsdp": 2, "expert": 2, "context": 2},
 }
 FACTORS = list(itertools.product((False, True), ("none", "full"), (1, 4)))
-# Each layout with two opposite choices of the rest, in turn: every pair of choices occurs.
+# Each layout with two opposite choices of the other settings, in turn: every pair of choices occurs.
 PAIRWISE = [
     (layout, FACTORS[i]) for number, layout in enumerate(LAYOUTS) for i in (number % 4, len(FACTORS) - 1 - number % 4)
 ]
@@ -140,7 +140,7 @@ def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num
 
 @functools.cache
 def trained(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0, fields=False):
-    """Losses of three steps, and the state after them as that of a loop."""
+    """Losses of three steps, and the state after them in the looped layout."""
     runner, init_state, _, _ = make_runner(layout, scan_layers, remat, accumulate_steps, num_experts, fields)
     state, losses = init_state(), []
     for seed in range(3):

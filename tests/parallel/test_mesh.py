@@ -152,7 +152,7 @@ def test_devices_that_do_not_fit_the_run_are_refused(changes, message):
 
 def test_devices_that_fit_are_accepted():
     check_devices(Config(**CONTEXT))
-    # Those of a tensor axis have the same rows.
+    # Devices along a tensor axis have the same rows.
     check_devices(Config(parallel=ParallelConfig(tensor=4), data=DataConfig(batch_size=2)))
 
 

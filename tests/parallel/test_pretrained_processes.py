@@ -1,4 +1,4 @@
-"""Two processes import and export a pretrained folder: each reads its own shards, and the files are those of one process."""
+"""Two processes import and export a pretrained folder: each reads its own shards, and the files equal one process's files."""
 
 import json
 import os

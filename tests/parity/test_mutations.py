@@ -55,7 +55,7 @@ def paths(rule):
 
 
 def wrong_forms(rule):
-    """The rule with two axes exchanged, on the right, or within a group on the left; parts in another order."""
+    """The rule with two axes swapped, on the right, or within a group on the left; parts in another order."""
     left, right = (side.strip() for side in rule.form.split("->"))
     axes = right.split()
     first = 1 if axes[0] == "part" else 0

@@ -220,7 +220,7 @@ def test_adapters_start_from_those_of_another_run(tmp_path, base, monkeypatch):
     again = load(tmp_path / "more")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), again.params, first.params)
     assert same(split(again.params)[0], base.params)
-    # It goes on to the bit, though its base is that of the run that it started from.
+    # It resumes to the bit, though its base is the base of the run that it started from.
     shutil.rmtree(tmp_path / "more" / "checkpoints" / "2")
     main(["train", "lora", *more, "--optimizer.learning-rate", "1e-12", "--optimizer.weight-decay", "0"])
     assert same(load(tmp_path / "more").params, again.params)

@@ -48,7 +48,7 @@ def rows(workdir, split):
 
 
 def test_a_transformation_takes_the_place_of_the_configs_optimizer(text, tmp_path):
-    """With a step of nothing, parameters stay; a rate of one's own is not reported as the config's."""
+    """With a step of zero, parameters stay; a user-defined rate is not reported as the config's."""
     train(config_of(text, tmp_path / "still"), optimizer=optax.set_to_zero())
     train(config_of(text, tmp_path / "sgd"), optimizer=optax.sgd(0.1, momentum=0.9))
     first, moved = leaves(tmp_path / "still"), leaves(tmp_path / "sgd")

@@ -122,7 +122,7 @@ def die(step, state, statistics):
 )
 @pytest.mark.parametrize("model", [None, Bigrams()], ids=["config's", "own"])
 def test_batches_are_trained_on_and_gone_on_with_to_the_bit(tmp_path, make, model):
-    """An iterator without end, one with a state, and a list that is begun again, of the model of the config and one's own."""
+    """An endless iterator, an iterator with a state, and a repeated list, for the config's model and a user-defined one."""
     train(config_of(tmp_path / "whole"), data=make(), model=model)
     with pytest.raises(Accident):
         train(config_of(tmp_path / "other"), data=make(), model=model, hooks=(die,))

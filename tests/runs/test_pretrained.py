@@ -199,7 +199,7 @@ def test_parameters_are_read_onto_a_mesh(place):
 
 
 def test_lighter_weights_of_a_folder_a_run_and_a_mesh(place):
-    """Matrices are int8 in memory, also spread over devices, and scores stay near those of the whole model."""
+    """Matrices are int8 in memory, also sharded over devices, and scores stay near the full model's scores."""
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     export_model(place / "bpe", place / "light")
     whole = transformer.load(place / "light")

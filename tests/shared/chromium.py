@@ -33,7 +33,7 @@ def find_chromium():
 
 
 class Page:
-    """A page of a browser; coordinates are those of the window."""
+    """A page of a browser; coordinates are relative to the window."""
 
     def __init__(self, read, write, seconds):
         self._read, self._write, self._seconds = read, write, seconds

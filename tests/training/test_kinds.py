@@ -33,7 +33,7 @@ from transformer.types import UserError
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "python_stdlib.py") + ":debug"
 OWN = '''
-"""An optimizer and a schedule of one's own, and a run of them."""
+"""A user-defined optimizer and schedule, and a run of both."""
 
 import dataclasses
 

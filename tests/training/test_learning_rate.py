@@ -1,4 +1,4 @@
-"""Learning rates by step are those of their definitions."""
+"""Learning rates by step equal their definitions."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The loop: rows, evaluation, samples, checkpoints, resuming and stopping, in the order and number that were asked for."""
+"""The loop: rows, evaluation, samples, checkpoints, resuming and stopping, in the requested order and number."""
 
 import contextlib
 import copy

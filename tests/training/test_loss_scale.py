@@ -214,7 +214,7 @@ def test_scaled_float16_has_the_gradient_of_float32_where_unscaled_float16_has_z
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_float16_state_and_program_have_no_trace_of_it(dtype):
-    """The program is, to the letter, that of a step in which the word does not occur."""
+    """The program equals, letter by letter, the program of a step without loss scaling."""
     params = make_params()
     objective, optimizer = make_objective(dtype), optax.adam(0.1)
     assert make_loss_scale(ModelConfig(dtype=dtype)) == ()
@@ -299,7 +299,7 @@ def test_devices_and_micro_batches_agree_on_what_is_skipped(kind):
 
 
 class Batches:
-    """Batch n depends on n only, and those of some n are spoilt."""
+    """Batch n depends only on n, and some batches are corrupted."""
 
     def __init__(self, spoilt):
         self.spoilt, self.count = spoilt, 0

@@ -1,4 +1,4 @@
-"""Every rule descends, and clips, decays, freezes and scales what it was told to."""
+"""Every rule descends, and clips, decays, freezes and scales the configured parameters."""
 
 import jax
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ class Accident(Exception):
 
 
 class Scripted:
-    """A run in a directory, whose validation losses are those of a table."""
+    """A run in a directory, with validation losses from a table."""
 
     def __init__(self, toy, directory):
         self.toy, self.directory = toy, directory

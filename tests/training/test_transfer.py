@@ -63,7 +63,7 @@ def test_layers_are_compared_one_by_one(scanned):
     own, donor = layers(4, 0.0), layers(2, 100.0)
     expected = {"blocks": {**own["blocks"], **donor["blocks"]}}
     if scanned != "there":
-        # The donor's pattern is of one block, so that its layers are not where those of the same number are here.
+        # The donor's pattern has one block. Therefore its layers have other paths than the layers with the same numbers here.
         result = transfer(scan_params(own, 2), scan_params(donor) if scanned == "both" else donor, pattern_length=2)
         result = result._replace(params=loop_params(result.params))
     else:
