@@ -3,10 +3,12 @@
     python train.py configs/enwiki_bytes.py --data.source enwiki.xml
     transformer evaluate runs/enwiki_bytes --data.stride 32 --data.limit 100000
 
-The last tenth of the text is held out. The evaluation scores each of its first 100,000 bytes behind at least 224 bytes of
-context, next to gzip -9 and xz on the same bytes. Hardware: two CPU cores; with `--model.dtype bfloat16`, on a processor that
-multiplies it (AMX), 32 minutes on 6.1 million bytes, and then 1.99 bits per byte of Wikipedia's XML with seed 0
-(docs/tasks.md). In float32 a step there takes 1.3 times as long.
+The last tenth of the text is held out. The evaluation scores each of its first 100,000 bytes with at least 224 bytes of
+context, next to gzip -9 and xz on the same bytes.
+
+Hardware: two CPU cores. With `--model.dtype bfloat16`, on a processor with bfloat16 products (AMX), training on 6.1 million bytes
+takes 32 minutes. Expect 1.99 bits per byte of Wikipedia's XML with seed 0 (docs/tasks.md). In float32 a step takes 1.3 times as
+long there.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

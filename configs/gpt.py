@@ -1,12 +1,12 @@
-"""Decoders with one dial, the depth: `gpt.py:d12` has 12 layers, and width, heads, batch, learning rate and steps follow.
+"""Decoders with one setting, the depth: `gpt.py:d12` has 12 layers; width, heads, batch, learning rate and steps follow.
 
     python train.py configs/gpt.py:d2
     transformer train gpt:d12 --data.source corpus.jsonl
     transformer train gpt:d12x40 --data.source corpus.jsonl
     transformer plan gpt:d12 --topology v6e:2x4
 
-`x40` is the budget: 40 tokens for each parameter, 20 unless told otherwise (Hoffmann et al. 2022). docs/ladder.md has the reasons
-of the rule, and measurements:
+`x40` is the budget: 40 tokens for each parameter; the default is 20 (Hoffmann et al. 2022). docs/ladder.md has the reasons for
+the rule, and measurements:
 
     width          64 x depth, in heads of 64               d12 has GPT-2's 768 and 12
     parameters     12 x depth x width^2 = 49,152 x depth^3  the matrices of blocks, without embeddings
@@ -15,10 +15,11 @@ of the rule, and measurements:
     steps          tokens / batch                           a twentieth of them is the warm-up
     learning rate  0.04 / depth, that is 2.56 / width, of Muon; it falls to 0 in a straight line
 
-A model of fewer than 8 layers is for CPUs: it reads rows of 512 bytes, of Python's standard library unless told otherwise. Others
-read rows of 1,024 of 32,768 byte pairs, compute in bfloat16, and need a corpus. A flag wins; nothing else of the
-rule follows it.
-Hardware: d1 and d2 two CPU cores, minutes; d12 one GPU or a small TPU slice. Expect what docs/ladder.md has.
+A model of fewer than 8 layers is for CPUs: it reads rows of 512 bytes, by default of Python's standard library. Other models
+read rows of 1,024 tokens with 32,768 byte pairs, compute in bfloat16, and need a corpus. A flag overrides one setting; the others
+do not follow it.
+
+Hardware: d1 and d2 take minutes on two CPU cores; d12 needs one GPU or a small TPU slice. docs/ladder.md has the expected losses.
 """
 
 import math
@@ -33,7 +34,7 @@ from transformer.optimizers.muon import Muon
 from transformer.schedules.linear import LinearSchedule
 from transformer.validation import require
 
-DEEPEST = 96  # GPT-3's; nothing is known of the rule beyond
+DEEPEST = 96  # GPT-3's depth; the rule is unknown beyond
 
 
 def get_config(variant: str = "d12") -> Config:
@@ -71,7 +72,7 @@ def get_config(variant: str = "d12") -> Config:
 
 
 def read_dial(variant: str) -> tuple[int, float]:
-    """The depth, and the tokens for each parameter, of `d12` or `d12x40`."""
+    """The depth and the tokens per parameter of a variant such as `d12` or `d12x40`."""
     found = re.fullmatch(r"d(\d{1,4})(?:x(\d{1,4}(?:\.\d{1,4})?))?", variant, re.ASCII)
     depth, ratio = (int(found[1]), float(found[2] or 20)) if found else (0, 0.0)
     require(

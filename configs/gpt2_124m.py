@@ -3,8 +3,8 @@
     python train.py configs/gpt2_124m.py --data.source openwebtext.jsonl
 
 A row of the file is `{"text": ...}`. The batch is 480 rows of 1,024 tokens, in 10 micro-batches.
-Hardware: one GPU of 80 GB: compiled for it, micro-batches of 48 rows take 34 GB (docs/gpu.md). `gpt2_124m.py:small` has 12 rows,
-10 GB, for a card of 16 GB. With eight devices, which share the rows, `--optimizer.accumulate-steps 1`. No run was measured.
+Hardware: one GPU of 80 GB. Compiled for it, micro-batches of 48 rows take 34 GB (docs/gpu.md). `gpt2_124m.py:small` has 12 rows,
+10 GB, for a GPU of 16 GB. With eight devices, which share the rows, use `--optimizer.accumulate-steps 1`. No run was measured.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

@@ -4,8 +4,8 @@
     python train.py configs/imdb_classify.py
     transformer evaluate runs/imdb_classify --split test
 
-The files have an object a line, with `text` and `label`. Hardware: one CPU core, about 12 minutes. It is right about 88.3 % of
-the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md has what that stands against.
+Each line of the files is an object with `text` and `label`. Hardware: one CPU core, about 12 minutes. Expect 88.3 % accuracy on
+the test half, the mean of `--training.seed` 0, 1 and 2; docs/tasks.md compares it with a baseline.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

@@ -3,7 +3,8 @@
     python train.py configs/llama_1b.py --data.source corpus.jsonl
 
 A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is 256 rows of 8,192 tokens, and all
-devices share the state. `transformer plan configs/llama_1b.py --topology v5e:4x4` says what a step takes; none has been run.
+devices share the state. `transformer plan configs/llama_1b.py --topology v5e:4x4` estimates memory and time of a
+step; none has been run.
 """
 
 from transformer.config import Config, DataConfig, ParallelConfig, TrainingConfig

@@ -3,7 +3,7 @@
     python train.py configs/llama_70b.py --data.source corpus.jsonl
 
 A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is 1,024 rows of 8,192 tokens (4,096 for
-`:llama2`), and all devices share the state (`fsdp`). On v5p-512, 256 chips with 4 rows each, a step wants 76.0 of 102.8 GB
+`:llama2`), and all devices share the state (`fsdp`). On v5p-512, 256 chips with 4 rows each, a step needs 76.0 of 102.8 GB
 (`transformer plan`, docs/scaling.md). None has been run.
 """
 

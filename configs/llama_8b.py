@@ -3,7 +3,7 @@
     python train.py configs/llama_8b.py --data.source corpus.jsonl
 
 A row of the file is `{"text": ...}`; the tokenizer is trained on it. A batch is 512 rows of 8,192 tokens, and all
-devices share the state (`fsdp`). On v6e-256, 2 rows a chip, a step wants 12.3 of 33.5 GB; on v5e-256 with `--data.batch-size 256`
+devices share the state (`fsdp`). On v6e-256, 2 rows a chip, a step needs 12.3 of 33.5 GB; on v5e-256 with `--data.batch-size 256`
 7.7 of 16.9 (`transformer plan`, docs/scaling.md). None has been run.
 """
 

@@ -1,9 +1,9 @@
-"""The architecture of Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, of which a token uses 12.9 billion.
+"""The architecture of Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters; a token uses 12.9 billion.
 
     python train.py configs/moe_8x7b.py:debug
 
-Hardware: the model itself needs a pod, and has not been trained here; its data and schedule only stand for yours. The debug
-variant, of the same form with 0.4 million parameters, takes a minute on two CPU cores.
+Hardware: the full model needs a pod, and has not been trained here. Replace its data and schedule by your own. The debug variant
+has the same structure with 0.4 million parameters, and takes a minute on two CPU cores.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

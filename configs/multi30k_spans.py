@@ -1,9 +1,9 @@
-"""Span corruption on both sides of Multi30k: what its translator can start from.
+"""Span corruption on both sides of Multi30k, as pre-training for its translator.
 
     python train.py configs/multi30k_spans.py --data.source train.en.gz train.de.gz
     python train.py configs/multi30k_translate.py --training.init-from runs/multi30k_spans
 
-The model is that of `configs/multi30k_translate.py`, and its tokenizer will be this one. Hardware: two CPU cores.
+The model is the same as in `configs/multi30k_translate.py`, which then uses the tokenizer made here. Hardware: two CPU cores.
 """
 
 from transformer.config import Config, DataConfig, TrainingConfig

@@ -2,7 +2,7 @@
 
     python train.py configs/shakespeare_char_cpu.py --data.source tinyshakespeare.txt
 
-Without `--data.source` it reads the TFDS dataset `tiny_shakespeare`. Hardware: two CPU cores, about a minute and a half.
+Without `--data.source`, it reads the TFDS dataset `tiny_shakespeare`. Hardware: two CPU cores, about a minute and a half.
 Expect a validation loss of 1.90 nats per character on the whole last tenth of the text.
 """
 

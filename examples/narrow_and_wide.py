@@ -1,14 +1,14 @@
-"""Narrow, standard and wide multi-head attention on the same input, with what each costs; prints a table.
+"""Narrow, standard and wide multi-head attention on the same input, with their costs; prints a table.
 
     python examples/narrow_and_wide.py
 
-The essay "Transformers from scratch" (Bloem 2019) tells two kinds apart, with width k and h heads:
+The essay "Transformers from scratch" (Bloem 2019) has two kinds, for width k and h heads:
 
     narrow     head i reads the i-th of h chunks of the input, k/h wide, by matrices of k/h x k/h
     wide       each head reads the whole input by k x k matrices; the h outputs are projected from h·k back to k
 
-Vaswani et al. (2017) use a third: each head reads the whole input by matrices of k x k/h. This is what `Attention` does, and
-with `head_dim=k` it is the wide kind. Only the narrow kind needs a module of its own. There are no biases.
+Vaswani et al. (2017) use a third kind: each head reads the whole input by matrices of k x k/h. `Attention` is this kind, and with
+`head_dim=k` the wide kind. Only the narrow kind needs a new module. There are no biases.
 """
 
 import flax.linen as nn
@@ -21,17 +21,17 @@ from transformer.layers.linear import Linear
 
 
 class NarrowAttention(nn.Module):
-    """Multi-head attention in which a head sees its own chunk of the input only.
+    """Multi-head attention in which each head reads only its own chunk of the input.
 
     Attributes:
-        num_heads: how many chunks the width is cut into.
+        num_heads: number of heads, and of chunks of the width.
     """
 
     num_heads: int
 
     @nn.compact
     def __call__(self, inputs_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Attend within each chunk; `out` alone mixes them."""
+        """Attend within each chunk; only `out` mixes chunks."""
         B, T, D = inputs_BTD.shape
         H, K = self.num_heads, D // self.num_heads
         chunks_BTHK = inputs_BTD.reshape(B, T, H, K)
@@ -54,7 +54,7 @@ def variants(k: int, h: int) -> dict[str, tuple[nn.Module, str, int]]:
 
 
 def main() -> None:
-    """Show the three on one input."""
+    """Compare the three kinds on one input."""
     k, h = 256, 8
     x_BTD = jax.random.normal(jax.random.key(0), (1, 16, k))
     print(f"width k = {k}, heads h = {h}, input {x_BTD.shape}")

@@ -1,11 +1,11 @@
-"""A model, a tokenizer and batches of one's own, trained as any run is: with rows, scores, checkpoints and exact resume.
+"""A user-defined model, tokenizer and batches, trained like any run: with metrics, scores, checkpoints and exact resume.
 
     python examples/own_dataset.py    # a program: no command takes it, since model and data are not in its config
 
-The task is to answer questions such as `3+4=`. Batches to train on come from a generator of NumPy arrays; those to score are a
-list. The model is a plain linen module, which is called as `transformer.LanguageModel` says. The partition metadata of its kernel
-spreads it over the devices of `parallel.fsdp`. The directory of the run notes only what these objects are called, and `load` must
-be given them again.
+The task is to answer questions such as `3+4=`. Training batches come from a generator of NumPy arrays; validation batches are a
+list. The model is a plain linen module with the signature of `transformer.LanguageModel`. The partition metadata of its kernel
+shards it over the devices of `parallel.fsdp`. The directory of the run records only the names of these objects. `load` therefore
+needs the objects again.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ ROWS, LENGTH = 32, 4
 
 
 class Letters:
-    """A tokenizer: a letter is its place in the alphabet."""
+    """A tokenizer: the id of a letter is its index in the alphabet."""
 
     kind = "letters"
     vocab_size = len(LETTERS)
@@ -40,7 +40,7 @@ class Letters:
         return "".join(LETTERS[i] for i in ids if 0 < i < len(LETTERS))
 
     def save(self, directory):
-        """It is given again, so that nothing is kept."""
+        """Nothing is stored, since `load` gets the tokenizer again."""
 
 
 class Recurrent(nn.Module):
@@ -50,7 +50,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, *, positions_BT=None, segment_ids_BT=None, train=False):
-        """Called as `transformer.LanguageModel` says; rows have one document each, so that segments do not matter."""
+        """The call of `transformer.LanguageModel`; each row has one document, therefore segments are ignored."""
         kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", None))
         x_BTD = nn.Embed(len(LETTERS), self.features)(tokens_BT)
         x_BTD = nn.RNN(nn.GRUCell(self.features))(x_BTD)
@@ -58,7 +58,7 @@ class Recurrent(nn.Module):
 
 
 def make_batch(generator):
-    """Rows such as `3+5=8`, of which the answer alone counts."""
+    """Rows such as `3+5=8`; only the answer has weight."""
     a, b = generator.integers(0, 5, (2, ROWS))
     ids = np.stack([Letters().encode(f"{x}+{y}={x + y}") for x, y in zip(a, b, strict=True)])
     weights = np.broadcast_to(np.float32([0, 0, 0, 1]), (ROWS, LENGTH))
@@ -66,14 +66,14 @@ def make_batch(generator):
 
 
 def endless(seed=0):
-    """Batches to train on."""
+    """Training batches."""
     generator = np.random.default_rng(seed)
     while True:
         yield make_batch(generator)
 
 
 def get_config() -> Config:
-    """What is left for the config to say."""
+    """The config, which has all other settings."""
     return Config(
         model=ModelConfig(vocab_size=len(LETTERS)),
         data=DataConfig(sequence_length=LENGTH, batch_size=ROWS),
@@ -83,12 +83,12 @@ def get_config() -> Config:
 
 
 def main() -> None:
-    """Train for a moment, go on, and answer a question."""
+    """Train briefly, resume, and answer a question."""
     generator = np.random.default_rng(1)
     held_out = [make_batch(generator) for _ in range(2)]
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(get_config(), workdir=str(pathlib.Path(directory) / "sums"))
-        for steps in (100, 200):  # the second time it goes on: as many batches are skipped as were taken
+        for steps in (100, 200):  # the second call resumes: it skips the batches that the first call used
             training = dataclasses.replace(config.training, steps=steps)
             config = dataclasses.replace(config, training=training)
             data = {"train": endless(), "validation": held_out}

@@ -1,10 +1,10 @@
-"""An objective of one's own, with a metric of its own: a loss that rewards doubt (confidence penalty, Pereyra et al. 2017).
+"""A user-defined objective with its own metric: a loss with a confidence penalty (Pereyra et al. 2017).
 
     python examples/own_objective.py                                           # trains for a moment, and loads the run
     transformer train examples/own_objective.py --objective.beta 0.2 --training.steps 500
 
-One file brings all of it: the settings, whose flags are `--objective.beta` and those of next-token prediction; the loss; and
-the statistic `entropy`, which becomes a column of every row. A run of it is opened where this file has been imported.
+One file has all parts. The settings have the flag `--objective.beta` beside the flags of next-token prediction. The loss has an
+additional term, and the statistic `entropy` becomes a metric of every row. Import this file before loading such a run.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from transformer.validation import require_at_least
 @OBJECTIVES.register
 @dataclasses.dataclass(frozen=True)
 class ConfidencePenalty(NextToken):
-    """Cross-entropy of the token that follows, less the entropy of what is predicted."""
+    """Cross-entropy of the next token, minus the entropy of the prediction."""
 
     kind = "confidence_penalty"
 
@@ -57,7 +57,7 @@ class ConfidencePenalty(NextToken):
 
 
 def get_config() -> Config:
-    """A small run of it."""
+    """A small run."""
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=32, pattern=(BlockConfig(AttentionConfig(num_heads=2)),)),
         data=DataConfig(sequence_length=32, batch_size=8),

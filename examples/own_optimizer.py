@@ -1,10 +1,10 @@
-"""An optimizer and a learning-rate schedule of one's own: momentum, and stairs that go down.
+"""A user-defined optimizer and learning-rate schedule: momentum, and a decay by steps.
 
-    python examples/own_optimizer.py                                           # trains for a moment, and shows the stairs
+    python examples/own_optimizer.py                                           # trains for a moment, and prints the rates
     transformer train examples/own_optimizer.py --optimizer.momentum 0.8 --optimizer.schedule.stairs 3 --training.steps 500
 
-Each class is a kind: its fields are settings and flags, beside those that all optimizers and schedules have (weight decay and
-groups, warm-up and restarts). They also go with other configs: `--optimizer.kind heavy_ball` where this file has been imported.
+Each class is a kind. Its fields are settings and flags, beside the settings of all optimizers and schedules (weight decay and
+groups, warm-up and restarts). Other configs can use them after an import of this file: `--optimizer.kind heavy_ball`.
 """
 
 import dataclasses
@@ -44,12 +44,12 @@ class HeavyBall(Optimizer):
 @SCHEDULES.register
 @dataclasses.dataclass(frozen=True)
 class Stairs(Schedule):
-    """Halves at each of some stairs, which share the steps evenly."""
+    """Halve the learning rate at even distances."""
 
     kind = "stairs"
 
     stairs: int = 4
-    """How many."""
+    """Number of parts with a constant learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class Stairs(Schedule):
 
 
 def get_config() -> Config:
-    """A small run of them."""
+    """A small run."""
     return Config(
         model=ModelConfig(num_layers=2, embed_dim=32, pattern=(BlockConfig(AttentionConfig(num_heads=2)),)),
         data=DataConfig(sequence_length=32, batch_size=8),

@@ -48,7 +48,12 @@ PAGES = [
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
     if is_checked(path)
 ]
-MODULES = [path for path in sorted((ROOT / "transformer").rglob("*.py")) if is_checked(path)]
+MODULES = [
+    path
+    for folder in ("transformer", "benchmarks", "configs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if is_checked(path)
+]
 
 
 def test_the_list_of_unchecked_names_what_exists():
