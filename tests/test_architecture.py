@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "transformer").rglob("*.py"))
-STAIRS = [
+LEVELS = [
     {
         "types",
         "validation",
@@ -42,7 +42,7 @@ STAIRS = [
     {"cli"},
     {"__main__"},
 ]
-LEVEL = {package: level for level, packages in enumerate(STAIRS) for package in packages}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # Imports inside functions: of packages that few runs need.
 LAZY = {
     "transformer/training/progress.py": {"IPython.display"},
@@ -76,7 +76,7 @@ def package(module):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_file_keeps_to_its_stair(path):
+def test_a_file_keeps_to_its_level(path):
     name = str(path.relative_to(ROOT))
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{name} does not say what it is"
@@ -88,7 +88,7 @@ def test_file_keeps_to_its_stair(path):
         if module.split(".")[0] == "transformer" and here != "__init__":
             there = package(module)
             assert there == here or (LEVEL[there] < LEVEL[here] or LEVEL[there] == LEVEL[here] == 0), (
-                f"{name} (stair {LEVEL[here]}) imports {module} (stair {LEVEL[there]})"
+                f"{name} (level {LEVEL[here]}) imports {module} (level {LEVEL[there]})"
             )
 
 
@@ -171,9 +171,13 @@ def test_the_table_of_levels_equals_the_checked_one():
     """docs/architecture.md shows the packages in the order in which they import."""
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     shown = [
-        {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`(.+?)`", rooms)} for _, rooms in rows
+        {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`(.+?)`", packages)}
+        for _, packages in rows
     ]
-    there = [{room for room in rooms if any(file_of(room).exists() for file_of in PLACES)} for rooms in STAIRS[:-1]]
+    there = [
+        {package for package in packages if any(file_of(package).exists() for file_of in PATHS)}
+        for packages in LEVELS[:-1]
+    ]
     assert shown == there
 
 
@@ -187,27 +191,29 @@ def picture():
     cells = [
         [line[start:end].strip() for start, end in zip(columns, (*columns[1:], None), strict=True)] for line in lines
     ]
-    rooms = [name.strip("/") for row in cells for name in row[0].split() if name.endswith("/") or name == "parts"]
-    ways = [sorted((int(n), stop) for n, stop in (row[way].split() for row in cells if row[way])) for way in (1, 2, 3)]
-    return rooms, [[stop for _, stop in way] for way in ways]
+    packages = [name.strip("/") for row in cells for name in row[0].split() if name.endswith("/") or name == "parts"]
+    paths = [
+        sorted((int(n), stop) for n, stop in (row[path].split() for row in cells if row[path])) for path in (1, 2, 3)
+    ]
+    return packages, [[stop for _, stop in path] for path in paths]
 
 
 def test_the_picture_has_all_packages_from_top_to_bottom():
-    rooms, _ = picture()
-    there = [{room for room in stair if any(place(room).exists() for place in PLACES)} for stair in STAIRS[1:-1]]
-    assert sorted(rooms) == sorted(room for stair in there for room in stair)
-    levels = [LEVEL[room] for room in rooms]
+    packages, _ = picture()
+    there = [{package for package in level if any(path(package).exists() for path in PATHS)} for level in LEVELS[1:-1]]
+    assert sorted(packages) == sorted(package for level in there for package in level)
+    levels = [LEVEL[package] for package in packages]
     assert levels == sorted(levels, reverse=True)
 
 
 def mentioned(module):
     """The modules of the package that a module imports, or names in a table of kinds."""
-    tree = ast.parse(PLACES[1](module).read_text())
-    names = {name for name, _ in imports(PLACES[1](module))}
+    tree = ast.parse(PATHS[1](module).read_text())
+    names = {name for name, _ in imports(PATHS[1](module))}
     names |= {f"{n.module}.{alias.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
     names |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     paths = {name.removeprefix("transformer.").replace(".", "/") for name in names if name.startswith("transformer.")}
-    return {path for path in paths if PLACES[1](path).exists()}
+    return {path for path in paths if PATHS[1](path).exists()}
 
 
 def reached_from(module):
@@ -218,10 +224,10 @@ def reached_from(module):
     return found
 
 
-@pytest.mark.parametrize("way", [0, 1, 2], ids=["config", "batch", "parameter"])
-def test_neighbours_on_a_path_know_each_other(way):
+@pytest.mark.parametrize("path", [0, 1, 2], ids=["config", "batch", "parameter"])
+def test_neighbours_on_a_path_know_each_other(path):
     """Each stop knows the next one, or is known by it, or both are known by one above them."""
-    stops = picture()[1][way]
+    stops = picture()[1][path]
     assert len(stops) >= 7
     known = {stop: reached_from(stop) for stop in (*stops, "runs/train")}
     for here, there in itertools.pairwise(stops):
@@ -229,7 +235,7 @@ def test_neighbours_on_a_path_know_each_other(way):
         assert joined, f"{here} and {there} do not know each other"
 
 
-PLACES = (lambda room: ROOT / "transformer" / room, lambda room: ROOT / "transformer" / f"{room}.py")
+PATHS = (lambda package: ROOT / "transformer" / package, lambda package: ROOT / "transformer" / f"{package}.py")
 ASKED = {"kind", "reads", "strategy", "implementation"}
 CLASSES = {"Decoder", "Encoder", "EncoderDecoder", "Classifier", "Batch", "LabelledBatch", "PairBatch", "PairTokenizer"}
 # Some are no kinds of ours: words of a message, and of JAX.
@@ -249,7 +255,7 @@ def kind_questions(tree):
             yield node.lineno
 
 
-def test_kinds_are_not_asked_for():
+def test_kinds_are_not_compared_by_name():
     """A bound that only falls: what a kind does is its method. New questions belong into the kind's file."""
     found = [
         f"{path.relative_to(ROOT)}:{line}" for path in FILES for line in kind_questions(ast.parse(path.read_text()))

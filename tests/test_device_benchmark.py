@@ -202,7 +202,7 @@ def test_a_wrong_backend_is_found_wrong(tmp_path, monkeypatch):
     assert not device_attention.measure(case, prepared, "wrong")["same_bits"]
 
 
-def test_operations_are_those_of_124_million_parameters():
+def test_operations_agree_with_124_million_parameters():
     device_step = load("device_step")
 
     assert device_step.GPT2.flops_per_token == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024

@@ -82,7 +82,7 @@ def has_square(text, length):
         ("span_corruption", {"length": 4096}, 3),
     ],
 )
-def test_the_step_of_an_objective_asks_for_kernels(installed, kind, settings, calls):
+def test_the_step_of_an_objective_calls_kernels(installed, kind, settings, calls):
     text, parts, found = step_for_cuda(make(kind, **settings))
     assert found == (calls, calls)
     assert not has_square(text, 512)
@@ -146,7 +146,7 @@ def test_shipped_configs_for_accelerators_ask_for_kernels(installed, name):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_batches_of_ones_own_are_described_with_ids_and_without(installed, pack):
+def test_user_defined_batches_are_described_with_ids_and_without(installed, pack):
     config = resolve(make("next_token", pack=pack), BYTES)
     parts = Steps(config, BYTES, own_batches=True).parts
     assert parts.describe_attention("gpu") == "cudnn for rows without segment ids, blockwise for others"

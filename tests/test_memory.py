@@ -112,7 +112,7 @@ def test_a_field_is_refused_or_harmless(path, value):
 
 @pytest.mark.parametrize("kind", ["next_token", "masked_lm", "seq2seq"])
 @pytest.mark.parametrize("positions", ["rotary", "learned", "t5"])
-def test_parameters_by_arithmetic_are_those_of_the_model(kind, positions):
+def test_parameters_by_arithmetic_agree_with_the_model(kind, positions):
     """At most as many, so that what fits is never refused; all but norms and biases, so that little is missed."""
     config = ModelConfig(
         vocab_size=300,

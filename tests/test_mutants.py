@@ -26,7 +26,7 @@ def test_the_table_is_large_and_has_a_share_of_every_area():
 
 
 @pytest.mark.parametrize("mutant", TABLE, ids=lambda mutant: f"{mutant.file}-{mutant.what}".replace(" ", "_"))
-def test_a_change_has_one_place_compiles_to_another_program_and_has_tests(mutant):
+def test_a_change_fits_once_compiles_to_another_program_and_has_tests(mutant):
     """Where code moved on, say in `mutants.toml` which line is to be changed now, and which tests should notice."""
     before, after = (ROOT / mutant.file).read_text(), mutant.changed(ROOT)
     assert ast.dump(ast.parse(after)) != ast.dump(ast.parse(before))
@@ -67,7 +67,7 @@ def checkout(tmp_path_factory):
     return root
 
 
-def test_killed_hung_survived_and_errors_are_told_apart(checkout, capsys):
+def test_killed_hung_survived_and_errors_are_distinguished(checkout, capsys):
     given = {
         "killed": [toy("minus", "a + b", "a - b", "test_add"), toy("no syntax", "a + b", "a +", "test_add")],
         "survived": [toy("thrice", "2 * a", "3 * a", "test_twice_of_nothing")],
@@ -86,7 +86,7 @@ def test_killed_hung_survived_and_errors_are_told_apart(checkout, capsys):
     assert "test_what_fails_anyway" in capsys.readouterr().out
 
 
-def test_a_place_must_be_one(checkout):
+def test_an_anchor_must_occur_once(checkout):
     for old, count in (("a", 5), ("z", 0)):
         with pytest.raises(ValueError, match=f"must occur once in toy/sums/sums.py, it occurs {count} times"):
             toy("", old, "b", "test_add").changed(checkout)

@@ -19,7 +19,7 @@ def test_each_promise_names_tests_that_exist():
             assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{test}"
 
 
-def test_places_named_in_the_text_exist():
+def test_paths_named_in_the_text_exist():
     text = (ROOT / "SECURITY.md").read_text()
     for path in re.findall(r"\]\(([\w/.]+)\)", text):
         assert (ROOT / path).exists(), path

@@ -175,7 +175,7 @@ def test_what_means_the_same_is_kept_as_pythons_own():
     assert type(config.batch_size) is int and type(AdamW(learning_rate=1).learning_rate) is float
 
 
-def test_ones_own_kind_cannot_forget_the_check():
+def test_a_user_defined_kind_cannot_forget_the_check():
     @dataclasses.dataclass(frozen=True)
     class Own(Objective):
         sharpness: float = 1.0

@@ -104,14 +104,14 @@ def test_other_errors_pass(error):
     assert found.value is error
 
 
-def test_an_error_for_the_user_is_not_told_twice():
+def test_an_error_for_the_user_is_not_reported_twice():
     error = UserError("Said already.")
     error.__cause__ = OSError(errno.ENOSPC, "full")
     with pytest.raises(UserError, match=r"^Said already\.$"), explained("A file"):
         raise error
 
 
-def test_a_read_only_directory_is_told(tmp_path):
+def test_a_read_only_directory_is_reported(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

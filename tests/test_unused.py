@@ -109,7 +109,7 @@ def test_what_another_value_makes_use_of_is_taken():
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES.names)
-def test_flags_are_those_of_the_settings_that_a_run_uses(kind):
+def test_flags_agree_with_the_settings_that_a_run_uses(kind):
     config = Config(objective=OBJECTIVES.find(kind)())
     hidden = {flag.paths[0] for flag in all_flags(config).values()} - {flag.paths[0] for flag in flags(config).values()}
     assert {path.removesuffix(".kind") for path in hidden} == set(config.unused())

@@ -159,7 +159,7 @@ def test_before_training(opened, page):
     np.testing.assert_allclose(found[0][1], before.maps[0].weights[0][0][19].max(), atol=1 / 255 + 0.005)
 
 
-def test_statistics_are_those_of_the_weights(opened, page):
+def test_statistics_agree_with_the_weights(opened, page):
     _, seen, before = page
     cells = "[...document.querySelectorAll('#table tr')].slice(1).map(r => [...r.cells].map(c => +c.textContent))"
     table = np.array(opened.run(cells))

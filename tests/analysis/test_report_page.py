@@ -203,7 +203,7 @@ def test_a_run_without_anything(browser, tmp_path):
         assert browser.text(".tip output") == value
 
 
-def test_objectives_that_differ_are_told():
+def test_objectives_that_differ_are_named():
     other = view("other", settings={"objective.kind": "masked_lm", "data.tokenizer.kind": "bytes"})
     (note,) = data_of(render_report([view("a"), other]))["notes"]
     assert "objective (masked_lm, next_token)" in note and "not comparable" in note

@@ -124,7 +124,7 @@ def direct(run, context, continuation):
     return float(chosen.sum()), bool((found.argmax(-1) == continuation).all())
 
 
-def test_loglikelihoods_are_those_of_the_logits(both):
+def test_loglikelihoods_agree_with_the_logits(both):
     run, model = both
     start = [run.tokenizer.end_of_text]
     found = model.loglikelihood(instances("loglikelihood", CONTEXTS))
@@ -151,7 +151,7 @@ def test_the_most_likely_continuation_is_said_to_be_so(both):
     assert [greedy for _, greedy in found] == [True] + [False] * 4
 
 
-def test_rolling_likelihoods_are_those_of_lm_evals_windows(both):
+def test_rolling_likelihoods_agree_with_lm_evals_windows(both):
     run, model = both
     texts = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text("utf-8").splitlines()]
     found = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in [*texts, ""]]))
@@ -228,7 +228,7 @@ def scores_of(capsys, *words):
 
 
 @pytest.mark.parametrize("name", ["run", "imported", "folder"])
-def test_tasks_of_ones_own_on_the_command_line(place, capsys, name):
+def test_user_defined_tasks_on_the_command_line(place, capsys, name):
     tasks = ("local_choice", "local_rolling", "local_generation")
     found = scores_of(capsys, place / name, "--tasks", *tasks, "--include-path", place / "tasks")
     assert found["workdir"] == str(place / name) and list(found["tasks"]) == list(tasks)

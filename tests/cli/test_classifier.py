@@ -202,7 +202,7 @@ def test_it_goes_on_without_the_run_that_it_started_from(place, pretrained, caps
     assert load(workdir).step == 2
 
 
-def test_another_tokenizer_than_that_of_the_run_it_starts_from_is_refused(place, pretrained, capsys):
+def test_another_tokenizer_than_the_starting_runs_is_refused(place, pretrained, capsys):
     with pytest.raises(SystemExit) as exit_info:
         train(place, "refused", "--training.init-from", str(pretrained), "--data.tokenizer", "bpe")
     assert exit_info.value.code == 2

@@ -164,7 +164,7 @@ def test_running_text_is_scored_whole(place, language_model, capsys):
     assert 0 < part["bytes"] < 50
 
 
-def test_all_of_the_own_corpus_is_scored_when_it_is_asked_for(classifier, language_model, capsys):
+def test_all_of_the_own_corpus_is_scored_if_requested(classifier, language_model, capsys):
     assert evaluated(capsys, classifier, "--split", "all")["scored"] == "120 texts"
     parts = [evaluated(capsys, language_model, "--split", split)["bytes"] for split in ("train", "validation", "all")]
     assert parts[0] + parts[1] == parts[2]

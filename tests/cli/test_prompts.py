@@ -171,7 +171,7 @@ def test_what_was_held_back_is_shown_at_the_end():
     assert "".join(stream_text(decode, [], bytes_of("a E"), ["END"])) == "a E"
 
 
-def test_stops_of_a_batch_are_those_of_a_stream(generate, monkeypatch):
+def test_stops_of_a_batch_equal_those_in_a_stream(generate, monkeypatch):
     free = RUN.generate(["ab", "c", "ddd"], max_new_tokens=60, seed=5)
     stop = [free[0][0][20:22], free[2][0][33]]
     found = RUN.generate(["ab", "c", "ddd"], max_new_tokens=60, seed=5, stop=stop)
@@ -296,7 +296,7 @@ def test_a_text_is_stopped_and_an_error_ends_no_session(typed, monkeypatch):
     assert session.out.rstrip().endswith("".join(RUN.stream("c", sampling=GREEDY)).rstrip())
 
 
-def test_a_note_is_told_once(typed):
+def test_a_note_is_printed_once(typed):
     session = typed("ab", "c", flags=["--max-new-tokens", "40"])
     assert session.err.count("the model reads 24 tokens") == 1 and session.out.count("ab") >= 1
 

@@ -75,7 +75,7 @@ def report(*runs):
     return data_of(report_page(runs))
 
 
-def test_values_are_those_of_the_metrics(place, tmp_path, capsys):
+def test_values_agree_with_the_metrics(place, tmp_path, capsys):
     output = tmp_path / "report.html"
     main(["report", str(place / "run"), "-o", str(output)])
     captured = capsys.readouterr()
@@ -122,7 +122,7 @@ def test_scores_that_cannot_be_kept_are_printed(place, tmp_path, capsys):
     copy.chmod(0o755)
 
 
-def test_a_place_for_scores_that_is_a_folder(place, tmp_path, capsys):
+def test_a_file_of_scores_that_is_a_folder(place, tmp_path, capsys):
     copy = shutil.copytree(place / "films", tmp_path / "films")
     (copy / "scores.jsonl").mkdir()
     main(["evaluate", str(copy)])

@@ -68,7 +68,7 @@ def edited(place, tmp_path, edit):
     return str(run)
 
 
-def test_ones_own_run_is_scored_as_it_is(place, capsys):
+def test_your_own_run_is_scored_as_it_is(place, capsys):
     main(["evaluate", str(place / "run")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["source"] == [str(place / "text.txt")]
 
@@ -140,7 +140,7 @@ def test_a_prompt_is_not_given_a_cache_that_nothing_holds(place, tmp_path, capsy
 
 
 @pytest.mark.parametrize("command", ["train", "inspect"])
-def test_a_run_in_the_place_of_a_config_names_no_file(command, place, another_user, capsys):
+def test_a_run_instead_of_a_config_names_no_file(command, place, another_user, capsys):
     error = refused(capsys, command, str(place / "run"))
     assert "may name only data that you have trained on" in error and "--data.source" in error
 

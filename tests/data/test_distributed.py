@@ -116,7 +116,7 @@ def _files(directory):
 @pytest.mark.parametrize("record_bytes", [64, 400])
 @pytest.mark.parametrize("fractions", [(0.1, 0.0), (0.2, 0.15), (0.0, 0.0)])
 @pytest.mark.parametrize("write", SOURCES)
-def test_files_are_those_of_one_process(tmp_path, make_config, run, write, fractions, record_bytes):
+def test_files_agree_with_one_process(tmp_path, make_config, run, write, fractions, record_bytes):
     source, stored = str(write(tmp_path)), write is not _conversations  # these need a chat template
     changes = {"separator": "<|>", "record_bytes": record_bytes}
     config = make_config(source, validation_fraction=fractions[0], test_fraction=fractions[1], **changes)
@@ -144,7 +144,7 @@ def test_what_is_there_takes_no_task(tmp_path, make_config, run, monkeypatch):
     assert run.calls == []
 
 
-def test_a_source_of_ones_own_is_one_part(tmp_path, make_config, run):
+def test_a_user_defined_source_is_one_part(tmp_path, make_config, run):
     config = make_config("numbers", validation_fraction=0.2)
     assert Numbers().parts("numbers") == ("all",)
     together = Numbers().open_text("numbers", config, run)
@@ -276,7 +276,7 @@ def test_a_shard_in_a_bucket_is_written_here_and_copied(tmp_path, monkeypatch):
     assert len(written) == 2 and not any(path.startswith(str(bucket)) for path in written)
 
 
-def test_the_package_is_asked_for(tmp_path, capsys, monkeypatch):
+def test_the_package_is_requested(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     (tmp_path / "text.txt").write_text("text\n" * 100)
     arguments = ["prepare", str(tmp_path / "text.txt"), "--data-dir", str(tmp_path / "p")]

@@ -206,7 +206,7 @@ class Own(ByteTokenizer):
 
 
 @pytest.mark.parametrize("made", [Own(), PairTokenizer(Own(), ByteTokenizer()), PairTokenizer(ByteTokenizer(), Own())])
-def test_a_tokenizer_of_ones_own_is_asked_each_time(files, made):
+def test_a_user_defined_tokenizer_runs_each_time(files, made):
     data = opened(files, "pairs", "pairs.jsonl")
     list(data.evaluation_batches(made, "train"))
     assert not list(files.glob("prepared/example_records/*/tokens"))
@@ -235,7 +235,7 @@ def test_labels_have_the_numbers_of_the_run_that_scores_them(files):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_class_that_the_run_has_not_is_named_with_its_place(old, stored, monkeypatch):
+def test_a_class_that_the_run_has_not_is_named_with_its_location(old, stored, monkeypatch):
     monkeypatch.setattr(seen, "_SETTLED_SECONDS", -10)
     if stored:
         opened(old, "labelled", "labelled.jsonl")

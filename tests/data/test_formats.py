@@ -60,7 +60,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_rows_are_those_of_jsonl(tmp_path, name):
+def test_rows_agree_with_jsonl(tmp_path, name):
     (tmp_path / "rows.jsonl").write_bytes(as_jsonl(ROWS))
     WRITERS[name](tmp_path / name)
     found, expected = (

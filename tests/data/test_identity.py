@@ -93,7 +93,7 @@ def test_records_of_another_size_and_a_packed_file_are_the_same_corpus(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "objective"), [("labelled", "classification"), ("pairs", "seq2seq")])
-def test_a_prepared_dataset_of_the_same_name_and_size_is_told_by_its_content(tmp_path, kind, objective):
+def test_a_prepared_dataset_of_the_same_name_and_size_differs_by_content(tmp_path, kind, objective):
     header = {"labelled": "text,label", "pairs": "source,target"}[kind]
 
     def prepared(where, last, **changes):
@@ -110,7 +110,7 @@ def test_a_prepared_dataset_of_the_same_name_and_size_is_told_by_its_content(tmp
     assert len({json.dumps(described) for described in [first, *others]}) == 4
 
 
-def test_neighbouring_parts_are_told_apart():
+def test_neighbouring_parts_are_distinguished():
     seen = set()
     for parts in ([("a", "b")], [("ab",)], [("a",), ("b",)], [("", "ab")], [("a", "b", "")]):
         content = ContentHash()

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     held=st.sampled_from([0, 10, 100]),
     data=st.data(),
 )
-def test_parts_of_a_file_are_those_of_its_text(folder, pack, text, separator, mark, held, data):
+def test_parts_of_a_file_equal_parts_of_its_text(folder, pack, text, separator, mark, held, data):
     text = text.removeprefix("\ufeff")
     path = folder / "text.txt"
     path.write_bytes(PACK[pack]((b"\xef\xbb\xbf" if mark else b"") + text.encode()))
@@ -128,7 +128,7 @@ def test_a_corpus_is_prepared_as_one_that_is_held_whole(tmp_path, make_config, m
         (gzip.compress(np.random.default_rng(0).bytes(2000).hex().encode())[:900], "A compressed file must be whole"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(tmp_path, make_config, short_memory, content, message, separator):
+def test_what_is_no_text_is_refused_with_its_location(tmp_path, make_config, short_memory, content, message, separator):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):

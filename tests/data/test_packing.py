@@ -105,7 +105,7 @@ def test_a_small_split_is_read_whole():
     assert sample_documents(records_of(*[[5]] * 99), 1000) == whole([5] * 99)
 
 
-def test_a_large_split_is_read_at_a_few_places():
+def test_a_large_split_is_read_at_a_few_positions():
     records = records_of(*[[100 + i // 1000] for i in range(16_000)])
     found = sample_documents(records, 1000)
     assert found == whole([100 + 2 * place for place in range(8) for _ in range(125)])
@@ -146,7 +146,7 @@ def test_a_line_says_what_becomes_of_running_text(make_config, write_jsonl):
     assert describe(dataclasses.replace(data, pack=False)) == describe(data, continued=True) == ""
 
 
-def test_the_remedy_is_that_of_the_cause():
+def test_the_remedy_fits_the_cause():
     short = whole([2] * 200)
     assert describe_packing(short, 32, 16, 0).count("\n") == 0
     limited = describe_packing(short, 32, 4, 0).split("\n")

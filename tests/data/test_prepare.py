@@ -274,7 +274,7 @@ def test_a_file_that_has_just_changed_is_hashed_again(tmp_path, make_config, wri
 
 @pytest.mark.usefixtures("no_wait")
 @pytest.mark.parametrize("is_path", [False, True])
-def test_a_source_of_ones_own_is_read_each_time(tmp_path, make_config, monkeypatch, is_path):
+def test_a_user_defined_source_is_read_each_time(tmp_path, make_config, monkeypatch, is_path):
     """Also where a file has its name by chance."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numbers").write_text("a file")
@@ -332,7 +332,7 @@ def test_a_source_that_cannot_be_read_is_refused(make_config, write_folder):
             open_source(str(source), make_config(folder))
 
 
-def test_the_data_directory_falls_back_to_that_of_tfds(tmp_path, make_config, write_folder, monkeypatch):
+def test_the_data_directory_falls_back_to_tfds(tmp_path, make_config, write_folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "from_environment"))
     folder = write_folder()
     open_sources(make_config(folder, data_dir=""))
@@ -384,7 +384,7 @@ def test_what_is_held_out_is_a_share_of_the_text(tmp_path, make_config, write_js
 
 
 @pytest.mark.parametrize("source", ["./missing.txt", "/no/such/folder", "missing.txt", "~/missing", "two words"])
-def test_a_missing_path_is_told_from_a_name(source, make_config):
+def test_a_missing_path_differs_from_a_name(source, make_config):
     with pytest.raises(UserError, match=f"there is no file or folder '{source}'"):
         open_source(source, make_config(source))
 
@@ -445,7 +445,7 @@ def test_a_dataset_on_disk_is_read_by_its_name(tmp_path, make_config):
         source.records("validation")
 
 
-def test_datasets_of_one_name_and_size_are_told_by_their_content(tmp_path, make_config):
+def test_datasets_of_one_name_and_size_differ_by_content(tmp_path, make_config):
     for where, text in (("a", "one"), ("b", "one"), ("c", "two")):
         _write_tfds(tmp_path / where, "texts", [{"text": "zero"}, {"text": text}])
     first, same, other = (

@@ -100,7 +100,7 @@ def test_there_are_no_bytes_where_text_is_lost(name, tmp_path):
 
 
 @every_folder
-def test_the_name_of_a_special_token_is_text_unless_asked_for(name, tmp_path):
+def test_the_name_of_a_special_token_is_text_unless_requested(name, tmp_path):
     tokenizer = opened(make_folder(tmp_path, name))
     names = [tokenizer._model.id_to_token(index) for index in sorted(tokenizer.special)]
     for word in names:

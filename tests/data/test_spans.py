@@ -141,7 +141,7 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_training_rows_are_those_of_the_text(config, data):
+def test_training_rows_agree_with_the_text(config, data):
     corrupted, plain = data.train_batches(BYTES), open_data(config, NextToken()).train_batches(BYTES)
     for _ in range(5):
         pair_batch, batch = next(corrupted), next(plain)

@@ -183,7 +183,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     assert "ids.bin" in str(refusal.value)
 
 
-def test_an_id_that_the_tokenizer_lacks_is_named_with_its_place(tmp_path):
+def test_an_id_that_the_tokenizer_lacks_is_named_with_its_location(tmp_path):
     ids = np.arange(250).repeat(3)
     (tmp_path / "a_0.bin").write_bytes(with_header(ids))
     ids[700] = 300

@@ -112,7 +112,7 @@ def test_characters_are_sorted_after_the_special_ones():
     assert tokenizer.token_bytes.tolist() == [0, 0, 1, 1, 1, 1, 2]
 
 
-def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_asked_for():
+def test_byte_pairs_are_fewer_than_bytes_and_no_more_than_requested():
     tokenizer = TOKENIZERS["bpe"]
     assert 257 < tokenizer.vocab_size <= 300
     assert BytePairs(size=262).train(CORPUS).vocab_size == 262

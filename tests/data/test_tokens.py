@@ -142,7 +142,7 @@ def test_another_tokenizer_and_another_text_have_tokens_of_their_own(tmp_path, o
     assert len(_shards(tmp_path)) == 4
 
 
-def test_a_tokenizer_of_ones_own_is_asked_each_time(tmp_path, open_records):
+def test_a_user_defined_tokenizer_runs_each_time(tmp_path, open_records):
     class Own(ByteTokenizer):
         def encode(self, text):
             return super().encode(text.upper())

@@ -42,7 +42,7 @@ def test_pieces_make_up_the_text_and_are_no_longer_than_four_times_their_size(te
 
 @given(words=st.lists(st.text(st.sampled_from("ab é's.,1\n\t 東"), max_size=9), max_size=60), size=st.integers(3, 40))
 @settings(deadline=None)
-def test_the_words_of_pieces_are_those_of_the_whole(words, size):
+def test_the_words_of_pieces_agree_with_the_whole(words, size):
     """Where a text is cut between words, the splitting into words is as of the whole, for both kinds of splitting."""
     text = " x ".join(words)
     for kind in (BytePairs(size=300), Words(size=50)):
@@ -67,7 +67,7 @@ def test_a_small_corpus_gives_the_vocabulary_of_whole_documents(tmp_path, make_c
 
 
 @pytest.mark.parametrize("limit", [1000, 5000, 20_000])
-def test_a_sample_is_spread_over_all_sources_and_has_its_size(make_config, write_jsonl, limit):
+def test_a_sample_covers_all_sources_and_has_its_size(make_config, write_jsonl, limit):
     paths = [write_jsonl([{"text": f"{name} {i:05} " * 5} for i in range(900)], f"{name}.jsonl") for name in "ab"]
     config = make_config(*paths, validation_fraction=0.0, tokenizer=BytePairs(size=300), tokenizer_bytes=limit)
     texts = list(vocabulary_texts(open_sources(config), limit))
@@ -82,7 +82,7 @@ def test_a_sample_is_spread_over_all_sources_and_has_its_size(make_config, write
     assert tokenizer.to_json() == config.tokenizer.train(texts).to_json()
 
 
-def test_characters_are_those_of_all_the_text(make_config, write_jsonl):
+def test_characters_agree_with_all_the_text(make_config, write_jsonl):
     path = write_jsonl([{"text": f"text {chr(0x4E00 + i)}"} for i in range(300)])
     config = make_config(path, validation_fraction=0.0, tokenizer=Characters(), tokenizer_bytes=1000)
     assert open_data(config, NextToken()).make_tokenizer().vocab_size > 300

@@ -41,7 +41,7 @@ def test_they_are_shown_alike(kind):
     assert list(objective.show(batch, BYTES, names)) == list(objective.show(with_ids(batch), BYTES, names))
 
 
-def test_a_prefix_is_that_of_the_row():
+def test_a_prefix_agrees_with_the_row():
     np.testing.assert_array_equal(prefix_tokens(WEIGHTS), prefix_tokens(WEIGHTS, ONES))
     assert prefix_tokens(WEIGHTS).sum() == 4
 

@@ -78,7 +78,7 @@ def test_earlier_layers_differ_and_texts_do_not_depend_on_each_other(run):
     np.testing.assert_allclose(np.linalg.norm(run.embed(TEXTS, normalize=True), axis=1), 1, rtol=1e-5)
 
 
-def test_scanned_layers_are_those_of_a_loop():
+def test_scanned_layers_agree_with_a_loop():
     looped, scanned = loaded(NextToken()), loaded(NextToken(), scan_layers=True)
     scanned = Loaded(scanned.model, scan_params(looped.params), *list(scanned)[2:])
     for layer in (1, 2, 3):

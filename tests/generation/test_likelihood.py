@@ -75,7 +75,7 @@ def of_one(run, prompt, text):
     return log_softmax(logits)[np.arange(len(read), row.shape[1] - 1), said]
 
 
-def test_they_are_those_of_the_logits(run):
+def test_they_agree_with_the_logits(run):
     prompts, texts = ["a", "why", "so", "b"], [text[:18] for text in TEXTS[:4]]
     for prompt, text, found in zip(prompts, texts, run.score(texts, prompts=prompts), strict=True):
         np.testing.assert_allclose(found.log_probabilities, of_one(run, prompt, text), rtol=1e-4, atol=1e-5)

@@ -186,7 +186,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("config", SETTINGS)
-def test_the_whole_distribution_is_that_of_transformers(config):
+def test_the_whole_distribution_agrees_with_transformers(config):
     """Their processors in the order of their `generate`."""
     torch, library = pytest.importorskip("torch"), pytest.importorskip("transformers")
     generator = np.random.default_rng(0)

@@ -164,7 +164,7 @@ def test_a_draft_without_numbers_costs_time_only():
         SpeculativeGenerator(model, broken, model, params).generate(PROMPTS, max_new_tokens=9, sampling=DRAWN)
 
 
-def test_a_draft_may_read_less_than_the_model_but_as_much_as_is_asked_for():
+def test_a_draft_may_read_less_than_the_model_but_as_much_as_requested():
     model, params = make()
     draft = Decoder(dataclasses.replace(model.config, max_length=16))
     pair = SpeculativeGenerator(model, params, draft, near(params, 0.1))

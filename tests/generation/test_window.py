@@ -143,7 +143,7 @@ def test_within_the_length_nothing_changes_and_no_more_is_compiled():
     assert (module._prefill._cache_size(), module._decode._cache_size(), module.roll_cache._cache_size()) == programs
 
 
-def test_windows_are_cut_at_places_of_the_row():
+def test_windows_are_cut_at_positions_of_the_row():
     assert num_dropped(np.arange(15), 4).tolist() == [0, 0, 0, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
     assert num_dropped(np.array([5, 10**6]), 0).tolist() == [0, 0]
 

@@ -64,7 +64,7 @@ def test_is_its_experts_token_by_token(small, gated, experts_per_token, normaliz
     np.testing.assert_allclose(small.apply(layer, params, inputs), expected, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_dense_formulation(small):
+def test_gradients_agree_with_the_dense_formulation(small):
     layer, inputs, direction = MixtureOfExperts(config()), small.normal(2, 5, 8), small.normal(2, 5, 8, seed=1)
     params = small.random_params(layer, inputs)
 

@@ -67,7 +67,7 @@ def test_every_pooling_reads_the_whole_text(pooling):
     np.testing.assert_array_equal(after[1:], before[1:])
 
 
-def test_parameters_are_those_of_an_encoder_and_a_head():
+def test_parameters_agree_with_an_encoder_and_a_head():
     model, variables = make("attention")
     encoder = Encoder(model.config)
     of_encoder = encoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -28,7 +28,7 @@ def test_permutation_equivariance_only_without_positions(tiny, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_at_two_places_is_one_input_only_without_positions(tiny, kind):
+def test_a_token_at_two_indices_is_one_input_only_without_positions(tiny, kind):
     config, tokens = tiny.config(kind, architecture="encoder"), tiny.tokens((1, 6)).at[0, jnp.array([1, 4])].set(3)
     hidden = tiny.forward(config)(tiny.params(config), tokens)
     difference = np.abs(hidden[0, 1] - hidden[0, 4]).max()

@@ -177,7 +177,7 @@ def test_a_translator_shows_cross_attention(tiny):
 
 
 @pytest.mark.parametrize("form", ["loop", "scan, remat"])
-def test_unasked_no_program_holds_weights(tiny, form):
+def test_no_program_holds_weights_without_a_request(tiny, form):
     """Of a blockwise layer, whose own program has no array of queries by keys."""
     base = tiny.config("rotary", pattern=(BlockConfig(AttentionConfig(num_heads=4, implementation="blockwise")),))
     config, tokens = dataclasses.replace(base, **FORMS[form]), tiny.tokens((1, 300))

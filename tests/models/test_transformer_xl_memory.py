@@ -142,7 +142,7 @@ def test_a_row_that_begins_a_document_sees_nothing_before(tiny):
     assert np.abs(logits[2] - other[2]).max() > 1e-2
 
 
-def test_places_far_into_a_document_lose_no_precision(tiny):
+def test_positions_far_into_a_document_lose_no_precision(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     tokens, params = tiny.tokens((1, 4)), tiny.params(config)
     memory = normal_like(tiny.build(config).init_memory(1))

@@ -119,7 +119,7 @@ def compiled(chunks, vocabulary, width, rows, length):
     return run.lower(shape((vocabulary, width)), shape((rows, length, width)), targets).compile()
 
 
-def test_no_array_has_the_logits_of_all_places():
+def test_no_array_has_the_logits_of_all_positions():
     text = compiled(8, 640, 16, 2, 64).as_text()
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert 2 * 64 * 640 not in sizes and max(sizes) < 2 * 64 * 640
@@ -151,7 +151,7 @@ def test_gradients_at_a_vocabulary_of_4096():
     ("length", "chunks", "parts"),
     [(6, 2, [[0, 2, 4], [1, 3, 5]]), (6, 3, [[0, 3], [1, 4], [2, 5]]), (5, 2, [[0, 2, 4], [1, 3]]), (2, 8, [[0], [1]])],
 )
-def test_a_place_is_in_the_part_of_its_remainder(length, chunks, parts):
+def test_a_position_is_in_the_part_of_its_remainder(length, chunks, parts):
     """Not in one part with its neighbours: if T is sharded over devices, each device must have some positions of every part."""
     places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (1, length))
 

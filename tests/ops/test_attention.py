@@ -317,7 +317,7 @@ LOWEST = float(np.finfo(np.float32).min)
 @pytest.mark.parametrize("amount", [-1e9, LOWEST])
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("backend", BLOCKS)
-def test_rows_hidden_by_a_finite_bias_are_those_of_the_reference(backend, described, amount, monkeypatch):
+def test_rows_hidden_by_a_finite_bias_agree_with_the_reference(backend, described, amount, monkeypatch):
     """Such a row is the mean of its values; the normaliser of its softmax has no digits left beside -1e9."""
     monkeypatch.setattr(blockwise, "choose_blocks", lambda *_: BLOCKS[backend])
     bias = Hidden(amount) if described else Hidden(amount).block(jnp.arange(T)[None], jnp.arange(S)[None])

@@ -11,7 +11,7 @@ from transformer.ops.positions.t5 import T5Bias, t5_buckets
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-def test_slopes_of_eight_heads_are_those_of_the_paper():
+def test_slopes_of_eight_heads_agree_with_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
 
 

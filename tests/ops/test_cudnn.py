@@ -66,7 +66,7 @@ def installed(monkeypatch):
         (AttentionMask.packed(ONES, max_segments=3, causal=True), "PADDING_CAUSAL", 0),
     ],
 )
-def test_kernels_are_asked_for_what_the_mask_says(installed, implementation, mask, mask_type, window):
+def test_kernels_get_the_mask(installed, implementation, mask, mask_type, window):
     traced = gradient_of(implementation, mask).trace(*qkv())
     text = traced.lower(lowering_platforms=("cuda",)).as_text().replace(r"\22", '"')
     assert text.count("__cudnn$fmhaSoftmax(") == text.count("__cudnn$fmhaSoftmaxBackward(") == 1
@@ -83,7 +83,7 @@ def test_kernels_are_asked_for_what_the_mask_says(installed, implementation, mas
         AttentionMask(key_lengths=jnp.asarray([70])),
     ],
 )
-def test_what_is_asked_for_is_the_reference(monkeypatch, mask):
+def test_the_requested_call_equals_the_reference(monkeypatch, mask):
     """By JAX's own definition of it, which runs anywhere."""
     define = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **s: define(*x, **{**s, "implementation": "xla"}))
@@ -184,7 +184,7 @@ def test_packed_rows_and_wide_heads_need_a_known_gpu_of_hopper_or_later(installe
         ({"K": 64, "W": 32}, {}, "heads of 64 and values of 32"),
     ],
 )
-def test_refusals_name_what_is_asked(installed, arrays, settings, message):
+def test_refusals_name_the_request(installed, arrays, settings, message):
     with pytest.raises(ValueError, match=f"'cudnn' cannot honour {message}"):
         jax.eval_shape(functools.partial(ATTEND, **settings), *qkv(**arrays))
 

@@ -89,7 +89,7 @@ def arrays(rows, heads=4, groups=2, width=8):
 @pytest.mark.parametrize("groups_known", [True, False])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_values_and_gradients_are_those_of_the_reference(emulated, monkeypatch, causal, groups, groups_known):
+def test_values_and_gradients_agree_with_the_reference(emulated, monkeypatch, causal, groups, groups_known):
     monkeypatch.setattr(cudnn_packed, "_GROUPS", groups_known)
     ids = jnp.asarray(list(PACKINGS.values()), jnp.int32)
     query, key, value, weights = arrays(len(ids), groups=groups)
@@ -132,7 +132,7 @@ def test_a_row_alone_may_break_it_too(emulated):
     assert np.isnan(cudnn.cudnn_attention(query, key, value, mask=mask, scale=0.3)).all()
 
 
-def test_ids_of_keys_that_are_not_those_of_queries_are_nan(emulated):
+def test_ids_of_keys_that_differ_from_queries_give_nan(emulated):
     queries, keys = jnp.asarray([PACKINGS["fewer"]]), jnp.asarray([PACKINGS["one document"]])
     mask = AttentionMask(query_segment_ids=queries, key_segment_ids=keys, max_segments=4)
     assert np.isnan(cudnn.cudnn_attention(*arrays(1)[:3], mask=mask, scale=0.3)).all()

@@ -87,7 +87,7 @@ def test_no_token_is_dropped_when_all_go_to_one_expert():
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 2])
-def test_gradients_are_those_of_the_dense_formulation(experts_per_token):
+def test_gradients_agree_with_the_dense_formulation(experts_per_token):
     arguments, direction = (make(N, D), make(N, E, seed=1), make(E, D, F, seed=2)), make(N, F, seed=3)
 
     def gradient(function):

@@ -61,7 +61,7 @@ def both(function, *arguments):
 @pytest.mark.parametrize("kind", ["normal", "far", "equal", "ties", "impossible"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.usefixtures("strict_dtypes")
-def test_values_and_gradients_are_those_of_the_reference(settings, kind):
+def test_values_and_gradients_agree_with_the_reference(settings, kind):
     logits, targets = make_logits(kind)
     weights = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
 

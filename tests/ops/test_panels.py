@@ -16,7 +16,7 @@ def random(shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 24])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_product_is_that_of_the_whole_matrix(rows, columns):
+def test_product_agrees_with_the_whole_matrix(rows, columns):
     x, matrix = random((rows, 5)), random((5, columns))
     panels = cut_panels(matrix, 8)
     assert panels.shape == (-(-columns // 8), 5, 8)

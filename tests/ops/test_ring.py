@@ -146,7 +146,7 @@ def test_refuses_what_it_cannot_honour(changes, bias, message):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_every_device_has_early_and_late_places(devices):
+def test_every_device_has_early_and_late_positions(devices):
     order = balanced_order(32, devices)
     assert sorted(order.tolist()) == list(range(32))
     work = (order.reshape(devices, -1) + 1).sum(axis=1)  # keys that its queries see

@@ -271,7 +271,7 @@ def test_compiles_for_an_absent_tpu(implementation, monkeypatch):
         ),
     ],
 )
-def test_refusals_name_what_is_asked(settings, message):
+def test_refusals_name_the_request(settings, message):
     with pytest.raises(ValueError, match=f"'splash' cannot honour {message}"):
         SPLASH(*qkv(64, 64, 2, 1, 8, 8), **settings)
 

@@ -17,7 +17,7 @@ PATTERNS = (None, StridedPattern(block_size=4, stride=2), FixedPattern(block_siz
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["dense", "strided", "fixed"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 5])
-def test_pairs_are_those_of_the_booleans(causal, window, pattern):
+def test_pairs_agree_with_the_booleans(causal, window, pattern):
     for queries, keys in itertools.product((1, 7, 23), (1, 7, 23)):
         mask = AttentionMask(causal=causal, window=window, pattern=pattern)
         assert visible_pairs(mask, queries, keys) == np.sum(mask.to_bool(queries, keys)), (queries, keys)

@@ -60,7 +60,7 @@ def test_an_output_layer_has_no_float32_gradient_of_its_size(tied):
     assert not any("tensor<8x24xf32>" in result for result in results)
 
 
-def test_other_products_are_those_of_lax():
+def test_other_products_agree_with_lax():
     x, batched = jnp.ones((3, 3, 3), jnp.bfloat16), (((2,), (1,)), ((0,), (0,)))
     for operand, numbers, result in (
         (x, batched, jnp.float32),

@@ -40,7 +40,7 @@ def free_port():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="reads /proc")
-def test_it_listens_where_it_was_told_and_nowhere_else():
+def test_it_listens_on_the_given_address_and_nowhere_else():
     hosts = ["127.0.0.1", "localhost", "0.0.0.0"]
     if bind_address("[::1]:1"):
         hosts.append("[::1]")

@@ -177,12 +177,12 @@ def test_equals_one_device(layout, factors):
 
 
 @pytest.mark.parametrize("layout", ["fsdp_tensor", "data_context"])
-def test_fields_of_pretrained_families_equal_those_of_one_device(layout):
+def test_fields_of_pretrained_families_equal_one_device(layout):
     check(layout, (layout == "fsdp_tensor", "none", 1), fields=True)
 
 
 @pytest.mark.parametrize(("layout", "factors"), EXPERT_CASES, ids=str)
-def test_experts_equal_those_of_one_device(layout, factors):
+def test_experts_equal_one_device(layout, factors):
     check(layout, factors, num_experts=4)
 
 
@@ -192,7 +192,7 @@ def test_experts_equal_those_of_one_device(layout, factors):
     [case for case in itertools.product(EXPERT_LAYOUTS, EXPERT_FACTORS) if case not in EXPERT_CASES],
     ids=str,
 )
-def test_experts_equal_those_of_one_device_in_all_combinations(layout, factors):
+def test_experts_equal_one_device_in_all_combinations(layout, factors):
     check(layout, factors, num_experts=4)
 
 
@@ -215,7 +215,7 @@ def collectives(layout, **settings):
     return {name for name in names if re.search(rf"[ =]{name}(-start)?\(", text)}
 
 
-def test_every_sharding_leaves_its_exchanges_in_the_program():
+def test_every_sharding_has_its_collectives_in_the_program():
     assert collectives("single") == set()
     assert collectives("data") == {"all-reduce"}
     assert "all-gather" in collectives("fsdp")
@@ -237,7 +237,7 @@ def test_no_large_array_of_the_state_is_whole_on_a_device(layout):
         assert all(x.addressable_shards[0].data.size * 8 == x.size for x in large)
 
 
-def test_state_made_on_a_mesh_is_that_of_one_device():
+def test_state_made_on_a_mesh_agrees_with_one_device():
     model = make_model(True, "none")
     shapes, axes = init_params(model, None)
 

@@ -73,7 +73,7 @@ def test_a_conversation_is_written_as_transformers_writes_it(template, reply, tm
         np.testing.assert_array_equal(chat_ids(ours, messages, reply=reply), ids)
 
 
-def test_templates_are_found_in_each_place(tmp_path):
+def test_templates_are_found_in_each_file(tmp_path):
     named = [{"name": "default", "template": "D{{ bos_token }}"}, {"name": "rag", "template": "R"}]
     ours, theirs = opened(tmp_path / "list", named)
     assert chat_of(ours).render([USER]) == theirs.apply_chat_template([USER], tokenize=False) == "D<s>"

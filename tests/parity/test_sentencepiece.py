@@ -63,7 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ids_and_texts_are_those_of_transformers(case, models, tmp_path):
+def test_ids_and_texts_agree_with_transformers(case, models, tmp_path):
     kind, config = CASES[case]
     ours, theirs = both(
         folder(tmp_path, models[kind], config, "spiece.model" if kind == "unigram" else "tokenizer.model")
@@ -89,7 +89,7 @@ def test_bytes_add_up(models, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_special_tokens_are_text_unless_asked_for(legacy, models, tmp_path):
+def test_special_tokens_are_text_unless_requested(legacy, models, tmp_path):
     config = LLAMA | {"legacy": legacy, "added_tokens_decoder": ADDED}
     ours, theirs = both(folder(tmp_path, models["bpe"], config))
     assert (ours.vocab_size, len(ours.token_bytes)) == (321, 321)

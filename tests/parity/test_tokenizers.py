@@ -25,7 +25,7 @@ def check(ours, theirs, texts=TEXTS):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_ids_are_those_of_transformers(name, tmp_path):
+def test_ids_agree_with_transformers(name, tmp_path):
     check(*both(make_folder(tmp_path, name)))
 
 
@@ -60,7 +60,7 @@ def test_a_file_without_a_template_has_none(flags, tmp_path):
     check(ours, theirs)
 
 
-def test_special_tokens_in_a_text_are_those_of_transformers_when_asked_for(tmp_path):
+def test_special_tokens_in_a_text_agree_with_transformers_if_requested(tmp_path):
     for name in FOLDERS:
         ours, theirs = both(make_folder(tmp_path, name))
         for word in theirs.all_special_tokens:

@@ -75,7 +75,7 @@ def test_every_chip_has_a_peak():
         ),
     ],
 )
-def test_a_chip_says_what_its_compiler_is_asked(name, slices, asked, monkeypatch):
+def test_a_chip_names_the_request_to_its_compiler(name, slices, asked, monkeypatch):
     found = {}
 
     def describe(**given):
@@ -107,7 +107,7 @@ def test_a_chip_says_what_its_compiler_is_in(name, package, monkeypatch):
         ("all-gather", 2, (0, 4), 0.5 / 3.1e9),  # of another slice
     ],
 )
-def test_an_exchange_takes_the_time_of_its_wires(kind, group, devices, speed):
+def test_a_collective_takes_the_time_of_its_links(kind, group, devices, speed):
     places = [types.SimpleNamespace(coords=(number % 2, number // 2 % 2, 0)) for number in range(8)]
     topology = Topology("none", CHIPS["v5e"], places)
     collective = Collective(kind, 1e9, group, devices, 1)
@@ -230,7 +230,7 @@ def test_the_compiled_program_does_what_was_traced(capsys):
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_told_by_how_much(capsys):
+def test_a_plan_that_does_not_fit_says_by_how_much(capsys):
     (plan,) = planned(capsys, "--data.batch-size", "131072", code=1)
     assert not plan["fits"]
     assert plan["peak_bytes"] > plan["capacity_bytes"]
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_told_by_how_much(capsys):
 
 
 @needs_libtpu
-def test_a_state_that_is_too_large_asks_for_more_devices(capsys):
+def test_a_state_that_is_too_large_needs_more_devices(capsys):
     (plan,) = planned(capsys, "--model.num-layers", "1", "--model.embed-dim", "16384", "--data.batch-size", "4", code=1)
     assert plan["argument_bytes"] > plan["capacity_bytes"]
     assert "The state alone is too much" in plan["advice"] and "accumulate" not in plan["advice"]

@@ -53,7 +53,7 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
 """
 
 
-def test_exchanges_count_as_often_as_their_loop_runs():
+def test_collectives_count_as_often_as_their_loop_runs():
     program = read_program(LOOP)
     gather, scatter, both, sent = sorted(program.collectives, key=lambda c: (-c.count, c.kind))
     assert gather == Collective("all-gather", 32 * 4 * 2, 4, (0, 2, 4, 6), 12)
@@ -95,7 +95,7 @@ ENTRY %main (a: bf16[8,4]) -> bf16[32,4] {
 """
 
 
-def test_an_exchange_beside_other_work_counts_once():
+def test_a_collective_beside_other_work_counts_once():
     assert read_program(BESIDE).collectives == [Collective("all-gather", 256, 4, (0, 1, 2, 3), 1)] * 2
 
 
@@ -231,7 +231,7 @@ def shapes(length=32):
     return Batch(tokens, tokens, jax.ShapeDtypeStruct((8, length), np.float32), tokens, tokens)
 
 
-def test_products_of_the_step_are_those_of_the_count():
+def test_products_of_the_step_agree_with_the_count():
     steps = steps_of()
     assert traced_flops(steps.train_step, steps.state, shapes()) == steps.parts.count_step(shapes()).products
 

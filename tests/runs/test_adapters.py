@@ -210,7 +210,7 @@ def test_over_devices_it_is_the_same_run(tmp_path, base, parallel):
     jax.tree.map(lambda one, several: np.testing.assert_allclose(one, several, atol=1e-5), *found.values())
 
 
-def test_adapters_start_from_those_of_another_run(tmp_path, base, monkeypatch):
+def test_adapters_start_from_another_runs_adapters(tmp_path, base, monkeypatch):
     """On the command line: the directory of a run, and another for the new one."""
     monkeypatch.chdir(tmp_path)
     train(adapted(tmp_path, "lora", "base"))

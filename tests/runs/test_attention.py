@@ -171,7 +171,7 @@ def test_a_run_with_adapters():
     assert np.abs(before - after).max() > 0.01
 
 
-def test_initial_parameters_are_those_of_training(tmp_path):
+def test_initial_parameters_agree_with_training(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be " * 100)
     config = Config(
         model=ModelConfig(num_layers=1, embed_dim=8, pattern=(BLOCK,)),
@@ -230,7 +230,7 @@ def test_weights_that_are_no_numbers():
         run.attention("abc")
 
 
-def test_a_model_of_ones_own_and_an_objective_that_reads_nothing():
+def test_a_user_defined_model_and_an_objective_that_reads_nothing():
     run = made("next_token")
     with pytest.raises(UserError, match="this run has a user-defined Dense"):
         dataclasses.replace(run, model=nn.Dense(3), own_model=True).attention("abc")

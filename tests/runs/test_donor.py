@@ -83,7 +83,7 @@ def test_a_stored_tokenizer_knows_its_kind(kind, tmp_path):
     assert load_tokenizer(tmp_path, kind_of(kind)).kind == kind
 
 
-def test_a_run_goes_on_with_what_it_recorded_where_nothing_is_asked_for():
+def test_a_run_resumes_with_its_record_by_default():
     recorded = Config(data=DataConfig(tokenizer=kind_of("bpe", size=300)))
     for data in (DataConfig(), DataConfig(tokenizer=kind_of("bpe"))):
         assert resume_conflicts(recorded, to_dict(Config(data=data))) == []

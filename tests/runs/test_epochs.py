@@ -156,7 +156,7 @@ def test_sources_with_shares_have_no_epoch(place):
         with_steps(config, data, data.make_tokenizer())
 
 
-def test_steps_given_take_the_place_of_epochs():
+def test_given_steps_replace_epochs():
     config = Config(training=TrainingConfig(epochs=3))
     assert override(config, {"training.steps": 5}).training.epochs == 0
     with pytest.raises(UserError, match=r"has training\.steps or training\.epochs, got both; leave one out"):

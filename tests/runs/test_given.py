@@ -47,7 +47,7 @@ def rows(workdir, split):
     return [row for row in read_jsonl(workdir / "metrics.jsonl") if row["split"] == split]
 
 
-def test_a_transformation_takes_the_place_of_the_configs_optimizer(text, tmp_path):
+def test_a_transformation_replaces_the_configs_optimizer(text, tmp_path):
     """With a step of zero, parameters stay; a user-defined rate is not reported as the config's."""
     train(config_of(text, tmp_path / "still"), optimizer=optax.set_to_zero())
     train(config_of(text, tmp_path / "sgd"), optimizer=optax.sgd(0.1, momentum=0.9))
@@ -58,7 +58,7 @@ def test_a_transformation_takes_the_place_of_the_configs_optimizer(text, tmp_pat
     assert all("learning_rate" not in row and row["grad_norm"] > 0 for row in rows(tmp_path / "sgd", "train"))
 
 
-def test_it_goes_on_to_the_bit_and_is_asked_for_again(text, tmp_path):
+def test_it_resumes_to_the_bit_and_is_needed_again(text, tmp_path):
     def made():
         return optax.chain(optax.clip(1.0), optax.adam(1e-2))
 

@@ -139,7 +139,7 @@ def test_batches_are_trained_on_and_gone_on_with_to_the_bit(tmp_path, make, mode
     assert set(json.loads((tmp_path / "other" / "given.json").read_text())) == {"data", *given}
 
 
-def test_the_loss_is_that_of_the_batch(tmp_path):
+def test_the_loss_agrees_with_the_batch(tmp_path):
     """Of uniform logits, ln V; and fields that are given count."""
 
     class Uniform(nn.Module):
@@ -223,7 +223,7 @@ def test_a_run_on_ids_has_no_tokenizer(tmp_path):
         (lambda: [make_batch(0) | {"inputs": np.full((ROWS, T), V, np.int32)}], r"below vocab_size=11.*holds 11 to 11"),
     ],
 )
-def test_what_cannot_be_trained_on_is_told(tmp_path, data, message):
+def test_data_that_cannot_be_trained_on_is_named(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         train(config_of(tmp_path), data=data())
 
@@ -340,7 +340,7 @@ class Flat(nn.Module):
         (Flat(pooled=True), "must give logits .B, T, V. alone"),
     ],
 )
-def test_logits_are_those_of_a_language_model(tmp_path, model, message):
+def test_logits_agree_with_a_language_model(tmp_path, model, message):
     with pytest.raises(UserError, match=message):
         train(config_of(tmp_path), data=endless(), model=model)
 
@@ -420,7 +420,7 @@ def test_an_objective_reads_arrays_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "pmap"])
-def test_a_model_is_spread_by_its_metadata(tmp_path, strategy, capsys):
+def test_a_model_is_sharded_by_its_metadata(tmp_path, strategy, capsys):
     """Sharded is single; what has no metadata is whole on every device, and named."""
     spread = ParallelConfig(data=2, strategy="pmap") if strategy == "pmap" else ParallelConfig(data=1, fsdp=2)
     seen = {}

@@ -405,7 +405,7 @@ def test_death_while_removing_a_checkpoint(tmp_path, monkeypatch, moment, storag
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == again.steps()
 
 
-def test_a_run_that_never_saved_is_told_from_one_that_lost_its_checkpoints(tmp_path):
+def test_a_run_that_never_saved_differs_from_one_that_lost_its_checkpoints(tmp_path):
     root = manifest.epath.Path(tmp_path)
     assert not folders.never_saved(root)
     folders.begin(root)

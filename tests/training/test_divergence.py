@@ -86,7 +86,7 @@ def test_what_is_named():
 
 
 @pytest.mark.parametrize(("devices", "accumulate_steps"), [(1, 1), (1, 4), (2, 2)])
-def test_parts_are_those_of_the_step(devices, accumulate_steps):
+def test_parts_agree_with_the_step(devices, accumulate_steps):
     """Rows of each device, and of these every n-th, each part with a key of its own."""
     parts = list(
         split(np.arange(8), {"x": np.arange(8)}, jax.random.key(1), devices=devices, accumulate_steps=accumulate_steps)

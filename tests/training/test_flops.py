@@ -148,7 +148,7 @@ def expected_flops(config):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_operations_are_those_of_arithmetic(name):
+def test_operations_agree_with_arithmetic(name):
     kind, settings = MODELS[name]
     parts, batch = make(kind, **settings)
     assert parts.count_step(batch).total == pytest.approx(expected_flops(parts.config), rel=0.01)
@@ -179,7 +179,7 @@ def gradient(objective, key):
     "groups", [(), ("block_0/=0",), ("(token_embedding|blocks)/=0",)], ids=["all", "a block", "blocks"]
 )
 @pytest.mark.parametrize("name", ["unequal", "transformer_xl", "masked, experts", "classes", "pairs, two vocabularies"])
-def test_products_are_those_of_the_gradient_that_jax_traces(name, groups):
+def test_products_agree_with_the_gradient_that_jax_traces(name, groups):
     kind, settings = MODELS[name]
     parts, batch = make(kind, optimizer=AdamW(parameter_groups=groups), **settings)
     carry = jax.eval_shape(lambda: parts.loss.init_carry(ROWS))
@@ -316,7 +316,7 @@ def test_devices_of_a_shard_map_count_together():
     assert count_flops(lambda w, x: jnp.sum(product(w, x)), shape(8, 8), shape(8, 8)).total == 2 * PRODUCT
 
 
-def test_a_model_of_ones_own_counts_too():
+def test_a_user_defined_model_counts_too():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):

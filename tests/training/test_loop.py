@@ -413,7 +413,7 @@ def test_an_exception_is_not_hidden_by_trouble_with_the_checkpoint(toy, tmp_path
         run.start(steps=6)
 
 
-def test_writers_are_closed_and_told_where_a_run_resumes(toy, tmp_path):
+def test_writers_are_closed_and_get_the_step_of_a_resumed_run(toy, tmp_path):
     calls = []
 
     class Spy:

@@ -141,7 +141,7 @@ def test_the_best_the_latest_and_each_step_are_found(run):
     assert find_checkpoint(run.directory / "nothing", "best") is None
 
 
-def test_a_damaged_one_is_refused_and_not_exchanged(run):
+def test_a_damaged_one_is_refused_and_not_replaced(run):
     run.start()
     directory = run.checkpoints
     (path,) = (directory / "10").glob(manifest.NAME)

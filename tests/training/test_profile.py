@@ -16,7 +16,7 @@ def step(x):
         return {"loss": jnp.sum(x @ x)}
 
 
-def test_the_steps_asked_for_are_traced(tmp_path, monkeypatch):
+def test_the_requested_steps_are_traced(tmp_path, monkeypatch):
     calls, said = [], []
     start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: (calls.append(f"start {path}"), start(path)))

@@ -23,7 +23,7 @@ def tree(start=0.0, **changes):
     return nested
 
 
-def test_the_difference_is_told():
+def test_the_difference_is_reported():
     own, donor = tree(), tree(100.0, **{"embedding": (4, 3), "head/kernel": None, "other/kernel": (7,)})
     result = transfer(own, donor)
     np.testing.assert_array_equal(result.params["block"]["kernel"], donor["block"]["kernel"])
@@ -49,7 +49,7 @@ def test_another_width_is_not_taken():
     assert "block/kernel ([3, 3] here, [3, 4] there)" in result.fresh
 
 
-def test_types_are_those_of_the_new_run():
+def test_types_agree_with_the_new_run():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
     assert {x.dtype for x in jax.tree.leaves(transfer(tree(), half).params)} == {jnp.dtype("float32")}
 
