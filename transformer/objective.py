@@ -290,13 +290,15 @@ class Objective(Kind):
         sampling: Any,
         seed: int,
         note: Callable[[str], None],
-        **options: Any,
+        *,
+        beams: Any = None,
     ) -> Iterator[GeneratedTexts]:
         """Generate texts for several prompts, in order; by default, by `generate`, one prompt after the other.
 
-        `batch_size` texts are computed together. Further arguments, with defaults, are this kind's options.
+        `batch_size` texts are computed together. A subclass may have further options, with defaults.
         """
         del batch_size
+        options = {"beams": beams} if beams is not None else {}
         for prompt in prompts:
             parts = self.generate(run, prompt, max_new_tokens, sampling, seed, note, **options)
             yield GeneratedTexts("", ("".join(parts),))

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from tests.shared.tiny_tokenizers import byte_level
 from transformer.config import Config, DataConfig
 from transformer.data.datasets import data_of, describe_data
-from transformer.data.registry import find_source, open_source
+from transformer.data.registry import find_source, open_source, open_sources
 from transformer.data.token_stream import TokenStream, read_header
 from transformer.data.tokenizers.auto import Auto
 from transformer.data.tokenizers.bytes import Bytes
@@ -269,7 +269,15 @@ def test_two_billion_ids_are_not_read_to_be_opened(tmp_path):
         file.write(with_header([], count=2**31 - 1))
         file.truncate(1024 + 2 * (2**31 - 1))
     found = read_header(epath.Path(path))
-    assert found.count == 2**31 - 1
+    assert found.num_ids == 2**31 - 1
     started = time.perf_counter()
     assert TokenStream([found.path]).read(2**31 - 4, 2**31 - 1).tolist() == [0, 0, 0]
     assert time.perf_counter() - started < 3
+
+
+def test_prepared_in_tasks_ids_are_the_same_source(tmp_path):
+    """They need no preparation: no task runs."""
+    (tmp_path / "train.bin").write_bytes(with_header(stream_of(Bytes().train(()), "before")))
+    config = config_of(tmp_path, tmp_path / "train.bin", tokenizer=Bytes()).data
+    (source,) = open_sources(config, lambda tasks: pytest.fail("a task ran"))
+    assert source.fingerprint == open_source(config.source[0], config).fingerprint

@@ -55,7 +55,7 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
 
 def test_collectives_count_as_often_as_their_loop_runs():
     program = read_program(LOOP)
-    gather, scatter, both, sent = sorted(program.collectives, key=lambda c: (-c.count, c.kind))
+    gather, scatter, both, sent = sorted(program.collectives, key=lambda c: (-c.runs, c.kind))
     assert gather == Collective("all-gather", 32 * 4 * 2, 4, (0, 2, 4, 6), 12)
     assert scatter == Collective("reduce-scatter", 32 * 4 * 2, 4, (0, 2, 4, 6), 12)
     assert both == Collective("all-reduce", 64, 4, (0, 1, 4, 5), 1)
@@ -132,7 +132,7 @@ def test_a_compiled_program_has_the_products_and_gathers_of_its_loops():
     program = read_program(jax.jit(chain, in_shardings=shardings).lower(*SHAPES).compile().as_text())
     assert program.flops == PRODUCTS / 8
     gathers = [c for c in program.collectives if c.kind == "all-gather"]
-    assert sum(c.bytes * c.count for c in gathers) == DEPTH * WIDTH * WIDTH * 4
+    assert sum(c.bytes * c.runs for c in gathers) == DEPTH * WIDTH * WIDTH * 4
     assert {c.group for c in gathers} == {8}
     assert program.traffic_bytes < 50 * 4 * DEPTH * (WIDTH * WIDTH + ROWS * WIDTH)
 

@@ -32,8 +32,8 @@ def token_text(tokenizer: Any, index: int, before: Sequence[int] = ()) -> str:
     text = whole[len(start) :] if whole.startswith(start) else "\ufffd"
     if "\ufffd" in text:
         text = tokenizer.decode([index])
+    name = _name(tokenizer, index)
     if text == "" or "\ufffd" in text:
-        name = _name(tokenizer, index)
         # Decoding removes a space before the first word.
         text = "" if name.strip("▁") else " " * len(name)
     return printable(text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")) or f"⟨{printable(name)}⟩"

@@ -31,7 +31,8 @@ TEXT_FEATURES = {
 class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Examples in the given order: training shuffles, evaluation must not."""
 
-    url_infos: Mapping[str, Any] = {}  # nothing is downloaded; a lookup of checksums requires another package
+    # Nothing is downloaded; a lookup of checksums requires another package.
+    url_infos: dict[str, Any] | None = {}  # noqa: RUF012 (as the base class declares it)
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ from transformer.data.prepare import (
     shard_paths,
 )
 from transformer.data.progress import progress
+from transformer.data.records import RandomAccess
 from transformer.data.seen import Stamp
 from transformer.data.shards import Shards, holds, shard_of, write_shard
 from transformer.data.source import Source
@@ -86,7 +87,7 @@ def open_in_tasks(kind: Any, name: str, config: DataConfig, stamp: Stamp, run: R
 # ---- Documents, read file by file --------------------------------------------------------------------------------------
 
 
-class Documents(Sequence[Document]):
+class Documents(RandomAccess[Document]):
     """The documents that tasks have read, in order."""
 
     def __init__(self, folder: str, counts: Sequence[int]) -> None:
@@ -96,7 +97,7 @@ class Documents(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __getitem__(self, index: Any) -> Document:
+    def _read(self, index: int) -> Document:
         text, prompt, name = _unpack(self._shards[index])
         return Document(text.decode(), prompt.decode(), name.decode())
 

@@ -22,6 +22,7 @@ from transformer.data.forms.examples import ExampleForm, in_order
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import data_directory, quiet
 from transformer.data.progress import progress
+from transformer.data.records import RandomAccess
 from transformer.data.seen import Stamp
 from transformer.data.shards import Shards, count_shards, holds, write_shard
 from transformer.data.stored import open_stored
@@ -37,7 +38,7 @@ Read = Callable[[list[str]], Iterator[Any]]
 """Reads the examples of files, with class names; fills the list with notes after the last example."""
 
 
-class ExampleRecords(Sequence[Any]):
+class ExampleRecords(RandomAccess[Any]):
     """Stored examples with class numbers."""
 
     def __init__(self, shards: Shards, form: ExampleForm, roles: Roles) -> None:
@@ -46,8 +47,8 @@ class ExampleRecords(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._form.example(*unpack_parts(self.shards[index], self._roles))
+    def _read(self, index: int) -> Any:
+        return self._form.example._make(unpack_parts(self.shards[index], self._roles))
 
 
 class Kept(NamedTuple):

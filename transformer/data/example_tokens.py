@@ -8,6 +8,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.example_parts import CLASS, SOURCE, TEXT, Roles, types_of, unpack_tokens
 from transformer.data.forms.examples import ExampleForm
+from transformer.data.records import RandomAccess
 from transformer.data.shards import Shards
 from transformer.data.source import WHOLE, Converted, ExampleSource, Joined
 from transformer.data.token_shards import Job
@@ -21,7 +22,7 @@ def roles_of(form: ExampleForm, names: Sequence[str]) -> Roles:
     return {name: special.get(index, TEXT) for index, name in enumerate(names)}
 
 
-class _StoredTokens(Sequence[Any]):
+class _StoredTokens(RandomAccess[Any]):
     """Examples with ids instead of texts."""
 
     def __init__(self, shards: Shards, form: ExampleForm, types: Mapping[str, Any]) -> None:
@@ -30,8 +31,8 @@ class _StoredTokens(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._form.example(*unpack_tokens(self._shards[index], self._types))
+    def _read(self, index: int) -> Any:
+        return self._form.example._make(unpack_tokens(self._shards[index], self._types))
 
 
 def open_stored_tokens(

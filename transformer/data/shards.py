@@ -14,6 +14,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from transformer.data.records import RandomAccess
 from transformer.data.stored import readable
 from transformer.storage import is_local
 from transformer.types import UserError
@@ -28,7 +29,7 @@ UNFINISHED = ".unfinished"
 """Suffix of a shard that is being written; remains of killed writers are removed once the dataset is complete."""
 
 
-class Shards(Sequence[Any]):
+class Shards(RandomAccess[bytes]):
     """The records of files, one file after the other. Threads may share it."""
 
     def __init__(self, paths: Sequence[epath.PathLike], lengths: Sequence[int]) -> None:
@@ -40,9 +41,7 @@ class Shards(Sequence[Any]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: Any) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+    def _read(self, index: int) -> bytes:
         part = bisect.bisect_right(self._starts, index) - 1
         with readable(), self._lock:
             reader = self._readers[part] or self._open(part)

@@ -11,6 +11,7 @@ from etils import epath
 
 from transformer.data.documents import CONVERSATION, plain_text
 from transformer.data.long_text import Text
+from transformer.data.records import RandomAccess
 from transformer.data.splits import cut
 from transformer.data.stored import readable
 from transformer.validation import require
@@ -28,7 +29,7 @@ class Record(NamedTuple):
     last: bool
 
 
-class Joined(Sequence[Any]):
+class Joined(RandomAccess[Any]):
     """Several sequences concatenated as one."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
@@ -37,9 +38,7 @@ class Joined(Sequence[Any]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+    def _read(self, index: int) -> Any:
         part = bisect.bisect_right(self._starts, index) - 1
         return self._parts[part][index - self._starts[part]]
 
@@ -134,7 +133,7 @@ def pieces(text: Text, prompt: str, record_bytes: int) -> Iterator[Record]:
     yield Record(part, "" if continues else prompt, continues, True)
 
 
-class Converted(Sequence[Any]):
+class Converted(RandomAccess[Any]):
     """Stored examples, or a selection of them, each converted when it is read."""
 
     def __init__(
@@ -149,9 +148,7 @@ class Converted(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+    def _read(self, index: int) -> Any:
         with readable():
             example = self._stored[int(self._chosen[index])]
         return self._convert(example)

@@ -30,6 +30,7 @@ from transformer.data.encoded import (
 )
 from transformer.data.example_parts import features_of, pack_tokens, unpack_parts
 from transformer.data.long_text import LONG
+from transformer.data.records import RandomAccess
 from transformer.data.shards import Shards, count_records, write_shard
 from transformer.data.source import Record, pieces
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
@@ -42,7 +43,7 @@ LONGEST = 1 << 20
 """Most targets of a stored record; a longer document has several records."""
 
 
-class TextRecords(Sequence[Record]):
+class TextRecords(RandomAccess[Record]):
     """The records of stored text, read at random.
 
     Args:
@@ -58,15 +59,15 @@ class TextRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._pieces) if self.cut else len(self.shards)
 
-    def __getitem__(self, index: Any) -> Record:
-        return self._pieces[index] if self.cut else self._read(index)
+    def _read(self, index: int) -> Record:
+        return self._pieces[index] if self.cut else self._stored(index)
 
     @functools.cached_property
     def _pieces(self) -> list[Record]:
-        documents = map(self._read, range(len(self.shards)))
+        documents = map(self._stored, range(len(self.shards)))
         return [piece for one in documents for piece in pieces(one.text, one.prompt, self.cut)]
 
-    def _read(self, index: int) -> Record:
+    def _stored(self, index: int) -> Record:
         parts = unpack_fields(self.shards[index])
         if self.fields:
             require(

@@ -3,7 +3,7 @@
 import array
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -35,7 +35,7 @@ class TokenFile(NamedTuple):
     dtype: np.dtype
     start: int
     """Bytes before the first id."""
-    count: int
+    num_ids: int
 
 
 def read_header(path: epath.Path) -> TokenFile:
@@ -58,13 +58,13 @@ def read_header(path: epath.Path) -> TokenFile:
         found = TokenFile(path, _PLAIN, 0, size // _PLAIN.itemsize)
     else:
         found = _described(path, *map(int, header[:3]))
-    expected = found.start + found.count * found.dtype.itemsize
+    expected = found.start + found.num_ids * found.dtype.itemsize
     require(
         size == expected,
-        f"A file of ids must be whole, {path} has {size:,} bytes and should have {expected:,}, for {found.count:,} ids of "
+        f"A file of ids must be whole, {path} has {size:,} bytes and should have {expected:,}, for {found.num_ids:,} ids of "
         f"{found.dtype.itemsize} bytes" + (" after the header" if found.start else "") + ": copy or make it again.",
     )
-    require(found.count > 0, f"A file of ids must have some, {path} has none.")
+    require(found.num_ids > 0, f"A file of ids must have some, {path} has none.")
     return found
 
 
@@ -91,7 +91,7 @@ class TokenStream:
             f"Files of one stream must have ids of one size, {self.files[0].path} has {self.dtype.itemsize} bytes each and "
             f"{other and other.path} {other and other.dtype.itemsize}; give two sources.",
         )
-        self.starts = np.cumsum([0, *(file.count for file in self.files)])
+        self.starts = np.cumsum([0, *(file.num_ids for file in self.files)])
         self._mapped: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class TokenStream:
                 remote.seek(file.start + start * self.dtype.itemsize)
                 return np.frombuffer(remote.read((stop - start) * self.dtype.itemsize), self.dtype)
         if number not in self._mapped:
-            mapped = np.memmap(file.path, self.dtype, "r", file.start, file.count)
+            mapped = np.memmap(file.path, self.dtype, "r", file.start, file.num_ids)
             self._mapped[number] = np.asarray(mapped)  # slices of a plain view take a fifth of the time
         return self._mapped[number][start:stop]
 
@@ -153,9 +153,7 @@ class TokenRecords(Tokens):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: Any) -> Encoded:
-        if not 0 <= index < len(self):
-            raise IndexError(f"A record's index must be at least 0 and below {len(self)}, got {index}.")
+    def _read(self, index: int) -> Encoded:
         near = self._pairs[max(0, index - 1) : index + 2].tolist()
         own = min(index, 1)
         start, stop = near[own]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -24,6 +24,7 @@ from transformer.data.encoded import Encoded, encode_long, encode_records, learn
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import quiet
 from transformer.data.progress import progress
+from transformer.data.records import RandomAccess
 from transformer.data.shards import Shards, count_shards
 from transformer.data.source import WHOLE, Record, Source
 from transformer.data.stored import INFO, open_stored
@@ -50,7 +51,7 @@ _SHARD_BYTES = 32 << 20  # of text: about ten seconds of processor time, which a
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-class Tokens(Sequence[Encoded]):
+class Tokens(RandomAccess[Encoded]):
     """Records as tokens."""
 
     def sizes(self) -> np.ndarray:
@@ -141,7 +142,7 @@ class _Now(Tokens):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: Any) -> Encoded:
+    def _read(self, index: int) -> Encoded:
         return next(encode_records(self._tokenizer, [self._records[index]]))
 
 
@@ -160,7 +161,7 @@ class _Stored(Tokens):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __getitem__(self, index: Any) -> Encoded:
+    def _read(self, index: int) -> Encoded:
         return unpack(self._shards[index], self._dtype)
 
 

@@ -28,7 +28,7 @@ class State(NamedTuple):
     done_scores_BM: Float[Array, "B M"]  # divided by a power of the length
     is_done_BM: Bool[Array, "B M"]
     open_B: Bool[Array, " B"]  # whether a growing beam can still become one of the best
-    count: Int[Array, ""]  # tokens of each growing beam
+    num_tokens: Int[Array, ""]  # tokens of each growing beam
     broken_B: Int[Array, " B"]  # number of tokens before the first logits that are not finite, -1 if all are finite
     cache: Any
 
@@ -47,7 +47,7 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any)
         # The search does not wait for padding rows of the batch.
         is_done_BM=jnp.broadcast_to(~open_B[:, None], (B, M)),
         open_B=open_B,
-        count=jnp.int32(0),
+        num_tokens=jnp.int32(0),
         broken_B=jnp.full((B,), -1, jnp.int32),
         cache=cache,
     )
@@ -56,7 +56,7 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any)
 def goes_on(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Array, ""]:
     """Whether any row may still find a better continuation."""
     full = jnp.all(state.is_done_BM) if early_stopping is True else False
-    return jnp.any(state.open_B) & ~jnp.bool_(full) & (state.count < limits.num_new) & jnp.all(state.broken_B < 0)
+    return jnp.any(state.open_B) & ~jnp.bool_(full) & (state.num_tokens < limits.num_new) & jnp.all(state.broken_B < 0)
 
 
 def grow(
@@ -73,20 +73,20 @@ def grow(
     num_kept = min(max(2, 1 + len(limits.ends_E)) * M, M * V)
     sums_BK, index_BK = jax.lax.top_k((state.scores_BM[:, :, None] + logp_BMV).reshape(B, M * V), num_kept)
     parents_BK, new_BK = index_BK // V, index_BK % V
-    tokens_BKN = _take(state.tokens_BMN, parents_BK).at[:, :, state.count].set(new_BK)
-    count = state.count + 1
-    ends_BK = jnp.isin(new_BK, limits.ends_E) | (count >= limits.num_new)
+    tokens_BKN = _take(state.tokens_BMN, parents_BK).at[:, :, state.num_tokens].set(new_BK)
+    num_tokens = state.num_tokens + 1
+    ends_BK = jnp.isin(new_BK, limits.ends_E) | (num_tokens >= limits.num_new)
 
     scores_BM, chosen_BM = jax.lax.top_k(jnp.where(ends_BK, sums_BK + NOTHING, sums_BK), M)
     state = state._replace(
         tokens_BMN=_take(tokens_BKN, chosen_BM),
         scores_BM=scores_BM,
-        count=count,
-        broken_B=jnp.where(broken_B & (state.broken_B < 0), state.count, state.broken_B),
+        num_tokens=num_tokens,
+        broken_B=jnp.where(broken_B & (state.broken_B < 0), state.num_tokens, state.broken_B),
     )
     state = _finish(state, tokens_BKN, sums_BK, ends_BK, length_penalty, early_stopping)
     # Compare the best possible score of a growing beam with the worst score of the finished ones.
-    longest = limits.num_new if early_stopping == "never" and length_penalty > 0 else count
+    longest = limits.num_new if early_stopping == "never" and length_penalty > 0 else num_tokens
     possible_B1 = scores_BM[:, :1] / _power(longest, length_penalty)
     worst_B1 = jnp.min(state.done_scores_BM, axis=1, keepdims=True)
     better_B = jnp.any(possible_B1 > jnp.where(state.is_done_BM, worst_B1, NOTHING), axis=1)
@@ -105,9 +105,9 @@ def _finish(
     M, K = state.scores_BM.shape[1], sums_BK.shape[1]
     takes_B = state.open_B & ~(jnp.all(state.is_done_BM, axis=1) if early_stopping is True else False)
     joins_BK = ends_BK & (jnp.arange(K)[None] < M) & takes_B[:, None] & (sums_BK > NOTHING / 2)
-    scores_BK = jnp.where(joins_BK, sums_BK / _power(state.count, length_penalty), NOTHING)
+    scores_BK = jnp.where(joins_BK, sums_BK / _power(state.num_tokens, length_penalty), NOTHING)
     scores_BM, chosen_BM = jax.lax.top_k(jnp.concatenate([state.done_scores_BM, scores_BK], axis=1), M)
-    lengths_BK = jnp.full_like(tokens_BKN[:, :, 0], state.count)
+    lengths_BK = jnp.full_like(tokens_BKN[:, :, 0], state.num_tokens)
     return state._replace(
         done_BMN=_take(jnp.concatenate([state.done_BMN, tokens_BKN], axis=1), chosen_BM),
         done_lengths_BM=_take(jnp.concatenate([state.done_lengths_BM, lengths_BK], axis=1), chosen_BM),

@@ -217,7 +217,7 @@ def _search(
     how = limits, settings.length_penalty, True if M == 1 else settings.early_stopping
 
     def one_more(state: State) -> State:
-        last_BM = jax.lax.dynamic_index_in_dim(state.tokens_BMN, state.count - 1, axis=2, keepdims=False)
+        last_BM = jax.lax.dynamic_index_in_dim(state.tokens_BMN, state.num_tokens - 1, axis=2, keepdims=False)
         logits_R1V, cache = step(last_BM.reshape(B * M, 1), state.cache)
         state, parents_BM = grow(state, logits_R1V.reshape(B, M, -1), *how)
         # All beams of a row share the encoder output.

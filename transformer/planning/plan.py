@@ -307,7 +307,7 @@ def least_network_bytes(config: Config, steps: Steps, mesh: Mapping[str, int]) -
 def _by_kind(collectives: list[Collective]) -> dict[str, dict[str, float]]:
     found = {kind: [c for c in collectives if c.kind == kind] for kind in COLLECTIVES}
     return {
-        kind: {"count": sum(c.count for c in items), "bytes": sum(c.wire_bytes for c in items)}
+        kind: {"count": sum(c.runs for c in items), "bytes": sum(c.wire_bytes for c in items)}
         for kind, items in found.items()
         if items
     }

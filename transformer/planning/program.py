@@ -54,7 +54,7 @@ class Collective(NamedTuple):
     """Number of devices in a group."""
     devices: tuple[int, ...]
     """The devices of one group, by number; empty if the program does not list them."""
-    count: float
+    runs: float
     """Number of runs per step."""
 
     @property
@@ -66,7 +66,7 @@ class Collective(NamedTuple):
     def wire_bytes(self) -> float:
         """Bytes that a device sends over all runs, by an optimal algorithm for a ring."""
         factor = self.exchange.passes * (self.group - 1) / self.group if self.exchange.passes else 1.0
-        return factor * self.bytes * self.count
+        return factor * self.bytes * self.runs
 
 
 class Program(NamedTuple):

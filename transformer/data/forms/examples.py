@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -37,7 +37,7 @@ class ExampleForm(Form):
 
     keys: ClassVar[tuple[str, ...]]
     """Fields of the data config that name the parts of an example."""
-    example: ClassVar[Callable[..., Any]]
+    example: ClassVar[type[NamedTuple]]
     """The NamedTuple of an example, with its parts in the order of `keys`."""
     class_part: ClassVar[int | None] = None
     """The part that is a class, if any: its name in a file, its number once the data is open."""
@@ -59,7 +59,10 @@ class ExampleForm(Form):
         keys = self.key_names(config)
         for name in names:
             for location, row in find(name).rows(name, keys, self.title):
-                yield location, self.example(*(self._part(row, index, key, location) for index, key in enumerate(keys)))
+                yield (
+                    location,
+                    self.example._make(self._part(row, index, key, location) for index, key in enumerate(keys)),
+                )
 
     def key_names(self, config: DataConfig) -> tuple[str, ...]:
         """The names of an example's parts in files and datasets."""
@@ -108,7 +111,7 @@ class ExampleForm(Form):
 
     def with_class(self, example: Any, name_or_number: str | int) -> Any:
         """The example with another class."""
-        return self.example(*(name_or_number if i == self.class_part else part for i, part in enumerate(example)))
+        return self.example._make(name_or_number if i == self.class_part else part for i, part in enumerate(example))
 
     def numbered(self, examples: Sequence[Any], class_names: tuple[str, ...]) -> list[Any]:
         """The examples with class numbers instead of names."""
@@ -152,7 +155,7 @@ class ExampleForm(Form):
             part if i == self.class_part else (reader if i == self.source_part else tokenizer).encode(part)
             for i, part in enumerate(example)
         )
-        return self.example(*parts)
+        return self.example._make(parts)
 
     def frame(self, tokens: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
         """The result of `tokens`, cut to the length of a row, with the special ids around each text."""

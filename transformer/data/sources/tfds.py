@@ -116,8 +116,8 @@ class TfdsDataset(SourceKind):
 
         def to_example(example: Example) -> Any:
             parts = (example[key] for key in keys)
-            return form.example(
-                *(number(int(p)) if i == labelled else p.decode("utf-8", "replace") for i, p in enumerate(parts))
+            return form.example._make(
+                number(int(p)) if i == labelled else p.decode("utf-8", "replace") for i, p in enumerate(parts)
             )
 
         return example_source(

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from etils import epath
 
@@ -11,10 +11,12 @@ from transformer.config import DataConfig
 from transformer.data.files import is_there, kind_of
 from transformer.data.identity import ContentHash
 from transformer.data.prepare import data_directory
+from transformer.data.records import RandomAccess
 from transformer.data.seen import stamp
 from transformer.data.source import Source
 from transformer.data.source_kind import SourceKind
 from transformer.data.sources.globs import is_pattern, matching
+from transformer.data.tasks import Run
 from transformer.data.token_stream import Part, TokenStream
 from transformer.storage import expand, resolved
 from transformer.types import UserError
@@ -45,8 +47,9 @@ class TokenFiles(SourceKind):
         del config
         raise _no_text(name)
 
-    def open_text(self, name: str, config: DataConfig) -> Source:
-        """Open the ids, which are used unchanged."""
+    def open_text(self, name: str, config: DataConfig, run: Run | None = None) -> Source:
+        """Open the ids, which are used unchanged; there is nothing to prepare."""
+        del run
         streams = {split: TokenStream(paths) for split, paths in _files(name).items()}
         digests = {split: self._digest(name, split, stream, config) for split, stream in streams.items()}
         parts = _parts(streams, digests, config)
@@ -91,7 +94,7 @@ class TokenFiles(SourceKind):
         return known
 
 
-class _NoText(Sequence[Any]):
+class _NoText(RandomAccess[Any]):
     """A placeholder for records without text; reading one is an error."""
 
     def __init__(self, name: str) -> None:
@@ -100,7 +103,7 @@ class _NoText(Sequence[Any]):
     def __len__(self) -> int:
         return 0
 
-    def __getitem__(self, index: Any) -> Any:
+    def _read(self, index: int) -> NoReturn:
         raise IndexError(index)
 
     def __iter__(self) -> Iterator[Any]:
