@@ -49,11 +49,6 @@ def test_the_one_yaml_block_is_the_task_that_lm_eval_runs():
     assert block.id.startswith("use-")
 
 
-@pytest.mark.parametrize("code", [*blocks("python")])
-def test_python_block(code):
-    exec(compile(code, "block", "exec"), {"__name__": "block"})
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A directory that looks like a clone, with a user's text in it."""
@@ -70,6 +65,12 @@ def clone(tmp_path_factory):
     for language, phrase in (("en", "a dog number {}"), ("de", "ein Hund Nummer {}")):
         (directory / f"train.{language}").write_text("".join(phrase.format(i) + "\n" for i in range(40)))
     return directory
+
+
+@pytest.mark.parametrize("code", [*blocks("python")])
+def test_python_block(code, clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
 
 
 @pytest.mark.parametrize("code", [*blocks("sh")])

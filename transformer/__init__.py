@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from transformer.analysis.attention import AttentionMap, TextAttention
     from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.batches import BatchData
+    from transformer.data.datasets import Dataset
+    from transformer.data.source import ExampleSource, Record, Source
     from transformer.data.tokenizers import Tokenizer
     from transformer.form import FORMS, Form, Shown
     from transformer.generation.beams import BeamConfig, Beams, beam_search
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from transformer.runs.attention import attention_page
     from transformer.runs.report import report_page
     from transformer.runs.saved import Loaded, load
+    from transformer.runs.train import Reached, train
     from transformer.schedules.constant import ConstantSchedule
     from transformer.schedules.cosine import CosineSchedule
     from transformer.schedules.inverse_sqrt import InverseSqrtSchedule
@@ -90,6 +93,8 @@ if TYPE_CHECKING:
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
     from transformer.tracker import TRACKERS, Tracker
+    from transformer.training.state import TrainState
+    from transformer.training.writers import Writer
     from transformer.types import (
         Batch,
         CheckpointableIterator,
@@ -109,6 +114,8 @@ _NAMES = {
     "analysis.attention": "AttentionMap TextAttention",
     "config": "Config DataConfig TrainingConfig",
     "data.batches": "BatchData",
+    "data.datasets": "Dataset",
+    "data.source": "ExampleSource Record Source",
     "data.tokenizers": "Tokenizer",
     "form": "FORMS Form Shown",
     "generation.beams": "BeamConfig Beams beam_search",
@@ -172,12 +179,15 @@ _NAMES = {
     "runs.report": "report_page",
     "tracker": "TRACKERS Tracker",
     "runs.saved": "Loaded load",
+    "runs.train": "Reached train",
     "schedules.constant": "ConstantSchedule",
     "schedules.cosine": "CosineSchedule",
     "schedules.inverse_sqrt": "InverseSqrtSchedule",
     "schedules.linear": "LinearSchedule",
     "schedules.wsd": "WSDSchedule",
     "tokenizer": "TOKENIZERS TokenizerKind",
+    "training.state": "TrainState",
+    "training.writers": "Writer",
     "types": "Batch CheckpointableIterator GeneratedTexts Ids LabelledBatch Loss PairBatch Reading UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
