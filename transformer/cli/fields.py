@@ -332,7 +332,7 @@ def _help(table: dict[str, Flag], usage: str, about: str) -> str:
         text = f"{flag.document} (default: {_shown(flag.default)})"
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     blocks = [f"usage: {usage} [OPTION ...]", about.strip()]
-    blocks += ["\n".join([f"{section or 'its own'} options:", *lines]) for section, lines in sections.items()]
+    blocks += ["\n".join([f"{section or 'command'} options:", *lines]) for section, lines in sections.items()]
     return printable("\n\n".join(blocks), lines=True)
 
 
