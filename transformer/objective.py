@@ -275,7 +275,7 @@ class Objective(Kind):
         self._refuse("generates must be a language model or a translator")
 
     def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> Any:
-        """What `generate`, `generate_all` and `reply` take as `generator`, prepared once for many calls; by default, None.
+        """The argument `generator` of `generate`, `generate_all` and `reply`, prepared for many calls; by default, None.
 
         A `draft` is a smaller model with the same vocabulary, for speculative decoding with `draft_tokens` in each round.
         """

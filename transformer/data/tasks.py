@@ -20,7 +20,7 @@ _PART_BYTES = 32 << 20  # of files per task, unless a single file is larger
 
 
 class Unfinished(UserError):
-    """Some tasks are not done; those that are need not be repeated."""
+    """Some tasks are not done; the finished tasks need not be repeated."""
 
 
 def by_size(files: Iterable[epath.Path]) -> list[list[str]]:

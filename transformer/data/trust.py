@@ -1,4 +1,4 @@
-"""The files and folders that a run's directory may refer to: those that this user has trained on.
+"""The files and folders that a run's directory may refer to: the ones that this user has trained on.
 
 A run's directory may come from anybody, and names the data of its training. Training records the paths that its user gave, in
 a file of the user's own. Scoring a run reads no other path unless the user gives it again.

@@ -1,4 +1,4 @@
-"""How far a classifier's confidence is from how often it is right, and the picture of it."""
+"""Calibration of classifiers: the difference between confidence and accuracy, and its diagram."""
 
 import html
 from typing import Any
@@ -100,7 +100,7 @@ def reliability_diagram(bins: list[dict[str, Any]], error: float, title: str) ->
 
 
 def _frame(error: float, title: str, total: int) -> list[str]:
-    """What is around the bars: axes, legend and words."""
+    """Axes, legend and texts around the bars."""
     width, height = _LEFT + _SIZE + 24, _base() + 44
     shown = printable(title)
     shown = html.escape(shown if len(shown) <= 60 else f"{shown[:59]}…")
@@ -143,7 +143,7 @@ def _y(share: float) -> float:
 
 
 def _base() -> int:
-    """Where the bars of counts stand, below the square."""
+    """The y coordinate of the base of the bars of counts, below the square."""
     return _TOP + _SIZE + 16 + _LOW
 
 

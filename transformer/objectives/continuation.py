@@ -33,7 +33,7 @@ class ContinuesText(TokenObjective):
     settings = ("training.sample_every", "training.sample_prompt", "training.sample_length")
 
     def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> Generator:
-        """What continues tokens; with a draft, by speculative decoding."""
+        """The generator of the run; with a draft, for speculative decoding."""
         if draft is None:
             return Generator(run.model, run.params, run.place, keep_first=_keep_first(run))
         require(
@@ -288,13 +288,13 @@ def _check_same_vocabulary(tokenizer: Any, other: Any) -> None:
     differ = f"{sizes[0]:,} and {sizes[1]:,} tokens" if sizes[0] != sizes[1] else f"others from token {first} on"
     require(
         sizes[0] == sizes[1] and first is None,
-        f"A draft must have the model's vocabulary, got {differ}; take a draft that was trained with the model's tokenizer.",
+        f"A draft must have the model's vocabulary, got {differ}; use a draft that was trained with the model's tokenizer.",
     )
 
 
 def _keep_first(run: Trained) -> int:
-    """Tokens that stay in a rolling window: those that an imported tokenizer puts before each text. Rows of running text have
-    none: they begin anywhere."""
+    """Number of tokens that stay in a rolling window: the tokens that an imported tokenizer puts before each text. Rows of
+    running text have none, since they begin anywhere."""
     return min(len(getattr(run.tokenizer, "begin", ())), max(0, run.config.model.max_length // 2 - 1))
 
 

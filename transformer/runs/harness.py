@@ -72,11 +72,11 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before a document, and in the place of an empty context."""
+        """The id before each document, which also replaces an empty context."""
         return document_start(self._run.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        """Ids of a text, behind those that stand before a prompt unless `add_special_tokens` is False."""
+        """Ids of a text, after the ids that begin a prompt unless `add_special_tokens` is False."""
         del others
         tokenizer = self._run.tokenizer
         return tokenizer.encode(string).tolist() if add_special_tokens is False else prompt_ids(tokenizer, string)
@@ -104,8 +104,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text in nats.
 
-        A text longer than the model reads is scored in windows that do not overlap. Each reads the last token of the one before
-        it, and the last window is full (`lm_eval.utils.get_rolling_token_windows` with one token of context).
+        A text longer than the model's length is scored in windows that do not overlap. Each window begins with the last token of
+        the previous one, and the last window is full (`lm_eval.utils.get_rolling_token_windows` with one token of context).
         """
         del disable_tqdm
         found = []
@@ -120,16 +120,16 @@ class HarnessModel(TemplateLM):
         return found
 
     def _scores(self, queries: Sequence[Query]) -> Iterator[TokenScores]:
-        """With a stride of the model's length: one window for a continuation that fits, filled with context from the left."""
+        """Scores with a stride of the model's length: a continuation that fits has one window, filled with context."""
         return next_token_scores(self._run, queries, batch_size=self.batch_size, stride=self.max_length)
 
     # ---- Generation ----------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to the first of the texts in `until`, to the end of the text or to `max_gen_toks` tokens.
+        """Continue each context up to the first text in `until`, the end of the text, or `max_gen_toks` tokens.
 
-        A context that leaves no room for so many tokens is cut on the left, down to half of the model's length; what is
-        missing then is missing from the answer. Tokens are drawn only where a task asks for it; the seed is 0.
+        If a context is too long for that many tokens, it is cut on the left, down to half of the model's length. If it is still
+        too long, the answer is shorter. Sampling is used only if a task requests it; the seed is 0.
         """
         del disable_tqdm
         found = [""] * len(requests)
@@ -161,19 +161,19 @@ class HarnessModel(TemplateLM):
 
 
 class _How(NamedTuple):
-    """How a context is continued."""
+    """Settings of a continuation."""
 
     tokens: int
-    """At most."""
+    """Most new tokens."""
     until: tuple[str, ...]
     sampling: SamplingConfig
 
 
 def _how(kwargs: Mapping[str, Any]) -> _How:
-    """What a task says of its generation, in lm-eval's names.
+    """A task's settings of generation, from lm-eval's names.
 
     Raises:
-        UserError: a name is unknown here, or a value means nothing.
+        UserError: an unknown name or an invalid value.
     """
     until = kwargs.get("until") or ()
     limits = [kwargs[name] for name in _LIMITS if kwargs.get(name) is not None]

@@ -84,20 +84,20 @@ class Loaded:
         note: Callable[[str], None] = lambda text: None,
         **options: Any,
     ) -> list[list[str]]:
-        """What follows each prompt, or its translation; of each a list.
+        """Continue or translate each prompt; the result has a list of texts for each.
 
         Args:
-            prompts: of any number; an empty one starts a new document.
-            max_new_tokens: tokens to add at most; 0 means as many as the model's length has room for. A language model goes on
-                past that length, and then reads the latest tokens alone.
+            prompts: any number of prompts; an empty one starts a new document.
+            max_new_tokens: most new tokens; 0 means up to the model's length. Beyond that length, a language model reads only
+                the latest tokens.
             sampling: how tokens are drawn.
-            seed: for the draws. They depend on the index of the prompt and the index of the sample, not on how many samples
-                there are.
-            batch_size: rows that are computed together; 0 means as in training.
-            note: is given what a user should know, such as tokens that are not read.
-            options: of the run's objective. Of language models `num_samples`, `stop` (texts before which a continuation ends),
-                and `generator` (of `objective.make_generator(run)`, to keep what is prepared between calls); of translators too
-                `beams` (a `BeamConfig`).
+            seed: seed of the random draws. They depend on the index of the prompt and the index of the sample, not on the number
+                of samples.
+            batch_size: rows of a batch; 0 means as in training.
+            note: is called with messages for the user, such as about tokens that are not read.
+            options: options of the run's objective. Language models have `num_samples`, `stop` (a continuation ends before
+                these texts) and `generator` (from `objective.make_generator(run)`, which keeps prepared parameters between
+                calls). Language models and translators have `beams` (a `BeamConfig`).
 
         Raises:
             UserError: a prompt does not fit, or the run generates nothing.
@@ -120,7 +120,7 @@ class Loaded:
         note: Callable[[str], None] = lambda text: None,
         **options: Any,
     ) -> Iterator[str]:
-        """The prompt as the model reads it and what follows, or a translation, in pieces as they come; see `generate`."""
+        """Yield the prompt as the model reads it and its continuation, or a translation, in pieces; see `generate`."""
         self._require_ours("Generated texts")
         return self.config.objective.generate(self, prompt, max_new_tokens, sampling, seed, note, **options)
 

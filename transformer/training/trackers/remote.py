@@ -1,4 +1,4 @@
-"""A run elsewhere that goes on with a run here: the same one after every start, with each row once."""
+"""Sends a run's rows to one run of a tracker, across restarts, each row once."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ from transformer.validation import require
 
 
 class RemoteTracker(Tracker):
-    """A tracker with a package of its own: the extra of its name."""
+    """A tracker whose package is the extra with its name."""
 
     writer: ClassVar[type["RemoteWriter"]]
 
@@ -36,11 +36,11 @@ def require_package(name: str) -> None:
 
 
 class RemoteWriter:
-    """A writer to a tracker: a subclass begins or goes on with its run, sends rows, and ends.
+    """A writer to a tracker; a subclass begins or continues the tracker's run, sends rows, and ends.
 
-    `tracker-NAME.json` in the run's directory has the tracker's id of the run and the last step of each split that it was given.
-    A start that repeats steps, whose rows are the same to the bit, does not send them again. A tracker that fails is left alone
-    from then on, with a note: training and the run's own files do not depend on it.
+    `tracker-NAME.json` in the run's directory has the tracker's id of the run, and the last sent step of each split. After a
+    restart, repeated steps give the same rows to the bit and are not sent again. A tracker that fails gets no more rows, with a
+    note. Training and the run's own files do not depend on it.
     """
 
     name = ""
@@ -55,15 +55,15 @@ class RemoteWriter:
         raise NotImplementedError
 
     def send(self, step: int, split: str, metrics: Metrics) -> None:
-        """One row."""
+        """Send one row."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Nothing follows in this start."""
+        """End the sending of rows in this process."""
         raise NotImplementedError
 
     def resume(self, step: int) -> None:
-        """Go on with the tracker's run; what it has is not taken back, but not sent again either."""
+        """Continue the tracker's run; sent rows are neither removed nor sent again."""
         del step
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(self._path.read_bytes())

@@ -40,7 +40,7 @@ class WandbWriter(RemoteWriter):
         self._run.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
     def end(self) -> None:
-        """Write or send what is left."""
+        """Write or send the remaining rows."""
         self._run.finish()
 
 
