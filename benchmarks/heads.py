@@ -226,7 +226,7 @@ def main() -> None:
         "--windows", type=int, default=128, help="number of windows, each as long as the model's length"
     )
     parser.add_argument("--units", type=int, default=1, help="number of shown units of each layer")
-    parser.add_argument("--plot", help="a .svg or .png file to draw (needs matplotlib: the extra `docs`)")
+    parser.add_argument("--plot", help="a .svg or .png file to draw (needs matplotlib: the extra `notebooks`)")
     options = parser.parse_args()
     model, params, tokenizer, config, step = load(options.run)
     if not isinstance(model, Decoder) or config.model.pattern[-1].norm.placement != "pre":
