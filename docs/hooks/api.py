@@ -15,7 +15,7 @@ GROUPS = {
     "Objectives": ("objectives",),
     "Optimizers and schedules": ("optimizers", "schedules"),
     "Generation": ("generation",),
-    "Runs, reports and attention pages": ("runs", "analysis"),
+    "Runs, reports and attention pages": ("runs", "training", "analysis"),
     "Data, types and errors": ("data", "types"),
 }
 _INTRODUCTION = """\
@@ -32,7 +32,8 @@ def page():
     groups = {package: title for title, packages in GROUPS.items() for package in packages}
     found = {title: [] for title in GROUPS}
     for module, names in transformer._NAMES.items():
-        found[groups[module.split(".")[0]]] += names.split()
+        package = module.split(".")[0]
+        found.setdefault(groups.get(package, package), []).extend(names.split())
     for title, names in found.items():
         lines += [f"## {title}\n", *(f"::: transformer.{name}\n" for name in sorted(names))]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[2]
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
-_LANGUAGES = {".py": "python", ".ipynb": "json", ".yml": "yaml", ".yaml": "yaml", ".sh": "sh", "": "make"}
+_LANGUAGES = {".py": "python", ".ipynb": "json", ".yml": "yaml", ".yaml": "yaml", ".sh": "sh", "Makefile": "make"}
 
 
 def in_repository(page, link):
@@ -31,7 +31,7 @@ def text_of(path):
         names = sorted(file.name for file in (ROOT / path).iterdir() if file.is_file() and file.suffix != ".pyc")
         return f"# `{path}/`\n\n" + "".join(f"* [`{name}`]({posixpath.basename(path)}/{name})\n" for name in names)
     content = (ROOT / path).read_text()
-    return f"# `{path}`\n\n````{_LANGUAGES.get(pathlib.Path(path).suffix, 'text')}\n{content}````\n"
+    return f"# `{path}`\n\n````{_LANGUAGES.get(pathlib.Path(path).suffix or path, 'text')}\n{content}````\n"
 
 
 def on_files(files, config):
