@@ -53,12 +53,11 @@ def test_a_page_makes_no_request(site):
 
 
 def test_a_broken_link_and_a_broken_anchor_fail(tmp_path):
-    for name in ("docs", "transformer"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", *(path.name for path in ROOT.glob("*.md"))):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("examples", "launch", "notebooks", "configs", "tests"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for path in ROOT.iterdir():
+        if path.name == "docs":
+            shutil.copytree(path, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.name != "site" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
     with (tmp_path / "docs" / "trackers.md").open("a") as page:
         page.write("\n[a](nowhere.md) [b](data.md#nowhere) [c](../nowhere.py) [d](#nowhere)\n")
     done = build(tmp_path, tmp_path / "site")
