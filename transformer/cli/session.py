@@ -112,17 +112,18 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": said})
 
     def _drop_oldest(self) -> None:
-        """Drop the oldest messages with their replies until a new reply fits."""
+        """Drop the oldest messages with their replies until a new reply fits, unless the last message is too long alone."""
         limit = self._run.config.model.max_length
         reserved = min(self._how[0] or limit, limit // 4)
-        dropped = 0
-        while (
-            len(self._messages) > 1
-            and len(chat_ids(self._run.tokenizer, [*self._system, *self._messages], reply=True)) + reserved > limit
-        ):
-            del self._messages[:2]
-            dropped += 2
+        for dropped in range(0, len(self._messages), 2):
+            messages = [*self._system, *self._messages[dropped:]]
+            room = limit - len(chat_ids(self._run.tokenizer, messages, reply=True))
+            if room >= reserved:
+                break
+        if room < 1:
+            return  # the last message alone is too long: it is refused, and the conversation stays
         if dropped:
+            del self._messages[:dropped]
             self._note(
                 f"the conversation is longer than the model's {limit:,} tokens: its {dropped} oldest messages are dropped."
             )
