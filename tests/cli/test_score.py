@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from transformer.cli.main import main
@@ -73,7 +74,7 @@ def test_each_text_has_its_columns(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 def test_lighter_weights_score_nearly_the_same(run, weights, tmp_path, capsys):
-    """Of `score` and `evaluate`, from the command line; and unknown ones are refused."""
+    """In each command; unknown ones are refused."""
     path = rows_of(tmp_path / "x.jsonl", {"text": "abcabcabcacb"})
     (whole,), _ = scored(capsys, run, path)
     (light,), _ = scored(capsys, run, path, "--weights", weights)
@@ -87,6 +88,14 @@ def test_lighter_weights_score_nearly_the_same(run, weights, tmp_path, capsys):
         ["generate", str(run), "--prompt", "abcab", "--weights", weights, "--temperature", "0", "--max-new-tokens", "6"]
     )
     assert capsys.readouterr().out == "abcabcabcab\n"
+    main(["predict", str(run), str(path), "--weights", weights, "--max-new-tokens", "4"])
+    predicted = json.loads(capsys.readouterr().out)
+    assert len(predicted["continuation"]) == 4
+    vectors = []
+    for name, flags in (("whole", ()), (weights, ("--weights", weights))):
+        main(["embed", str(run), str(path), "-o", str(tmp_path / f"{name}.npy"), *flags])
+        vectors.append(np.load(tmp_path / f"{name}.npy"))
+    assert 0 < np.abs(vectors[0] - vectors[1]).max() < 0.1 * np.abs(vectors[0]).max()
     assert "int4" in refused(capsys, run, path, "--weights", "int4")
 
 
