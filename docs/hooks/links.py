@@ -8,7 +8,6 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[2]
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
-_LANGUAGES = {".py": "python", ".ipynb": "json", ".yml": "yaml", ".yaml": "yaml", ".sh": "sh", "Makefile": "make"}
 
 
 def in_repository(page, link):
@@ -19,19 +18,18 @@ def in_repository(page, link):
 
 
 def in_site(path):
-    """The page of a file: pages of docs/ have their own name, other files are below repository/."""
+    """The page of a file: pages of docs/ keep their names, and other files are below repository/."""
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path.removesuffix('.md')}.md"
 
 
 def text_of(path):
     """A page with the content of a file, or with links to the files of a folder."""
-    if path.endswith(".md"):
-        return (ROOT / path).read_text()
-    if (ROOT / path).is_dir():
-        names = sorted(file.name for file in (ROOT / path).iterdir() if file.is_file() and file.suffix != ".pyc")
-        return f"# `{path}/`\n\n" + "".join(f"* [`{name}`]({posixpath.basename(path)}/{name})\n" for name in names)
-    content = (ROOT / path).read_text()
-    return f"# `{path}`\n\n````{_LANGUAGES.get(pathlib.Path(path).suffix or path, 'text')}\n{content}````\n"
+    file = ROOT / path
+    if file.is_dir():
+        names = sorted(child.name for child in file.iterdir() if child.is_file())
+        return f"# `{path}/`\n\n" + "".join(f"* [`{name}`]({file.name}/{name})\n" for name in names)
+    language = {".ipynb": "json", "": "make"}.get(file.suffix, file.suffix.removeprefix("."))
+    return file.read_text() if file.suffix == ".md" else f"# `{path}`\n\n````{language}\n{file.read_text()}````\n"
 
 
 def on_files(files, config):
@@ -43,14 +41,11 @@ def on_files(files, config):
             if not path.startswith("docs/") and in_site(path) not in files.src_uris:
                 pages[in_site(path)] = text_of(path)
                 files.append(File.generated(config, in_site(path), content=pages[in_site(path)]))
-    return files
 
 
-def on_page_markdown(markdown, page, config, files):
+def on_page_markdown(markdown, page, **_):
     """Make each link to the repository one to its page."""
-
-    def moved(match):
-        path = in_repository(page.file.src_uri, match[0])
-        return posixpath.relpath(in_site(path), posixpath.dirname(page.file.src_uri)) if path else match[0]
-
-    return _LINK.sub(moved, markdown)
+    here = page.file.src_uri
+    found = {link: in_repository(here, link) for link in _LINK.findall(markdown)}
+    to = {link: posixpath.relpath(in_site(path), posixpath.dirname(here)) for link, path in found.items() if path}
+    return _LINK.sub(lambda match: to.get(match[0], match[0]), markdown)
