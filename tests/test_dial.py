@@ -84,7 +84,7 @@ def test_the_ladder_takes_runs_as_they_are(tmp_path, monkeypatch, capsys):
             f'{{"step": {steps}, "split": "validation", "loss": {loss}, "bits_per_byte": {loss}}}',
         ]
         (tmp_path / f"d{depth}x4").mkdir()
-        (tmp_path / f"d{depth}x4" / "metrics.jsonl").write_text("\n".join(rows))
+        (tmp_path / f"d{depth}x4" / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
     monkeypatch.setattr("sys.argv", ["ladder.py", str(tmp_path), "--depths", "2", "1"])
     monkeypatch.setattr("subprocess.run", None)
     ladder.main()
