@@ -10,6 +10,7 @@ import tomllib
 
 import pytest
 
+from transformer.cli.main import main
 from transformer.cli.options import OPTIONS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,7 +75,9 @@ def test_python_block(code, clone, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [*blocks("sh")])
-def test_shell_block(code, clone):
+def test_shell_block(code, clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(clone / "prepared"))
     for line in code.splitlines():
         command = line.split("#")[0].strip()
         if command:
@@ -82,11 +85,14 @@ def test_shell_block(code, clone):
 
 
 def check(words, clone):
-    """Run a line: training at tiny size, make as a dry run, installation by checking the extra's name."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "TFDS_DATA_DIR": str(clone / "prepared")}
+    """Run a line: training at tiny size, make as a dry run, installation by checking the extra's name.
+
+    The commands of the package run in this process, unless the line sets variables or starts another program.
+    """
+    given = {}
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
-        environment[name] = value
+        given[name] = value
     if words[0] in ("git", "cd", "source") or words[1:3] == ["-m", "venv"]:
         return
     if "pip" in words:
@@ -100,17 +106,20 @@ def check(words, clone):
     if words[:3] == ["transformer", "generate", "runs/python_stdlib"]:  # the run of `make train`: six minutes
         OPTIONS[words[1]].parse(words[2:])
         return
-    if words[0] == "transformer":
-        words = ["python", "-m", *words]
-    assert words[0] == "python", f"cannot check {words}"
-    training = "train.py" in words or "train" in words
-    if training:
+    if words[:2] == ["python", "train.py"]:
+        words = ["transformer", "train", *words[2:]]
+    if words[:2] == ["transformer", "train"]:
         # The default job reads a whole standard library; the user's text stands in for it.
         words += TINY if "--data.source" in words else [*TINY, "--data.source", "my_text.txt"]
+    if words[0] == "transformer" and not given:
+        main(words[1:])
+        return
+    started = {"transformer": ["-m", "transformer"], "python": []}
+    assert words[0] in started, f"cannot check {words}"
     result = subprocess.run(
-        [sys.executable, *words[1:]],
+        [sys.executable, *started[words[0]], *words[1:]],
         cwd=clone,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **given},
         text=True,
         capture_output=True,
         timeout=300,
