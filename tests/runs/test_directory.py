@@ -303,7 +303,7 @@ def test_changed_text_is_refused_at_every_door_unless_it_is_named(place, copy, t
     rows = (copy / "metrics.jsonl").read_bytes()
     again = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=STEPS + 2))
     with pytest.raises(
-        UserError, match=r"content or its split has changed\n.*train .*of other content\nRestore it to go on"
+        UserError, match=r"content or its split has changed\n.*train .*of other content\nRestore it to continue"
     ):
         start(again)
     assert (copy / "metrics.jsonl").read_bytes() == rows
