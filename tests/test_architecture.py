@@ -27,6 +27,7 @@ LEVELS = [
         "storage",
         "tokenizer",
         "tracker",
+        "trained",
         "terminal",
         "memory",
     },
@@ -56,12 +57,15 @@ LAZY = {
 
 
 def imports(path):
-    """Every module a file imports, with whether the import stands inside a function."""
+    """Every module a file imports when it runs, with whether the import stands inside a function."""
     tree = ast.parse(path.read_text())
+    skipped = set(map(id, for_type_checkers(tree)))
     inner = {
         id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
     }
     for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, id(node) in inner
@@ -69,6 +73,12 @@ def imports(path):
             module = "." * node.level + (node.module or "")
             names = [f"transformer.{alias.name}" for alias in node.names] if module == "transformer" else [module]
             yield from ((name, id(node) in inner) for name in names)
+
+
+def for_type_checkers(tree):
+    """The imports under `if TYPE_CHECKING:`, which do not run; they may name a type of a higher level."""
+    blocks = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    return [node for block in blocks for node in ast.walk(block)]
 
 
 def package(module):
@@ -160,7 +170,12 @@ def test_loop_is_short():
 
 @pytest.mark.parametrize(
     ("text", "module"),
-    [("import a.b", "a.b"), ("from a import b", "a"), ("def f():\n from . import x", ".")],
+    [
+        ("import a.b", "a.b"),
+        ("from a import b", "a"),
+        ("def f():\n from . import x", "."),
+        ("if TYPE_CHECKING:\n import b\nimport a", "a"),
+    ],
 )
 def test_imports_are_seen(tmp_path, text, module):
     (tmp_path / "m.py").write_text(text)

@@ -5,12 +5,16 @@ import inspect
 import types
 import typing
 
+import flax.linen as nn
+import optax
 import pytest
 
 import transformer
 
 OURS = "transformer."
 PUBLIC = [getattr(transformer, name) for name in transformer.__all__]
+# Some annotations name what is imported for type checkers only.
+NAMES = {"nn": nn, "optax": optax} | dict(zip(transformer.__all__, PUBLIC, strict=True))
 
 
 def parts(annotation):
@@ -25,10 +29,7 @@ def parts(annotation):
 
 
 def hints(function):
-    names = {
-        name: getattr(transformer, name) for name in transformer.__all__
-    }  # some are imported for type checkers only
-    return typing.get_type_hints(inspect.unwrap(function), localns=names).values()
+    return typing.get_type_hints(inspect.unwrap(function), localns=NAMES).values()
 
 
 def annotations(public):
@@ -36,7 +37,7 @@ def annotations(public):
     if not isinstance(public, type):
         yield from hints(public) if callable(public) else [type(public)]
         return
-    yield from typing.get_type_hints(public).values()
+    yield from typing.get_type_hints(public, localns=NAMES).values()
     for name, member in vars(public).items():
         if isinstance(member, property):
             member = member.fget

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from transformer.analysis.attention import AttentionMap, TextAttention
     from transformer.config import Config, DataConfig, TrainingConfig
     from transformer.data.batches import BatchData
-    from transformer.data.datasets import Dataset
+    from transformer.data.datasets import Dataset, Reader
+    from transformer.data.forms.examples import ExampleForm
     from transformer.data.source import ExampleSource, Record, Source
-    from transformer.data.tokenizers import Tokenizer
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
     from transformer.form import FORMS, Form, Shown
     from transformer.generation.beams import BeamConfig, Beams, beam_search
     from transformer.generation.generate import Generated, Generator, generate, stream
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from transformer.models.encoder import Encoder
     from transformer.models.encoder_decoder import EncoderDecoder
     from transformer.models.init import init_params
-    from transformer.objective import OBJECTIVES, Objective, Trained
+    from transformer.objective import OBJECTIVES, Objective
     from transformer.objectives.classification import Classification
     from transformer.objectives.masked_lm import MaskedLM
     from transformer.objectives.next_token import LanguageModel, NextToken
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from transformer.schedules.wsd import WSDSchedule
     from transformer.tokenizer import TOKENIZERS, TokenizerKind
     from transformer.tracker import TRACKERS, Tracker
+    from transformer.trained import Trained
     from transformer.training.state import TrainState
     from transformer.training.writers import Writer
     from transformer.types import (
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
         Loss,
         PairBatch,
         Reading,
+        Sizes,
         UserError,
     )
 
@@ -114,9 +117,10 @@ _NAMES = {
     "analysis.attention": "AttentionMap TextAttention",
     "config": "Config DataConfig TrainingConfig",
     "data.batches": "BatchData",
-    "data.datasets": "Dataset",
+    "data.datasets": "Dataset Reader",
+    "data.forms.examples": "ExampleForm",
     "data.source": "ExampleSource Record Source",
-    "data.tokenizers": "Tokenizer",
+    "data.tokenizers": "Tokenizer Vocabulary",
     "form": "FORMS Form Shown",
     "generation.beams": "BeamConfig Beams beam_search",
     "generation.generate": "Generated Generator generate stream",
@@ -139,7 +143,7 @@ _NAMES = {
     "models.encoder": "Encoder",
     "models.encoder_decoder": "EncoderDecoder",
     "models.init": "init_params",
-    "objective": "OBJECTIVES Objective Trained",
+    "objective": "OBJECTIVES Objective",
     "objectives.classification": "Classification",
     "objectives.masked_lm": "MaskedLM",
     "objectives.next_token": "LanguageModel NextToken",
@@ -188,14 +192,15 @@ _NAMES = {
     "tokenizer": "TOKENIZERS TokenizerKind",
     "training.state": "TrainState",
     "training.writers": "Writer",
-    "types": "Batch CheckpointableIterator GeneratedTexts Ids LabelledBatch Loss PairBatch Reading UserError",
+    "trained": "Trained",
+    "types": "Batch CheckpointableIterator GeneratedTexts Ids LabelledBatch Loss PairBatch Reading Sizes UserError",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a name on first use: a config then needs no Flax, and layers need no Orbax."""
     if name not in _MODULES:
         raise AttributeError(f"module 'transformer' has no attribute {name!r}")

@@ -309,7 +309,7 @@ def _unused_within(part: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _unused_within(element, f"{path}{index}.")
 
 
-def says_nothing(value: Any, default: Any) -> bool:
+def says_nothing(value: object, default: object) -> bool:
     """Whether a setting requests nothing: it has its default, or is 0."""
     return value == default or (type(value) is int and value == 0)
 

@@ -6,9 +6,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from transformer.config import Config
+from transformer.config import Config, DataConfig
 from transformer.kinds import Kind
-from transformer.types import UserError
+from transformer.types import Json, UserError
 from transformer.validation import require, shown, typed
 
 CONFIG_FILE = "config.json"
@@ -49,12 +49,12 @@ LEFT_OPEN = {"data.tokenizer.kind": "auto", "data.tokenizer.size": 0}
 kind leaves its settings unspecified too."""
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: object) -> dict[str, Any]:
     """A config as nested dictionaries and lists, ready for JSON."""
     return plain(config)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Json:
     """A config, or a part of one, as JSON values."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def from_dict(kind: Any, values: Any, name: str = "") -> Any:
+def from_dict(kind: Any, values: Json, name: str = "") -> Any:
     """The inverse of `to_dict`: a config of type `kind` from nested dictionaries, with the checks of its classes.
 
     Args:
@@ -94,7 +94,7 @@ def from_dict(kind: Any, values: Any, name: str = "") -> Any:
     )
 
 
-def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
+def from_json(kind: Any, content: str | bytes, path: object) -> Any:
     """The content of a JSON file: a config, or a value of another type.
 
     Raises:
@@ -110,7 +110,7 @@ def from_json(kind: Any, content: str | bytes, path: Any) -> Any:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
 
 
-def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a config in JSON form, each with its path."""
     if isinstance(values, dict):
         for name, value in values.items():
@@ -122,7 +122,7 @@ def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, values
 
 
-def differences(asked: Any, found: Any) -> list[str]:
+def differences(asked: DataConfig, found: DataConfig) -> list[str]:
     """Differences between two data configs, such as `data.tokenizer.size=300 (there 200)`; for two kinds, only their names."""
     before, after = dict(leaves(to_dict(asked), "data")), dict(leaves(to_dict(found), "data"))
     names = [name for name, value in before.items() if after.get(name, value) != value]

@@ -2,9 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from transformer.kinds import Family, Kind
+from transformer.types import PyTree
+
+if TYPE_CHECKING:
+    from transformer.config import DataConfig
+    from transformer.data.datasets import Dataset, Reader
+    from transformer.data.tokenizers import Tokenizer
 
 FORMS = Family(
     "form",
@@ -44,7 +50,7 @@ class Form(Kind):
     prepares: ClassVar[tuple[str, ...]]
     """Options of `transformer prepare` that it uses, besides the common ones."""
 
-    def open(self, reader: Any) -> Any:
+    def open(self, reader: "Reader") -> "Dataset":
         """The `Dataset` of a config; `reader` (`data.datasets.Reader`) has the config, and opens text and examples.
 
         Raises:
@@ -52,11 +58,11 @@ class Form(Kind):
         """
         raise NotImplementedError(f"{type(self).__name__} must define open().")
 
-    def fingerprints(self, reader: Any) -> list[str]:
+    def fingerprints(self, reader: "Reader") -> list[str]:
         """Fingerprints of the sources in `open`'s dataset."""
         return [source.fingerprint for source in self.open(reader).sources]
 
-    def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
+    def prepare(self, reader: "Reader", name: str, files: Mapping[str, Sequence[str]]) -> str:
         """Store files as a dataset, and return a description.
 
         Args:
@@ -69,7 +75,7 @@ class Form(Kind):
         """
         raise NotImplementedError(f"{type(self).__name__} must define prepare().")
 
-    def max_segments(self, data: Any) -> int:
+    def max_segments(self, data: "DataConfig") -> int:
         """The promise about the segment ids of its batches (`AttentionMask.max_segments`); by default none.
 
         Args:
@@ -78,6 +84,6 @@ class Form(Kind):
         del data
         return 0
 
-    def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: PyTree, tokenizer: "Tokenizer", class_names: Sequence[str]) -> Iterator[Shown]:
         """The rows of a batch, formatted for display."""
         raise NotImplementedError(f"{type(self).__name__} must define show().")

@@ -3,10 +3,13 @@
 import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from transformer.types import UserError
 from transformer.validation import Settings, did_you_mean, require, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 AnyKind = TypeVar("AnyKind", bound="type[Kind]")
 
@@ -65,13 +68,15 @@ class Family:
         """Names of all known kinds."""
         return tuple(dict.fromkeys((*self._modules, *self._kinds)))
 
-    def find(self, name: Any) -> type[Any]:
+    def find(self, name: object) -> type[Any]:
         """The kind with a name.
 
         Raises:
             UserError: there is none.
         """
-        if name not in self.names:  # building the message takes longer than everything else in a config's checks
+        if (
+            not isinstance(name, str) or name not in self.names
+        ):  # building the message takes longer than everything else in a config's checks
             near = did_you_mean(name, list(self.names))
             raise UserError(
                 f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}{near} Your own kind is known once the "
@@ -107,7 +112,7 @@ def kinds_with(family: Family, setting: str) -> list[str]:
     return [n for n in family.names if setting in {field.name for field in dataclasses.fields(family.find(n))}]
 
 
-def chosen_kinds(config: Any, path: str = "") -> Iterator[tuple[str, Kind]]:
+def chosen_kinds(config: "DataclassInstance | type[DataclassInstance]", path: str = "") -> Iterator[tuple[str, Kind]]:
     """All kinds in a config, with their paths."""
     for field in dataclasses.fields(config):
         value, here = getattr(config, field.name), f"{path}.{field.name}".removeprefix(".")

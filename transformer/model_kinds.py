@@ -7,7 +7,7 @@ Kinds are settings with pure functions of arrays. The calling module makes their
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 
@@ -17,6 +17,8 @@ from transformer.validation import require
 
 if TYPE_CHECKING:
     from transformer.model_config import BlockConfig, ModelConfig
+    from transformer.ops.bias import BiasDescription
+    from transformer.ops.masks import AttentionMask
 
 Parameter = Callable[..., Array]
 
@@ -92,7 +94,7 @@ class Positions(Kind):
         del positions_BT, max_length, parameter
         return x_BTD
 
-    def shared_bias(self, num_heads: int, bidirectional: bool, parameter: Parameter) -> Any:
+    def shared_bias(self, num_heads: int, bidirectional: bool, parameter: Parameter) -> "BiasDescription | None":
         """A `BiasDescription` that all layers share, or None."""
         del num_heads, bidirectional, parameter
 
@@ -117,7 +119,7 @@ class Positions(Kind):
         del positions, embed_dim, parameter
         return query_BTHK, key_BSGK
 
-    def bias(self, num_heads: int, shared: Any) -> Any:
+    def bias(self, num_heads: int, shared: "BiasDescription | None") -> "BiasDescription | None":
         """A `BiasDescription` of the logits, or None; `shared` is the result of `shared_bias`.
 
         Raises:
@@ -127,7 +129,7 @@ class Positions(Kind):
         if shared is not None:
             self.refuse_shared(shared)
 
-    def refuse_shared(self, shared: Any) -> NoReturn:
+    def refuse_shared(self, shared: object) -> NoReturn:
         """Raise ValueError for a shared bias that is unused or missing."""
         raise ValueError(
             f"Positions of kind t5, and no others, need a relative_bias, got kind={self.kind!r} and "
@@ -171,11 +173,11 @@ class Pattern(Kind):
     sees_all: ClassVar[bool] = False
     """Whether every block sees all blocks."""
 
-    def restrict(self, mask: Any) -> Any:
+    def restrict(self, mask: "AttentionMask") -> "AttentionMask":
         """An `AttentionMask` with this pattern added."""
         return dataclasses.replace(mask, pattern=self)
 
-    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+    def sees(self, query_blocks: Array, key_blocks: Array) -> Array:
         """Whether blocks with these numbers see these blocks of keys; numpy or JAX integers that broadcast."""
         raise NotImplementedError(f"{type(self).__name__} must define sees().")
 
@@ -183,18 +185,18 @@ class Pattern(Kind):
 class AttentionCall(NamedTuple):
     """The arguments of attention, after its checks; shapes and dtypes of the arrays suffice to choose a backend."""
 
-    query_BTHK: Any
-    key_BSGK: Any
-    value_BSGK: Any
-    mask: Any
+    query_BTHK: Array
+    key_BSGK: Array
+    value_BSGK: Array
+    mask: "AttentionMask"
     """An `AttentionMask`."""
-    bias: Any = None
+    bias: "Array | BiasDescription | None" = None
     """Floating-point numbers [B|1, H|1, T, S], a `BiasDescription`, or None."""
     scale: float = 1.0
     logits_soft_cap: float = 0.0
     """0 means off."""
     dropout_rate: float = 0.0
-    dropout_key: Any = None
+    dropout_key: Array = None
 
     def demands(self) -> Iterator[tuple[str, str]]:
         """Demands of this call that some backends lack: a name for `AttentionBackend.takes`, and words for messages."""

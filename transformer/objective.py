@@ -3,20 +3,29 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
 
 from transformer.form import FORMS, Form, Shown
 from transformer.kinds import Family, Kind
-from transformer.model_kinds import POOLINGS
+from transformer.model_kinds import POOLINGS, Pooling
 from transformer.tokenizer import prompt_ids
+from transformer.trained import Trained
 from transformer.types import Array, Batch, GeneratedTexts, Loss, LossOutput, PyTree, Reading, UserError
 from transformer.validation import require_at_least, require_range
 
 if TYPE_CHECKING:
-    from transformer.config import Config
+    import flax.linen as nn
+
+    from transformer.config import Config, DataConfig
+    from transformer.data.datasets import Dataset
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
+    from transformer.generation.beams import BeamConfig
+    from transformer.generation.generate import Generator
+    from transformer.generation.sampling import SamplingConfig
+    from transformer.layers.runtime import Runtime
     from transformer.model_config import ModelConfig
 
 OBJECTIVES = Family(
@@ -31,37 +40,6 @@ OBJECTIVES = Family(
         "embedding": "transformer.objectives.embedding",
     },
 )
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """A trained model with its tokenizer and config, as returned by `load`."""
-
-    @property
-    def model(self) -> Any:
-        """The linen module."""
-
-    @property
-    def params(self) -> PyTree:
-        """Its parameters."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the training run."""
-
-    @property
-    def config(self) -> "Config":
-        """The run's config, resolved."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Class names of a classifier, in the order of its logits."""
-        ...
-
-    def place(self, rows: np.ndarray) -> Any:
-        """Place rows of a batch on the devices of the parameters."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +99,13 @@ class Objective(Kind):
     # ---- The model ---------------------------------------------------------------------------------------------------
 
     def make_model(
-        self, config: "ModelConfig", runtime: Any = None, *, vocabulary: Any = None, class_names: tuple[str, ...] = ()
-    ) -> Any:
+        self,
+        config: "ModelConfig",
+        runtime: "Runtime | None" = None,
+        *,
+        vocabulary: "Vocabulary | None" = None,
+        class_names: tuple[str, ...] = (),
+    ) -> "nn.Module":
         """The linen module of a resolved config.
 
         Args:
@@ -141,7 +124,14 @@ class Objective(Kind):
     # ---- The loss ----------------------------------------------------------------------------------------------------
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Any, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: PyTree,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """`(loss_sum, weight_sum), (carry, statistics)` of a batch; pure, and differentiated by `params`.
 
@@ -156,16 +146,16 @@ class Objective(Kind):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss().")
 
-    def weight(self, batch: Any) -> Array:
+    def weight(self, batch: PyTree) -> Array:
         """The divisor of the summed loss, float32; it does not depend on the parameters."""
         return batch.weights.sum()
 
-    def init_carry(self, model: Any, rows: int) -> PyTree:
+    def init_carry(self, model: "nn.Module", rows: int) -> PyTree:
         """The value carried from batch to batch, for the first batch of this many rows; by default nothing."""
         del model, rows
         return ()
 
-    def bind(self, model: Any, vocabulary: Any) -> Loss:
+    def bind(self, model: "nn.Module", vocabulary: "Vocabulary") -> Loss:
         """The loss of a model."""
         return Loss(
             self.weight,
@@ -178,7 +168,7 @@ class Objective(Kind):
     def check(self, config: "Config") -> None:
         """Raise UserError if the run's config does not fit."""
 
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: PyTree) -> None:
         """Raise UserError if the loss cannot take a batch on the host; ids and shapes are checked elsewhere."""
 
     def check_context(self, config: "Config") -> None:
@@ -188,22 +178,22 @@ class Objective(Kind):
             f"{self.kind} objective and model.memory_length={config.model.memory_length}; set parallel.context=1."
         )
 
-    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+    def extra_tokens(self, vocabulary: "Vocabulary", length: int) -> int:
         """Number of ids that the model needs after the vocabulary's, for rows of `length` tokens."""
         del vocabulary, length
         return 0
 
-    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: "Vocabulary | None", class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """Attributes of the model, besides its config, that depend on the objective and the data."""
         del vocabulary, class_names
         return {}
 
-    def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
+    def tokenizer_settings(self, tokenizer: "Tokenizer") -> Mapping[str, Any]:
         """Fields of the data config, besides kind and size, that determine the tokenizer."""
         del tokenizer
         return {}
 
-    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+    def changes(self, tokenizer: "Tokenizer", length: int, seed: int) -> Mapping[str, Any]:
         """Its changes to rows of running text: `noise` changes a row in place, `convert` makes other batches of rows, and
         `joined` makes the documents of a row one text.
         """
@@ -214,17 +204,17 @@ class Objective(Kind):
         """The promise about the segment ids of its batches (`AttentionMask.max_segments`), under this config."""
         return self.form.max_segments(config.data)
 
-    def batch_shapes(self, config: "Config") -> Any:
+    def batch_shapes(self, config: "Config") -> PyTree:
         """Shapes of a training batch of full rows; by default, of running text."""
         shape = (config.data.batch_size, config.data.sequence_length)
         tokens, weights = shaped(shape, np.int32), shaped(shape, np.float32)
         return Batch(tokens, tokens, weights, tokens if config.data.pack else None, tokens)
 
-    def show(self, batch: Any, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: PyTree, tokenizer: "Tokenizer", class_names: Sequence[str]) -> Iterator[Shown]:
         """The rows of a batch, formatted for display; by default, by the form of the data."""
         return self.form.show(batch, tokenizer, class_names)
 
-    def fit(self, data: Any) -> "tuple[Objective, str]":
+    def fit(self, data: "Dataset") -> "tuple[Objective, str]":
         """The objective with its data-dependent settings filled in, and a line for the user."""
         del data
         return self, ""
@@ -237,13 +227,13 @@ class Objective(Kind):
     # ---- Uses of a trained run ---------------------------------------------------------------------------------------
 
     def generation_scores(
-        self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
+        self, model: Any, params: PyTree, tokenizer: "Tokenizer", data: "Dataset", split: str, config: "Config"
     ) -> dict[str, Any]:
         """Scores of the model's outputs for a whole split; by default none."""
         del model, params, tokenizer, data, split, config
         return {}
 
-    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+    def encode(self, text: str, tokenizer: "Tokenizer", data: "DataConfig") -> Array:
         """Ids of a text as input of a trained model, int32 [n]; `data` is the data config."""
         del data
         return np.array(prompt_ids(tokenizer, text), np.int32)
@@ -253,10 +243,10 @@ class Objective(Kind):
         run: Trained,
         prompt: str,
         max_new_tokens: int,
-        sampling: Any,
+        sampling: "SamplingConfig",
         seed: int,
         note: Callable[[str], None],
-        beams: Any = None,
+        beams: "BeamConfig | None" = None,
     ) -> Iterator[str]:
         """The output of a trained model for a prompt, piece by piece.
 
@@ -274,7 +264,7 @@ class Objective(Kind):
         """
         self._refuse("generates must be a language model or a translator")
 
-    def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> Any:
+    def make_generator(self, run: Trained, draft: Trained | None = None, draft_tokens: int = 4) -> "Generator | None":
         """The argument `generator` of `generate`, `generate_all` and `reply`, prepared for many calls; by default, None.
 
         A `draft` is a smaller model with the same vocabulary, for speculative decoding with `draft_tokens` in each round.
@@ -287,11 +277,11 @@ class Objective(Kind):
         prompts: Sequence[str],
         batch_size: int,
         max_new_tokens: int,
-        sampling: Any,
+        sampling: "SamplingConfig",
         seed: int,
         note: Callable[[str], None],
         *,
-        beams: Any = None,
+        beams: "BeamConfig | None" = None,
     ) -> Iterator[GeneratedTexts]:
         """Generate texts for several prompts, in order; by default, by `generate`, one prompt after the other.
 
@@ -308,7 +298,7 @@ class Objective(Kind):
         run: Trained,
         messages: Sequence[Mapping[str, Any]],
         max_new_tokens: int,
-        sampling: Any,
+        sampling: "SamplingConfig",
         seed: int,
         note: Callable[[str], None],
     ) -> Iterator[str]:
@@ -378,7 +368,7 @@ class Objective(Kind):
         """
         return "__call__", {"segment_ids_BT": segment_ids_BT}
 
-    def pooling_of(self, config: "ModelConfig") -> Any:
+    def pooling_of(self, config: "ModelConfig") -> Pooling:
         """The default pooling of `embed`: the mean of the hidden states."""
         del config
         return POOLINGS.find("mean")()
@@ -389,6 +379,6 @@ class Objective(Kind):
         return ("evaluate",)
 
 
-def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def shaped(shape: tuple[int, ...], dtype: type[np.generic]) -> jax.ShapeDtypeStruct:
     """The shape of a part of a batch, as a `jax.ShapeDtypeStruct`."""
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from transformer.kinds import Family, Kind
 from transformer.types import Array
 from transformer.validation import require, require_at_least, require_range
 
 if TYPE_CHECKING:
+    import optax
+
     from transformer.config import Config
 
 OPTIMIZERS = Family(
@@ -116,7 +118,7 @@ class Optimizer(Kind):
         require_range(self, 0, 1, "ema_decay")
         self.groups()
 
-    def rule(self) -> Any:
+    def rule(self) -> "optax.GradientTransformation":
         """An `optax.GradientTransformation` from gradient to ascent direction.
 
         Clipping is applied before it; weight decay, the learning rate and parameter groups after it.

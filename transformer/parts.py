@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -35,8 +35,10 @@ from transformer.training.optimizer import check_adapters, check_scanned_groups,
 from transformer.training.spikes import make_spikes
 from transformer.training.state import TrainState, create_state
 from transformer.training.step import EvaluateStep, TrainStep
-from transformer.types import Loss, PyTree, Sizes, UserError
+from transformer.types import Array, Loss, PyTree, Sizes, UserError
 from transformer.validation import require
+
+T = TypeVar("T")
 
 
 class StandIn:
@@ -72,7 +74,7 @@ def count_parameters(params: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def initialize(objective: Objective, model: nn.Module, key: Any, length: int = 1) -> tuple[PyTree, PyTree]:
+def initialize(objective: Objective, model: nn.Module, key: Array, length: int = 1) -> tuple[PyTree, PyTree]:
     """Initial parameters of an objective's model (shapes, without a key), and the logical names of their axes.
 
     The package's models give the same parameters for rows of any length.
@@ -162,7 +164,7 @@ class Parts:
         loss = self.config.objective.bind(self.model, self.vocabulary)
         return freeze(loss, self.config.optimizer, self.shapes)
 
-    def init_params(self, key: Any) -> PyTree:
+    def init_params(self, key: Array) -> PyTree:
         """Initial parameters."""
         return initialize(self.config.objective, self.model, key, self._length)[0]
 
@@ -170,12 +172,12 @@ class Parts:
     def _length(self) -> int:
         return 1 if self.module is None else self.config.data.sequence_length
 
-    def check_batch(self, batch: Any) -> Any:
+    def check_batch(self, batch: T) -> T:
         """The batch on the host, if the loss can take it; else `UserError`."""
         self.config.objective.check_batch(batch)
         return check_batch_ids(self.sizes, batch, max_segments=self.max_segments)
 
-    def trace(self, batch: Any = None) -> list[Request]:
+    def trace(self, batch: PyTree = None) -> list[Request]:
         """Trace the loss of a batch (None: of full rows) as in training, and return its calls of attention."""
         config, loss, key = self.config, self.loss, jax.random.key(0)
         carry = jax.eval_shape(lambda: loss.init_carry(config.data.batch_size))
@@ -204,7 +206,7 @@ class Parts:
                 f"{type(error).__name__}: {text}"
             ) from error
 
-    def changed(self, **model: Any) -> "Parts":
+    def changed(self, **model: object) -> "Parts":
         """The same arithmetic in another form: with these fields of the model's config, and logits computed at once."""
         config = dataclasses.replace(
             self.config,

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from etils import epath
 
 from transformer.kinds import Family, Kind
 from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
 
 TOKENIZERS = Family(
     "data.tokenizer",
@@ -45,11 +48,11 @@ class TokenizerKind(Kind):
         """Files and folders named by its settings."""
         return ()
 
-    def train(self, texts: Iterable[str]) -> Any:
+    def train(self, texts: Iterable[str]) -> "Tokenizer":
         """A tokenizer trained on the documents of a training split."""
         raise NotImplementedError(f"{type(self).__name__} must define train().")
 
-    def load(self, content: str) -> Any:
+    def load(self, content: str) -> "Tokenizer":
         """The tokenizer saved by a run.
 
         Args:
@@ -60,7 +63,7 @@ class TokenizerKind(Kind):
         """
         raise NotImplementedError(f"{type(self).__name__} must define load().")
 
-    def open(self, directory: epath.PathLike) -> Any:
+    def open(self, directory: epath.PathLike) -> "Tokenizer":
         """The tokenizer saved in a run's directory; by default, `load` of its one file."""
         return self.load((epath.Path(directory) / FILE_NAME).read_bytes().decode())
 
@@ -107,73 +110,73 @@ class SizedTokenizer(TokenizerKind):
 # this package has none of these, and uses `end_of_text` instead.
 
 
-def prompt_start(tokenizer: Any) -> tuple[int, ...]:
+def prompt_start(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """Ids before a prompt."""
     return tuple(getattr(tokenizer, "begin", (tokenizer.end_of_text,)))
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def prompt_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
     """A prompt as input of a language model; an empty prompt gives the ids before a document, never nothing."""
     return [*prompt_start(tokenizer), *tokenizer.encode(text).tolist()] or [document_start(tokenizer)]
 
 
-def document_start(tokenizer: Any) -> int:
+def document_start(tokenizer: "Tokenizer") -> int:
     """The id before each document in a language model's rows."""
     return (prompt_start(tokenizer) or (tokenizer.end_of_text,))[-1]
 
 
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """Ids at which generation ends."""
     return tuple(getattr(tokenizer, "stop", ())) or (tokenizer.end_of_text,)
 
 
-def around_text(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def around_text(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after a text for an encoder, such as a classifier's."""
     return prompt_start(tokenizer), tuple(getattr(tokenizer, "end", ()))
 
 
-def encoder_ids(tokenizer: Any, text: str) -> np.ndarray:
+def encoder_ids(tokenizer: "Tokenizer", text: str) -> np.ndarray:
     """A text as input of an encoder, uncut, int32 [n]."""
     begin, end = around_text(tokenizer)
     return np.concatenate([begin, tokenizer.encode(text), end]).astype(np.int32)
 
 
-def around_source(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def around_source(tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after a source for an encoder-decoder."""
     return tuple(getattr(tokenizer, "begin", ())), tuple(getattr(tokenizer, "end", (tokenizer.end_of_text,)))
 
 
-def target_start(tokenizer: Any) -> int:
+def target_start(tokenizer: "Tokenizer") -> int:
     """The id before a target of an encoder-decoder."""
     start = getattr(tokenizer, "decoder_start", -1)
     return tokenizer.end_of_text if start < 0 else start
 
 
-def never_hidden(tokenizer: Any) -> tuple[int, ...]:
+def never_hidden(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """Ids that masking leaves unchanged: the special ids around a text."""
     begin, end = around_text(tokenizer)
     return tuple(dict.fromkeys((*begin, *end, tokenizer.end_of_text)))
 
 
-def mask_id(tokenizer: Any) -> int:
+def mask_id(tokenizer: "Vocabulary") -> int:
     """The id of the mask: the tokenizer's, else the first id after its vocabulary."""
     own = getattr(tokenizer, "mask", -1)
     return tokenizer.vocab_size if own < 0 else own
 
 
-def sentinel_ids(tokenizer: Any, count: int) -> np.ndarray:
+def sentinel_ids(tokenizer: "Vocabulary", count: int) -> np.ndarray:
     """Ids that replace hidden spans, int [count]: the tokenizer's in their order, then those after its vocabulary."""
     own = list(getattr(tokenizer, "sentinels", ()))[:count]
     return np.array([*own, *range(tokenizer.vocab_size, tokenizer.vocab_size + count - len(own))])
 
 
-def known_tokens(tokenizer: Any) -> np.ndarray:
+def known_tokens(tokenizer: "Vocabulary") -> np.ndarray:
     """Which ids below `vocab_size` are tokens, bool [V]: all, except for holes in the table of a pretrained tokenizer."""
     known = getattr(tokenizer, "known", None)
     return np.ones(tokenizer.vocab_size, bool) if known is None else known
 
 
-def drawable(tokenizer: Any, num_rows: int, extra: int = 0) -> np.ndarray | None:
+def drawable(tokenizer: "Vocabulary", num_rows: int, extra: int = 0) -> np.ndarray | None:
     """Which rows of a model's table are tokens and may be generated, bool [num_rows]; None if all are.
 
     Args:

@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformer.kinds import Family, Kind
+
+if TYPE_CHECKING:
+    from transformer.training.writers import Writer
 
 TRACKERS = Family(
     "tracker",
@@ -24,7 +27,7 @@ class Tracker(Kind):
 
     family = TRACKERS
 
-    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> Any:
+    def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "Writer":
         """A writer (`training.writers.Writer`), made in process 0 when training begins.
 
         Args:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Array = Any  # a jax.Array, a tracer or a numpy array; its shape is in the name's suffix or in jaxtyping
 PyTree = Any
+Leaf = Any  # an array field of a pytree: jax also puts tracers, shapes, shardings and axis numbers there
+Json = Any  # as `json.loads` returns it: None, a truth value, a number, a text, a list or a dictionary
 Statistics = dict[str, Array]
 """Additive statistics: scalars that add exactly over micro-batches, devices, hosts and batches."""
 
@@ -106,7 +108,7 @@ class Batch(NamedTuple):
         """The input tokens of the model."""
         return (self.inputs,)
 
-    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+    def ids(self, sizes: Sizes) -> tuple[Ids, ...]:
         """The arrays that must hold ids of a model with these `Sizes`."""
         return Ids("inputs", self.inputs, sizes.vocab_size), Ids(
             "targets", self.targets, sizes.vocab_size, self.weights
@@ -134,7 +136,7 @@ class LabelledBatch(NamedTuple):
         """The input tokens of the model."""
         return (self.inputs,)
 
-    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+    def ids(self, sizes: Sizes) -> tuple[Ids, ...]:
         """The arrays that must hold ids of a model with these `Sizes`."""
         labels = Ids("labels", self.labels, sizes.num_classes, self.weights, "Labels", "num_classes", "")
         return Ids("inputs", self.inputs, sizes.vocab_size), labels
@@ -167,7 +169,7 @@ class PairBatch(NamedTuple):
         """The input tokens of the model."""
         return self.source, self.inputs
 
-    def ids(self, sizes: Any) -> tuple[Ids, ...]:
+    def ids(self, sizes: Sizes) -> tuple[Ids, ...]:
         """The arrays that must hold ids of a model with these `Sizes`."""
         size = sizes.vocab_size
         source = Ids("source", self.source, sizes.source_vocab_size or size)

@@ -17,14 +17,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_installed(package: Any, name: str, extra: str) -> None:
+def require_installed(package: object, name: str, extra: str) -> None:
     """Raise UserError, with the installation command, unless an optional package is installed."""
     require(
         package is not None, f'This needs the package {name}; in a copy of the repository: pip install -e ".[{extra}]".'
     )
 
 
-def require_range(config: Any, low: float, high: float, *names: str) -> None:
+def require_range(config: object, low: float, high: float, *names: str) -> None:
     """`low <= value` and `value < high` for each field of `config`."""
     for name in names:
         value = getattr(config, name)
@@ -34,7 +34,7 @@ def require_range(config: Any, low: float, high: float, *names: str) -> None:
         )
 
 
-def require_at_least(config: Any, low: float, *names: str) -> None:
+def require_at_least(config: object, low: float, *names: str) -> None:
     """`low <= value` for each field of `config`."""
     for name in names:
         value = getattr(config, name)
@@ -56,7 +56,7 @@ class Settings:
     * for `Annotated[T, function]`, the function's result; for `Annotated[int, bits]`, an integer of this many bits.
     """
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
+    def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
         if rules := cls.__dict__.get("__post_init__"):
             setattr(cls, "__post_init__", _typed_before(rules))  # noqa: B010
@@ -160,14 +160,14 @@ def _alternative(hint: Any, value: Any) -> Any:
     return next((member for member in members if (typing.get_origin(member) is tuple) == sequence), members[0])
 
 
-def alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: object) -> tuple[Any, ...]:
     """The types in a union except None, or the one type."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
     return (hint,)
 
 
-def choices(hint: Any) -> list[str]:
+def choices(hint: object) -> list[str]:
     """The words that a type allows."""
     literals = (kind for kind in alternatives(hint) if typing.get_origin(kind) is Literal)
     return [str(choice) for kind in literals for choice in typing.get_args(kind)]
@@ -184,10 +184,10 @@ _DESCRIBED = {
 }
 
 
-def described(hint: Any) -> str:
+def described(hint: object) -> str:
     """The allowed values of a type, for messages."""
     kinds = []
-    for kind in alternatives(hint.__origin__ if typing.get_origin(hint) is Annotated else hint):
+    for kind in alternatives(typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint):
         members = typing.get_args(kind)
         if typing.get_origin(kind) is Literal:
             kinds.append(f"one of {', '.join(choices(kind))}")
@@ -201,13 +201,13 @@ def described(hint: Any) -> str:
     return ", or ".join(kinds)
 
 
-def did_you_mean(value: Any, known: list[str]) -> str:
+def did_you_mean(value: object, known: list[str]) -> str:
     """The end of a sentence about an unknown value, with the most similar known one, if any."""
     near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
     return f"; did you mean {near[0]}?" if near else "."
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for messages, shortened."""
     try:
         text = repr(value)

@@ -3,12 +3,11 @@
 import html
 import json
 import pathlib
-from typing import Any
 
 _PARTS = pathlib.Path(__file__).parent / "page"
 
 
-def assemble(page: str, data: Any, *, kicker: str, heading: str, about: str, foot: str) -> str:
+def assemble(page: str, data: object, *, kicker: str, heading: str, about: str, foot: str) -> str:
     """The HTML text of a page.
 
     Args:

@@ -3,10 +3,12 @@
 import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from transformer.layers.scan_params import loop_params
+from transformer.model_config import ModelConfig
 from transformer.types import PyTree, Reading
 from transformer.validation import require
 
@@ -61,7 +63,7 @@ def layer_weights(collection: PyTree, *, scanned: bool) -> dict[str, list[dict[s
     }
 
 
-def read_attention(model: Any, params: PyTree, reading: Reading) -> TextAttention:
+def read_attention(model: nn.Module, params: PyTree, reading: Reading) -> TextAttention:
     """Compute the attention weights and the logits of a model for a text.
 
     Args:
@@ -100,7 +102,7 @@ def _apply(model: Any, method: str, params: PyTree, inputs: tuple[Any, ...], opt
     return model.apply({"params": params}, *inputs, **options, method=method, mutable=["attention"])
 
 
-def check_size(config: Any, reading: Reading) -> None:
+def check_size(config: ModelConfig, reading: Reading) -> None:
     """Refuse a text with too many attention weights over all layers and heads.
 
     Raises:

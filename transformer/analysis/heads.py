@@ -1,7 +1,7 @@
 """Statistics of attention heads: entropy, distance, and divergence from other heads."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ class HeadStatistics(NamedTuple):
     with another; 0 for a single head."""
 
 
-def entropy(weights: Any) -> Any:
+def entropy(weights: Array | np.ndarray) -> Array:
     """Entropy in bits over the last axis."""
     return -(weights * jnp.log2(jnp.where(weights > 0, weights, 1))).sum(axis=-1)
 
@@ -43,7 +43,7 @@ def divergence(weights_BHTS: Float[Array | np.ndarray, "B H T S"]) -> Float[Arra
     return jnp.stack([pair.mean() for pair in pairs]) if pairs else jnp.zeros(1)
 
 
-def share_by_distance(weights_HTS: Any) -> Any:
+def share_by_distance(weights_HTS: Array | np.ndarray) -> np.ndarray:
     """Weight at each distance back from the query, as a mean over queries [H, S]; queries are the last of the keys."""
     _, T, S = weights_HTS.shape
     distance_TS = np.arange(S - T, S)[:, None] - np.arange(S)[None]

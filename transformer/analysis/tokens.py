@@ -1,17 +1,20 @@
 """Readable texts of single tokens, as part of a text or as candidates."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from transformer.terminal import printable
 from transformer.tokenizer import mask_id, target_start
 
+if TYPE_CHECKING:
+    from transformer.data.tokenizers import Tokenizer
+
 _BEFORE = 4  # number of previous tokens that affect the text of one: by a space, or by the bytes of a character
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
+def token_texts(tokenizer: "Tokenizer", ids: Sequence[int] | np.ndarray) -> list[str]:
     """The text of each token with its space; special tokens and single bytes are in brackets.
 
     Example:
@@ -23,7 +26,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
     return [token_text(tokenizer, index, known[max(0, at - _BEFORE) : at]) for at, index in enumerate(known)]
 
 
-def token_text(tokenizer: Any, index: int, before: Sequence[int] = ()) -> str:
+def token_text(tokenizer: "Tokenizer", index: int, before: Sequence[int] = ()) -> str:
     """The text of a token after others; the last byte of a character gives the whole character."""
     if index in getattr(tokenizer, "special", ()):
         return f"⟨{printable(_name(tokenizer, index))}⟩"

@@ -132,7 +132,7 @@ def parse_config(arguments: list[str], *, command: str, trains: bool = False) ->
 
 
 def parse_config_and(
-    own: Any, arguments: list[str], *, command: str, trains: bool = False
+    own: object, arguments: list[str], *, command: str, trains: bool = False
 ) -> tuple[Config, dict[str, Any]]:
     """The config of `CONFIG[:VARIANT] [--section.field value ...]`, and the values given for a command's own options.
 

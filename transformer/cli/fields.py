@@ -11,7 +11,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformer.config import Config
 from transformer.kinds import Family, Kind, is_setting, section_of_kind
@@ -55,6 +55,7 @@ _SYNONYMS = {
     "lr-scheduler-type": "optimizer.schedule.kind",
 }
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+T = TypeVar("T")
 
 
 class Flag(NamedTuple):
@@ -62,20 +63,20 @@ class Flag(NamedTuple):
 
     paths: tuple[str, ...]
     """Fields, such as `model.pattern.0.attention.window`; empty for the help flag."""
-    hint: Any
+    hint: object
     """The field's type."""
-    default: Any
+    default: object
     document: str
     repeated: bool = False
     """Whether each occurrence of the flag adds a value to the field, a tuple."""
 
 
-def positional(default: Any) -> Any:
+def positional(default: T) -> T:
     """A field without a flag: it takes one word, at most one if the default is None, or any number for a tuple."""
     return dataclasses.field(default=default, metadata={"positional": True})
 
 
-def chosen_from(family: Family, default: str) -> Any:
+def chosen_from(family: Family, default: T) -> T:
     """A field with the name of a kind of a family."""
     return dataclasses.field(default=default, metadata={"family": family})
 
@@ -85,12 +86,12 @@ def repeated() -> Any:
     return dataclasses.field(default=(), metadata={"repeated": True})
 
 
-def short(name: str, default: Any) -> Any:
+def short(name: str, default: T) -> T:
     """A field with a short flag beside the long one."""
     return dataclasses.field(default=default, metadata={"short": name})
 
 
-def flags(options: Any) -> dict[str, Flag]:
+def flags(options: object) -> dict[str, Flag]:
     """The flags of a dataclass instance, by name; for a `Config`, only flags of settings that its run uses."""
     unused = tuple(f"{path}." for path in options.unused()) if isinstance(options, Config) else ()
     return {
@@ -100,7 +101,7 @@ def flags(options: Any) -> dict[str, Flag]:
     }
 
 
-def all_flags(options: Any) -> dict[str, Flag]:
+def all_flags(options: object) -> dict[str, Flag]:
     """All flags of a dataclass instance, by name; nested dataclasses are sections."""
     table: dict[str, Flag] = {}
     for name, flag in _leaves(options, ""):
@@ -177,8 +178,7 @@ def chosen(table: dict[str, Flag], arguments: list[str]) -> dict[str, Any]:
         if word == "--":
             break
         if flag and (equals or arguments[index + 1 :]):
-            value = _value(flag.hint, [inline if equals else arguments[index + 1]], name)
-            found |= dict.fromkeys(flag.paths, value)
+            found |= dict.fromkeys(flag.paths, _value(flag.hint, [inline if equals else arguments[index + 1]], name))
     return found
 
 

@@ -64,7 +64,7 @@ def _usage() -> str:
     return USAGE + "".join(f"  {name:<10}of {point.value}\n" for name, point in sorted(_of_other_packages().items()))
 
 
-def run(name: str, arguments: list[str], **more: Any) -> None:
+def run(name: str, arguments: list[str], **more: object) -> None:
     """Read the arguments, then import the command's module, and call its `main`.
 
     Imports may take seconds. They happen here, where an interrupt prints one line. `more` has further arguments of `main`.

@@ -115,6 +115,7 @@ class Conversation:
         """Drop the oldest messages with their replies until a new reply fits, unless the last message is too long alone."""
         limit = self._run.config.model.max_length
         reserved = min(self._how[0] or limit, limit // 4)
+        dropped = room = 0
         for dropped in range(0, len(self._messages), 2):
             messages = [*self._system, *self._messages[dropped:]]
             room = limit - len(chat_ids(self._run.tokenizer, messages, reply=True))

@@ -6,13 +6,15 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 
 from transformer.config import Config
 from transformer.data.source import WHOLE
+from transformer.data.tokenizers.base import Ids, Tokenizer
 from transformer.types import CheckpointableIterator, UserError
 from transformer.validation import require, shown
 
@@ -83,7 +85,7 @@ class BatchData:
         del split
         return iter(())
 
-    def make_tokenizer(self) -> Any:
+    def make_tokenizer(self) -> Tokenizer:
         """A vocabulary without a tokenizer, with the size `model.vocab_size`.
 
         Raises:
@@ -98,7 +100,7 @@ class BatchData:
         return ids_alone(config)
 
     def train_batches(
-        self, tokenizer: Any, *, process_index: int = 0, process_count: int = 1
+        self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
         """The batches of `train`, repeated without end."""
         del tokenizer, process_index
@@ -106,24 +108,24 @@ class BatchData:
         return _Endless(self.splits["train"], _Checked(self._config, process_count))
 
     def evaluation_batches(
-        self, tokenizer: Any, split: str, *, process_index: int = 0, process_count: int = 1
+        self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
         """The batches of a split, once."""
         del tokenizer, process_index
         names = tuple(self.splits) if split == WHOLE else (split,)
         return _Once([self.splits[name] for name in names], _Checked(self._config, process_count))
 
-    def describe_rows(self, tokenizer: Any, at_most: int = 0) -> str:
+    def describe_rows(self, tokenizer: Tokenizer, at_most: int = 0) -> str:
         """Empty: the making of the batches is unknown."""
         del tokenizer, at_most
         return ""
 
-    def count_cut(self, tokenizer: Any, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
+    def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:
         """Nothing: cuts are unknown."""
         del tokenizer, split, at_most
         return {}, 0
 
-    def batches_of_epoch(self, tokenizer: Any) -> float | None:
+    def batches_of_epoch(self, tokenizer: Tokenizer | None) -> float | None:
         """The number of batches, if they can be counted."""
         batches: Any = self.splits.get("train")
         if hasattr(batches, "__len__") and len(batches) < 2**31:  # a larger length means endless batches
@@ -229,19 +231,19 @@ class NoTokenizer:
         self.vocab_size = vocab_size
         self.token_bytes = np.zeros(vocab_size, np.int32)
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(
             f"A run on ids has no tokenizer to read {shown(text)} with; give load(tokenizer=...) the one of its ids."
         )
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Ids) -> str:
         """Raise UserError."""
         raise UserError(
             "A run on ids has no tokenizer to write text with; give load(tokenizer=...) the one of its ids."
         )
 
-    def save(self, directory: Any) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Nothing to save."""
 
 

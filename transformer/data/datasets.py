@@ -145,7 +145,7 @@ class Reader:
     run: Run | None = None
     """Runs the tasks that prepare text and store its tokens; None means this process and others on this machine."""
 
-    def running_text(self) -> "TextData":
+    def running_text(self) -> Dataset:
         """Open each of `config.source` as running text, prepared now unless it already is."""
         named, trained = held_out_part(self.config), open_sources(trained_part(self.config), self.run)
         held_out = tuple(map(held_out_text, open_sources(named, self.run))) if named else ()
@@ -158,7 +158,7 @@ class Reader:
         named = [find_source(name).fingerprint(name, held_out) for name in held_out.source] if held_out else []
         return [*found, *map(held_out_fingerprint, named)]
 
-    def examples(self, form: ExampleForm) -> "ExampleData":
+    def examples(self, form: ExampleForm) -> Dataset:
         """The examples of `config.source`, and of `config.validation`."""
         trained, held_out = trained_part(self.config), held_out_part(self.config)
         source = open_examples(trained.source, form, trained, self.class_names)
@@ -244,12 +244,18 @@ class TextData:
         kept = all([store_tokens(source, tokenizer, self.run) for source in self.sources])
         return describe_stored(tokenizer, kept)
 
-    def train_batches(self, tokenizer: Tokenizer, **process: Any) -> CheckpointableIterator:
+    def train_batches(
+        self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    ) -> CheckpointableIterator:
         """Rows of `Batch`es or `PairBatch`es, masked or corrupted if the objective requires it."""
+        process: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
         return train_batches(self.config, tokenizer, sources=self.trained, **self._changes(tokenizer), **process)
 
-    def evaluation_batches(self, tokenizer: Tokenizer, split: str, **process: Any) -> Iterable[Any]:
+    def evaluation_batches(
+        self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterable[Any]:
         """Rows as in training; masking or corruption is the same at each evaluation."""
+        process: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
         return evaluation_batches(
             self.config, tokenizer, split, sources=self.of(split), **self._changes(tokenizer), **process
         )

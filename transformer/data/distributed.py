@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -41,11 +41,14 @@ from transformer.data.tasks import Run, Unfinished, publish, remove, run_tasks
 from transformer.types import UserError
 from transformer.validation import require
 
+if TYPE_CHECKING:
+    from transformer.data.source_kind import SourceKind
+
 _FOLDER = "text_tasks"
 _NUMBERS = np.dtype("<i8")
 
 
-def open_in_tasks(kind: Any, name: str, config: DataConfig, stamp: Stamp, run: Run) -> Source:
+def open_in_tasks(kind: "SourceKind", name: str, config: DataConfig, stamp: Stamp, run: Run) -> Source:
     """Like `open_corpus`: a local corpus, prepared now by tasks unless it already is.
 
     Args:

@@ -71,7 +71,7 @@ def train_batches(
     return prefetched(batches.map(whole_rows) if joined or (not config.pack and convert is None) else batches)
 
 
-def whole_rows(batch: Any) -> Any:
+def whole_rows(batch: Batch) -> Batch:
     """A batch whose rows are one document each, without the redundant segment ids."""
     names = [name for name in batch._fields if name.endswith("segment_ids")]
     require(

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -25,6 +25,7 @@ _READING = "max_parallelism:0,readahead_buffer_size:0"
 # Groups of more than one record are read whole. Tokens hardly compress, and decompression takes longer than reading.
 _WRITING = "group_size:1,uncompressed"
 _MOST = 400  # shards of a split: that many files are open
+Position = TypeVar("Position", int, np.ndarray)
 UNFINISHED = ".unfinished"
 """Suffix of a shard that is being written; remains of killed writers are removed once the dataset is complete."""
 
@@ -70,7 +71,7 @@ def count_shards(num_bytes: int, shard_bytes: int) -> int:
     return max(1, min(math.ceil(num_bytes / shard_bytes), _MOST))
 
 
-def shard_of(position: Any, num_bytes: int, count: int) -> Any:
+def shard_of(position: Position, num_bytes: int, count: int) -> Position:
     """The shard (of `count`) of a record, where `position` of the split's `num_bytes` bytes precede it; also for arrays."""
     shard = position * count // max(1, num_bytes)
     return min(shard, count - 1) if isinstance(shard, int) else np.minimum(shard, count - 1)

@@ -75,7 +75,7 @@ class SourceKind:
         del name
         return ("all",)
 
-    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+    def part_documents(self, name: str, part: Sequence[str], config: DataConfig) -> Iterator[Document]:
         """The documents of one of `parts`."""
         del part
         return self.documents(name, config)

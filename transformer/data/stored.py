@@ -64,7 +64,7 @@ def find_stored(name: str, data_dir: epath.Path) -> epath.Path | None:
     return None
 
 
-def open_stored(directory: epath.Path) -> Any:
+def open_stored(directory: epath.Path) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a stored dataset, for reading.
 
     Raises:
@@ -88,18 +88,19 @@ def check_stored(
         UserError: something differs; the dataset must not be used.
     """
     builder = open_stored(directory)
+    kinds: Any = builder.info.features  # TFDS declares the base class of features, which has no names
 
     def as_given(key: str, value: Any) -> Any:
-        feature = builder.info.features[key]
+        feature = kinds[key]
         if isinstance(feature, tfds.features.ClassLabel):
             return feature.names[value]
         return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else int(value)
 
     for key, feature in features.items():
         if isinstance(feature, tfds.features.ClassLabel):
-            _require_same(list(feature.names), list(builder.info.features[key].names), "the classes")
+            _require_same(list(feature.names), list(kinds[key].names), "the classes")
     for split, examples in splits.items():
-        stored = in_order(builder.as_data_source(split))
+        stored = in_order(builder.as_data_source(split))  # pyright: ignore[reportCallIssue] (the stub hides the parameters)
         for number, (given, found) in enumerate(itertools.zip_longest(examples(), stored), 1):
             found = found and {key: as_given(key, found[key]) for key in features}
             _require_same(given, found, f"example {number:,} of {split}")

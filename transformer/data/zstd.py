@@ -1,7 +1,7 @@
 """Reader of zstd data with one or more frames, based on the `zstandard` package (extra `formats`)."""
 
 import io
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformer.validation import require_installed
 
@@ -13,7 +13,7 @@ except ImportError:
 _PIECE = 1 << 17  # compressed bytes read at a time
 
 
-def open_zstd(file: Any) -> io.BufferedReader:
+def open_zstd(file: BinaryIO) -> io.BufferedReader:
     """The decompressed content of a zstd file; it can be read again from the start, for example after `seek(0)`.
 
     Args:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from transformer.types import Leaf, PyTree
+
 NOTHING = -1e9
 """The score of a missing beam: below any log-probability, but finite, so that sums with it are finite too."""
 
@@ -13,9 +15,9 @@ NOTHING = -1e9
 class Limits(NamedTuple):
     """End and allowed tokens of continuations."""
 
-    ends_E: Any  # int32 [E]
-    drawable_V: Any  # bool [V], None for all
-    num_new: Any  # int32, most new tokens
+    ends_E: Leaf  # int32 [E]
+    drawable_V: Leaf  # bool [V], None for all
+    num_new: Leaf  # int32, most new tokens
 
 
 class State(NamedTuple):
@@ -30,10 +32,10 @@ class State(NamedTuple):
     open_B: Bool[Array, " B"]  # whether a growing beam can still become one of the best
     num_tokens: Int[Array, ""]  # tokens of each growing beam
     broken_B: Int[Array, " B"]  # number of tokens before the first logits that are not finite, -1 if all are finite
-    cache: Any
+    cache: PyTree
 
 
-def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: Any) -> State:
+def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: PyTree) -> State:
     """The state before the first token: one beam, so that no continuation is found several times."""
     B, M = len(open_B), num_beams
     nothing_BM = jnp.full((B, M), NOTHING, jnp.float32)

@@ -13,7 +13,8 @@ from transformer.generation.rows import Row, computed_rows, segment_ids_of
 from transformer.layers.scan_params import loop_params
 from transformer.layers.stack import Stack
 from transformer.model_kinds import POOLINGS, Pooling
-from transformer.objective import Objective, Trained
+from transformer.objective import Objective
+from transformer.trained import Trained
 from transformer.types import PyTree
 from transformer.validation import require
 

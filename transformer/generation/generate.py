@@ -312,7 +312,7 @@ def _prefill(
 def roll_cache(
     model: Decoder,
     params: PyTree,
-    cache: Any,
+    cache: PyTree,
     tokens_BP: Int[Array, "B P"],
     full_B: Bool[Array, " B"],
     dropped_B: Int[Array, " B"],
@@ -320,7 +320,7 @@ def roll_cache(
     keep_first: int,
     length: int,
     capacity: int,
-) -> Any:
+) -> PyTree:
     """The cache with the next window of each full row; the window ends before the latest token."""
     tokens_BT = windows(tokens_BP, dropped_B, keep_first=keep_first, length=length)
     _, following = read_rows(model, params, tokens_BT, jnp.full_like(dropped_B, length), capacity)
@@ -335,7 +335,7 @@ def rounded(needed: int) -> int:
 
 def read_rows(
     model: Decoder, params: PyTree, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], capacity: int
-) -> Any:
+) -> tuple[Array, PyTree]:
     """Logits [B, T, V] and the cache of right-padded rows; for a prefix LM, the rows are its prefix."""
     B, T = tokens_BT.shape
     valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
@@ -350,13 +350,7 @@ def read_rows(
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def _decode(
-    model: Decoder,
-    params: PyTree,
-    state: State,
-    num_new: Any,
-    draw: Draw,
-    *,
-    sampling: SamplingConfig,
+    model: Decoder, params: PyTree, state: State, num_new: Any, draw: Draw, *, sampling: SamplingConfig
 ) -> tuple[State, Bool[Array, ""]]:
     """Draw `num_new` tokens of each row, fewer if all rows end; also returns whether the cache overflowed."""
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from transformer.generation.rows import Row, computed_rows, segment_ids_of
 from transformer.ops.losses import cross_entropy
-from transformer.types import PyTree
+from transformer.trained import Trained
+from transformer.types import Leaf, PyTree
 
 _LOGIT_COLUMNS = 64  # positions of a chunk of logits
 
@@ -62,16 +63,16 @@ class Query(NamedTuple):
 class TokenScores(NamedTuple):
     """Scores of the tokens of a query."""
 
-    log_probabilities: Any
+    log_probabilities: Leaf
     """float32 [n], in nats."""
-    most_likely: Any
+    most_likely: Leaf
     """float32 [n], 1 for the most likely token, else 0."""
 
 
 # ---- Left to right ---------------------------------------------------------------------------------------------------
 
 
-def next_token_scores(run: Any, queries: Iterable[Query], *, batch_size: int, stride: int) -> Iterator[TokenScores]:
+def next_token_scores(run: Trained, queries: Iterable[Query], *, batch_size: int, stride: int) -> Iterator[TokenScores]:
     """A decoder's log-probability of each token of each query, and whether the token is the most likely one.
 
     A query longer than the model's length is scored in windows. The first window is full, and each next one ends at most
@@ -135,7 +136,7 @@ def _next_token(
 
 
 def target_scores(
-    run: Any, pairs: Iterable[tuple[np.ndarray, Query]], *, batch_size: int
+    run: Trained, pairs: Iterable[tuple[np.ndarray, Query]], *, batch_size: int
 ) -> Iterator[Float[np.ndarray, " n"]]:
     """An encoder-decoder's log-probability of each token of each target, given its source."""
 
@@ -167,7 +168,7 @@ def _target(
 
 
 def masked_scores(
-    run: Any,
+    run: Trained,
     queries: Iterable[tuple[Query, np.ndarray]],
     mask: int,
     *,

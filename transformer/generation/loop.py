@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.generation.sampling import NO_TOKEN, SamplingConfig, only_drawable, penalize, sample_tokens
+from transformer.types import Leaf, PyTree
 
 Step = Callable[[Int[Array, "B 1"], Any], tuple[Float[Array, "B 1 V"], Any]]
 """The model: maps the latest token of each row and the cache to logits and the updated cache."""
@@ -20,19 +21,19 @@ class State(NamedTuple):
     lengths_B: Int[Array, " B"]
     num_new: Int[Array, ""]
     ended_B: Bool[Array, " B"]
-    cache: Any
+    cache: PyTree
 
 
 class Draw(NamedTuple):
     """The inputs of sampling besides the logits."""
 
-    key: Any
-    rows_B: Any  # int32 [B], the number of each row
-    ends_E: Any  # int32 [E], the ids at which a row ends
-    drawable_V: Any  # bool [V], the ids that may be drawn; None for all
+    key: Leaf
+    rows_B: Leaf  # int32 [B], the number of each row
+    ends_E: Leaf  # int32 [E], the ids at which a row ends
+    drawable_V: Leaf  # bool [V], the ids that may be drawn; None for all
 
 
-def extend(state: State, num_new: Any, step: Step, draw: Draw, sampling: SamplingConfig) -> State:
+def extend(state: State, num_new: int | Array, step: Step, draw: Draw, sampling: SamplingConfig) -> State:
     """Draw tokens until each row has `num_new` new ones or all rows have ended."""
 
     def goes_on(state: State) -> Bool[Array, ""]:
@@ -60,7 +61,7 @@ def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: S
     )
 
 
-def row_keys(draw: Draw, positions_B: Int[Array, " B"]) -> Any:
+def row_keys(draw: Draw, positions_B: Int[Array, " B"]) -> Array:
     """A key for each row at its position."""
     return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(draw.key, row), position))(
         jnp.asarray(draw.rows_B), positions_B

@@ -1,15 +1,15 @@
 """Inputs of generation: rows without padding, and ids that end a row."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from transformer.validation import require
 
 
-def unpad(tokens_BT: Any, mask_BT: Any) -> list[Int[np.ndarray, " n"]]:
+def unpad(tokens_BT: ArrayLike, mask_BT: ArrayLike) -> list[Int[np.ndarray, " n"]]:
     """The rows of a padded batch without their padding on the left or right; for prompts or sources.
 
     Args:

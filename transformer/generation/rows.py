@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from transformer.trained import Trained
+
 _BATCHES_AT_ONCE = 64  # this many batches of rows are sorted by length
 _SHORTEST = 16  # rows are padded to a power of two, at least this one: few programs are compiled
 
@@ -17,7 +19,7 @@ Row = tuple[Int[np.ndarray, " n"], ...]
 
 
 def computed_rows(
-    run: Any, compute: Callable[..., Any], rows: Iterator[Row], batch_size: int, limit: int
+    run: Trained, compute: Callable[..., Any], rows: Iterator[Row], batch_size: int, limit: int
 ) -> Iterator[tuple[Row, Any]]:
     """Yield each row with its result, in order; rows of similar length are computed together.
 

@@ -1,14 +1,13 @@
 """Draws the next token from logits: repetition penalty, greedy, temperature, top-k, top-p, min-p."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from transformer.types import UserError
+from transformer.types import Leaf, UserError
 from transformer.validation import Settings, require, require_at_least
 
 NO_TOKEN = -2
@@ -53,7 +52,7 @@ GREEDY = SamplingConfig(temperature=0)
 """The most likely token each time."""
 
 
-def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingConfig) -> Int[Array, " B"]:
+def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Leaf, config: SamplingConfig) -> Int[Array, " B"]:
     """Draw one token for each row; `NO_TOKEN` if a row's logits include NaN or +inf, or are all -inf.
 
     Args:
@@ -69,7 +68,7 @@ def sample_tokens(logits_BV: Float[Array, "B V"], keys_B: Any, config: SamplingC
     return jnp.where(is_distribution_B, tokens_B, NO_TOKEN).astype(jnp.int32)
 
 
-def only_drawable(logits_BV: Float[Array, "B V"], drawable_V: Any) -> Float[Array, "B V"]:
+def only_drawable(logits_BV: Float[Array, "B V"], drawable_V: Array | np.ndarray | None) -> Float[Array, "B V"]:
     """Logits with -inf for tokens that may not be drawn; None allows all. Logits with NaN or inf are unchanged."""
     if drawable_V is None:
         return logits_BV

@@ -1,6 +1,7 @@
 """Speculative decoding: a small model drafts tokens, and a large model checks them in one pass, with an exact result."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ from transformer.validation import require
 class Caches(NamedTuple):
     """The caches of both models, lengths of the prompts, and counts of offered and accepted draft tokens."""
 
-    target: Any
-    draft: Any
+    target: PyTree
+    draft: PyTree
     prompts_B: Int[Array, " B"]
     offered: Int[Array, ""]
     accepted: Int[Array, ""]
@@ -56,7 +57,7 @@ class SpeculativeGenerator(Generator):
         draft_params: PyTree,
         *,
         draft_tokens: int = 4,
-        place: Any = lambda rows: rows,
+        place: Callable[[np.ndarray], jax.Array | np.ndarray] = lambda rows: rows,
         keep_first: int | None = None,
     ) -> None:
         super().__init__(model, params, place, keep_first=keep_first)

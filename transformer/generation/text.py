@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from transformer.generation.generate import Generator
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders show it for a character with missing bytes
@@ -93,7 +95,9 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text if end < 0 else text[:end]
 
 
-def continuation_text(decode: Callable[[Any], str], prompt: Any, tokens: Any) -> str:
+def continuation_text(
+    decode: Callable[[Any], str], prompt: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray
+) -> str:
     """The text of tokens after a prompt; it may begin within a word."""
     before, whole = decode(prompt), decode([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else decode(tokens)

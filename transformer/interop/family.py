@@ -9,7 +9,7 @@ from transformer.interop.table import Rule
 from transformer.kinds import Family, Kind
 from transformer.memory import MOST_LOOPED_LAYERS
 from transformer.model_config import BlockConfig, ModelConfig
-from transformer.types import UserError
+from transformer.types import Json, UserError
 from transformer.validation import require, shown
 
 FAMILIES = Family(
@@ -61,7 +61,7 @@ COMMON_KEYS = (
 )
 
 
-def typed_number(value: Any, kind: type[T], name: str, least: int = 1) -> T:
+def typed_number(value: Json, kind: type[T], name: str, least: int = 1) -> T:
     """A checked value of a config.json; `name` begins the message.
 
     Raises:
@@ -158,12 +158,12 @@ class Keys:
         )
         return found
 
-    def optional(self, name: str) -> Any:
+    def optional(self, name: str) -> Json:
         """The value of a key, of any type; the default if it is missing. Null is an ordinary value."""
         self._read.add(name)
         return self._values.get(name, self._defaults.get(name))
 
-    def only(self, name: str, *values: Any) -> None:
+    def only(self, name: str, *values: object) -> None:
         """Refuse a key with another value than these, the only supported ones."""
         value = self.optional(name)
         require(

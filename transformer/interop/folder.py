@@ -16,7 +16,7 @@ from transformer.interop.family import FAMILIES, Keys, ModelFamily, Pretrained
 from transformer.interop.tensors import DTYPES, Stored, map_file, read_header
 from transformer.model_kinds import POOLINGS
 from transformer.storage import expand
-from transformer.types import UserError
+from transformer.types import Json, UserError
 from transformer.validation import did_you_mean, require, shown
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -60,7 +60,7 @@ def read_small(path: pathlib.Path, most: int = _MOST_CONFIG) -> str:
         ) from error
 
 
-def read_json(path: pathlib.Path, most: int = _MOST_CONFIG) -> Any:
+def read_json(path: pathlib.Path, most: int = _MOST_CONFIG) -> Json:
     """The content of a small JSON file.
 
     Raises:
@@ -299,7 +299,7 @@ def stored_dtypes(tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
     return found
 
 
-def common_dtype(tensors: Mapping[str, Stored], where: object) -> Any:
+def common_dtype(tensors: Mapping[str, Stored], where: object) -> np.dtype:
     """The type of all tensors.
 
     Raises:

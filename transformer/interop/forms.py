@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer.types import Array
+
 PART = "part"
 """The axis along which equally shaped parameters are fused in one stored tensor."""
 _AXIS = re.compile(r"\(([a-z_ ]+)\)|([a-z_]+)")
@@ -58,7 +60,7 @@ class Form(NamedTuple):
             raise ValueError(f"parts that follow each other must agree in the other axes, got {shapes}")
         return (sum(shape[0] for shape in every), *every[0][1:])
 
-    def to_ours(self, theirs: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
+    def to_ours(self, theirs: Array, shapes: list[tuple[int, ...]]) -> list[Any]:
         """The parameters with these shapes, as views of the stored tensor: nothing is read."""
         if self.fused:
             whole = self._ours(theirs, self._sizes(shapes[0], len(shapes)))
@@ -71,7 +73,7 @@ class Form(NamedTuple):
             start += rows
         return views
 
-    def to_theirs(self, ours: list[Any]) -> Any:
+    def to_theirs(self, ours: list[Any]) -> Array:
         """The stored tensor; a new array if its memory layout differs."""
         if self.fused:
             return self._theirs(np.stack(ours))

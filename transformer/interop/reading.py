@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     """Tensors that are ignored."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The type in which all parameters are stored.
 
         Raises:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from transformer.interop.forms import Form, parse
-from transformer.types import PyTree
+from transformer.types import Array, PyTree
 from transformer.validation import require, shown
 
 _LAYER, _EXPERT = "{layer}", "{expert}"
@@ -79,7 +79,7 @@ class Leaf(NamedTuple):
 
     looped: tuple[str, ...]
     """Paths in the tree of the looped model; several are stacked on a leading axis."""
-    value: Any
+    value: Array
     scanned: bool
 
 
@@ -168,7 +168,7 @@ def _part(rule: Bound, shapes: list[tuple[int, ...]], view: Callable[[str], np.n
     return rule.form.to_ours(view(rule.theirs), shapes)[place]
 
 
-def make_array(leaf: Leaf, found: Mapping[str, Source], dtype: Any, sharding: Any) -> jax.Array:
+def make_array(leaf: Leaf, found: Mapping[str, Source], dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
     """A parameter on its devices; a process reads the bytes of its own shards into its own memory."""
     shape = tuple(leaf.value.shape)
 

@@ -164,7 +164,7 @@ def _described(value: Any, key: str, name: str, begin: int) -> Stored:
 class Planned(NamedTuple):
     """A tensor to write, with known type and shape; its values are fetched later."""
 
-    dtype: Any
+    dtype: np.dtype
     shape: tuple[int, ...]
     values: Callable[[], np.ndarray]
     """Fetches the values; called once, while the file is written."""

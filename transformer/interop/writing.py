@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 
 from transformer.interop import table
 from transformer.interop.family import FAMILIES, Keys, ModelFamily
@@ -211,7 +212,7 @@ def _piece(number: int, count: int) -> str:
     return f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DTypeLike) -> str:
     """The name of a type in config.json."""
     known = {str(value) for value in DTYPES.values()}
     require(str(dtype) in known, f"Weights must be of a type that files can have ({', '.join(known)}), got {dtype}.")

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from transformer.types import PyTree
 
@@ -50,7 +51,7 @@ def join(frozen: PyTree, trained: PyTree) -> PyTree:
     return {**frozen, **trained, **both}
 
 
-def merge(params: PyTree, scale: float, dtype: Any = None) -> PyTree:
+def merge(params: PyTree, scale: float, dtype: DTypeLike | None = None) -> PyTree:
     """Parameters of the model without adapters: `kernel + scale · A · B`, computed in float32.
 
     Args:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.model_kinds import BACKENDS
 from transformer.ops.masks import AttentionMask
+from transformer.types import Leaf, PyTree
 from transformer.validation import require
 
 
@@ -36,7 +37,7 @@ class Cache:
         del num_tokens
         return given_BT
 
-    def extend(self, key: Any, value: Any, mask: AttentionMask) -> tuple[Array, Array, AttentionMask, "Cache"]:
+    def extend(self, key: Array, value: Array, mask: AttentionMask) -> tuple[Array, Array, AttentionMask, "Cache"]:
         """All keys and values [B, S, G, K], the mask of the queries over them, and the cache for the next call."""
         return key, value, mask, self
 
@@ -54,7 +55,7 @@ class Cache:
         del rows_R
         return self
 
-    def replace_rows(self, chosen_B: Bool[Array, " B"], other: Any) -> "Cache":
+    def replace_rows(self, chosen_B: Bool[Array, " B"], other: PyTree) -> "Cache":
         """The cache with the chosen rows replaced by another cache's."""
         del chosen_B, other
         return self
@@ -81,10 +82,10 @@ class KVCache(Cache):
 
     takes_positions = False
 
-    key_BGPK: Any  # [B, G, P, K]
-    value_BGPK: Any  # [B, G, P, K]
-    lengths_B: Any  # int32 [B]
-    overflow: Any  # bool []
+    key_BGPK: Leaf  # [B, G, P, K]
+    value_BGPK: Leaf  # [B, G, P, K]
+    lengths_B: Leaf  # int32 [B]
+    overflow: Leaf  # bool []
 
     def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array:
         """The new tokens."""
@@ -122,7 +123,7 @@ class KVCache(Cache):
         key, value = (jnp.take(x, rows_R, axis=x.ndim - 4) for x in (self.key_BGPK, self.value_BGPK))
         return KVCache(key, value, jnp.take(self.lengths_B, rows_R, axis=self.lengths_B.ndim - 1), self.overflow)
 
-    def replace_rows(self, chosen_B: Bool[Array, " B"], other: Any) -> Cache:
+    def replace_rows(self, chosen_B: Bool[Array, " B"], other: PyTree) -> Cache:
         """Keys, values and lengths."""
 
         def choose(new: Array, old: Array, axis: int) -> Array:
@@ -152,8 +153,8 @@ class KVCache(Cache):
 class CrossAttentionCache(Cache):
     """Keys and values of the encoder output for cross-attention, computed once (S is 0 before the first call)."""
 
-    key_BSGK: Any  # [B, S, G, K]
-    value_BSGK: Any  # [B, S, G, K]
+    key_BSGK: Leaf  # [B, S, G, K]
+    value_BSGK: Leaf  # [B, S, G, K]
 
     def key_inputs(self, inputs_BTD: Array, encoded_BSD: Array | None) -> Array | None:
         """The encoder output, in the first call."""
@@ -188,7 +189,7 @@ class TransformerXLMemory(Cache):
 
     takes_positions = False
 
-    hidden_BPD: Any  # [B, P, D]
+    hidden_BPD: Leaf  # [B, P, D]
 
     def enter(self, inputs_BTD: Array, norm: Callable[[Array], Array]) -> tuple[Array, Cache]:
         """The memory and the inputs, normalised by the same norm."""
@@ -215,7 +216,9 @@ def valid_tokens(mask: AttentionMask) -> Bool[Array, "B T"] | None:
     return None if mask.query_segment_ids is None else mask.query_segment_ids != 0
 
 
-def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
+def init_cache(
+    batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> KVCache:
     """An empty cache with room for `capacity` tokens a row.
 
     >>> init_cache(2, 8, num_kv_heads=1, head_dim=4).lengths_B.tolist()
@@ -226,7 +229,7 @@ def init_cache(batch_size: int, capacity: int, num_kv_heads: int, head_dim: int,
 
 
 def init_cross_attention_cache(
-    batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any = jnp.float32
+    batch_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> CrossAttentionCache:
     """An empty cache of cross-attention; the first call fills it from the encoder output."""
     empty = jnp.zeros((batch_size, 0, num_kv_heads, head_dim), dtype)
@@ -321,12 +324,12 @@ def check_capacity(capacity: int, prompt: int, new: int) -> None:
         )
 
 
-def cache_overflow(caches: Any) -> Bool[Array, ""]:
+def cache_overflow(caches: PyTree) -> Bool[Array, ""]:
     """Whether any layer of a model's cache dropped a token."""
     return jnp.any(jnp.stack([jnp.any(block.attention.overflow) for block in caches]))
 
 
-def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_encoded: bool = False) -> Any:
+def take_rows(caches: PyTree, rows_R: Int[Array, " R"], *, keep_encoded: bool = False) -> PyTree:
     """A model's cache with these rows; `keep_encoded` leaves cross-attention's cache as it is, for equal rows."""
 
     def take(cache: Cache) -> Cache:
@@ -335,19 +338,19 @@ def take_rows(caches: Any, rows_R: Int[Array, " R"], *, keep_encoded: bool = Fal
     return jax.tree.map(take, caches, is_leaf=lambda part: isinstance(part, Cache))
 
 
-def replace_rows(caches: Any, chosen_B: Bool[Array, " B"], others: Any) -> Any:
+def replace_rows(caches: PyTree, chosen_B: Bool[Array, " B"], others: PyTree) -> PyTree:
     """A model's cache with the chosen rows replaced by another's."""
     return jax.tree.map(
         lambda cache, other: cache.replace_rows(chosen_B, other), caches, others, is_leaf=lambda x: isinstance(x, Cache)
     )
 
 
-def shorten(caches: Any, lengths_B: Int[Array, " B"]) -> Any:
+def shorten(caches: PyTree, lengths_B: Int[Array, " B"]) -> PyTree:
     """A model's cache with only the first `lengths_B` tokens of each row."""
     return jax.tree.map(lambda cache: cache.shortened(lengths_B), caches, is_leaf=lambda x: isinstance(x, Cache))
 
 
-def cache_lengths(caches: Any) -> Int[Array, " B"]:
+def cache_lengths(caches: PyTree) -> Int[Array, " B"]:
     """Tokens held in each row of a model's cache; every layer holds the same."""
     lengths = caches[0].attention.lengths_B
     return lengths if lengths.ndim == 1 else lengths[0]

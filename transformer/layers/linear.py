@@ -5,15 +5,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from transformer.layers.adapters import LORA_A, LORA_B
 from transformer.layers.runtime import Runtime, with_axes
 from transformer.ops.panels import Panels, cut_panels, panel_product
 from transformer.ops.quantized import Quantized
+from transformer.types import PyTree
 
 
-def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> Any:
+def stored(module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]) -> PyTree:
     """A parameter of a module: initialised, given, or the form by which `generation.prepare` or `models.light` replaced it."""
     if module.has_variable("params", name):
         given = module.get_variable("params", name)
@@ -23,11 +25,11 @@ def stored(module: Any, name: str, initializer: Any, shape: tuple[int, ...]) -> 
 
 
 def kernel_product(
-    module: Any,
+    module: nn.Module,
     inputs: Float[Array, "..."],
     kernel: Float[Array, "..."] | Panels | Quantized,
     num_contracted: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Float[Array, "..."]:
     """Contract the last axes of the inputs with the first of the kernel, by the runtime's `dot_general` or by panels."""
     first = inputs.ndim - num_contracted
@@ -75,7 +77,7 @@ class Linear(nn.Module):
     axes: tuple[str | None, ...]
     use_bias: bool = False
     init_scale: float = 1.0
-    output_dtype: Any = None
+    output_dtype: DTypeLike | None = None
     runtime: Runtime = Runtime()
 
     @nn.compact

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.runtime import Runtime
 from transformer.model_kinds import Positions
+from transformer.ops.bias import BiasDescription
 
 
 class PositionEmbedding(nn.Module):
@@ -45,7 +45,7 @@ class RelativeBias(nn.Module):
     runtime: Runtime = Runtime()
 
     @nn.compact
-    def __call__(self, *, bidirectional: bool) -> Any:
+    def __call__(self, *, bidirectional: bool) -> BiasDescription | None:
         """The description that attention takes as `relative_bias`; an encoder's distinguishes the two directions."""
         return self.config.shared_bias(self.num_heads, bidirectional, functools.partial(self.runtime.parameter, self))
 

@@ -33,7 +33,7 @@ def named_axes() -> Iterator[None]:
         _named.reset(before)
 
 
-def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Any:
+def with_axes(initializer: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> nn.initializers.Initializer:
     """The initializer of a parameter: with logical axis names inside `named_axes`, a plain array elsewhere."""
     return nn.with_logical_partitioning(initializer, axes) if _named.get() else initializer
 
@@ -47,9 +47,9 @@ class Runtime:
         0.1
     """
 
-    dtype: Any = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
     """Type of activations and of the operands of matrix products."""
-    param_dtype: Any = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
     """Type of parameters."""
     init_std: float = 0.0
     """Standard deviation of initial kernels and tables; 0 means 1 / sqrt(fan_in)."""
@@ -81,7 +81,7 @@ class Runtime:
         """The runtime of parts that are fully trained beside adapters (`adapters.HEADS`): like adapters they are float32."""
         return dataclasses.replace(self, param_dtype=jnp.dtype(jnp.float32)) if self.adapter.rank else self
 
-    def initializer(self, fan_in: int, axes: tuple[str | None, ...], scale: float = 1.0) -> Any:
+    def initializer(self, fan_in: int, axes: tuple[str | None, ...], scale: float = 1.0) -> nn.initializers.Initializer:
         """Normal with a standard deviation of `scale * init_std`, for a parameter whose axes have these logical names."""
         return with_axes(nn.initializers.normal(scale * (self.init_std or 1.0 / math.sqrt(fan_in))), axes)
 
@@ -99,6 +99,6 @@ class Runtime:
         init = self.initializer(fan_in, axes) if fill is None else with_axes(nn.initializers.constant(fill), axes)
         return module.param(name, init, shape, self.param_dtype)
 
-    def constrain(self, x: Any, *names: str | None) -> Any:
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`Sharding.constrain`."""
         return self.sharding.constrain(x, *names)

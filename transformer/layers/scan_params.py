@@ -6,20 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from transformer.types import PyTree
 
-def is_scanned(params: Any) -> bool:
+
+def is_scanned(params: PyTree) -> bool:
     """Whether parameters belong to a scanned model: its query projections have an axis of layers besides D, H and K."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     return any(x.ndim == 4 for path, x in paths if jax.tree_util.keystr(path).endswith("['query']['kernel']"))
 
 
 def scan_params(
-    params: Any,
+    params: PyTree,
     pattern_length: int = 1,
     num_first: int = 0,
     *,
     stack: Callable[[Sequence[Any]], Any] = lambda leaves: jnp.stack(leaves),
-) -> Any:
+) -> PyTree:
     """Convert a looped model's parameters, or a tree that contains such trees (a state), to a scanned model's.
 
     Args:
@@ -42,7 +44,7 @@ def scan_params(
     return _convert(params, scanned)
 
 
-def loop_params(params: Any, *, take: Callable[[Any, int], Any] = lambda leaf, period: leaf[period]) -> Any:
+def loop_params(params: PyTree, *, take: Callable[[Any, int], Any] = lambda leaf, period: leaf[period]) -> PyTree:
     """The inverse of `scan_params`: convert a scanned model's parameters to a looped one's.
 
     Args:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from transformer.ops.attention import ATTENTION_SCOPE, dot_product_attention
+from transformer.ops.attention import ATTENTION_SCOPE, Bias, dot_product_attention
 from transformer.ops.bias import BiasDescription
 from transformer.ops.masks import AttentionMask
 from transformer.ops.ring import ring_attention
@@ -51,11 +51,11 @@ def sharded_attention(
     value_BSGK: Float[Array, "B S G W"],
     *,
     mask: AttentionMask,
-    bias: Any,
+    bias: Bias | None,
     scale: float,
     logits_soft_cap: float = 0.0,
     dropout_rate: float = 0.0,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
     implementation: str = "auto",
     sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
 ) -> Float[Array, "B T H W"]:

@@ -234,7 +234,12 @@ def _resolve_positions(
 
 
 def init_stack_cache(
-    config: ModelConfig, batch_size: int, capacity: int, *, dtype: Any = None, cross_attention: bool = False
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    cross_attention: bool = False,
 ) -> StackCache:
     """An empty cache for a `Stack`, with room for `capacity` tokens a row.
 

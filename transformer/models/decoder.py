@@ -1,9 +1,8 @@
 """The decoder: a causal language model."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.layers.runtime import Runtime
@@ -103,7 +102,7 @@ class Decoder(nn.Module):
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
+    def init_cache(self, batch_size: int, capacity: int, dtype: DTypeLike | None = None) -> StackCache:
         """An empty cache with room for `capacity` tokens a row; a `dtype` of None means the model's."""
         return init_stack_cache(self.config, batch_size, capacity, dtype=dtype)
 

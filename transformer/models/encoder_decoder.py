@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from transformer.layers.runtime import Runtime
@@ -163,6 +164,6 @@ class EncoderDecoder(nn.Module):
         return token_logits(self.config, hidden_BTD, self.token_embedding, self.output)
 
     @nn.nowrap
-    def init_cache(self, batch_size: int, capacity: int, dtype: Any = None) -> StackCache:
+    def init_cache(self, batch_size: int, capacity: int, dtype: DTypeLike | None = None) -> StackCache:
         """An empty cache with room for `capacity` target tokens a row; a `dtype` of None means the model's."""
         return init_stack_cache(self.config.decoder, batch_size, capacity, dtype=dtype, cross_attention=True)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from transformer.layers.runtime import named_axes
-from transformer.types import PyTree
+from transformer.types import Array, PyTree
 
 
 def init_params(
-    model: nn.Module, key: Any, *shapes: tuple[int, ...], method: str = "__call__"
+    model: nn.Module, key: Array, *shapes: tuple[int, ...], method: str = "__call__"
 ) -> tuple[PyTree, PyTree]:
     """Initialise a model that reads tokens.
 
@@ -29,7 +29,7 @@ def init_params(
     return initialized(model, key, *(jnp.zeros(shape, jnp.int32) for shape in shapes or ((1, 1),)), method=method)
 
 
-def initialized(model: nn.Module, key: Any, *inputs: Any, method: str = "__call__") -> tuple[PyTree, PyTree]:
+def initialized(model: nn.Module, key: Array, *inputs: PyTree, method: str = "__call__") -> tuple[PyTree, PyTree]:
     """`init_params` of any linen module; axis names come from its Flax partition metadata, and are empty without it.
 
     Args:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from transformer.data.forms.examples import buckets, by_length, padded
-from transformer.objective import Objective, Trained
+from transformer.objective import Objective
+from transformer.trained import Trained
 from transformer.validation import require, require_at_least
 
 _BATCHES_AT_ONCE = 64  # texts are sorted by length within this many batches

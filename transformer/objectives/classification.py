@@ -9,20 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.config import DataConfig
 from transformer.data.forms.labelled import text_tokens
 from transformer.evaluation.calibration import calibration_statistics
 from transformer.models.classifier import Classifier
-from transformer.objective import OBJECTIVES, Objective, Trained, shaped
+from transformer.objective import OBJECTIVES, Objective, shaped
 from transformer.objectives.bases import read_whole, refuse_target, rows_of_texts
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import token_statistics
 from transformer.tokenizer import encoder_ids, mask_id
+from transformer.trained import Trained
 from transformer.types import Array, LabelledBatch, LossOutput, PyTree, Reading
 from transformer.validation import require, require_range
 
 if TYPE_CHECKING:
+    import flax.linen as nn
+
     from transformer.config import Config
+    from transformer.data.datasets import Dataset
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
     from transformer.model_config import ModelConfig
+    from transformer.model_kinds import Pooling
 
 
 @OBJECTIVES.register
@@ -51,7 +58,14 @@ class Classification(Objective):
         )
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: LabelledBatch, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: LabelledBatch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """The loss of a `Classifier`.
 
@@ -107,11 +121,11 @@ class Classification(Objective):
         """The sum of the texts' weights, each times the weight of its class."""
         return jnp.sum(self._weights(batch) if self._weighted else batch.weights)
 
-    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+    def encode(self, text: str, tokenizer: "Tokenizer", data: DataConfig) -> Array:
         """End-of-text, then as much of the text as fits in a row."""
         return text_tokens(tokenizer, text, data)
 
-    def pooling_of(self, config: "ModelConfig") -> Any:
+    def pooling_of(self, config: "ModelConfig") -> "Pooling":
         """The model's own."""
         return config.pooling
 
@@ -153,11 +167,11 @@ class Classification(Objective):
             )
         return batch.weights * jnp.asarray(self.class_weights, jnp.float32)[batch.labels]
 
-    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+    def extra_tokens(self, vocabulary: "Vocabulary", length: int) -> int:
         """The mask, even if nothing is masked: a classifier then fits the encoder that it starts from."""
         return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
-    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: "Vocabulary | None", class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """One class per name."""
         return {"num_classes": len(class_names)}
 
@@ -167,7 +181,7 @@ class Classification(Objective):
         tokens = shaped((rows, length), np.int32)
         return LabelledBatch(tokens, tokens, shaped((rows,), np.int32), shaped((rows,), np.float32))
 
-    def fit(self, data: Any) -> tuple[Objective, str]:
+    def fit(self, data: "Dataset") -> tuple[Objective, str]:
         """The objective with class weights as numbers."""
         names, weights = data.class_names, self.class_weights
         if weights == "none":

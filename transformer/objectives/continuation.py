@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,14 @@ from transformer.generation.sampling import SamplingConfig
 from transformer.generation.speculative import SpeculativeGenerator
 from transformer.generation.text import continuation_text, generate_texts, stream_text
 from transformer.generation.window import num_dropped
-from transformer.objective import Trained
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.tokenizer import drawable, prompt_ids, stop_ids
+from transformer.trained import Trained
 from transformer.types import GeneratedTexts, Reading
 from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.data.tokenizers import Tokenizer
 
 _BATCHES_AT_ONCE = 8  # texts are sorted by length within this many batches
 
@@ -198,7 +201,7 @@ class ContinuesText(TokenObjective):
         return ("generate", "--prompt", prompt or "Once upon a time")
 
 
-def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+def split_ids(tokenizer: "Tokenizer", prompt: str, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a prompt, with the special ids before it, and of the text after it, int32.
 
     They are the ids of prompt and text encoded together. If a token would span both, the two are encoded separately.

@@ -3,21 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
 
+from transformer.config import DataConfig
 from transformer.data.forms.labelled import text_tokens
 from transformer.models.embedder import Embedder
-from transformer.objective import OBJECTIVES, Objective, Trained
+from transformer.objective import OBJECTIVES, Objective
 from transformer.objectives.bases import read_whole, refuse_target, rows_of_texts
 from transformer.tokenizer import encoder_ids
+from transformer.trained import Trained
 from transformer.types import Array, PyTree, Reading, UserError
 from transformer.validation import require
 
 if TYPE_CHECKING:
+    from transformer.data.datasets import Dataset
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
     from transformer.model_config import ModelConfig
+    from transformer.model_kinds import Pooling
 
 
 @OBJECTIVES.register
@@ -33,7 +38,7 @@ class Embedding(Objective):
     normalize: bool = True
     """Scale each vector to length one."""
 
-    def fit(self, data: Any) -> Any:
+    def fit(self, data: "Dataset") -> NoReturn:
         """Raise UserError: it cannot be trained."""
         del data
         raise UserError(
@@ -41,19 +46,19 @@ class Embedding(Objective):
             "--objective.kind classification, which starts from it."
         )
 
-    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+    def extra_tokens(self, vocabulary: "Vocabulary", length: int) -> int:
         """None: no token is masked."""
         return 0
 
-    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: "Vocabulary | None", class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """Whether vectors have length one."""
         return {"normalize": self.normalize}
 
-    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+    def encode(self, text: str, tokenizer: "Tokenizer", data: DataConfig) -> Array:
         """As much of the text as fits in a row, between its special ids."""
         return text_tokens(tokenizer, text, data)
 
-    def pooling_of(self, config: "ModelConfig") -> Any:
+    def pooling_of(self, config: "ModelConfig") -> "Pooling":
         """The model's own."""
         return config.pooling
 

@@ -3,23 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.config import DataConfig
 from transformer.data.draws import random_at
 from transformer.generation.likelihood import Query, masked_scores
 from transformer.generation.rows import Row, computed_rows, segment_ids_of
 from transformer.models.encoder import Encoder
-from transformer.objective import OBJECTIVES, Trained
+from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import TokenObjective, read_whole, refuse_target
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import around_text, drawable, encoder_ids, known_tokens, mask_id, never_hidden
+from transformer.trained import Trained
 from transformer.types import Array, Batch, LossOutput, PyTree, Reading
 from transformer.validation import require
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
 
 _HIDDEN_AT_ONCE = 16
 MASK = "[MASK]"
@@ -47,7 +54,7 @@ class MaskedLM(TokenObjective):
         super().__post_init__()
         require(0 < self.mask_rate < 1, f"MaskedLM.mask_rate must be above 0 and below 1, got {self.mask_rate}.")
 
-    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+    def extra_tokens(self, vocabulary: "Vocabulary", length: int) -> int:
         """The mask, unless the tokenizer has one."""
         return int(mask_id(vocabulary) == vocabulary.vocab_size)
 
@@ -55,7 +62,7 @@ class MaskedLM(TokenObjective):
         """The number of tokens to predict among `length` tokens."""
         return max(1, round(self.mask_rate * length))
 
-    def check_batch(self, batch: Any) -> None:
+    def check_batch(self, batch: PyTree) -> None:
         """Raise UserError if a row has more tokens to predict than logits are computed for."""
         weights = getattr(batch, "weights", None)
         if isinstance(weights, np.ndarray):
@@ -68,7 +75,14 @@ class MaskedLM(TokenObjective):
             )
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: Batch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """The loss of an `Encoder` on a batch; tokens to predict have a weight above 0 (section 3.1).
 
@@ -108,7 +122,7 @@ class MaskedLM(TokenObjective):
             logits=hidden,
         )
 
-    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+    def changes(self, tokenizer: "Tokenizer", length: int, seed: int) -> Mapping[str, Any]:
         """Mask a share of a row's tokens and make them the targets; end-of-text and padding are neither masked nor targets."""
         others = np.flatnonzero(known_tokens(tokenizer))
 
@@ -144,7 +158,7 @@ class MaskedLM(TokenObjective):
         scores = masked_scores(run, queries, mask_id(run.tokenizer), batch_size=batch_size, stride=stride)
         return ((query.tokens, found) for (query, _), found in zip(queries, scores, strict=True))
 
-    def encode(self, text: str, tokenizer: Any, data: Any) -> np.ndarray:
+    def encode(self, text: str, tokenizer: Any, data: DataConfig) -> np.ndarray:
         """A text between its special ids; each [MASK], or the tokenizer's own mask text, becomes a masked token."""
         del data
         begin, end = around_text(tokenizer)

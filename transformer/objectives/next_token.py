@@ -1,7 +1,7 @@
 """Next-token prediction: the cross-entropy of each token given the previous ones."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from transformer.types import Array, Batch, LossOutput, PyTree
 from transformer.validation import require, shown
 
 if TYPE_CHECKING:
+    import flax.linen as nn
+
     from transformer.config import Config
+    from transformer.data.tokenizers import Vocabulary
 
 _MEMORY = "recurrence_BLPD"  # name of the Transformer-XL memory in checkpoints
 
@@ -25,7 +28,7 @@ class LanguageModel(Protocol):
     """The call signature of a linen module that `NextToken` trains instead of a `Decoder`."""
 
     def __call__(
-        self, tokens_BT: Array, *, positions_BT: Any = None, segment_ids_BT: Any = None, train: bool = False
+        self, tokens_BT: Array, *, positions_BT: Array = None, segment_ids_BT: Array = None, train: bool = False
     ) -> Float[jax.Array, "B T V"]:
         """Logits of the next token at each position. Initialised with tokens only, called with all arguments.
 
@@ -50,7 +53,14 @@ class NextToken(ContinuesText):
     settings = ("data.stride", "model.memory_length")
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: Batch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """The loss of a decoder.
 
@@ -102,7 +112,7 @@ class NextToken(ContinuesText):
         statistics["bytes"] = jnp.sum(bytes_V[batch.targets] * batch.weights)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    def init_carry(self, model: Any, rows: int) -> PyTree:
+    def init_carry(self, model: "nn.Module", rows: int) -> PyTree:
         """An empty Transformer-XL memory, if the model has one."""
         config = getattr(model, "config", None)
         return {_MEMORY: model.init_memory(rows)} if getattr(config, "memory_length", 0) > 0 else ()

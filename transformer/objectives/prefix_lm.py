@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,19 @@ from transformer.data.draws import random_at
 from transformer.data.forms.text import RunningText
 from transformer.form import Shown
 from transformer.models.decoder import Decoder
-from transformer.objective import OBJECTIVES, Trained
+from transformer.objective import OBJECTIVES
 from transformer.objectives.bases import read_whole
 from transformer.objectives.continuation import ContinuesText
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import prompt_ids
+from transformer.trained import Trained
 from transformer.types import Batch, LossOutput, Noise, PyTree, Reading
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
 
 _KEY = 8  # separates these random numbers from others with the same seed
 
@@ -35,7 +41,14 @@ class PrefixLM(ContinuesText):
     model_class = Decoder
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: Batch, key: Any, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: Batch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """The loss of a `Decoder` with `bidirectional_prefix`.
 
@@ -57,11 +70,11 @@ class PrefixLM(ContinuesText):
         statistics = add_routing(statistics, routing, self)
         return (statistics["objective"], statistics["weight"]), (carry, jax.lax.stop_gradient(statistics))
 
-    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: "Vocabulary | None", class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """The decoder reads the prefix in both directions."""
         return {"bidirectional_prefix": True}
 
-    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+    def changes(self, tokenizer: "Tokenizer", length: int, seed: int) -> Mapping[str, Any]:
         """Each row gets a random prefix."""
         return {"noise": random_prefixes(seed)}
 
@@ -76,11 +89,11 @@ class PrefixLM(ContinuesText):
             {"decoder": ids_T}, (ids_T[None],), options, predicts="next token", of="decoder", first=len(prefix_T) - 1
         )
 
-    def reads_texts(self, segment_ids_BT: Any) -> tuple[str, Mapping[str, Any]]:
+    def reads_texts(self, segment_ids_BT: Array | np.ndarray) -> tuple[str, Mapping[str, Any]]:
         """The whole text is a prefix."""
         return "__call__", {"segment_ids_BT": segment_ids_BT, "prefix_BT": segment_ids_BT > 0}
 
-    def show(self, batch: Batch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: Batch, tokenizer: "Tokenizer", class_names: Sequence[str]) -> Iterator[Shown]:
         """Rows of text, and a mask in which prefixes are read in both directions."""
         prefix_BT = np.asarray(prefix_tokens(batch.weights, batch.segment_ids))
         return RunningText().show(batch, tokenizer, class_names, prefix_BT)

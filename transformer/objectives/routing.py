@@ -1,16 +1,14 @@
 """Auxiliary losses and statistics of the routers of experts."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from transformer.objective import Objective
 from transformer.ops.experts import RoutingStatistics
-from transformer.types import Statistics
+from transformer.types import PyTree, Statistics
 
 
-def add_routing(statistics: Statistics, variables: Any, config: Objective) -> Statistics:
+def add_routing(statistics: Statistics, variables: PyTree, config: Objective) -> Statistics:
     """The statistics with auxiliary losses added to `objective`, and with routing statistics; unchanged without experts.
 
     Each loss is a mean over a micro-batch, one per layer; their sum over layers is added (Fedus et al. 2022, section 2.2).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from transformer.config import DataConfig
 from transformer.data.forms.pairs import source_tokens
 from transformer.data.tokenizers import note_unknown, source_tokenizer
 from transformer.evaluation.translation import translation_scores
@@ -15,17 +16,21 @@ from transformer.generation.likelihood import Query, target_scores
 from transformer.generation.sampling import GREEDY, SamplingConfig
 from transformer.generation.translate import translate
 from transformer.models.encoder_decoder import EncoderDecoder
-from transformer.objective import OBJECTIVES, Trained, shaped
+from transformer.objective import OBJECTIVES, shaped
 from transformer.objectives.bases import TokenObjective, read_whole
 from transformer.objectives.continuation import ranked_columns
 from transformer.objectives.routing import add_routing
 from transformer.objectives.statistics import chunked, predicted_statistics
 from transformer.tokenizer import around_source, drawable, stop_ids, target_start
+from transformer.trained import Trained
 from transformer.types import Array, LossOutput, PairBatch, PyTree, Reading
 from transformer.validation import require
 
 if TYPE_CHECKING:
+    import flax.linen as nn
+
     from transformer.config import Config
+    from transformer.data.tokenizers import Tokenizer, Vocabulary
 
 
 _BATCHES_AT_ONCE = 8  # sources are sorted by length within this many batches
@@ -39,7 +44,7 @@ class TranslatesText(TokenObjective):
     num_stacks = 2
     draws_nothing = "a translator takes the most likely token each time"
 
-    def encode(self, text: str, tokenizer: Any, data: Any) -> Array:
+    def encode(self, text: str, tokenizer: "Tokenizer", data: DataConfig) -> Array:
         """As much of the source as fits in a row, then end-of-text."""
         return source_tokens(tokenizer, text, data)
 
@@ -133,7 +138,14 @@ class Seq2Seq(TranslatesText):
     scored_keys = ("source_key", "target_key")
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: PairBatch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """`pair_loss` of sources and targets."""
         return pair_loss(self, model, params, carry, batch, key, train)
@@ -142,18 +154,18 @@ class Seq2Seq(TranslatesText):
         """One pair per row."""
         return pair_shapes(config.data.batch_size, config.data.sequence_length, config.data.sequence_length)
 
-    def model_settings(self, vocabulary: Any, class_names: tuple[str, ...]) -> Mapping[str, Any]:
+    def model_settings(self, vocabulary: "Vocabulary | None", class_names: tuple[str, ...]) -> Mapping[str, Any]:
         """Sources have a separate embedding if they have a separate vocabulary."""
         del class_names
         reader = None if vocabulary is None else source_tokenizer(vocabulary)
         return {"source_vocab_size": 0 if reader is None or reader is vocabulary else reader.vocab_size}
 
-    def tokenizer_settings(self, tokenizer: Any) -> Mapping[str, Any]:
+    def tokenizer_settings(self, tokenizer: "Tokenizer") -> Mapping[str, Any]:
         """Whether source and target share one vocabulary."""
         return {"share_vocabulary": source_tokenizer(tokenizer) is tokenizer}
 
     def generation_scores(
-        self, model: Any, params: PyTree, tokenizer: Any, data: Any, split: str, config: "Config"
+        self, model: Any, params: PyTree, tokenizer: "Tokenizer", data: Any, split: str, config: "Config"
     ) -> dict[str, Any]:
         """BLEU and chrF of the translations of a whole split."""
         examples, room = data.source.examples(split), config.data.sequence_length
@@ -217,7 +229,13 @@ class Seq2Seq(TranslatesText):
 
 
 def pair_loss(
-    objective: TokenObjective, model: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+    objective: TokenObjective,
+    model: "nn.Module",
+    params: PyTree,
+    carry: PyTree,
+    batch: PairBatch,
+    key: Array,
+    train: bool,
 ) -> LossOutput:
     """The loss of an `EncoderDecoder` on a `PairBatch`, with teacher forcing (Vaswani et al. 2017, section 3.1).
 

@@ -18,7 +18,10 @@ from transformer.types import Array, Batch, LossOutput, Noise, PairBatch, PyTree
 from transformer.validation import require, require_at_least
 
 if TYPE_CHECKING:
+    import flax.linen as nn
+
     from transformer.config import Config
+    from transformer.data.tokenizers import Vocabulary
 
 _KEY = 9  # separates these random numbers from others with the same seed
 
@@ -50,7 +53,14 @@ class SpanCorruption(TranslatesText):
         return hidden, min(max(1, round(hidden / self.mean_span_length)), hidden, length - hidden)
 
     def loss(
-        self, model: Any, vocabulary: Any, params: PyTree, carry: PyTree, batch: PairBatch, key: Array, train: bool
+        self,
+        model: "nn.Module",
+        vocabulary: "Vocabulary",
+        params: PyTree,
+        carry: PyTree,
+        batch: PairBatch,
+        key: Array,
+        train: bool,
     ) -> LossOutput:
         """`pair_loss` of the remaining text and its hidden spans."""
         return pair_loss(self, model, params, carry, batch, key, train)
@@ -65,7 +75,7 @@ class SpanCorruption(TranslatesText):
             "objective.mean_span_length or longer rows.",
         )
 
-    def extra_tokens(self, vocabulary: Any, length: int) -> int:
+    def extra_tokens(self, vocabulary: "Vocabulary", length: int) -> int:
         """One sentinel per span, minus the sentinels that the tokenizer has."""
         require(
             source_tokenizer(vocabulary) is vocabulary,
@@ -91,11 +101,11 @@ class SpanCorruption(TranslatesText):
         shapes = pair_shapes(config.data.batch_size, length - hidden + spans + 1, hidden + spans + 1)
         return shapes._replace(source_segment_ids=None, segment_ids=None)
 
-    def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: PairBatch, tokenizer: Tokenizer, class_names: Sequence[str]) -> Iterator[Shown]:
         """The remaining text above its hidden spans."""
         return Pairs().show(batch, tokenizer, class_names)
 
-    def changes(self, tokenizer: Any, length: int, seed: int) -> Mapping[str, Any]:
+    def changes(self, tokenizer: Tokenizer, length: int, seed: int) -> Mapping[str, Any]:
         """Hide random spans of each row, and convert rows to sources and targets."""
         return {"noise": hide_spans(self, seed), "convert": span_pairs(self, tokenizer, length), "joined": True}
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -42,7 +43,7 @@ def chunked(config: Objective) -> bool:
 
 
 def predicted_statistics(
-    model: Any,
+    model: nn.Module,
     params: PyTree,
     predicted_BTX: Float[Array, "B T X"],
     targets_BT: Int[Array, "B T"],

@@ -56,7 +56,7 @@ def dot_product_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: Any = None,
+    dropout_key: jax.Array | None = None,
     implementation: str = "auto",
 ) -> Float[jax.Array, "B T H W"]:
     """Means of values weighted by `softmax(cap(scale * query · key) + bias)` (Vaswani et al. 2017, section 3.2.1).

@@ -1,11 +1,12 @@
 """Attention biases as descriptions, evaluated one block at a time from the positions of queries and keys."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
+from transformer.types import PyTree
 from transformer.validation import require
 
 
@@ -13,7 +14,7 @@ from transformer.validation import require
 class BiasDescription(Protocol):
     """A bias of attention logits, as a pytree of floating-point arrays that backends evaluate block by block."""
 
-    def block(self, query_positions: Any, key_positions: Any) -> Any:
+    def block(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """The float32 bias [B|1, H, t, s] of queries at [B|1, t] and keys at [B|1, s]."""
         ...
 
@@ -22,7 +23,7 @@ Bias = Shaped[jax.Array, "#B #H T S"] | BiasDescription
 """Floating-point numbers (`check_bias`), dense or described."""
 
 
-def check_bias(bias: Any) -> None:
+def check_bias(bias: PyTree) -> None:
     """Raise UserError unless a bias holds floating-point numbers: a boolean mask would be added to logits as 0 and 1."""
     for leaf in jax.tree.leaves(bias):
         dtype = jnp.result_type(leaf)

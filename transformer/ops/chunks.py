@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.types import PyTree
+
 
 def sum_over_chunks(
     sums_of: Callable[..., tuple[Array, Any]],
-    params: Any,
+    params: PyTree,
     hidden_BTD: Float[Array, "B T D"],
     others: tuple[Array, ...],
     num_chunks: int,

@@ -17,7 +17,11 @@ PRODUCT = "dense_product"
 
 
 def dot_general(
-    lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> Array:
     """Replaces `lax.dot_general` in dense layers, with a gradient that is fast on a CPU.
 

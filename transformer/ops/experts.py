@@ -1,11 +1,14 @@
 """A mixture of experts: routing of tokens to experts, their products, the weighted sum, and statistics of the routing."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from transformer.types import Leaf
 
 PRODUCT = "expert_product"
 """Name of the results, for `jax.checkpoint_policies.save_only_these_names`."""
@@ -14,11 +17,11 @@ PRODUCT = "expert_product"
 class RoutingStatistics(NamedTuple):
     """How one layer routed the tokens of one micro-batch, float32 scalars."""
 
-    load_balance: Any
+    load_balance: Leaf
     """`E * sum_e f_e P_e`, 1 if all experts get equal shares (`routing_statistics`)."""
-    router_z: Any
+    router_z: Leaf
     """Mean squared log-normaliser of the router's logits (Zoph et al. 2022, eq. 5)."""
-    busiest_expert: Any
+    busiest_expert: Leaf
     """The largest `f_e`, 1 / E if all experts get equally many tokens."""
 
 
@@ -64,7 +67,7 @@ def to_experts(tokens_ND: Float[Array, "N D"], order_R: Int[Array, " R"]) -> Flo
 
 
 def expert_product(
-    rows_RD: Float[Array, "R D"], kernel_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"], dtype: Any
+    rows_RD: Float[Array, "R D"], kernel_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"], dtype: DTypeLike
 ) -> Float[Array, "R F"]:
     """Each row times the matrix of its expert, for rows sorted by expert; zeros for the rows beyond the last expert's.
 

@@ -1,20 +1,21 @@
 """Rows of a table by id: a wrong id is refused where its value is known, and gives NaN in compiled code."""
 
-from typing import Any
+from collections.abc import Iterable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from transformer.types import Ids, Sizes
+from transformer.types import Array, Ids, PyTree, Sizes
 from transformer.validation import require
 
 _TOKENS = Ids("", None, 0)
 
 
-def check_ids(ids: Any, size: int, what: str = "the input", like: Ids = _TOKENS) -> None:
+def check_ids(ids: object, size: int, what: str = "the input", like: Ids = _TOKENS) -> None:
     """Raise UserError if an id is outside 0 ... size - 1.
 
     Only known values are checked: not tracers, and not arrays that are partly held by other processes. `what` names the holder
@@ -29,7 +30,7 @@ def check_ids(ids: Any, size: int, what: str = "the input", like: Ids = _TOKENS)
     require(low >= 0 and high < size, f"{rule}{like.remedy}.")
 
 
-def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+def look_up(table: Float[jax.Array, "V D"], ids: Int[jax.Array, "*B"]) -> Float[jax.Array, "*B D"]:
     """The rows of a table. An id outside the table, a negative one too, gives NaN, which no loss or sample can hide.
 
     Such an id adds nothing to the gradient.
@@ -40,7 +41,7 @@ def look_up(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n"]]:
+def token_rows(sequences: Iterable[Array], size: int, what: str) -> list[Int[np.ndarray, " n"]]:
     """Sequences of tokens as int32 rows; UserError if one is empty, or holds anything but ids below `size`."""
     rows = [np.asarray(sequence) for sequence in sequences]
     for index, row in enumerate(rows):
@@ -50,12 +51,12 @@ def token_rows(sequences: Any, size: int, what: str) -> list[Int[np.ndarray, " n
     return [row.astype(np.int32) for row in rows]
 
 
-def number_runs(ids_BT: Any, numpy: Any = jnp) -> Any:
+def number_runs(ids_BT: Array, numpy: ModuleType = jnp) -> Array:
     """Segment ids with padding (0) renumbered as one more document, after the row's others; `numpy` is the array's library."""
     return numpy.where(ids_BT == 0, ids_BT.max(axis=1, keepdims=True) + 1, ids_BT)
 
 
-def are_in_order(ids_BT: Any, most: int, numpy: Any = jnp) -> Any:
+def are_in_order(ids_BT: Array, most: int, numpy: ModuleType = jnp) -> Array:
     """Whether the ids of each row satisfy `AttentionMask.max_segments=most`, bool [B].
 
     >>> are_in_order(np.array([[1, 1, 2, 0], [1, 0, 2, 2], [0, 0, 0, 0]]), 2, np).tolist()
@@ -63,11 +64,10 @@ def are_in_order(ids_BT: Any, most: int, numpy: Any = jnp) -> Any:
     """
     numbers_BT = number_runs(ids_BT, numpy)
     steps_BT = numpy.diff(numbers_BT, axis=1)
-    rises_B = ((steps_BT == 0) | (steps_BT == 1)).all(axis=1)
-    return (numbers_BT[:, 0] == 1) & rises_B & (ids_BT.max(axis=1) <= most)
+    return (numbers_BT[:, 0] == 1) & ((steps_BT == 0) | (steps_BT == 1)).all(axis=1) & (ids_BT.max(axis=1) <= most)
 
 
-def check_segments(ids: Any, most: int, what: str) -> None:
+def check_segments(ids: object, most: int, what: str) -> None:
     """Raise UserError unless the ids of each row satisfy `AttentionMask.max_segments`; traced ids are not checked."""
     if isinstance(ids, Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
@@ -82,7 +82,7 @@ def check_segments(ids: Any, most: int, what: str) -> None:
     )
 
 
-def check_batch_ids(sizes: Sizes, batch: Any, max_segments: int = 0) -> Any:
+def check_batch_ids(sizes: Sizes, batch: PyTree, max_segments: int = 0) -> PyTree:
     """The batch itself; UserError if the model cannot take it.
 
     Refused are ids that the model does not have (in tokens, and in targets with a weight other than 0) and segment ids that

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from transformer.types import Array, Leaf
+
 
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
@@ -24,7 +26,7 @@ class BlockPattern(Protocol):
         """Tokens per block."""
         ...
 
-    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+    def sees(self, query_blocks: Array, key_blocks: Array) -> Array:
         """Whether blocks with these numbers see these blocks; numpy or JAX integers that broadcast."""
         ...
 
@@ -68,21 +70,21 @@ class AttentionMask:
     """Hide keys at a distance of this many positions or more, on either side; 0 means any distance."""
     pattern: BlockPattern | None = _static(None)
     """Hide keys outside the blocks that the query's block sees."""
-    query_segment_ids: Any = None  # int [B, T]
-    key_segment_ids: Any = None  # int [B, S]
-    query_positions: Any = None  # int [B, T]
-    key_positions: Any = None  # int [B, S]
-    key_prefix: Any = None  # bool [B, S]; keys that earlier queries see too
-    key_lengths: Any = None  # int [B]; keys from this index on are hidden
-    query_offset: Any = None  # int [B]; the index of the first query among the keys
-    visible: Any = None  # bool [B|1, H|1, T|1, S|1]; any other condition; only the reference supports it
+    query_segment_ids: Leaf = None  # int [B, T]
+    key_segment_ids: Leaf = None  # int [B, S]
+    query_positions: Leaf = None  # int [B, T]
+    key_positions: Leaf = None  # int [B, S]
+    key_prefix: Leaf = None  # bool [B, S]; keys that earlier queries see too
+    key_lengths: Leaf = None  # int [B]; keys from this index on are hidden
+    query_offset: Leaf = None  # int [B]; the index of the first query among the keys
+    visible: Leaf = None  # bool [B|1, H|1, T|1, S|1]; any other condition; only the reference supports it
     max_segments: int = dataclasses.field(default=0, metadata={"static": True, "promise": True})
     """A promise about segment ids: they count up along each row without gaps, `1 1 2 2 2 3 0 0`, with padding at its end and at
     most this many segments. With more than one, queries and keys have the same ids. 0 promises nothing. The promise changes no
     mask. Kernels that need it return NaN for a row that breaks it; others ignore it."""
 
     @classmethod
-    def of(cls, mask: Any) -> "AttentionMask":
+    def of(cls, mask: "AttentionMask | Array") -> "AttentionMask":
         """A description unchanged; a boolean array, such as `nn.make_attention_mask(..., dtype=bool)`, as `visible`."""
         if isinstance(mask, AttentionMask):
             return mask
@@ -144,14 +146,14 @@ class AttentionMask:
         first, last = seen * unit // key_size, ((seen + 1) * unit - 1) // key_size
         return [b for b in blocks.tolist() if np.any((first <= b) & (b <= last))]
 
-    def positions_of_queries(self, start: Any, size: int) -> Int[jax.Array, "B t"]:
+    def positions_of_queries(self, start: Array, size: int) -> Int[jax.Array, "B t"]:
         """Positions (or indices) of queries `start` to `start + size`, as `causal`, `window` and biases use them; B may be 1."""
         if self.query_positions is not None:
             return _columns(self.query_positions, start, size)
         indices_T = jnp.arange(size, dtype=jnp.int32)[None] + start
         return indices_T if self.query_offset is None else indices_T + self.query_offset[:, None]
 
-    def positions_of_keys(self, start: Any, size: int) -> Int[jax.Array, "B s"]:
+    def positions_of_keys(self, start: Array, size: int) -> Int[jax.Array, "B s"]:
         """Positions (or indices) of keys `start` to `start + size`, as `causal`, `window` and biases use them; B may be 1."""
         if self.key_positions is not None:
             return _columns(self.key_positions, start, size)
@@ -162,7 +164,7 @@ class AttentionMask:
         visible = self.block(0, num_queries, 0, num_keys)
         return visible if self.visible is None else visible & self.visible
 
-    def sees(self, queries: Any, keys: Any, prefix: Any = None) -> Any:
+    def sees(self, queries: Array, keys: Array, prefix: Array | None = None) -> Array:
         """Whether queries see keys at these positions by `causal`, `window` and `pattern`; numpy or JAX integers.
 
         `prefix` marks keys that `causal` does not hide.
@@ -178,7 +180,7 @@ class AttentionMask:
         return functools.reduce(operator.and_, conditions, True)
 
     def block(
-        self, query_start: Any, query_size: int, key_start: Any, key_size: int
+        self, query_start: Array, query_size: int, key_start: Array, key_size: int
     ) -> Bool[jax.Array, "B 1 query_size key_size"]:
         """The mask of some queries and some keys; starts may be traced, sizes may not."""
         visible = jnp.ones((1, query_size, key_size), bool)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
+
+from transformer.types import Leaf
 
 # Columns of a panel by the number of rows it is multiplied with, from there on the matrix stays whole. Measured with
 # 42 MB of float32 kernels on two cores of an AMD EPYC (Zen 4), ms for one pass over them, whole against panels:
@@ -41,7 +43,7 @@ def cut_panels(matrix_DF: Float[jax.Array, "D F"], width: int) -> Float[jax.Arra
 class Panels:
     """A matrix in panels, which may stand for a kernel in a tree of parameters (`generation.prepare`)."""
 
-    panels: Any  # float32 [panels, D, width]
+    panels: Leaf  # float32 [panels, D, width]
     features: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     """Sizes of the axes that its columns are of, such as heads and their width."""
 
@@ -55,7 +57,7 @@ def panel_columns(matrix: Panels, indices: Int[jax.Array, "*B"]) -> Float[jax.Ar
 
 
 def panel_product(
-    rows_ND: Float[jax.Array, "N D"], panels: Float[jax.Array, "panels D width"], num_columns: int, dtype: Any
+    rows_ND: Float[jax.Array, "N D"], panels: Float[jax.Array, "panels D width"], num_columns: int, dtype: DTypeLike
 ) -> Float[jax.Array, "N F"]:
     """`rows @ matrix` for a matrix of `num_columns` that was cut into panels, accumulated in float32.
 

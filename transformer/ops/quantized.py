@@ -1,13 +1,14 @@
 """Matrices in 8 bits: integers with a scale for each column, multiplied by activations of any type."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from transformer.ops.ids import look_up
+from transformer.types import Leaf
 
 _LARGEST = 127  # of a symmetric int8
 
@@ -17,15 +18,15 @@ _LARGEST = 127  # of a symmetric int8
 class Quantized:
     """A kernel or a table, `values * scales`, which may stand for it in a tree of parameters (`models.light`)."""
 
-    values: Any  # int8, in the shape of the kernel
-    scales: Any  # float32, of size 1 along the axes that a product contracts
+    values: Leaf  # int8, in the shape of the kernel
+    scales: Leaf  # float32, of size 1 along the axes that a product contracts
 
     @property
     def T(self) -> "Quantized":
         """Its transposition."""
         return Quantized(self.values.T, self.scales.T)
 
-    def whole(self, dtype: Any) -> Float[Array, "..."]:
+    def whole(self, dtype: DTypeLike) -> Float[Array, "..."]:
         """The kernel."""
         return (self.values.astype(jnp.float32) * self.scales).astype(dtype)
 

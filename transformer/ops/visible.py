@@ -6,26 +6,29 @@ import re
 from typing import Any
 
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.types import Array
 
 _MARK = re.compile(r"attention of a row: (\S+) of (\d+) pairs, (\d+) queries, widths (\d+) and (\d+)")
 
 
-def mark_attention(mask: AttentionMask, query_BTHK: Any, key_BSGK: Any, value_BSGK: Any) -> str:
+def mark_attention(mask: AttentionMask, query_BTHK: Array, key_BSGK: Array, value_BSGK: Array) -> str:
     """A name for the result of attention that describes the call in a traced program (`read_mark`)."""
     T, S = query_BTHK.shape[1], key_BSGK.shape[1]
     widths = f"{key_BSGK.shape[-1]} and {value_BSGK.shape[-1]}"
     return f"attention of a row: {visible_pairs(mask, T, S)} of {T * S} pairs, {T} queries, widths {widths}"
 
 
-def read_mark(equation: Any) -> tuple[float, float] | None:
+def read_mark(equation: JaxprEqn) -> tuple[float, float] | None:
     """Operations of attention's two products over the visible pairs, and over all pairs; None for other equations."""
     found = _MARK.fullmatch(equation.params["name"]) if equation.primitive.name == "name" else None
     if found is None:
         return None
     pairs, whole, queries, key_width, value_width = map(float, found.groups())
-    heads = math.prod(equation.outvars[0].aval.shape) / max(queries * value_width, 1)  # over all rows
+    out: Any = equation.outvars[0].aval  # declared without a shape
+    heads = math.prod(out.shape) / max(queries * value_width, 1)  # over all rows
     each = 2.0 * heads * (key_width + value_width)
     return each * pairs, each * whole
 
@@ -41,8 +44,7 @@ def visible_pairs(mask: AttentionMask, num_queries: int, num_keys: int) -> float
     (10.0, 7.0)
     """
     offset = num_keys - num_queries if mask.query_offset is not None else 0
-    has_prefix = mask.key_prefix is not None
-    return _count(mask.causal, mask.window, mask.pattern, has_prefix, num_queries, num_keys, offset)
+    return _count(mask.causal, mask.window, mask.pattern, mask.key_prefix is not None, num_queries, num_keys, offset)
 
 
 @functools.lru_cache(maxsize=1024)

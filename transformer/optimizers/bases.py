@@ -1,9 +1,10 @@
 """Bases of optimizers with moving averages of the gradient."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.optimizer import Optimizer
 from transformer.validation import require_at_least, require_range
@@ -24,7 +25,7 @@ class MomentOptimizer(Optimizer):
         super().__post_init__()
         require_range(self, 0, 1, "b1", "b2")
 
-    def first_moment(self) -> Any:
+    def first_moment(self) -> np.dtype | None:
         """The type of the first moment as optax takes it."""
         return None if self.moment_dtype == "float32" else jnp.dtype(self.moment_dtype)
 

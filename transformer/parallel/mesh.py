@@ -172,7 +172,7 @@ class MeshRunner(Runner):
 
     # ---- The steps ---------------------------------------------------------------------------------------------------
 
-    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+    def step(self, state: PyTree, batch: PyTree) -> tuple[Any, Statistics]:
         """The buffers of state and carry are donated; frozen parameters are only read."""
         state, frozen = frozen_apart(state)
         # Without the mesh in context, constraints are silently ignored.
@@ -181,13 +181,13 @@ class MeshRunner(Runner):
             state, carry, statistics = program(*carry_apart(state), frozen, batch)
         return with_frozen(with_carry(state, carry), frozen), statistics
 
-    def lower(self, state: Any, batch: Any) -> Any:
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """For the devices of the mesh, present or absent."""
         state, frozen = frozen_apart(state)
         with jax.set_mesh(self._mesh):
             return self._train_program(state, frozen, batch).lower(*carry_apart(state), frozen, batch)
 
-    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: PyTree) -> tuple[PyTree, Statistics]:
         """Parameters are sharded as in the state."""
         if self._evaluate is None:
             shardings = (tree_shardings(self._mesh, self._axes, params), self._rows, self._batch_shardings(batch))
@@ -214,7 +214,7 @@ class MeshRunner(Runner):
 
     # ---- Between host and devices ------------------------------------------------------------------------------------
 
-    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> PyTree:
         """One program makes the part of every device."""
         # With several processes, JAX accepts no host arrays that it would have to shard.
         given = [self.place_state(argument) for argument in arguments]

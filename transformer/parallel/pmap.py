@@ -99,7 +99,7 @@ class PmapRunner(Runner):
         _check_present(mesh)
         return cls(config.data, train_step, evaluate_step)
 
-    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> PyTree:
         """Made once, then copied."""
         return self.place_state(make(*arguments))
 
@@ -121,12 +121,12 @@ class PmapRunner(Runner):
         devices = len(self._local_devices)
         return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), self.check_batch(tree))
 
-    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+    def step(self, state: PyTree, batch: PyTree) -> tuple[Any, Statistics]:
         """Statistics are one copy's; they cover all rows."""
         state, statistics = self._train(state, batch)
         return state, unreplicate(statistics)
 
-    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: PyTree) -> tuple[PyTree, Statistics]:
         """Statistics as in `step`."""
         carry, statistics = self._evaluate(params, carry, batch)
         return carry, unreplicate(statistics)
@@ -146,7 +146,7 @@ class PmapRunner(Runner):
         """Unchanged."""
         return tree
 
-    def lower(self, state: Any, batch: Any) -> Any:
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """For the devices that are present."""
         return self._train.lower(state, batch)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.types import PyTree
+from transformer.types import Array, PyTree
 from transformer.validation import require
 
 AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
@@ -39,7 +40,7 @@ class Sharding:
         )
         return table[name]
 
-    def spec(self, names: Any, axes: Any = AXES) -> PartitionSpec:
+    def spec(self, names: Iterable[str | Sequence[str] | None], axes: Collection[str] = AXES) -> PartitionSpec:
         """The mesh axes of an array.
 
         Args:
@@ -62,7 +63,7 @@ class Sharding:
         sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         return {name: size for name, size, kind in sizes if kind == AxisType.Auto and size > 1 and name in known}
 
-    def constrain(self, x: Any, *names: str | None) -> Any:
+    def constrain(self, x: Array, *names: str | None) -> Array:
         """Ask the compiler to shard an activation by the logical names of its axes, over the current mesh, if any."""
         mesh_axes = self.sharded_axes()
         return jax.lax.with_sharding_constraint(x, self.spec(names, mesh_axes)) if mesh_axes else x
@@ -94,7 +95,7 @@ Parameters are sharded along `embed` over `fsdp` (Rajbhandari et al. 2020, stage
 """
 
 
-def axes_in(entry: Any) -> tuple[str, ...]:
+def axes_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a `PartitionSpec`: a name, several, or None."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -175,6 +176,6 @@ def _keys(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def is_names(node: Any) -> bool:
+def is_names(node: object) -> bool:
     """Whether a node of a tree is a tuple of axis names."""
     return isinstance(node, PartitionSpec)

@@ -72,7 +72,7 @@ class Runner(abc.ABC):
         """
 
     @abc.abstractmethod
-    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> Any:
+    def init_state(self, make: Callable[..., Any], *arguments: PyTree) -> PyTree:
         """`make(*arguments)`, a state made directly on all devices: no device holds more than its part.
 
         Arguments are arrays on the host, such as initial parameters.
@@ -94,11 +94,11 @@ class Runner(abc.ABC):
         """Copy this process's rows of a batch (numpy arrays) to the devices."""
 
     @abc.abstractmethod
-    def step(self, state: Any, batch: Any) -> tuple[Any, Statistics]:
+    def step(self, state: PyTree, batch: PyTree) -> tuple[Any, Statistics]:
         """`(state, statistics)` from placed arguments; the given state is donated and must not be used afterwards."""
 
     @abc.abstractmethod
-    def evaluate_step(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+    def evaluate_step(self, params: PyTree, carry: PyTree, batch: PyTree) -> tuple[PyTree, Statistics]:
         """`(carry, statistics)` from placed arguments; the carry is sharded like the batch."""
 
     @abc.abstractmethod
@@ -110,7 +110,7 @@ class Runner(abc.ABC):
         """Convert the result of `fetch_state` to whole arrays, for programs on one device."""
 
     @abc.abstractmethod
-    def lower(self, state: Any, batch: Any) -> Any:
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """The `jax.stages.Lowered` of the step, from arrays or shapes with shardings."""
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 from jax.experimental import topologies
+from jax.experimental.topologies import TopologyDescription
 
 from transformer.training.hardware import published_peak_flops
 from transformer.types import UserError
@@ -40,7 +41,7 @@ class Chip:
         """bfloat16 operations per second."""
         return published_peak_flops(self.kind)
 
-    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+    def describe(self, name: str, shape: str, num_slices: int) -> TopologyDescription:
         """JAX's description of a topology of these devices.
 
         Args:
@@ -64,7 +65,7 @@ class TPU(Chip):
     options: tuple[tuple[str, str], ...] = ()
     """Name in the compiler's topologies."""
 
-    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+    def describe(self, name: str, shape: str, num_slices: int) -> TopologyDescription:
         """One slice or several; a slice smaller than a host counts as a smaller host."""
         slices: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
         sizes = [int(size) for size in shape.split("x") if size.isdigit()]
@@ -82,7 +83,7 @@ class GPU(Chip):
     target: str = ""
     """Properties of the device that XLA's compiler cannot query when it is absent."""
 
-    def describe(self, name: str, shape: str, num_slices: int) -> Any:
+    def describe(self, name: str, shape: str, num_slices: int) -> TopologyDescription:
         """The given number of devices."""
         del num_slices
         name, _, _ = name.partition(":")

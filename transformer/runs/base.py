@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from typing import Any
 
 import jax
 from etils import epath
@@ -61,7 +60,7 @@ def base_place(path: str) -> str:
     return path
 
 
-def find_base(path: str, base: Base, run: Any, remedy: str) -> Record:
+def find_base(path: str, base: Base, run: object, remedy: str) -> Record:
     """The record of a base, if the adapters of a run were trained on it.
 
     Args:

@@ -105,7 +105,7 @@ REPLACING = ("model", "objective", "optimizer", "data", "tokenizer")
 """The arguments that replace a part of the config."""
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """The qualified name of a function or a class, else of its `update` or its class, with the settings of a dataclass.
 
     Settings are numbers, texts, functions, and tuples and dataclasses of them; other contents of an object are omitted.

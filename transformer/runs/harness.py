@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
         """The id before each document, which also replaces an empty context."""
         return document_start(self._run.tokenizer)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: object) -> list[int]:
         """Ids of a text, after the ids that begin a prompt unless `add_special_tokens` is False."""
         del others
         tokenizer = self._run.tokenizer

@@ -31,7 +31,7 @@ from transformer.runs.directory import Record, read_run
 from transformer.runs.given import Given, ask_for
 from transformer.runs.pretrained import Dtype, open_folder, placed
 from transformer.training import out_of_memory
-from transformer.types import PyTree, Reading
+from transformer.types import Array, PyTree, Reading
 from transformer.validation import require
 
 
@@ -124,7 +124,7 @@ class Loaded:
         self._require_ours("Generated texts")
         return self.config.objective.generate(self, prompt, max_new_tokens, sampling, seed, note, **options)
 
-    def place(self, rows: np.ndarray) -> Any:
+    def place(self, rows: np.ndarray) -> Array:
         """Rows of a batch, distributed over the devices of the parameters; unchanged if the devices do not divide them."""
         sharding = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
         if (

@@ -346,7 +346,7 @@ def _by_field(tree: Any) -> Any:
     return tree._replace(frozen=())._asdict() if isinstance(tree, TrainState) else tree
 
 
-def describe(tree: Any) -> dict[str, str]:
+def describe(tree: PyTree) -> dict[str, str]:
     """The type and shape of every array by its path: `{"params/output/kernel": "float32[16,64]"}`."""
     tree = _by_field(tree)
     return {

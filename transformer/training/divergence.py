@@ -12,7 +12,7 @@ from transformer.types import Array, Loss, PyTree
 
 
 def first_not_finite(
-    objective: Loss, params: PyTree, parts: list[tuple[PyTree, Any, Array]], *, scale: Any = 1.0
+    objective: Loss, params: PyTree, parts: list[tuple[PyTree, Any, Array]], *, scale: float | Array = 1.0
 ) -> str:
     """A sentence that names the first parameter, module or gradient that is not finite; layers must be looped, without remat.
 
@@ -91,7 +91,7 @@ def _finite(tree: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays])) if arrays else jnp.bool_(True)
 
 
-def split(carry: PyTree, batch: Any, key: Array, *, devices: int = 1, accumulate_steps: int = 1) -> Iterator[tuple]:
+def split(carry: PyTree, batch: PyTree, key: Array, *, devices: int = 1, accumulate_steps: int = 1) -> Iterator[tuple]:
     """The parts of a batch that a step computes separately, with their keys.
 
     Args:

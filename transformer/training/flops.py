@@ -71,7 +71,7 @@ def step_flops(loss: Loss, params: PyTree, batch: PyTree) -> Flops:
     return count_flops(training_loss, params, carry, shapes, key)
 
 
-def traced_flops(function: Any, *arguments: PyTree) -> float:
+def traced_flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
     """Operations of all matrix products of a function as traced, over all devices, without attention.
 
     For a training step, the result may exceed `count_flops`: recomputation counts as computed, and each device of a `shard_map`

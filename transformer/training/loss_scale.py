@@ -1,6 +1,6 @@
 """Dynamic loss scaling, without which small gradients of float16 activations underflow to zero."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 
 from transformer.model_config import ModelConfig
 from transformer.training.state import TrainState
-from transformer.types import Statistics
+from transformer.types import Leaf, Statistics
 from transformer.validation import require
 
 INITIAL, SMALLEST, LARGEST = 2.0**15, 1.0, 2.0**24
@@ -21,9 +21,9 @@ FINITE = ("loss", "objective", "grad_norm")
 class LossScale(NamedTuple):
     """The factor of the loss during differentiation (Micikevicius et al. 2018, section 3.2)."""
 
-    scale: Any  # float32 scalar, a power of two: scaling is exact
-    good_steps: Any  # int32 scalar, steps since the scale changed
-    skipped_steps: Any  # int32 scalar, of the whole run
+    scale: Leaf  # float32 scalar, a power of two: scaling is exact
+    good_steps: Leaf  # int32 scalar, steps since the scale changed
+    skipped_steps: Leaf  # int32 scalar, of the whole run
 
 
 def make_loss_scale(config: ModelConfig) -> LossScale | tuple[()]:

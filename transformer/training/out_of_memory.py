@@ -13,6 +13,7 @@ from transformer.config import Config
 from transformer.memory import device_bytes
 from transformer.model_config import ModelConfig
 from transformer.parallel_config import ParallelConfig
+from transformer.training.state import TrainState
 from transformer.types import UserError
 
 
@@ -71,7 +72,7 @@ class Needs:
         local: devices that share one memory: all devices of this process on a CPU, 1 elsewhere.
     """
 
-    def __init__(self, config: Config, state: Any, devices: int, local: int = 1) -> None:
+    def __init__(self, config: Config, state: TrainState, devices: int, local: int = 1) -> None:
         others = devices // max(1, row_shards(dataclasses.replace(config.parallel, data=1)) * _shared(config))
         parallel = dataclasses.replace(config.parallel, data=max(1, others))
         self.config = dataclasses.replace(config, parallel=parallel)

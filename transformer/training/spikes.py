@@ -1,13 +1,13 @@
 """Skips a step whose gradient is far larger than recent ones: a batch that would set the run back."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from transformer.training.state import TrainState
-from transformer.types import Statistics
+from transformer.types import Leaf, Statistics
 
 WINDOW = 128
 """Number of recent steps whose median norm is the reference."""
@@ -18,8 +18,8 @@ FEWEST = 16
 class Spikes(NamedTuple):
     """The norms of recent gradients, of skipped steps too: after a lasting rise, the median rises as well."""
 
-    norms: Any  # float32 [WINDOW]; step t at t % WINDOW; NaN before the first
-    skipped_spikes: Any  # int32 scalar, of the whole run
+    norms: Leaf  # float32 [WINDOW]; step t at t % WINDOW; NaN before the first
+    skipped_spikes: Leaf  # int32 scalar, of the whole run
 
 
 def make_spikes(factor: float) -> Spikes | tuple[()]:

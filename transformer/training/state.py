@@ -1,6 +1,6 @@
 """The state of a run: everything that a step reads and writes, and that a checkpoint holds."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ class TrainState(NamedTuple):
     The randomness of step `t` is `fold_in(key, t)`; an exact resume needs nothing else.
     """
 
-    step: Any  # int32 scalar, optimizer steps done
+    step: Array  # int32 scalar, optimizer steps done
     params: PyTree  # the trained parameters: the whole model, or its adapters alone
     opt_state: PyTree
     carry: PyTree  # per-row state from step to step, such as the Transformer-XL memory; () for most objectives
-    key: Any  # a PRNG key, the same in every step
+    key: Array  # a PRNG key, the same in every step
     ema_params: PyTree  # moving average of the parameters; () when there is none
-    loss_scale: Any = ()  # a `LossScale` in float16, else ()
-    spikes: Any = ()  # a `Spikes` if spikes are skipped, else ()
+    loss_scale: PyTree = ()  # a `LossScale` in float16, else ()
+    spikes: PyTree = ()  # a `Spikes` if spikes are skipped, else ()
     frozen: PyTree = ()  # the base model of adapters, else (); never changed, never in a checkpoint
 
     @property
@@ -39,8 +39,8 @@ def create_state(
     *,
     carry: PyTree = (),
     ema: bool = False,
-    loss_scale: Any = (),
-    spikes: Any = (),
+    loss_scale: PyTree = (),
+    spikes: PyTree = (),
 ) -> TrainState:
     """The state before the first step.
 

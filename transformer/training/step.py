@@ -45,7 +45,7 @@ class TrainStep:
     axis_name: str | None = None
     """The axis to sum over when each device runs the step on its own rows (`pmap`)."""
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Statistics]:
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Statistics]:
         """Take one step on a batch."""
         key = jax.random.fold_in(state.key, state.step)
         if self.axis_name:
@@ -122,7 +122,7 @@ class EvaluateStep:
     axis_name: str | None = None
     """As in `TrainStep`."""
 
-    def __call__(self, params: PyTree, carry: PyTree, batch: Any) -> tuple[PyTree, Statistics]:
+    def __call__(self, params: PyTree, carry: PyTree, batch: PyTree) -> tuple[PyTree, Statistics]:
         """The sums over a batch."""
         (loss_sum, weight_sum), (carry, found) = self.objective.loss(params, carry, batch, jax.random.key(0), False)
         return carry, _total(_sums(loss_sum, weight_sum, found), self.axis_name)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from transformer.types import PyTree
+
 SEVERAL_PROCESSES = 1800
 """Time limit in seconds of a step in a run of several processes, unless `training.hang_timeout` is set."""
 PATIENCE = 4 * 3600
@@ -31,7 +33,7 @@ class Watchdog:
         self._compiled: set[Any] = set()
         self._long_steps = 0
 
-    def step(self, batch: Any) -> None:
+    def step(self, batch: PyTree) -> None:
         """Start of a step; the first step with a new batch shape is compiled first."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._compiled:

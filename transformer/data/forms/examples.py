@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -16,7 +16,11 @@ from transformer.data.files import without_surrogates
 from transformer.data.tokenizers import Tokenizer, source_tokenizer
 from transformer.form import Form
 from transformer.tokenizer import around_text
+from transformer.types import Json, PyTree
 from transformer.validation import require
+
+if TYPE_CHECKING:
+    from transformer.data.datasets import Dataset, Reader
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
@@ -46,11 +50,11 @@ class ExampleForm(Form):
 
     # ---- Files and stored datasets -----------------------------------------------------------------------------------
 
-    def open(self, reader: Any) -> Any:
+    def open(self, reader: "Reader") -> "Dataset":
         """Open a stored dataset, or files."""
         return reader.examples(self)
 
-    def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
+    def prepare(self, reader: "Reader", name: str, files: Mapping[str, Sequence[str]]) -> str:
         """Store the files as a named dataset."""
         return reader.store(self, name, files)
 
@@ -144,7 +148,7 @@ class ExampleForm(Form):
             part for example in examples() for i, part in enumerate(example) if i != self.class_part
         )
 
-    def encode(self, example: Any, tokenizer: Tokenizer, config: DataConfig) -> Any:
+    def encode(self, example: Any, tokenizer: Tokenizer, config: DataConfig) -> PyTree:
         """Tokens of an example, cut to the length of a row."""
         return self.frame(self.tokens(example, tokenizer), tokenizer, config)
 
@@ -165,7 +169,7 @@ class ExampleForm(Form):
         """The number of positions of an encoded example."""
         raise NotImplementedError(f"{type(self).__name__} must define length().")
 
-    def collate(self, encoded: Sequence[Any], rows: int, length: int) -> Any:
+    def collate(self, encoded: Sequence[Any], rows: int, length: int) -> PyTree:
         """A batch of encoded examples; the remaining rows are padding."""
         raise NotImplementedError(f"{type(self).__name__} must define collate().")
 
@@ -192,7 +196,7 @@ class ExampleForm(Form):
 # ---- Fields of a row -------------------------------------------------------------------------------------------------
 
 
-def field(row: dict[str, Any], key: str, location: str) -> Any:
+def field(row: dict[str, Any], key: str, location: str) -> Json:
     """A required field of a row."""
     require(
         key in row,
@@ -208,7 +212,7 @@ def text_field(row: dict[str, Any], key: str, location: str) -> str:
     return without_surrogates(text)
 
 
-def label_text(value: Any, key: str, location: str) -> str:
+def label_text(value: object, key: str, location: str) -> str:
     """A label as text, from any kind of file; numbers and truth values keep their JSON form (`0.0`, `true`)."""
     number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     label = json.dumps(value) if number else value

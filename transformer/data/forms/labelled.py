@@ -60,7 +60,7 @@ class LabelledTexts(ExampleForm):
         """One text per row, then padding."""
         return 1
 
-    def show(self, batch: LabelledBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: LabelledBatch, tokenizer: Tokenizer, class_names: Sequence[str]) -> Iterator[Shown]:
         """Each text below its class."""
         for row, tokens in enumerate(batch.inputs):
             read = tokens if batch.segment_ids is None else tokens[batch.segment_ids[row] > 0]

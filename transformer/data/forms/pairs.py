@@ -110,7 +110,7 @@ class Pairs(ExampleForm):
         """On either side, one text, then padding."""
         return 1
 
-    def show(self, batch: PairBatch, tokenizer: Any, class_names: Sequence[str]) -> Iterator[Shown]:
+    def show(self, batch: PairBatch, tokenizer: Tokenizer, class_names: Sequence[str]) -> Iterator[Shown]:
         """Each source above its target."""
         reader = source_tokenizer(tokenizer)
         for row in range(len(batch.inputs)):

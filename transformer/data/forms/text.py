@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transformer.config import DataConfig
+from transformer.data.tokenizers import Tokenizer
 from transformer.form import FORMS, Form, Shown
 from transformer.ops.masks import AttentionMask
 from transformer.types import Array, Batch
 from transformer.validation import counted
+
+if TYPE_CHECKING:
+    from transformer.data.datasets import Dataset, Reader
 
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
 _MASK_SIZE = 24
@@ -48,25 +53,25 @@ class RunningText(Form):
     )
     prepares += ("tokenizer", "tokenizer_size", "tokenizer_bytes", "beam_pipeline_options")
 
-    def open(self, reader: Any) -> Any:
+    def open(self, reader: "Reader") -> "Dataset":
         """Open the documents, read in streams; local text is prepared now unless it already is."""
         return reader.running_text()
 
-    def fingerprints(self, reader: Any) -> list[str]:
+    def fingerprints(self, reader: "Reader") -> list[str]:
         """Fingerprints of the sources; local text is not prepared."""
         return reader.text_fingerprints()
 
-    def prepare(self, reader: Any, name: str, files: Mapping[str, Sequence[str]]) -> str:
+    def prepare(self, reader: "Reader", name: str, files: Mapping[str, Sequence[str]]) -> str:
         """Prepare the text as training does."""
         config = dataclasses.replace(reader.config, source=tuple(files["train"]))
         return dataclasses.replace(reader, config=config).running_text().description
 
-    def max_segments(self, data: Any) -> int:
+    def max_segments(self, data: DataConfig) -> int:
         """Most documents in a packed row."""
         return data.max_segments
 
     def show(
-        self, batch: Batch, tokenizer: Any, class_names: Sequence[str], prefix_BT: Array | None = None
+        self, batch: Batch, tokenizer: Tokenizer, class_names: Sequence[str], prefix_BT: Array | None = None
     ) -> Iterator[Shown]:
         """Rows with one colour per document, and a picture of the attention mask of the first row."""
         if batch.segment_ids is None:

@@ -41,7 +41,7 @@ class Folder(SourceKind):
         """Groups of files, in order."""
         return by_size(visible_files(resolved(name)))
 
-    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+    def part_documents(self, name: str, part: Sequence[str], config: DataConfig) -> Iterator[Document]:
         """The documents of a group of files."""
         return file_documents(resolved(name), list(map(epath.Path, part)), config.separator)
 

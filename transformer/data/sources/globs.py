@@ -47,7 +47,7 @@ class Pattern(SourceKind):
         """Groups of files, in order."""
         return by_size(map(epath.Path, self._found(name)[1]))
 
-    def part_documents(self, name: str, part: Any, config: DataConfig) -> Iterator[Document]:
+    def part_documents(self, name: str, part: Sequence[str], config: DataConfig) -> Iterator[Document]:
         """The documents of a group of files."""
         kind = next(kind for kind in self._kinds if kind.accepts(part[0]))
         return itertools.chain.from_iterable(kind.documents(file, config) for file in part)

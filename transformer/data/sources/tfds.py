@@ -176,7 +176,7 @@ def _class_names(name: str, label: Any, option: str, key: str) -> tuple[str, ...
 # ---- What is on disk -------------------------------------------------------------------------------------------------
 
 
-def stored_builder(name: str, config: DataConfig) -> Any:
+def stored_builder(name: str, config: DataConfig) -> tfds.core.DatasetBuilder:
     """The builder of a dataset on disk.
 
     Raises:
@@ -202,7 +202,7 @@ def stored_builder(name: str, config: DataConfig) -> Any:
     return builder
 
 
-def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> Sequence[Any]:
+def tfds_split(builder: tfds.core.DatasetBuilder, split: str, config: DataConfig, **options: Any) -> Sequence[Any]:
     """The examples of a split, read at random; `options` go to TFDS's `as_data_source`.
 
     Raises:
@@ -210,7 +210,7 @@ def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> 
     """
     try:
         with quiet(), readable():
-            return builder.as_data_source(split, **options)
+            return builder.as_data_source(split, **options)  # pyright: ignore[reportCallIssue] (the stub hides the parameters)
     except NotImplementedError:
         name = builder.info.full_name
         raise UserError(
@@ -219,13 +219,16 @@ def tfds_split(builder: Any, split: str, config: DataConfig, **options: Any) -> 
         ) from None
 
 
-def tfds_sizes(builder: Any) -> dict[str, int]:
+def tfds_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
     """The number of examples of each split that is not empty."""
     return {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
 
 
 def hash_tfds(
-    content: ContentHash, builder: Any, config: DataConfig, convert: Callable[[Example], Sequence[str | int]]
+    content: ContentHash,
+    builder: tfds.core.DatasetBuilder,
+    config: DataConfig,
+    convert: Callable[[Example], Sequence[str | int]],
 ) -> None:
     """Hash the content of a stored dataset: sizes and evenly spaced examples of each split (all of a small one).
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
+from transformer.data.tokenizers.base import Tokenizer
 from transformer.data.tokenizers.bytes import Bytes
 from transformer.storage import expand
 from transformer.tokenizer import TOKENIZERS, TokenizerKind
@@ -26,13 +27,13 @@ class Auto(TokenizerKind):
         """The folder, if one is set."""
         return (expand(self.folder),) if self.folder else ()
 
-    def train(self, texts: Iterable[str]) -> Any:
+    def train(self, texts: Iterable[str]) -> Tokenizer:
         """Load the folder's tokenizer, else use bytes."""
         if not self.folder:
             return Bytes().train(texts)
         return _folders().open_folder(self.folder)
 
-    def load(self, content: str) -> Any:
+    def load(self, content: str) -> NoReturn:
         """Refuse: a run records the tokenizer that it resolved to."""
         del content
         raise UserError(

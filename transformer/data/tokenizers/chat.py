@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from transformer.config_io import from_json
+from transformer.data.tokenizers.base import Tokenizer
 from transformer.data.tokenizers.pretrained import CHAT_FILE
 from transformer.types import UserError
 from transformer.validation import Settings, require, require_installed, shown
@@ -64,7 +65,7 @@ class ChatTemplate(Settings):
             raise UserError(f"The chat template failed on {len(messages)} messages: {text:.200}") from None
 
 
-def chat_of(tokenizer: Any) -> ChatTemplate:
+def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of a run's tokenizer.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
+from transformer.data.tokenizers.base import Tokenizer
 from transformer.data.tokenizers.pieces import Pieces, read_proto, wrapped
 from transformer.data.tokenizers.pretrained import (
     CHAT_FILE,
@@ -74,7 +75,7 @@ def from_folder(directory: epath.PathLike) -> tuple[SpecialIds, dict[str, bytes]
     return kind, {FILE_NAME: content, **_chat(folder)}
 
 
-def open_folder(directory: epath.PathLike) -> Any:
+def open_folder(directory: epath.PathLike) -> Tokenizer:
     """The tokenizer of a folder, as a run that starts from the folder uses it.
 
     Raises:

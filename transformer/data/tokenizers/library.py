@@ -76,7 +76,9 @@ class WordTokenizer(LibraryTokenizer):
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
 
 
-def train_words(model: Any, trainer: Any, texts: Iterable[str], size: int) -> Any:
+def train_words(
+    model: tokenizers.Tokenizer, trainer: tokenizers.trainers.Trainer, texts: Iterable[str], size: int
+) -> tokenizers.Tokenizer:
     """Train a model of lower-case words.
 
     Raises:
@@ -94,5 +96,5 @@ def train_words(model: Any, trainer: Any, texts: Iterable[str], size: int) -> An
     return model
 
 
-SPECIAL: Any = {"special_tokens": [END_OF_TEXT, UNKNOWN], "show_progress": False}
+SPECIAL: dict[str, Any] = {"special_tokens": [END_OF_TEXT, UNKNOWN], "show_progress": False}
 """Trainer arguments: the first two ids, and no progress bar."""

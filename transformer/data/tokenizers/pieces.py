@@ -14,7 +14,7 @@ from jaxtyping import Int
 from transformer.data.files import without_surrogates
 from transformer.data.tokenizers.base import Ids, saved_fields
 from transformer.data.tokenizers.pretrained import SpecialIds, SpecialTokenizer, table_of, with_chat
-from transformer.tokenizer import TOKENIZERS
+from transformer.tokenizer import FILE_NAME, TOKENIZERS
 from transformer.validation import require, require_installed
 
 try:
@@ -123,9 +123,9 @@ class Pieces(SpecialIds):
         """Read the model from its JSON."""
         return PieceTokenizer(content.encode(), self)
 
-    def open(self, directory: epath.PathLike) -> Any:
+    def open(self, directory: epath.PathLike) -> PieceTokenizer:
         """Load the tokenizer with its chat templates."""
-        return with_chat(super().open(directory), directory)
+        return with_chat(self.load((epath.Path(directory) / FILE_NAME).read_bytes().decode()), directory)
 
 
 def read_proto(model: bytes) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import tokenizers
@@ -182,12 +182,15 @@ class Pretrained(SpecialIds):
         """Read any file of the `tokenizers` library."""
         return PretrainedTokenizer(content.encode(), self)
 
-    def open(self, directory: epath.PathLike) -> Any:
+    def open(self, directory: epath.PathLike) -> PretrainedTokenizer:
         """Load the tokenizer with its chat templates."""
-        return with_chat(super().open(directory), directory)
+        return with_chat(self.load((epath.Path(directory) / FILE_NAME).read_bytes().decode()), directory)
 
 
-def with_chat(tokenizer: SpecialTokenizer, directory: epath.PathLike) -> SpecialTokenizer:
+AnySpecial = TypeVar("AnySpecial", bound=SpecialTokenizer)
+
+
+def with_chat(tokenizer: AnySpecial, directory: epath.PathLike) -> AnySpecial:
     """Add the chat templates stored in a tokenizer's directory."""
     path = epath.Path(directory) / CHAT_FILE
     tokenizer.chat_file = path.read_bytes() if path.exists() else b""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformer.interop.families import parts
 from transformer.interop.families.parts import FULL, SLIDING
@@ -50,7 +50,7 @@ class Llama(ModelFamily):
     """Whether rotary positions may rotate only a part of each head."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """Fields of every block's `AttentionConfig` that follow from the family."""
-    placement: ClassVar[Any] = "pre"
+    placement: ClassVar[Literal["pre", "post", "sandwich", "output"]] = "pre"
     separate_layers: ClassVar[bool] = False
     """Whether a config.json lists the layers with a window."""
 

@@ -13,6 +13,7 @@ from transformer.model_kinds import BACKENDS, AttentionBackend, AttentionCall
 from transformer.ops.backends.xla import LOWEST, XLABackend
 from transformer.ops.bias import Bias, BiasDescription, bias_block, check_bias
 from transformer.ops.masks import AttentionMask, BlockPattern
+from transformer.types import Array, PyTree
 
 # Up to this many queries the blocks are unrolled. Beyond it, the program and its memory would grow with the number of blocks.
 _UNROLLED_QUERIES = 512
@@ -122,13 +123,13 @@ class Softmax(NamedTuple):
     common masked logit in other libraries, neighbouring float32 numbers are 64 apart.
     """
 
-    peak: Any
+    peak: Array
     """The largest logit, or `LOWEST` if the query sees no key."""
-    total: Any
+    total: Array
     """The sum of `exp(logit - peak)`, 0 if the query sees no key."""
 
     @property
-    def inverse(self) -> Any:
+    def inverse(self) -> Array:
         """1 / total, or 0 if the query sees no key; with a last axis for keys or for the width of values."""
         return jnp.where(self.total == 0, 0.0, 1.0 / jnp.where(self.total == 0, 1.0, self.total))[..., None]
 
@@ -148,7 +149,12 @@ def _attend(settings: Settings, query: Any, key: Any, value: Any, bias: Any, mas
 
 
 def attend_forward(
-    settings: Settings, query: Any, key: Any, value: Any, bias: Any, mask: AttentionMask
+    settings: Settings,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | BiasDescription | None,
+    mask: AttentionMask,
 ) -> tuple[Any, Softmax]:
     """The output [B, G, R, T, W] in the query's dtype, and its softmax; the output is zero where a query sees no key."""
 
@@ -183,7 +189,7 @@ def _backward(settings: Settings, saved: Any, out_gradient: Any) -> Any:
     return *attend_backward(settings, saved, out_gradient), None
 
 
-def attend_backward(settings: Settings, saved: Any, out_gradient: Any) -> tuple[Any, Any, Any, Any]:
+def attend_backward(settings: Settings, saved: PyTree, out_gradient: Array) -> tuple[Any, Any, Any, Any]:
     """Gradients of query, key, value and bias.
 
     The saved output and softmax may cover more keys than the ones given here, which a query then sees all of (`ops.ring`).

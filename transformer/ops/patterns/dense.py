@@ -1,9 +1,9 @@
 """The dense pattern: every block sees every other."""
 
 import dataclasses
-from typing import Any
 
 from transformer.model_kinds import PATTERNS, Pattern
+from transformer.ops.masks import AttentionMask
 
 
 @PATTERNS.register
@@ -14,6 +14,6 @@ class DensePattern(Pattern):
     kind = "dense"
     sees_all = True
 
-    def restrict(self, mask: Any) -> Any:
+    def restrict(self, mask: AttentionMask) -> AttentionMask:
         """The mask, unchanged."""
         return mask

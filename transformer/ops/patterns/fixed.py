@@ -1,10 +1,10 @@
 """The fixed pattern of the Sparse Transformer."""
 
 import dataclasses
-from typing import Any
 
 from transformer.model_kinds import PATTERNS
 from transformer.ops.patterns.strides import StridePattern
+from transformer.types import Array
 from transformer.validation import require, require_at_least
 
 
@@ -37,7 +37,7 @@ class FixedPattern(StridePattern):
             f"FixedPattern.summary must not exceed stride={self.stride}, got {self.summary}.",
         )
 
-    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+    def sees(self, query_blocks: Array, key_blocks: Array) -> Array:
         """Whether blocks with these numbers see these blocks of keys."""
         same = query_blocks // self.stride == key_blocks // self.stride
         return same | (key_blocks % self.stride >= self.stride - self.summary)

@@ -1,10 +1,10 @@
 """The strided pattern of the Sparse Transformer."""
 
 import dataclasses
-from typing import Any
 
 from transformer.model_kinds import PATTERNS
 from transformer.ops.patterns.strides import StridePattern
+from transformer.types import Array
 
 
 @PATTERNS.register
@@ -25,7 +25,7 @@ class StridedPattern(StridePattern):
 
     kind = "strided"
 
-    def sees(self, query_blocks: Any, key_blocks: Any) -> Any:
+    def sees(self, query_blocks: Array, key_blocks: Array) -> Array:
         """Whether blocks with these numbers see these blocks of keys."""
         distance = abs(query_blocks - key_blocks)
         return (distance < self.stride) | (distance % self.stride == 0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from transformer.model_kinds import POSITIONS, Positions
+from transformer.ops.bias import BiasDescription
+from transformer.types import Leaf
 
 
 @POSITIONS.register
@@ -20,7 +21,7 @@ class AlibiPositions(Positions):
     kind = "alibi"
     between_tokens = True
 
-    def bias(self, num_heads: int, shared: Any) -> "AlibiBias":
+    def bias(self, num_heads: int, shared: BiasDescription | None) -> "AlibiBias":
         """The published slopes."""
         super().bias(num_heads, shared)
         return AlibiBias.for_heads(num_heads)
@@ -54,7 +55,7 @@ class AlibiBias:
     [[0.0, -0.0625], [-0.0625, 0.0]]
     """
 
-    slopes: Any  # float [H]
+    slopes: Leaf  # float [H]
 
     @classmethod
     def for_heads(cls, num_heads: int) -> "AlibiBias":

@@ -1,7 +1,7 @@
 """Frequencies of rotary positions for contexts longer than in training."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,7 @@ def plain_frequencies(dim: int, theta: float) -> Float[np.ndarray, " half"]:
     return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-def frequencies(settings: "RotaryPositions", dim: int, length: Any = None) -> np.ndarray | Array:
+def frequencies(settings: "RotaryPositions", dim: int, length: Array = None) -> np.ndarray | Array:
     """The frequencies of `plain_frequencies` after a scaling, float32 [dim / 2].
 
     * linear: all are divided by the factor (Chen et al. 2023).

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from transformer.model_kinds import POSITIONS, Parameter, Positions
-from transformer.types import UserError
+from transformer.ops.bias import BiasDescription
+from transformer.types import Leaf, UserError
 from transformer.validation import require
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class T5Positions(Positions):
         table = parameter("embedding", (self.num_buckets, num_heads), (None, "heads"), fan_in=num_heads)
         return T5Bias(table, bidirectional=bidirectional, max_distance=self.max_distance)
 
-    def bias(self, num_heads: int, shared: Any) -> Any:
+    def bias(self, num_heads: int, shared: BiasDescription | None) -> BiasDescription:
         """The shared bias."""
         return shared if shared is not None else self.refuse_shared(shared)
 
@@ -94,7 +95,7 @@ def t5_buckets(
 class T5Bias:
     """A learned bias for each bucket of distances and each head (Raffel et al. 2020, section 2.1)."""
 
-    table: Any  # float [num_buckets, H]
+    table: Leaf  # float [num_buckets, H]
     bidirectional: bool = dataclasses.field(metadata={"static": True})
     max_distance: int = dataclasses.field(metadata={"static": True})
 
