@@ -8,6 +8,7 @@ import types
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from transformer.cli import plan as command
 from transformer.cli.arguments import parse_config
@@ -80,7 +81,7 @@ def test_a_chip_names_the_request_to_its_compiler(name, slices, asked, monkeypat
 
     def describe(**given):
         found.update(given)
-        return types.SimpleNamespace(devices=[])
+        return topologies.TopologyDescription(devices=[])
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
     find_topology(name, slices)
