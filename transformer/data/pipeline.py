@@ -19,7 +19,7 @@ from transformer.data.source import Source
 from transformer.data.streams import StreamBatches
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.tokens import document_tokens, open_tokens
-from transformer.types import Batch, CheckpointableIterator, Noise, UserError
+from transformer.types import Batch, CheckpointableIterator, Noise, PyTree, UserError
 from transformer.validation import require
 
 Convert = Callable[[Batch], Any]
@@ -71,7 +71,7 @@ def train_batches(
     return prefetched(batches.map(whole_rows) if joined or (not config.pack and convert is None) else batches)
 
 
-def whole_rows(batch: Batch) -> Batch:
+def whole_rows(batch: PyTree) -> PyTree:
     """A batch whose rows are one document each, without the redundant segment ids."""
     names = [name for name in batch._fields if name.endswith("segment_ids")]
     require(
