@@ -122,7 +122,7 @@ def test_generation_goes_by_the_light_model(name, weights):
     generator = Generator(model, light)
     assert generator.generate(prompts, max_new_tokens=6, sampling=GREEDY).tokens.tolist() == expected
     assert generate(model, light, prompts[:1], max_new_tokens=6, sampling=GREEDY).tokens.tolist() == expected[:1]
-    flat = flatten_dict(generator._prepared[2])
+    flat = flatten_dict(generator._target.prepared(2))
     assert {path[-2] for path, leaf in flat.items() if isinstance(leaf, Panels)} <= {"router"}
 
 
