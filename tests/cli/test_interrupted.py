@@ -15,8 +15,8 @@ from transformer.parallel.distributed import leaving
 from transformer.runs import train as runs_train
 from transformer.runs.train import Reached, train
 from transformer.training.folders import committed_steps
-from transformer.training.signals import SIGNALS
 from transformer.training.metrics import TIMINGS
+from transformer.training.signals import SIGNALS
 from transformer.training.writers import read_jsonl
 from transformer.types import Interrupted
 
