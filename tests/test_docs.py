@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+from markdown_blocks import fenced_blocks
 
 from transformer.cli.main import main
 from transformer.cli.options import OPTIONS
@@ -24,15 +25,15 @@ TINY = shlex.split(
 
 def blocks(language):
     for page in PAGES:
-        for number, match in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)):
-            if match[1] == language:
-                yield pytest.param(match[2], id=f"{page.stem}-{number}")
+        for number, (of_language, text) in enumerate(fenced_blocks(page.read_text())):
+            if of_language == language:
+                yield pytest.param(text, id=f"{page.stem}-{number}")
 
 
 def test_every_block_has_a_language_that_is_tested():
     for page in PAGES:
-        languages = re.findall(r"^```(\w+)\n.*?^```", page.read_text(), re.M | re.S)
-        assert set(languages) <= {"python", "sh", "text", "yaml"}, f"{page.name} has {set(languages)}"
+        languages = {language for language, _ in fenced_blocks(page.read_text()) if language}
+        assert languages <= {"python", "sh", "text", "yaml"}, f"{page.name} has {languages}"
 
 
 def test_every_test_that_a_page_names_exists():

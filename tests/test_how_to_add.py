@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained_folders
 import pytest
+from markdown_blocks import fenced_blocks
 
 from transformer.cli.main import main
 from transformer.data import registry
@@ -35,7 +36,7 @@ TINY = shlex.split(
 def recipes():
     """The sections of the page: for each heading, its Python and its lines of text."""
     for section in re.split(r"^## ", PAGE.read_text(), flags=re.M)[1:]:
-        found = re.findall(r"^```(\w+)\n(.*?)^```", section, flags=re.M | re.S)
+        found = fenced_blocks(section)
         blocks = {language: [text for kind, text in found if kind == language] for language in ("python", "text")}
         yield section.partition("\n")[0], blocks
 

@@ -74,9 +74,8 @@ class Family:
         Raises:
             UserError: there is none.
         """
-        if (
-            not isinstance(name, str) or name not in self.names
-        ):  # building the message takes longer than everything else in a config's checks
+        # Building the message takes longer than everything else in a config's checks.
+        if not isinstance(name, str) or name not in self.names:
             near = did_you_mean(name, list(self.names))
             raise UserError(
                 f"{self.field} must be one of {', '.join(self.names)}, got {shown(name)}{near} Your own kind is known once the "

@@ -4,12 +4,12 @@ import functools
 import json
 import math
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from markdown_blocks import fenced_blocks
 
 from transformer import load
 from transformer.cli.main import main
@@ -256,7 +256,7 @@ def test_user_defined_tasks_on_the_command_line(place, capsys, name):
 
 
 def test_the_task_of_the_page_runs(place, capsys, tmp_path, monkeypatch):
-    (task,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    (task,) = (text for language, text in fenced_blocks(PAGE.read_text("utf-8")) if language == "yaml")
     (tmp_path / "my_tasks").mkdir()
     (tmp_path / "my_tasks" / "my_task.yaml").write_text(task)
     (tmp_path / "my_tasks" / "questions.jsonl").write_text((TASKS / "choice.jsonl").read_text("utf-8"), "utf-8")

@@ -5,7 +5,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformer.terminal import printable
@@ -48,9 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"transformer {importlib.import_module('transformer').__version__}")
         return
     name, *rest = arguments
-    if name not in COMMANDS and name not in _of_other_packages():
-        print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
-        sys.exit(2)
     run(name, rest)
 
 
@@ -58,6 +55,15 @@ def _of_other_packages() -> dict[str, Any]:
     """The commands of other installed packages: the entry points in `GROUP`, each a function of the arguments."""
     found = importlib.import_module("importlib.metadata").entry_points(group=GROUP)
     return {point.name: point for point in found if point.name not in COMMANDS}
+
+
+def _load_other(name: str) -> Callable[[list[str]], object]:
+    """The command of another package; exits if there is none of this name."""
+    found = _of_other_packages()
+    if name not in found:
+        print(f"error: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
+        sys.exit(2)
+    return found[name].load()
 
 
 def _usage() -> str:
@@ -75,7 +81,7 @@ def run(name: str, arguments: list[str], **more: object) -> None:
     try:
         try:
             if name not in COMMANDS:
-                _of_other_packages()[name].load()(arguments)
+                _load_other(name)(arguments)
                 return
             options = importlib.import_module("transformer.cli.options").OPTIONS[name]
             parsed = options.parse(arguments)

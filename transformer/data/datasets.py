@@ -248,16 +248,27 @@ class TextData:
         self, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
     ) -> CheckpointableIterator:
         """Rows of `Batch`es or `PairBatch`es, masked or corrupted if the objective requires it."""
-        process: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
-        return train_batches(self.config, tokenizer, sources=self.trained, **self._changes(tokenizer), **process)
+        return train_batches(
+            self.config,
+            tokenizer,
+            sources=self.trained,
+            process_index=process_index,
+            process_count=process_count,
+            **self._changes(tokenizer),
+        )
 
     def evaluation_batches(
         self, tokenizer: Tokenizer, split: str, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Any]:
         """Rows as in training; masking or corruption is the same at each evaluation."""
-        process: dict[str, Any] = {"process_index": process_index, "process_count": process_count}
         return evaluation_batches(
-            self.config, tokenizer, split, sources=self.of(split), **self._changes(tokenizer), **process
+            self.config,
+            tokenizer,
+            split,
+            sources=self.of(split),
+            process_index=process_index,
+            process_count=process_count,
+            **self._changes(tokenizer),
         )
 
     def count_cut(self, tokenizer: Tokenizer, split: str, at_most: int | None = None) -> tuple[dict[str, int], int]:

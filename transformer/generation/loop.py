@@ -40,7 +40,7 @@ def extend(state: State, num_new: int | Array, step: Step, draw: Draw, sampling:
         return (state.num_new < num_new) & ~jnp.all(state.ended_B)
 
     def one_more(state: State) -> State:
-        logits_B1V, cache = step(_last(state)[:, None], state.cache)
+        logits_B1V, cache = step(last_tokens(state.tokens_BP, state.lengths_B), state.cache)
         return append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
 
     return jax.lax.while_loop(goes_on, one_more, state)
@@ -50,13 +50,13 @@ def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: S
     """Draw the next token of each row; an ended row repeats its last token, a row without finite logits ends."""
     keys_B = row_keys(draw, state.lengths_B)
     logits_BV = adjusted_logits(logits_BV, state.tokens_BP, state.lengths_B, draw, sampling)
-    tokens_B = jnp.where(state.ended_B, _last(state), sample_tokens(logits_BV, keys_B, sampling))
-    ends_B = jnp.isin(tokens_B, draw.ends_E)
+    last_B1 = last_tokens(state.tokens_BP, state.lengths_B)
+    tokens_B = jnp.where(state.ended_B, last_B1[:, 0], sample_tokens(logits_BV, keys_B, sampling))
     return State(
         tokens_BP=state.tokens_BP.at[jnp.arange(len(tokens_B)), state.lengths_B].set(tokens_B),
         lengths_B=state.lengths_B + 1,
         num_new=state.num_new + 1,
-        ended_B=state.ended_B | ends_B | (tokens_B == NO_TOKEN),
+        ended_B=state.ended_B | jnp.isin(tokens_B, draw.ends_E) | (tokens_B == NO_TOKEN),
         cache=state.cache,
     )
 
@@ -82,5 +82,6 @@ def adjusted_logits(
     return logits_BV
 
 
-def _last(state: State) -> Int[Array, " B"]:
-    return jnp.take_along_axis(state.tokens_BP, state.lengths_B[:, None] - 1, axis=1)[:, 0]
+def last_tokens(tokens_BP: Int[Array, "B P"], lengths_B: Int[Array, " B"]) -> Int[Array, "B 1"]:
+    """The last token of each row."""
+    return jnp.take_along_axis(tokens_BP, lengths_B[:, None] - 1, axis=1)

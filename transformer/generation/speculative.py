@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from transformer.generation.generate import Generator, read_rows, roll_cache, rounded
-from transformer.generation.loop import Draw, State, adjusted_logits, row_keys
+from transformer.generation.loop import Draw, State, adjusted_logits, last_tokens, row_keys
 from transformer.generation.prepare import DecodingModel
 from transformer.generation.sampling import NO_TOKEN, SamplingConfig, filter_logits
 from transformer.generation.window import windows
@@ -174,7 +174,7 @@ def _round(
     tokens_BP, draft_cache, d_BK, q_BKV = _drafted(draft, draft_weights, state, held_B, draw, K, sampling)
 
     # ---- Read all of them, and accept ----------------------------------------------------------------------------------
-    last_B1 = jnp.take_along_axis(state.tokens_BP, n_B[:, None] - 1, axis=1)
+    last_B1 = last_tokens(state.tokens_BP, n_B)
     room_B = _room(caches.target)
     logits_BTV, target = _apply(model, weights, jnp.concatenate([last_B1, d_BK], axis=1), caches.target)
     p_BTV = jnp.stack(
@@ -236,7 +236,7 @@ def _appended(
     lengths_B, ended_B = n_B + added_B, state.ended_B | ends_B
     columns_BT = n_B[:, None] + jnp.arange(new_BT.shape[1])[None]
     tokens_BP = tokens_BP.at[jnp.arange(len(n_B))[:, None], columns_BT].set(new_BT)
-    latest_B1 = jnp.take_along_axis(tokens_BP, lengths_B[:, None] - 1, axis=1)
+    latest_B1 = last_tokens(tokens_BP, lengths_B)
     behind_BP = jnp.arange(tokens_BP.shape[1])[None] >= lengths_B[:, None]
     tokens_BP = jnp.where(behind_BP & ended_B[:, None], latest_B1, tokens_BP)
     tokens_BP = jnp.where(done_B[:, None], state.tokens_BP, tokens_BP)
