@@ -226,7 +226,8 @@ def evaluate_tasks(
         not unknown,
         f"A task must be one of lm-eval's or of --include-path's, got {', '.join(unknown)}; `lm-eval ls tasks` lists them.",
     )
-    found: Any = simple_evaluate(
+    evaluate: Any = simple_evaluate  # its decorator hides its arguments from type checkers
+    found = evaluate(
         model,
         tasks=list(tasks),
         task_manager=manager,
