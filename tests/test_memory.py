@@ -23,7 +23,7 @@ from transformer.ops.positions.transformer_xl import TransformerXLPositions
 from transformer.overrides import override
 from transformer.parts import Steps, count_parameters, initialize, resolve
 from transformer.training import checkpoint, manifest
-from transformer.training.checkpoint import load_params
+from transformer.training.checkpoint import find_checkpoint, load_params
 from transformer.training.out_of_memory import activation_bytes
 from transformer.types import UserError
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_describes_too_much_is_refused(arrays, message, tmp_pa
     )
     manifest.write_manifest(epath.Path(step))
     with pytest.raises(UserError, match=message):
-        load_params(tmp_path)
+        load_params(find_checkpoint(tmp_path))
 
 
 def test_more_chunks_than_tokens_are_one_a_token():

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from transformer.training import checkpoint, folders, manifest
-from transformer.training.checkpoint import FORMAT, Checkpointer, load_params
+from transformer.training.checkpoint import FORMAT, Checkpointer, find_checkpoint, load_params
 from transformer.training.folders import committed_steps, latest_undamaged
 from transformer.training.state import create_state
 from transformer.types import UserError
@@ -64,7 +64,7 @@ def test_relative_directories_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/new", 3)
     assert committed_steps("runs/new") == [3]
-    assert load_params("runs/new", make_state().ema_params)[0] == 3
+    assert load_params(find_checkpoint("runs/new"), make_state().ema_params)[0] == 3
 
 
 @pytest.mark.parametrize("piecewise", [False, True])
@@ -75,7 +75,7 @@ def test_an_array_may_be_most_of_a_state(tmp_path, monkeypatch, piecewise):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state, LOOP, piecewise=piecewise)
     checkpointer.wait()
-    step, params = load_params(tmp_path, state.ema_params)
+    step, params = load_params(find_checkpoint(tmp_path), state.ema_params)
     assert step == 3 and jax.tree.all(jax.tree.map(np.array_equal, params, state.ema_params))
 
 
@@ -172,19 +172,14 @@ def test_load_params_gives_the_average_if_there_is_one(tmp_path, ema):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state, LOOP)
     checkpointer.wait()
-    step, params = load_params(tmp_path, jax.eval_shape(lambda: make_state().params))
+    step, params = load_params(find_checkpoint(tmp_path), jax.eval_shape(lambda: make_state().params))
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, params, state.ema_params if ema else state.params)
 
 
-def test_load_params_without_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="must have a checkpoint, there is none in"):
-        load_params(tmp_path, make_state().params)
-
-
 def test_load_params_of_another_model(directory):
     with pytest.raises(UserError, match=r"ema_params/a/kernel: float32\[3,2\] there, float32\[7,2\] here"):
-        load_params(directory, make_state(width=7).params)
+        load_params(find_checkpoint(directory), make_state(width=7).params)
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
@@ -441,8 +436,8 @@ def test_another_format_is_refused_in_one_sentence(directory, number):
     manifest.write_manifest(manifest.epath.Path(directory / "20"))
     for read in (
         lambda: Checkpointer(directory).restore(make_state()),
-        lambda: load_params(directory),
-        lambda: load_params(directory, make_state().params),
+        lambda: load_params(find_checkpoint(directory)),
+        lambda: load_params(find_checkpoint(directory), make_state().params),
     ):
         with pytest.raises(UserError, match=rf"must be of format {FORMAT}, .*/20 has .*: it is of another version"):
             read()

@@ -38,7 +38,7 @@ from transformer.runs.directory import (
 )
 from transformer.runs.lock import locked
 from transformer.storage import expand
-from transformer.training.checkpoint import Checkpointer, load_step_params, stored_params
+from transformer.training.checkpoint import Checkpointer, load_params, stored_params
 from transformer.training.state import TrainState
 from transformer.types import PyTree
 from transformer.validation import require
@@ -201,9 +201,7 @@ def _heads_of(record: Record, parts: Parts) -> PyTree:
     stored = stored_params(record.path)[1]
     if not own.keys() & stored.keys():
         return {}
-    _, params = load_step_params(
-        record.path, on_host({name: stored[name] for name in own if name in stored}), some=True
-    )
+    _, params = load_params(record.path, on_host({name: stored[name] for name in own if name in stored}), some=True)
     return params
 
 

@@ -13,7 +13,7 @@ from transformer.layers.adapters import join, split
 from transformer.runs.directory import BASE_FILE, Record, read_run
 from transformer.storage import expand
 from transformer.training import manifest
-from transformer.training.checkpoint import describe, load_step_params, read_description
+from transformer.training.checkpoint import describe, load_params, read_description
 from transformer.training.layout import stored_layout
 from transformer.types import PyTree, UserError
 from transformer.validation import Settings, require
@@ -116,7 +116,7 @@ def check_base(record: Record, frozen: PyTree) -> None:
 
 
 def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[int, PyTree]:
-    """The step and all parameters of a run's model (`load_step_params`); with adapters, including the base's.
+    """The step and all parameters of a run's model (`load_params`); with adapters, including the base's.
 
     Args:
         record: the record of the checkpoint.
@@ -129,7 +129,7 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
     run, adapted = record.path.parent.parent, record.config.adapter.rank > 0
     require(adapted or base == "", f"A base belongs to adapters, {run} has none; leave it out, got {base!r}.")
     if not adapted:
-        return load_step_params(record.path, target)
+        return load_params(record.path, target)
     path = base or record.config.training.init_from
     for place in (path, path := base_place(path) if base or is_known(path) else path):
         require(
@@ -139,9 +139,9 @@ def load_model_params(record: Record, target: PyTree, base: str = "") -> tuple[i
         )
     found = find_base(path, base_in(record), run, "give it: --base DIR (base=)")
     frozen, trained = split(target)
-    step, adapters = load_step_params(record.path, trained)
+    step, adapters = load_params(record.path, trained)
     check_base(found, frozen)
-    return step, join(load_step_params(found.path, frozen, some=True)[1], adapters)
+    return step, join(load_params(found.path, frozen, some=True)[1], adapters)
 
 
 def on_host(shapes: PyTree) -> PyTree:

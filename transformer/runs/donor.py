@@ -14,7 +14,7 @@ from transformer.memory import check_params
 from transformer.parts import Parts, count_parameters, resolve
 from transformer.runs.base import load_model_params, on_host
 from transformer.runs.directory import BASE_FILE, FAMILY_FILE, Record, read_run
-from transformer.training.checkpoint import load_step_params, stored_params
+from transformer.training.checkpoint import load_params, stored_params
 from transformer.training.optimizer import parameter_path
 from transformer.training.transfer import Transfer, transfer
 from transformer.types import PyTree
@@ -133,7 +133,7 @@ def inherit_parts(
     fits = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding), fits, own)
 
     def read() -> PyTree:
-        _, params = read_run(donor.path, lambda record: load_step_params(record.path, fits, some=True), donor.step)
+        _, params = read_run(donor.path, lambda record: load_params(record.path, fits, some=True), donor.step)
         return jax.tree.map(lambda x, own: x if x.dtype == own.dtype else x.astype(own.dtype), params, own)
 
     taken, fresh, skipped = (
@@ -187,7 +187,7 @@ def compare_base(
 def _whole_params(record: Record) -> tuple[int, PyTree]:
     """The step and parameters of a run; adapters are merged."""
     if BASE_FILE not in record.files:
-        return load_step_params(record.path)
+        return load_params(record.path)
     tokenizer = record.load_tokenizer()
     parts = Parts(resolve(record.config, tokenizer), tokenizer, class_names=record.class_names)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

@@ -37,7 +37,7 @@ from transformer.runs.given import NOTHING, Given
 from transformer.terminal import say
 from transformer.tokenizer import TokenizerKind, drawable, prompt_ids, stop_ids
 from transformer.training import loop
-from transformer.training.checkpoint import load_step_params
+from transformer.training.checkpoint import load_params
 from transformer.training.manifest import files_below
 from transformer.training.metrics import derive
 from transformer.training.processes import made_by_first
@@ -201,7 +201,7 @@ def _with_base(run: Run, config: Config, donor: Donor | None, old: Record | None
     check_base(found, steps.state.frozen)
 
     def frozen() -> PyTree:
-        return steps.runner.place_state(load_step_params(found.path, steps.state.frozen, some=True)[1])
+        return steps.runner.place_state(load_params(found.path, steps.state.frozen, some=True)[1])
 
     return run._replace(kept=kept, frozen=frozen, init_state=init_state), note
 

@@ -248,25 +248,18 @@ def find_checkpoint(directory: epath.PathLike, step: int | str = "latest") -> ep
     return path
 
 
-def load_params(directory: epath.PathLike, target: PyTree | None = None) -> tuple[int, PyTree]:
-    """Step and parameters of the latest undamaged checkpoint; the moving average if it has one.
+def load_params(path: epath.Path, target: PyTree | None = None, *, some: bool = False) -> tuple[int, PyTree]:
+    """Step and parameters of a checkpoint, known to be undamaged; the moving average if it has one.
 
     Args:
-        directory: the folder of the checkpoints.
+        path: its folder, as `find_checkpoint` gives it.
         target: parameters, or their `jax.ShapeDtypeStruct`s; arrays are loaded with their shardings, or to the first device
             without shardings. None loads the stored parameters to the host.
+        some: read only the parts of the model in `target`.
 
     Raises:
-        UserError: there is no checkpoint, only damaged ones, or one of another model.
+        UserError: it is a checkpoint of another model, or its parameters exceed the host's memory.
     """
-    path = folders.latest_undamaged(directory)
-    if path is None:
-        raise UserError(f"A run to load must have a checkpoint, there is none in {directory}; train it first.")
-    return load_step_params(path, target)
-
-
-def load_step_params(path: epath.Path, target: PyTree | None = None, *, some: bool = False) -> tuple[int, PyTree]:
-    """`load_params` of one checkpoint, known to be undamaged; `some` reads only the parts of the model in `target`."""
     field, stored = stored_params(path)
     if target is None:
         target = stored
@@ -279,7 +272,7 @@ def load_step_params(path: epath.Path, target: PyTree | None = None, *, some: bo
 
 
 def stored_params(path: epath.Path) -> tuple[str, PyTree]:
-    """The field of the state that `load_step_params` reads, and the shapes and types of its arrays."""
+    """The field of the state that `load_params` reads, and the shapes and types of its arrays."""
     arrays: dict[str, str] = read_description(path)["arrays"]
     field = "ema_params" if any(n.startswith("ema_params/") for n in arrays) else "params"
     found = {n.removeprefix(f"{field}/"): text for n, text in arrays.items() if n.startswith(f"{field}/")}
