@@ -1,4 +1,4 @@
-"""Virtual streams: a corpus distributed over a fixed number of endless sequences of rows, and batches of these rows."""
+"""Training batches from virtual streams: endless sequences of rows, each from its own part of the corpus."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,25 @@ from transformer.types import Batch, Noise, UserError
 from transformer.validation import require
 
 _GOLDEN_RATIO = 0.6180339887498949
-_ORDER = 1  # separates the random orders of a chunk's rows and of an epoch's records
+_ROW_ORDER = 1  # seeds the order of rows in a chunk, so that it differs from the order of records in an epoch
 
 
 class StreamBatches(grain.IterDataset):
-    """Some rows of every batch, as a Grain dataset.
+    """One process's rows of every batch, as a Grain dataset. Their content does not depend on the number of processes.
 
-    The rows of other processes do not influence these rows. Stream s reads the records that the seed assigns to it. With no
-    more streams than rows, a stream fills the same rows of each batch; with more, streams take turns.
+    A permutation, seeded by the config, assigns the records of each source to streams. With at most `batch_size` streams, a
+    stream fills the same rows of every batch. With more, each batch has one row from each of the next `batch_size` streams, in a
+    cycle.
+
+    Args:
+        config: batch size, row length, packing, weights of sources, and the seed.
+        sources: the sources of the corpus.
+        records: the token ids of each source's training split, by record.
+        num_streams: a divisor or a multiple of the batch size.
+        own_rows: the rows of this process.
+        noise: the change that an objective makes to each row.
+        continued: whether the positions of a document continue in its next row; otherwise they start at 0 in each row.
+        max_segments: the largest number of documents per row; 0 means any number.
     """
 
     def __init__(
@@ -42,7 +53,7 @@ class StreamBatches(grain.IterDataset):
         super().__init__()
         self.config = config
         self.max_segments = max_segments
-        # The kind of packing must not change either, because the state counts rows.
+        # Stored in the state, whose offsets count packed rows: with other settings, they would point to other text.
         self.best_fit = [config.sequence_length, max_segments] if config.best_fit else None
         self.noise, self.continued = noise, continued
         self.own_rows = own_rows
@@ -53,9 +64,10 @@ class StreamBatches(grain.IterDataset):
         content.add(config.record_bytes, *(source.fingerprint for source in sources))
         self.corpus = content.hexdigest()[:16]
         self._records = records
+        # Stream s reads every num_streams-th record of a permutation, from entry s.
         self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
         weights = np.array(config.weights or [1.0] * len(sources))
-        self._shares = np.cumsum(weights / weights.sum())
+        self._cumulative_weights = np.cumsum(weights / weights.sum())
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
@@ -66,31 +78,34 @@ class StreamBatches(grain.IterDataset):
         return stream, step // self.turns * self.rows_per_stream + row % self.rows_per_stream
 
     def source(self, stream: int, row_of_stream: int) -> int:
-        """The source of a row of a stream."""
-        if len(self._shares) == 1:
+        """The index of the source from which a stream fills this row."""
+        if len(self._cumulative_weights) == 1:
             return 0
-        # A staggered golden-ratio sequence: even over the streams at any step, and over time in any stream.
+        # Multiples of the golden ratio modulo 1 are evenly distributed, and each stream starts at another point. The sources
+        # thus keep their weights over the rows of each stream, and over all streams in each step.
         point = (row_of_stream * _GOLDEN_RATIO + stream / self.num_streams) % 1.0
-        return min(int(np.searchsorted(self._shares, point, side="right")), len(self._shares) - 1)
+        return min(
+            int(np.searchsorted(self._cumulative_weights, point, side="right")), len(self._cumulative_weights) - 1
+        )
 
     def cursors(self, stream: int) -> "list[_Cursor]":
-        """The stream's cursors, one per source."""
-        kind = _BestFitCursor if self.config.best_fit else _Cursor
+        """One cursor per source, at the start of the stream."""
+        cursor_class = _BestFitCursor if self.config.best_fit else _Cursor
         return [
-            kind(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
+            cursor_class(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
             for i, (records, deal) in enumerate(zip(self._records, self._deals, strict=True))
         ]
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """The state is a record and an offset for each stream and source: small, exact, and restored without reading data."""
+    """Returns the batches. Its state, a record and an offset for each stream and source, is restored without reading data."""
 
     def __init__(self, batches: StreamBatches) -> None:
         super().__init__()
         self._batches = batches
         self._step = 0
         per_stream, own = batches.rows_per_stream, batches.own_rows
-        # If another process fills some rows of a stream, the whole stream is read here, and the other process's rows dropped.
+        # A stream may fill rows of two processes. Each process then reads the whole stream and drops the other's rows.
         self._rows = range(own.start // per_stream * per_stream, -(-own.stop // per_stream) * per_stream)
         streams = sorted({batches.locate(row, step)[0] for row in self._rows for step in range(batches.turns)})
         self._cursors = {stream: batches.cursors(stream) for stream in streams}
@@ -148,107 +163,110 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _Cursor:
-    """Reads one stream's share of one source, in another order each epoch; its state is a record and an offset in it."""
+    """Reads one stream's records of one source, in a new random order each epoch. The state is a record and an offset in it."""
 
     def __init__(
         self,
         records: Sequence[Encoded],
-        share: Int[np.ndarray, " n"],
+        indices: Int[np.ndarray, " n"],
         seed: tuple[int, ...],
     ) -> None:
         self._records = records
-        self._share = share
+        self._indices = indices
         self._seed = seed
         self._epoch = -1
-        self._order = share
+        self._order = indices
         self._pairs: Pairs | None = None
         self.record = 0
         self.offset = 0
 
     def move(self, record: int, offset: int) -> None:
-        """Set the next pair to number `offset` of record number `record`, counted over all epochs."""
+        """Continue at a record, numbered over all epochs, and at an offset in it: the number of its targets to skip."""
         self.record, self.offset, self._pairs = record, offset, None
 
     def skip_to_window(self, length: int) -> None:
-        """Move to a window of the next record, at another offset each time the record is read.
+        """Continue at a window of `length` tokens in the next record. Its offset differs from epoch to epoch.
 
-        Consecutive windows of one text would make the rows of a batch, or the steps of a stream, too similar.
+        Consecutive windows of one document would make the rows of a batch, or consecutive steps, too similar.
         """
         if self.offset > 0:
             self.move(self.record + 1, 0)
         record = self._read_record()
         self._pairs = pairs_of(record)
         size = len(self._pairs.inputs)
-        # A window may continue with another text only after the end of a document.
+        # A window that starts in the last piece of a document may continue into the next record. In other pieces it must fit.
         room = size if record.last else max(1, size - length + 1)
         self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
 
-    def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
-        """Write the next row, of at most `most` documents (0: any number); with `continues`, positions continue the last row."""
-        column, segment, last_used = 0, 0, self.record
-        while column < batch.inputs.shape[1] and (most == 0 or segment < most):
+    def fill(self, batch: Batch, row: int, continued: bool, max_segments: int = 0) -> None:
+        """Write the next row, of at most `max_segments` documents (0: any number).
+
+        With `continued`, the positions of a document continue in its next row; otherwise they start at 0 in each row.
+        """
+        column, segment, last_with_text = 0, 0, self.record
+        while column < batch.inputs.shape[1] and (max_segments == 0 or segment < max_segments):
             pairs = self._pairs = self._pairs or pairs_of(self._read_record())
             if len(pairs.inputs) > 0:
-                segment, last_used = segment + 1, self.record
-                first = self.offset if continues else 0
+                segment, last_with_text = segment + 1, self.record
+                first = self.offset if continued else 0
                 count = write_pairs(batch, row, column, pairs, self.offset, segment, first)
                 column, self.offset = column + count, self.offset + count
             if self.offset == len(pairs.inputs):
                 self.move(self.record + 1, 0)
-                self._check_found(self.record - last_used)
+                self._check_has_text(self.record - last_with_text)
 
-    def _check_found(self, without_text: int) -> None:
-        """Refuse to search for text without end."""
-        if without_text > len(self._share):
+    def _check_has_text(self, num_without_text: int) -> None:
+        """Raise UserError if no record of the stream has text; the search for text would never end."""
+        if num_without_text > len(self._indices):
             raise UserError(
-                f"A stream must hold text, the {len(self._share)} records of one hold none: set a smaller data.num_streams."
+                f"A stream must hold text, the {len(self._indices)} records of one hold none: set a smaller data.num_streams."
             )
 
     def _read_record(self) -> Encoded:
-        epoch, index = divmod(self.record, len(self._share))
+        epoch, index = divmod(self.record, len(self._indices))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._share[permutation(len(self._share), *self._seed, epoch)]
+            self._epoch, self._order = epoch, self._indices[permutation(len(self._indices), *self._seed, epoch)]
         return self._records[int(self._order[index])]
 
 
 class _BestFitCursor(_Cursor):
-    """Reads a stream in chunks of records; documents that fit in a row are packed whole (Ding et al. 2024).
+    """Packs records by best fit (Ding et al. 2024), in chunks of about `ROWS_OF_CHUNK` rows. A chunk does not cross epochs.
 
-    `record` is the first record of the chunk, and `offset` the index of its next row. A chunk ends at the end of an epoch. If a
-    document is longer than a row, the tokens beyond its full rows are packed like a document.
+    Documents that fit in a row stay whole. A longer document is cut into full rows and a remainder; the remainder is packed like
+    a short document. `record` is the first record of the chunk, and `offset` the index of the chunk's next row.
     """
 
-    _rows: Sequence[list[tuple[Pairs, int]]] = ()
-    _end = 0
+    _packed: Sequence[list[tuple[Pairs, int]]] = ()
+    _next_chunk = 0
 
     def move(self, record: int, offset: int) -> None:
-        """Set the next row to number `offset` of the chunk that begins with record number `record`, counted over all epochs."""
+        """Continue at row `offset` of the chunk that begins at a record, numbered over all epochs."""
         super().move(record, offset)
-        self._rows = ()
+        self._packed = ()
 
-    def fill(self, batch: Batch, row: int, continues: bool, most: int = 0) -> None:
-        """Write the next row, of at most `most` documents (0: any number)."""
-        del continues
-        self._rows = self._rows or self._pack(batch.inputs.shape[1], most)
+    def fill(self, batch: Batch, row: int, continued: bool, max_segments: int = 0) -> None:
+        """Write the next row, of at most `max_segments` documents (0: any number)."""
+        del continued
+        self._packed = self._packed or self._pack(batch.inputs.shape[1], max_segments)
         column = 0
-        for segment, (pairs, start) in enumerate(self._rows[self.offset], 1):
+        for segment, (pairs, start) in enumerate(self._packed[self.offset], 1):
             column += write_pairs(batch, row, column, pairs, start, segment)
         self.offset += 1
-        if self.offset == len(self._rows):
-            self.move(self._end, 0)
+        if self.offset == len(self._packed):
+            self.move(self._next_chunk, 0)
 
-    def _pack(self, length: int, most: int) -> list[list[tuple[Pairs, int]]]:
-        """The rows of the chunk that begins with `record`, in a random order: parts of documents with their offsets."""
+    def _pack(self, length: int, max_segments: int) -> list[list[tuple[Pairs, int]]]:
+        """The rows of the chunk that begins at `record`, in random order: lists of records with start offsets."""
         first, tokens = self.record, 0
         parts, sizes = list[tuple[Pairs, int]](), list[int]()
-        while tokens < ROWS_OF_CHUNK * length and (tokens == 0 or self.record % len(self._share) > 0):
-            self._check_found(self.record - first)
+        while tokens < ROWS_OF_CHUNK * length and (tokens == 0 or self.record % len(self._indices) > 0):
+            self._check_has_text(self.record - first)
             pairs = pairs_of(self._read_record())
             parts += [(pairs, start) for start in range(0, len(pairs.inputs), length)]
             sizes += row_parts(len(pairs.inputs), length)
             tokens += len(pairs.inputs)
             self.record += 1
-        self._end, self.record = self.record, first
-        rows = best_fit(sizes, length, most)
-        order = permutation(len(rows), *self._seed, first, _ORDER)
+        self._next_chunk, self.record = self.record, first
+        rows = best_fit(sizes, length, max_segments)
+        order = permutation(len(rows), *self._seed, first, _ROW_ORDER)
         return [[parts[part] for part in rows[row]] for row in order]

@@ -27,14 +27,18 @@ from transformer.ops.positions.none import NoPositions
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-attention or cross-attention.
 
-    An `apply` with `mutable=["attention"]` also returns the weights, float32 [B, H, T, S] before dropout, under `weights`. They
-    are computed by the reference (`xla`), whatever the backend.
+    With `apply(..., mutable=["attention"])`, the collection `attention` holds the attention weights before dropout, as `weights`,
+    float32 [B, H, T, S]. The reference backend `xla` computes them; the output comes from the chosen backend.
+
+    The suffix of an array names its axes: batch B, query positions T, key positions S, query heads H, key/value heads G, width
+    of a head K, widths of hidden states D and M (docs/glossary.md).
 
     Attributes:
-        config: heads, norms, window, soft cap, dropout, backend.
-        positions: rotary, alibi, t5 and transformer_xl act here; other kinds act on the embeddings.
-        norm: the block's norm; QK-norm takes its epsilon and its unit offset.
-        runtime: types, initialisation, `dot_general` and sharding.
+        config: number of heads, QK-norm, window, block pattern, soft cap, dropout and backend.
+        positions: the position kind. Only rotary, alibi, t5 and transformer_xl act in this layer; learned and sinusoidal
+            positions are added to the embeddings.
+        norm: the norm of the block. QK-norm is an `RMSNorm` with the same epsilon and unit offset.
+        runtime: dtypes, initialisation, `dot_general` and sharding.
 
     Example:
         >>> import jax
@@ -62,40 +66,43 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         train: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Cache]:
-        """Attend, and also return the cache if one was given.
+        """Compute attention.
 
         Args:
-            inputs_BTD: hidden states of the queries; in self-attention, also of keys and values.
-            encoded_BSD: hidden states of the keys and values of cross-attention (the encoder output).
-            mask: which keys each query may attend to, a description or booleans [B, 1, T, S] (`dot_product_attention`);
-                `config.window` and `config.pattern` are added to it.
-            positions_BT: for position kinds that act here; None means 0, 1, ... Must be None with a `KVCache`, which uses its
-                next slots.
-            relative_bias: for t5, whose bias is shared by the layers of a stack.
-            cache: the cache returned by the previous call (`layers.cache`). A `KVCache` makes self-attention causal; zeros in
-                `mask.query_segment_ids` mark right padding, and the first call must contain a whole prefix. A
-                `CrossAttentionCache` keeps keys and values of the encoder output: pass `encoded_BSD` in the first call only.
-            train: apply dropout to attention weights, with the `dropout` key.
+            inputs_BTD: hidden states of the queries; in self-attention, also of the keys and values.
+            encoded_BSD: in cross-attention, the encoder output, from which keys and values are computed.
+            mask: the keys that each query may attend to, as an `AttentionMask` or booleans [B, 1, T, S]. `config.window` and
+                `config.pattern` restrict it further.
+            positions_BT: positions of the tokens, for the position kinds that act in this layer. None means 0, 1, ... or, with a
+                `KVCache`, its next slots; positions must not be given then.
+            relative_bias: the bias of the kind t5, which all layers of a stack share.
+            cache: an empty cache in the first call, then the cache returned by the previous call (`layers.cache`). With a
+                `KVCache`, self-attention is causal, zeros in `mask.query_segment_ids` mark right padding, and a prefix must be
+                complete in the first call. With a `CrossAttentionCache`, give `encoded_BSD` in the first call only.
+            train: apply dropout to the attention weights. This needs the random key `dropout`.
+
+        Returns:
+            The output [B, T, D]; with a cache, the output and the cache for the next call.
 
         Raises:
             ValueError: if the heads do not divide the width, or the arguments contradict each other.
         """
-        state = cache or NO_CACHE
-        self._check(encoded_BSD, positions_BT, state)
-        query_BTHK, key_BSGK, value_BSGK = self._project(inputs_BTD, state.key_inputs(inputs_BTD, encoded_BSD))
-        query_BTHK, key_BSGK = self._rotate(query_BTHK, key_BSGK, state, positions_BT)
+        active_cache = cache or NO_CACHE
+        self._check(encoded_BSD, positions_BT, active_cache)
+        query_BTHK, key_BSGK, value_BSGK = self._project(inputs_BTD, active_cache.key_inputs(inputs_BTD, encoded_BSD))
+        query_BTHK, key_BSGK = self._rotate(query_BTHK, key_BSGK, active_cache, positions_BT)
         bias = self.positions.bias(self.config.num_heads, relative_bias)
         mask = self._restrict(AttentionMask.of(mask), bias, positions_BT, inputs_BTD.shape[:2])
-        key_BSGK, value_BSGK, mask, updated = state.extend(key_BSGK, value_BSGK, mask)
+        key_BSGK, value_BSGK, mask, next_cache = active_cache.extend(key_BSGK, value_BSGK, mask)
         key_BSGK, value_BSGK = (x_BSGK.astype(self.runtime.dtype) for x_BSGK in (key_BSGK, value_BSGK))
-        query_BTHK, key_BSGK = self._relate(query_BTHK, key_BSGK, mask, positions_BT, inputs_BTD.shape[-1])
-        backend = state.implementation(self.config.implementation)
+        query_BTHK, key_BSGK = self._add_relative(query_BTHK, key_BSGK, mask, positions_BT, inputs_BTD.shape[-1])
+        backend = active_cache.implementation(self.config.implementation)
         out_BTHK = self._attend(query_BTHK, key_BSGK, value_BSGK, mask, bias, backend, train)
-        out_BTD = self._merge(out_BTHK, inputs_BTD.shape[-1])
-        return out_BTD if cache is None else (out_BTD, updated)
+        out_BTD = self._project_output(out_BTHK, inputs_BTD.shape[-1])
+        return out_BTD if cache is None else (out_BTD, next_cache)
 
     def _project(self, inputs_BTD: Array, source_BSD: Array | None) -> tuple[Array, Any, Any]:
-        """Queries, keys and values; keys and values are None if there are no hidden states to compute them from."""
+        """Queries, keys and values. Without `source_BSD`, keys and values are None: the cache has them already."""
         config, head_dim = self.config, self.config.resolved_head_dim(inputs_BTD.shape[-1])
         query_BTHK = self._heads("query", inputs_BTD, config.num_heads, head_dim)
         if source_BSD is None:
@@ -104,7 +111,7 @@ class Attention(nn.Module):
         return query_BTHK, key_BSGK, self._heads("value", source_BSD, config.kv_heads, head_dim, normalize=False)
 
     def _heads(self, role: str, inputs: Array, heads: int, head_dim: int, *, normalize: bool = True) -> Array:
-        """Queries, keys or values, with QK-norm if configured."""
+        """The queries, keys or values of all heads: a linear layer, then QK-norm if it is configured."""
         heads_axis = "heads" if role == "query" else "kv_heads"
         projected = Linear(
             features=(heads, head_dim),
@@ -119,35 +126,35 @@ class Attention(nn.Module):
             projected = Normalize(norm, axes=axes, runtime=self.runtime, name=f"{role}_norm")(projected)
         return self.runtime.constrain(projected, "batch", "length", heads_axis, None)
 
-    def _rotate(self, query_BTHK: Array, key_BSGK: Any, state: Cache, positions_BT: Any) -> tuple[Array, Any]:
-        """Queries and new keys, rotated by their positions where the kind does so."""
+    def _rotate(self, query_BTHK: Array, key_BSGK: Any, active_cache: Cache, positions_BT: Any) -> tuple[Array, Any]:
+        """Queries and new keys. A position kind such as `rotary` rotates them; others change nothing."""
         num_tokens = query_BTHK.shape[1]
 
         def positions() -> tuple[Array, Array]:
-            places_BS = state.positions(num_tokens, positions_BT)
-            if places_BS is None:
-                places_BS = jnp.arange(key_BSGK.shape[1], dtype=jnp.int32)[None]
-            return places_BS[:, -num_tokens:], places_BS
+            key_positions_BS = active_cache.positions(num_tokens, positions_BT)
+            if key_positions_BS is None:
+                key_positions_BS = jnp.arange(key_BSGK.shape[1], dtype=jnp.int32)[None]
+            return key_positions_BS[:, -num_tokens:], key_positions_BS
 
         return self.positions.rotate(query_BTHK, key_BSGK, positions)
 
     def _restrict(self, mask: AttentionMask, bias: Any, positions_BT: Any, shape: tuple[int, ...]) -> AttentionMask:
-        """The mask with the config's window and pattern, and with positions where these or a bias need them."""
+        """The mask restricted by the config's window and pattern, with positions if the pattern or a bias needs them."""
         if self.config.window > 0:
             window = min(self.config.window, mask.window or self.config.window)
             mask = dataclasses.replace(mask, window=window)
         mask = self.config.pattern.restrict(mask)
         if positions_BT is not None and (bias is not None or mask.pattern is not None):
-            # Biases and patterns compare what the mask compares: in a packed row, positions within each document. If no
-            # positions are given, they stay indices: from these a backend knows while tracing which blocks to skip.
-            places_BT = jnp.broadcast_to(positions_BT, shape)
-            mask = dataclasses.replace(mask, query_positions=places_BT, key_positions=places_BT)
+            # The mask's positions are also used by biases and patterns. In a packed row they restart in each document.
+            # Without given positions the mask keeps indices, which are constants: a backend can skip hidden blocks of keys.
+            whole_BT = jnp.broadcast_to(positions_BT, shape)
+            mask = dataclasses.replace(mask, query_positions=whole_BT, key_positions=whole_BT)
         return mask
 
-    def _relate(
+    def _add_relative(
         self, query_BTHK: Array, key_BSGK: Array, mask: AttentionMask, positions_BT: Any, embed_dim: int
     ) -> tuple[Array, Array]:
-        """Queries and all keys, cached ones included, extended by the position kind."""
+        """Queries and all keys, also cached ones. A position kind such as `transformer_xl` appends elements to both."""
 
         def positions() -> tuple[Array, Array]:
             if positions_BT is not None:
@@ -160,8 +167,11 @@ class Attention(nn.Module):
     def _attend(
         self, query: Array, key: Array, value_BSGK: Array, mask: AttentionMask, bias: Any, backend: str, train: bool
     ) -> Array:
-        """Outputs [B, T, H, K]. Queries and keys may be wider than K; the scale is the config's, or computed from K."""
-        request: dict[str, Any] = {
+        """Outputs [B, T, H, K] of the backend.
+
+        Queries and keys may be wider than K, the width of the values. Without `config.query_scale`, the scale is 1 / sqrt(K).
+        """
+        arguments: dict[str, Any] = {
             "mask": mask,
             "bias": bias,
             "scale": self.config.query_scale or 1 / math.sqrt(value_BSGK.shape[-1]),
@@ -172,21 +182,21 @@ class Attention(nn.Module):
                 raise ValueError(
                     "Attention weights need all keys of a row on one device, got a mesh with a context axis; set none."
                 )
-            self.sow("attention", "weights", attention_weights(query, key, **request))
+            self.sow("attention", "weights", attention_weights(query, key, **arguments))
         dropout_rate = self.config.dropout if train else 0.0
         return sharded_attention(
             query,
             key,
             value_BSGK,
-            **request,
+            **arguments,
             dropout_rate=dropout_rate,
             dropout_key=self.make_rng("dropout") if dropout_rate > 0 else None,
             implementation=backend,
             sharding=self.runtime.sharding,
         )
 
-    def _merge(self, out_BTHK: Array, embed_dim: int) -> Array:
-        """The output projection: all heads to one vector per token."""
+    def _project_output(self, out_BTHK: Array, embed_dim: int) -> Array:
+        """The output projection, from all heads of a token to one vector."""
         out = Linear(
             (embed_dim,),
             ("heads", "head_dim", "embed"),
@@ -197,8 +207,9 @@ class Attention(nn.Module):
         )
         return out(out_BTHK)
 
-    def _check(self, encoded_BSD: Any, positions_BT: Any, state: Cache) -> None:
-        if positions_BT is not None and not state.takes_positions:
+    def _check(self, encoded_BSD: Any, positions_BT: Any, active_cache: Cache) -> None:
+        """Raise ValueError if arguments or settings contradict each other."""
+        if positions_BT is not None and not active_cache.takes_positions:
             raise ValueError("With a cache, positions are its next slots; leave positions_BT out.")
         if positions_BT is None and context_size(self.runtime.sharding) > 1:
             raise ValueError(

@@ -14,61 +14,65 @@ from transformer.training.state import TrainState
 from transformer.types import Array, Loss, PyTree, Statistics
 
 PER_STEP = ("grad_norm", "learning_rate", "loss_scale", "skipped_steps", "skipped_spikes")
-"""Statistics that are not summed: they describe a single step."""
+"""Statistics of a single step. All other statistics are summed over steps."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """One optimizer step, `(state, batch) -> (state, statistics)`, a pure function that a runner of `parallel` compiles.
+    """One optimizer step: a pure function `(state, batch) -> (state, statistics)`. A `parallel.Runner` compiles it.
 
-    The gradient belongs to `loss_sum / weight`, with the weight of the whole batch, over micro-batches and devices. A step
-    therefore does not depend on the assignment of rows to devices.
+    The step minimizes `loss_sum / weight`, where both are sums over the whole batch: all micro-batches and devices. An average
+    of averages per device would depend on the assignment of rows to devices.
 
-    Its statistics are the objective's, and `objective`, `loss` and `weight`, all sums over the batch. The norm of the gradient
-    before clipping and the learning rate belong to a single step and are not summed. A state with a `loss_scale` adds its scale
-    and the number of skipped steps, one with `spikes` the number of skipped spikes.
+    The statistics are:
+
+    * sums over the batch: `objective`, `loss`, `weight`, and the objective's own;
+    * `grad_norm`, the norm of the gradient before clipping;
+    * `learning_rate`, if there is a `schedule`;
+    * `loss_scale` and `skipped_steps`, if the state has a loss scale (float16);
+    * `skipped_spikes`, if the state has `spikes`.
     """
 
     objective: Loss
     """The loss to minimize."""
     optimizer: optax.GradientTransformation
-    """The optimizer, which turns gradients into updates."""
+    """The optimizer, with its own learning rate."""
     schedule: optax.Schedule | None
-    """Learning rate by step, only for reports (the optimizer has its own); None omits it."""
+    """Learning rate by step, for the statistics only; None omits it there."""
     accumulate_steps: int = 1
-    """Number of micro-batches; it must divide the number of rows. Row r is in micro-batch r % accumulate_steps, which keeps
-    every row on its device."""
+    """Number of micro-batches, a divisor of the number of rows. Row r belongs to micro-batch r % accumulate_steps:
+    splitting a sharded batch then moves no row to another device."""
     ema_decay: float = 0.0
-    """Decay of the moving average in `state.ema_params`, lower in the first steps; 0 means off."""
+    """Decay of the moving average of the parameters (`update_ema`); 0 means no average."""
     skip_spikes: float = 0.0
-    """`training.skip_spikes`, for a state with `spikes`."""
+    """Skip a step whose gradient norm exceeds this multiple of the recent median, if the state has `spikes`."""
     axis_name: str | None = None
-    """The axis to sum over when each device runs the step on its own rows (`pmap`)."""
+    """Name of the device axis under `pmap`, where each device runs the step on its own rows; None without `pmap`."""
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Statistics]:
         """Take one step on a batch."""
         key = jax.random.fold_in(state.key, state.step)
         if self.axis_name:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-        weight = _total(self.objective.weight(batch), self.axis_name)
-        # A batch of padding alone has gradient 0, not 0 / 0.
+        weight = _sum_over_devices(self.objective.weight(batch), self.axis_name)
+        # A batch that is all padding has weight 0. Its gradient is 0, not 0 / 0.
         weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
         scaling = state.loss_scale
         if scaling:
-            # The gradient of the scaled loss, divided by the scale afterwards.
+            # Dividing the weight by the scale multiplies the loss by it. The gradients are divided by the scale below.
             weight = weight / scaling.scale
         compute = self._gradient if self.accumulate_steps == 1 else self._accumulated_gradient
         grads, carry, statistics = compute(state.params, state.frozen, state.carry, batch, key, weight)
-        grads, statistics = _total((grads, statistics), self.axis_name)
+        grads, statistics = _sum_over_devices((grads, statistics), self.axis_name)
         if scaling:
             grads = jax.tree.map(lambda g: (g / scaling.scale).astype(g.dtype), grads)
         return self._update(state, carry, grads, statistics)
 
     def _gradient(self, params: PyTree, frozen: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
         def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Statistics]]:
-            whole = join(frozen, params)
-            (loss_sum, weight_sum), (new_carry, found) = self.objective.loss(whole, carry, batch, key, True)
-            return loss_sum / weight, (new_carry, _sums(loss_sum, weight_sum, found))
+            all_params = join(frozen, params)
+            (loss_sum, weight_sum), (new_carry, own) = self.objective.loss(all_params, carry, batch, key, True)
+            return loss_sum / weight, (new_carry, _batch_statistics(loss_sum, weight_sum, own))
 
         grads, (new_carry, statistics) = jax.grad(mean_loss, has_aux=True)(params)
         return grads, new_carry, statistics
@@ -94,17 +98,17 @@ class TrainStep:
     def _update(
         self, state: TrainState, carry: PyTree, grads: PyTree, statistics: Statistics
     ) -> tuple[TrainState, Statistics]:
-        updates = updates_done(state)
+        num_updates = updates_done(state)
         with jax.named_scope("optimizer"):
-            changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, changes)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if self.ema_decay > 0:
             with jax.named_scope("average"):
-                ema_params = update_ema(ema_params, params, updates, self.ema_decay)
+                ema_params = update_ema(ema_params, params, num_updates, self.ema_decay)
         statistics["grad_norm"] = optax.tree.norm(grads)
         if self.schedule is not None:
-            statistics["learning_rate"] = jnp.asarray(self.schedule(updates), jnp.float32)
+            statistics["learning_rate"] = jnp.asarray(self.schedule(num_updates), jnp.float32)
         new_state = state._replace(
             step=state.step + 1, params=params, opt_state=opt_state, carry=carry, ema_params=ema_params
         )
@@ -115,32 +119,33 @@ class TrainStep:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluateStep:
-    """`(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
+    """A pure function `(params, carry, batch) -> (carry, statistics)`: the objective's sums over a batch, without dropout."""
 
     objective: Loss
     """The loss to evaluate."""
     axis_name: str | None = None
-    """As in `TrainStep`."""
+    """Name of the device axis under `pmap`, as in `TrainStep`."""
 
     def __call__(self, params: PyTree, carry: PyTree, batch: PyTree) -> tuple[PyTree, Statistics]:
-        """The sums over a batch."""
-        (loss_sum, weight_sum), (carry, found) = self.objective.loss(params, carry, batch, jax.random.key(0), False)
-        return carry, _total(_sums(loss_sum, weight_sum, found), self.axis_name)
+        """Evaluate one batch."""
+        (loss_sum, weight_sum), (carry, own) = self.objective.loss(params, carry, batch, jax.random.key(0), False)
+        return carry, _sum_over_devices(_batch_statistics(loss_sum, weight_sum, own), self.axis_name)
 
 
-def _sums(loss_sum: Array, weight_sum: Array, statistics: Statistics) -> Statistics:
-    """The sums of every batch; the `loss` and other statistics of an objective override those computed here."""
+def _batch_statistics(loss_sum: Array, weight_sum: Array, statistics: Statistics) -> Statistics:
+    """The statistics of a batch. Entries of the objective replace the default ones, such as a `loss` without penalties."""
     return {"objective": loss_sum, "loss": loss_sum, "weight": weight_sum, **statistics}
 
 
-def _total(tree: PyTree, axis_name: str | None) -> PyTree:
+def _sum_over_devices(tree: PyTree, axis_name: str | None) -> PyTree:
     return jax.lax.psum(tree, axis_name) if axis_name else tree
 
 
 def update_ema(ema_params: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
-    """`decay * average + (1 - decay) * params`, with a decay of at most (1 + step) / (10 + step).
+    """The moving average `d * ema_params + (1 - d) * params`, where d = min(decay, (1 + step) / (10 + step)).
 
-    The bound, common in image models, lets the average forget the initial parameters within a short run.
+    The bound on d makes the average forget the initial parameters early (`num_updates` of TensorFlow's
+    `tf.train.ExponentialMovingAverage`).
     """
     count = step.astype(jnp.float32)
     decay_now = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
