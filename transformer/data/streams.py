@@ -59,12 +59,12 @@ class StreamBatches(grain.IterDataset):
         self.own_rows = own_rows
         self.num_streams = num_streams
         self.rows_per_stream = max(1, config.batch_size // num_streams)
-        self.turns = max(1, num_streams // config.batch_size)
+        self.cycle = max(1, num_streams // config.batch_size)
         content = ContentHash()
         content.add(config.record_bytes, *(source.fingerprint for source in sources))
         self.corpus = content.hexdigest()[:16]
         self._records = records
-        # Stream s reads every num_streams-th record of a permutation, from entry s.
+        # Stream s reads entries s, s + num_streams, s + 2 * num_streams, ... of each source's permutation.
         self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
         weights = np.array(config.weights or [1.0] * len(sources))
         self._cumulative_weights = np.cumsum(weights / weights.sum())
@@ -73,9 +73,9 @@ class StreamBatches(grain.IterDataset):
         return _BatchIterator(self)
 
     def locate(self, row: int, step: int) -> tuple[int, int]:
-        """The stream of row `row` of batch `step`, and the index of the row within the stream."""
-        stream = row // self.rows_per_stream + self.config.batch_size * (step % self.turns)
-        return stream, step // self.turns * self.rows_per_stream + row % self.rows_per_stream
+        """The stream of row `row` of batch `step`, and the index of the row within the stream. Streams repeat every `cycle` steps."""
+        stream = row // self.rows_per_stream + self.config.batch_size * (step % self.cycle)
+        return stream, step // self.cycle * self.rows_per_stream + row % self.rows_per_stream
 
     def source(self, stream: int, row_of_stream: int) -> int:
         """The index of the source from which a stream fills this row."""
@@ -107,7 +107,7 @@ class _BatchIterator(grain.DatasetIterator):
         per_stream, own = batches.rows_per_stream, batches.own_rows
         # A stream may fill rows of two processes. Each process then reads the whole stream and drops the other's rows.
         self._rows = range(own.start // per_stream * per_stream, -(-own.stop // per_stream) * per_stream)
-        streams = sorted({batches.locate(row, step)[0] for row in self._rows for step in range(batches.turns)})
+        streams = sorted({batches.locate(row, step)[0] for row in self._rows for step in range(batches.cycle)})
         self._cursors = {stream: batches.cursors(stream) for stream in streams}
 
     def __next__(self) -> Batch:

@@ -69,6 +69,8 @@ class TrainStep:
         return self._update(state, carry, grads, statistics)
 
     def _gradient(self, params: PyTree, frozen: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array) -> tuple:
+        """The gradient of the loss, the new carry and the statistics, of all rows at once."""
+
         def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Statistics]]:
             all_params = join(frozen, params)
             (loss_sum, weight_sum), (new_carry, own) = self.objective.loss(all_params, carry, batch, key, True)
@@ -80,6 +82,8 @@ class TrainStep:
     def _accumulated_gradient(
         self, params: PyTree, frozen: PyTree, carry: PyTree, batch: Any, key: Array, weight: Array
     ) -> tuple:
+        """As `_gradient`, with the gradients and statistics summed in a scan over micro-batches."""
+
         def add_micro_batch(sums: tuple, xs: tuple) -> tuple[tuple, PyTree]:
             index, micro_carry, micro_batch = xs
             grads, new_carry, statistics = self._gradient(
@@ -98,6 +102,7 @@ class TrainStep:
     def _update(
         self, state: TrainState, carry: PyTree, grads: PyTree, statistics: Statistics
     ) -> tuple[TrainState, Statistics]:
+        """The state after an optimizer step, or after skipping it, and all statistics of the step."""
         num_updates = updates_done(state)
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -138,6 +143,7 @@ def _batch_statistics(loss_sum: Array, weight_sum: Array, statistics: Statistics
 
 
 def _sum_over_devices(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Sums over the devices of `pmap`. On a mesh (`axis_name` is None) sums already include all devices."""
     return jax.lax.psum(tree, axis_name) if axis_name else tree
 
 
@@ -153,8 +159,10 @@ def update_ema(ema_params: PyTree, params: PyTree, step: Array, decay: float) ->
 
 
 def _split_rows(tree: PyTree, parts: int) -> PyTree:
+    """Arrays [rows, ...] as [parts, rows / parts, ...]; part i has the rows i, i + parts, i + 2 * parts, ..."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
 
 
 def _merge_rows(tree: PyTree) -> PyTree:
+    """The inverse of `_split_rows`."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
