@@ -73,7 +73,7 @@ class StreamBatches(grain.IterDataset):
         return _BatchIterator(self)
 
     def locate(self, row: int, step: int) -> tuple[int, int]:
-        """The stream of row `row` of batch `step`, and the index of the row within the stream. Streams repeat every `cycle` steps."""
+        """The stream of row `row` of batch `step`, and the row's index in the stream. Streams repeat every `cycle` steps."""
         stream = row // self.rows_per_stream + self.config.batch_size * (step % self.cycle)
         return stream, step // self.cycle * self.rows_per_stream + row % self.rows_per_stream
 
