@@ -198,17 +198,17 @@ class _Cursor:
         room = size if record.last else max(1, size - length + 1)
         self.offset = int((self.record * _GOLDEN_RATIO) % 1.0 * room)
 
-    def fill(self, batch: Batch, row: int, continued: bool, max_segments: int = 0) -> None:
+    def fill(self, batch: Batch, row: int, continues: bool, max_segments: int = 0) -> None:
         """Write the next row, of at most `max_segments` documents (0: any number).
 
-        With `continued`, the positions of a document continue in its next row; otherwise they start at 0 in each row.
+        With `continues`, the positions of a document continue in its next row; otherwise they start at 0 in each row.
         """
         column, segment, last_with_text = 0, 0, self.record
         while column < batch.inputs.shape[1] and (max_segments == 0 or segment < max_segments):
             pairs = self._pairs = self._pairs or pairs_of(self._read_record())
             if len(pairs.inputs) > 0:
                 segment, last_with_text = segment + 1, self.record
-                first = self.offset if continued else 0
+                first = self.offset if continues else 0
                 count = write_pairs(batch, row, column, pairs, self.offset, segment, first)
                 column, self.offset = column + count, self.offset + count
             if self.offset == len(pairs.inputs):
@@ -244,9 +244,9 @@ class _BestFitCursor(_Cursor):
         super().move(record, offset)
         self._packed = ()
 
-    def fill(self, batch: Batch, row: int, continued: bool, max_segments: int = 0) -> None:
+    def fill(self, batch: Batch, row: int, continues: bool, max_segments: int = 0) -> None:
         """Write the next row, of at most `max_segments` documents (0: any number)."""
-        del continued
+        del continues
         self._packed = self._packed or self._pack(batch.inputs.shape[1], max_segments)
         column = 0
         for segment, (pairs, start) in enumerate(self._packed[self.offset], 1):
