@@ -200,6 +200,22 @@ def test_a_translator(browser, tmp_path):
     assert browser.problems == []
 
 
+@pytest.mark.parametrize("first", ["word", "a"], ids=["words", "letters"])
+def test_a_text_keeps_its_lines(browser, tmp_path, first):
+    """Also where a token has the end of one line and the indentation of the next."""
+    texts = [first, ":", "↵    ", "x", "↵↵  ", "y", "↵", "z"]
+    path = tmp_path / "lines.html"
+    path.write_text(render_page(decoder(texts), {"decoder": texts}, heading="", about=""), "utf-8")
+    browser.open(path)
+    boxes = "[...document.querySelectorAll('#from span')].map(s => s.getClientRects()[0])"
+    left, top = np.transpose(browser.run(f"{boxes}.map(b => [b.left, b.top])"))[:, [0, 1, 3, 5, 7]]
+    steps = np.diff(top) / (top[-1] - top[-2])
+    np.testing.assert_allclose(steps, [0, 1, 2, 1], atol=0.1)
+    assert left[0] == pytest.approx(left[-1], abs=2) and left[2] - left[0] > left[3] - left[0] > 5
+    browser.hover("#from span[data-index='2']", 0.01, 0.9)  # the spaces in the second line
+    assert "“↵····”" in browser.text("#from-title")
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_is_wider_than_a_phone(browser, page, dark):
     browser.problems.clear()

@@ -103,8 +103,9 @@
     box.classList.toggle("words", texts(side).some((t) => t.trim().length > 2 && !t.startsWith("⟨")));
     texts(side).forEach((token, index) => {
       const special = token.startsWith("⟨") && token.length > 1;
-      const span = make("span", token, { role: "button", "aria-label": `token ${index + 1}: ${token}` });
-      span.className = special ? "special" : "";
+      const lines = token.replace(/↵(?=.)/g, "↵\n");  // spaces after a line's end begin the next line
+      const span = make("span", lines, { role: "button", "aria-label": `token ${index + 1}: ${token}` });
+      span.className = special ? "special" : lines === token ? "" : "lines";
       span.dataset.index = index; span.dataset.side = role; span.tabIndex = index ? -1 : 0;
       box.append(span);
       if (token.endsWith("↵")) box.append("\n");
