@@ -1,21 +1,22 @@
-# make train   a virtual environment, the installation, and the main job
-# make test    the same for the tests
-# make test-all  and all combinations of which that has a covering few
-# make test-gpu  compiles attention and a training step for a GPU that need not be there: installs JAX's CUDA plugin (5 GB)
-#              unless that of CUDA 12 or 13 is there
-# make test-parity   models, tokenizers and generation against PyTorch's libraries, which it installs (torch, transformers, peft, ...);
-#              pip takes the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
-# make test-apps   what works with other programs: lm-eval, Weights & Biases, MLflow, notebooks, MkDocs; installs them and what test-parity needs
-# make test-weights  the same with two small published models, which it downloads (300 MB)
-# make test-device  the part of the tests that computes, on the GPU or TPU that JAX finds (docs/gpu.md)
-# make test-beam   preparation on Apache Beam, in an environment of its own: Beam wants older versions of some packages
-# make mutants   makes small wrong changes to the package, one at a time, and shows that the tests beside each notice it (tests/mutants.py)
-# make prove   kills, damages and moves a small run, and shows that it ends the same
-# make docs    the documentation as a site, in site/; a broken link or anchor fails
-# make check   format, lint, types
-# make bench   the benchmarks, one JSON line each
-# make bench-gate   whether this checkout is 10 % slower than the commit in benchmarks/gate_base.txt, or BASE=COMMIT: ratios, in turn
-# PYTHON chooses the interpreter: make test PYTHON=python3.12
+# Each target first installs what it needs into the virtual environment .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
+#
+# make train         train the default model, about 3 minutes
+# make test          run the tests
+# make test-all      also run the cases of tests that `make test` represents by a few
+# make test-parity   compare models, tokenizers and generation with PyTorch's libraries (torch, transformers, peft, ...). pip takes
+#                    the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
+# make test-apps     test runs with other programs: lm-eval, Weights & Biases, MLflow, notebooks, MkDocs. Installs those of test-parity too
+# make test-weights  compare with two small published models, which it downloads (300 MB)
+# make test-device   run the tests of computations on the GPU or TPU that JAX finds (docs/gpu.md)
+# make test-gpu      compile attention and a training step for a GPU, which may be absent. Installs JAX's CUDA plugin (5 GB), unless that
+#                    of CUDA 12 or 13 is installed
+# make test-beam     test preparation on Apache Beam, in an environment of its own, because Beam needs older versions of some packages
+# make mutants       make small wrong changes to the package, one at a time, and check that a test fails after each (tests/mutants.py)
+# make prove         kill, damage and move a small run, and check that it ends the same
+# make docs          build the documentation as a site, in site/; a broken link or anchor fails
+# make check         check format, lint and types
+# make bench         run the benchmarks, which print one JSON line each
+# make bench-gate    fail if this checkout is 10 % slower than the commit in benchmarks/gate_base.txt, or BASE=COMMIT
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -163,10 +163,10 @@ def span_pairs(objective: SpanCorruption, tokenizer: Tokenizer, length: int) -> 
             visible = tokens.copy()
             visible[starts] = sentinels
             kept = np.append(visible[~is_hidden | np.isin(np.arange(len(tokens)), starts)], tokenizer.end_of_text)
-            told = np.insert(tokens, starts, sentinels)[np.insert(is_hidden, starts, True)]
-            told = np.concatenate([[target_start(tokenizer)], told, [tokenizer.end_of_text]])
+            output = np.insert(tokens, starts, sentinels)[np.insert(is_hidden, starts, True)]
+            output = np.concatenate([[target_start(tokenizer)], output, [tokenizer.end_of_text]])
             source[row, : len(kept)], source_segment_ids[row, : len(kept)] = kept, 1
-            target[row, : len(told)], segment_ids[row, : len(told) - 1] = told, 1
+            target[row, : len(output)], segment_ids[row, : len(output) - 1] = output, 1
         inputs, targets = target[:, :-1] * segment_ids, target[:, 1:]
         return PairBatch(source, source_segment_ids, inputs, targets, segment_ids.astype(np.float32), segment_ids)
 

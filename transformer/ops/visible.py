@@ -57,18 +57,18 @@ def _count(
     num_keys: int,
     offset: int,
 ) -> float:
-    places_T, keys_S = np.arange(num_queries) + offset, np.arange(num_keys)
+    queries_T, keys_S = np.arange(num_queries) + offset, np.arange(num_keys)
     low_T, high_T = np.zeros(num_queries, np.int64), np.full(num_queries, num_keys)
     if window > 0:
-        low_T = np.clip(places_T - window + 1, 0, num_keys)
-        high_T = np.clip(places_T + window, 0, num_keys)
+        low_T = np.clip(queries_T - window + 1, 0, num_keys)
+        high_T = np.clip(queries_T + window, 0, num_keys)
     # Keys up to this index are visible; later ones only if they belong to the prefix.
-    now_T = np.clip(places_T + 1, low_T, high_T) if causal else high_T
+    now_T = np.clip(queries_T + 1, low_T, high_T) if causal else high_T
     in_prefix_S = (num_keys - 1 - keys_S) / num_keys if has_prefix else np.zeros(num_keys)
     unit = max(1, num_queries + offset) if pattern is None else pattern.block_size
     total = 0.0
-    for block in np.unique(places_T // unit):
-        rows = places_T // unit == block
+    for block in np.unique(queries_T // unit):
+        rows = queries_T // unit == block
         seen_S = np.ones(num_keys, bool) if pattern is None else pattern.sees(block, keys_S // unit)
         keys, prefix = (np.concatenate([[0], np.cumsum(seen_S * share)]) for share in (np.ones(num_keys), in_prefix_S))
         low, now, high = low_T[rows], now_T[rows], high_T[rows]

@@ -47,8 +47,8 @@ def locked(workdir: epath.PathLike, report: Callable[[str], object]) -> Iterator
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, report)
     except OSError as error:
-        told = explain(error, str(path))
-        raise told if told else error from error
+        explained = explain(error, str(path))
+        raise explained if explained else error from error
     try:
         yield
     finally:
