@@ -77,7 +77,7 @@ def read_dial(variant: str) -> tuple[int, float]:
     depth, ratio = (int(found[1]), float(found[2] or 20)) if found else (0, 0.0)
     require(
         1 <= depth <= DEEPEST and ratio > 0,
-        f"A variant of gpt must be a depth from d1 to d{DEEPEST}, with tokens for each parameter behind it if not 20 "
-        f"(d12, d12x40), got {variant!r}.",
+        f"A variant of gpt must be a depth from d1 to d{DEEPEST} (d12), or a depth and a number of tokens for each "
+        f"parameter (d12x40; 20 by default), got {variant!r}.",
     )
     return depth, ratio

@@ -71,6 +71,8 @@ class Objective(Kind):
     """Why `generate` never samples, if it does not."""
     loss_chunks = 1
     """A setting of objectives whose logits can be computed in chunks."""
+    instead: ClassVar[str] = "`transformer evaluate` scores it"
+    """A command for its runs, named where another command refuses them."""
 
     label_smoothing: float = 0.0
     """Share of the target's probability distributed over the vocabulary (Szegedy et al. 2016)."""
@@ -310,7 +312,7 @@ class Objective(Kind):
         self._refuse("replies must be a language model")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"A run that {what}, got one of {self.kind}; `transformer evaluate` scores it.")
+        raise UserError(f"A run that {what}, got a run of {self.kind}; {self.instead}.")
 
     def predict(
         self, run: Trained, texts: Sequence[str], names: Sequence[str], batch_size: int

@@ -27,6 +27,9 @@ class Tracker(Kind):
 
     family = TRACKERS
 
+    def check(self) -> None:
+        """Raise UserError if rows cannot be sent, such as without a package. Process 0 calls it before it reads the data."""
+
     def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "Writer":
         """A writer (`training.writers.Writer`), made in process 0 when training begins.
 

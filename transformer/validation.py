@@ -190,7 +190,7 @@ def described(hint: object) -> str:
     for kind in alternatives(typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint):
         members = typing.get_args(kind)
         if typing.get_origin(kind) is Literal:
-            kinds.append(f"one of {', '.join(choices(kind))}")
+            kinds.append(f"one of {', '.join(choice or 'nothing' for choice in choices(kind))}")
         elif typing.get_origin(kind) is tuple:
             count = "" if members[-1] is Ellipsis else f"{len(members)} "
             kinds.append(f"{count}{described(members[0]).removeprefix('a ')}s")

@@ -30,6 +30,11 @@ def test_bytes():
     assert token_text(tokenizer, 257) == "⟨mask⟩" and token_text(tokenizer, 300) == "⟨300⟩"
 
 
+def test_what_is_not_in_the_vocabulary_is_called_unknown():
+    tokenizer = CharacterTokenizer("ab")
+    assert token_texts(tokenizer, tokenizer.encode("aZ")) == ["a", "⟨unknown⟩"]
+
+
 def test_a_direction_is_not_turned():
     tokenizer = CharacterTokenizer("a\u202e")
     assert token_texts(tokenizer, tokenizer.encode("a\u202e")) == ["a", "\\u202e"]

@@ -227,6 +227,16 @@ def scores_of(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
+def test_tasks_are_scored_with_lighter_weights(place, capsys):
+    """The given type is used: scores differ from float32's by its rounding."""
+    task = ("--tasks", "local_rolling", "--include-path", place / "tasks")
+    own, light = (
+        scores_of(capsys, place / "run", *task, *weights)["tasks"]["local_rolling"]["bits_per_byte"]
+        for weights in ((), ("--weights", "int8"))
+    )
+    assert light != own and light == pytest.approx(own, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["run", "imported", "folder"])
 def test_user_defined_tasks_on_the_command_line(place, capsys, name):
     tasks = ("local_choice", "local_rolling", "local_generation")
@@ -282,7 +292,10 @@ def test_fewer_examples_and_some_before_each(place, capsys):
             "A task must be one of lm-eval's or of --include-path's, got no_such_task;",
         ),
         (("run", "--tasks", "x", "--include-path", "nowhere"), "A folder of tasks must be there, nowhere is not."),
-        (("masked", "--tasks", "x"), "this run has a Encoder of the objective masked_lm; use `transformer evaluate`"),
+        (
+            ("masked", "--tasks", "x"),
+            "this run's model is Encoder, its objective masked_lm; use `transformer evaluate`",
+        ),
     ],
 )
 def test_what_is_refused(place, capsys, words, message):

@@ -277,8 +277,8 @@ def test_generate_goes_on_past_the_length(workdir, capsys):
     beyond = capsys.readouterr()
     assert beyond.out.startswith(within.out.removesuffix("\n")) and len(beyond.out.encode()) > 60
     assert beyond.err == (
-        "note: the model reads 32 tokens, and the text is longer. Each time they are full, it keeps the last 16 only. "
-        "Nothing else has an effect then: names and facts may change.\n"
+        "note: the model reads 32 tokens at a time, and the text is longer. Whenever this window is full, only the last 16 are "
+        "kept. The others have no effect any more: names and facts may change.\n"
     )
     main(["generate", str(workdir), "--prompt", "to be or not to be, " * 4, *options, "9"])
     long = capsys.readouterr()
@@ -294,6 +294,10 @@ def test_generate_goes_on_past_the_length(workdir, capsys):
         (
             ["generate", "{run}", "--prompt", "x", "--beams", "2", "--max-new-tokens", "32"],
             "leaves room for 30 of the model's 32, --max-new-tokens is 32; shorten the prompt or ask for fewer",
+        ),
+        (
+            ["generate", "{run}", "--prompt", "x", "--max-new-tokens", "-5"],
+            "error: --max-new-tokens must be at least 0 (up to the model's length), got -5.",
         ),
         (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "--top-p must be above 0"),
         (["generate", "{place}", "--prompt", "x"], "must have a checkpoint, there is none in"),

@@ -3,9 +3,12 @@
 import bz2
 import csv
 import dataclasses
+import gc
 import io
 import json
 import random
+import signal
+import time
 
 import jax
 import numpy as np
@@ -282,17 +285,54 @@ def test_what_cannot_be_predicted_is_refused_with_its_line(place, classifier, la
     assert "'text' must be text" in told("bad.jsonl") and "bad.jsonl, line 2 has int" in told("bad.jsonl")
     assert "taken.csv, line 2 has 'class' already" in told("taken.csv")
     assert "has no texts" in told("empty.txt")
-    assert "there is no file or folder" in told("nowhere.csv")
+    for missing in ("nowhere.csv", "nowhere", "nowhere.txt.gz"):
+        assert f"A file of texts must exist, there is no '{tmp_path / missing}'" in told(missing)
     assert "--top-k must be at least 1" in told("mixed.jsonl", "--top-k", "0")
     assert "--max-new-tokens means nothing for a run of classification" in told("mixed.jsonl", "--max-new-tokens", "3")
     assert "long.txt, line 2 has 46" in told("long.txt", run=language_model)
     assert "must be a new file" in told("mixed.jsonl", "-o", tmp_path / "old.csv")
     assert (tmp_path / "old.csv").read_text() == "mine"
     assert "must be the name of a .jsonl or .csv file" in told("mixed.jsonl", "-o", tmp_path / "out.txt")
+    # Before the model is loaded.
+    picture = refused(capsys, "evaluate", tmp_path / "no run", "--reliability", tmp_path / "none" / "x.svg")
+    assert f"--reliability must be in an existing folder, {tmp_path / 'none'} is none; make it first" in picture
+    nowhere = f"{tmp_path / 'none'} is none; make it first"
+    assert nowhere in told("mixed.jsonl", "-o", tmp_path / "none" / "out.csv", run=tmp_path / "no run")
     # Half of it is written when the second row has another column: nothing stays.
     before = sorted(tmp_path.iterdir())
     assert "line 2 gives text, n, class, probability; write .jsonl" in told("mixed.jsonl", "-o", tmp_path / "out.csv")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_table_without_the_column_is_told_what_to_do(place, classifier, language_model, capsys, tmp_path):
+    (tmp_path / "other.csv").write_text("words,n\none,1\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": "two\n')
+    given = ("predict", classifier), ("generate", language_model, "--prompt-file")
+    for command in given:
+        told = refused(capsys, *command, tmp_path / "other.csv")
+        assert "must name the column text," in told and "has words, n;" in told and "rename them, or give those" in told
+        assert f"the column text, {tmp_path / 'empty.csv'} is empty." in refused(
+            capsys, *command, tmp_path / "empty.csv"
+        )
+        assert "broken.jsonl, line 2: " in (told := refused(capsys, *command, tmp_path / "broken.jsonl"))
+        assert "at character 10." in told and "line 1" not in told
+
+
+def test_one_text_is_counted_as_one(place, classifier, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"yes a\n")))
+    main(["predict", str(classifier)])
+    assert capsys.readouterr().err == f"1 text of standard input predicted with {classifier}\n"
+
+
+def test_a_separator_that_the_text_lacks_is_noted(place, capsys, tmp_path):
+    """Such as a line end typed as a backslash and an n, which a shell leaves as they are."""
+    (tmp_path / "text.txt").write_text("one line of it\n\nand another\n\n" * 40)
+    for separator, noted in (("\\n\\n", True), ("\n\n", False)):
+        prepared = ("--separator", separator, "--data-dir", str(tmp_path / "data"))
+        for _ in range(2):
+            main(["prepare", str(tmp_path / "text.txt"), *prepared])
+            assert (f"has the separator {separator!r}" in capsys.readouterr().out) == noted
 
 
 def test_an_interrupted_prediction_leaves_no_file(place, classifier, capsys, tmp_path, monkeypatch):
@@ -306,3 +346,26 @@ def test_an_interrupted_prediction_leaves_no_file(place, classifier, capsys, tmp
     assert exit_info.value.code == 130
     assert list(tmp_path.iterdir()) == []
     assert "SIGINT: stopped." in capsys.readouterr().err
+
+
+def test_an_interrupt_within_a_callback_is_not_lost(place, classifier, capsys, tmp_path, monkeypatch):
+    """Python drops what a callback of the garbage collector raises."""
+
+    def interrupted_at(phase, _):
+        if phase == "start":
+            gc.callbacks.remove(interrupted_at)
+            signal.raise_signal(signal.SIGINT)
+
+    def slow(*_, **__):
+        gc.callbacks.append(interrupted_at)
+        gc.collect()
+        for _ in range(200):
+            time.sleep(0.05)
+        yield {"class": "good", "probability": 1.0}
+
+    monkeypatch.setattr("transformer.runs.saved.Loaded.predictions", slow)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["predict", str(classifier), str(place / "train.csv"), "-o", str(tmp_path / "out.csv")])
+    assert exit_info.value.code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == "SIGINT: stopped.\n"

@@ -294,7 +294,7 @@ def test_an_encoder_decoder_of_spans_says_its_target(generate):
 @pytest.mark.parametrize("kind", ["masked_lm"])
 def test_what_generates_nothing_says_so(generate, kind):
     assert generate("--prompt", "a", kind=kind, code=2) == (
-        f"error: A run that generates must be a language model or a translator, got one of {kind}; `transformer evaluate` "
+        f"error: A run that generates must be a language model or a translator, got a run of {kind}; `transformer evaluate` "
         "scores it.\n"
     )
 

@@ -208,7 +208,7 @@ def test_a_draft_changes_no_greedy_text(generate):
 def test_drafts_that_do_not_fit(generate):
     flags = ["--prompt", "ab", "--max-new-tokens", "20", "--draft"]
     assert "A draft must have the model's vocabulary, got 257 and" in generate(*flags, "words", code=2)
-    assert "must be a language model of the objective next_token, got one of seq2seq" in generate(
+    assert "must be a language model of the objective next_token, got a run of seq2seq" in generate(
         *flags, "translator", code=2
     )
     assert "as many tokens as the model, here 23, it reads 12" in generate(*flags, "short", code=2)

@@ -237,7 +237,7 @@ def _break(item):
 @pytest.mark.parametrize("content", [b"", b" \n\n"])
 def test_a_source_without_text_is_refused(tmp_path, make_config, run, content):
     (tmp_path / "empty.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"must hold text, .* has 1 files and no text"):
+    with pytest.raises(UserError, match=r"must hold text, .* has 1 file and no text"):
         open_sources(make_config(tmp_path / "empty.txt"), run)
 
 

@@ -206,5 +206,5 @@ def test_each_row_of_a_table_is_a_document(tmp_path):
     (tmp_path / "a.tsv").write_text("n\ttext\tprompt\n1\tone\t\n2\t \t\n3\tthree\tbefore\n")
     corpus = read_local(str(tmp_path / "a.tsv"), CONFIG)
     assert list(corpus.documents()) == [("one", "", "a.tsv:2"), ("three", "before", "a.tsv:4")]
-    with pytest.raises(UserError, match=r"must name the columns words, .*a\.tsv, line 1 has n, text, prompt"):
+    with pytest.raises(UserError, match=r"must name the column words, .*a\.tsv, line 1 has n, text, prompt"):
         read_local(str(tmp_path / "a.tsv"), DataConfig(text_key="words"))

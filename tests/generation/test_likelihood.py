@@ -10,6 +10,7 @@ from transformer.data.tokenizers.bytes import Bytes
 from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.objectives.classification import Classification
 from transformer.objectives.continuation import split_ids
+from transformer.objectives.embedding import Embedding
 from transformer.objectives.masked_lm import MASK, MaskedLM
 from transformer.objectives.next_token import NextToken
 from transformer.objectives.prefix_lm import PrefixLM
@@ -147,9 +148,11 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(UserError, match="stride must be from 0 to the model's 24"):
         run.score(["a"], stride=25)
     with pytest.raises(
-        UserError, match="must be a language model, a masked model or a translator, got one of classification"
+        UserError, match="must be a language model, a masked model or a translator, got a run of classification"
     ):
         loaded(Classification()).score(["a"])
+    with pytest.raises(UserError, match="got a run of embedding; `transformer embed` computes its vectors"):
+        loaded(Embedding()).score(["a"])
     translator = loaded(Seq2Seq())
     with pytest.raises(UserError, match="the prompt of text 1 is blank"):
         translator.score(["a"])

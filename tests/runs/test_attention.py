@@ -238,5 +238,5 @@ def test_a_user_defined_model_and_an_objective_that_reads_nothing():
     class Own(Objective):
         kind = "own"
 
-    with pytest.raises(UserError, match=r"must be of an objective that defines reading\(\), got one of own"):
+    with pytest.raises(UserError, match=r"must be of an objective that defines reading\(\), got a run of own"):
         Own().reading(run, "abc")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, ModelConfig
 from transformer.runs.train import train
 from transformer.tracker import TRACKERS, Tracker
 from transformer.training.metrics import without_timings
-from transformer.training.trackers.remote import RemoteWriter, require_package
+from transformer.training.trackers.remote import RemoteWriter
 from transformer.training.writers import read_jsonl
 from transformer.types import UserError
 
@@ -148,12 +149,14 @@ def test_names():
         TrainingConfig(trackers=("wnadb",))
 
 
-def test_a_package_that_is_not_there(config, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"needs the package wandb, which is not installed; pip install 'transformer\[wandb\]'"
-    ):
-        require_package("wandb")
+def test_a_package_that_is_not_there(config, monkeypatch, tmp_path):
+    """It is missed before the data is read and before a file is written."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == "wandb" else find(name, *of))
+    with pytest.raises(UserError, match=r'trackers=wandb needs the package wandb; .* pip install -e "\.\[wandb\]"'):
+        train(tracked(config, "wandb"))
+    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
 @pytest.fixture

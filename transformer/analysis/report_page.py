@@ -100,7 +100,7 @@ def _about(runs: Sequence[RunView]) -> str:
         return f"Step {run.latest:,}."
     kind, layers, width = (settings.get(f) for f in ("objective.kind", "model.num_layers", "model.embed_dim"))
     steps = f"step {run.latest:,} of {_shown(settings.get('training.steps'))}"
-    return f"{str(kind).replace('_', ' ')}, {layers} layers, {width} wide; {steps}."
+    return f"{str(kind).replace('_', ' ')}, {_shown(layers)} layer{'s' * (layers != 1)}, {width} wide; {steps}."
 
 
 def _compared(runs: Sequence[RunView]) -> list[str]:

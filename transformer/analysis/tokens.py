@@ -47,5 +47,10 @@ def _name(tokenizer: Any, index: int) -> str:
     own = getattr(tokenizer, "name_of", None)
     if own is not None and 0 <= index < tokenizer.vocab_size:
         return own(index).strip("<>[]|") or str(index)
-    named = {target_start(tokenizer): "start", mask_id(tokenizer): "mask", tokenizer.end_of_text: "end of text"}
+    named = {
+        getattr(tokenizer, "unknown", None): "unknown",
+        target_start(tokenizer): "start",
+        mask_id(tokenizer): "mask",
+        tokenizer.end_of_text: "end of text",
+    }
     return named.get(index, str(index))

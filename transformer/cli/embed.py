@@ -41,4 +41,4 @@ def main(options: EmbedOptions, given: Given) -> None:
     write_rows(rows, columns(), options.output, "embedding")
     longer = sum(tokens > 0 for tokens in cut)
     note = f"; {counted(longer, 'text')} longer than the model reads cut" if longer else ""
-    say(make_console(), f"{len(rows):,} texts of {name} embedded with {options.workdir}{note}")
+    say(make_console(), f"{counted(len(rows), 'text')} of {name} embedded with {options.workdir}{note}")

@@ -86,7 +86,8 @@ def _on_tasks(options: EvaluateOptions) -> None:
     from transformer.runs.harness import evaluate_tasks  # noqa: PLC0415 (lm-eval need not be installed)
 
     devices = jax.local_devices()
-    run = load(options.workdir, step=options.step, base=options.base, mesh=make_mesh(len(devices), devices))
+    mesh = make_mesh(len(devices), devices)
+    run = load(options.workdir, step=options.step, base=options.base, weights=options.weights, mesh=mesh)
     tasks = evaluate_tasks(
         run,
         options.tasks,

@@ -15,7 +15,7 @@ from transformer.cli.session import Conversation, hold_session, write
 from transformer.cli.using import GenerateOptions
 from transformer.data.files import decode_text, decode_utf8, read_file
 from transformer.data.forms.examples import text_field
-from transformer.data.registry import find_source
+from transformer.data.registry import find_rows, find_source
 from transformer.data.sources.files import TextFile
 from transformer.generation.beams import beam_config
 from transformer.generation.sampling import SamplingConfig
@@ -130,7 +130,7 @@ def _all(
 def _answer_rows(run: Loaded, name: str, options: GenerateOptions, how: How, extra: dict[str, Any]) -> None:
     """Print each row of a file, with a column for each continuation."""
     key = getattr(run.config.data, run.config.objective.predicts_from)
-    rows = list(find_source(name).rows(name, (key,), "prompts"))
+    rows = list(find_rows(name, (key,), "prompts"))
     require(len(rows) > 0, f"There must be something to generate from, {name} has no rows.")
     prompts = [text_field(row, key, location) for location, row in rows]
     found = (ranked_columns("continuation", said.texts, [], None) for said in _all(run, prompts, options, how, extra))

@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,11 +115,17 @@ def _as_flags(error: UserError, name: str) -> str:
 
 @contextlib.contextmanager
 def _quiet_callbacks() -> Iterator[None]:
-    """Hide errors that TensorStore reports to Orbax's closed event loop after a failed save; the save's own error is shown."""
+    """Hide errors that TensorStore reports to Orbax's closed event loop after a failed save; the save's own error is shown.
+
+    A signal that comes within a callback, such as JAX's of the garbage collector, would be lost there: it is sent again.
+    """
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
-        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        if isinstance(found.exc_value, KeyboardInterrupt):
+            number = getattr(found.exc_value, "exit_code", 128 + signal.SIGINT) - 128
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        elif not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
             before(found)
 
     sys.unraisablehook = hook

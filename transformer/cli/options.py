@@ -97,7 +97,7 @@ def _evaluate(arguments: list[str]) -> tuple[EvaluateOptions, Given]:
             lambda name: "is for --tasks; name some, or leave it out.",
         )
         return options, given
-    of_both = {"workdir", "step", "base", "tasks", *of_tasks}
+    of_both = {"workdir", "step", "base", "weights", "tasks", *of_tasks}
     refuse(
         {name: given[name] for name in given if name not in of_both},
         lambda name: "is for a split of data, got --tasks too; leave one of them out.",

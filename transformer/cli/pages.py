@@ -9,9 +9,8 @@ from transformer.runs.attention import attention_page
 from transformer.runs.directory import METRICS_FILE
 from transformer.runs.report import report_page
 from transformer.runs.saved import load
-from transformer.storage import expand, explained, is_local, write_whole
+from transformer.storage import expand, explained, write_whole
 from transformer.terminal import make_console, say
-from transformer.validation import require
 
 
 def new_page(output: str) -> epath.Path:
@@ -20,13 +19,8 @@ def new_page(output: str) -> epath.Path:
     Raises:
         UserError: the folder does not exist, or the file exists.
     """
-    path = epath.Path(expand(output))
-    require(
-        not is_local(path) or path.parent.is_dir(),
-        f"--output must be in an existing folder, {path.parent} is none; make it first.",
-    )
     require_new(output)
-    return path
+    return epath.Path(expand(output))
 
 
 def write_page(path: epath.Path, page: str) -> None:

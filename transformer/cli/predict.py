@@ -7,6 +7,7 @@ from transformer.data.forms.examples import text_field
 from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 from transformer.training.out_of_memory import explained as out_of_memory_explained
+from transformer.validation import counted
 
 _OPTIONS = (
     "top_k",
@@ -36,4 +37,4 @@ def main(options: PredictOptions, given: Given) -> None:
         del chosen["max_new_tokens"]  # the objective's default
     predictions = run.predictions(texts, names=[location for location, _ in rows], batch_size=batch_size, **chosen)
     write_rows(rows, predictions, options.output, "predicting")
-    say(make_console(), f"{len(rows):,} texts of {name} predicted with {options.workdir}")
+    say(make_console(), f"{counted(len(rows), 'text')} of {name} predicted with {options.workdir}")

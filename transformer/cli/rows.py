@@ -15,10 +15,10 @@ from rich.progress import Progress
 
 from transformer.cli.row_options import RowOptions
 from transformer.data.files import STANDARD_INPUT
-from transformer.data.registry import find_source
+from transformer.data.registry import find_rows
 from transformer.parallel.mesh import make_mesh
 from transformer.runs.saved import Loaded, load
-from transformer.storage import expand, explained, writing_whole
+from transformer.storage import expand, explained, is_local, writing_whole
 from transformer.terminal import make_console, printable
 from transformer.validation import require
 
@@ -29,7 +29,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def check_files(options: RowOptions, what: str) -> None:
-    """Raise UserError if there is no input or if the output exists; called before a model is loaded."""
+    """Raise UserError if there is no input, or if the output cannot be a new file; called before a model is loaded."""
     require_new(options.output)
     require(
         not _is_piped(options) or (sys.stdin is not None and not sys.stdin.isatty()),
@@ -49,9 +49,10 @@ def load_on_all_devices(options: RowOptions) -> tuple[Loaded, int]:
 def read_rows(options: RowOptions, keys: tuple[str, ...], what: str) -> tuple[str, list[Row]]:
     """The name of the input, for messages, and all of its rows; a bad row is an error before anything is computed."""
     name = f"{STANDARD_INPUT}.{options.format}" if _is_piped(options) else str(options.input)
-    rows = list(find_source(name).rows(name, keys, "texts"))
-    require(len(rows) > 0, f"There must be something to {what}, {name} has no texts.")
-    return name, rows
+    rows = list(find_rows(name, keys, "texts"))
+    named = "standard input" if _is_piped(options) else name
+    require(len(rows) > 0, f"There must be something to {what}, {named} has no texts.")
+    return named, rows
 
 
 def write_rows(rows: Sequence[Row], found: Iterable[dict[str, Any]], output: str, doing: str) -> None:
@@ -75,11 +76,15 @@ def _is_piped(options: RowOptions) -> bool:
 
 
 def require_new(output: str, flag: str = "--output") -> None:
-    """Raise UserError if the output file of a flag exists."""
+    """Raise UserError if the output file of a flag exists, or the folder that it is in does not."""
+    if output == "":
+        return
+    path = epath.Path(expand(output))
     require(
-        output == "" or not epath.Path(expand(output)).exists(),
-        f"{flag} must be a new file, {output} exists; choose another name, or remove it.",
+        not is_local(path) or path.parent.is_dir(),
+        f"{flag} must be in an existing folder, {path.parent} is none; make it first.",
     )
+    require(not path.exists(), f"{flag} must be a new file, {output} exists; choose another name, or remove it.")
 
 
 @contextmanager

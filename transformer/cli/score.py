@@ -16,7 +16,7 @@ from transformer.terminal import make_console, say
 from transformer.training.hardware import use_compilation_cache
 from transformer.training.out_of_memory import explained as out_of_memory_explained
 from transformer.types import UserError
-from transformer.validation import require, shown
+from transformer.validation import counted, require, shown
 
 
 @out_of_memory_explained(what="Scoring")
@@ -59,7 +59,7 @@ def main(options: ScoreOptions, given: Given) -> None:
         )
         found = totals.columns(scores, run.tokenizer if options.per_token else None)
     write_rows(rows, found, options.output, "scoring")
-    say(make_console(), f"{len(rows):,} texts of {name} scored with {options.workdir}: {totals.describe()}")
+    say(make_console(), f"{counted(len(rows), 'text')} of {name} scored with {options.workdir}: {totals.describe()}")
     if options.output:
         print(json.dumps(totals.scores()))
 

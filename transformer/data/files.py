@@ -156,12 +156,14 @@ def json_objects(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         location = f"{path}, line {number}"
         text = decode_text(line, location)
         try:
-            record = json.loads(text, object_pairs_hook=_once)
+            record = json.loads(text.rstrip("\r\n"), object_pairs_hook=_once)
         except (
             ValueError,
             RecursionError,
         ) as error:  # not JSON, a number with thousands of digits, or unclosed brackets
-            raise UserError(f"Each line of a .jsonl source must be a JSON object; {location}: {error}.") from None
+            place = getattr(error, "colno", None)  # `error` itself calls the line "line 1"
+            cause = f"{getattr(error, 'msg', error)}".removesuffix(" at") + (f" at character {place}" if place else "")
+            raise UserError(f"Each line of a .jsonl source must be a JSON object; {location}: {cause}.") from None
         require(isinstance(record, dict), f"Each line of a .jsonl source must be a JSON object, {location} is not.")
         yield location, record
 

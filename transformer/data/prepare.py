@@ -100,6 +100,8 @@ def open_prepared(corpus: Corpus, pointer: epath.Path, config: DataConfig) -> So
         for split, size in sizes.items()
     )
     documents = {split: size["documents"] for split, size in sizes.items()}
+    if config.separator and set(documents.values()) == {1}:
+        description += f"; check that the text has the separator {config.separator!r}, nothing is divided by it"
     return Source(
         name, corpus_fingerprint(corpus, config), documents, description, open_split, pointer.parent / "tokens"
     )

@@ -8,7 +8,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data.files import refuse_dangling
 from transformer.data.source import Source
-from transformer.data.source_kind import SourceKind
+from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.sources.columns import Columns, SavedDataset
 from transformer.data.sources.files import JsonLines, Table, TextFile
 from transformer.data.sources.folders import Folder, StandardLibrary
@@ -54,14 +54,30 @@ def find_source(name: str) -> SourceKind:
     Raises:
         UserError: no kind accepts the name.
     """
-    refuse_dangling(epath.Path(expand(name)))
-    found = next((kind for kind in _KINDS if kind.accepts(name)), None)
+    found = _first_that_accepts(name)
     if found is None:
         raise UserError(
             f"A source must be a file or folder that exists, python_stdlib, or a TFDS name; there is no file or folder "
             f"{name!r:.200} (looked in {os.getcwd()}), and a TFDS name is written name, name/config or name:1.0.0."
         )
     return found
+
+
+def find_rows(name: str, keys: tuple[str, ...], what: str) -> Rows:
+    """The rows of a file, for commands that read a file and no dataset.
+
+    Raises:
+        UserError: the file does not exist, or cannot be read as rows; or a row is bad.
+    """
+    found = _first_that_accepts(name)
+    if found is None:
+        raise UserError(f"A file of {what} must exist, there is no {name!r:.200} in {os.getcwd()}; check the name.")
+    return found.rows(name, keys, what)
+
+
+def _first_that_accepts(name: str) -> SourceKind | None:
+    refuse_dangling(epath.Path(expand(name)))
+    return next((kind for kind in _KINDS if kind.accepts(name)), None)
 
 
 def open_sources(config: DataConfig, run: Run | None = None) -> tuple[Source, ...]:

@@ -69,14 +69,15 @@ def _check_header(header: list[str], path: epath.Path, delimiter: str, keys: tup
     )
     if all(key in header for key in keys):
         return
-    shown = ", ".join(f"{key:.40}" for key in header) or "nothing"
+    shown = ", ".join(f"{key:.40}" for key in header)
     named = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
     other = next((sign for sign in named if sign != delimiter and len(header) == 1 and sign in header[0]), None)
     if other:
         remedy = f"its columns are separated by {named[other]}: save it with {named[delimiter]}"
     else:
-        remedy = "if it has no header, add one as its first line; if its columns have other names, give those "
-        remedy += "(the options that end in -key)"
-    raise UserError(
-        f"The first line of a table must name the columns {' and '.join(keys)}, {path}, line 1 has {shown}; {remedy}."
-    )
+        remedy = "if it has no header, add one as its first line; if its columns have other names, rename them, or give those "
+        remedy += "(the options that end in -key, where the command has them)"
+    columns = f"column{'s' * (len(keys) > 1)} {' and '.join(keys)}"
+    if not header:
+        raise UserError(f"The first line of a table must name the {columns}, {path} is empty.")
+    raise UserError(f"The first line of a table must name the {columns}, {path}, line 1 has {shown}; {remedy}.")

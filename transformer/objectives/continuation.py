@@ -41,7 +41,7 @@ class ContinuesText(TokenObjective):
             return Generator(run.model, run.params, run.place, keep_first=_keep_first(run))
         require(
             draft.config.objective.continues_text and not getattr(draft.model, "bidirectional_prefix", True),
-            f"A draft must be a language model of the objective next_token, got one of {draft.config.objective.kind}.",
+            f"A draft must be a language model of the objective next_token, got a run of {draft.config.objective.kind}.",
         )
         _check_same_vocabulary(run.tokenizer, draft.tokenizer)
         models = (run.model, run.params, draft.model, draft.params)
@@ -261,6 +261,7 @@ def _room(
     """The number of tokens to add. Notes report unknown tokens, and tokens outside a rolling window."""
     limit = run.config.model.max_length
     room = limit - len(tokens)
+    require(max_new_tokens >= 0, f"max_new_tokens must be at least 0 (up to the model's length), got {max_new_tokens}.")
     longer = rolling and max_new_tokens > max(room, 0)
     require(
         longer or (0 <= max_new_tokens <= room and room > 0),
@@ -280,8 +281,9 @@ def _what_is_read(prompt: int, limit: int, keep_first: int) -> str:
     first = f"the first {keep_first} and " if keep_first else ""
     cut = f"{first}the last {read - keep_first:,} of the prompt's {prompt:,} tokens are read. " if read < prompt else ""
     return (
-        f"the model reads {limit:,} tokens, and the text is longer. {cut[:1].upper()}{cut[1:]}Each time they are full, it keeps "
-        f"{first}the last {limit // 2 - keep_first:,} only. Nothing else has an effect then: names and facts may change."
+        f"the model reads {limit:,} tokens at a time, and the text is longer. {cut[:1].upper()}{cut[1:]}Whenever this window is "
+        f"full, only {first}the last {limit // 2 - keep_first:,} are kept. The others have no effect any more: names and facts "
+        "may change."
     )
 
 

@@ -33,6 +33,7 @@ class Embedding(Objective):
     kind = "embedding"
     reads = "labelled"
     model_class = Embedder
+    instead = "`transformer embed` computes its vectors"
     settings = ("model.pooling", "model.token_types", "model.pooler")
 
     normalize: bool = True

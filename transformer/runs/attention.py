@@ -75,12 +75,13 @@ def _initial_name(run: Loaded) -> str:
 def _about(run: Loaded, seen: TextAttention) -> str:
     config, model = run.config, run.config.model
     heads = sorted({len(weights) for found in seen.maps for weights in found.weights})
-    layers = " and ".join(f"{len(found.weights)}" for found in seen.maps if found.queries == found.keys)
+    depths = [len(found.weights) for found in seen.maps if found.queries == found.keys]
     tokens = " and ".join(f"{len(ids)}" for ids in seen.reading.ids.values())
     step = f", step {run.step:,}" if run.step else ""
     return (
-        f"{config.objective.kind.replace('_', ' ')}, {layers} layers of {' or '.join(map(str, heads))} heads, "
-        f"{model.embed_dim} wide{step}, while it reads {tokens} tokens."
+        f"{config.objective.kind.replace('_', ' ')}, {' and '.join(map(str, depths))} layer{'s' * (depths != [1])} of "
+        f"{' or '.join(map(str, heads))} head{'s' * (heads != [1])}, "
+        f"{model.embed_dim} wide{step}, while it reads {tokens} token{'s' * (tokens != '1')}."
     )
 
 

@@ -54,8 +54,8 @@ class HarnessModel(TemplateLM):
         objective = run.config.objective
         require(
             objective.continues_text and not run.own_model,
-            f"lm-eval's tasks are for the package's language models, this run has a {type(run.model).__name__} of the objective "
-            f"{objective.kind}; use `transformer evaluate` without --tasks, or score.",
+            f"lm-eval's tasks are for the package's language models, this run's model is {type(run.model).__name__}, its "
+            f"objective {objective.kind}; use `transformer evaluate` without --tasks, or score.",
         )
         require(batch_size >= 0, f"batch_size must be at least 0, got {batch_size}.")
         self._run = dataclasses.replace(run, params=jax.tree.map(jnp.asarray, run.params))

@@ -44,7 +44,7 @@ from transformer.storage import expand
 from transformer.training.checkpoint import Checkpointer
 from transformer.training.state import TrainState
 from transformer.types import PyTree, UserError
-from transformer.validation import require
+from transformer.validation import counted, require
 
 Dtype = Literal["", "float32", "bfloat16", "float16"]
 _LONGEST_ROW = 1024
@@ -252,7 +252,7 @@ def describe(opened: Opened) -> str:
     config, folder = opened.config, opened.weights.folder
     count = sum(int(np.prod(shape, dtype=np.int64)) for shape in opened.weights.shapes.values())
     return (
-        f"{folder.path.name}: {folder.family.kind}, {count:,} parameters, {config.model.num_layers} layers of width "
+        f"{folder.path.name}: {folder.family.kind}, {count:,} parameters, {counted(config.model.num_layers, 'layer')} of width "
         f"{config.model.embed_dim}, {config.model.param_dtype}; {config.objective.kind}"
         + (f"; ignored: {', '.join(sorted(opened.weights.ignored))}" if opened.weights.ignored else "")
         + ("; no tokenizer: it reads and writes ids only" if opened.given else "")

@@ -166,6 +166,9 @@ class _Session:
             "train" not in self.given.evaluators,
             "An evaluator must have a name of its own, got train, which names the rows of training; choose another.",
         )
+        if jax.process_index() == 0:
+            for name in self.config.training.trackers:
+                TRACKERS.find(name)().check()
         use_compilation_cache()
         keep_freed_memory()
         run = self._build(counted)

@@ -80,8 +80,8 @@ def column_rows(path: epath.Path, keys: tuple[str, ...]) -> Iterator[tuple[str, 
             missing = [key for key in keys if key not in names and "messages" not in names]
             require(
                 not missing,
-                f"A table must have the columns that are read, {path} has no {', '.join(missing)} but {', '.join(names)}; give "
-                "their names (the options that end in -key).",
+                f"A table must have the columns that are read, {path} has no {', '.join(missing)} but {', '.join(names)}; rename "
+                "them, or give their names (the options that end in -key, where the command has them).",
             )
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"{path}, line {number}", _as_in_json(row)) for number, row in enumerate(rows, 1))

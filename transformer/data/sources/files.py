@@ -72,7 +72,7 @@ class TextFile(File):
     def describe_empty(self, name: str, config: DataConfig) -> str:
         """Describe a file of white space."""
         del config
-        return f"{resolved(name)} has 1 files and no text in them"
+        return f"{resolved(name)} has 1 file and no text"
 
 
 def _refuse_json(name: str) -> None:

@@ -16,7 +16,7 @@ from transformer.data.forms.labelled import LabelledText
 from transformer.data.source_kind import SourceKind
 from transformer.data.tasks import by_size
 from transformer.storage import expand, resolved
-from transformer.validation import require
+from transformer.validation import counted, require
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
@@ -49,7 +49,7 @@ class Folder(SourceKind):
         """Describe files without text."""
         del config
         path = resolved(name)
-        return f"{path} has {len(visible_files(path))} files and no text in them"
+        return f"{path} has {counted(len(visible_files(path)), 'file')} and no text"
 
     def class_folders(self, name: str) -> Iterator[tuple[str, LabelledText]]:
         """Each file, with its folder's name as the class."""

@@ -21,18 +21,17 @@ class RemoteTracker(Tracker):
 
     writer: ClassVar[type["RemoteWriter"]]
 
+    def check(self) -> None:
+        """Raise UserError unless the package is installed."""
+        require(
+            importlib.util.find_spec(self.kind) is not None,
+            f"training.trackers={self.kind} needs the package {self.kind}; in a copy of the repository: pip install -e "
+            f'".[{self.kind}]".',
+        )
+
     def open(self, workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> "RemoteWriter":
-        """The writer, if the package is installed."""
-        require_package(self.kind)
+        """The writer."""
         return self.writer(workdir, config)
-
-
-def require_package(name: str) -> None:
-    """Raise UserError unless a tracker's package is installed."""
-    require(
-        importlib.util.find_spec(name) is not None,
-        f"training.trackers={name} needs the package {name}, which is not installed; pip install 'transformer[{name}]'.",
-    )
 
 
 class RemoteWriter:
