@@ -17,7 +17,7 @@ from transformer.data.tokenizers import Vocabulary
 from transformer.layers.adapters import split
 from transformer.layers.runtime import Runtime
 from transformer.model_config import BlockConfig, ModelConfig
-from transformer.models.init import initialized
+from transformer.models.init import initialized, initializer, made
 from transformer.objective import Objective
 from transformer.ops import dense_cpu, fused_loss, wide_product
 from transformer.ops.attention import Request, recorded
@@ -74,12 +74,12 @@ def count_parameters(params: PyTree) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def initialize(objective: Objective, model: nn.Module, key: Array, length: int = 1) -> tuple[PyTree, PyTree]:
+def initialize(objective: Objective, model: nn.Module, key: Array) -> tuple[PyTree, PyTree]:
     """Initial parameters of an objective's model (shapes, without a key), and the logical names of their axes.
 
     The package's models give the same parameters for rows of any length.
     """
-    return initialized(model, key, *objective.init_inputs(length), method=objective.init_method)
+    return initialized(model, key, *objective.init_inputs(1), method=objective.init_method)
 
 
 def training_runtime(platform: str, fold: bool = True) -> Runtime:
@@ -146,7 +146,7 @@ class Parts:
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[PyTree, PyTree]:
         with self._explained():
-            return initialize(self.config.objective, self.model, None, self._length)
+            return made(self._init, None)
 
     @property
     def shapes(self) -> PyTree:
@@ -166,11 +166,13 @@ class Parts:
 
     def init_params(self, key: Array) -> PyTree:
         """Initial parameters."""
-        return initialize(self.config.objective, self.model, key, self._length)[0]
+        return made(self._init, key)[0]
 
-    @property
-    def _length(self) -> int:
-        return 1 if self.module is None else self.config.data.sequence_length
+    @functools.cached_property
+    def _init(self) -> Callable[[Array], PyTree]:
+        """Makes the parameters, with the names of their axes; its calls share one trace of the model."""
+        objective, length = self.config.objective, 1 if self.module is None else self.config.data.sequence_length
+        return initializer(self.model, *objective.init_inputs(length), method=objective.init_method)
 
     def check_batch(self, batch: T) -> T:
         """The batch on the host, if the loss can take it; else `UserError`."""

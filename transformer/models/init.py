@@ -1,5 +1,6 @@
 """Parameters of a model as plain arrays, with a second tree of the logical names of their axes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -39,14 +40,25 @@ def initialized(model: nn.Module, key: Array, *inputs: PyTree, method: str = "__
         method: a method of the model that uses all its parameters.
     """
 
+    return made(initializer(model, *inputs, method=method), key)
+
+
+def initializer(model: nn.Module, *inputs: PyTree, method: str = "__call__") -> Callable[[Array], PyTree]:
+    """The compiled function of `initialized`, from a key to parameters; all calls of one such function trace the model once."""
+
     def init(key: Any) -> PyTree:
         return model.init(key, *jax.tree.map(jnp.asarray, inputs), method=method)["params"]
 
+    return jax.jit(init)
+
+
+def made(init: Callable[[Array], PyTree], key: Array) -> tuple[PyTree, PyTree]:
+    """The result of `initialized` from its compiled function (`initializer`)."""
     with named_axes():
-        boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
-    params = nn.unbox(boxed) if key is None else nn.unbox(jax.jit(init)(key))
+        boxed = jax.eval_shape(lambda: init(jax.random.key(0))) if key is None else init(key)
+    params = nn.unbox(boxed)
     specs = nn.get_partition_spec(boxed)
-    return params, jax.tree.map(_whole_spec, specs, nn.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return params, jax.tree.map(_whole_spec, specs, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _whole_spec(spec: PartitionSpec, shape: Any) -> PartitionSpec:
