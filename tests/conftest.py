@@ -14,6 +14,7 @@ import sys
 import tempfile
 import types
 import warnings
+from typing import get_args
 
 import beartype
 import jax
@@ -89,12 +90,31 @@ def _check(function):
     return check_others
 
 
+def _has_shapes(hint):
+    """Whether jaxtyping's annotations occur in it. A text may contain them."""
+    if isinstance(hint, str | list):
+        return isinstance(hint, str) or any(map(_has_shapes, hint))
+    return (isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)) or any(
+        map(_has_shapes, get_args(hint))
+    )
+
+
+def _check_quickly(function=None, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
+    """`jaxtyping.jaxtyped`, whose bookkeeping of axis names costs more than the check, where the signature has axes; else the
+    check alone."""
+    if function is None:
+        return functools.partial(_check_quickly, typechecker=typechecker)
+    whole = not isinstance(function, types.FunctionType) or any(map(_has_shapes, function.__annotations__.values()))
+    return jaxtyped(function, typechecker=typechecker) if whole else typechecker(function)
+
+
 TYPES = os.environ.get("TRANSFORMER_TEST_TYPES", "1") not in ("", "0")
 """Whether shapes in signatures are checked at run time. 0 makes imports quick; values alone must then tell right from wrong."""
 if TYPES:
     # Installed before the first import of the package. The hook wants the checker by name, and ours lets an int stand for a
     # float, as PEP 484 does.
     sys.modules["numeric_tower"] = types.SimpleNamespace(check=_check)
+    jaxtyping.jaxtyped = _check_quickly  # the hook looks it up by this name
     _hook = jaxtyping.install_import_hook("transformer", "numeric_tower.check")
     _hook.__enter__()
 
