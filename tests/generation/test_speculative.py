@@ -115,16 +115,20 @@ def test_tokens_have_the_distribution_of_the_model(sampling):
     """Of three tokens together, all 125 outcomes, enumerated; an unlike draft, so that most of them are rejected."""
     model, params = make(vocab=5, layers=1, scale=0.5)
     prompt, count, rows = [2, 4], 3, 4096
+    outcomes = np.array(list(itertools.product(range(5), repeat=count)))
+    rows_RT = np.concatenate([np.broadcast_to(prompt, (len(outcomes), 2)), outcomes], axis=1)
+    logits_RTV = np.asarray(jax.jit(model.apply)({"params": params}, rows_RT))
+    likely_R = np.ones(len(outcomes))
+    for place in range(2, 2 + count):
+        scores_RV = logits_RTV[:, place - 1]
+        seen_RV = (rows_RT[:, :place, None] == np.arange(5)).any(axis=1)
+        penalty = sampling.repetition_penalty
+        penalized_RV = np.where(scores_RV > 0, scores_RV / penalty, scores_RV * penalty)
+        scores_RV = np.where(seen_RV, penalized_RV, scores_RV).astype(np.float32)
+        chances_RV = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(scores_RV), sampling)))
+        likely_R *= chances_RV[np.arange(len(outcomes)), rows_RT[:, place]]
     exact = np.zeros((5,) * count)
-    for outcome in itertools.product(range(5), repeat=count):
-        row, likely = [*prompt, *outcome], 1.0
-        logits = np.array(model.apply({"params": params}, jnp.asarray([row])))[0]
-        for place in range(2, len(row)):
-            scores, seen = logits[place - 1].copy(), list(set(row[:place]))
-            penalized = np.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
-            scores[seen] = penalized[seen]
-            likely *= float(jax.nn.softmax(filter_logits(jnp.asarray(scores)[None], sampling))[0, row[place]])
-        exact[outcome] = likely
+    exact[tuple(outcomes.T)] = likely_R
     assert exact.sum() == pytest.approx(1, abs=1e-4)
     pair = SpeculativeGenerator(model, params, *make(vocab=5, layers=1, seed=7, scale=0.5), draft_tokens=2)
     counts = np.zeros_like(exact)

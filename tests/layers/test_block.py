@@ -86,14 +86,18 @@ def test_parallel_sub_layers_and_a_block_without_its_first_norm(small, normed, p
     def n(name, x):
         return Normalize(config.norm).apply({"params": params[name]}, x)
 
-    attended = Attention(config.attention).apply(
-        {"params": params["attention"]}, n("pre_attention_norm", x) if normed else x, mask=CAUSAL
-    )
-    read = x if parallel else x + attended
-    network = FeedForward(config.feed_forward).apply(
-        {"params": params["feed_forward"]}, n("pre_feed_forward_norm", read)
-    )
-    np.testing.assert_allclose(small.apply(block, params, x, mask=CAUSAL), x + attended + network, atol=2e-5)
+    @small.jit
+    def formula(x):
+        attended = Attention(config.attention).apply(
+            {"params": params["attention"]}, n("pre_attention_norm", x) if normed else x, mask=CAUSAL
+        )
+        read = x if parallel else x + attended
+        network = FeedForward(config.feed_forward).apply(
+            {"params": params["feed_forward"]}, n("pre_feed_forward_norm", read)
+        )
+        return x + attended + network
+
+    np.testing.assert_allclose(small.apply(block, params, x, mask=CAUSAL), formula(x), atol=2e-5)
     assert ("pre_attention_norm" in params) == normed
 
 

@@ -30,14 +30,14 @@ def rows(texts, length):
 
 def make(pooling="mean", normalize=True, **changes):
     model = Embedder(config(pooling, **changes), normalize=normalize)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "first", "attention"])
 def test_padding_and_neighbours_have_no_effect(pooling):
     model, variables = make(pooling, token_types=2)
     apply = jax.jit(lambda tokens, segments: model.apply(variables, tokens, segment_ids_BT=segments))
-    alone = np.concatenate([model.apply(variables, jnp.asarray([text], jnp.int32)) for text in TEXTS])
+    alone = np.concatenate([jax.jit(model.apply)(variables, jnp.asarray([text], jnp.int32)) for text in TEXTS])
     assert np.ptp(alone, axis=0).min() > 0.01
     np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, rtol=1e-5)
     for length in (10, 20):
@@ -49,10 +49,11 @@ def test_padding_and_neighbours_have_no_effect(pooling):
 def test_it_is_the_mean_of_an_encoders_hidden_states(normalize):
     model, variables = make(normalize=normalize)
     tokens, segments = rows(TEXTS, 10)
-    hidden = np.asarray(Encoder(model.config).apply(variables, tokens, segment_ids_BT=segments), np.float64)
+    hidden = jax.jit(Encoder(model.config).apply)(variables, tokens, segment_ids_BT=segments)
+    hidden = np.asarray(hidden, np.float64)
     means = np.stack([row[: len(text)].mean(axis=0) for row, text in zip(hidden, TEXTS, strict=True)])
     expected = means / np.linalg.norm(means, axis=1, keepdims=True) if normalize else means
-    np.testing.assert_allclose(model.apply(variables, tokens, segment_ids_BT=segments), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens, segment_ids_BT=segments), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooler", [False, True])
@@ -61,13 +62,12 @@ def test_a_classifiers_vector_is_the_same(pooler):
     settings = config("first", pooler=pooler)
     classifier, embedder = Classifier(settings, num_classes=3), Embedder(settings, normalize=False)
     tokens, segments = rows(TEXTS, 10)
-    params = classifier.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(classifier.init)(jax.random.key(0), tokens)["params"]
     head = params.pop("classifier")
-    assert jax.tree.map(jnp.shape, embedder.init(jax.random.key(0), tokens)["params"]) == jax.tree.map(
-        jnp.shape, params
-    )
-    vectors = embedder.apply({"params": params}, tokens, segment_ids_BT=segments)
-    logits = classifier.apply({"params": params | {"classifier": head}}, tokens, segment_ids_BT=segments)
+    shapes = jax.eval_shape(embedder.init, jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+    vectors = jax.jit(embedder.apply)({"params": params}, tokens, segment_ids_BT=segments)
+    logits = jax.jit(classifier.apply)({"params": params | {"classifier": head}}, tokens, segment_ids_BT=segments)
     if pooler:
         vectors = jnp.tanh(vectors @ params["pooler"]["kernel"] + params["pooler"]["bias"][None])
     np.testing.assert_allclose(vectors @ head["kernel"] + head["bias"][None], logits, atol=1e-5)
@@ -82,7 +82,7 @@ def test_a_row_of_padding_is_zero_with_a_gradient():
         assert vectors.dtype == jnp.float32
         return jnp.sum(vectors[:, 0]), vectors
 
-    gradient, vectors = jax.grad(total, has_aux=True)(variables)
+    gradient, vectors = jax.jit(jax.grad(total, has_aux=True))(variables)
     np.testing.assert_array_equal(vectors[0], 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0

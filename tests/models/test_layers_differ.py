@@ -52,11 +52,11 @@ def test_cached_is_full(tiny, shape, scan):
     config, tokens = tiny.config("rotary", scan_layers=scan, **SHAPES[shape]), tiny.tokens((2, 7))
     params = tiny.params(dataclasses.replace(config, scan_layers=False))
     params = scan_params(params, len(config.pattern), len(config.first)) if scan else params
-    model, cache, parts = Decoder(config), Decoder(config).init_cache(2, 8), []
+    forward, cache, parts = tiny.forward(config), Decoder(config).init_cache(2, 8), []
     for chunk in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
-        logits, cache = model.apply({"params": params}, chunk, cache=cache)
+        logits, cache = forward(params, chunk, cache=cache)
         parts.append(logits)
-    full = model.apply({"params": params}, tokens)
+    full = forward(params, tokens)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, atol=1e-4, rtol=1e-4)
 
 
@@ -68,13 +68,11 @@ def test_a_memory_goes_through_all_parts(tiny):
     for scan in (False, True):
         config = dataclasses.replace(base, scan_layers=scan)
         params = scan_params(tiny.params(base), len(base.pattern), len(base.first)) if scan else tiny.params(base)
-        model = Decoder(config)
-        memory, parts = model.init_memory(2), []
+        memory, parts = Decoder(config).init_memory(2), []
         for start in (0, 3):
-            positions = jnp.arange(start, start + 3, dtype=jnp.int32)[None]
-            out, memory = model.apply(
-                {"params": params}, tokens[:, start : start + 3], positions_BT=positions, memory_BLPD=memory
-            )
+            positions = np.arange(start, start + 3, dtype=np.int32)[None]
+            chunk = tokens[:, start : start + 3]
+            out, memory = tiny.forward(config)(params, chunk, positions_BT=positions, memory_BLPD=memory)
             parts.append(out)
         outs.append((np.concatenate(parts, axis=1), memory))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *outs)
@@ -88,9 +86,9 @@ def test_own_positions_are_a_model_of_them(tiny):
     as_own = tiny.config("alibi", pattern=(dataclasses.replace(block, own_positions=own),))
     as_models = tiny.config("rotary", pattern=(block,), positions=own)
     assert tiny.params(as_own).keys() == tiny.params(as_models).keys()
-    outs = [Decoder(config).apply({"params": tiny.params(as_models)}, tokens) for config in (as_own, as_models)]
+    outs = [tiny.forward(config)(tiny.params(as_models), tokens) for config in (as_own, as_models)]
     np.testing.assert_array_equal(*outs)
-    other = Decoder(tiny.config("rotary", pattern=(block,))).apply({"params": tiny.params(as_models)}, tokens)
+    other = tiny.forward(tiny.config("rotary", pattern=(block,)))(tiny.params(as_models), tokens)
     assert np.abs(outs[0] - other).max() > 1e-3
 
 
@@ -100,13 +98,18 @@ def test_a_block_without_rotary_positions(tiny):
     still = dataclasses.replace(turned, own_positions=NoPositions())
     config = tiny.config("rotary", num_layers=4, pattern=(turned, turned, turned, still), final_norm=False)
     params = tiny.params(config)
-    x = params["token_embedding"]["embedding"][tokens]
-    for index, kind in enumerate([RotaryPositions()] * 3 + [NoPositions()]):
-        block = {"params": params["decoder"]["blocks"][f"block_{index}"]}
-        x = Block(turned, positions=kind).apply(block, x, mask=AttentionMask(causal=True))
-    expected = x @ params["token_embedding"]["embedding"].T
-    np.testing.assert_allclose(Decoder(config).apply({"params": params}, tokens), expected, atol=1e-4)
-    everywhere = Decoder(dataclasses.replace(config, pattern=(turned,))).apply({"params": params}, tokens)
+
+    @jax.jit
+    def block_by_block(params):
+        x = params["token_embedding"]["embedding"][tokens]
+        for index, kind in enumerate([RotaryPositions()] * 3 + [NoPositions()]):
+            block = {"params": params["decoder"]["blocks"][f"block_{index}"]}
+            x = Block(turned, positions=kind).apply(block, x, mask=AttentionMask(causal=True))
+        return x @ params["token_embedding"]["embedding"].T
+
+    expected = block_by_block(params)
+    np.testing.assert_allclose(tiny.forward(config)(params, tokens), expected, atol=1e-4)
+    everywhere = tiny.forward(dataclasses.replace(config, pattern=(turned,)))(params, tokens)
     assert np.abs(everywhere - expected).max() > 1e-3
 
 
@@ -122,9 +125,9 @@ def test_a_shared_bias_reaches_only_blocks_without_their_own(tiny):
         **params["decoder"],
         "relative_bias": {"embedding": 0 * params["decoder"]["relative_bias"]["embedding"]},
     }
-    out = Decoder(config).apply({"params": params}, tokens)
+    out = tiny.forward(config)(params, tokens)
     rest = {**params, "decoder": {name: part for name, part in params["decoder"].items() if name != "relative_bias"}}
-    np.testing.assert_allclose(out, Decoder(alone).apply({"params": rest}, tokens), atol=1e-5)
+    np.testing.assert_allclose(out, tiny.forward(alone)(rest, tokens), atol=1e-5)
 
 
 def test_a_fraction_leaves_the_other_elements(tiny):

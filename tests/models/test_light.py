@@ -1,5 +1,7 @@
 """Lighter matrices: what they weigh, and how near their model stays to the original, for every objective's model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def make(name):
     """A model, random parameters whose columns differ in size, and a call."""
     model = MODELS[name]
@@ -53,12 +56,14 @@ def make(name):
     sizes = np.random.default_rng(1)
 
     def grown(x):
-        return x * jnp.asarray(np.exp(sizes.normal(size=x.shape[-1:])), x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return jnp.asarray(np.asarray(x) * np.exp(sizes.normal(size=x.shape[-1:])).astype(x.dtype))
 
     inputs = [TOKENS] * len(shapes)
 
+    apply = jax.jit(model.apply)
+
     def call(params):
-        return jnp.asarray(jax.jit(model.apply)({"params": params}, *inputs))
+        return jnp.asarray(apply({"params": params}, *inputs))
 
     def trace():
         return init_params(model, None, *shapes)

@@ -30,8 +30,8 @@ def seen(tiny, form, collection, **changes):
     config, tokens = dataclasses.replace(base, **FORMS[form]), tiny.tokens((2, 6))
     params = scan_params(tiny.params(base)) if config.scan_layers else tiny.params(base)
     model = tiny.build(config)
-    out, found = model.apply({"params": params}, tokens, mutable=[collection])
-    np.testing.assert_allclose(out, model.apply({"params": params}, tokens), atol=1e-6)
+    out, found = jax.jit(lambda params: model.apply({"params": params}, tokens, mutable=[collection]))(params)
+    np.testing.assert_allclose(out, tiny.forward(config)(params, tokens), atol=1e-6)
     leaves = jax.tree.leaves(found["decoder" if collection not in found else collection])
     stacked = [leaf if config.scan_layers else leaf[None] for leaf in leaves]
     return np.concatenate(stacked), tokens
@@ -79,7 +79,7 @@ CASES = {
 
 def mixed_by_hand(model, params, tokens, **options):
     """Of each call of attention: its weights times its values, and what its output projection read."""
-    values, outs = [], []
+    values, outs = [], []  # of the traced call
 
     def watch(call, args, kwargs, context):
         result = call(*args, **kwargs)
@@ -89,9 +89,13 @@ def mixed_by_hand(model, params, tokens, **options):
             )
         return result
 
-    options = {name: jnp.asarray(value) for name, value in options.items()}
-    with nn.intercept_methods(watch):
-        _, found = model.apply({"params": params}, *tokens, **options, mutable=["attention"])
+    @jax.jit
+    def call(params, tokens, options):
+        with nn.intercept_methods(watch):
+            _, found = model.apply({"params": params}, *tokens, **options, mutable=["attention"])
+        return found, values, outs
+
+    found, values, outs = jax.device_get(call(params, tokens, options))
     weights = [
         leaf
         for stack in sorted(found["attention"], reverse=True)
@@ -99,9 +103,9 @@ def mixed_by_hand(model, params, tokens, **options):
     ]
     assert len(weights) == len(values) == len(outs)
     repeated = [
-        jnp.repeat(value, w.shape[1] // value.shape[2], axis=2) for value, w in zip(values, weights, strict=True)
+        np.repeat(value, w.shape[1] // value.shape[2], axis=2) for value, w in zip(values, weights, strict=True)
     ]
-    return weights, [jnp.einsum("bhts,bshk->bthk", w, v) for w, v in zip(weights, repeated, strict=True)], outs
+    return weights, [np.einsum("bhts,bshk->bthk", w, v) for w, v in zip(weights, repeated, strict=True)], outs
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,10 +129,9 @@ def test_weights_times_values_are_what_the_layer_projects(tiny, case):
 def test_weights_over_a_memory(tiny):
     config = tiny.config("transformer_xl", memory_length=4)
     model, params, tokens = tiny.build(config), tiny.params(config), tiny.tokens((2, 6))
-    _, memory = model.apply(
-        {"params": params}, tokens, positions_BT=jnp.arange(6)[None], memory_BLPD=model.init_memory(2)
-    )
-    options = {"positions_BT": jnp.arange(6, 12)[None], "memory_BLPD": memory}
+    first = {"positions_BT": np.arange(6)[None], "memory_BLPD": model.init_memory(2)}
+    _, memory = tiny.forward(config)(params, tokens, **first)
+    options = {"positions_BT": np.arange(6, 12)[None], "memory_BLPD": memory}
     weights, mixed, outs = mixed_by_hand(model, params, (tokens,), **options)
     for w, ours, theirs in zip(weights, mixed, outs, strict=True):
         assert w.shape == (2, 4, 6, 10) and (np.asarray(w)[..., :4].sum(axis=-1) > 0).all()
@@ -163,14 +166,17 @@ def test_streams_are_the_inputs_of_what_follows(tiny):
     without = tiny.config("rotary", num_layers=4, final_norm=False)
     params = dict(tiny.params(base))
     params["decoder"] = {name: part for name, part in params["decoder"].items() if name != "final_norm"}
-    hidden = tiny.build(without).apply({"params": params}, tokens, head=False)
+    hidden = jax.jit(lambda params: tiny.build(without).apply({"params": params}, tokens, head=False))(params)
     np.testing.assert_allclose(streams[-1], hidden, atol=1e-6)
 
 
 def test_a_translator_shows_cross_attention(tiny):
     config = tiny.config("rotary", architecture="encoder_decoder", num_layers=1)
     source, target = tiny.tokens((2, 5)), tiny.tokens((2, 3))
-    _, found = tiny.build(config).apply({"params": tiny.params(config)}, source, target, mutable=["attention"])
+    model, params = tiny.build(config), tiny.params(config)
+    _, found = jax.eval_shape(
+        lambda params: model.apply({"params": params}, source, target, mutable=["attention"]), params
+    )
     shapes = jax.tree.map(lambda leaf: leaf.shape, found["attention"])
     assert shapes["encoder"]["blocks"]["block_0"]["attention"]["weights"] == ((2, 4, 5, 5),)
     assert shapes["decoder"]["blocks"]["block_0"]["cross_attention"]["weights"] == ((2, 4, 3, 5),)

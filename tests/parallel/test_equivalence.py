@@ -111,10 +111,15 @@ def make_batch(seed):
     )
 
 
+@functools.cache
+def looped_params(num_experts, fields):
+    """Initial parameters, on the host: a scanned model has the same, stacked."""
+    return jax.device_get(init_params(make_model(False, "none", num_experts, fields), jax.random.key(0))[0])
+
+
 def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num_experts=0, fields=False):
     """The runner and what makes its state; the momentum of nothing but the last gradient keeps that in the state."""
     model = make_model(scan_layers, remat, num_experts, fields)
-    looped, _ = init_params(make_model(False, "none", num_experts, fields), jax.random.key(0))
     _, axes = init_params(model, None)
     optimizer = optax.sgd(0.1, momentum=1e-30)
     objective = NextToken(z_loss=1e-3).bind(model, SimpleNamespace(token_bytes=np.ones(V, np.int32)))
@@ -127,7 +132,8 @@ def make_runner(layout, scan_layers=False, remat="none", accumulate_steps=1, num
     def make_state(params):
         return create_state(params, optimizer, jax.random.key(1), ema=True)
 
-    params = jax.device_get(scan_params(looped) if scan_layers else looped)
+    params = looped_params(num_experts, fields)
+    params = jax.device_get(scan_params(params)) if scan_layers else params
     if layout == "pmap":
         runner = PmapRunner(-1, step, evaluate)
     else:
