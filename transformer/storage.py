@@ -60,6 +60,12 @@ def expand(path: str | os.PathLike[str]) -> str:
     parts = name.encode(errors="replace").split(b"/")
     valid = "\0" not in name and max(map(len, parts)) < 256 and sum(map(len, parts)) + len(parts) <= 4096
     require(valid, f"A path must be without NUL, its names of at most 255 bytes and itself of 4,095, got {name!r:.80}.")
+    try:
+        epath.Path(name)
+    except KeyError:
+        raise UserError(
+            f"An address must begin with gs://, s3:// or az://, got {name!r:.80}: fetch the file, and give its path."
+        ) from None
     return os.path.expanduser(name)
 
 

@@ -54,6 +54,19 @@ def without_times(rows):
     return [{name: value for name, value in row.items() if "second" not in name and name != "mfu"} for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["next_token", "classification"])
+def test_validation_data_are_named_when_scored_and_when_also_trained_on(tmp_path, run, kind):
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    for name, some in (("rows", rows), ("copy", rows), ("other", rows[:30])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    note = "The validation data are also trained on"
+    for name in ("copy", "other"):
+        files = ("--data.source", tmp_path / "rows.jsonl", "--data.validation", tmp_path / f"{name}.jsonl")
+        printed = run("train", *files, kind=kind, workdir=name)
+        assert (note in printed) == (name == "copy")
+    assert run("evaluate", workdir="other")["source"] == [str(tmp_path / "other.jsonl")]
+
+
 def test_a_run_on_ids_is_that_on_text_bit_for_bit(tmp_path, run):
     folder = make_folder(tmp_path / "model")
     tokenizer = Auto(folder=str(folder)).train(())
@@ -90,7 +103,8 @@ def test_ids_alone_have_a_loss_and_no_bits_a_byte(tmp_path, run):
 
 def test_ids_beyond_the_tokenizer_are_refused_before_anything_is_written(tmp_path, run):
     (tmp_path / "train.bin").write_bytes(np.arange(3000, dtype="<u2").tobytes())
-    said = run("train", "--data.source", tmp_path / "train.bin", fails=True)
+    assert "Give the tokenizer that made them" in run("train", "--data.source", tmp_path / "train.bin", fails=True)
+    said = run("train", "--data.source", tmp_path / "train.bin", "--data.tokenizer.kind", "bytes", fails=True)
     assert f"{tmp_path / 'train.bin'}, position 257 has the id 257 and the tokenizer 257 ids" in said
     assert not (tmp_path / "run" / "config.json").exists()
 

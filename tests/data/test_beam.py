@@ -136,7 +136,7 @@ def test_tasks_run_in_several_processes_and_their_errors_reach_the_user(tmp_path
     assert (code, out) == (2, ""), err
     place = f"{tmp_path}/1.jsonl, line 41"
     said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and place in said[0] and "must name a string in each line" in said[0], err
+    assert len(said) == 1 and place in said[0] and "must have its text as a string" in said[0], err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("several/text_*/*"))
     workers = {line.split()[0] for line in (tmp_path / "read.txt").read_text().splitlines()}

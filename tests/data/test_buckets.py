@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
 from buckets import make_bucket
 from etils import epath
 
+from transformer.cli.main import main
 from transformer.config import DataConfig
 from transformer.data.registry import find_source, open_source
 
@@ -79,3 +81,19 @@ def test_the_fake_is_one(bucket):
     (bucket / "x").write_text("x")
     assert epath.Path("gs://b/x").read_text() == "x"
     assert not os.path.exists("gs://b/x")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://example.org/a.txt", "must begin with gs://"),
+        ("file:///a.txt", "must begin with gs://"),
+        ("gs://bucket/a.txt", "pip install gcsfs"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_in_a_sentence(address, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for command in (["prepare", address, "--data-dir", str(tmp_path)], ["prepare", __file__, "--data-dir", address]):
+        with pytest.raises(SystemExit) as refusal:
+            main(command)
+        assert refusal.value.code == 2 and message in capsys.readouterr().err

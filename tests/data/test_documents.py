@@ -130,7 +130,10 @@ def test_a_folder_without_files_is_refused(tmp_path):
         ('{"text": "a"}\n{"text": ', "line 2: "),
         ('["a"]', "line 1 is not"),
         ('{"text": "a", "n": {"b": 1, "b": 2}}', "line 1: it has 'b' twice"),
-        ('{"txt": "a", "n": 1}', r"data\.text_key='text' must name a string.*line 1 has txt \(str\), n \(int\)"),
+        (
+            '{"txt": "a", "n": 1}',
+            r"its text as a string, in the field data\.text_key='text'.*line 1 has txt \(str\), n \(int\)",
+        ),
         ('{"text": 3}', r"text \(int\)"),
         ('{"text": "a", "prompt": null}', r"prompt \(NoneType\)"),
     ],

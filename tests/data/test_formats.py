@@ -1,21 +1,27 @@
 """Files as people have them: compressed with zstd, Parquet, Arrow, what `datasets` saves, and several by one pattern."""
 
+import bz2
+import contextlib
 import datetime
 import decimal
 import gzip
 import json
+import lzma
 import random
 import sys
 import time
+import tracemalloc
 
 import pytest
 from etils import epath
 
+from transformer.cli.main import main
 from transformer.config import DataConfig
-from transformer.data.files import read_file
+from transformer.data.files import open_file, read_file
+from transformer.data.frames import open_zstd
 from transformer.data.registry import find_source, open_source
+from transformer.data.sources.folders import Folder
 from transformer.data.sources.globs import Pattern
-from transformer.data.zstd import open_zstd
 from transformer.types import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -121,6 +127,99 @@ def test_zstd_of_any_length_in_frames_and_with_a_mark(tmp_path):
         read_file(path)
 
 
+PACK = {"bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress, "gz": gzip.compress}
+
+
+def rows_in_frames(pack, count):
+    content = as_jsonl([{"text": f"{index} {index * 7919}"} for index in range(count)])
+    middle = content.index(b"\n", len(content) // 2) + 1
+    return content, pack(content[:middle]), pack(content[middle:])
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("between", [0, 4, 300_000])
+def test_frames_and_padding_are_one_file(tmp_path, suffix, between):
+    content, first, second = rows_in_frames(PACK[suffix], 20_000)
+    path = epath.Path(tmp_path / f"rows.jsonl.{suffix}")
+    for after in (second, second + bytes(between)):
+        path.write_bytes(first + bytes(between) + after)
+        assert read_file(path) == content
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("damage", ["first bytes", "cut", "other data"])
+def test_a_damaged_later_frame_loses_no_text_in_silence(tmp_path, suffix, damage, capfd):
+    _, first, second = rows_in_frames(PACK[suffix], 200)
+    after = {"first bytes": b"\xff\xff\xff" + second[3:], "cut": second[:9], "other data": b"other data"}[damage]
+    (tmp_path / f"rows.jsonl.{suffix}").write_bytes(first + after)
+    with pytest.raises(SystemExit):
+        main(["prepare", str(tmp_path / f"rows.jsonl.{suffix}"), "--data-dir", str(tmp_path / "data")])
+    assert "must be whole" in (message := capfd.readouterr().err) and f"rows.jsonl.{suffix}" in message
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "xz"])
+def test_unpacking_takes_little_memory_whatever_the_ratio(tmp_path, suffix):
+    (tmp_path / "zeros").write_bytes(PACK[suffix](bytes(100_000_000)))
+    tracemalloc.start()
+    with open_file(epath.Path(tmp_path / "zeros")) as file:
+        assert sum(len(piece) for piece in iter(lambda: file.read(1 << 16), b"")) == 100_000_000
+    peak, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+def prepared(tmp_path, capfd, *arguments):
+    """What `transformer prepare` printed: its result, or its message."""
+    with contextlib.suppress(SystemExit):
+        main(["prepare", *map(str, arguments), "--data-dir", str(tmp_path / "data")])
+    printed = " ".join("".join(capfd.readouterr()).split())
+    assert printed.startswith("error:") != (tmp_path / "data" / "text_records").exists()
+    return printed
+
+
+def test_text_in_columns_of_bytes_is_text(tmp_path, capfd):
+    columns = {"text": [row["text"].encode() for row in ROWS], "raw": [b"ab"] * len(ROWS)}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_bytes(as_jsonl(ROWS))
+    found = [prepared(tmp_path, capfd, tmp_path / name) for name in ("rows.parquet", "rows.jsonl")]
+    assert found[0].partition(":")[2] == found[1].partition(":")[2]
+    assert texts_of(tmp_path / "rows.parquet") == [row["text"] for row in ROWS]
+    pq.write_table(pa.table({"text": [b"\xe4 text"]}), tmp_path / "latin.parquet")
+    assert "must be UTF-8, text of" in prepared(tmp_path / "other", capfd, tmp_path / "latin.parquet")
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern"),
+    [
+        (["a.jsonl", "b.jsonl"], "*.jsonl"),
+        (["a.txt", "deep/b.JSONL.gz"], "deep/*.JSONL.gz"),
+        (["README.md", "data/a.parquet"], "data/*.parquet"),
+        (["a.csv", "b.csv"], "*.csv"),
+    ],
+)
+def test_a_folder_of_rows_is_not_read_as_text(tmp_path, capfd, files, pattern):
+    for file in files:
+        (tmp_path / "folder" / file).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "folder" / file).write_bytes(as_jsonl(ROWS))
+    message = prepared(tmp_path, capfd, tmp_path / "folder")
+    assert f"has rows of fields: give a pattern of such files, {tmp_path / 'folder'}/{pattern};" in message
+    with pytest.raises(UserError, match="has rows of fields"):
+        list(Folder().parts(str(tmp_path / "folder")))
+
+
+def test_tables_beside_texts_are_read_as_they_are(tmp_path, capfd):
+    (tmp_path / "code").mkdir()
+    for name in ("code.py", "table.csv"):
+        (tmp_path / "code" / name).write_text("some text\n" * 9)
+    assert "train" in prepared(tmp_path, capfd, tmp_path / "code")
+
+
+def test_a_mistake_in_validation_files_is_found_before_the_corpus_is_prepared(tmp_path, capfd):
+    (tmp_path / "rows.jsonl").write_bytes(as_jsonl(ROWS))
+    message = prepared(tmp_path, capfd, tmp_path / "rows.jsonl", "--validation", tmp_path / "not there.jsonl")
+    assert "not there.jsonl" in message
+
+
 def saved(folder, rows=ROWS):
     """As `datasets` 4 lays it out."""
     folder.mkdir(parents=True)
@@ -138,7 +237,7 @@ def test_a_saved_dataset_is_its_rows(tmp_path):
     saved(tmp_path / "both" / "test", ROWS[:5])
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert len(texts_of(tmp_path / "both" / "test")) == 5
-    with pytest.raises(UserError, match=r"must be one dataset, .* has test, train; give one, such as .*/both/test"):
+    with pytest.raises(UserError, match=r"must be one dataset, .* has test, train; give one, such as .*/both/train"):
         texts_of(tmp_path / "both")
 
 
@@ -225,7 +324,7 @@ def test_without_the_packages_the_command_that_installs_them_is_named(tmp_path, 
     WRITERS["rows.parquet"](tmp_path / "rows.parquet")
     WRITERS["rows.jsonl.zst"](tmp_path / "rows.jsonl.zst")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setattr("transformer.data.zstd.zstandard", None)
+    monkeypatch.setattr("transformer.data.frames.zstandard", None)
     for name in ("rows.parquet", "rows.jsonl.zst"):
         with pytest.raises(UserError, match=r'pip install -e "\.\[formats\]"'):
             texts_of(tmp_path / name)

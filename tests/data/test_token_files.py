@@ -188,7 +188,7 @@ def test_an_id_that_the_tokenizer_lacks_is_named_with_its_location(tmp_path):
     (tmp_path / "a_0.bin").write_bytes(with_header(ids))
     ids[700] = 300
     (tmp_path / "a_1.bin").write_bytes(with_header(ids))
-    data = data_of(config_of(tmp_path, tmp_path / "a_*.bin"))
+    data = data_of(config_of(tmp_path, tmp_path / "a_*.bin", tokenizer=Bytes()))
     for _ in range(2):  # found, and noted
         with pytest.raises(UserError, match=r"a_1\.bin, position 700 has the id 300 and the tokenizer 257 ids"):
             data.train_batches(data.make_tokenizer())
@@ -223,7 +223,7 @@ def test_a_vocabulary_of_ids_is_refused(tmp_path, kind):
 def test_ids_of_documents_only_are_no_text(tmp_path):
     (tmp_path / "ids.bin").write_bytes(with_header([256] * 9))
     with pytest.raises(UserError, match="ids between documents only"):
-        batches(config_of(tmp_path, tmp_path / "ids.bin"))
+        batches(config_of(tmp_path, tmp_path / "ids.bin", tokenizer=Bytes()))
 
 
 def test_ids_alone_are_numbers(tmp_path):
@@ -281,3 +281,22 @@ def test_prepared_in_tasks_ids_are_the_same_source(tmp_path):
     config = config_of(tmp_path, tmp_path / "train.bin", tokenizer=Bytes()).data
     (source,) = open_sources(config, lambda tasks: pytest.fail("a task ran"))
     assert source.fingerprint == open_source(config.source[0], config).fingerprint
+
+
+def test_without_a_tokenizer_ids_are_not_taken_for_bytes(tmp_path):
+    (np.arange(4000) % 65).astype("<u2").tofile(tmp_path / "train.bin")
+    config = DataConfig(source=(str(tmp_path / "train.bin"),), data_dir=str(tmp_path / "data"), tokenizer=Auto())
+    with pytest.raises(UserError, match=r"Give the tokenizer that made them"):
+        data_of(Config(data=config)).make_tokenizer()
+
+
+@pytest.mark.parametrize("highest", [300, 50_257, 128_256])
+def test_wide_ids_without_a_header_are_not_read_as_narrow_ones(tmp_path, highest):
+    ids = np.random.default_rng(0).integers(0, highest, 4000)
+    ids.astype("<u4").tofile(tmp_path / "wide.bin")
+    ids.clip(0, 65_535).astype("<u2").tofile(tmp_path / "narrow.bin")
+    with pytest.raises(UserError, match=r"wide\.bin begins with 32-bit ids"):
+        read_header(epath.Path(tmp_path / "wide.bin"))
+    assert read_header(epath.Path(tmp_path / "narrow.bin")).num_ids == 4000
+    np.full(4000, 2, "<u2").tofile(tmp_path / "small.bin")
+    assert read_header(epath.Path(tmp_path / "small.bin")).num_ids == 4000

@@ -9,6 +9,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transformer.cli.main import main
 from transformer.config import Config
 from transformer.data import token_shards, tokens
 from transformer.data.datasets import open_data
@@ -45,6 +46,31 @@ def open_records(tmp_path, make_config, write_jsonl):
         return open_source(str(path), config), config
 
     return open_again
+
+
+def test_sizes_that_another_process_removes_are_counted_again(tmp_path, monkeypatch):
+    """Two processes store the same tokens, and one removes the sizes of shards when the other is about to read them."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "some text"}\n' * 500)
+    command, shards = (
+        ["prepare", str(tmp_path / "rows.jsonl"), "--tokenizer", "bytes", "--data-dir"],
+        token_shards.Shards,
+    )
+    removed = []
+
+    def remove(paths, lengths):
+        for path in map(epath.Path, paths):
+            if path.name.startswith(f"{token_shards.SIZES}-"):
+                path.unlink()
+                removed.append(path)
+        return shards(paths, lengths)
+
+    main([*command, str(tmp_path / "alone")])
+    monkeypatch.setattr(token_shards, "Shards", remove)
+    main([*command, str(tmp_path / "beside")])
+    alone, beside = (sorted(tmp_path.glob(f"{name}/text_records/*/tokens/*/*")) for name in ("alone", "beside"))
+    assert [path.name for path in alone] == [path.name for path in beside]
+    sizes = [path.read_bytes() for path in alone + beside if path.name == token_shards.SIZES]
+    assert len(removed) == 2 and len(sizes) == 4 and sizes[:2] == sizes[2:]
 
 
 # ---- A record --------------------------------------------------------------------------------------------------------

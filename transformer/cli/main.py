@@ -31,6 +31,7 @@ COMMANDS = {
     "prove": "kill, damage and move a small run, and compare its result with an undisturbed one",
 }
 USAGE = "usage: transformer COMMAND ...\n\n" + "".join(f"  {name:<10}{does}\n" for name, does in COMMANDS.items())
+_OF_BUCKETS = ("gcsfs", "s3fs", "adlfs")
 GROUP = "transformer.commands"
 """The entry points by which other packages add commands."""
 _MORE = """
@@ -96,6 +97,14 @@ def run(name: str, arguments: list[str], **more: object) -> None:
     except Interrupted as stop:
         print(printable(str(stop), lines=True), file=sys.stderr)
         sys.exit(stop.exit_code)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None)
+        if package not in _OF_BUCKETS:
+            raise
+        print(
+            f"error: An address in a bucket is read with the package {package}: pip install {package}", file=sys.stderr
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("SIGINT: stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

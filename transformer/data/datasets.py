@@ -15,6 +15,7 @@ from transformer.data.held_out import (
     held_out_fingerprint,
     held_out_part,
     held_out_text,
+    overlap_note,
     trained_part,
 )
 from transformer.data.packing import best_fit_tokens, describe_packing, packed_tokens, sample_documents
@@ -147,8 +148,10 @@ class Reader:
 
     def running_text(self) -> Dataset:
         """Open each of `config.source` as running text, prepared now unless it already is."""
-        named, trained = held_out_part(self.config), open_sources(trained_part(self.config), self.run)
+        named = held_out_part(self.config)
+        # Validation data first: they are small, and a mistake in them is found before a large corpus is prepared.
         held_out = tuple(map(held_out_text, open_sources(named, self.run))) if named else ()
+        trained = open_sources(trained_part(self.config), self.run)
         return TextData(self.config, self.objective, trained, held_out, self.continued, run=self.run)
 
     def text_fingerprints(self) -> list[str]:
@@ -206,7 +209,9 @@ class TextData:
     @property
     def description(self) -> str:
         """A description of the data, one line per source."""
-        return "\n".join(source.description for source in self.sources)
+        trained = [source.fingerprint for source in self.trained]
+        notes = (note for held_out in self.held_out for note in overlap_note(held_out.fingerprint, trained))
+        return "\n".join([*(source.description for source in self.sources), *dict.fromkeys(notes)])
 
     @property
     def split_names(self) -> tuple[str, ...]:

@@ -1,12 +1,10 @@
 """Text files on disk: UTF-8, plain or compressed with gzip, bzip2, xz or zstd; other content is refused."""
 
-import bz2
 import codecs
 import contextlib
 import gzip
 import io
 import json
-import lzma
 import os
 import sys
 import zlib
@@ -15,15 +13,15 @@ from typing import Any
 
 from etils import epath
 
-from transformer.data.zstd import open_zstd
+from transformer.data.frames import open_bzip2, open_xz, open_zstd
 from transformer.storage import expand, is_file, is_local
 from transformer.types import UserError
 from transformer.validation import require
 
 _OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
+    b"BZh": open_bzip2,
+    b"\xfd7zXZ": open_xz,
     b"\x28\xb5\x2f\xfd": open_zstd,
 }
 _REFUSED = {b"PK\x03\x04": "zip"}
@@ -57,7 +55,7 @@ def open_file(path: epath.Path) -> Iterator[Any]:
                 if unpacked.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                     unpacked.seek(0)
                 yield unpacked
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except (EOFError, zlib.error, OSError) as error:
         if getattr(error, "errno", None):  # an error of the operating system; bzip2 and gzip set no number
             raise
         raise UserError(f"A compressed file must be whole, {path} is not: {error}. Fetch it again.") from None

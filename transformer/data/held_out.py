@@ -30,6 +30,12 @@ def held_out_fingerprint(*fingerprints: str) -> str:
     return content.hexdigest()
 
 
+def overlap_note(held_out: str, trained: Sequence[str]) -> list[str]:
+    """A line if the fingerprint of named validation data is among those of the training data."""
+    note = "The validation data are also trained on: their scores will not show how the model does on other data."
+    return [note] if held_out in map(held_out_fingerprint, trained) else []
+
+
 def held_out_text(source: Source) -> Source:
     """A corpus as the validation split of another corpus."""
     split, encoded = _only_split(source), source.encoded
@@ -49,6 +55,7 @@ def held_out_examples(source: ExampleSource, held_out: ExampleSource) -> Example
     split = _only_split(held_out)
     count = held_out.sizes[split]
     _, *notes = held_out.description.splitlines()
+    notes += overlap_note(held_out_fingerprint(held_out.fingerprint), [source.fingerprint])
     of_both = f"{held_out.name}: validation {counted(count, 'example')}"
 
     def tokens(name: str, tokenizer: Any, store: bool) -> Sequence[Any] | None:

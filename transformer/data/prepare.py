@@ -137,7 +137,8 @@ def preparing(pointer: epath.Path) -> Iterator[epath.Path]:
                 os.rmdir(pointer.parent)
         if isinstance(error, OSError):
             raise UserError(
-                f"Prepared text must be written below data.data_dir, {pointer.parent} failed: {error}."
+                f"Prepared text must be written below data.data_dir, {pointer.parent} failed: {error}. Give a folder "
+                "on a disk with room and permission to write, then start again."
             ) from error
         raise
 

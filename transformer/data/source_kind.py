@@ -141,9 +141,9 @@ def _document(row: dict[str, Any], location: str, config: DataConfig) -> Documen
     prompt: Any = row.get(config.prompt_key, "")
     require(
         isinstance(text, str) and isinstance(prompt, str),
-        f"data.text_key={config.text_key!r} must name a string in each line, or it must have messages (and "
-        f"data.prompt_key={config.prompt_key!r} a string, where present); {location} has "
-        f"{', '.join(f'{k:.40} ({type(v).__name__})' for k, v in row.items())}.",
+        f"Each row must have its text as a string, in the field data.text_key={config.text_key!r} (or messages), and a prompt "
+        f"(data.prompt_key={config.prompt_key!r}) must be a string too; {location} has "
+        f"{', '.join(f'{k:.40} ({type(v).__name__})' for k, v in row.items())}. Name other fields, or leave the row out.",
     )
     return Document(without_surrogates(text), without_surrogates(prompt), "")
 

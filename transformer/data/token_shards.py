@@ -150,16 +150,18 @@ def write_tokens(job: Job, tokenizer: Tokenizer, shard: int, advance: Callable[[
 
 def write_sizes(job: Job, dtype: np.dtype) -> None:
     """Write the sizes of all shards in one file. If a kill separated a shard from its sizes, the shard is read."""
-    parts = []
-    for shard in range(job.num_shards):
-        path, sizes = job.path(shard), job.sizes_path(shard)
-        if sizes.exists():
-            parts.append(Shards([sizes], [1])[0])
-        else:
-            parts.append(record_sizes(Shards([path], [count_records(path)]), dtype).tobytes())
+    parts = [_sizes_of(job, shard, dtype) for shard in range(job.num_shards)]
     write_shard(epath.Path(job.directory) / SIZES, parts)
     for shard in range(job.num_shards):
         job.sizes_path(shard).unlink(missing_ok=True)
+
+
+def _sizes_of(job: Job, shard: int, dtype: np.dtype) -> bytes:
+    path, sizes = job.path(shard), job.sizes_path(shard)
+    with contextlib.suppress(UserError):  # another process may finish, and remove the file, at any moment
+        if sizes.exists():
+            return Shards([sizes], [1])[0]
+    return record_sizes(Shards([path], [count_records(path)]), dtype).tobytes()
 
 
 def record_sizes(records: Shards, dtype: np.dtype) -> UInt[np.ndarray, " n"]:

@@ -24,6 +24,8 @@ _HEADER = 256  # 32-bit numbers: a magic number, a version, the number of ids, a
 _FORMATS = {20240520: (1, np.dtype("<u2"), "GPT-2"), 20240801: (7, np.dtype("<u4"), "Llama 3")}
 _QUESTIONS = 20240522
 _PLAIN = np.dtype("<u2")
+_UPPER = 3  # largest upper half of a 32-bit id; vocabularies have fewer than 4 * 2^16 entries
+_FEWEST = 64  # 16-bit numbers that show the size of ids
 _BLOCK = 1 << 23  # ids in memory at a time
 _INDEX_FORMAT = 1
 
@@ -55,6 +57,7 @@ def read_header(path: epath.Path) -> TokenFile:
         require(
             not known, f"A header of {_HEADER} numbers must be whole, {path} has {size:,} bytes: copy the file again."
         )
+        _refuse_wide(begin, path)
         found = TokenFile(path, _PLAIN, 0, size // _PLAIN.itemsize)
     else:
         found = _described(path, *map(int, header[:3]))
@@ -66,6 +69,17 @@ def read_header(path: epath.Path) -> TokenFile:
     )
     require(found.num_ids > 0, f"A file of ids must have some, {path} has none.")
     return found
+
+
+def _refuse_wide(begin: bytes, path: epath.Path) -> None:
+    """Refuse 32-bit ids without a header: read as 16-bit ids, every second one would be the upper half of an id."""
+    numbers = np.frombuffer(begin, _PLAIN, count=len(begin) // 4 * 2)
+    wide = len(numbers) >= _FEWEST and numbers[1::2].max() <= _UPPER < numbers[::2].max()
+    require(
+        not wide,
+        f"A file of ids without a header must have 16-bit ids, {path} begins with 32-bit ids: write them as 16-bit ids, or put "
+        "llm.c's header for 32-bit ids before them (20240801, version 7).",
+    )
 
 
 def _described(path: epath.Path, magic: int, version: int, count: int) -> TokenFile:

@@ -88,7 +88,7 @@ def evaluate(
     else:
         config = _changed(run.config, run.config.data, changes, memory_length)
         split, opened = split or WHOLE, as_dataset(data, config)
-    names = list(source or (config.data.source if data is None else ("batches of your own",)))
+    names = list(source or _scored(config.data, split)) if data is None else ["batches of your own"]
     _require_split(split, opened, names)
     which = "all" if split == WHOLE else f"the {split} split"
     begin = functools.partial(report, f"scoring {which} of {', '.join(names)} with {workdir} ...")
@@ -96,6 +96,13 @@ def evaluate(
     scores = _scores(parts, run.params, opened, split, begin)
     light = {"weights": weights} if weights else {}
     return {"workdir": str(workdir), "step": run.step, **light, "split": split, "source": names, **scores}
+
+
+def _scored(config: DataConfig, split: str) -> Sequence[str]:
+    """The names of the data in a split."""
+    if split == WHOLE:
+        return config.source + config.validation
+    return config.validation if config.validation and split == "validation" else config.source
 
 
 def _require_split(split: str, opened: Dataset, names: Sequence[str]) -> None:

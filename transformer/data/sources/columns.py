@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer.data.files import is_there, kind_of, refuse_dangling
+from transformer.data.files import decode_utf8, is_there, kind_of, refuse_dangling
 from transformer.data.source_kind import Rows, SourceKind
 from transformer.data.sources.files import File
 from transformer.storage import expand, resolved, understood
@@ -54,8 +54,9 @@ class SavedDataset(SourceKind):
         path = epath.Path(expand(name))
         if (path / "dataset_dict.json").exists():
             splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+            one = "train" if "train" in splits else splits[0]
             raise UserError(
-                f"A source must be one dataset, {path} has {', '.join(splits)}; give one, such as {path / splits[0]}."
+                f"A source must be one dataset, {path} has {', '.join(splits)}; give one, such as {path / one}."
             )
         with understood(f"{path / 'state.json'}"):
             names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
@@ -84,11 +85,22 @@ def column_rows(path: epath.Path, keys: tuple[str, ...]) -> Iterator[tuple[str, 
                 "them, or give their names (the options that end in -key, where the command has them).",
             )
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((f"{path}, line {number}", _as_in_json(row)) for number, row in enumerate(rows, 1))
+            for number, row in enumerate(rows, 1):
+                location = f"{path}, line {number}"
+                yield location, _as_in_json({**row, **_decoded(row, keys, location)})
     except (arrow.ArrowException, EOFError) as error:
         raise UserError(
-            f"A Parquet or Arrow file must be whole, {path} is not: {str(error).splitlines()[0]:.200}."
+            f"A Parquet or Arrow file must be whole, {path} is not: {str(error).splitlines()[0].rstrip('.'):.200}. "
+            "Make or fetch it again."
         ) from None
+
+
+def _decoded(row: dict[str, Any], keys: tuple[str, ...], location: str) -> dict[str, str]:
+    """The texts of columns without a declared type, which older writers of Parquet leave as bytes."""
+    found = {key: row[key] for key in keys if isinstance(row.get(key), bytes)}
+    return {
+        key: decode_utf8(data, f"A column of text must be UTF-8, {key} of {location}") for key, data in found.items()
+    }
 
 
 def _as_in_json(value: Any) -> Any:

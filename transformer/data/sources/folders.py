@@ -10,14 +10,17 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data.documents import Document, file_documents, visible_files
-from transformer.data.files import decode_text, read_file, refuse_dangling
+from transformer.data.files import decode_text, kind_of, read_file, refuse_dangling
 from transformer.data.forms.examples import label_text
 from transformer.data.forms.labelled import LabelledText
 from transformer.data.source_kind import SourceKind
 from transformer.data.tasks import by_size
 from transformer.storage import expand, resolved
+from transformer.types import UserError
 from transformer.validation import counted, require
 
+_ROWS = frozenset({".jsonl", ".parquet", ".arrow", ".feather"})
+_TABLES = frozenset({".csv", ".tsv"})
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
@@ -35,11 +38,11 @@ class Folder(SourceKind):
     def documents(self, name: str, config: DataConfig) -> Iterator[Document]:
         """The files, or their parts between `data.separator`."""
         path = resolved(name)
-        return file_documents(path, visible_files(path), config.separator)
+        return file_documents(path, _text_files(path), config.separator)
 
     def parts(self, name: str) -> Sequence[Any]:
         """Groups of files, in order."""
-        return by_size(visible_files(resolved(name)))
+        return by_size(_text_files(resolved(name)))
 
     def part_documents(self, name: str, part: Sequence[str], config: DataConfig) -> Iterator[Document]:
         """The documents of a group of files."""
@@ -59,6 +62,7 @@ class Folder(SourceKind):
         for folder in classes:
             files = [child for child in _visible(folder) if child.is_file()]
             require(len(files) > 0, f"The folder of a class must hold its texts, {folder} has no files.")
+            _refuse_rows(files)
             label = label_text(folder.name, "The folder's name", str(folder))
             yield from ((str(file), LabelledText(decode_text(read_file(file), str(file)), label)) for file in files)
 
@@ -97,6 +101,25 @@ def _modules(root: epath.Path) -> list[epath.Path]:
                 continue
             found.append(path)
     return found
+
+
+def _text_files(folder: epath.Path) -> list[epath.Path]:
+    files = visible_files(folder)
+    _refuse_rows(files)
+    return files
+
+
+def _refuse_rows(files: Sequence[epath.Path]) -> None:
+    """Refuse files of rows in a folder of texts: the syntax of JSON would be learnt. Tables may lie beside texts."""
+    kinds = [kind_of(file) for file in files]
+    refused = _ROWS if any(kind not in _ROWS | _TABLES for kind in kinds) else _ROWS | _TABLES
+    found = next((file for file, kind in zip(files, kinds, strict=True) if kind in refused), None)
+    if found is not None:
+        suffix = found.name[found.name.lower().rindex(kind_of(found)) :]
+        raise UserError(
+            f"The files of a folder must be texts, {found} has rows of fields: give a pattern of such files, "
+            f"{found.parent}/*{suffix}; to read it as it is, give it a name that ends in .txt."
+        )
 
 
 def _visible(folder: epath.Path) -> list[epath.Path]:

@@ -28,8 +28,9 @@ class Auto(TokenizerKind):
         return (expand(self.folder),) if self.folder else ()
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        """Load the folder's tokenizer, else use bytes."""
+        """Load the folder's tokenizer, else use bytes of text; a source of ids, which has no text, refuses to be read."""
         if not self.folder:
+            next(iter(texts), None)
             return Bytes().train(texts)
         return _folders().open_folder(self.folder)
 
