@@ -127,11 +127,15 @@ def compiled_once():
 
     def make_once(config, tokenizer, **others):
         data = dataclasses.replace(config.data, source=("text",), data_dir="")
-        key = dataclasses.replace(config, data=data, workdir=""), tokenizer.kind, tokenizer.vocab_size, *others.values()
+        training = dataclasses.replace(config.training, init_from="a run" if config.training.init_from else "")
+        key = dataclasses.replace(config, data=data, training=training, workdir="")
+        key = key, tokenizer.kind, np.asarray(tokenizer.token_bytes).tobytes(), *others.values()
         if key not in kept:
-            kept[key] = make(config, tokenizer, **others)
+            kept[key] = steps = make(config, tokenizer, **others)
+            steps._make_state = steps._make_state  # one function, which JAX compiles once
         steps = copy.copy(kept[key])
-        steps.parts = dataclasses.replace(steps.parts, config=config)
+        steps.parts = copy.copy(steps.parts)
+        object.__setattr__(steps.parts, "config", config)
         return steps
 
     with pytest.MonkeyPatch.context() as patch:

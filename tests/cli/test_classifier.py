@@ -13,6 +13,8 @@ from transformer.cli.main import main
 from transformer.layers.adapters import split
 from transformer.runs.saved import load
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CONFIG = """
 from transformer import AdamW
 from transformer.data.tokenizers.words import Words

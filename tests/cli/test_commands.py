@@ -27,6 +27,8 @@ from transformer.runs.saved import load
 from transformer.training import manifest
 from transformer.training.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CONFIG = """
 from transformer import AdamW, CosineSchedule
 from transformer.config import Config, DataConfig, TrainingConfig

@@ -29,6 +29,7 @@ from transformer.training.checkpoint import Checkpointer, read_description
 from transformer.training.state import TrainState
 from transformer.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 BYTES = ByteTokenizer()
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
