@@ -42,7 +42,7 @@ def loss_of(logits):
 
 
 def params_of(module, *args):
-    return module.init(jax.random.key(0), *args)
+    return jax.jit(module.init)(jax.random.key(0), *args)
 
 
 def same(found, expected, **tolerance):
@@ -85,10 +85,14 @@ def test_nnx_bridge_of_a_model_and_a_step_of_training(scan_layers):
         optimizer.update(model, gradient)
         return loss
 
-    loss, gradient = jax.value_and_grad(lambda params: loss_of(linen.apply({"params": params}, TOKENS)))(params)
+    @jax.jit
+    def graded(params):
+        return jax.value_and_grad(lambda params: loss_of(linen.apply({"params": params}, TOKENS)))(params)
+
+    loss, gradient = jax.device_get(graded(params))
     same(step(model, optimizer), loss)
     after = nnx.to_pure_dict(nnx.state(model.decoder, nnx.Param))
-    jax.tree.map(lambda a, p, g: same(a, p - 0.05 * g), after, params, gradient)
+    jax.tree.map(lambda a, p, g: same(a, np.asarray(p) - 0.05 * g), after, params, gradient)
     assert loss_of(model(TOKENS)) < loss
 
 
@@ -98,7 +102,7 @@ def test_nnx_keeps_a_cache_out_of_its_state():
     cache = tiny().init_cache(1, 4)
     first, cache = model(TOKENS[:, :3], cache=cache)
     last, _ = model(TOKENS[:, 3:], cache=cache)
-    full = tiny().apply({"params": params}, TOKENS)
+    full = jax.jit(tiny().apply)({"params": params}, TOKENS)
     same(jnp.concatenate([first, last], axis=1), full)
 
 
@@ -123,7 +127,7 @@ def test_linen_scan(name):
 
 
 def layer_of(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), tree)
 
 
 def test_linen_vmap():
