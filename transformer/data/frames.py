@@ -39,7 +39,8 @@ def open_zstd(file: BinaryIO) -> io.BufferedReader:
     """
     require_installed(zstandard, "zstandard", "formats")
     assert zstandard is not None
-    return io.BufferedReader(_Frames(file, lambda: zstandard.ZstdDecompressor().decompressobj(), ()))
+    decompressor = zstandard.ZstdDecompressor
+    return io.BufferedReader(_Frames(file, lambda: decompressor().decompressobj(), ()))
 
 
 class _Frames(io.RawIOBase):
