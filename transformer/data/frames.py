@@ -46,8 +46,8 @@ def open_zstd(file: BinaryIO) -> io.BufferedReader:
 class _Frames(io.RawIOBase):
     """A reader that reports truncation, damage and trailing data.
 
-    The libraries' own readers end silently in some of these cases: zstd's within a frame, those of bzip2 and xz at a frame
-    whose first bytes are damaged. The text after it would be lost.
+    The libraries' own readers end silently in some of these cases, and the text after that would be lost. The reader of zstd
+    ends within a frame. The readers of bzip2 and xz end at a frame whose first bytes are damaged.
     """
 
     def __init__(self, file: Any, begin: Callable[[], Any], limit: tuple[int, ...]) -> None:

@@ -31,7 +31,7 @@ def held_out_fingerprint(*fingerprints: str) -> str:
 
 
 def overlap_note(held_out: str, trained: Sequence[str]) -> list[str]:
-    """A line if the fingerprint of named validation data is among those of the training data."""
+    """A line if named validation data are also trained on, by their fingerprints."""
     note = "The validation data are also trained on: their scores will not show how the model does on other data."
     return [note] if held_out in map(held_out_fingerprint, trained) else []
 
