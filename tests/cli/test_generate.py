@@ -362,8 +362,12 @@ def test_train_ends_with_what_to_type_next(kind, active, tmp_path, monkeypatch):
     assert name == ("evaluate" if kind in ("masked_lm", "classification", "span_corruption") else "generate")
 
 
-def test_a_run_without_a_chat_template_holds_no_conversation(generate):
+def test_a_run_without_a_chat_template_holds_no_conversation(generate, monkeypatch):
     message = generate("--chat", "--prompt", "hello", code=2)
     assert "Conversations need a chat template" in message and "'bytes'" in message
+    with monkeypatch.context() as terminal:  # before a message is typed
+        terminal.setattr("sys.stdin", io.StringIO(""))
+        terminal.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        assert "Conversations need a chat template" in generate("--chat", code=2)
     assert "replies must be a language model" in generate("--chat", "--prompt", "hello", kind="seq2seq", code=2)
     assert "give --chat too" in generate("--system", "be kind", "--prompt", "hello", code=2)

@@ -17,6 +17,7 @@ from transformer.data.files import decode_text, decode_utf8, read_file
 from transformer.data.forms.examples import text_field
 from transformer.data.registry import find_rows, find_source
 from transformer.data.sources.files import TextFile
+from transformer.data.tokenizers.chat import chat_ids
 from transformer.generation.beams import beam_config
 from transformer.generation.sampling import SamplingConfig
 from transformer.objectives.continuation import ranked_columns
@@ -142,6 +143,8 @@ def _talk(run: Loaded, options: GenerateOptions, how: How, extra: dict[str, Any]
     require(options.num_samples == 1, "--num-samples is for given prompts; add --prompt, or leave it out.")
     note = functools.cache(_note)  # prints each note once
     if options.chat:
+        # A refusal comes before the first message.
+        chat_ids(run.tokenizer, [*_system(options), _message("Hello")], reply=True)
         hold_session(Conversation(run, _system(options), how, options.seed, extra, note).answer, "message", _note)
         return
 
