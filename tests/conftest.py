@@ -174,9 +174,10 @@ def strict_dtypes():
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_in_a_terminal():
-    """Under nohup a process ignores SIGHUP, and so do the runs that a test starts."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Under nohup a process ignores SIGHUP, and in a script's background SIGINT; so do the runs that a test starts."""
+    for name, action in (("SIGHUP", signal.SIG_DFL), ("SIGINT", signal.default_int_handler)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), action)
 
 
 def pytest_runtest_setup(item):

@@ -62,7 +62,10 @@ def test_a_flag_wins():
     "variant", ["d0", "dx", "d-1", "d1000", "d97", "d", "12", "d12x", "d12x0", "d12x-3", "d1 ", "d²"]
 )
 def test_a_depth_that_cannot_be_is_refused(variant):
-    with pytest.raises(UserError, match=r"A variant of gpt must be a depth from d1 to d96, .* \(d12, d12x40\), got '"):
+    with pytest.raises(
+        UserError,
+        match=r"A variant of gpt must be a depth from d1 to d96 \(d12\), or .* \(d12x40; 20 by default\), got '",
+    ):
         load_config(f"gpt:{variant}")
 
 

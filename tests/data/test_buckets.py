@@ -51,12 +51,13 @@ def test_a_file_is_what_it_is_on_the_disk(tmp_path, bucket, name):
 
 
 def test_folders_and_patterns(tmp_path, bucket):
-    (bucket / "parts").mkdir()
+    for name in ("parts", "texts"):
+        (bucket / name).mkdir()
     for number in range(3):
         (bucket / "parts" / f"{number}.jsonl.gz").write_bytes(gzip.compress(as_jsonl(ROWS[number * 10 :][:10])))
-        (bucket / "parts" / f"{number}.txt").write_text(f"text {number}\n" * 40)
+        (bucket / "texts" / f"{number}.txt").write_text(f"text {number}\n" * 40)
     config = DataConfig(data_dir=str(tmp_path / "prepared"), validation_fraction=0.0)
-    for name in ("parts", "parts/*.jsonl.gz"):
+    for name in ("texts", "parts/*.jsonl.gz"):
         there, here = open_source(f"gs://b/{name}", config), open_source(str(bucket / name), config)
         assert there.fingerprint == here.fingerprint, name
         assert there.sizes == here.sizes

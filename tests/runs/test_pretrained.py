@@ -75,8 +75,8 @@ def test_a_folder_writes_past_its_length_with_samples_stops_and_a_draft(place, c
         return capsys.readouterr()
 
     plain = generated(place / "folder", *flags)
-    assert "it keeps the first 1 and the last 7 only" in plain.err
-    assert "it keeps the last 8 only" in generated(place / "run", *flags).err
+    assert "only the first 1 and the last 7 are kept" in plain.err
+    assert "only the last 8 are kept" in generated(place / "run", *flags).err
     assert generated(place / "folder", *flags, "--draft", place / "run").out == plain.out
     stop = plain.out[20:24]
     assert generated(place / "folder", *flags, "--stop", stop).out == plain.out[: plain.out.index(stop, 15)] + "\n"

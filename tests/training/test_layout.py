@@ -11,7 +11,7 @@ from transformer.model_config import AttentionConfig, BlockConfig, FeedForwardCo
 from transformer.models.decoder import Decoder
 from transformer.models.init import init_params
 from transformer.parallel.mesh import MeshRunner, make_mesh
-from transformer.training.checkpoint import Checkpointer, load_params
+from transformer.training.checkpoint import Checkpointer, find_checkpoint, load_params
 from transformer.training.state import create_state
 from transformer.types import UserError
 
@@ -108,7 +108,7 @@ def test_from_one_mesh_to_another(writer, reader, looped, tmp_path):
 def test_parameters_alone(looped, tmp_path):
     saved(looped, tmp_path)
     shapes, _ = init_params(model(True), None)
-    step, params = load_params(tmp_path, shapes)
+    step, params = load_params(find_checkpoint(tmp_path), shapes)
     assert step == 5
     jax.tree.map(np.testing.assert_array_equal, params, scan_params(looped.ema_params, 2))
 
@@ -118,7 +118,7 @@ def test_a_single_period(tmp_path):
     params, _ = init_params(model(False, 2, 2), jax.random.key(0))
     saved(make_state(params), tmp_path)
     shapes, _ = init_params(model(True, 2, 2), None)
-    _, found = load_params(tmp_path, shapes)
+    _, found = load_params(find_checkpoint(tmp_path), shapes)
     expected = loop_params(found)
     jax.tree.map(np.testing.assert_array_equal, make_state(params).ema_params, expected)
 
@@ -144,4 +144,4 @@ def test_another_depth_is_refused(looped, tmp_path):
     for scan_layers in (False, True):
         shapes, _ = init_params(model(scan_layers, num_layers=6), None)
         with pytest.raises(UserError, match="must fit the model, but differs in"):
-            load_params(tmp_path, shapes)
+            load_params(find_checkpoint(tmp_path), shapes)
