@@ -15,6 +15,7 @@ from transformer.storage import expand, resolved, understood
 from transformer.types import UserError
 from transformer.validation import require, require_installed, shown
 
+COLUMN_FILES = (".parquet", ".arrow", ".feather")
 _ROWS = 1024  # rows in memory at a time
 _ARROW = b"ARROW1"  # starts Arrow files; `datasets` writes the stream format instead
 
@@ -24,7 +25,7 @@ class Columns(File):
 
     def accepts(self, name: str) -> bool:
         """Recognize the file by its suffix."""
-        return kind_of(epath.Path(expand(name))) in (".parquet", ".arrow", ".feather") and is_there(name)
+        return kind_of(epath.Path(expand(name))) in COLUMN_FILES and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """Each row of the table."""

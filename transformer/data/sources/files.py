@@ -12,7 +12,8 @@ from transformer.data.tables import table_rows, text_lines
 from transformer.storage import expand, resolved
 from transformer.validation import require
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = ".jsonl"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class File(SourceKind):
@@ -28,7 +29,7 @@ class JsonLines(File):
 
     def accepts(self, name: str) -> bool:
         """Recognize the file by its suffix."""
-        return kind_of(epath.Path(expand(name))) == ".jsonl" and is_there(name)
+        return kind_of(epath.Path(expand(name))) == JSON_LINES and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """Each line is an object."""
@@ -41,13 +42,13 @@ class Table(File):
 
     def accepts(self, name: str) -> bool:
         """Recognize the file by its suffix."""
-        return kind_of(epath.Path(expand(name))) in _DELIMITERS and is_there(name)
+        return kind_of(epath.Path(expand(name))) in DELIMITERS and is_there(name)
 
     def rows(self, name: str, keys: tuple[str, ...], what: str) -> Rows:
         """Each row of the table."""
         del what
         path = epath.Path(expand(name))
-        return table_rows(path, _DELIMITERS[kind_of(path)], keys)
+        return table_rows(path, DELIMITERS[kind_of(path)], keys)
 
 
 class TextFile(File):

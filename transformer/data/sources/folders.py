@@ -14,13 +14,15 @@ from transformer.data.files import decode_text, kind_of, read_file, refuse_dangl
 from transformer.data.forms.examples import label_text
 from transformer.data.forms.labelled import LabelledText
 from transformer.data.source_kind import SourceKind
+from transformer.data.sources.columns import COLUMN_FILES
+from transformer.data.sources.files import DELIMITERS, JSON_LINES
 from transformer.data.tasks import by_size
 from transformer.storage import expand, resolved
 from transformer.types import UserError
 from transformer.validation import counted, require
 
-_ROWS = frozenset({".jsonl", ".parquet", ".arrow", ".feather"})
-_TABLES = frozenset({".csv", ".tsv"})
+_ROWS = frozenset({JSON_LINES, *COLUMN_FILES})
+_TABLES = frozenset(DELIMITERS)
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
