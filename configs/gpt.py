@@ -38,7 +38,7 @@ DEEPEST = 96  # GPT-3's depth; the rule is unknown beyond
 
 
 def get_config(variant: str = "d12") -> Config:
-    depth, ratio = read_dial({"": "d12", "debug": "d1x0.5"}.get(variant, variant))
+    depth, ratio = parse_variant({"": "d12", "debug": "d1x0.5"}.get(variant, variant))
     width = 64 * depth
     tokens = ratio * 12 * depth * width**2
     large = depth >= 8
@@ -71,7 +71,7 @@ def get_config(variant: str = "d12") -> Config:
     )
 
 
-def read_dial(variant: str) -> tuple[int, float]:
+def parse_variant(variant: str) -> tuple[int, float]:
     """The depth and the tokens per parameter of a variant such as `d12` or `d12x40`."""
     found = re.fullmatch(r"d(\d{1,4})(?:x(\d{1,4}(?:\.\d{1,4})?))?", variant, re.ASCII)
     depth, ratio = (int(found[1]), float(found[2] or 20)) if found else (0, 0.0)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import types
 import warnings
 from typing import get_args
@@ -21,6 +22,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 ON_DEVICE = os.environ.get("TRANSFORMER_TEST_DEVICE", "0") not in ("", "0")
 """Whether JAX chooses the devices. Products are of float32 numbers then (a GPU's may be TF32), memory is taken as it is needed,
@@ -60,6 +62,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Training turns the cache of compiled programs on for the process, and it lies in the user's home. XLA once aborted while it
 # wrote a program of eight devices there.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+_CONTEXT = threading.local()
+
+
+def kept_context(make=mlir.make_ir_context):
+    """Each program that JAX lowers has an MLIR context of its own, whose dialects take more time than a small program. A
+    module's programs share one."""
+    if not hasattr(_CONTEXT, "kept"):
+        _CONTEXT.kept = make()
+    return _CONTEXT.kept
+
+
+mlir.make_ir_context = kept_context
 
 
 def import_or_fail(name, *args, **kwargs):
@@ -161,6 +177,7 @@ def compiled_programs_are_dropped():
     """Every program lies in mappings of its own, of which Linux gives a process 65,530: a worker that keeps all it compiled
     aborts in the midst of a long suite."""
     yield
+    vars(_CONTEXT).clear()
     jax.clear_caches()
     gc.collect()
 

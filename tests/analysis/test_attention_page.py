@@ -169,7 +169,7 @@ def test_statistics_agree_with_the_weights(opened, page):
     np.testing.assert_allclose(table[:, 8], at_first, atol=6e-4)
     np.testing.assert_allclose(table[:, 9], first, atol=6e-4)
     assert opened.run("document.querySelectorAll('#charts figure').length") == 4
-    assert opened.run("document.querySelectorAll('#unlike circle').length") == 12
+    assert opened.run("document.querySelectorAll('#divergence circle').length") == 12
 
 
 def test_a_translator(browser, tmp_path):

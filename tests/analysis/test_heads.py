@@ -37,15 +37,15 @@ def test_statistics_by_hand():
     np.testing.assert_allclose(found.distance, [0, 1, 2, 0.5], atol=1e-6)
     np.testing.assert_allclose(found.previous, [0, 1, 1 / 3, 0.5], atol=1e-6)
     # Of heads that share no key 1, of one key in two 0.31128; the second query of BEFORE and FIRST is the same.
-    np.testing.assert_allclose(found.unlike[0], (1 + 1 + 0.31128) / 3, atol=1e-4)
-    np.testing.assert_allclose(found.unlike[1], (1 + 2 / 3 + 0.31128) / 3, atol=1e-4)
+    np.testing.assert_allclose(found.divergence[0], (1 + 1 + 0.31128) / 3, atol=1e-4)
+    np.testing.assert_allclose(found.divergence[1], (1 + 2 / 3 + 0.31128) / 3, atol=1e-4)
 
 
 def test_of_two_texts_there_is_no_distance():
     found = head_statistics(np.full((1, 3, 5), 0.2), one_text=False)
     assert found.distance is None and found.previous is None
     np.testing.assert_allclose(found.entropy, np.log2(5), atol=1e-5)
-    np.testing.assert_allclose(found.unlike, [0])
+    np.testing.assert_allclose(found.divergence, [0])
 
 
 def test_keys_of_a_memory_come_before_the_queries():
@@ -56,7 +56,7 @@ def test_keys_of_a_memory_come_before_the_queries():
 
 def test_a_single_token():
     found = head_statistics(np.ones((2, 1, 1)))
-    np.testing.assert_allclose([*found.entropy, *found.first, *found.unlike], [0, 0, 1, 1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose([*found.entropy, *found.first, *found.divergence], [0, 0, 1, 1, 0, 0], atol=1e-6)
 
 
 def test_the_most_concentrated_head_has_no_fixed_target():

@@ -119,31 +119,31 @@ def test_other_errors_pass(error):
         raise error
 
 
-def test_the_levers_are_those_that_make_it_fit():
+def test_remedies_make_it_fit():
     needs = Needs(*large(), devices=1)
     parts = needs.state + needs.gradients + activation_bytes(needs.config) + output_bytes(needs.config)
     assert needs.total == parts
     assert needs.state == pytest.approx(3 * 4e7, abs=100) and needs.gradients == 4e7
-    every = needs.levers(0)
+    every = needs.remedies(0)
     assert "optimizer.accumulate_steps=2" in every and "fsdp=" not in every
     # Of less memory, fewer are left, and each one that is named does fit.
     for free in (needs.total * 0.6, needs.total * 0.3):
-        for size, unit in re.findall(r"about ([\d.]+) ([GM]B)", needs.levers(free)):
+        for size, unit in re.findall(r"about ([\d.]+) ([GM]B)", needs.remedies(free)):
             assert float(size) * {"GB": 1e9, "MB": 1e6}[unit] <= free * 1.01
-    assert "accumulate_steps=2 " not in needs.levers(needs.total * 0.3)
-    assert needs.levers(1.0).startswith("What takes less:") and "a smaller model" in needs.levers(1.0)
+    assert "accumulate_steps=2 " not in needs.remedies(needs.total * 0.3)
+    assert needs.remedies(1.0).startswith("What takes less:") and "a smaller model" in needs.remedies(1.0)
 
 
 def test_what_is_used_already_is_not_offered():
     changed = {"optimizer": {"accumulate_steps": 16}, "model": {"remat": "full"}, "objective": {"loss_chunks": 8}}
-    assert Needs(*large(**changed), devices=1).levers(0) == (
+    assert Needs(*large(**changed), devices=1).remedies(0) == (
         "What takes less: a smaller model, parallel.fsdp over more devices."
     )
-    assert "parallel.fsdp=4" in Needs(*large(parallel={"data": -1}), devices=4).levers(0)
+    assert "parallel.fsdp=4" in Needs(*large(parallel={"data": -1}), devices=4).remedies(0)
     config, state = large()
-    assert "loss_chunks" in Needs(config, state, devices=1).levers(0)
+    assert "loss_chunks" in Needs(config, state, devices=1).remedies(0)
     classifier = dataclasses.replace(config, objective=Classification())
-    assert "loss_chunks" not in Needs(classifier, state, devices=1).levers(0)
+    assert "loss_chunks" not in Needs(classifier, state, devices=1).remedies(0)
 
 
 def test_a_device_has_its_part():

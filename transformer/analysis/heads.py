@@ -19,7 +19,7 @@ class HeadStatistics(NamedTuple):
     """Weighted mean distance from query to key, in tokens; None if queries and keys belong to two texts."""
     previous: np.ndarray | None
     """Weight of the token before the query; None if queries and keys belong to two texts."""
-    unlike: np.ndarray
+    divergence: np.ndarray
     """Mean Jensen-Shannon divergence from the other heads of the layer, in bits: 0 if all are equal, 1 if none shares a key
     with another; 0 for a single head."""
 
@@ -67,12 +67,12 @@ def head_statistics(weights_HTS: Float[np.ndarray, "H T S"], *, one_text: bool =
         distance = (late_HTS * away_TS[None]).sum(axis=-1).mean(axis=-1)
         before_TS = np.arange(S)[None] == queries_T[:, None] - 1
         previous = (late_HTS * before_TS[None]).sum(axis=-1).mean(axis=-1)
-    unlike_HH = np.zeros((H, H))
+    divergence_HH = np.zeros((H, H))
     if H > 1:
-        unlike_HH[np.triu_indices(H, k=1)] = divergence(late_HTS[None])
-    unlike = (unlike_HH + unlike_HH.T).sum(axis=-1) / max(H - 1, 1)
+        divergence_HH[np.triu_indices(H, k=1)] = divergence(late_HTS[None])
+    mean_divergence_H = (divergence_HH + divergence_HH.T).sum(axis=-1) / max(H - 1, 1)
     entropies = np.asarray(entropy(late_HTS)).mean(axis=-1)
-    return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, unlike)
+    return HeadStatistics(entropies, late_HTS[:, :, 0].mean(axis=-1), distance, previous, mean_divergence_H)
 
 
 def most_concentrated_head(layers: Sequence[np.ndarray], *, one_text: bool = True) -> tuple[int, int]:

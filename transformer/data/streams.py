@@ -65,7 +65,7 @@ class StreamBatches(grain.IterDataset):
         self.corpus = content.hexdigest()[:16]
         self._records = records
         # Stream s reads entries s, s + num_streams, s + 2 * num_streams, ... of each source's permutation.
-        self._deals = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
+        self._permutations = [permutation(len(part), config.shuffle_seed, index) for index, part in enumerate(records)]
         weights = np.array(config.weights or [1.0] * len(sources))
         self._cumulative_weights = np.cumsum(weights / weights.sum())
 
@@ -92,8 +92,8 @@ class StreamBatches(grain.IterDataset):
         """One cursor per source, at the start of the stream."""
         cursor_class = _BestFitCursor if self.config.best_fit else _Cursor
         return [
-            cursor_class(records, deal[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
-            for i, (records, deal) in enumerate(zip(self._records, self._deals, strict=True))
+            cursor_class(records, order[stream :: self.num_streams], (self.config.shuffle_seed, i, stream))
+            for i, (records, order) in enumerate(zip(self._records, self._permutations, strict=True))
         ]
 
 

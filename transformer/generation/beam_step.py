@@ -55,7 +55,7 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: PyTr
     )
 
 
-def goes_on(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Array, ""]:
+def should_continue(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Array, ""]:
     """Whether any row may still find a better continuation."""
     full = jnp.all(state.is_done_BM) if early_stopping is True else False
     return jnp.any(state.open_B) & ~jnp.bool_(full) & (state.num_tokens < limits.num_new) & jnp.all(state.broken_B < 0)

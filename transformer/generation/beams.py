@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from transformer.generation.beam_step import Limits, State, goes_on, grow, init_state
+from transformer.generation.beam_step import Limits, State, grow, init_state, should_continue
 from transformer.generation.loop import Step
 from transformer.generation.prepare import loop_model, prepare
 from transformer.generation.prompts import end_ids
@@ -216,7 +216,7 @@ def _search(
         logits_BV, cache, step = _read_sources(model, params, tokens_BT, segment_ids_BT, start, capacity, rows_R)
     how = limits, settings.length_penalty, True if M == 1 else settings.early_stopping
 
-    def one_more(state: State) -> State:
+    def extend(state: State) -> State:
         last_BM = jax.lax.dynamic_index_in_dim(state.tokens_BMN, state.num_tokens - 1, axis=2, keepdims=False)
         logits_R1V, cache = step(last_BM.reshape(B * M, 1), state.cache)
         state, parents_BM = grow(state, logits_R1V.reshape(B, M, -1), *how)
@@ -226,7 +226,7 @@ def _search(
 
     state = init_state(jnp.any(segment_ids_BT != 0, axis=1), M, capacity, take_rows(cache, rows_R))
     state, _ = grow(state, jnp.broadcast_to(logits_BV[:, None], (B, M, logits_BV.shape[1])), *how)
-    state = jax.lax.while_loop(lambda state: goes_on(state, limits, how[-1]), one_more, state)
+    state = jax.lax.while_loop(lambda state: should_continue(state, limits, how[-1]), extend, state)
     return state._replace(cache=())
 
 

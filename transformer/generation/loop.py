@@ -36,14 +36,14 @@ class Draw(NamedTuple):
 def extend(state: State, num_new: int | Array, step: Step, draw: Draw, sampling: SamplingConfig) -> State:
     """Draw tokens until each row has `num_new` new ones or all rows have ended."""
 
-    def goes_on(state: State) -> Bool[Array, ""]:
+    def should_continue(state: State) -> Bool[Array, ""]:
         return (state.num_new < num_new) & ~jnp.all(state.ended_B)
 
-    def one_more(state: State) -> State:
+    def decode_one(state: State) -> State:
         logits_B1V, cache = step(last_tokens(state.tokens_BP, state.lengths_B), state.cache)
         return append(state._replace(cache=cache), logits_B1V[:, 0], draw, sampling)
 
-    return jax.lax.while_loop(goes_on, one_more, state)
+    return jax.lax.while_loop(should_continue, decode_one, state)
 
 
 def append(state: State, logits_BV: Float[Array, "B V"], draw: Draw, sampling: SamplingConfig) -> State:

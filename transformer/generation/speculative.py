@@ -149,13 +149,13 @@ def _rounds(
     def done(state: State) -> Bool[Array, " B"]:
         return state.ended_B | (state.lengths_B - state.cache.prompts_B >= num_new)
 
-    def goes_on(state: State) -> Bool[Array, ""]:
+    def should_continue(state: State) -> Bool[Array, ""]:
         return ~jnp.all(done(state)) & jnp.all(done(state) | (_room(state.cache.target) > 0))
 
     def one_round(state: State) -> State:
         return _round(models, params, state, done(state), draw, draft_tokens, sampling)
 
-    state = jax.lax.while_loop(goes_on, one_round, state)
+    state = jax.lax.while_loop(should_continue, one_round, state)
     return state, cache_overflow(state.cache.target) | cache_overflow(state.cache.draft)
 
 

@@ -92,7 +92,7 @@ class Needs:
             f"{_size(activations)} of activations and {_size(output)} for the output layer"
         )
 
-    def levers(self, free: float) -> str:
+    def remedies(self, free: float) -> str:
         """Changes that make the step fit in `free` bytes (0: unknown), each with the memory of the changed step."""
         changes = self._changes()
         found = _first_of_each([(name, needs) for name, needs in changes if free <= 0 or needs <= free])
@@ -211,7 +211,7 @@ def explained(needs: Needs | None = None, what: str = "A training step") -> Iter
                 f"{what} needs more memory than there is{there}. Use fewer or shorter rows, or a smaller model."
             ) from error
         raise OutOfMemory(
-            f"This run does not fit in the memory of a device{there}. {needs.describe()}. {needs.levers(0)}"
+            f"This run does not fit in the memory of a device{there}. {needs.describe()}. {needs.remedies(0)}"
         ) from error
 
 
@@ -220,4 +220,4 @@ def warning(needs: Needs) -> str:
     free = free_bytes()
     if free <= 0 or needs.total <= free:
         return ""
-    return f"{needs.describe()}; {_size(free)} are free. It may not fit. {needs.levers(free)}"
+    return f"{needs.describe()}; {_size(free)} are free. It may not fit. {needs.remedies(free)}"

@@ -205,7 +205,7 @@
     ["distance", "Distance", "tokens from query to key"],
     ["previous", "Previous token", "weight on it"],
     ["first", "First token", "weight on it"],
-    ["unlike", "Divergence", "bits, from the other heads"],
+    ["divergence", "Divergence", "bits, from the other heads"],
   ];
   const has = (kind) => map().layers[0].after[kind] !== null;
   function drawNumbers() {
@@ -220,7 +220,7 @@
     }));
   }
   function chart(kind, name, unit, wide) {
-    const layers = map().layers, room = Math.floor(el(wide ? "unlike" : "charts").clientWidth), W = Math.min(wide ? 640 : 270, Math.max(room, 200)), H = wide ? 210 : 150, left = 34, bottom = 22;
+    const layers = map().layers, room = Math.floor(el(wide ? "divergence" : "charts").clientWidth), W = Math.min(wide ? 640 : 270, Math.max(room, 200)), H = wide ? 210 : 150, left = 34, bottom = 22;
     const all = layers.flatMap((l) => [...l.after[kind], ...(l.before ? l.before[kind] : [])]);
     const peak = largest(all) || 1, unitStep = 10 ** Math.floor(Math.log10(peak));
     const limit = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].map((f) => f * unitStep).find((x) => x >= peak * 0.9999) || 10 * unitStep;
@@ -263,8 +263,8 @@
     const key = page.initial ? ` Filled dots are the trained model, rings the same model ${page.initial}.` : "";
     el("charts-note").textContent = `A dot for each head, by layer: means over all queries of this text but the first.${key} The chosen head is black or white.`;
     el("charts").replaceChildren(...KINDS.slice(0, 4).filter(([kind]) => has(kind)).map((kind) => chart(...kind, false)));
-    el("unlike-note").textContent = "The Jensen–Shannon divergence of two heads’ weights for the same query, in bits, as a mean over queries and over the other heads of the layer: 0 for equal heads, 1 for heads that share no key. Lines are means of a layer" + (page.initial ? `, dashed ${page.initial}.` : ".");
-    el("unlike").replaceChildren(chart(...KINDS[4], true));
+    el("divergence-note").textContent = "The Jensen–Shannon divergence of two heads’ weights for the same query, in bits, as a mean over queries and over the other heads of the layer: 0 for equal heads, 1 for heads that share no key. Lines are means of a layer" + (page.initial ? `, dashed ${page.initial}.` : ".");
+    el("divergence").replaceChildren(chart(...KINDS[4], true));
   }
   function drawTable() {
     const kinds = KINDS.filter(([kind]) => has(kind)), head = make("tr");

@@ -42,7 +42,7 @@ def test_the_rule(depth):
         assert matrices(config) == 49_152 * depth**3
 
 
-def test_the_budget_is_part_of_the_dial():
+def test_the_budget_follows_from_the_depth():
     batch = {ratio: load_config(f"gpt:d4x{ratio}") for ratio in ("20", "80", "2.5")}
     tokens = {ratio: c.training.steps * c.data.batch_size * c.data.sequence_length for ratio, c in batch.items()}
     assert tokens["80"] == pytest.approx(4 * tokens["20"], rel=0.01)
