@@ -57,8 +57,8 @@ def init_state(open_B: Bool[Array, " B"], num_beams: int, room: int, cache: PyTr
 
 def should_continue(state: State, limits: Limits, early_stopping: bool | str) -> Bool[Array, ""]:
     """Whether any row may still find a better continuation."""
-    full = jnp.all(state.is_done_BM) if early_stopping is True else False
-    return jnp.any(state.open_B) & ~jnp.bool_(full) & (state.num_tokens < limits.num_new) & jnp.all(state.broken_B < 0)
+    remain = jnp.any(state.open_B) & (state.num_tokens < limits.num_new) & jnp.all(state.broken_B < 0)
+    return remain & ~jnp.all(state.is_done_BM) if early_stopping is True else remain
 
 
 def grow(

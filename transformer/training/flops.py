@@ -231,7 +231,12 @@ def _branches(equation: Any) -> list[Any]:
 
 def _scan_parts(equation: Any) -> tuple[Any, int, int]:
     """The body of a loop, and the numbers of its constant and carried operands."""
-    return equation.params["jaxpr"].jaxpr, equation.params["num_consts"], equation.params["num_carry"]
+    params = equation.params
+    if "ft_in" in params:  # JAX 0.12 and later
+        consts, carried, _ = map(len, params["ft_in"].unpack())
+    else:
+        consts, carried = params["num_consts"], params["num_carry"]
+    return params["jaxpr"].jaxpr, consts, carried
 
 
 def _parts(params: dict[str, Any]) -> list[Any]:
