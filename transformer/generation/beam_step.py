@@ -105,7 +105,7 @@ def _finish(
 ) -> State:
     """Add candidates that end to the finished beams, if they are among the first M candidates."""
     M, K = state.scores_BM.shape[1], sums_BK.shape[1]
-    takes_B = state.open_B & ~(jnp.all(state.is_done_BM, axis=1) if early_stopping is True else False)
+    takes_B = state.open_B & ~jnp.all(state.is_done_BM, axis=1) if early_stopping is True else state.open_B
     joins_BK = ends_BK & (jnp.arange(K)[None] < M) & takes_B[:, None] & (sums_BK > NOTHING / 2)
     scores_BK = jnp.where(joins_BK, sums_BK / _power(state.num_tokens, length_penalty), NOTHING)
     scores_BM, chosen_BM = jax.lax.top_k(jnp.concatenate([state.done_scores_BM, scores_BK], axis=1), M)
