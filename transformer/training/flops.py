@@ -232,7 +232,7 @@ def _branches(equation: Any) -> list[Any]:
 def _scan_parts(equation: Any) -> tuple[Any, int, int]:
     """The body of a loop, and the numbers of its constant and carried operands."""
     params = equation.params
-    if "ft_in" in params:  # JAX 0.12 and later
+    if "ft_in" in params:  # JAX 0.11 and later
         consts, carried, _ = map(len, params["ft_in"].unpack())
     else:
         consts, carried = params["num_consts"], params["num_carry"]
