@@ -1,6 +1,7 @@
 """Configs as plain dictionaries and back, and the settings that a resumed run may change."""
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Iterator
@@ -62,6 +63,9 @@ def plain(value: object) -> Json:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def from_dict(kind: Any, values: Json, name: str = "") -> Any:
     """The inverse of `to_dict`: a config of type `kind` from nested dictionaries, with the checks of its classes.
 
@@ -82,7 +86,7 @@ def from_dict(kind: Any, values: Json, name: str = "") -> Any:
     if issubclass(kind, Kind):
         kind = kind.family.find(values.get("kind"))
         values = {field: value for field, value in values.items() if field != "kind"}
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     fields = dataclasses.fields(kind)
     known = [field.name for field in fields]
     unknown = sorted(set(values) - set(known))
