@@ -1,8 +1,9 @@
 # Each target first installs what it needs into the virtual environment .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
 #
 # make train         train the default model, about 3 minutes
-# make test          run the tests
-# make test-all      also run the cases of tests that `make test` represents by a few
+# make test          run the tests, except those that tests/slow.toml names
+# make test-slow     run the tests that tests/slow.toml names
+# make test-all      run all tests: also thousands of changed inputs, and all combinations of shardings
 # make test-parity   compare models, tokenizers and generation with PyTorch's libraries (torch, transformers, peft, ...). pip takes
 #                    the torch of its index, with CUDA's libraries on Linux unless that index has a build for CPUs
 # make test-apps     test runs with other programs: lm-eval, Weights & Biases, MLflow, notebooks, MkDocs. Installs those of test-parity too
@@ -27,7 +28,7 @@ PARITY := tests/parity tests/ops/test_rotary_scalings.py tests/generation/test_s
 APPS := tests/apps tests/training/test_trackers.py
 HAS_CUDA := import importlib.util as u, sys; sys.exit(not any(u.find_spec(f'jax_cuda{v}_plugin') for v in (12, 13)))
 
-.PHONY: train test test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove docs check bench bench-gate clean
+.PHONY: train test test-slow test-all test-gpu test-parity test-apps test-weights test-device test-beam mutants prove docs check bench bench-gate clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py
@@ -35,8 +36,11 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 $(TESTS)
 
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 -m "slow and not exhaustive" $(TESTS)
+
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "exhaustive or not exhaustive" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(TESTS)
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -c "$(HAS_CUDA)" || $(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda12]'

@@ -1,6 +1,7 @@
 """The levels of docs/architecture.md: imports point down, files stay small and say what they are."""
 
 import ast
+import functools
 import itertools
 import pathlib
 import re
@@ -221,6 +222,7 @@ def test_the_picture_has_all_packages_from_top_to_bottom():
     assert levels == sorted(levels, reverse=True)
 
 
+@functools.cache
 def mentioned(module):
     """The modules of the package that a module imports, or names in a table of kinds."""
     tree = ast.parse(PATHS[1](module).read_text())

@@ -194,7 +194,7 @@ def test_a_run_without_anything(browser, tmp_path):
         browser.problems.clear()
         browser.open(path)
         assert browser.text("h1") == title and "No rows yet." in browser.text("#notes") and browser.problems == []
-    assert "2 value(s) are not finite" in browser.text("#notes")
+    assert "2 values not finite" in browser.text("#notes")
     assert browser.run("document.querySelector('path.curve').getAttribute('d').match(/M/g).length") == 2
     assert browser.run("document.getElementById('samples-section').hidden")
     browser.run("document.querySelector('[data-metric=loss] svg').focus()")

@@ -147,7 +147,7 @@ def test_a_killed_run(run):
     assert report(run)["runs"][0]["notes"] == [] and report(run)["runs"][0]["latest"] == 4
     path.write_bytes(whole + b'{"step": 5, "lo\n\0\0\0\n{"step": -1}\n' + b'{"step": 6, "split": "train", "loss": 1}\n')
     (found,) = report(run)["runs"]
-    assert found["latest"] == 6 and "3 damaged line(s) of its metrics.jsonl are left out" in found["notes"][0]
+    assert found["latest"] == 6 and "Left out: 3 damaged lines of its metrics.jsonl" in found["notes"][0]
     samples = run / "samples.txt"
     samples.write_bytes(samples.read_bytes() + b"---- step 6, 500 bytes\nIt wa")
     assert [step for step, _ in report(run)["runs"][0]["samples"]] == [2, 4]
@@ -160,7 +160,7 @@ def test_values_that_are_no_numbers(run):
     )
     (found,) = report(run)["runs"]
     assert found["curves"]["loss"]["train"] == [[0, 1, 2, 5], [None] * 4]
-    assert "4 value(s) are not finite" in found["notes"][0]
+    assert "4 values not finite" in found["notes"][0]
 
 
 def test_runs_in_a_bucket(place, tmp_path, monkeypatch, capsys):

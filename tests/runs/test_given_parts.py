@@ -222,6 +222,10 @@ def test_a_run_on_ids_has_no_tokenizer(tmp_path):
         ),
         (lambda: [make_batch(0) | {"inputs": np.full((ROWS, T), V, np.int32)}], r"below vocab_size=11.*holds 11 to 11"),
     ],
+    ids=[
+        *("other rows", "too few", "empty", "no train", "read once"),
+        *("names of files", "a field is missing", "an unknown field", "too high an id"),
+    ],
 )
 def test_data_that_cannot_be_trained_on_is_named(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
@@ -243,6 +247,7 @@ def test_data_that_cannot_be_trained_on_is_named(tmp_path, data, message):
         ),
         ({"weights": None}, r"got weights of shape \[\]"),
     ],
+    ids=["weights", "positions", "segment_ids", "inputs", "no weights"],
 )
 def test_fields_have_the_axes_and_types_of_the_batch(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
@@ -317,8 +322,11 @@ def test_models_differ_in_functions_tuples_and_modules_too():
 def test_evaluators_give_numbers(tmp_path, value):
     train(config_of(tmp_path / "a", steps=1), data=endless(), evaluators={"mine": lambda params: {"score": value}})
     assert rows(tmp_path / "a", "mine")[0]["score"] == 2.0
+
+
+def test_an_evaluator_that_gives_no_names_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"An evaluator must give numbers by name, .* got 2.0"):
-        train(config_of(tmp_path / "b", steps=1), data=endless(), evaluators={"mine": lambda params: 2.0})
+        train(config_of(tmp_path, steps=1), data=endless(), evaluators={"mine": lambda params: 2.0})
 
 
 class Flat(nn.Module):

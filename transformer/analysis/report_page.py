@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transformer.analysis.assemble import assemble
+from transformer.validation import counted
 
 MOST_POINTS = 150_000
 """Most points of all curves together; a longer curve keeps the lowest and the highest value of each interval."""
@@ -129,7 +130,7 @@ def _run(run: RunView, most: int) -> dict[str, Any]:
     notes, samples = list(run.notes), _some(run.samples)
     strange = sum(int((~np.isfinite(curve.values)).sum()) for curve in run.curves.values())
     if strange:
-        notes.append(f"{strange:,} value(s) are not finite (NaN or infinite), and leave gaps.")
+        notes.append(f"{counted(strange, 'value')} not finite (NaN or infinite): the curves have gaps there.")
     if rows:
         notes.append(f"Of {rows:,} rows, a curve shows the lowest and the highest value of each interval.")
     if len(samples) < len(run.samples):

@@ -17,7 +17,7 @@ from transformer.runs.directory import CHECKPOINTS, METRICS_FILE, SAMPLES_FILE, 
 from transformer.storage import expand, explained
 from transformer.training.metrics import PARTS
 from transformer.training.writers import SamplesWriter, json_object, jsonl_rows
-from transformer.validation import require
+from transformer.validation import counted, require
 
 _MOST_METRICS = 200
 _MOST_TEXT = 50_000_000  # bytes; of a longer samples file, only the end is read
@@ -124,7 +124,7 @@ def _read_metrics(workdir: epath.Path, notes: list[str]) -> _Rows:
         notes.append("It has no rows of metrics yet.")
     if damaged:
         lines = ", ".join(map(str, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
-        notes.append(f"{len(damaged)} damaged line(s) of its {METRICS_FILE} are left out: {lines}.")
+        notes.append(f"Left out: {counted(len(damaged), 'damaged line')} of its {METRICS_FILE} ({lines}).")
     if left_out:
         notes.append(f"It has more metrics than are drawn; left out: {', '.join(sorted(left_out)[:5])} and others.")
     return _Rows({key: _curve(*column) for key, column in columns.items()}, seconds, latest)

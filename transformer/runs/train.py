@@ -64,7 +64,7 @@ from transformer.training.writers import (
     read_jsonl,
 )
 from transformer.types import PyTree
-from transformer.validation import require, shown
+from transformer.validation import counted, require, shown
 
 _SCORES = ("loss", "accuracy", "macro_f1", "bleu", "chrf", "bits_per_byte")
 
@@ -275,7 +275,7 @@ class _Session:
         """A line with the model, the devices and the steps."""
         steps, parts = self.config.training.steps, run.steps.parts
         device = jax.devices()[0]
-        devices = f"{run.runner.num_devices} {device.device_kind} device(s), {run.config.parallel.strategy}, "
+        devices = f"{counted(run.runner.num_devices, f'{device.device_kind} device')}, {run.config.parallel.strategy}, "
         attention = parts.describe_attention(device.platform)
         devices += f"attention {attention}, " if attention else ""
         return (

@@ -1,0 +1,35 @@
+"""The table of what `make test` leaves out names tests that exist, and others in their place."""
+
+import pathlib
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TABLE = tomllib.loads((ROOT / "tests" / "slow.toml").read_text())
+
+
+def exists(file, name):
+    return (ROOT / file).exists() and f"\ndef {name}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("file", TABLE)
+def test_what_is_left_out_is_represented(file, collected_cases):
+    """Cases are compared with those that were collected: with none where only this file runs."""
+    for name, entry in TABLE[file].items():
+        assert exists(file, name), name
+        if isinstance(entry, str):
+            other, _, instead = entry.partition("::")
+            assert exists(other, instead), f"{entry}, in the place of {name}, is not there"
+            assert isinstance(TABLE.get(other, {}).get(instead, []), list), f"{entry} is left out too"
+        else:
+            assert entry, f"{name} keeps no case; name the test that covers it"
+            assert len({case.startswith("!") for case in entry}) == 1, f"{name} has cases with and without !"
+            there = collected_cases.get((file, name))
+            unknown = {case.removeprefix("!") for case in entry} - (there or set())
+            assert not there or not unknown, f"{name} has no case {unknown}"
+
+
+def test_the_table_is_in_order():
+    assert list(TABLE) == sorted(TABLE)
+    assert all(list(entries) == sorted(entries) for entries in TABLE.values())
