@@ -59,7 +59,7 @@ test-device: $(VENV)/installed-dev
 	TRANSFORMER_TEST_DEVICE=1 $(BIN)/python -m pytest -rs @tests/device.txt
 
 test-beam: $(VENV)/beam/installed
-	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs tests/data/test_beam.py tests/data/test_distributed.py
+	$(VENV)/beam/bin/python -m pytest -n $(WORKERS) -rs -m "not exhaustive" tests/data/test_beam.py tests/data/test_distributed.py
 
 mutants: $(VENV)/installed-dev
 	$(BIN)/python tests/mutants.py --workers $(WORKERS)

@@ -30,14 +30,15 @@ def test_of_one():
 
 def test_the_list_names_files_that_are_there():
     options, paths = [x for x in LISTED if x.startswith("-")], [x for x in LISTED if not x.startswith("-")]
-    assert options == ["-Wdefault"] and len(paths) == len(set(paths)) > 20
+    assert options == ["-Wdefault", "-mnot exhaustive"] and len(paths) == len(set(paths)) > 20
     assert [path for path in paths if not (ROOT / path).is_file()] == []
     assert "@tests/device.txt" in (ROOT / "Makefile").read_text()
 
 
 def test_jax_chooses_the_devices(tmp_path):
     """A module beside this conftest that needs two devices where one exists."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for name in ("conftest.py", "slow.toml"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     (tmp_path / "test_devices.py").write_text(TESTS)
     environment = {
         **os.environ,

@@ -1,6 +1,7 @@
 """The table of what `make test` leaves out names tests that exist, and others in their place."""
 
 import pathlib
+import re
 import tomllib
 
 import pytest
@@ -28,6 +29,12 @@ def test_what_is_left_out_is_represented(file, collected_cases):
             there = collected_cases.get((file, name))
             unknown = {case.removeprefix("!") for case in entry} - (there or set())
             assert not there or not unknown, f"{name} has no case {unknown}"
+
+
+def test_a_guarantee_of_the_readme_is_tested_by_make_test():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+    assert len(named) >= 3
+    assert not [name for file, name in named if isinstance(TABLE.get(file, {}).get(name, []), str)]
 
 
 def test_the_table_is_in_order():
