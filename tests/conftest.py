@@ -3,19 +3,16 @@
 With TRANSFORMER_TEST_DEVICE=1 (`make test-device`) tests run on the devices that JAX finds instead: see `ON_DEVICE`.
 """
 
-import collections
 import copy
 import dataclasses
 import functools
 import gc
 import importlib
 import os
-import pathlib
 import signal
 import sys
 import tempfile
 import threading
-import tomllib
 import types
 import warnings
 from typing import get_args
@@ -26,6 +23,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax._src.interpreters import mlir
+from slow_cases import COLLECTED, left_out
 
 ON_DEVICE = os.environ.get("TRANSFORMER_TEST_DEVICE", "0") not in ("", "0")
 """Whether JAX chooses the devices. Products are of float32 numbers then (a GPU's may be TF32), memory is taken as it is needed,
@@ -200,19 +198,6 @@ def signals_as_in_a_terminal():
             signal.signal(getattr(signal, name), action)
 
 
-SLOW = tomllib.loads((pathlib.Path(__file__).parent / "slow.toml").read_text())
-"""Of each file, its tests of which `make test` leaves cases out; see that file."""
-COLLECTED = collections.defaultdict(set)
-"""The cases of each collected test, by file and name."""
-
-
-def left_out(entry, case):
-    """Whether an entry of the table leaves a case of its test out of `make test`."""
-    if not isinstance(entry, list):
-        return entry is not None
-    return f"!{case}" in entry or (case not in entry and not entry[0].startswith("!"))
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark the cases that `tests/slow.toml` leaves out of `make test`."""
@@ -220,13 +205,8 @@ def pytest_collection_modifyitems(items):
         file, name = item.location[0].replace(os.sep, "/"), getattr(item, "originalname", item.name)
         case = item.callspec.id if hasattr(item, "callspec") else ""
         COLLECTED[file, name].add(case)
-        if left_out(SLOW.get(file, {}).get(name), case):
+        if left_out(file, name, case):
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="session")
-def collected_cases():
-    return COLLECTED
 
 
 def pytest_runtest_setup(item):

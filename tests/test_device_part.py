@@ -37,8 +37,7 @@ def test_the_list_names_files_that_are_there():
 
 def test_jax_chooses_the_devices(tmp_path):
     """A module beside this conftest that needs two devices where one exists."""
-    for name in ("conftest.py", "slow.toml"):
-        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_devices.py").write_text(TESTS)
     environment = {
         **os.environ,
